@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Step 4a: sample and score with a trained checkpoint, then print and write the average of every objective.
+source "$(dirname "${BASH_SOURCE[0]}")/src/env.sh"
+
+if wants_help "$@"; then
+    python "$ROOT/src/generate_completions.py" --help
+    exit
+fi
+bash "$ROOT/generate_completions.sh" "$@"
+save_path="$(flag_value save_path "$@")"
+run python "$ROOT/src/evaluate_armorm.py" --runs "$(basename "$save_path")=$save_path" --output_path="$save_path"

@@ -1,0 +1,18 @@
+"""One frozen dataclass per step IS the command line of that step."""
+
+from drdpo.config.assets import AssetsConfig
+from drdpo.config.completions import CompletionsConfig
+from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
+from drdpo.config.preferences import PreferencesConfig
+from drdpo.config.reward_heads import FitHeadsConfig
+from drdpo.config.training import TrainConfig
+
+__all__ = [
+    "AssetsConfig",
+    "CompletionsConfig",
+    "EvaluateConfig",
+    "FitHeadsConfig",
+    "LeaderboardConfig",
+    "PreferencesConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,63 @@
+"""Flags of src/generate_preferences.py."""
+
+from dataclasses import dataclass
+
+from drdpo.flags import flag, require
+from drdpo.objectives import FLAG_TO_OBJECTIVE
+
+
+def _weight() -> float:
+    return flag("weight of this objective", 0.0)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class PreferencesConfig:
+    """Step 2: mix objectives into top-versus-bottom preference pairs."""
+
+    completions: str = flag("folder of scored completions", "datasets/helpsteer2_completions")
+    output_path: str = flag("folder for train.jsonl and test.jsonl of pairs", "datasets/helpsteer2_preferences")
+    standardize: bool = flag("z-score every objective over its split before mixing", True)
+    overwrite: bool = flag("replace pairs that other flags or inputs made", False)
+    helpsteer_helpfulness: float = _weight()
+    helpsteer_correctness: float = _weight()
+    helpsteer_coherence: float = _weight()
+    helpsteer_complexity: float = _weight()
+    helpsteer_verbosity: float = _weight()
+    ultrafeedback_overall_score: float = _weight()
+    ultrafeedback_instruction_following: float = _weight()
+    ultrafeedback_truthfulness: float = _weight()
+    ultrafeedback_honesty: float = _weight()
+    ultrafeedback_helpfulness: float = _weight()
+    beavertails_is_safe: float = _weight()
+    prometheus_score: float = _weight()
+    argilla_overall_quality: float = _weight()
+    argilla_judge_lm: float = _weight()
+    code_complexity: float = _weight()
+    code_style: float = _weight()
+    code_explanation: float = _weight()
+    code_instruction_following: float = _weight()
+    code_readability: float = _weight()
+    ArmoRM: float = flag("weight of the gated stage-2 score", 0.0)
+    weights: list[str] = flag("further NAME=WEIGHT words, for objectives of another reward model", [])
+
+    def objective_weights(self) -> dict[str, float]:
+        """{objective: weight} of the objectives with a weight other than 0; weights sum to 1 within 1e-6."""
+        named = {objective: getattr(self, name) for name, objective in FLAG_TO_OBJECTIVE.items()}
+        for word in self.weights:
+            name, separator, number = word.partition("=")
+            require(bool(separator and name), f"--weights {word}: write NAME=WEIGHT")
+            require(name not in FLAG_TO_OBJECTIVE and not named.get(name), f"--weights {word}: {name} is given twice")
+            try:
+                named[name] = float(number)
+            except ValueError:
+                require(False, f"--weights {word}: {number!r} is not a number")
+        total = sum(named.values())
+        require(
+            abs(total - 1.0) <= 1e-6,
+            f"the objective weights sum to {total:g}, not to 1; give e.g. --ArmoRM=1.0 or "
+            "--ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5",
+        )
+        return {name: weight for name, weight in named.items() if weight != 0}
+
+    def __post_init__(self) -> None:
+        self.objective_weights()

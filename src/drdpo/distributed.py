@@ -1,0 +1,84 @@
+"""Rank, world, shard, gather: the same code on one process without a launcher and on many with one."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """This process's rank among all; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's rank on its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes work together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Is this the process that prints and writes?"""
+    return rank() == 0
+
+
+def shard(items: Sequence[Item]) -> list[Item]:
+    """This rank's part: every world_size-th item, so that parts differ by one at most."""
+    return list(items[rank() :: world_size()])
+
+
+def device() -> "torch.device":
+    """The accelerator of this rank, or the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialise() -> None:
+    """Join the process group, once; NCCL on GPUs, gloo on CPUs. Does nothing for a single process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if world_size() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def gather(values_B: "torch.Tensor") -> "torch.Tensor":
+    """The values of all ranks in rank order, detached.
+
+    Args:
+        values_B: [B], the same B on every rank.
+
+    Returns:
+        [world * B]
+    """
+    import torch
+
+    values_B = values_B.detach().contiguous()
+    if world_size() == 1:
+        return values_B
+    parts = [torch.empty_like(values_B) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, values_B)
+    return torch.cat(parts)
+
+
+def mean(value: "torch.Tensor") -> "torch.Tensor":
+    """The mean over the ranks of a scalar, detached."""
+    return gather(value.reshape(1)).mean()

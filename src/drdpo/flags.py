@@ -1,0 +1,51 @@
+"""A command line from a dataclass: every field is a flag, spelled once, with its help and its default."""
+
+import dataclasses
+import sys
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+from drdpo.errors import UsageError
+from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
+
+Config = TypeVar("Config")
+
+
+def flag(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A dataclass field that is a flag; without a default the flag is required."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def parse(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+    """Parse a command line into a frozen dataclass.
+
+    Args:
+        config_class: one of the classes of drdpo.config.
+        description: one sentence for --help.
+        arguments: the words of the command line, sys.argv without its first word by default.
+
+    Raises:
+        SystemExit: status 2 after a usage line for an unknown or abbreviated flag or a value of the wrong type; status 0
+            after --help.
+        UsageError: a value or a combination that the dataclass refuses.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
+        objective_from_flag(PHANTOM_FLAG)
+    parser = HfArgumentParser([config_class], description=description, allow_abbrev=False)  # type: ignore[list-item]
+    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return config
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved flags, for manifests."""
+    return dataclasses.asdict(config)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UsageError with `message` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)

@@ -1,0 +1,90 @@
+# shellcheck shell=bash
+# Sourced by every wrapper: strict mode, repository root, the environment that setup.sh made, `run` and `launch`.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export ROOT
+
+# setup.sh notes the environment's prefix (a conda environment, a venv, or the one that was active) in .environment;
+# a command runs in it by having its bin first, the same for all three.
+if [[ -n "${DRDPO_ENV:-}" || -f "$ROOT/.environment" ]]; then
+    prefix="${DRDPO_ENV:-$(<"$ROOT/.environment")}"
+    if [[ ! -x "$prefix/bin/python" ]]; then
+        echo "error: the environment $prefix is gone; run: bash setup.sh" >&2
+        exit 1
+    fi
+    export PATH="$prefix/bin:$PATH"
+    unset prefix
+fi
+
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+export VLLM_CONFIGURE_LOGGING="${VLLM_CONFIGURE_LOGGING:-0}"
+export PYTHONUNBUFFERED=1
+
+# run COMMAND...: print a command, then run it.
+run() {
+    printf '+ ' >&2
+    printf '%q ' "$@" >&2
+    printf '\n' >&2
+    "$@"
+}
+
+# wants_help FLAG...: does the user ask for --help?
+wants_help() {
+    local word
+    for word in "$@"; do
+        case "$word" in -h | --help) return 0 ;; esac
+    done
+    return 1
+}
+
+# flag_value NAME FLAG...: the value of --NAME=value or --NAME value.
+flag_value() {
+    local name="$1" value=""
+    shift
+    while (($#)); do
+        case "$1" in
+            "--$name="*) value="${1#*=}" ;;
+            "--$name") value="${2:-}" ;;
+        esac
+        shift
+    done
+    printf '%s' "$value"
+}
+
+# process_count: processes per node, $DRDPO_PROCESSES or the number of visible GPUs, at least 1.
+process_count() {
+    local count="${DRDPO_PROCESSES:-}"
+    if [[ -z "$count" && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+        count="$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")"
+    elif [[ -z "$count" ]] && command -v nvidia-smi >/dev/null; then
+        count="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
+    fi
+    ((${count:-0} >= 1)) || count=1
+    printf '%s' "$count"
+}
+
+# has_gpu: is an NVIDIA GPU visible?
+has_gpu() {
+    [[ "${CUDA_VISIBLE_DEVICES-unset}" != "" ]] && command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'
+}
+
+# launch SCRIPT FLAG...: check the flags and inputs in one plain process, then run the script by DeepSpeed's launcher,
+# one process per GPU. --help and a wrong command never start the launcher.
+launch() {
+    local script="$1" processes port
+    shift
+    if wants_help "$@"; then
+        python "$script" --help
+        return
+    fi
+    processes="$(process_count)"
+    WORLD_SIZE="$processes" python "$script" "$@" --check_only=true
+    port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
+    if ! has_gpu; then
+        # One thread a rank and core; DeepSpeed takes the CPU accelerator.
+        export DS_ACCELERATOR=cpu
+        ((processes == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    fi
+    run deepspeed --num_gpus "$processes" --no_local_rank --master_port "$port" "$script" "$@"
+}

@@ -1,0 +1,17 @@
+"""Step 4a: per-objective averages."""
+
+from drdpo.config import EvaluateConfig
+from drdpo.errors import one_line_errors
+from drdpo.flags import parse
+
+
+def main() -> None:
+    config = parse(EvaluateConfig, "Average the objectives of one or more runs; write scores.csv, report.md and a spider plot.")
+    from drdpo.evaluation.armorm import evaluate_armorm
+
+    evaluate_armorm(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,17 @@
+"""Step 1a: sample completions."""
+
+from drdpo.config import CompletionsConfig
+from drdpo.errors import one_line_errors
+from drdpo.flags import parse
+
+
+def main() -> None:
+    config = parse(CompletionsConfig, "Sample n completions per prompt; scored by src/score_completions.py.")
+    from drdpo.generation.sampling import sample_completions
+
+    sample_completions(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,17 @@
+"""Step 2: preference pairs."""
+
+from drdpo.config import PreferencesConfig
+from drdpo.errors import one_line_errors
+from drdpo.flags import parse
+
+
+def main() -> None:
+    config = parse(PreferencesConfig, "Mix scored objectives into top-versus-bottom preference pairs.")
+    from drdpo.rewards.pairing import generate_preferences
+
+    generate_preferences(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

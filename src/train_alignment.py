@@ -1,0 +1,17 @@
+"""Step 3: align a policy."""
+
+from drdpo.config import TrainConfig
+from drdpo.errors import one_line_errors
+from drdpo.flags import parse
+
+
+def main() -> None:
+    config = parse(TrainConfig, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.")
+    from drdpo.training.loop import train_alignment
+
+    train_alignment(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
