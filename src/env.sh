@@ -86,5 +86,5 @@ launch() {
         export DS_ACCELERATOR=cpu
         ((processes == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
-    run deepspeed --num_gpus "$processes" --no_local_rank --master_port "$port" "$script" "$@"
+    run deepspeed --num_gpus "$processes" --no_local_rank --master_port "$port" --log_level warning "$script" "$@"
 }

@@ -7,6 +7,11 @@ from drdpo.flags import parse
 
 def main() -> None:
     config = parse(TrainConfig, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.")
+    from drdpo.training.run import check_inputs
+
+    check_inputs(config)
+    if config.check_only:
+        return
     from drdpo.training.loop import train_alignment
 
     train_alignment(config)

@@ -34,6 +34,28 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
+def atomic_files(*paths: Path) -> Iterator[list[Path]]:
+    """Yield one path beside each of `paths`, to be written; on success all move into place, on any error none does."""
+    asides: list[Path] = []
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            os.close(handle)
+            asides.append(Path(name))
+        yield asides
+        for aside, path in zip(asides, paths, strict=True):
+            os.chmod(aside, 0o666 & ~_umask())
+            os.replace(aside, path)
+    except BaseException as error:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(paths[0].parent)) from error
+        raise
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it takes the place of `path`, on any error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -120,11 +120,16 @@ def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[P
             f"{os.fspath(files[0])} exists, but {folder}/manifest.json does not say what made it; "
             "give --overwrite=true to replace it, or another folder"
         )
-    now = json.loads(json.dumps(made_by))
-    differs = sorted(name for name in {*before["made_by"], *now} if before["made_by"].get(name) != now.get(name))
-    if not differs:
+    changes = changed(before["made_by"], made_by)
+    if not changes:
         return True
     if overwrite:
         return False
-    changes = ", ".join(f"{name} ({before['made_by'].get(name)} -> {now.get(name)})" for name in differs)
     raise UsageError(f"{folder} holds results made otherwise: {changes}; give --overwrite=true or another folder")
+
+
+def changed(before: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """In words, what differs between two `made_by`; empty where nothing does."""
+    now = json.loads(json.dumps(made_by))
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)

@@ -26,13 +26,15 @@ class CompletionsConfig:
     engine: Literal["auto", "vllm", "transformers"] = flag("'auto' is vllm where it can be imported", "auto")
     tensor_parallel_size: int = flag("GPUs that one vLLM engine spans; the others run data-parallel engines", 1)
     gpu_memory_utilization: float = flag("share of a GPU's memory that vLLM may take", 0.9)
-    dtype: Literal["bfloat16", "float32"] = flag("precision of policy and reward backbone (reward heads are always float32)", "bfloat16")
+    dtype: Literal["bfloat16", "float32"] = flag(
+        "precision of policy and reward backbone (reward heads are always float32)", "bfloat16"
+    )
     reward_model: str = flag(
         "folder of a reward model in ArmoRM's layout; 'auto' is models/ArmoRM where it exists, else models/ArmoRM-SmolLM2",
         "auto",
     )
     score_max_len: int = flag("a longer prompt + completion, in tokens, is set aside in rejects.jsonl", 4096)
-    score_batch_tokens: int = flag("tokens, padding included, in one scoring batch", 16384)
+    score_batch_tokens: int = flag("most tokens, padding included, in one scoring batch; a longer single conversation goes alone", 16384)
     overwrite: bool = flag("replace results that other flags, models or inputs made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 

@@ -12,10 +12,14 @@ class EvaluateConfig:
 
     runs: list[str] = flag("NAME=FOLDER words, folders of scored completions; the first is the base")
     output_path: str = flag("folder for scores.csv, report.md, spider.png and spider.svg")
-    objectives: list[str] = flag("objectives to draw, in either spelling (default: all that every run has)", [])
+    objectives: list[str] = flag("objectives to report, in either spelling (default: all that every run has)", [])
     split: Literal["test", "train"] = flag("split to average", "test")
     bootstrap: int = flag("paired bootstrap samples of the confidence interval", 2000)
     seed: int = flag("seed of the bootstrap", 42)
+
+    def __post_init__(self) -> None:
+        require(self.bootstrap >= 100, f"--bootstrap={self.bootstrap}: a 95% interval needs at least 100 samples")
+        require(self.seed >= 0, f"--seed={self.seed} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,37 @@ class LeaderboardConfig:
     limit: float | None = flag("only so many samples per task (below 1: a share), for a trial", None)
     include_path: str | None = flag("folder of further task yaml files", None)
     backend: Literal["hf", "vllm"] = flag("lm-eval back end", "hf")
-    batch_size: str = flag("lm-eval batch size", "auto")
+    batch_size: str = flag("sequences at a time, or 'auto': what fits a GPU, and 1 on a CPU", "auto")
     dtype: Literal["bfloat16", "float32"] = flag("precision of the model", "bfloat16")
     max_length: int | None = flag("context length; the authors used 2048", None)
     max_gen_toks: int | None = flag("longest generation; the authors used 1024", None)
-    num_fewshot: int | None = flag("few-shot examples, in place of each task's own number", None)
+    num_fewshot: int | None = flag("few-shot examples, in place of each task's own number unless that is 0", None)
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)
     fewshot_as_multiturn: bool = flag("few-shot examples as turns of a conversation", True)
     tensor_parallel_size: int = flag("GPUs that one vLLM engine spans (backend vllm)", 1)
     seed: int = flag("seed of the few-shot sampling", 42)
+    overwrite: bool = flag("replace results that other flags or another model made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit > 0, f"--limit={self.limit} must be positive")
+        require(
+            self.limit is None or self.limit < 1 or self.limit == int(self.limit),
+            f"--limit={self.limit}: give a whole number of samples, or a share below 1",
+        )
+        for name in ("max_length", "max_gen_toks", "tensor_parallel_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name}={value} must be at least 1")
+        require(self.num_fewshot is None or self.num_fewshot >= 0, f"--num_fewshot={self.num_fewshot} must not be negative")
+        require(self.seed >= 0, f"--seed={self.seed} must not be negative")
+        require(
+            self.batch_size == "auto" or (self.batch_size.isdigit() and int(self.batch_size) >= 1),
+            f"--batch_size={self.batch_size}: give a positive number or auto",
+        )
+        require(
+            self.tensor_parallel_size == 1 or self.backend == "vllm",
+            f"--tensor_parallel_size={self.tensor_parallel_size} is for --backend=vllm; hf holds a whole model per GPU",
+        )
         require(
             self.apply_chat_template or not self.fewshot_as_multiturn,
             "--fewshot_as_multiturn needs --apply_chat_template; give --fewshot_as_multiturn=false as well",

@@ -47,7 +47,8 @@ class TrainConfig:
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = flag("'auto' is eager for WDPO's double backward, else sdpa", "auto")
     seed: int = flag("seed of the shuffling", 42)
-    resume: Literal["auto", "never"] = flag("'auto' continues from save_path/resume where there is one", "auto")
+    save_resume: bool = flag("save DeepSpeed's state with every checkpoint (12 bytes a parameter), to continue from", True)
+    resume: Literal["auto", "never"] = flag("'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto")
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 
     @property

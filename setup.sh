@@ -1,0 +1,214 @@
+#!/usr/bin/env bash
+# Step 0: the environment, then models and prompts. A second run finds everything there and does nothing.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+ENV_NAME="drdpo_env"
+
+usage="usage: bash setup.sh [--models=NAMES] [--datasets=NAMES] [--torch_index=URL] [--dev[=true|false]] [--help]"
+
+print_help() {
+    cat <<HELP
+$usage
+
+Makes the environment $ENV_NAME, then fetches models into models/ and prompts into datasets/, skipping what is there.
+
+  --models=NAMES     comma-separated: SmolLM2-135M, ArmoRM-SmolLM2, Llama1b, Llama3b, Llama8b, ArmoRM; or embedded
+                     (no hub, no login), all, none; auto (the default) is all where the hub answers, else embedded
+  --datasets=NAMES   comma-separated: embedded_prompts, helpsteer2_prompts; or embedded, all, none, auto (the default)
+  --torch_index=URL  package index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+  --dev              also install what tests/run.sh needs (requirements/dev.txt)
+
+Environment, the first of: \$DRDPO_ENV; an active virtual or conda environment other than conda's base; the one of the
+last run; the conda environment $ENV_NAME where conda exists; a virtual environment at .venv.
+Packages: requirements/gpu.txt where an NVIDIA GPU is visible, else requirements/cpu.txt.
+HELP
+}
+
+die() {
+    echo "error: $1" >&2
+    exit "${2:-1}"
+}
+
+refuse() {
+    echo "$usage" >&2
+    die "$1" 2
+}
+
+models="auto" datasets="auto" torch_index="" dev="false"
+
+parse_flags() {
+    local name value
+    while (($#)); do
+        case "$1" in
+            -h | --help)
+                print_help
+                exit 0
+                ;;
+            --dev) # A switch; --dev=false also works.
+                dev="true"
+                shift
+                continue
+                ;;
+            --*=*)
+                name="${1%%=*}" value="${1#*=}"
+                shift
+                ;;
+            --models | --datasets | --torch_index)
+                (($# >= 2)) || refuse "$1 needs a value"
+                name="$1" value="$2"
+                shift 2
+                ;;
+            *) refuse "unknown flag $1" ;;
+        esac
+        [[ -n "$value" ]] || refuse "$name needs a value"
+        case "$name" in
+            --models) models="$value" ;;
+            --datasets) datasets="$value" ;;
+            --torch_index) torch_index="$value" ;;
+            --dev)
+                [[ "$value" == true || "$value" == false ]] || refuse "--dev=$value: true or false"
+                dev="$value"
+                ;;
+            *) refuse "unknown flag $name" ;;
+        esac
+    done
+}
+
+# new_enough PYTHON: is it Python 3.11 or newer?
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# find_python: a Python 3.11, else a newer one.
+find_python() {
+    local candidate
+    for candidate in python3.11 python3 python python3.12 python3.13; do
+        if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or newer was found on PATH; install python3.11 (with its venv module) or conda, then run setup.sh again"
+}
+
+# make_venv FOLDER: a virtual environment there, made anew where it is broken or was moved.
+make_venv() {
+    local environment="$1" python
+    if [[ -x "$environment/bin/python" ]] && grep -qsF -- "$environment" "$environment/bin/activate" &&
+        "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
+        return
+    fi
+    python="$(find_python)"
+    echo "making a virtual environment at $environment with $("$python" --version)"
+    "$python" -m venv --clear "$environment" || die "$python cannot make virtual environments; install its venv module (Debian: python3-venv)"
+}
+
+# conda_prefix: where the conda environment drdpo_env lies; fails where there is none.
+conda_prefix() {
+    conda run -n "$ENV_NAME" python -c 'import sys; print(sys.prefix)' 2>/dev/null
+}
+
+# choose_environment: sets `environment`.
+choose_environment() {
+    local noted=""
+    [[ ! -f "$ROOT/.environment" ]] || noted="$(<"$ROOT/.environment")"
+    if [[ -n "${DRDPO_ENV:-}" ]]; then
+        environment="$DRDPO_ENV"
+    elif [[ -n "${VIRTUAL_ENV:-}" && -x "${VIRTUAL_ENV:-}/bin/python" ]]; then
+        environment="$VIRTUAL_ENV"
+    elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base && -x "${CONDA_PREFIX:-}/bin/python" ]]; then
+        environment="$CONDA_PREFIX"
+    elif [[ -n "$noted" && -x "$noted/bin/python" && "$noted" != "$ROOT/.venv" ]]; then
+        environment="$noted"
+    elif [[ "$noted" != "$ROOT/.venv" ]] && command -v conda >/dev/null; then
+        if ! environment="$(conda_prefix)"; then
+            echo "making the conda environment $ENV_NAME"
+            conda create --yes --name "$ENV_NAME" python=3.11 pip || die "conda could not make the environment $ENV_NAME"
+            environment="$(conda_prefix)" || die "conda made the environment $ENV_NAME, but cannot run its python"
+        fi
+    else
+        environment="$ROOT/.venv"
+        make_venv "$environment"
+    fi
+    [[ -x "$environment/bin/python" ]] || die "there is no environment at $environment"
+    new_enough "$environment/bin/python" || die "the environment $environment has $("$environment/bin/python" --version); Python 3.11 or newer is needed. Deactivate it and run setup.sh again"
+    if [[ "$environment" != "$noted" && "$environment" != "$ROOT/.venv" && "$(basename "$environment")" != "$ENV_NAME" ]]; then
+        echo "note: using the environment $environment; its packages will be changed to the pinned versions of this repository"
+    fi
+}
+
+# key FILE: what an installation of this list depends on: the list, the interpreter and the place.
+key() {
+    "$environment/bin/python" -c 'import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version.split()[0], sys.prefix)' "$1"
+}
+
+# installed FILE: was this list installed to its end? Each list has its stamp inside the environment.
+installed() {
+    local stamp
+    stamp="$environment/.drdpo_$(basename "$1")"
+    [[ -f "$stamp" && "$(<"$stamp")" == "$(key "$1")" ]]
+}
+
+pip_install() {
+    local quiet=(--quiet --progress-bar off)
+    [[ ! -t 1 ]] || quiet=() # A person sees what arrives.
+    DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip install "${quiet[@]}" "$@"
+}
+
+# install_lock FILE: the pinned packages and nothing else, then what this machine's build of torch needs beside them.
+install_lock() {
+    local lock="$1" torch
+    torch="$(sed -n 's/^torch==//p' "$lock")"
+    rm -f "$environment"/.drdpo_*
+    echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
+    if [[ -n "$torch_index" ]]; then
+        pip_install --no-deps --index-url "$torch_index" "torch==$torch"
+    elif [[ "$(basename "$lock")" == cpu.txt ]] && ! "$environment/bin/python" -c 'import torch' >/dev/null 2>&1; then
+        echo "note: where the package index serves torch's CUDA build, several GB follow; it also works without a GPU."
+        echo "      The small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
+    fi
+    pip_install --no-deps -r "$lock"
+    # The CUDA build of torch cannot be imported without the libraries that it names; the CPU build needs none of them.
+    pip_install --constraint "$lock" "torch==$torch"
+    "$environment/bin/python" -c 'import torch' || die "torch was installed, but cannot be imported"
+    key "$lock" >"$environment/.drdpo_$(basename "$lock")"
+}
+
+parse_flags "$@"
+
+# env.sh refuses a noted environment that is gone; here it is made anew.
+if [[ -f "$ROOT/.environment" && ! -x "$(<"$ROOT/.environment")/bin/python" ]]; then
+    rm -f "$ROOT/.environment"
+fi
+choose_environment
+# shellcheck source=src/env.sh
+source "$ROOT/src/env.sh"
+
+PYTHONPATH="$ROOT/src" "$environment/bin/python" -m drdpo.asset_names "$models" "$datasets" || {
+    echo "$usage" >&2
+    exit 2
+}
+command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    echo "note: no C++ compiler was found; DeepSpeed compiles its optimizers with one. Debian: apt-get install g++" >&2
+
+lock="$ROOT/requirements/cpu.txt"
+if has_gpu; then
+    lock="$ROOT/requirements/gpu.txt"
+fi
+if ! installed "$lock"; then
+    install_lock "$lock"
+elif [[ -n "$torch_index" ]]; then
+    echo "note: torch is installed already; --torch_index changes nothing. To change the build, remove $environment first"
+fi
+if [[ "$dev" == true ]] && ! installed "$ROOT/requirements/dev.txt"; then
+    pip_install --no-deps -r "$ROOT/requirements/dev.txt"
+    key "$ROOT/requirements/dev.txt" >"$environment/.drdpo_dev.txt"
+fi
+if [[ ! -f "$ROOT/.environment" || "$(<"$ROOT/.environment")" != "$environment" ]]; then
+    printf '%s\n' "$environment" >"$ROOT/.environment"
+fi
+echo "environment: $environment ($(basename "$lock"))"
+
+"$environment/bin/python" "$ROOT/src/download_assets.py" --models="$models" --datasets="$datasets"

@@ -1,0 +1,1 @@
+"""Step 4: averages, spider, leaderboard, report."""

@@ -1,0 +1,1 @@
+"""Step 1a: sample completions of prompts with vLLM or transformers."""

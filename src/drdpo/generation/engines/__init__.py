@@ -1,0 +1,1 @@
+"""Engines that turn token ids into sampled token ids, behind one interface."""

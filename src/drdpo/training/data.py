@@ -1,0 +1,147 @@
+"""Preferences from a folder, a saved data set or the hub, as token ids of prompt, chosen and rejected answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from drdpo import chat, distributed
+from drdpo.errors import DataError
+from drdpo.records import Message, Preference, read_rows
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of one preference; an answer that was not cut ends in the template's end-of-turn token."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def __len__(self) -> int:
+        """Tokens of the longer sequence."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def load_preferences(dataset_path: str, split: str) -> list[Preference]:
+    """Read one split of a preference data set.
+
+    Args:
+        dataset_path: a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own
+            records or TRL's form: prompt, chosen and rejected as message lists or texts, or chosen and rejected with
+            the shared prompt inside.
+        split: "train" or "test".
+
+    Raises:
+        DataError: no such data set or split, no rows, or a row without the fields; names file, row and field.
+    """
+    folder = Path(dataset_path)
+    if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
+        source = str(folder / f"{split}.jsonl")
+        rows = read_rows(Path(source))
+    else:
+        source = f"{dataset_path} [{split}]"
+        rows = enumerate(_hub_rows(dataset_path, split), start=1)
+    preferences = []
+    for number, row in rows:
+        try:
+            preferences.append(Preference.from_row(_own_form(row, number)))
+        except ValueError as error:
+            raise DataError(f"{source}, row {number}: {error}") from error
+    if not preferences:
+        raise DataError(f"{source}: the data set has no rows")
+    return preferences
+
+
+def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int) -> tuple[list[Pair], dict[str, int]]:
+    """Turn preferences into token ids.
+
+    Sampled ids are used where they are there and spell the stored text in this tokenizer; otherwise the text is encoded.
+    An answer is cut at max_len tokens in all and then has no end-of-turn token.
+
+    Args:
+        preferences: of one split.
+        tokenizer: of the policy.
+        max_len: longest prompt + answer in tokens.
+
+    Returns:
+        The pairs that can be trained on, and counts of what was done: "prompt too long", "empty answer" and
+        "equal answers" were left out, "answer cut" and "text encoded again" were not.
+    """
+    pairs, counts = [], dict.fromkeys(("prompt too long", "empty answer", "equal answers", "answer cut", "text encoded"), 0)
+    for preference in tqdm(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main()):
+        prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
+        room = max_len - len(prompt)
+        if room < 1:
+            counts["prompt too long"] += 1
+            continue
+        answers = []
+        for message, sampled in (
+            (preference.chosen, preference.chosen_token_ids),
+            (preference.rejected, preference.rejected_token_ids),
+        ):
+            ids, encoded = _answer(tokenizer, message, sampled)
+            counts["text encoded"] += encoded
+            counts["answer cut"] += len(ids) > room
+            answers.append(ids[:room])
+        if not all(answers):
+            counts["empty answer"] += 1
+        elif answers[0] == answers[1]:
+            counts["equal answers"] += 1
+        else:
+            pairs.append(Pair(prompt, *answers))
+    return pairs, counts
+
+
+def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int] | None) -> tuple[list[int], bool]:
+    """Ids of an answer, and whether they had to be made from its text."""
+    if sampled is None:
+        return chat.answer_token_ids(tokenizer, answer), True
+    known = all(token < len(tokenizer) for token in sampled)
+    if known and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
+        return list(sampled), False
+    return chat.answer_token_ids(tokenizer, answer), True
+
+
+def _own_form(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A row in TRL's forms as a row of ours; raises ValueError when it is neither."""
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise ValueError(f'field "{name}" is missing (the row has {", ".join(sorted(row)) or "no fields"})')
+    prompt, chosen, rejected = row.get("prompt"), _turns(row["chosen"]), _turns(row["rejected"])
+    if prompt is None:
+        if not isinstance(chosen, list) or not isinstance(rejected, list):
+            raise ValueError('field "prompt" is missing')
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(answer, list) and len(answer) != 1:
+            raise ValueError(f'field "{name}" must hold one assistant turn after the prompt, not {len(answer)}')
+    own = {name: row.get(name) for name in ("chosen_token_ids", "rejected_token_ids", "chosen_score", "rejected_score")}
+    return {**own, "prompt_id": row.get("prompt_id", number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _turns(answer: Any) -> Any:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def _hub_rows(dataset_path: str, split: str) -> Any:
+    import datasets
+
+    folder = Path(dataset_path)
+    try:
+        found = datasets.load_from_disk(dataset_path) if folder.is_dir() else datasets.load_dataset(dataset_path)
+    except Exception as error:
+        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{dataset_path}: neither a folder of preferences nor a data set of the hub ({reason})") from error
+    names = [split] if split == "train" else ["test", "validation", "eval"]
+    for name in names:
+        if name in found:
+            return found[name]
+    raise DataError(f"{dataset_path}: no split {' or '.join(names)} (it has {', '.join(found)})")

@@ -1,0 +1,97 @@
+"""The DeepSpeed engine: optimizer, schedule, precision and ZeRO stage from the flags. The only room deepspeed lives in."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from drdpo import distributed
+from drdpo.config import TrainConfig
+from drdpo.training.policy import Policy
+
+Engine = Any
+"""A deepspeed.DeepSpeedEngine around a Policy. Forward through engine.module, then engine.backward and engine.step."""
+
+
+def initialise() -> None:
+    """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls a collective by its older name; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.local_rank())
+        deepspeed.init_distributed("nccl", auto_mpi_discovery=False)
+        return
+    # DeepSpeed's shared-memory collective leaks shared memory on every start and takes half a minute to compile.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Gradients of rarely used tokens become denormal numbers, which CPUs handle a hundred times slower than zeros.
+    # NumPy warns when it first measures a float type after that, so it measures them before.
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)
+    torch.set_flush_denormal(True)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
+    """Wrap a policy for training.
+
+    Args:
+        policy: on the CPU, in the run's dtype.
+        config: of the run.
+        steps: optimizer steps that the learning-rate schedule spans.
+    """
+    import deepspeed
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, round(steps * config.warmup_ratio), steps, min_lr_rate=config.min_lr_ratio
+    )
+    engine, *_ = deepspeed.initialize(
+        model=policy, optimizer=optimizer, lr_scheduler=schedule, config=engine_config(config, distributed.world_size())
+    )
+    return engine
+
+
+def engine_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run on `world` processes."""
+    bfloat16 = config.dtype == "bfloat16"
+    return {
+        "train_batch_size": config.train_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.train_batch_size // (config.micro_batch * world),
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": bfloat16},
+        # Micro-batches are summed in float32: bfloat16 would round the later ones away.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "stage3_gather_16bit_weights_on_model_save": config.zero_stage == 3,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+@contextlib.contextmanager
+def evaluating(engine: Engine) -> Iterator[Policy]:
+    """The bare policy without gradients or recomputation."""
+    engine.module.eval()
+    try:
+        with torch.no_grad():
+            yield engine.module
+    finally:
+        engine.module.train()

@@ -1,0 +1,161 @@
+"""The training loop: one for every method."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from drdpo import distributed
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError
+from drdpo.manifest import write_manifest
+from drdpo.training import engine as deepspeed_engine
+from drdpo.training.batches import Batch, collate, micro_batches, padded_shards, step_indices
+from drdpo.training.checkpoint import load_state, save_model, save_state
+from drdpo.training.data import Pair
+from drdpo.training.engine import Engine, evaluating
+from drdpo.training.metrics import MetricsLog, pair_table, peak_memory_gib, step_metrics, table_means
+from drdpo.training.objective import Objective, needs_population, objective, pair_values, survey
+from drdpo.training.policy import load_policy
+from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
+from drdpo.training.run import Run, claim_folder, open_run
+
+
+def train_alignment(config: TrainConfig) -> None:
+    """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
+    deepspeed_engine.initialise()
+    run = open_run(config)
+    if claim_folder(run):
+        _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
+        return
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    policy = load_policy(config.model_path, dtype, config.attention, config.gradient_checkpointing)
+    engine = deepspeed_engine.start_engine(policy, config, run.steps)
+    references = {split: _reference(engine, run, split) for split in ("train", "test")}
+    done = load_state(engine, run.folder / "resume")
+    if done:
+        _say(f"continuing after step {done} of {run.steps}")
+    log = MetricsLog(run.folder, done)
+    try:
+        _steps(engine, run, references, done, log)
+    finally:
+        log.close()
+    if distributed.is_main():
+        write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=True)
+    torch.distributed.destroy_process_group()
+
+
+def train_step(engine: Engine, batches: list[tuple[Batch, Tensor]], config: TrainConfig) -> list[Objective]:
+    """One optimizer step.
+
+    Args:
+        engine: its gradient_accumulation_steps is the number of batches.
+        batches: this rank's micro-batches with their reference log-probs [B, 2].
+        config: of the run.
+
+    Returns:
+        What every micro-batch contributed, detached from its graph.
+    """
+    population = None
+    if needs_population(config) and config.robust_scope == "step" and len(batches) > 1:
+        population = survey(engine.module, batches, config)
+    parts = []
+    for batch, reference_B2 in batches:
+        part = objective(engine.module, batch, reference_B2, config, population)
+        engine.backward(part.total)
+        engine.step()
+        values = part.values
+        parts.append(
+            Objective(
+                part.total.detach(),
+                values._replace(losses_B=values.losses_B.detach(), embeds_STD=values.embeds_STD.detach()[:0]),
+                part.weights_B,
+                part.penalties_B,
+            )
+        )
+    return parts
+
+
+def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]:
+    """Plain, unweighted loss, accuracy and rewards on all test pairs; every rank must call."""
+    shards = padded_shards(
+        len(run.test), [len(pair) for pair in run.test], run.config.micro_batch, distributed.rank(), distributed.world_size()
+    )
+    tables = []
+    with evaluating(engine) as policy:
+        for indices in tqdm(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
+            batch, reference_B2 = _on_device(engine, run.test, indices, reference_M2, run.pad_token_id)
+            table_B4 = pair_table(pair_values(policy, batch, reference_B2, run.config), run.config.beta)
+            tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4], dim=1))
+    table_K5 = distributed.gather(torch.cat(tables))
+    means = table_means(table_K5[table_K5[:, 0] >= 0][:, 1:])
+    return {f"eval_{name}": value for name, value in means.items()}
+
+
+def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, log: MetricsLog) -> None:
+    config, lengths = run.config, [len(pair) for pair in run.train]
+    bar = tqdm(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
+               disable=not distributed.is_main())  # fmt: skip
+    for step in bar:
+        started = time.perf_counter()
+        dealt = micro_batches(
+            step_indices(len(run.train), config.train_batch_size, config.seed, step), lengths, config.micro_batch,
+            distributed.rank(), distributed.world_size(), by_length=config.robust_scope == "step",
+        )  # fmt: skip
+        batches = [_on_device(engine, run.train, indices, references["train"], run.pad_token_id) for indices in dealt]
+        learning_rate = engine.optimizer.param_groups[0]["lr"]
+        parts = train_step(engine, batches, config)
+        tokens = torch.tensor([float(sum(batch.tokens for batch, _ in batches))], device=engine.device)
+        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch, **step_metrics(parts, config)}
+        metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
+        metrics["tokens_per_second"] = float(distributed.gather(tokens).sum()) / (time.perf_counter() - started)
+        metrics["peak_memory_gib"] = peak_memory_gib()
+        if step == 0:
+            _check_first_loss(metrics["loss"], config)
+        last = step + 1 == run.steps
+        if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
+            metrics.update(evaluate(engine, run, references["test"]))
+        log.write(metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['accuracy']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+        if last or (config.save_steps and (step + 1) % config.save_steps == 0):
+            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}")
+            if config.save_resume:
+                save_state(engine, run.folder / "resume", step + 1)
+
+
+def _reference(engine: Engine, run: Run, split: str) -> Tensor:
+    pairs = getattr(run, split)
+    path = run.folder / f"reference_{split}.safetensors"
+    key = reference_key(run.made_by["model"], pairs, run.config.dtype, run.config.attention)
+    logprobs_M2 = read_reference(path, key, len(pairs))
+    # All ranks must agree: one that sees the file while another does not would wait for it forever.
+    have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
+    if logprobs_M2 is None or not have.bool().all():
+        logprobs_M2 = reference_logprobs(engine, pairs, run.pad_token_id, run.config.micro_batch, split)
+        if distributed.is_main():
+            write_reference(path, key, logprobs_M2)
+    return logprobs_M2
+
+
+def _on_device(
+    engine: Engine, pairs: list[Pair], indices: list[int], reference_M2: Tensor, pad_token_id: int
+) -> tuple[Batch, Tensor]:
+    batch = collate(pairs, indices, pad_token_id)
+    return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
+
+
+def _check_first_loss(loss: float, config: TrainConfig) -> None:
+    """Before the first step policy and reference are one, so the loss is that of a zero margin."""
+    expected = 1 / (4 * config.beta**2) if config.loss_type == "ipo" else math.log(2)
+    tolerance = (0.05 if config.dtype == "bfloat16" else 1e-3) * max(1.0, expected)
+    if abs(loss - expected) > tolerance:
+        raise DataError(
+            f"the first loss is {loss:.4f}, not {expected:.4f}: the reference log-probs do not belong to {config.model_path}"
+        )
+
+
+def _say(message: str) -> None:
+    if distributed.is_main():
+        print(message, flush=True)

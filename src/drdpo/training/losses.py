@@ -1,0 +1,110 @@
+"""The losses as pure functions of small tensors: no process group, no device, no file.
+
+Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences (all chosen rows, then all rejected),
+T tokens, D width.
+
+The family (arXiv 2502.01930; Dr. DPO: 2407.07880), with h the margin of implicit log-ratios:
+    total = mean_i( w_i l(h_i) + rho |grad_{e_i} l_i|^2 ),
+where KLDPO and Dr. DPO choose the weights w (detached) and WDPO the penalty.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def pair_losses(
+    margins_B: Tensor, beta: float, smoothing: float = 0.0, kind: Literal["sigmoid", "ipo", "robust"] = "sigmoid"
+) -> Tensor:
+    """Pointwise preference loss of every pair.
+
+    Args:
+        margins_B: [B] h = [log pi(y_w) - log ref(y_w)] - [log pi(y_l) - log ref(y_l)], log-probs summed over the answer.
+        beta: strength of the KL leash.
+        smoothing: e, the assumed rate of flipped labels (not for ipo).
+        kind: "sigmoid": -(1-e) log s(beta h) - e log s(-beta h), DPO (2305.18290, eq. 7) and, with e > 0, cDPO;
+            "ipo": (h - 1/(2 beta))^2 (2310.12036, eq. 17);
+            "robust": [-(1-e) log s(beta h) + e log s(-beta h)] / (1 - 2e), rDPO (2403.00409, eq. 12).
+
+    Returns:
+        [B] losses; ln 2 for sigmoid and robust at h = 0.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "ipo":
+        return (margins_B - 1 / (2 * beta)).square()
+    right_B, wrong_B = -logsigmoid(beta * margins_B), -logsigmoid(-beta * margins_B)
+    if kind == "sigmoid":
+        return (1 - smoothing) * right_B + smoothing * wrong_B
+    if kind == "robust":
+        return ((1 - smoothing) * right_B - smoothing * wrong_B) / (1 - 2 * smoothing)
+    raise ValueError(f"unknown kind of loss {kind!r}")
+
+
+def kl_weights(
+    losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False
+) -> Tensor:
+    """KLDPO's weights: a harder pair counts more.
+
+    Args:
+        losses_B: [B] losses to weigh.
+        population_P: [P] losses of the population they belong to.
+        tau: temperature; infinity is DPO.
+        cap: largest weight of the code form.
+        normalize: False for the authors' code, min(cap, exp((l - mean l) / tau)); True for Algorithm 2,
+            P softmax(l / tau) over the population, whose gradient is that of tau log mean exp(l / tau).
+
+    Returns:
+        [B] weights, detached.
+    """
+    losses_B, population_P = losses_B.detach(), population_P.detach()
+    if normalize:
+        return torch.exp(losses_B / tau - _log_mean_exp(population_P / tau))
+    return torch.exp((losses_B - population_P.mean()) / tau).clamp(max=cap)
+
+
+def drdpo_weights(losses_B: Tensor, population_P: Tensor, temperature: float) -> Tensor:
+    """Dr. DPO's weights: a harder pair, more likely mislabelled, counts less (2407.07880, eq. 13).
+
+    Args:
+        losses_B: [B] losses to weigh.
+        population_P: [P] losses of the population they belong to.
+        temperature: t; the gradient is that of -t log mean exp(-l / t).
+
+    Returns:
+        [B] weights exp(-l / t) / mean exp(-l / t), detached.
+    """
+    losses_B, population_P = losses_B.detach(), population_P.detach()
+    return torch.exp(-losses_B / temperature - _log_mean_exp(-population_P / temperature))
+
+
+def gradient_penalty(losses_B: Tensor, embeds_STD: Tensor, create_graph: bool) -> Tensor:
+    """WDPO's |grad_{e_i} l_i|^2 of every pair, over the prompt and answer embeddings of both its sequences.
+
+    The pairs do not attend to each other, so the gradient of the summed losses separates by pair (appendix F of
+    2502.01930, per-sample squared form; the prompt counts once per sequence, as in the authors' code).
+
+    Args:
+        losses_B: [B] losses that depend on `embeds_STD`.
+        embeds_STD: [S, T, D] input embeddings, S = 2B.
+        create_graph: keep the graph, so that the penalty can be differentiated.
+
+    Returns:
+        [B] squared norms, float32 (float64 for float64 losses).
+    """
+    (grad_STD,) = torch.autograd.grad(losses_B.sum(), embeds_STD, create_graph=create_graph, retain_graph=True)
+    squares_S = grad_STD.to(losses_B.dtype).square().sum(dim=(1, 2))
+    return squares_S[: len(losses_B)] + squares_S[len(losses_B) :]
+
+
+def effective_sample_size(weights_P: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2, between 1 (one pair decides) and P (all weigh the same)."""
+    return weights_P.sum().square() / weights_P.square().sum()
+
+
+def _log_mean_exp(values_P: Tensor) -> Tensor:
+    return torch.logsumexp(values_P, dim=0) - math.log(len(values_P))

@@ -1,0 +1,106 @@
+"""What a step and an evaluation report: one line a step in metrics.jsonl, the same figures in TensorBoard.
+
+Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drdpo import distributed
+from drdpo.config import TrainConfig
+from drdpo.files import atomic_file
+from drdpo.training import losses
+from drdpo.training.objective import Objective, PairValues
+
+
+def pair_table(values: PairValues, beta: float) -> Tensor:
+    """[B, 4] per pair: plain loss, is the margin positive, chosen reward, rejected reward (beta times the log-ratio)."""
+    pairs = len(values.losses_B)
+    rewards_S = beta * values.log_ratios_S
+    columns = (values.losses_B, (values.margins_B > 0).float(), rewards_S[:pairs], rewards_S[pairs:])
+    return torch.stack([column.detach().float() for column in columns], dim=1)
+
+
+def table_means(table_P4: Tensor) -> dict[str, float]:
+    """Means of pair_table's columns, and the margin of the rewards."""
+    loss, accuracy, chosen, rejected = table_P4.double().mean(dim=0).tolist()
+    return {
+        "loss": loss,
+        "accuracy": accuracy,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "margin": chosen - rejected,
+    }
+
+
+def step_metrics(parts: list[Objective], config: TrainConfig) -> dict[str, float]:
+    """Figures of one optimizer step over all its micro-batches and ranks; every rank must call.
+
+    `loss` is the plain, unweighted mean, which methods can be compared by; `objective` is what was minimised.
+    """
+    metrics = table_means(distributed.gather(torch.cat([pair_table(part.values, config.beta) for part in parts])))
+    weighted = distributed.gather(torch.cat([part.weights_B * part.values.losses_B.detach() for part in parts]))
+    metrics["objective"] = float(weighted.mean())
+    if config.method in ("kldpo", "drdpo"):
+        weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))
+        metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
+    if config.method == "wdpo":
+        assert config.wdpo_rho is not None
+        penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
+        penalty = float(distributed.gather(torch.cat(penalties)).mean())
+        metrics["penalty"] = penalty
+        metrics["objective"] += config.wdpo_rho * (penalty**0.5 if config.wdpo_penalty == "root" else penalty)
+    return metrics
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process has held: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsLog:
+    """Appends to save_path/metrics.jsonl and TensorBoard; on rank 0 only, a no-op elsewhere."""
+
+    def __init__(self, save_path: Path, done: int) -> None:
+        """Open the log of a run that has `done` steps behind it; lines beyond them are dropped."""
+        self._writer: Any = None
+        if not distributed.is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = save_path / "metrics.jsonl"
+        kept = []
+        if path.is_file():
+            # A line may be cut where the process was killed in the middle of it; its step is done again.
+            for line in path.read_text(encoding="utf-8").splitlines()[:done]:
+                kept.append(line + "\n")
+        with atomic_file(path) as stream:
+            stream.writelines(kept)
+        self._stream = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(save_path / "tensorboard"), purge_step=done + 1)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Add one step's line."""
+        if self._writer is None:
+            return
+        self._stream.write(json.dumps(metrics) + "\n")
+        self._stream.flush()
+        step = int(metrics["step"])
+        for name, value in metrics.items():
+            if name != "step":
+                group, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._stream.close()
+            self._writer.close()

@@ -1,0 +1,138 @@
+"""A training run's folder and inputs: checked before anything slow, written down before the work begins."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drdpo import chat, distributed
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.files import atomic_file
+from drdpo.flags import as_dict
+from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
+from drdpo.models import check_model_folder
+from drdpo.training.data import Pair, load_preferences, tokenise
+
+NOT_COMPARED = ("save_path", "resume", "check_only", "save_steps", "eval_steps", "save_resume")
+"""Flags that do not change the trained model."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training loop needs to know of its inputs."""
+
+    config: TrainConfig
+    folder: Path
+    tokenizer: chat.Tokenizer
+    train: list[Pair]
+    test: list[Pair]
+    counts: dict[str, Any]
+    made_by: dict[str, Any]
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.config.max_steps or self.config.max_epochs * self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train) // self.config.train_batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step on one rank."""
+        return self.config.train_batch_size // (self.config.micro_batch * distributed.world_size())
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Refuse what cannot be trained, without torch and before any model is loaded.
+
+    Raises:
+        UsageError: batch, micro-batch and processes do not divide, or a robust population of one pair.
+        DataError: model folder or data set are not usable.
+    """
+    world, micro = distributed.world_size(), config.micro_batch
+    if config.train_batch_size % (micro * world):
+        raise UsageError(
+            f"--train_batch_size={config.train_batch_size} is not divisible by --micro_batch_size={micro} times "
+            f"{world} process{'es' if world > 1 else ''}"
+        )
+    population = config.train_batch_size if config.robust_scope == "step" else micro * world
+    if config.method in ("kldpo", "drdpo") and population == 1:
+        raise UsageError(
+            "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
+            "--micro_batch_size under --robust_scope=micro"
+        )
+    check_model_folder(config.model_path)
+    if Path(config.dataset_path).exists():
+        for split in ("train", "test"):
+            load_preferences(config.dataset_path, split)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Read and tokenise the pairs, and write config.json and manifest.json into the run's folder.
+
+    Raises:
+        UsageError: the folder holds a run with other flags, model or pairs.
+        DataError: too few usable pairs.
+    """
+    tokenizer = chat.load_tokenizer(config.model_path)
+    pairs, counts = {}, {}
+    for split in ("train", "test"):
+        preferences = load_preferences(config.dataset_path, split)
+        pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len)
+        counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
+        if distributed.is_main():
+            told = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+            print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{' (' + told + ')' if told else ''}")
+    for split, least in (("train", config.train_batch_size), ("test", 1)):
+        if len(pairs[split]) < least:
+            raise DataError(
+                f"{config.dataset_path}: {len(pairs[split])} usable {split} pairs, fewer than {least}"
+                + (f"; give --train_batch_size={len(pairs[split])} or less" if split == "train" else "")
+            )
+    made_by = {name: value for name, value in as_dict(config).items() if name not in NOT_COMPARED}
+    made_by["model"] = fingerprint(config.model_path)
+    if Path(config.dataset_path).is_dir():
+        made_by["data"] = [fingerprint(file) for file in sorted(Path(config.dataset_path).glob("*.jsonl"))]
+    return Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by)
+
+
+def claim_folder(run: Run) -> bool:
+    """Make the run's folder ours; True where the run in it is already complete. Every rank must call.
+
+    Raises:
+        UsageError: another run is in it, and --resume=auto asks to continue.
+    """
+    before = read_manifest(run.folder).get("train")
+    if before is not None and run.config.resume == "auto":
+        changes = changed(before["made_by"], run.made_by)
+        if changes:
+            raise UsageError(
+                f"{run.folder} holds a run made otherwise: {changes}; give another --save_path, or --resume=never to replace it"
+            )
+        if before.get("complete") and (run.folder / f"global_step_{run.steps}" / "config.json").is_file():
+            return True
+    distributed.barrier()
+    if distributed.is_main():
+        if run.config.resume == "never":
+            _clear(run.folder)
+        with atomic_file(run.folder / "config.json") as stream:
+            json.dump(as_dict(run.config), stream, indent=2)
+        write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
+    distributed.barrier()
+    return False
+
+
+def _clear(folder: Path) -> None:
+    for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
+        shutil.rmtree(old, ignore_errors=True)
+    for name in ("metrics.jsonl", "reference_train.safetensors", "reference_test.safetensors"):
+        (folder / name).unlink(missing_ok=True)

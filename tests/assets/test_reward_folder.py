@@ -1,0 +1,134 @@
+"""The embedded reward model's folder: ArmoRM's layout out of a policy and committed heads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from drdpo.assets import reward_model
+from drdpo.assets.reward_model import make_reward_model, reward_model_is_made
+from drdpo.errors import DataError
+from drdpo.rewards.layout import check_folder, read_shapes
+
+WIDTH = 32
+"""Of the tiny policy."""
+
+
+def _heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    sizes = [WIDTH, 8, 8, 8, 2]
+    heads = {
+        "regression_layer.weight": torch.full((2, WIDTH), scale),
+        "reward_transform_matrix": torch.eye(2),
+        "gating.logit_scale": torch.ones(1),
+    }
+    for layer, (wide, high) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        heads[f"gating.layers.{layer}.weight"] = torch.zeros(high, wide)
+        heads[f"gating.layers.{layer}.bias"] = torch.zeros(high)
+    return {name: head.to(dtype) for name, head in heads.items()}
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    folder = tmp_path / "committed heads"
+    folder.mkdir()
+    save_file(_heads(), folder / "heads.safetensors")
+    added = {
+        "objectives": ["helpsteer-helpfulness", "helpsteer-verbosity"], "num_objectives": 2, "gating_temperature": 10,
+        "gating_hidden_dim": 8, "gating_n_hidden": 3, "gating_token_pattern": [2, 198, 1, 520],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(added))
+    (folder / "README.md").write_text("the card\n")
+    template = (reward_model.COMMITTED / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def test_the_folder_has_armorms_layout(tiny_policy: Path, committed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reward model"
+    make_reward_model(folder, tiny_policy, committed)
+    layout = check_folder(folder)
+    assert layout.objectives == ("helpsteer-helpfulness", "helpsteer-verbosity")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForRewardModelWithGating"]
+    assert config["hidden_size"] == WIDTH, "the backbone's own fields are kept"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {name: shard for name, shard in index["weight_map"].items()}
+    assert {shard for name, shard in shards.items() if name.startswith("model.")} == {reward_model.SHARDS[0]}
+    assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {reward_model.SHARDS[1]}
+    assert "lm_head.weight" not in shards
+    values = sum(torch.Size(shape).numel() for _, shape in read_shapes(folder).values())
+    assert index["metadata"]["total_size"] == 4 * values, "all tensors of this test are float32"
+    assert (folder / "README.md").read_text() == "the card\n"
+
+
+def test_the_head_names_are_those_of_the_published_checkpoint(root: Path) -> None:
+    inventory = root.parent / "shared" / "data" / "armorm" / "tensor_inventory.json"
+    if not inventory.is_file():
+        pytest.skip("../shared is not there")
+    published = json.loads(inventory.read_text())["armorm"]["non_layer_tensors"]
+    assert set(_heads()) == {name for name in published if not name.startswith("model.")}
+
+
+def test_the_backbone_is_linked_or_copied(
+    tiny_policy: Path, committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError("another file system")
+
+    source = tiny_policy / "model.safetensors"
+    make_reward_model(tmp_path / "linked", tiny_policy, committed)
+    assert (tmp_path / "linked" / reward_model.SHARDS[0]).samefile(source)
+    monkeypatch.setattr(reward_model.os, "link", refuse)
+    make_reward_model(tmp_path / "copied", tiny_policy, committed)
+    copy = tmp_path / "copied" / reward_model.SHARDS[0]
+    assert not copy.samefile(source)
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def test_raw_messages_get_no_system_turn(tiny_policy: Path, committed: Path, tmp_path: Path) -> None:
+    from drdpo.chat import conversation_token_ids, load_tokenizer
+
+    make_reward_model(tmp_path / "reward", tiny_policy, committed)
+    tokenizer = load_tokenizer(str(tmp_path / "reward"))
+    turns = [{"role": "user", "content": "Count: 12"}, {"role": "assistant", "content": "Done"}]
+    text = tokenizer.decode(conversation_token_ids(tokenizer, turns))
+    assert text.startswith("<|im_start|>user\nCount: 12<|im_end|>\n<|im_start|>assistant\nDone<|im_end|>")
+    assert tokenizer.tokenize("12") == ["1", "2"]
+
+
+def test_changed_heads_are_noticed(tiny_policy: Path, committed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    assert not reward_model_is_made(folder, tiny_policy, committed)
+    make_reward_model(folder, tiny_policy, committed)
+    assert reward_model_is_made(folder, tiny_policy, committed)
+    save_file(_heads(scale=2.0), committed / "heads.safetensors")
+    assert not reward_model_is_made(folder, tiny_policy, committed)
+    make_reward_model(folder, tiny_policy, committed)
+    assert reward_model_is_made(folder, tiny_policy, committed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "heads.safetensors").unlink(), "heads.safetensors: no such file"),
+        (lambda folder: save_file(_heads(torch.float16), folder / "heads.safetensors"), r"\(F16\) has no place there"),
+        (lambda folder: save_file({"model.x": torch.ones(1)}, folder / "heads.safetensors"), "model.x .* has no place"),
+        (lambda folder: (folder / "heads.safetensors").write_bytes(b"\x08\0\0"), "not whole safetensors"),
+    ],
+)
+def test_bad_heads_leave_nothing(tiny_policy: Path, committed: Path, tmp_path: Path, spoil, message: str) -> None:
+    spoil(committed)
+    with pytest.raises(DataError, match=message):
+        make_reward_model(tmp_path / "models" / "reward", tiny_policy, committed)
+    assert not list(tmp_path.glob("models/*"))
+    assert not list(tmp_path.glob("models/.*"))
+
+
+def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm: Path) -> None:
+    folder = root / "models" / "ArmoRM-SmolLM2"
+    assert folder.is_dir(), "the embedded reward model is missing; run: bash setup.sh --models=embedded"
+    layout = check_folder(folder)
+    assert "helpsteer-helpfulness" in layout.objectives
+    assert reward_model_is_made(folder, smollm), "models/ArmoRM-SmolLM2 is older than the committed heads; run setup.sh"

@@ -1,0 +1,66 @@
+"""The bootstrap: hand-computed intervals and its laws."""
+
+import numpy as np
+import pytest
+
+from drdpo.evaluation.statistics import bootstrap_means
+
+
+def test_two_prompts_by_hand() -> None:
+    # Draws of two from {0, 1} have mean 0, 1/2 or 1 with chance 1/4, 1/2, 1/4: the 95% interval is [0, 1].
+    (figure,) = bootstrap_means(np.array([[0.0], [1.0]]), draws=1000, seed=0)
+    assert (figure.value, figure.low, figure.high) == (0.5, 0.0, 1.0)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    (figure,) = bootstrap_means(np.array([[3.0]]), draws=1000, seed=0)
+    assert (figure.value, figure.low, figure.high) == (3.0, None, None)
+
+
+def test_interval_equals_a_plain_bootstrap() -> None:
+    """Against resampling rows one by one with another generator: equal up to the noise of the draws."""
+    generator = np.random.default_rng(1)
+    values_PK = generator.gamma(2.0, size=(30, 2))
+    figures = bootstrap_means(values_PK, draws=20000, seed=5)
+    rows = generator.integers(0, 30, size=(20000, 30))
+    low_K, high_K = np.quantile(values_PK[rows].mean(axis=1), [0.025, 0.975], axis=0)
+    for figure, low, high in zip(figures, low_K, high_K, strict=True):
+        assert figure.low == pytest.approx(low, abs=0.02)
+        assert figure.high == pytest.approx(high, abs=0.02)
+
+
+def test_prompts_are_drawn_as_whole_rows() -> None:
+    values_P = np.random.default_rng(2).normal(size=40)
+    one, mirrored = bootstrap_means(np.stack([values_P, -values_P], axis=1), draws=500, seed=3)
+    assert one.low == pytest.approx(-mirrored.high)
+    assert one.high == pytest.approx(-mirrored.low)
+
+
+def test_seed_decides_and_blocks_do_not_change_the_count() -> None:
+    values_PK = np.random.default_rng(4).normal(size=(25, 1))
+    same = [bootstrap_means(values_PK, draws=130, seed=7) for _ in range(2)]
+    assert same[0] == same[1]
+    assert same[0] != bootstrap_means(values_PK, draws=130, seed=8)
+
+
+def test_coverage() -> None:
+    """The true mean lies in about 95% of the intervals (the percentile interval of 40 normal values covers 93.6%)."""
+    generator = np.random.default_rng(6)
+    hits = 0
+    for trial in range(400):
+        (figure,) = bootstrap_means(generator.normal(0.3, 1.0, size=(40, 1)), draws=400, seed=trial)
+        assert figure.low is not None
+        assert figure.high is not None
+        hits += figure.low <= 0.3 <= figure.high
+    assert 0.90 <= hits / 400 <= 0.97
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_constant_shift_has_zero_width(noise: float) -> None:
+    generator = np.random.default_rng(8)
+    base_P = generator.normal(size=50)
+    shifted_P = base_P + 0.25 + noise * generator.normal(size=50)
+    (figure,) = bootstrap_means((shifted_P - base_P)[:, None], draws=500, seed=0)
+    assert figure.low is not None
+    assert figure.high is not None
+    assert (figure.high - figure.low < 1e-12) == (noise == 0.0)

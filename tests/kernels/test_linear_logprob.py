@@ -1,0 +1,116 @@
+"""linear_logprob against the plain form: values, gradients, second derivatives, dtypes, odd shapes, memory seam."""
+
+import pytest
+import torch
+
+from drdpo.kernels import linear_logprob
+
+SHAPES = [(1, 3, 7), (5, 8, 33), (13, 6, 257)]
+
+
+def plain(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(hidden_ND @ weight_VD.T, dim=1).gather(1, targets_N[:, None]).squeeze(1)
+
+
+def case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(tokens)
+    hidden_ND = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    return hidden_ND, weight_VD, torch.randint(vocabulary, (tokens,))
+
+
+@pytest.fixture(params=[1 << 25, 300], ids=["one chunk", "many chunks"])
+def chunk_elements(request, monkeypatch):
+
+
+    import sys
+
+    monkeypatch.setattr(sys.modules["drdpo.kernels.linear_logprob"], "_CHUNK_ELEMENTS", request.param)
+
+
+def test_two_tokens_by_hand():
+    # Logits (0, ln 3): probabilities 1/4 and 3/4.
+    hidden_ND = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    weight_VD = torch.tensor([[0.0, 5.0], [torch.tensor(3.0).log(), -2.0]])
+    logprob_N = linear_logprob(hidden_ND, weight_VD, torch.tensor([0, 1]))
+    assert torch.allclose(logprob_N.exp(), torch.tensor([0.25, 0.75]))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_gradients_equal_the_plain_form(shape, twice, chunk_elements):
+    hidden_ND, weight_VD, targets_N = case(*shape)
+    upstream_N = torch.randn(shape[0], dtype=torch.float64)
+    ours_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=twice)
+    theirs_N = plain(hidden_ND, weight_VD, targets_N)
+    assert torch.allclose(ours_N, theirs_N, atol=1e-12)
+    ours = torch.autograd.grad(ours_N, (hidden_ND, weight_VD), upstream_N)
+    theirs = torch.autograd.grad(theirs_N, (hidden_ND, weight_VD), upstream_N)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_a_gradient_norm_equals_the_plain_form(shape, chunk_elements):
+    hidden_ND, weight_VD, targets_N = case(*shape)
+
+    def penalty_gradient(logprob):
+        # A nonlinear function of the log-probs, so that the upstream gradient carries a graph too; h itself is made
+        # from a leaf, as a hidden state is.
+        states_ND = torch.tanh(hidden_ND)
+        loss = (logprob(states_ND, weight_VD, targets_N).sum() / 3).sigmoid()
+        (inner_ND,) = torch.autograd.grad(loss, states_ND, create_graph=True)
+        return torch.autograd.grad(inner_ND.square().sum() + loss, (hidden_ND, weight_VD))
+
+    ours = penalty_gradient(lambda *args: linear_logprob(*args, twice=True))
+    theirs = penalty_gradient(plain)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_second_derivative_without_twice_raises():
+    hidden_ND, weight_VD, targets_N = case(4, 3, 7)
+    with pytest.raises(RuntimeError, match="twice=True"):
+        torch.autograd.grad(linear_logprob(hidden_ND, weight_VD, targets_N).sum(), hidden_ND, create_graph=True)
+
+
+def test_graph_of_the_weight_gradient_raises():
+    hidden_ND, weight_VD, targets_N = case(4, 3, 7)
+    logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        torch.autograd.grad(logprob_N.sum(), weight_VD, create_graph=True)
+
+
+def test_tied_head_sums_both_uses():
+    _, weight_VD, targets_N = case(6, 5, 11)
+    ids_N = torch.randint(11, (6,))
+    ours = torch.autograd.grad(linear_logprob(weight_VD[ids_N], weight_VD, targets_N).sum(), weight_VD)[0]
+    theirs = torch.autograd.grad(plain(weight_VD[ids_N], weight_VD, targets_N).sum(), weight_VD)[0]
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_bfloat16_inputs_give_float32_close_to_float64(chunk_elements):
+    hidden_ND, weight_VD, targets_N = case(13, 16, 257, torch.bfloat16)
+    logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N)
+    assert logprob_N.dtype == torch.float32
+    exact_N = plain(hidden_ND.double(), weight_VD.double(), targets_N)
+    # bfloat16 logits of size up to 15 round by at most 2^-5 each.
+    assert (logprob_N - exact_N).abs().max() < 0.1
+    logprob_N.sum().backward()
+    exact = torch.autograd.grad(exact_N.sum(), weight_VD)[0]
+    assert torch.nn.functional.cosine_similarity(weight_VD.grad.double().flatten(), exact.double().flatten(), 0) > 0.999
+
+
+def test_no_tokens_give_no_log_probs():
+    hidden_ND, weight_VD, _ = case(2, 3, 7)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert linear_logprob(hidden_ND[:0], weight_VD, nothing, twice=True).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "targets", "message"),
+    [((2, 3), (7, 4), (2,), "must be"), ((2, 3), (7, 3), (3,), "targets")],
+)
+def test_shapes_that_do_not_fit_are_refused(hidden, weight, targets, message):
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.int64))

@@ -1,0 +1,51 @@
+"""Started by DeepSpeed's launcher from test_equality.py: three real optimizer steps per case, weights to a file.
+
+usage: equality_worker.py CASES.json RANKED_PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from drdpo import distributed
+from drdpo.config import TrainConfig
+from drdpo.training import engine as deepspeed_engine
+from drdpo.training.batches import collate, micro_batches
+from drdpo.training.checkpoint import _gathered
+from drdpo.training.data import Pair
+from drdpo.training.loop import train_step
+from drdpo.training.policy import load_policy
+from drdpo.training.reference import reference_logprobs
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    pairs = [Pair(*row) for row in json.loads(Path(sys.argv[2]).read_text())]
+    model, output = sys.argv[3], Path(sys.argv[4])
+    deepspeed_engine.initialise()
+    for name, flags in cases.items():
+        config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        policy = load_policy(model, dtype, config.attention, config.gradient_checkpointing)
+        engine = deepspeed_engine.start_engine(policy, config, steps=3)
+        reference_M2 = reference_logprobs(engine, pairs, 2, config.micro_batch, name)
+        lengths = [len(pair) for pair in pairs]
+        for step in range(3):
+            indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
+            dealt = micro_batches(
+                indices, lengths, config.micro_batch, distributed.rank(), distributed.world_size(), by_length=True
+            )
+            batches = [(collate(pairs, rows, 2), reference_M2[rows]) for rows in dealt]
+            train_step(engine, batches, config)
+        language_model = engine.module.language_model
+        weights = _gathered(language_model) if config.zero_stage == 3 else dict(language_model.named_parameters())
+        if distributed.is_main():
+            save_file({key: value.detach().clone() for key, value in weights.items()}, output / f"{name}.safetensors")
+        distributed.barrier()
+        engine.destroy()
+
+
+main()

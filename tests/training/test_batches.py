@@ -1,0 +1,53 @@
+"""Who trains on what, when: permutations, deals to ranks, padding."""
+
+import pytest
+import torch
+
+from drdpo.training.batches import collate, micro_batches, padded_shards, step_indices
+from drdpo.training.data import Pair
+
+
+def test_an_epoch_takes_every_pair_once_and_epochs_differ():
+    epochs = [[index for step in range(e * 3, e * 3 + 3) for index in step_indices(12, 4, 42, step)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    assert epochs[0] != epochs[1]
+
+
+def test_step_indices_are_a_function_of_seed_and_step():
+    assert step_indices(10, 4, 7, 3) == step_indices(10, 4, 7, 3)
+    assert step_indices(10, 4, 7, 3) != step_indices(10, 4, 8, 3)
+    assert len(step_indices(10, 4, 7, 1)) == 4, "the two pairs left over fill no batch"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_step_is_the_same_whatever_the_ranks_and_micro_batches(world):
+    indices, lengths = step_indices(40, 16, 1, 0), [(7 * k) % 13 + 1 for k in range(40)]
+    for micro in (1, 2, 4):
+        dealt = [micro_batches(indices, lengths, micro, rank, world, by_length=True) for rank in range(world)]
+        assert sorted(index for rank in dealt for batch in rank for index in batch) == sorted(indices)
+        assert {len(batch) for rank in dealt for batch in rank} == {micro}
+        assert len({len(rank) for rank in dealt}) == 1, "every rank runs as many batches"
+
+
+def test_lengths_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="6 pairs"):
+        micro_batches(range(6), [1] * 6, 2, 0, 2, by_length=False)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shards_cover_a_split_once_with_equal_numbers_of_batches(world):
+    lengths = [5, 1, 4, 2, 3, 9, 7]
+    shards = [padded_shards(7, lengths, 2, rank, world) for rank in range(world)]
+    assert len({len(shard) for shard in shards}) == 1
+    assert sorted(index for shard in shards for batch in shard for index in batch if index >= 0) == list(range(7))
+
+
+def test_collate_by_hand():
+    pairs = [Pair([5, 6], [7], [8, 9, 3]), Pair([4], [2, 2], [1])]
+    batch = collate(pairs, [1, 0], pad_token_id=0)
+    assert batch.indices_B.tolist() == [1, 0]
+    assert batch.input_ids_ST.tolist() == [[4, 2, 2, 0, 0], [5, 6, 7, 0, 0], [4, 1, 0, 0, 0], [5, 6, 8, 9, 3]]
+    assert batch.attention_mask_ST.sum(dim=1).tolist() == [3, 3, 2, 5]
+    assert batch.answer_mask_ST.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
+    assert batch.tokens == 13
+    assert torch.equal(collate(pairs, [-1], 0).input_ids_ST, collate(pairs, [0], 0).input_ids_ST)

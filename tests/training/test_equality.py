@@ -1,0 +1,147 @@
+"""The real DeepSpeed on several processes against plain torch on one: same pairs, same weights after three steps."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+BATCH, BETA, LEARNING_RATE, CLIP = 4, 0.5, 2e-4, 1.0
+COMMON = {
+    "beta": BETA, "learning_rate": LEARNING_RATE, "max_grad_norm": CLIP, "train_batch_size": BATCH, "warmup_ratio": 0.0,
+    "dtype": "float32",
+}  # fmt: skip
+METHODS = {
+    "dpo": {},
+    "kldpo": {"kldpo_tau": 0.1},
+    "kldpo_softmax": {"kldpo_tau": 0.1, "kldpo_normalize": True},
+    "drdpo": {"drdpo_beta": 0.5},
+    "wdpo": {"wdpo_rho": 0.05},
+    "wdpo_root": {"wdpo_rho": 0.05, "wdpo_penalty": "root"},
+}
+# Two ranks: one pair each and forward pass (two micro-batches), or two (one micro-batch holds the local step).
+CASES = {f"{name}-zero2": {**COMMON, **flags, "zero_stage": 2, "micro_batch_size": 1} for name, flags in METHODS.items()}
+CASES["kldpo-zero1-whole"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 1, "micro_batch_size": 2}
+CASES["wdpo_root-zero0-whole"] = {**COMMON, **METHODS["wdpo_root"], "zero_stage": 0, "micro_batch_size": 2}
+CASES["dpo-zero3"] = {**COMMON, "zero_stage": 3, "micro_batch_size": 1}
+CASES["kldpo-zero3"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 3, "micro_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[list[list[int]]]:
+    numbers = random.Random(1)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [numbers.randrange(3, 400) for _ in range(numbers.randint(low, high))]
+
+    return [[ids(2, 6), ids(1, 7), ids(1, 7)] for _ in range(3 * BATCH)]
+
+
+@pytest.fixture(scope="module")
+def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, root: Path) -> Path:
+    folder = tmp_path_factory.mktemp("deep speed")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+    worker = Path(__file__).parent / "equality_worker.py"
+    command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(20000 + os.getpid() % 20000),
+               str(worker), str(folder / "cases.json"), str(folder / "pairs.json"), str(tiny_policy), str(folder)]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def answer_logprobs(model, embeds, ids, prompt: int):
+    """Plain form: whole sequence, full logits; the sum over the answer's tokens."""
+    logits = model(inputs_embeds=embeds[None]).logits[0, :-1].log_softmax(dim=-1)
+    return logits.gather(1, ids[1:, None]).squeeze(1)[prompt - 1 :].sum()
+
+
+def plain_step(model, batch, reference, flags):
+    """Objective of one optimizer step, written out pair by pair from the paper's formulas."""
+    losses, penalties = [], []
+    for (prompt, chosen, rejected), (ref_chosen, ref_rejected) in zip(batch, reference, strict=True):
+        rows = [torch.tensor(prompt + answer) for answer in (chosen, rejected)]
+        embeds = [model.get_input_embeddings()(row) for row in rows]
+        chosen_logp, rejected_logp = (
+            answer_logprobs(model, e, row, len(prompt)) for e, row in zip(embeds, rows, strict=True)
+        )
+        h = (chosen_logp - ref_chosen) - (rejected_logp - ref_rejected)
+        losses.append(-torch.log(torch.sigmoid(BETA * h)))
+        if "wdpo_rho" in flags:
+            gradients = torch.autograd.grad(losses[-1], embeds, create_graph=True)
+            penalties.append(sum(gradient.square().sum() for gradient in gradients))
+    losses = torch.stack(losses)
+    if "wdpo_rho" in flags:
+        mean = torch.stack(penalties).mean()
+        return losses.mean() + flags["wdpo_rho"] * (mean.sqrt() if flags.get("wdpo_penalty") == "root" else mean)
+    if flags.get("kldpo_normalize"):
+        tau = flags["kldpo_tau"]
+        return tau * torch.log(torch.exp(losses / tau).mean())
+    if "kldpo_tau" in flags:
+        constant = losses.detach()
+        return (torch.exp((constant - constant.mean()) / flags["kldpo_tau"]).clamp(max=10) * losses).mean()
+    if "drdpo_beta" in flags:
+        t = flags["drdpo_beta"]
+        return -t * torch.log(torch.exp(-losses / t).mean())
+    return losses.mean()
+
+
+def plain_training(model_path: Path, pairs, flags) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        reference = [
+            [answer_logprobs(model, model.get_input_embeddings()(ids), ids, len(prompt))
+             for ids in (torch.tensor(prompt + chosen), torch.tensor(prompt + rejected))]
+            for prompt, chosen, rejected in pairs
+        ]  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(3):
+        rows = slice(step * BATCH, (step + 1) * BATCH)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 3)))
+        plain_step(model, pairs[rows], reference[rows], flags).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def plain_weights(pairs, tiny_policy):
+    known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def get(method: str):
+        if method not in known:
+            known[method] = plain_training(tiny_policy, pairs, METHODS[method])
+        return known[method]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_under_deepspeed_equal_plain_torch(case, deepspeed_weights, plain_weights, tiny_policy):
+    ours = load_file(deepspeed_weights / f"{case}.safetensors")
+    theirs = plain_weights(case.split("-")[0])
+    start = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
+    moved = max((theirs[name] - start[name]).abs().max() for name in theirs)
+    assert moved > 2e-4, "the steps must be large enough for an error to show"
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, atol=1e-5, rtol=0), f"{name}: {(ours[name] - value).abs().max():.1e}"
+
+
+@pytest.mark.slow
+def test_methods_end_in_different_weights(plain_weights):
+    weights = {method: plain_weights(method)["model.embed_tokens.weight"] for method in METHODS}
+    for one in METHODS:
+        for other in METHODS:
+            if one < other:
+                assert (weights[one] - weights[other]).abs().max() > 5e-5, (one, other)

@@ -1,0 +1,152 @@
+"""The objective on a real (tiny) Llama: penalty gradient against finite differences, laws, independence of the split."""
+
+import random
+
+import pytest
+import torch
+
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError
+from drdpo.training.batches import collate
+from drdpo.training.data import Pair
+from drdpo.training.losses import gradient_penalty
+from drdpo.training.objective import objective, pair_values, survey
+from drdpo.training.policy import Policy, load_policy
+
+
+def config_of(**flags) -> TrainConfig:
+    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **{"beta": 0.5, "dtype": "float32", **flags})
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    numbers = random.Random(2)
+
+    def ids(length: int) -> list[int]:
+        return [numbers.randrange(3, 500) for _ in range(length)]
+
+    return [Pair(ids(4), ids(3), ids(6)), Pair(ids(2), ids(5), ids(1)), Pair(ids(5), ids(2), ids(2)), Pair(ids(3), ids(7), ids(4))]
+
+
+def policy_of(path, attention: str = "eager", checkpointing: bool = False) -> Policy:
+    return load_policy(str(path), torch.float32, attention, checkpointing).double().train()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy) -> Policy:
+    return policy_of(tiny_policy)
+
+
+REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
+
+
+def gradients(policy: Policy, total: torch.Tensor) -> list[torch.Tensor]:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(total, parameters))
+
+
+def relative_error(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """Llama keeps its norms and softmax in float32 even in a float64 model, so equal means about 1e-7 of the norm."""
+    flat = [torch.cat([g.flatten() for g in side]) for side in (ours, theirs)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def whole(policy: Policy, pairs: list[Pair], **flags):
+    return objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, config_of(**flags), None)
+
+
+def test_penalty_gradient_equals_finite_differences(policy, pairs):
+    """d/dtheta of mean |grad_e l|^2 along random directions, central differences in float64."""
+    batch, config = collate(pairs, range(4), 0), config_of(wdpo_rho=1.0)
+
+    def penalty(create_graph: bool) -> torch.Tensor:
+        values = pair_values(policy, batch, REFERENCE_M2, config)
+        return gradient_penalty(values.losses_B, values.embeds_STD, create_graph).mean()
+
+    exact = gradients(policy, penalty(create_graph=True))
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        directions = [torch.randn_like(p) for p in parameters]
+        step = 1e-4
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(parameters, directions, strict=True):
+                    p += sign * step * d
+            ends.append(penalty(create_graph=False).item())
+            with torch.no_grad():
+                for p, d in zip(parameters, directions, strict=True):
+                    p -= sign * step * d
+        slope = (ends[0] - ends[1]) / (2 * step)
+        expected = sum((g * d).sum() for g, d in zip(exact, directions, strict=True)).item()
+        assert slope == pytest.approx(expected, rel=2e-4), seed
+
+
+def test_wdpo_with_vanishing_rho_is_dpo(policy, pairs):
+    dpo = gradients(policy, whole(policy, pairs).total)
+    wdpo = gradients(policy, whole(policy, pairs, wdpo_rho=1e-300).total)
+    assert relative_error(wdpo, dpo) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {}, {"kldpo_tau": 0.3}, {"kldpo_tau": 0.3, "kldpo_normalize": True}, {"drdpo_beta": 0.3}, {"wdpo_rho": 0.1},
+        {"wdpo_rho": 0.1, "wdpo_penalty": "root"},
+    ],
+    ids=["dpo", "kldpo", "kldpo softmax", "drdpo", "wdpo", "wdpo root"],
+)  # fmt: skip
+def test_gradient_does_not_depend_on_the_micro_batch_split(policy, pairs, flags):
+    config = config_of(**flags)
+    parts = [(collate(pairs, rows, 0), REFERENCE_M2[rows]) for rows in ([3], [0], [2], [1])]
+    population = survey(policy, parts, config) if flags else None
+    total = sum(objective(policy, batch, reference, config, population).total for batch, reference in parts) / 4
+    assert relative_error(gradients(policy, total), gradients(policy, whole(policy, pairs, **flags).total)) < 1e-6
+
+
+def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
+    batch = collate(pairs, range(4), 0)
+    values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1))
+    written_out = values.losses_B.mean() + 0.1 * gradient_penalty(values.losses_B, values.embeds_STD, True).mean().sqrt()
+    ours = gradients(policy, whole(policy, pairs, wdpo_rho=0.1, wdpo_penalty="root").total)
+    assert relative_error(ours, gradients(policy, written_out)) < 1e-6
+
+
+def test_checkpointing_changes_no_gradient(tiny_policy, policy, pairs):
+    checkpointed = policy_of(tiny_policy, checkpointing=True)
+    for flags in ({}, {"wdpo_rho": 0.1}):
+        ours = gradients(checkpointed, whole(checkpointed, pairs, **flags).total)
+        assert relative_error(ours, gradients(policy, whole(policy, pairs, **flags).total)) < 1e-6
+
+
+def test_padding_changes_nothing(policy, pairs):
+    config = config_of()
+    alone = [pair_values(policy, collate(pairs, [row], 0), REFERENCE_M2[[row]], config).losses_B for row in range(4)]
+    together = pair_values(policy, collate(pairs, range(4), 0), REFERENCE_M2, config).losses_B
+    assert torch.allclose(torch.cat(alone), together, atol=1e-10)
+
+
+def test_answer_log_probs_equal_the_plain_form(policy, pairs):
+    batch = collate(pairs, [1], 0)
+    logprob_S = policy(batch).logprob_S
+    pair = pairs[1]
+    for row, answer in enumerate((pair.chosen, pair.rejected)):
+        ids = torch.tensor([pair.prompt + answer])
+        logits_TV = policy.language_model(input_ids=ids).logits[0].log_softmax(-1)
+        plain = sum(logits_TV[len(pair.prompt) + k - 1, token] for k, token in enumerate(answer))
+        assert logprob_S[row].item() == pytest.approx(plain.item(), abs=1e-9)
+
+
+def test_scaled_logits_are_refused(tiny_policy, tmp_path):
+    """A model whose logits are not hidden @ head (Granite divides them) would train on wrong log-probs."""
+    from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=500, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logits_scaling=8.0, initializer_range=1.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="output head"):
+        load_policy(str(tmp_path), torch.float32, "eager", False)
