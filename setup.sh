@@ -154,7 +154,24 @@ installed() {
 pip_install() {
     local quiet=(--quiet --progress-bar off)
     [[ ! -t 1 ]] || quiet=() # A person sees what arrives.
-    DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip install "${quiet[@]}" "$@"
+    DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} "$@"
+}
+
+# repair_shebangs: a script that names its python by a path with spaces, or by a very long one, cannot be started. pip
+# lets /bin/sh start python in most scripts then, but not in DeepSpeed's launcher; do the same for all.
+repair_shebangs() {
+    "$environment/bin/python" - "$environment/bin" <<'PYTHON'
+import os, pathlib, sys
+
+folder = pathlib.Path(sys.argv[1])
+for script in folder.iterdir():
+    if script.is_symlink() or not script.is_file():
+        continue
+    first, _, rest = script.read_bytes().partition(b"\n")
+    if first.startswith(b"#!" + os.fsencode(folder)) and (b" " in first or len(first) > 127):
+        python = first[2:].strip()
+        script.write_bytes(b"#!/bin/sh\n'''exec' \"" + python + b"\" \"$0\" \"$@\"\n' '''\n" + rest)
+PYTHON
 }
 
 # install_lock FILE: the pinned packages and nothing else, then what this machine's build of torch needs beside them.
@@ -172,6 +189,7 @@ install_lock() {
     pip_install --no-deps -r "$lock"
     # The CUDA build of torch cannot be imported without the libraries that it names; the CPU build needs none of them.
     pip_install --constraint "$lock" "torch==$torch"
+    repair_shebangs
     "$environment/bin/python" -c 'import torch' || die "torch was installed, but cannot be imported"
     key "$lock" >"$environment/.drdpo_$(basename "$lock")"
 }
@@ -204,6 +222,7 @@ elif [[ -n "$torch_index" ]]; then
 fi
 if [[ "$dev" == true ]] && ! installed "$ROOT/requirements/dev.txt"; then
     pip_install --no-deps -r "$ROOT/requirements/dev.txt"
+    repair_shebangs
     key "$ROOT/requirements/dev.txt" >"$environment/.drdpo_dev.txt"
 fi
 if [[ ! -f "$ROOT/.environment" || "$(<"$ROOT/.environment")" != "$environment" ]]; then

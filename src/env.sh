@@ -64,27 +64,47 @@ process_count() {
     printf '%s' "$count"
 }
 
-# has_gpu: is an NVIDIA GPU visible?
+# has_gpu: is an NVIDIA GPU visible? (grep reads all: with -q, nvidia-smi may die of a closed pipe, and pipefail tells.)
 has_gpu() {
-    [[ "${CUDA_VISIBLE_DEVICES-unset}" != "" ]] && command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'
+    [[ "${CUDA_VISIBLE_DEVICES-unset}" != "" ]] && command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep '^GPU' >/dev/null
 }
 
-# launch SCRIPT FLAG...: check the flags and inputs in one plain process, then run the script by DeepSpeed's launcher,
-# one process per GPU. --help and a wrong command never start the launcher.
+# check SCRIPT FLAG...: flags and inputs in one plain process, which knows how many there will be.
+check() {
+    WORLD_SIZE="$(process_count)" python "$@" --check_only=true
+}
+
+# launch SCRIPT FLAG...: run a script by DeepSpeed's launcher, one process per GPU, after `check`. --help and a wrong
+# command never start the launcher.
 launch() {
-    local script="$1" processes port
-    shift
+    local processes port where cores
     if wants_help "$@"; then
-        python "$script" --help
+        python "$1" --help
         return
     fi
-    processes="$(process_count)"
-    WORLD_SIZE="$processes" python "$script" "$@" --check_only=true
-    port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
     if ! has_gpu; then
-        # One thread a rank and core; DeepSpeed takes the CPU accelerator.
+        # Set here as well as for the ranks: DeepSpeed would look for other accelerators and say so.
         export DS_ACCELERATOR=cpu
-        ((processes == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
-    run deepspeed --num_gpus "$processes" --no_local_rank --master_port "$port" --log_level warning "$script" "$@"
+    check "$@"
+    processes="$(process_count)"
+    port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
+    where=(--num_gpus "$processes")
+    if has_gpu && [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+        # --num_gpus would count from device 0, whatever is visible.
+        where=(--include "localhost:$(cut -d, -f"1-$processes" <<<"$CUDA_VISIBLE_DEVICES")")
+    elif ((processes > 1)); then
+        cores="$(getconf _NPROCESSORS_ONLN)"
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+    fi
+    run deepspeed "${where[@]}" --no_local_rank --master_port "$port" --log_level warning "$@"
+}
+
+# launch_if_several SCRIPT FLAG...: as `launch`, but a single process needs no launcher.
+launch_if_several() {
+    if wants_help "$@" || (($(process_count) > 1)); then
+        launch "$@"
+    else
+        run python "$@"
+    fi
 }

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# The one test command: bash tests/run.sh [words for pytest]. Stops at the first part that fails.
+# The one test command: bash tests/run.sh [words for pytest]. Stops at the first part that fails, and names it.
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$ROOT"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# part NAME COMMAND...: run one part; say which one failed.
+# part NAME COMMAND...: run one part.
 part() {
-    local name="$1"
+    local name="$1" status
     shift
     echo "== $name"
     "$@" || {
-        local status=$?
+        status=$?
         echo "FAILED: $name" >&2
         exit "$status"
     }
@@ -20,9 +19,13 @@ part() {
 part setup bash setup.sh --models=embedded --datasets=embedded --dev
 source src/env.sh
 
-mapfile -t scripts < <(find . -name .venv -prune -o \( -name '*.sh' -o -name '*.slurm' -o -path './.ci/run' \) -type f -print | sort)
-part "ruff check" ruff check src tests benchmarks
-part "ruff format" ruff format --check src tests benchmarks
-part shellcheck shellcheck --external-sources "${scripts[@]}"
+python_folders=(src tests)
+[[ ! -d benchmarks ]] || python_folders+=(benchmarks)
+mapfile -t bash_files < <(find . \( -name .venv -o -path ./models -o -path ./datasets -o -path ./outputs -o -name .git \) -prune \
+    -o -type f \( -name '*.sh' -o -name '*.slurm' -o -path ./.ci/run \) -print | sort)
+
+part "ruff check" ruff check "${python_folders[@]}"
+part "ruff format" ruff format --check "${python_folders[@]}"
+part shellcheck shellcheck --external-sources "${bash_files[@]}"
 part mypy mypy
 part pytest python -m pytest "$@"

@@ -1,4 +1,4 @@
-"""The two ways a step says no: the command is wrong (exit status 2) or the data is wrong (exit status 1)."""
+"""The ways a step says no: the command is wrong (exit status 2); the data is wrong or a helper process died (status 1)."""
 
 import errno
 import sys
@@ -14,6 +14,10 @@ class DataError(Exception):
     """An input or output file is not usable; the message names file, row and field. Ends the process with status 1."""
 
 
+class ProcessError(Exception):
+    """A process that works for this step died or failed. Ends the process with status 1."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the errors a user can cause into one line on stderr and the right exit status; bugs keep their traceback."""
@@ -21,7 +25,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UsageError as error:
         _stop(str(error), 2)
-    except DataError as error:
+    except (DataError, ProcessError) as error:
         _stop(str(error), 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -18,6 +18,11 @@ PACKAGES = (
 _BLOCK = 1 << 16
 _BLOCKS = 64
 
+_MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+)  # fmt: skip
+
 
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that shape a result."""
@@ -41,26 +46,30 @@ def git_commit() -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Hash of a file or of a model folder's files, by name, size and content; a hub id is its own fingerprint.
+    """Hash of a file, or of a model folder's own files, by name, size and content; a hub id is its own fingerprint.
 
-    Files over 4 MiB are read at 64 places spread over their length and at both ends: weights that were trained differ
-    everywhere, and eight billion of them are not worth reading whole.
+    A folder's results (completions, scores, pictures) may lie beside its model and do not count. Weights over 4 MiB are
+    read at 64 places spread over their length and at both ends: weights that were trained differ everywhere, and eight
+    billion of them are not worth reading whole.
     """
     path = Path(path)
     if not path.exists():
         return f"hub:{path}"
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if not file.is_file() or file.name in ("manifest.json", "train.jsonl", "test.jsonl") and path.is_dir():
-            continue
+    if path.is_file():
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()[:32]
+    for file in sorted(file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()):
         size = file.stat().st_size
-        digest.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
+        digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
             if size <= _BLOCK * _BLOCKS:
                 digest.update(stream.read())
                 continue
-            for block in range(_BLOCKS + 1):
-                stream.seek((size - _BLOCK) * block // _BLOCKS)
+            for number in range(_BLOCKS + 1):
+                stream.seek((size - _BLOCK) * number // _BLOCKS)
                 digest.update(stream.read(_BLOCK))
     return digest.hexdigest()[:32]
 

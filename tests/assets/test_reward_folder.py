@@ -1,5 +1,6 @@
 """The embedded reward model's folder: ArmoRM's layout out of a policy and committed heads."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def _heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, 
         "reward_transform_matrix": torch.eye(2),
         "gating.logit_scale": torch.ones(1),
     }
-    for layer, (wide, high) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (wide, high) in enumerate(itertools.pairwise(sizes)):
         heads[f"gating.layers.{layer}.weight"] = torch.zeros(high, wide)
         heads[f"gating.layers.{layer}.bias"] = torch.zeros(high)
     return {name: head.to(dtype) for name, head in heads.items()}
@@ -54,7 +55,7 @@ def test_the_folder_has_armorms_layout(tiny_policy: Path, committed: Path, tmp_p
     assert config["architectures"] == ["LlamaForRewardModelWithGating"]
     assert config["hidden_size"] == WIDTH, "the backbone's own fields are kept"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    shards = {name: shard for name, shard in index["weight_map"].items()}
+    shards = dict(index["weight_map"])
     assert {shard for name, shard in shards.items() if name.startswith("model.")} == {reward_model.SHARDS[0]}
     assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {reward_model.SHARDS[1]}
     assert "lm_head.weight" not in shards

@@ -55,7 +55,7 @@ def read_csv(output: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["run"], row["objective"]): row for row in csv.DictReader(stream)}
 
 
-@pytest.fixture()
+@pytest.fixture
 def two_runs(tmp_path: Path) -> dict[str, Path]:
     """Base scores 1, 3 | 5, 7: prompt means 2 and 6, sd sqrt(5). The run is 2 better on both, and has one prompt more."""
     base = rows_of({1: [{H: 1.0}, {H: 3.0}], 2: [{H: 5.0}, {H: 7.0}]})

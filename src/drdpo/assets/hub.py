@@ -74,7 +74,7 @@ def download_model(repo: str, folder: Path) -> None:
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_errors(repo):
-        info = HfApi().model_info(repo, files_metadata=True)
+        info = HfApi().model_info(repo, files_metadata=True, timeout=30)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if wanted(file.rfilename)}
     if not any(name.endswith(".safetensors") for name in sizes):
         raise DataError(f"{repo}: holds no safetensors weights, and pickled ones are not loaded")
@@ -83,8 +83,9 @@ def download_model(repo: str, folder: Path) -> None:
     _check_space(repo, aside, sum(sizes.values()))
     with _hub_errors(repo):
         snapshot_download(repo, revision=info.sha, local_dir=aside, allow_patterns=list(ALLOW), ignore_patterns=list(NEVER))
-    if missing := [name for name in sizes if not (aside / name).is_file()]:
-        raise DataError(f"{repo}: {missing[0]} did not arrive; run the same command again")
+    for name, size in sizes.items():
+        if not (aside / name).is_file() or (aside / name).stat().st_size != size:
+            raise DataError(f"{repo}: {name} did not arrive whole; run the same command again")
     shutil.rmtree(aside / ".cache", ignore_errors=True)
     if repo.startswith("meta-llama/"):
         set_pad_token(aside, *LLAMA3_PAD)
@@ -125,7 +126,7 @@ def download_helpsteer2(repo: str, folder: Path) -> dict[str, dict[str, int]]:
     from huggingface_hub import HfApi, hf_hub_download
 
     with _hub_errors(repo):
-        info = HfApi().dataset_info(repo)
+        info = HfApi().dataset_info(repo, timeout=30)
         names = {file.rfilename for file in info.siblings or []}
         paths = {}
         for split, upstream in UPSTREAM.items():

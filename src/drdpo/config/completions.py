@@ -34,7 +34,7 @@ class CompletionsConfig:
         "auto",
     )
     score_max_len: int = flag("a longer prompt + completion, in tokens, is set aside in rejects.jsonl", 4096)
-    score_batch_tokens: int = flag("most tokens, padding included, in one scoring batch; a longer single conversation goes alone", 16384)
+    score_batch_tokens: int = flag("tokens, padding included, in one scoring batch; a longer conversation goes alone", 16384)
     overwrite: bool = flag("replace results that other flags, models or inputs made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 

@@ -111,8 +111,8 @@ def _own_form(row: dict[str, Any], number: int) -> dict[str, Any]:
             raise ValueError(f'field "{name}" is missing (the row has {", ".join(sorted(row)) or "no fields"})')
     prompt, chosen, rejected = row.get("prompt"), _turns(row["chosen"]), _turns(row["rejected"])
     if prompt is None:
-        if not isinstance(chosen, list) or not isinstance(rejected, list):
-            raise ValueError('field "prompt" is missing')
+        if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
+            raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not hold it')
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1

@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion; `finish_reason` is "stop" (the last token is a stop token), "length", or an engine's word for failure."""
+    """One completion; `finish_reason` is "stop" (its last token is a stop token), "length", or an engine's own word."""
 
     token_ids: list[int]
     finish_reason: str

@@ -59,7 +59,7 @@ class VllmEngine:
             self._engine: Any = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=settings.model_path,
-                    dtype=settings.dtype,  # type: ignore[arg-type]
+                    dtype=settings.dtype,
                     max_model_len=settings.max_model_len,
                     tensor_parallel_size=settings.tensor_parallel_size,
                     gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -77,6 +77,8 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
         """Yield (index of the request, its n samples in order), in the order in which requests finish."""
+        # A prompt read from the cache and one that is computed differ in rounding; a call depends on its requests alone.
+        self._engine.reset_prefix_cache()
         self._calls += 1
         waiting: dict[str, int] = {}
         names = []
@@ -124,7 +126,9 @@ def _set_environment() -> None:
     """vLLM reads these when it is imported; what the user has set stays."""
     # In this process the order of scheduling is the order of the requests, which a separate engine process does not promise.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+    # One thread on each core there is; where the user sets OMP_NUM_THREADS, so many and not bound.
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind" if "OMP_NUM_THREADS" in os.environ else cores)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

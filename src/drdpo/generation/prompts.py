@@ -1,0 +1,142 @@
+"""The prompts of a run: found, read, rendered; those that cannot be used are set aside with the reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drdpo import chat
+from drdpo.errors import DataError, UsageError
+from drdpo.records import SPLITS, Prompt, check_unique, read_records
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+AUTO_DATASETS = ("helpsteer2_prompts", "embedded_prompts")
+"""Folders under datasets/ that --dataset=auto looks for, the first that exists wins."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt that can be used; `row` counts the file's prompts from 1."""
+
+    row: int
+    prompt: Prompt
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A prompt that cannot be used, and why."""
+
+    file: str
+    row: int
+    prompt_id: int
+    reason: str
+
+
+def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
+    """The folder of prompts that --dataset names; says which one `auto` is.
+
+    Raises:
+        DataError: no such folder.
+    """
+    if dataset != "auto":
+        folder = Path(dataset)
+        if not folder.is_dir():
+            raise DataError(f"{dataset}: no such folder of prompts (it must hold test.jsonl, and train.jsonl for training)")
+        return folder
+    for name in AUTO_DATASETS:
+        folder = root / "datasets" / name
+        if folder.is_dir():
+            print(f"prompts: {folder} (--dataset=auto)", flush=True)
+            return folder
+    raise DataError(
+        f"no prompts: none of {', '.join(f'datasets/{name}' for name in AUTO_DATASETS)} exists; run: bash setup.sh, or give "
+        "--dataset=FOLDER with train.jsonl and test.jsonl"
+    )
+
+
+def read_prompts(dataset: Path, only_test: bool, max_prompts: int | None) -> dict[str, list[Prompt]]:
+    """Read and check the prompts of each split, test first.
+
+    Args:
+        dataset: folder with {train,test}.jsonl.
+        only_test: leave train.jsonl alone.
+        max_prompts: of each split at most, the first ones; the files are checked whole.
+
+    Raises:
+        DataError: naming file, row and field; also for a prompt_id that comes twice.
+    """
+    prompts = {}
+    for split in ("test",) if only_test else tuple(reversed(SPLITS)):
+        path = dataset / f"{split}.jsonl"
+        records = read_records(path, Prompt.from_row)
+        check_unique(path, [(record.prompt_id,) for record in records], "prompt_id")
+        prompts[split] = records[:max_prompts]
+    return prompts
+
+
+def render(
+    tokenizer: Any, prompts: list[Prompt], file: Path, prompt_max_len: int
+) -> tuple[list[RenderedPrompt], list[Reject]]:
+    """Token ids of each prompt; a prompt that is too long or that the chat template refuses is a reject.
+
+    Raises:
+        DataError: no prompt is left.
+    """
+    from jinja2.exceptions import TemplateError
+
+    rendered: list[RenderedPrompt] = []
+    rejects: list[Reject] = []
+    for row, prompt in enumerate(prompts, start=1):
+        try:
+            token_ids = chat.prompt_token_ids(tokenizer, prompt.prompt)
+        except (TemplateError, ValueError, TypeError) as error:
+            rejects.append(Reject(str(file), row, prompt.prompt_id, f"the chat template refuses it: {error}"))
+            continue
+        if len(token_ids) > prompt_max_len:
+            reason = f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}"
+            rejects.append(Reject(str(file), row, prompt.prompt_id, reason))
+            continue
+        rendered.append(RenderedPrompt(row, prompt, token_ids))
+    if not rendered:
+        raise DataError(f"{file}: none of its {len(prompts)} prompts can be used; row 1: {rejects[0].reason}")
+    return rendered, rejects
+
+
+def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the template's end of turn first, then the model's and the tokenizer's end of sequence.
+
+    Llama 3's instruct models name three in their generation config; base models whose answers run on name one.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        source: Any = GenerationConfig.from_pretrained(model_path)
+    except OSError:  # the folder has no generation_config.json
+        source = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    ends = getattr(source, "eos_token_id", None)
+    ids = [chat.end_of_turn_id(tokenizer), *(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+def check_context(model_path: str, prompt_max_len: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt and its completion may need together.
+
+    Raises:
+        UsageError: the model has fewer positions.
+        DataError: the model's config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{model_path}: the model's config cannot be read ({str(error).strip().splitlines()[0]})") from error
+    context = getattr(config, "max_position_embeddings", None)
+    need = prompt_max_len + max_new_tokens
+    if context is not None and need > context:
+        raise UsageError(
+            f"--prompt_max_len={prompt_max_len} and --max_new_tokens={max_new_tokens} need {need} tokens, but {model_path} "
+            f"has a context of {context}; give smaller ones that together stay within it"
+        )
+    return need

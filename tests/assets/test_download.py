@@ -1,0 +1,150 @@
+"""Which assets are made, what a failure of one does to the others, and to the exit status."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drdpo.asset_names import HUB_MODELS, select_models
+from drdpo.assets import download, hub
+from drdpo.assets.download import download_assets
+from drdpo.config import AssetsConfig
+from drdpo.errors import DataError, UsageError
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
+    """Models by hub id -> what their download raises; {"answers": ...} for the probe."""
+    behaviour: dict[str, Exception | None] = {}
+
+    def model(repo: str, folder: Path) -> None:
+        if error := behaviour.get(repo):
+            raise error
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def dataset(repo: str, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text("{}")
+
+    def answers() -> bool:
+        behaviour["asked"] = None
+        return "silent" not in behaviour
+
+    monkeypatch.setattr(hub, "download_model", model)
+    monkeypatch.setattr(hub, "download_helpsteer2", dataset)
+    monkeypatch.setattr(hub, "hub_answers", answers)
+    return behaviour
+
+
+@pytest.fixture
+def quick_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded models have tests of their own; here they are made at once."""
+
+    def make(folder: Path, *rest: Path) -> None:
+        folder.mkdir(parents=True)
+
+    for name in ("policy", "reward_model"):
+        monkeypatch.setattr(download, f"make_{name}", make)
+        monkeypatch.setattr(download, f"{name}_is_made", lambda folder, *rest: folder.is_dir())
+
+
+def _states(config: AssetsConfig, root: Path) -> dict[str, str]:
+    return {outcome.name: outcome.state for outcome in download_assets(config, root)}
+
+
+@pytest.mark.usefixtures("quick_embedded")
+def test_auto_without_a_hub_is_the_embedded_set(
+    fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_hub["silent"] = None
+    config = AssetsConfig()
+    embedded = {"SmolLM2-135M", "ArmoRM-SmolLM2", "embedded_prompts"}
+    assert _states(config, tmp_path) == dict.fromkeys(embedded, "made")
+    assert capsys.readouterr().out.count("The hub does not answer") == 1
+    assert _states(config, tmp_path) == dict.fromkeys(embedded, "there"), "a second run makes nothing"
+
+
+@pytest.mark.usefixtures("quick_embedded")
+def test_auto_with_a_hub_is_everything_and_a_login_is_no_error(
+    fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_hub[HUB_MODELS["Llama1b"]] = hub.NeedsLoginError("gated: accept the licence")
+    states = _states(AssetsConfig(), tmp_path)
+    assert states.pop("Llama1b") == "needs a login"
+    assert set(states.values()) == {"made"}
+    assert re.search(r"^Llama1b +needs a login +gated: accept the licence$", capsys.readouterr().out, re.MULTILINE)
+    del fake_hub[HUB_MODELS["Llama1b"]]
+    assert _states(AssetsConfig(), tmp_path)["Llama1b"] == "made"
+    del fake_hub["asked"]
+    assert set(_states(AssetsConfig(), tmp_path).values()) == {"there"}
+    assert "asked" not in fake_hub, "with everything there the hub is not asked"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("broke"), "failed")]
+)
+def test_a_named_model_that_fails_ends_in_an_error_with_the_rest_done(
+    fake_hub: dict[str, Exception | None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    state: str,
+) -> None:
+    fake_hub[HUB_MODELS["Llama1b"]] = error
+    with pytest.raises(DataError, match="1 of 3 models and prompt sets are not there: Llama1b"):
+        download_assets(AssetsConfig(models="Llama1b,ArmoRM", datasets="embedded"), tmp_path)
+    assert (tmp_path / "models" / "ArmoRM" / "config.json").is_file()
+    assert (tmp_path / "datasets" / "embedded_prompts" / "train.jsonl").is_file()
+    assert state in capsys.readouterr().out
+
+
+def test_a_named_asset_without_a_hub_is_an_error(fake_hub: dict[str, Exception | None], tmp_path: Path) -> None:
+    fake_hub["silent"] = None
+    with pytest.raises(DataError, match=r"1 of 2 .* helpsteer2_prompts"):
+        download_assets(AssetsConfig(models="none", datasets="all"), tmp_path)
+    assert (tmp_path / "datasets" / "embedded_prompts" / "test.jsonl").is_file()
+
+
+@pytest.mark.usefixtures("quick_embedded", "fake_hub")
+def test_the_reward_model_brings_its_backbone(tmp_path: Path) -> None:
+    states = _states(AssetsConfig(models="ArmoRM-SmolLM2", datasets="none"), tmp_path)
+    assert list(states) == ["SmolLM2-135M", "ArmoRM-SmolLM2"]
+
+
+def test_names() -> None:
+    assert select_models("embedded,Llama1b").hub == ("Llama1b",)
+    assert select_models("ArmoRM,Llama1b,ArmoRM").hub == ("Llama1b", "ArmoRM"), "each once, in a fixed order"
+    assert select_models("auto").automatic
+    assert not select_models("all").automatic
+    assert select_models("none") == select_models("none").__class__((), ())
+
+
+@pytest.mark.parametrize("value", ["llama1b", "", "Llama1b,", "auto,Llama1b", "none,embedded"])
+def test_unknown_names_are_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="name some of SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
+        AssetsConfig(models=value)
+
+
+def test_the_entrypoint_is_light(root: Path) -> None:
+    """With everything there, torch is not imported: a second setup takes a moment."""
+    code = (
+        "import sys; sys.path.insert(0, 'src'); sys.argv = ['x', '--models=none', '--datasets=none'];"
+        "import download_assets; download_assets.main();"
+        "from drdpo.assets.embedded import policy_is_made; from pathlib import Path;"
+        "assert policy_is_made(Path('models/SmolLM2-135M'));"
+        "assert not {'torch', 'gguf'} & set(sys.modules)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env=environment, timeout=120)
+
+
+def test_a_wrong_name_ends_with_status_2(root: Path) -> None:
+    command = [sys.executable, "src/download_assets.py", "--models=GPT"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "'GPT' is not known" in done.stderr
+    assert done.stderr.count("\n") == 1

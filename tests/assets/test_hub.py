@@ -1,0 +1,233 @@
+"""Hub downloads against a hub that lies in a folder: what is fetched, what is refused, what a break leaves behind."""
+
+import gzip
+import json
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+from drdpo.assets import hub
+from drdpo.errors import DataError
+from drdpo.manifest import read_manifest
+from drdpo.records import Prompt, read_records
+
+PAD = "<|finetune_right_pad_id|>"
+
+
+class FakeHub:
+    """Serves `files` of one repository; `fail` is raised by the download after `fail_after` files."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.fail: Exception | None = None
+        self.fail_after = 0
+        self.info_error: Exception | None = None
+        self.fetched: list[str] = []
+
+    def model_info(self, repo: str, **options: object) -> SimpleNamespace:
+        if self.info_error:
+            raise self.info_error
+        siblings = [SimpleNamespace(rfilename=name, size=len(content)) for name, content in self.files.items()]
+        return SimpleNamespace(sha="abc123", siblings=siblings)
+
+    dataset_info = model_info
+
+    def snapshot_download(
+        self, repo: str, *, revision: str, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        assert revision == "abc123"
+        for count, (name, content) in enumerate(self.files.items()):
+            if self.fail and count >= self.fail_after:
+                raise self.fail
+            allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
+            if allowed and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
+                self.fetched.append(name)
+                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                (local_dir / name).write_bytes(content)
+        (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
+        return str(local_dir)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def _http(error: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    request = httpx.Request("GET", "https://hub.example/api")
+    return error("Cannot access it.\nMore lines.", response=httpx.Response(status, request=request))
+
+
+def _llama_files() -> dict[str, bytes]:
+    added = [{"id": 128004, "content": PAD}, {"id": 128009, "content": "<|eot_id|>"}]
+    return {
+        "config.json": b"{}",
+        "model-00001-of-00002.safetensors": b"1",
+        "model-00002-of-00002.safetensors": b"2",
+        "model.safetensors.index.json": b"{}",
+        "tokenizer.json": json.dumps({"added_tokens": added}).encode(),
+        "tokenizer_config.json": b'{"eos_token": "<|eot_id|>"}',
+        "generation_config.json": b'{"eos_token_id": [128001, 128008, 128009]}',
+        "LICENSE.txt": b"licence",
+        "original/consolidated.00.pth": b"pickle",
+        "original/params.json": b"{}",
+        "pytorch_model.bin": b"pickle",
+        "pytorch_model.bin.index.json": b"{}",
+        "modeling_custom.py": b"code",
+        "tokenizer_code.py": b"code",
+    }
+
+
+def test_a_llama_arrives_whole_with_its_pad_token(fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.files = _llama_files()
+    folder = tmp_path / "models" / "Llama1b"
+    hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
+    names = {str(file.relative_to(folder)) for file in folder.rglob("*")}
+    refused = ("original/", "pytorch_model", "modeling_custom.py", "tokenizer_code.py")
+    kept = {name for name in fake.files if not name.startswith(refused)}
+    assert names == kept | {"manifest.json"}
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "<|eot_id|>", "pad_token": PAD}
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
+    assert read_manifest(folder)["assets"]["made_by"]["revision"] == "abc123"
+    assert "downloading 0.0 GB" in capsys.readouterr().out
+    assert [path.name for path in folder.parent.iterdir()] == ["Llama1b"]
+
+
+def test_other_models_keep_their_own_pad_token(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files = _llama_files()
+    hub.download_model("RLHFlow/ArmoRM-Llama3-8B-v0.1", tmp_path / "ArmoRM")
+    assert b"pad" not in (tmp_path / "ArmoRM" / "tokenizer_config.json").read_bytes()
+
+
+def test_a_broken_download_shows_nothing_and_is_resumed(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files = _llama_files()
+    fake.fail, fake.fail_after = ConnectionError("connection reset\nby peer"), 2
+    folder = tmp_path / "Llama1b"
+    with pytest.raises(DataError, match=r"Llama-3\.2-1B-Instruct: the download broke \(connection reset\); run the same"):
+        hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
+    assert not folder.exists()
+    aside = tmp_path / ".Llama1b.download"
+    assert (aside / "model-00001-of-00002.safetensors").is_file(), "what arrived is kept for the next run"
+    fake.fail = None
+    hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
+    assert (folder / "model-00002-of-00002.safetensors").is_file()
+    assert not aside.exists()
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_file_that_does_not_arrive_whole_shows_nothing(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
+) -> None:
+    fake.files = _llama_files()
+    complete = fake.snapshot_download
+
+    def careless(repo: str, *, local_dir: Path, **options: object) -> None:
+        complete(repo, local_dir=local_dir, **options)
+        spoil(local_dir / "model-00002-of-00002.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", careless)
+    with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors did not arrive whole"):
+        hub.download_model("owner/model", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_gated_model_says_what_to_do(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files, fake.fail = _llama_files(), _http(GatedRepoError, 401)
+    with pytest.raises(
+        hub.NeedsLoginError, match=r"huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct, then `hf auth login`"
+    ):
+        hub.download_model("meta-llama/Llama-3.2-1B-Instruct", tmp_path / "Llama1b")
+    assert not (tmp_path / "Llama1b").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_http(RepositoryNotFoundError, 404), "the hub knows no such repository"),
+        (_http(HfHubHTTPError, 503), r"the download broke \(Cannot access it\.\)"),
+        (TimeoutError("timed out"), r"the download broke \(timed out\)"),
+    ],
+)
+def test_hub_errors_are_one_line(fake: FakeHub, tmp_path: Path, error: Exception, message: str) -> None:
+    fake.info_error = error
+    with pytest.raises(DataError, match=message):
+        hub.download_model("owner/model", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pickled_weights_are_never_fetched(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}
+    with pytest.raises(DataError, match="holds no safetensors"):
+        hub.download_model("owner/model", tmp_path / "model")
+    assert fake.fetched == []
+
+
+def test_too_little_disk_space_is_said_before_the_download(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.files = {"model.safetensors": b"x" * 1000}
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    with pytest.raises(DataError, match=r"only 0\.0 GB are free"):
+        hub.download_model("owner/model", tmp_path / "model")
+    assert fake.fetched == []
+
+
+def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
+    with pytest.raises(DataError, match=r"no token .* with the id 128004"):
+        hub.set_pad_token(tmp_path, *hub.LLAMA3_PAD)
+
+
+@pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
+def test_the_probe(fake: FakeHub, error: Exception | None) -> None:
+    fake.info_error = error
+    assert hub.hub_answers() is (error is None)
+
+
+def test_offline_mode_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert hub.hub_answers() is False
+
+
+@pytest.mark.parametrize(
+    ("ending", "write"), [(".jsonl", lambda text: text.encode()), (".jsonl.gz", lambda text: gzip.compress(text.encode()))]
+)
+def test_helpsteer2(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, write: Callable[[str], bytes]
+) -> None:
+    lines = {"train": ["A", "A", "B", "B"], "validation": ["C", "C"]}
+    for split, texts in lines.items():
+        fake.files[split + ending] = write("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+    def fetch(repo: str, name: str, repo_type: str, revision: str) -> str:
+        assert (repo, repo_type, revision) == ("nvidia/HelpSteer2", "dataset", "abc123")
+        (tmp_path / name).write_bytes(fake.files[name])
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    folder = tmp_path / "datasets" / "helpsteer2_prompts"
+    counts = hub.download_helpsteer2("nvidia/HelpSteer2", folder)
+    assert {split: count["prompts"] for split, count in counts.items()} == {"train": 2, "test": 1}
+    assert [row.prompt[0]["content"] for row in read_records(folder / "train.jsonl", Prompt.from_row)] == ["A", "B"]
+    if ending == ".jsonl.gz":
+        fake.files["train.jsonl.gz"] = fake.files["train.jsonl.gz"][:-9]
+        with pytest.raises(DataError, match="the downloaded file is broken"):
+            hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+
+
+def test_helpsteer2_without_its_files(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files = {"README.md": b""}
+    with pytest.raises(DataError, match=r"holds neither train\.jsonl\.gz nor train\.jsonl"):
+        hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "prompts")

@@ -1,0 +1,266 @@
+"""evaluate_openllm: flags, tasks, data and, marked slow, the real harness on the embedded model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drdpo.chat import DATE_STRING
+from drdpo.config import LeaderboardConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.evaluation import leaderboard
+from drdpo.evaluation.leaderboard import evaluate_openllm, output_folder
+from drdpo.evaluation.leaderboard_tasks import find_tasks
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+GENERATION = """
+task: tiny_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[label]}}}}"
+generation_kwargs: {{until: ["."], do_sample: false, max_gen_toks: 30}}
+filter_list: [{{name: first_word, filter: [{{function: regex, regex_pattern: "([A-Za-z]+)"}}, {{function: take_first}}]}}]
+metric_list: [{{metric: exact_match, ignore_case: true}}]
+"""
+GROUP = "group: tiny\ntask: [tiny_choice, tiny_generation]\n"
+ROWS = [
+    ("Which animal barks? Answer with one word.", ["Dog", "Cat"], 0),
+    ("Which one is a colour? Answer with one word.", ["Seven", "Blue", "Run"], 1),
+    ("Which one is a fruit? Answer with one word.", ["Apple", "Chair", "Stone", "River"], 0),
+    ("Which city is the capital of France? Answer with one word.", ["Berlin", "Rome", "Paris"], 2),
+]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder of two small tasks and their group."""
+    folder = tmp_path / "my tasks"
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    rows = [{"question": question, "choices": choices, "label": label} for question, choices, label in ROWS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "choice.yaml").write_text(CHOICE.format(data=json.dumps(str(data))))
+    (folder / "generation.yaml").write_text(GENERATION.format(data=json.dumps(str(data))))
+    (folder / "group.yaml").write_text(GROUP)
+    return folder
+
+
+def test_tasks_are_found_in_both_places(tasks: Path) -> None:
+    _, leaves = find_tasks(["tiny", "leaderboard_musr"], str(tasks), {})
+    assert leaves == [
+        "tiny_choice", "tiny_generation", "leaderboard_musr_murder_mysteries", "leaderboard_musr_object_placements",
+        "leaderboard_musr_team_allocation",
+    ]  # fmt: skip
+    _, leaves = find_tasks(["leaderboard"], None, {})
+    assert len(leaves) == 1 + 24 + 3 + 7 + 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"tasks": "tiny,tiny"}, "names a task twice"),
+        ({"tasks": " ,"}, "--tasks is empty"),
+        ({"include_path": "nowhere"}, "--include_path=nowhere: no such folder"),
+    ],
+)
+def test_usage_errors(tiny_policy: Path, flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        evaluate_openllm(LeaderboardConfig(model_path=str(tiny_policy), check_only=True, **flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"limit": 0}, "must be positive"),
+        ({"limit": 2.5}, "whole number"),
+        ({"batch_size": "many"}, "--batch_size=many"),
+        ({"max_length": 0}, "--max_length=0"),
+        ({"tensor_parallel_size": 2}, "is for --backend=vllm"),
+        ({"apply_chat_template": False}, "--fewshot_as_multiturn=false"),
+    ],
+)
+def test_refused_flags(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        LeaderboardConfig(model_path="m", **flags)
+
+
+def test_vllm_of_another_name_is_refused(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise leaderboard.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(leaderboard.metadata, "version", version)
+    with pytest.raises(UsageError, match="give --backend=hf"):
+        evaluate_openllm(LeaderboardConfig(model_path=str(tiny_policy), backend="vllm", check_only=True))
+
+
+def test_processes_without_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UsageError, match="data-parallel over GPUs only"):
+        leaderboard._parallelism(LeaderboardConfig(model_path="m"))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "span", "ray", "engines"),
+    [(8, 2, True, 4), (1, 1, False, 1), (0, 1, False, 1), (2, 2, False, 1), (8, 3, True, 0), (4, 1, False, 0)],
+)
+def test_vllm_engines(monkeypatch: pytest.MonkeyPatch, gpus: int, span: int, ray: bool, engines: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(leaderboard, "find_spec", lambda name: ray if name == "ray" else None)
+    config = LeaderboardConfig(model_path="m", backend="vllm", tensor_parallel_size=span)
+    if engines:
+        assert leaderboard._parallelism(config) == {
+            "tensor_parallel_size": span, "data_parallel_size": engines, "seed": 42,
+        }  # fmt: skip
+    else:
+        with pytest.raises(UsageError, match=r"ray|does not divide"):
+            leaderboard._parallelism(config)
+
+
+def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "kldpo run" / "global_step_316"
+    checkpoint.mkdir(parents=True)
+
+    def name(model_path: str) -> Path:
+        return output_folder(LeaderboardConfig(model_path=model_path))
+
+    assert name("meta-llama/Llama-3.2-1B-Instruct") == Path("outputs/openllm/Llama-3.2-1B-Instruct")
+    assert name(str(checkpoint)) == Path("outputs/openllm/kldpo run_global_step_316")
+    monkeypatch.chdir(checkpoint)
+    assert name(".") == Path("outputs/openllm/kldpo run_global_step_316")
+    assert output_folder(LeaderboardConfig(model_path="m", output_path="here")) == Path("here")
+
+
+def test_data_that_cannot_be_loaded_names_its_task(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
+    (tasks / "rows.jsonl").unlink()
+    config = LeaderboardConfig(
+        model_path=str(tiny_policy), tasks="tiny", include_path=str(tasks), output_path=str(tmp_path / "out")
+    )
+    with pytest.raises(DataError, match=r"task tiny_choice could not be loaded .*rows.jsonl"):
+        evaluate_openllm(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unreachable_hub_says_what_to_do(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'TAUR-Lab/MuSR' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_musr", output_path=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"task leaderboard_musr_murder_mysteries .*HF_HOME"):
+        evaluate_openllm(config)
+
+
+def test_gated_data_asks_for_a_login(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from datasets.exceptions import DatasetNotFoundError
+
+    def gated(*_: Any, **__: Any) -> None:
+        raise DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub. You must be authenticated.")
+
+    monkeypatch.setattr("datasets.load_dataset", gated)
+    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_gpqa", output_path=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"task leaderboard_gpqa_diamond .*log in"):
+        evaluate_openllm(config)
+
+
+def test_ifeval_without_punkt(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str) -> None:
+        raise LookupError(name)
+
+    monkeypatch.setattr("nltk.data.find", absent)
+    monkeypatch.setattr("nltk.download", lambda name, quiet: False)
+    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_ifeval", output_path=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"leaderboard_ifeval needs NLTK's punkt_tab.*NLTK_DATA"):
+        evaluate_openllm(config)
+
+
+def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
+    """--check_only=true finds a wrong task and imports no torch."""
+    code = (
+        "import sys; from drdpo.config import LeaderboardConfig; from drdpo.evaluation.leaderboard import evaluate_openllm;"
+        "m, t = sys.argv[1:];"
+        "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
+        "assert 'torch' not in sys.modules; assert 'matplotlib' not in sys.modules"
+    )
+    words = [sys.executable, "-c", code, str(tiny_policy), str(tasks)]
+    subprocess.run(words, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "src")})
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_templates_date_is_pinned(tiny_policy: Path, tmp_path: Path) -> None:
+    """Llama 3.2's template writes today's date unless date_string is given."""
+    import shutil
+
+    from lm_eval.api.registry import get_model
+
+    folder = tmp_path / "dated"
+    shutil.copytree(tiny_policy, folder)
+    today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    (folder / "chat_template.jinja").write_text(today + "{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    config = LeaderboardConfig(model_path=str(folder), dtype="float32")
+    model = get_model("hf").create_from_arg_obj(leaderboard._model_args(config), {"batch_size": 1, "device": "cpu"})
+    assert model.apply_chat_template([{"role": "user", "content": "hello"}]) == f"{DATE_STRING}[hello]"
+
+
+@pytest.mark.slow
+def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_path: Path) -> None:
+    """bash openllm_eval.slurm on the embedded model against lm_eval.simple_evaluate; then a second run, which skips."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    command = [
+        "bash", str(root / "openllm_eval.slurm"), f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}",
+        "--max_gen_toks=8", "--batch_size=4", "--limit=3",
+    ]  # fmt: skip
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "outputs" / "openllm" / smollm.name
+    ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    direct = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(smollm), "dtype": "bfloat16", "chat_template_args": {"date_string": DATE_STRING}},
+        tasks=["tiny"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=4,
+        device="cpu",
+        limit=3,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        gen_kwargs={"max_gen_toks": 8},
+    )
+    assert direct is not None
+    for task in ("tiny_choice", "tiny_generation"):
+        numbers = {key: value for key, value in direct["results"][task].items() if "," in key}
+        assert numbers
+        assert {key: ours["results"][task][key] for key in numbers} == numbers
+    assert ours["n-samples"]["tiny_choice"] == {"original": 4, "effective": 3}
+    table = (output / "table.md").read_text(encoding="utf-8")
+    assert f"| tiny_choice | 0 | 3 | acc | {ours['results']['tiny_choice']['acc,none']:.4f} |" in table
+    assert "tiny_generation" in done.stdout
+    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
+    assert manifest["made_by"]["max_gen_toks"] == 8
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stdout
+    changed = subprocess.run([*command, "--seed=1"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert changed.returncode == 2
+    assert "seed (42 -> 1)" in changed.stderr

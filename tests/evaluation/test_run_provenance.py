@@ -1,0 +1,61 @@
+"""Manifests of other steps, as their code writes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError
+from drdpo.evaluation.provenance import method_line, read_provenance
+from drdpo.flags import as_dict
+from drdpo.manifest import write_manifest
+
+
+def test_nothing_recorded(tmp_path: Path) -> None:
+    found = read_provenance(tmp_path, "test")
+    assert (found.policy, found.method, found.versions) == ("not recorded", "no training recorded", {})
+    assert len(found.notes) == 2
+
+
+def test_a_real_manifest(tmp_path: Path) -> None:
+    training = TrainConfig(model_path="m", dataset_path="d", save_path="s", wdpo_rho=0.01, seed=5)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(as_dict(training)))
+    (tmp_path / "sampled").mkdir()
+    flags = {"model_path": str(run / "global_step_9"), "save_path": "x"}
+    write_manifest(tmp_path / "sampled", "sample_test", {"model": "f00d"}, flags=flags, counts={"in": 3, "out": 2})
+    found = read_provenance(tmp_path, "test")
+    assert found.policy.endswith("global_step_9")
+    assert found.method == "WDPO (wdpo_rho=0.01, beta=0.01, seed=5)"
+    assert found.sampling is not None
+    assert found.sampling.facts["counts.out"] == "2"
+    assert "numpy" in found.versions
+    # The train split was not sampled.
+    assert read_provenance(tmp_path, "train").sampling is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"beta": "0.1", "seed": "1"}, "DPO (beta=0.1, seed=1)"),
+        ({"kldpo_tau": "0.05", "beta": "0.1"}, "KLDPO (kldpo_tau=0.05, beta=0.1)"),
+        ({"drdpo_beta": "1", "beta": "0.1"}, "Dr. DPO (drdpo_beta=1, beta=0.1)"),
+    ],
+)
+def test_method_line(flags: dict[str, str], line: str) -> None:
+    assert method_line(flags) == line
+
+
+def test_a_models_folder_is_no_training(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "run" / "sampled").mkdir(parents=True)
+    write_manifest(tmp_path / "run" / "sampled", "sample_test", {"model_path": str(tmp_path / "model")})
+    assert read_provenance(tmp_path / "run", "test").training is None
+
+
+def test_a_broken_manifest_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"score_test": ')
+    with pytest.raises(DataError, match="not JSON"):
+        read_provenance(tmp_path, "test")

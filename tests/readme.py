@@ -1,0 +1,54 @@
+"""What the tests know of the README: its flag tables and its commands. `python tests/readme.py` writes the tables anew."""
+
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from drdpo import config as configs  # noqa: E402
+
+_TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def flag_table(class_name: str) -> str:
+    """A markdown table of a config class's flags."""
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(getattr(configs, class_name)):
+        if field.default is not dataclasses.MISSING:
+            default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = " ".join(field.default_factory()) or "none"
+        else:
+            default = "required"
+        meaning = field.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `--{field.name}` | {default.replace('None', 'none')} | {meaning} |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str) -> str:
+    """The README with its tables made from the config classes."""
+    return _TABLE.sub(lambda match: f"<!-- flags: {match[1]} -->\n{flag_table(match[1])}\n<!-- end -->", text)
+
+
+def table_names(text: str) -> list[str]:
+    return _TABLE.findall(text)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every command of the README's bash blocks, as words."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                found.append(words)
+    return found
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")

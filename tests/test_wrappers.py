@@ -1,0 +1,122 @@
+"""The wrappers with stand-ins for the launcher: flags go through whole, from any directory, with spaces; wrong ones stop first."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drdpo.records import Preference, write_records
+
+WRAPPERS = ("generate_completions.sh", "train_alignment.sh", "generate.sh", "openllm_eval.slurm", "setup.sh", "quickstart.sh")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment whose python is the real one and whose deepspeed writes its words down."""
+    binaries = tmp_path / "an environment" / "bin"
+    binaries.mkdir(parents=True)
+    for name, script in (
+        ("python", f'exec "{sys.executable}" "$@"'),
+        ("deepspeed", 'printf "%s\\n" "$@" >"$LAUNCHED"; exit "${LAUNCH_STATUS:-0}"'),
+    ):
+        (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
+        (binaries / name).chmod(0o755)
+    return {**os.environ, "DRDPO_ENV": str(binaries.parent), "LAUNCHED": str(tmp_path / "launched"), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def flags(tmp_path: Path, tiny_policy: Path) -> list[str]:
+    said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    for split in ("train", "test"):
+        rows = [Preference(0, said("user", "a"), said("assistant", "b"), said("assistant", "c"))]
+        write_records(tmp_path / "my pairs" / f"{split}.jsonl", rows)
+    return [f"--model_path={tiny_policy}", "--dataset_path", str(tmp_path / "my pairs"), f"--save_path={tmp_path / 'my run'}"]
+
+
+def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    elsewhere = tmp_path / "some where else"
+    elsewhere.mkdir(exist_ok=True)
+    command = ["bash", str(root / "train_alignment.sh"), *words]
+    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def launched(environment: dict[str, str]) -> list[str]:
+    path = Path(environment["LAUNCHED"])
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def test_flags_go_through_whole(root, environment, flags, tmp_path):
+    done = train(root, environment, tmp_path, *flags, "--kldpo_tau=0.05")
+    assert done.returncode == 0, done.stderr
+    words = launched(environment)
+    assert words[words.index(str(root / "src/train_alignment.py")) + 1 :] == [*flags, "--kldpo_tau=0.05"]
+    assert words[:2] == ["--num_gpus", "1"]
+
+
+def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path):
+    assert train(root, {**environment, "LAUNCH_STATUS": "7"}, tmp_path, *flags).returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked", "expected"),
+    [
+        (None, None, ["--num_gpus", "4"]),
+        (None, "2", ["--num_gpus", "2"]),
+        ("2,3", None, ["--include", "localhost:2,3"]),
+        ("1,2,3", "2", ["--include", "localhost:1,2"]),
+    ],
+)
+def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
+    smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/bash\nfor k in 0 1 2 3; do echo \"GPU $k: NVIDIA\"; done\n")
+    smi.chmod(0o755)
+    del environment["CUDA_VISIBLE_DEVICES"]
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    if asked is not None:
+        environment["DRDPO_PROCESSES"] = asked
+    done = train(root, environment, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert launched(environment)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["--epochs=3"], 2), (["--kldpo_tau=1", "--wdpo_rho=1"], 2), (["--train_batch_size=3", "--micro_batch_size=2"], 2)],
+)
+def test_a_wrong_command_starts_no_launcher(words, status, root, environment, flags, tmp_path):
+    done = train(root, environment, tmp_path, *flags, *words)
+    assert done.returncode == status, done.stderr
+    assert not launched(environment)
+    assert not (tmp_path / "my run").exists()
+
+
+def test_bad_data_starts_no_launcher(root, environment, flags, tmp_path):
+    (tmp_path / "my pairs" / "test.jsonl").write_text('{"chosen": ')
+    done = train(root, environment, tmp_path, *flags)
+    assert done.returncode == 1
+    assert "test.jsonl, row 1" in done.stderr
+    assert not launched(environment)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_help_needs_no_launcher(wrapper, root, environment, tmp_path):
+    done = subprocess.run(["bash", str(root / wrapper), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert not launched(environment)
+
+
+def test_a_lost_environment_is_named(root, environment, tmp_path):
+    environment["DRDPO_ENV"] = str(tmp_path / "gone")
+    done = train(root, environment, tmp_path)
+    assert done.returncode == 1
+    assert "bash setup.sh" in done.stderr
+
+
+def test_quickstart_refuses_an_unknown_flag(root, environment, tmp_path):
+    done = subprocess.run(["bash", str(root / "quickstart.sh"), "--size=1"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--size=1" in done.stderr

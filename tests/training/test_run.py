@@ -1,0 +1,115 @@
+"""What the trainer refuses, through its command line: one line, the right exit status, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preference data")
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    return folder
+
+
+def train(root: Path, model: Path, data: Path, save: Path, *flags: str, world: int = 1):
+    command = [sys.executable, str(root / "src/train_alignment.py"), f"--model_path={model}", f"--dataset_path={data}",
+               f"--save_path={save}", "--train_batch_size=4", "--check_only=true", *flags]  # fmt: skip
+    import os
+
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": str(world)})
+
+
+def refuse(done, status: int, *words: str) -> None:
+    assert done.returncode == status, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") or ": error: " in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--kldpo_tua=0.1"], ["unrecognized arguments", "--kldpo_tua"]),
+        (["--kldpo_t=0.1"], ["unrecognized arguments"]),
+        (["--kldpo_tau=0.1", "--wdpo_rho=0.1"], ["--kldpo_tau and --wdpo_rho"]),
+        (["--kldpo_tau=0"], ["--kldpo_tau=0.0 must be positive"]),
+        (["--wdpo_rho=-1"], ["--wdpo_rho=-1.0 must be positive"]),
+        (["--drdpo_beta=nan"], ["--drdpo_beta=nan must be positive"]),
+        (["--beta=0"], ["--beta=0.0 must be positive"]),
+        (["--beta=fast"], ["invalid float value"]),
+        (["--train_batch_size=6", "--micro_batch_size=4"], ["--train_batch_size=6", "--micro_batch_size=4"]),
+        (["--kldpo_tau=0.1", "--train_batch_size=1", "--micro_batch_size=1"], ["population of one pair"]),
+        (["--drdpo_beta=1", "--micro_batch_size=1", "--robust_scope=micro"], ["population of one pair"]),
+        (["--wdpo_rho=0.1", "--attn_implementation=flash_attention_2"], ["second derivative", "eager"]),
+        (["--wdpo_rho=0.1", "--attn_implementation=sdpa"], ["second derivative"]),
+        (["--wdpo_rho=0.1", "--zero_stage=3"], ["--zero_stage=3", "--zero_stage=2"]),
+        (["--zero_stage=0"], ["--zero_stage=0", "bfloat16"]),
+        (["--loss_type=ipo", "--label_smoothing=0.1"], ["--label_smoothing"]),
+        (["--label_smoothing=0.5"], ["--label_smoothing"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_ends_with_status_2(flags, words, root, tiny_policy, data, tmp_path):
+    refuse(train(root, tiny_policy, data, tmp_path / "out", *flags), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_count_in_the_batch(root, tiny_policy, data, tmp_path):
+    refuse(train(root, tiny_policy, data, tmp_path / "out", "--micro_batch_size=1", world=3), 2, "3 processes")
+
+
+def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | None = None) -> Path:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_policy, model)
+    for name in missing:
+        (model / name).unlink()
+    if add:
+        (model / add).write_bytes(b"\x80\x04")
+    return model
+
+
+def test_bad_models_end_with_status_1(root, tiny_policy, data, tmp_path):
+    out = tmp_path / "out"
+    refuse(train(root, Path("models/none"), data, out), 1, "models/none", "no such model folder")
+    refuse(train(root, broken_model(tiny_policy, tmp_path / "a", "tokenizer.json"), data, out), 1, "tokenizer")
+    pickled = broken_model(tiny_policy, tmp_path / "b", "model.safetensors", add="pytorch_model.bin")
+    refuse(train(root, pickled, data, out), 1, "pickle", "safetensors")
+    assert not out.exists()
+
+
+def test_bad_data_ends_with_status_1(root, tiny_policy, data, tmp_path):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    out = tmp_path / "out"
+    rows = (data / "train.jsonl").read_text()
+    for text, words in [
+        (rows[:-10], ["train.jsonl, row 4", "not a whole JSON object"]),
+        (rows + '{"prompt": "a", "chosen": "b"}\n', ["train.jsonl, row 5", '"rejected" is missing']),
+        ("", ["train.jsonl", "no rows"]),
+    ]:
+        (broken / "train.jsonl").write_text(text)
+        refuse(train(root, tiny_policy, broken, out), 1, *words)
+    (broken / "train.jsonl").write_text(rows)
+    (broken / "test.jsonl").unlink()
+    refuse(train(root, tiny_policy, broken, out), 1, "test.jsonl: no such file")
+    assert not out.exists()
+
+
+def test_checks_pass_without_torch(root, tiny_policy, data, tmp_path):
+    """The check runs before the launcher, so it must be quick."""
+    program = (
+        f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(root / 'src')!r}); sys.argv[1:] = sys.argv[1:]; "
+        f"import runpy; runpy.run_path({str(root / 'src/train_alignment.py')!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, f"--model_path={tiny_policy}", f"--dataset_path={data}",
+               f"--save_path={tmp_path / 'out'}", "--train_batch_size=4", "--check_only=true"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
