@@ -9,7 +9,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "drdpo"
 STEPS = ("assets", "generation", "rewards", "training", "evaluation")
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = {"vllm": "generation", "deepspeed": "training", "triton": "kernels", "lm_eval": "evaluation", "matplotlib": "evaluation"}
+ROOMS = {
+    "vllm": "generation",
+    "deepspeed": "training",
+    "triton": "kernels",
+    "lm_eval": "evaluation",
+    "matplotlib": "evaluation",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -45,8 +45,8 @@ def test_the_papers_commands_are_here_word_for_word():
     for words in (
         "bash generate_completions.sh --save_path=datasets/helpsteer2_completions --model_path=models/Llama1b --best_of_n=2 "
         "--temperature=0.7",
-        "bash generate_completions.sh --save_path=datasets/helpsteer2_completions --model_path=models/Llama1b --best_of_n=10 "
-        "--temperature=0.7",
+        "bash generate_completions.sh --save_path=datasets/helpsteer2_completions --model_path=models/Llama1b "
+        "--best_of_n=10 --temperature=0.7",
         "python src/generate_preferences.py --completions=datasets/helpsteer2_completions "
         "--output_path=datasets/helpsteer2_preferences --ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5",
         "python src/generate_preferences.py --completions=datasets/helpsteer2_completions "

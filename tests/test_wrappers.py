@@ -1,4 +1,4 @@
-"""The wrappers with stand-ins for the launcher: flags go through whole, from any directory, with spaces; wrong ones stop first."""
+"""The wrappers with a stand-in for the launcher: flags go through whole, from any directory, with spaces in paths."""
 
 import os
 import subprocess
@@ -9,7 +9,14 @@ import pytest
 
 from drdpo.records import Preference, write_records
 
-WRAPPERS = ("generate_completions.sh", "train_alignment.sh", "generate.sh", "openllm_eval.slurm", "setup.sh", "quickstart.sh")
+WRAPPERS = (
+    "generate_completions.sh",
+    "train_alignment.sh",
+    "generate.sh",
+    "openllm_eval.slurm",
+    "setup.sh",
+    "quickstart.sh",
+)
 
 
 @pytest.fixture
@@ -23,7 +30,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
     ):
         (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
         (binaries / name).chmod(0o755)
-    return {**os.environ, "DRDPO_ENV": str(binaries.parent), "LAUNCHED": str(tmp_path / "launched"), "CUDA_VISIBLE_DEVICES": ""}
+    return {
+        **os.environ,
+        "DRDPO_ENV": str(binaries.parent),
+        "LAUNCHED": str(tmp_path / "launched"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 @pytest.fixture
@@ -32,7 +44,12 @@ def flags(tmp_path: Path, tiny_policy: Path) -> list[str]:
     for split in ("train", "test"):
         rows = [Preference(0, said("user", "a"), said("assistant", "b"), said("assistant", "c"))]
         write_records(tmp_path / "my pairs" / f"{split}.jsonl", rows)
-    return [f"--model_path={tiny_policy}", "--dataset_path", str(tmp_path / "my pairs"), f"--save_path={tmp_path / 'my run'}"]
+    return [
+        f"--model_path={tiny_policy}",
+        "--dataset_path",
+        str(tmp_path / "my pairs"),
+        f"--save_path={tmp_path / 'my run'}",
+    ]
 
 
 def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +87,7 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 )
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/bash\nfor k in 0 1 2 3; do echo \"GPU $k: NVIDIA\"; done\n")
+    smi.write_text('#!/bin/bash\nfor k in 0 1 2 3; do echo "GPU $k: NVIDIA"; done\n')
     smi.chmod(0o755)
     del environment["CUDA_VISIBLE_DEVICES"]
     if visible is not None:
@@ -103,7 +120,9 @@ def test_bad_data_starts_no_launcher(root, environment, flags, tmp_path):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_help_needs_no_launcher(wrapper, root, environment, tmp_path):
-    done = subprocess.run(["bash", str(root / wrapper), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(root / wrapper), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert not launched(environment)

@@ -35,10 +35,8 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
         objective_from_flag(PHANTOM_FLAG)
-    parser = HfArgumentParser([config_class], description=description, allow_abbrev=False)  # type: ignore[list-item]
-    config, unknown = parser.parse_args_into_dataclasses(
-        arguments, look_for_args_file=False, return_remaining_strings=True
-    )
+    parser = HfArgumentParser([config_class], description=description, allow_abbrev=False)
+    config, unknown = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         # Left to itself HfArgumentParser raises ValueError here: a traceback and status 1.
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

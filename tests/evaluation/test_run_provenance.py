@@ -25,7 +25,7 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps(as_dict(training)))
     (tmp_path / "sampled").mkdir()
     flags = {"model_path": str(run / "global_step_9"), "save_path": "x"}
-    write_manifest(tmp_path / "sampled", "sample_test", {"model": "f00d"}, flags=flags, counts={"in": 3, "out": 2})
+    write_manifest(tmp_path / "sampled", "sample test", {"model": "f00d"}, flags=flags, counts={"in": 3, "out": 2})
     found = read_provenance(tmp_path, "test")
     assert found.policy.endswith("global_step_9")
     assert found.method == "WDPO (wdpo_rho=0.01, beta=0.01, seed=5)"

@@ -22,7 +22,6 @@ def case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.fl
 @pytest.fixture(params=[1 << 25, 300], ids=["one chunk", "many chunks"])
 def chunk_elements(request, monkeypatch):
 
-
     import sys
 
     monkeypatch.setattr(sys.modules["drdpo.kernels.linear_logprob"], "_CHUNK_ELEMENTS", request.param)

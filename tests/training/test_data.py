@@ -62,7 +62,10 @@ def test_the_shared_prompt_inside_may_have_several_turns(tmp_path):
         ({"prompt": PROMPT, "chosen": said("Red."), "rejected": said("a") + said("b")}, r'row 2: field "rejected"'),
         ({"prompt": said("x"), "chosen": said("a"), "rejected": said("b")}, r'row 2: field "prompt" ends in'),
         ({"chosen": "a", "rejected": "b"}, r'row 2: field "prompt" is missing'),
-        ({"prompt": PROMPT, "chosen": said("a"), "rejected": [{"role": "bot", "content": "b"}]}, r'row 2: .*"rejected".*bot'),
+        (
+            {"prompt": PROMPT, "chosen": said("a"), "rejected": [{"role": "bot", "content": "b"}]},
+            r'row 2: .*"rejected".*bot',
+        ),
         ('{"prompt": [{"role": "us', r"row 2: not a whole JSON object"),
         ("[1, 2]", r"row 2: a JSON list"),
     ],
@@ -93,7 +96,9 @@ def test_a_saved_data_set_loads(tmp_path):
 def test_a_saved_data_set_without_test_part_is_refused(tmp_path):
     from datasets import Dataset, DatasetDict
 
-    DatasetDict({"train": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])}).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])}).save_to_disk(
+        tmp_path / "saved"
+    )
     with pytest.raises(DataError, match="no split test or validation"):
         load_preferences(str(tmp_path / "saved"), "test")
 

@@ -53,7 +53,8 @@ def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, root: Path) ->
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     worker = Path(__file__).parent / "equality_worker.py"
     command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(20000 + os.getpid() % 20000),
-               str(worker), str(folder / "cases.json"), str(folder / "pairs.json"), str(tiny_policy), str(folder)]  # fmt: skip
+               str(worker), str(folder / "cases.json"), str(folder / "pairs.json"), str(tiny_policy),
+               str(folder)]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder

@@ -15,7 +15,8 @@ def losses_of(*values: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "smoothing", "expected"), [("sigmoid", 0.0, LN2), ("sigmoid", 0.2, LN2), ("robust", 0.2, LN2), ("ipo", 0.0, 25.0)]
+    ("kind", "smoothing", "expected"),
+    [("sigmoid", 0.0, LN2), ("sigmoid", 0.2, LN2), ("robust", 0.2, LN2), ("ipo", 0.0, 25.0)],
 )
 def test_loss_at_zero_margin(kind, smoothing, expected):
     assert pair_losses(losses_of(0.0), 0.1, smoothing, kind).item() == pytest.approx(expected, abs=1e-12)
@@ -95,8 +96,8 @@ def test_weights_are_constants_of_the_step():
 @pytest.mark.parametrize(
     ("weights", "value"),
     [
-        (lambda l: kl_weights(l, l, 0.4, normalize=True), lambda l: 0.4 * torch.log(torch.exp(l / 0.4).mean())),
-        (lambda l: drdpo_weights(l, l, 0.4), lambda l: -0.4 * torch.log(torch.exp(-l / 0.4).mean())),
+        (lambda x: kl_weights(x, x, 0.4, normalize=True), lambda x: 0.4 * torch.log(torch.exp(x / 0.4).mean())),
+        (lambda x: drdpo_weights(x, x, 0.4), lambda x: -0.4 * torch.log(torch.exp(-x / 0.4).mean())),
     ],
     ids=["kldpo", "drdpo"],
 )

@@ -25,7 +25,12 @@ def pairs() -> list[Pair]:
     def ids(length: int) -> list[int]:
         return [numbers.randrange(3, 500) for _ in range(length)]
 
-    return [Pair(ids(4), ids(3), ids(6)), Pair(ids(2), ids(5), ids(1)), Pair(ids(5), ids(2), ids(2)), Pair(ids(3), ids(7), ids(4))]
+    return [
+        Pair(ids(4), ids(3), ids(6)),
+        Pair(ids(2), ids(5), ids(1)),
+        Pair(ids(5), ids(2), ids(2)),
+        Pair(ids(3), ids(7), ids(4)),
+    ]
 
 
 def policy_of(path, attention: str = "eager", checkpointing: bool = False) -> Policy:

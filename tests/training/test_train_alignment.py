@@ -18,7 +18,14 @@ from drdpo.records import Preference, write_records
 
 pytestmark = pytest.mark.slow
 
-FLAGS = ["--train_batch_size=4", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.1", "--max_epochs=2", "--eval_steps=2"]
+FLAGS = [
+    "--train_batch_size=4",
+    "--micro_batch_size=1",
+    "--learning_rate=1e-3",
+    "--beta=0.1",
+    "--max_epochs=2",
+    "--eval_steps=2",
+]
 WORDS = "the cat sat on a mat while it rained over hills and rivers of stone near old towns".split()
 
 
@@ -41,7 +48,14 @@ def data(tmp_path_factory) -> Path:
 
 def train(root: Path, model: Path, data: Path, save: Path, *flags: str, processes: int = 1, cwd: Path | None = None):
     environment = {**os.environ, "DRDPO_PROCESSES": str(processes), "OMP_NUM_THREADS": "1", "DRDPO_ENV": sys.prefix}
-    command = ["bash", str(root / "train_alignment.sh"), f"--model_path={model}", f"--dataset_path={data}", f"--save_path={save}", *flags]
+    command = [
+        "bash",
+        str(root / "train_alignment.sh"),
+        f"--model_path={model}",
+        f"--dataset_path={data}",
+        f"--save_path={save}",
+        *flags,
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=cwd)
 
 
@@ -71,7 +85,15 @@ def run(root, tiny_policy, data, tmp_path_factory):
 
 def test_the_folder_holds_what_the_contract_names(run):
     names = {path.name for path in run.iterdir()}
-    assert {"global_step_2", "global_step_4", "metrics.jsonl", "tensorboard", "config.json", "manifest.json", "resume"} <= names
+    assert {
+        "global_step_2",
+        "global_step_4",
+        "metrics.jsonl",
+        "tensorboard",
+        "config.json",
+        "manifest.json",
+        "resume",
+    } <= names
     assert json.loads((run / "config.json").read_text())["wdpo_rho"] == 0.01
     manifest = json.loads((run / "manifest.json").read_text())["train"]
     assert manifest["complete"]

@@ -7,7 +7,7 @@ from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 
 def _weight() -> float:
-    return flag("weight of this objective", 0.0)  # type: ignore[no-any-return]
+    return flag("weight of this objective", 0.0)
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,24 @@ class TrainConfig:
     max_steps: int | None = flag("stop after so many optimizer steps; the schedule spans them", None)
     train_batch_size: int = flag("pairs per optimizer step, over all processes", 128)
     micro_batch_size: int | None = flag("pairs per process and forward pass (default 1 for WDPO, else 4)", None)
-    max_len: int = flag("longest prompt + answer in tokens; a longer answer is cut, a longer prompt sets the pair aside", 2048)
+    max_len: int = flag(
+        "longest prompt + answer in tokens; a longer answer is cut, a longer prompt sets the pair aside", 2048
+    )
     eval_steps: int = flag("evaluate on the test pairs every so many steps; 0 is at the end only", 79)
     save_steps: int = flag("save a checkpoint every so many steps; 0 is at the end only", 158)
-    dtype: Literal["bfloat16", "float32"] = flag("precision of the forward and backward pass; optimizer states are float32", "bfloat16")
+    dtype: Literal["bfloat16", "float32"] = flag(
+        "precision of the forward and backward pass; optimizer states are float32", "bfloat16"
+    )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = flag("'auto' is eager for WDPO's double backward, else sdpa", "auto")
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = flag(
+        "'auto' is eager for WDPO's double backward, else sdpa", "auto"
+    )
     seed: int = flag("seed of the shuffling", 42)
     save_resume: bool = flag("save DeepSpeed's state with every checkpoint (12 bytes a parameter), to continue from", True)
-    resume: Literal["auto", "never"] = flag("'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto")
+    resume: Literal["auto", "never"] = flag(
+        "'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto"
+    )
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 
     @property
@@ -96,9 +104,7 @@ class TrainConfig:
 
     def _check_method(self) -> None:
         chosen = {
-            name: value
-            for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta")
-            if (value := getattr(self, name)) is not None
+            name: value for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta") if (value := getattr(self, name)) is not None
         }
         require(
             len(chosen) <= 1,

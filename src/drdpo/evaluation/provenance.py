@@ -70,7 +70,9 @@ def read_provenance(folder: Path, split: str) -> Provenance:
         DataError: a manifest that is not JSON.
     """
     places = {f"sample_{split}": folder / "sampled", f"score_{split}": folder}
-    steps = {name: _step(read_manifest(place).get(name)) for name, place in places.items()}
+    # "sample test" and "sample_test" are one name.
+    manifests = {name: {k.replace(" ", "_"): v for k, v in read_manifest(place).items()} for name, place in places.items()}
+    steps = {name: _step(manifest.get(name)) for name, manifest in manifests.items()}
     notes = [f"{places[name] / 'manifest.json'} has no record of {name}" for name, step in steps.items() if step is None]
     sampling, scoring = steps[f"sample_{split}"], steps[f"score_{split}"]
     return Provenance(sampling, scoring, _training_flags(_policy(sampling)), notes)

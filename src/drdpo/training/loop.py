@@ -118,7 +118,9 @@ def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, l
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.update(evaluate(engine, run, references["test"]))
         log.write(metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['accuracy']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+        bar.set_postfix(
+            loss=f"{metrics['loss']:.4f}", acc=f"{metrics['accuracy']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}"
+        )
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
             save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}")
             if config.save_resume:

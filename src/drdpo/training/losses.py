@@ -45,9 +45,7 @@ def pair_losses(
     raise ValueError(f"unknown kind of loss {kind!r}")
 
 
-def kl_weights(
-    losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False
-) -> Tensor:
+def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False) -> Tensor:
     """KLDPO's weights: a harder pair counts more.
 
     Args:

@@ -66,9 +66,7 @@ def needs_population(config: TrainConfig) -> bool:
     return config.method in ("kldpo", "drdpo") or (config.method == "wdpo" and config.wdpo_penalty == "root")
 
 
-def survey(
-    policy: Policy, batches: list[tuple[Batch, Tensor]], config: TrainConfig
-) -> Population:
+def survey(policy: Policy, batches: list[tuple[Batch, Tensor]], config: TrainConfig) -> Population:
     """The population of a whole optimizer step, over all its micro-batches and ranks, before any of its gradients.
 
     Args:

@@ -116,7 +116,8 @@ def claim_folder(run: Run) -> bool:
         changes = changed(before["made_by"], run.made_by)
         if changes:
             raise UsageError(
-                f"{run.folder} holds a run made otherwise: {changes}; give another --save_path, or --resume=never to replace it"
+                f"{run.folder} holds a run made otherwise: {changes}; give another --save_path, "
+                "or --resume=never to replace it"
             )
         if before.get("complete") and (run.folder / f"global_step_{run.steps}" / "config.json").is_file():
             return True

@@ -1,0 +1,51 @@
+"""Prompts and flags for the sampling tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drdpo.config import CompletionsConfig
+
+QUESTIONS = [
+    "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.", "Who wrote Emma?",
+    "Is it late?", "Add two and two.", "Spell cat.", "Translate 'dog' into French, please, and say why.",
+]  # fmt: skip
+
+
+def write_prompts(path: Path, contents: list[str], first_id: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt_id": first_id + number, "prompt": [{"role": "user", "content": content}]}
+        for number, content in enumerate(contents)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A folder whose name has a space, with ten test and four train prompts."""
+    folder = tmp_path / "my prompts"
+    write_prompts(folder / "test.jsonl", QUESTIONS)
+    write_prompts(folder / "train.jsonl", QUESTIONS[:4], first_id=100)
+    return folder
+
+
+@pytest.fixture
+def flags(tmp_path: Path, prompts: Path, tiny_policy: Path) -> Callable[..., CompletionsConfig]:
+    """A config for a small run with the tiny model and transformers, in float32; flags can be replaced."""
+
+    def make(**changes: Any) -> CompletionsConfig:
+        usual = {
+            "save_path": str(tmp_path / "out put"), "model_path": str(tiny_policy), "dataset": str(prompts), "best_of_n": 3,
+            "temperature": 1.0, "max_new_tokens": 6, "prompt_max_len": 64, "engine": "transformers", "dtype": "float32",
+        }  # fmt: skip
+        return CompletionsConfig(**{**usual, **changes})
+
+    return make
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,102 @@
+"""Ridge, transform, gate and statistics on numbers whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from drdpo.rewards.armorm import GatingNetwork
+from drdpo.rewards.heads import ALPHAS, debiasing_transform, fit_gate, fit_ridge, prompt_folds
+from drdpo.rewards.statistics import bootstrap_interval, pair_accuracy, pearson, ranks, spearman
+
+
+def test_correlations_by_hand() -> None:
+    assert ranks([10, 20, 20, 5]).tolist() == [2.0, 3.5, 3.5, 1.0]
+    assert pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert pearson([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert spearman([1, 2, 3, 100], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0
+    assert pair_accuracy([3, 1, 1, 0], np.array([[0, 1], [1, 2], [3, 0], [0, 3]])) == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+
+
+def test_bootstrap_resamples_groups() -> None:
+    group_N = np.repeat(np.arange(50), 2)
+    x_N = np.random.default_rng(0).normal(size=50).repeat(2)
+    low, high = bootstrap_interval(lambda rows: float(x_N[rows].mean()), group_N, seed=1)
+    # The two rows of a group are equal, so the interval is that of 50 independent values: 2 * 1.96 / sqrt(50) wide.
+    assert high - low == pytest.approx(2 * 1.96 * x_N.std() / 50**0.5, rel=0.15)
+    assert low < x_N.mean() < high
+
+
+def test_folds_keep_a_prompt_together() -> None:
+    prompt_N = np.repeat(np.arange(23), 2)
+    fold_N = prompt_folds(prompt_N, 5, seed=42)
+    assert (fold_N[0::2] == fold_N[1::2]).all()
+    assert sorted(np.bincount(fold_N)) == [8, 8, 10, 10, 10]
+    assert (fold_N == prompt_folds(prompt_N, 5, seed=42)).all()
+    assert (fold_N != prompt_folds(prompt_N, 5, seed=43)).any()
+
+
+def test_ridge_is_the_closed_form_without_intercept() -> None:
+    g = np.random.default_rng(0)
+    x_ND = g.normal(size=(60, 4))
+    y_N = x_ND @ [1.0, -2.0, 0.5, 0.0] + g.normal(size=60)
+    fit = fit_ridge(x_ND, y_N, prompt_folds(np.arange(60), 5, 0))
+    expected_D = np.linalg.solve(x_ND.T @ x_ND + fit.alpha * np.eye(4), x_ND.T @ y_N)
+    np.testing.assert_allclose(fit.weight_D, expected_D, rtol=1e-9)
+    errors = {}
+    for alpha in ALPHAS:
+        total = 0.0
+        for fold in range(5):
+            held = prompt_folds(np.arange(60), 5, 0) == fold
+            w_D = np.linalg.solve(x_ND[~held].T @ x_ND[~held] + alpha * np.eye(4), x_ND[~held].T @ y_N[~held])
+            total += float(((y_N[held] - x_ND[held] @ w_D) ** 2).sum())
+        errors[alpha] = total / 60
+    assert fit.alpha == min(errors, key=lambda alpha: errors[alpha])
+    assert fit.error == pytest.approx(errors[fit.alpha])
+
+
+def test_the_grid_goes_on_where_the_best_penalty_is_at_its_end() -> None:
+    g = np.random.default_rng(1)
+    x_ND = 1000 * g.normal(size=(40, 3))
+    fit = fit_ridge(x_ND, g.normal(size=40), prompt_folds(np.arange(40), 5, 0))  # nothing to learn: shrink, far
+    assert fit.alpha > max(ALPHAS)
+    x_ND = 1e-4 * g.normal(size=(400, 3))
+    fit = fit_ridge(x_ND, x_ND @ [1.0, 2.0, 3.0], prompt_folds(np.arange(400), 5, 0))  # noiseless: hardly shrink
+    assert fit.alpha < min(ALPHAS)
+    np.testing.assert_allclose(fit.weight_D, [1, 2, 3], rtol=1e-3)
+
+
+def test_the_transform_takes_verbosity_out() -> None:
+    g = np.random.default_rng(2)
+    verbose_N = g.normal(size=500)
+    rewards_NK = np.stack([g.normal(size=500) + verbose_N, g.normal(size=500) - verbose_N, verbose_N, 3 * verbose_N], axis=1)
+    transform_KK = debiasing_transform(rewards_NK, 2)
+    after_NK = rewards_NK @ transform_KK
+    assert spearman(after_NK[:, 0], verbose_N) == pytest.approx(0.03, abs=0.005)
+    assert spearman(after_NK[:, 3], verbose_N) <= 0.03
+    np.testing.assert_array_equal(after_NK[:, [1, 2]], rewards_NK[:, [1, 2]])  # nothing to take out; verbosity itself
+    np.testing.assert_array_equal(transform_KK[[0, 1, 3]], np.eye(4)[[0, 1, 3]])
+    np.testing.assert_array_equal(debiasing_transform(rewards_NK, None), np.eye(4))
+
+
+def test_the_gate_learns_which_objective_a_prompt_asks_for() -> None:
+    g = torch.Generator().manual_seed(0)
+    prompt_PD = torch.randn(400, 6, generator=g)
+    asks_second_P = prompt_PD[:, 0] > 0
+    worse_PK = torch.randn(400, 2, generator=g)
+    better_PK = torch.where(torch.stack([~asks_second_P, asks_second_P], 1), worse_PK + 2, worse_PK - 2.5)
+    torch.manual_seed(1)
+    gate = GatingNetwork(6, 2, hidden_dim=16, n_hidden=1, temperature=10.0)
+
+    def accuracy() -> float:
+        with torch.no_grad():
+            return float(((gate(prompt_PD) * (better_PK - worse_PK)).sum(-1) > 0).float().mean())
+
+    before = accuracy()
+    losses = fit_gate(gate, prompt_PD, better_PK, worse_PK, steps=400)
+    assert before < 0.2
+    assert accuracy() > 0.93
+    assert losses[-1] < losses[0] - 0.1
+    assert gate.logit_scale.item() == 1.0
+    with torch.no_grad():
+        torch.testing.assert_close(gate(prompt_PD).sum(-1), torch.ones(400))
