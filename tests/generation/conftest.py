@@ -46,6 +46,3 @@ def flags(tmp_path: Path, prompts: Path, tiny_policy: Path) -> Callable[..., Com
 
     return make
 
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -164,10 +164,21 @@ def test_bad_ratings_are_named(tmp_path: Path, change: dict[str, Any], message: 
         read_ratings(tmp_path / "ratings.jsonl", ["warm", "cold"])
 
 
+def test_held_out_prompts_that_were_trained_on_do_not_count(
+    config: Callable[..., FitHeadsConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaked = [{**row, "prompt": f" {row['prompt']}\n"} for row in rated_rows(range(3))]
+    write_rows(tmp_path / "held out.jsonl", [*leaked, *rated_rows(range(100, 115))])
+    fit_reward_heads(config())
+    printed = capsys.readouterr().out
+    assert "6 rows left out, whose prompt is also in" in printed
+    assert "30 held-out answers" in (tmp_path / "fitted heads" / "README.md").read_text()
+
+
 def test_wrong_commands_are_refused(config: Callable[..., FitHeadsConfig], tiny_policy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a model"):
         fit_reward_heads(config(output_path=str(tiny_policy)))
-    with pytest.raises(DataError, match="a held-out prompt is also in"):
+    with pytest.raises(DataError, match="every held-out prompt is also in"):
         fit_reward_heads(config(validation=str(tmp_path / "train ratings.jsonl")))
     write_rows(tmp_path / "train ratings.jsonl", rated_rows(range(4)))
     with pytest.raises(DataError, match="4 prompts; fitting needs at least 10"):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import collate, micro_batches
+from drdpo.training.batches import collate, micro_batches, padded_shards
 from drdpo.training.checkpoint import _gathered
 from drdpo.training.data import Pair
 from drdpo.training.loop import train_step
@@ -31,13 +31,13 @@ def main() -> None:
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(model, dtype, config.attention, config.gradient_checkpointing)
         engine = deepspeed_engine.start_engine(policy, config, steps=3)
-        reference_M2 = reference_logprobs(engine, pairs, 2, config.micro_batch, name)
         lengths = [len(pair) for pair in pairs]
+        ranks = distributed.rank(), distributed.world_size()
+        shards = padded_shards(range(len(pairs)), lengths, config.micro_batch, *ranks)
+        reference_M2 = reference_logprobs(engine, pairs, shards, 2, name)
         for step in range(3):
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
-            dealt = micro_batches(
-                indices, lengths, config.micro_batch, distributed.rank(), distributed.world_size(), by_length=True
-            )
+            dealt = micro_batches(indices, lengths, config.micro_batch, *ranks, by_length=True)
             batches = [(collate(pairs, rows, 2), reference_M2[rows]) for rows in dealt]
             train_step(engine, batches, config)
         language_model = engine.module.language_model

@@ -27,7 +27,8 @@ def model_card(
         "Every objective beats both trivial baselines on the held-out answers."
         if not weak
         else "No better than a trivial baseline (a constant, or the answer's length) on the held-out answers: "
-        + ", ".join(weak) + ". Do not rely on these scores."
+        + ", ".join(weak)
+        + ". Such a score adds nothing to what it is compared with."
     )  # fmt: skip
     gated = next(f for f in pairs if f.name.startswith("ArmoRM"))
     return f"""# Reward heads in ArmoRM's layout
@@ -37,16 +38,17 @@ Heads of a multi-objective reward model (architecture: Wang et al. 2024, arXiv 2
 
 - Stage 1: per objective a ridge regression without intercept on the hidden state of the last token, penalty chosen by
   5 folds of the training prompts.
-- Stage 2: identity transform with {_transform(config)}; gate ({config.gating_n_hidden} hidden layer(s) of
-  {config.gating_hidden_dim}, temperature {config.gating_temperature:g}) fitted by a Bradley-Terry loss on pairs of answers
-  to one prompt, better by {" + ".join(config.quality)}. Stage 2 was fitted on cross-fitted stage-1 rewards.
+- Stage 2: identity transform with {_transform(config)}.
+  Gate: {config.gating_n_hidden} hidden layer(s) of {config.gating_hidden_dim}, temperature {config.gating_temperature:g},
+  fitted by a Bradley-Terry loss on pairs of answers to one prompt, better by {" + ".join(config.quality)}.
+  Stage 2 was fitted on cross-fitted stage-1 rewards.
 
 ## Held-out figures
 
 {rows[1]} held-out answers, no prompt of which was used in fitting; {rows[0]} training answers. Answers whose conversation is
-longer than {config.max_len} tokens were left out: {left_out[0]} of training, {left_out[1]} held out. The figures say nothing
-about such. Errors are mean squares in rating points. The baselines are fitted on the training answers: their mean, and a
-line through the log of the answer's length.
+longer than {config.max_len} tokens were left out: {left_out[0]} of training, {left_out[1]} held out. The figures say
+nothing about such. Errors are mean squares in rating points. The baselines are fitted on the training answers: their mean,
+and a line through the log of the answer's length.
 
 {objective_table(objectives)}
 
@@ -60,7 +62,7 @@ How often a score prefers, of two held-out answers to one prompt, the one that p
 
 Good for: running and testing the whole pipeline on a small machine with scores that carry some of people's judgement.
 Not good for: research results, safety decisions, or comparing models. It is weak: the gated score agrees with people on
-{gated.accuracy:.0%} of held-out pairs. It reads English, and answers like those it was fitted on.
+{gated.accuracy:.0%} of held-out pairs{_chance(gated)}. It reads English, and answers like those it was fitted on.
 
 ## Data
 
@@ -76,6 +78,12 @@ def _transform(config: FitHeadsConfig) -> str:
     if not config.verbosity:
         return "no debiasing"
     return f"penalties in the row of {config.verbosity}, so that Spearman's correlation with it is at most 0.03"
+
+
+def _chance(figures: PairFigures) -> str:
+    """What must be added where the interval does not exclude guessing."""
+    low, high = figures.interval
+    return ", which is not distinguishable from guessing" if low <= 0.5 <= high else ""
 
 
 def _command(config: FitHeadsConfig) -> str:

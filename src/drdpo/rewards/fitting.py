@@ -92,8 +92,7 @@ def fit_reward_heads(config: FitHeadsConfig) -> None:
     """Fit, print the held-out figures, and write heads.safetensors, config.json, chat_template.jinja and README.md.
 
     Raises:
-        DataError: a file is missing or malformed, a held-out prompt is also in the training file, or there are too few
-            prompts or pairs.
+        DataError: a file is missing or malformed, the backbone cannot be loaded, or there are too few prompts or pairs.
         UsageError: the output folder holds a model.
     """
     target = Path(config.output_path)
@@ -154,6 +153,9 @@ def figures(
 ) -> tuple[list[ObjectiveFigures], list[PairFigures]]:
     """Held-out figures of every objective, and pair accuracies of the gated score, every objective and length."""
     ratings, columns = held_out.ratings, config.objective_columns()
+    pairs_P2 = held_out.pairs(_quality_columns(config))
+    if len(pairs_P2) == 0:
+        raise DataError(f"{config.validation}: no two answers to one prompt differ in {' + '.join(config.quality)}")
     stage1_NK = heads.stage1(held_out.last_ND)
     objectives = [
         objective_figures(
@@ -162,9 +164,6 @@ def figures(
         )
         for k, name in enumerate(columns)
     ]  # fmt: skip
-    pairs_P2 = held_out.pairs(_quality_columns(config))
-    if len(pairs_P2) == 0:
-        raise DataError(f"{config.validation}: no two answers to one prompt differ in {' + '.join(config.quality)}")
     scores = {"ArmoRM (gated)": heads.stage2(held_out.last_ND, held_out.gate_ND)}
     scores |= {name: stage1_NK[:, k] for k, name in enumerate(columns)} | {"longer answer": held_out.length_N}
     return objectives, [
@@ -200,15 +199,14 @@ def _rated_features(config: FitHeadsConfig, tokenizer: Any, pattern: list[int]) 
     from transformers import AutoModel
 
     columns = list(config.objective_columns().values())
-    files = [read_ratings(Path(path), columns) for path in (config.ratings, config.validation)]
-    seen = {json.dumps(messages[:-1]) for messages in files[0].conversations}
-    for messages in files[1].conversations:
-        if json.dumps(messages[:-1]) in seen:
-            start = messages[0]["content"][:40]
-            raise DataError(f"{config.validation}: a held-out prompt is also in {config.ratings} ({start!r}...)")
+    train, held_out = (read_ratings(Path(path), columns) for path in (config.ratings, config.validation))
+    files = [train, _unseen(config, train, held_out)]
     device = distributed.device()
     use_cpu_well(device)
-    backbone = AutoModel.from_pretrained(config.backbone, dtype=DTYPES[config.dtype], trust_remote_code=False)
+    try:
+        backbone = AutoModel.from_pretrained(config.backbone, dtype=DTYPES[config.dtype], trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{config.backbone}: the backbone cannot be loaded ({error})") from error
     backbone = backbone.to(device).eval().requires_grad_(False)
     key = f"{fingerprint(config.backbone)} {config.dtype}"
     made = []
@@ -219,6 +217,17 @@ def _rated_features(config: FitHeadsConfig, tokenizer: Any, pattern: list[int]) 
         features = cached_features(backbone, [token_ids[row] for row in kept], pattern, config.batch_tokens, cache, key)
         made.append(RatedFeatures.build(ratings.keep(kept), features, len(token_ids) - len(kept)))
     return made[0], made[1]
+
+
+def _unseen(config: FitHeadsConfig, train: Ratings, held_out: Ratings) -> Ratings:
+    """The held-out rows whose prompt, white space aside, is not in the training file."""
+    seen = {json.dumps(messages[:-1]) for messages in train.conversations}
+    kept = [row for row, messages in enumerate(held_out.conversations) if json.dumps(messages[:-1]) not in seen]
+    if not kept:
+        raise DataError(f"{config.validation}: every held-out prompt is also in {config.ratings}")
+    if seen_too := len(held_out.conversations) - len(kept):
+        print(f"{config.validation}: {seen_too} rows left out, whose prompt is also in {config.ratings}", flush=True)
+    return held_out.keep(kept)
 
 
 def _cross_fitted(last_ND: Floats, label_N: Floats, fold_N: np.ndarray) -> Floats:

@@ -66,22 +66,20 @@ def fit_ridge(features_ND: Floats, labels_N: Floats, fold_N: np.ndarray) -> Ridg
 
 
 def debiasing_transform(rewards_NK: Floats, verbosity: int | None) -> Floats:
-    """The matrix T that takes the rank correlation with verbosity out of every other objective.
+    """The matrix T that takes the rank correlation with verbosity out of every objective.
 
-    Column j of `rewards @ T` is r_j - p_j r_verbosity: T is the identity with -p_j in the verbosity row. p_j is the smallest
-    penalty for which Spearman(r_j - p_j r_verbosity, r_verbosity) <= 0.03; 0 where it is so small from the start.
+    Column j of `rewards @ T` is r_j - p_j r_verbosity: T is the identity minus the penalties in the verbosity row. p_j is the
+    smallest penalty for which Spearman(r_j - p_j r_verbosity, r_verbosity) <= 0.03; 0 where it is so small from the start.
+    For verbosity itself that is 1: its column is empty, or a gate fitted on people's taste for long answers would choose it.
 
     Args:
         rewards_NK: stage-1 rewards of the training answers.
         verbosity: its column; None gives the identity.
     """
     transform_KK = np.eye(rewards_NK.shape[1])
-    if verbosity is None:
-        return transform_KK
-    verbose_N = rewards_NK[:, verbosity]
-    for column in range(rewards_NK.shape[1]):
-        if column != verbosity:
-            transform_KK[verbosity, column] = -_penalty(rewards_NK[:, column], verbose_N)
+    if verbosity is not None:
+        verbose_N = rewards_NK[:, verbosity]
+        transform_KK[verbosity] -= [_penalty(reward_N, verbose_N) for reward_N in rewards_NK.T]
     return transform_KK
 
 

@@ -90,7 +90,7 @@ def objective_table(figures: list[ObjectiveFigures]) -> str:
     for f in figures:
         low, high = f.spearman_interval
         lines.append(
-            f"| {f.objective:<{width}} | {f.rows:>4} | {f.alpha:>11.3g} | {f.pearson:>7.3f} "
+            f"| {f.objective:<{width}} | {f.rows:>4} | {f.alpha:>11.4g} | {f.pearson:>7.3f} "
             f"| {f.spearman:>7.3f} ({low:.3f} to {high:.3f}) | {f.length_spearman:>17.3f} | {f.error:>5.3f} "
             f"| {f.constant_error:>16.3f} | {f.length_error:>14.3f} | {'yes' if f.beats_baselines else 'no':<10} |"
         )

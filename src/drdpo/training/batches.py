@@ -76,9 +76,11 @@ def micro_batches(
     return [dealt[start : start + group][rank::world] for start in range(0, len(dealt), group)]
 
 
-def padded_shards(pairs: int, lengths: Sequence[int], micro_batch: int, rank: int, world: int) -> list[list[int]]:
-    """All pairs of a split, length-sorted, as this rank's batches; -1 fills up so that all ranks have the same number."""
-    order = sorted(range(pairs), key=lambda index: (lengths[index], index))
+def padded_shards(
+    indices: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int
+) -> list[list[int]]:
+    """Pairs, length-sorted, as this rank's batches; -1 fills up so that all ranks have the same number."""
+    order = sorted(indices, key=lambda index: (lengths[index], index))
     order += [-1] * (-len(order) % (micro_batch * world))
     return micro_batches(order, [*lengths, 0], micro_batch, rank, world, by_length=False)
 

@@ -80,9 +80,7 @@ def train_step(engine: Engine, batches: list[tuple[Batch, Tensor]], config: Trai
 
 def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]:
     """Plain, unweighted loss, accuracy and rewards on all test pairs; every rank must call."""
-    shards = padded_shards(
-        len(run.test), [len(pair) for pair in run.test], run.config.micro_batch, distributed.rank(), distributed.world_size()
-    )
+    shards = _test_batches(run)
     tables = []
     with evaluating(engine) as policy:
         for indices in tqdm(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
@@ -95,15 +93,12 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
 
 
 def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, log: MetricsLog) -> None:
-    config, lengths = run.config, [len(pair) for pair in run.train]
+    config = run.config
     bar = tqdm(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
                disable=not distributed.is_main())  # fmt: skip
     for step in bar:
         started = time.perf_counter()
-        dealt = micro_batches(
-            step_indices(len(run.train), config.train_batch_size, config.seed, step), lengths, config.micro_batch,
-            distributed.rank(), distributed.world_size(), by_length=config.robust_scope == "step",
-        )  # fmt: skip
+        dealt = _step_batches(run, step)
         batches = [_on_device(engine, run.train, indices, references["train"], run.pad_token_id) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         parts = train_step(engine, batches, config)
@@ -135,10 +130,37 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     # All ranks must agree: one that sees the file while another does not would wait for it forever.
     have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
     if logprobs_M2 is None or not have.bool().all():
-        logprobs_M2 = reference_logprobs(engine, pairs, run.pad_token_id, run.config.micro_batch, split)
+        batches = _first_epoch_batches(run) if split == "train" else _test_batches(run)
+        logprobs_M2 = reference_logprobs(engine, pairs, batches, run.pad_token_id, split)
         if distributed.is_main():
             write_reference(path, key, logprobs_M2)
     return logprobs_M2
+
+
+def _step_batches(run: Run, step: int) -> list[list[int]]:
+    """This rank's micro-batches of one optimizer step."""
+    indices = step_indices(len(run.train), run.config.train_batch_size, run.config.seed, step)
+    by_length = run.config.robust_scope == "step"
+    return micro_batches(
+        indices, run.train_lengths, run.config.micro_batch, distributed.rank(), distributed.world_size(), by_length
+    )
+
+
+def _first_epoch_batches(run: Run) -> list[list[int]]:
+    """This rank's micro-batches of the first epoch, then the pairs that fill no step of it."""
+    size, ranks = run.config.train_batch_size, (distributed.rank(), distributed.world_size())
+    used = {
+        index for step in range(run.steps_per_epoch) for index in step_indices(len(run.train), size, run.config.seed, step)
+    }
+    left = [index for index in range(len(run.train)) if index not in used]
+    batches = [indices for step in range(run.steps_per_epoch) for indices in _step_batches(run, step)]
+    return batches + padded_shards(left, run.train_lengths, run.config.micro_batch, *ranks)
+
+
+def _test_batches(run: Run) -> list[list[int]]:
+    """This rank's micro-batches of the test pairs."""
+    lengths, ranks = [len(pair) for pair in run.test], (distributed.rank(), distributed.world_size())
+    return padded_shards(range(len(run.test)), lengths, run.config.micro_batch, *ranks)
 
 
 def _on_device(

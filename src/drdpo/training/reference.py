@@ -16,7 +16,7 @@ from tqdm import tqdm
 from drdpo import distributed
 from drdpo.errors import DataError
 from drdpo.files import atomic_file
-from drdpo.training.batches import collate, padded_shards
+from drdpo.training.batches import collate
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 
@@ -54,26 +54,25 @@ def write_reference(path: Path, key: str, logprobs_M2: Tensor) -> None:
         stream.write(save({"logprobs": logprobs_M2.contiguous()}, metadata={"key": key}))
 
 
-def reference_logprobs(engine: Engine, pairs: list[Pair], pad_token_id: int, micro_batch: int, label: str) -> Tensor:
+def reference_logprobs(engine: Engine, pairs: list[Pair], batches: list[list[int]], pad_token_id: int, label: str) -> Tensor:
     """Run the untrained policy over all pairs, sharded over the ranks.
 
     Args:
         engine: before its first step.
         pairs: of one split.
+        batches: this rank's micro-batches, -1 for none; over the ranks they hold every pair. A bfloat16 log-prob depends
+            a little on what it is padded with, so they should be those of the first epoch: the first loss is then that
+            of a margin of exactly zero.
         pad_token_id: for collate.
-        micro_batch: pairs per rank and forward pass.
         label: for the progress bar.
 
     Returns:
         [M, 2] float32 on the CPU: log-probs of the chosen and the rejected answer of every pair.
     """
-    shards = padded_shards(
-        len(pairs), [len(pair) for pair in pairs], micro_batch, distributed.rank(), distributed.world_size()
-    )
     device = engine.device
     rows = []
     with evaluating(engine) as policy:
-        for indices in tqdm(shards, desc=f"reference log-probs, {label}", unit="batch", disable=not distributed.is_main()):
+        for indices in tqdm(batches, desc=f"reference log-probs, {label}", unit="batch", disable=not distributed.is_main()):
             batch = collate(pairs, indices, pad_token_id).to(device)
             logprob_S = policy(batch).logprob_S.float()
             rows.append(torch.stack([batch.indices_B.float(), *logprob_S.view(2, -1)], dim=1))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ class Run:
     def steps_per_epoch(self) -> int:
         return len(self.train) // self.config.train_batch_size
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of one optimizer step on one rank."""
-        return self.config.train_batch_size // (self.config.micro_batch * distributed.world_size())
+    @cached_property
+    def train_lengths(self) -> list[int]:
+        """Tokens of every training pair's longer sequence."""
+        return [len(pair) for pair in self.train]
 
 
 def check_inputs(config: TrainConfig) -> None:

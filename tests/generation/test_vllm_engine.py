@@ -1,0 +1,100 @@
+"""vLLM on the embedded model, in a process of its own as with several GPUs, in float32."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from drdpo import chat
+from drdpo.generation.engines.base import EngineSettings, Request, Sample, Sampling, stream_seed
+from drdpo.generation.engines.pool import Pool
+from drdpo.generation.engines.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.slow
+
+QUESTIONS = ["What is rain?", "Name three fruits.", "Say hi.", "Write one sentence about the sea.", "Add 2 and 2.", "Hello!"]
+
+
+@pytest.fixture(scope="module")
+def settings(smollm: Path) -> EngineSettings:
+    return EngineSettings("vllm", str(smollm), "float32", 128)
+
+
+@pytest.fixture(scope="module")
+def requests(smollm: Path) -> list[Request]:
+    tokenizer = chat.load_tokenizer(str(smollm))
+    return [
+        Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": content}]), stream_seed(1, "test", number))
+        for number, content in enumerate(QUESTIONS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(settings: EngineSettings) -> Iterator[Pool]:
+    pool = Pool(settings, [{"DS_ACCELERATOR": "cpu"}])
+    yield pool
+    pool.close()
+
+
+def run(engine: Pool, requests: list[Request], sampling: Sampling) -> list[list[Sample]]:
+    found = {index: samples for _, index, samples in engine.run({0: requests}, sampling)}
+    return [found[index] for index in range(len(requests))]
+
+
+def test_greedy_equals_transformers(engine: Pool, requests: list[Request], settings: EngineSettings) -> None:
+    sampling = Sampling(2, 0.0, 1.0, 20, (2,))
+    plain = dict(TransformersEngine(settings).generate(requests[:3], sampling))
+    assert run(engine, requests, sampling)[:3] == [plain[index] for index in range(3)]
+
+
+def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool, requests: list[Request]) -> None:
+    sampling = Sampling(4, 1.0, 0.95, 12, (2,))
+    first = run(engine, requests, sampling)
+    assert all(len({tuple(sample.token_ids) for sample in samples}) == 4 for samples in first[:2])
+    assert run(engine, requests, sampling) == first
+    other = [Request(request.prompt_token_ids, stream_seed(2, "test", 0)) for request in requests]
+    assert run(engine, other, sampling) != first
+
+
+def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[Request]) -> None:
+    sampling = Sampling(2, 0.7, 1.0, 12, (2,))
+    together = run(engine, requests, sampling)
+    assert run(engine, requests[::-1], sampling) == together[::-1]
+    assert run(engine, requests[2:3], sampling) == together[2:3]
+
+
+def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
+    free = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2,)))[0][0]
+    stop = free.token_ids[8]
+    place = free.token_ids.index(stop)
+    (ended,) = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2, stop)))[0]
+    assert ended == Sample(free.token_ids[: place + 1], "stop")
+    assert run(engine, requests[:1], Sampling(1, 0.0, 1.0, place, (2, stop)))[0] == [Sample(free.token_ids[:place], "length")]
+
+
+def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requests: list[Request]) -> None:
+    """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see vllm_engine)."""
+    long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(40)]
+    assert sum(len(request.prompt_token_ids) for request in long) > 4096
+    assert all(len(samples) == 2 for samples in run(engine, long, Sampling(2, 1.0, 1.0, 2, (2,))))
+
+
+def test_the_step_with_vllm(root: Path, smollm: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "my prompts" / "test.jsonl"
+    prompts.parent.mkdir()
+    rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(QUESTIONS)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        sys.executable, str(root / "src" / "generate_completions.py"), f"--save_path={tmp_path / 'out put'}",
+        f"--model_path={smollm}", f"--dataset={prompts.parent}", "--only_test=true", "--engine=vllm", "--max_new_tokens=12",
+        "--prompt_max_len=100",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    completions = [json.loads(line) for line in (tmp_path / "out put" / "sampled" / "test.jsonl").read_text().splitlines()]
+    assert [(row["prompt_id"], row["sample_id"]) for row in completions] == [(n, k) for n in range(6) for k in range(2)]
+    assert all((row["finish_reason"] == "stop") == (row["token_ids"][-1] == 2) for row in completions)
+    assert any("rain" in row["completion"][0]["content"].lower() for row in completions[:2])
