@@ -62,15 +62,15 @@ run python "$ROOT/src/generate_preferences.py" --completions="$output_path/base"
 
 runs=("base=$output_path/base")
 for method in dpo kldpo wdpo; do
-    flags=()
+    flags=() micro_batch_size=4
     case "$method" in
         kldpo) flags=(--kldpo_tau="$kldpo_tau") ;;
-        wdpo) flags=(--wdpo_rho="$wdpo_rho") ;;
+        wdpo) flags=(--wdpo_rho="$wdpo_rho") micro_batch_size=1 ;;
     esac
     say "step 3: align by $method"
     bash "$ROOT/train_alignment.sh" --model_path="$policy" --dataset_path="$output_path/preferences" \
         --save_path="$output_path/$method" "${flags[@]}" --beta="$beta" --learning_rate="$learning_rate" \
-        --train_batch_size="$train_batch_size" --micro_batch_size=4 --max_epochs="$max_epochs" --max_len=512 \
+        --train_batch_size="$train_batch_size" --micro_batch_size="$micro_batch_size" --max_epochs="$max_epochs" --max_len=512 \
         --gradient_checkpointing=false --save_resume=false --seed="$seed"
     checkpoint="$(find "$output_path/$method" -maxdepth 1 -name 'global_step_*' | sort -V | tail -n 1)"
     say "step 4: sample and score with the $method checkpoint"

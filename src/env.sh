@@ -18,7 +18,7 @@ if [[ -n "${DRDPO_ENV:-}" || -f "$ROOT/.environment" ]]; then
 fi
 
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-export VLLM_CONFIGURE_LOGGING="${VLLM_CONFIGURE_LOGGING:-0}"
+export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}"
 export PYTHONUNBUFFERED=1
 # Threads that wait sleep, in place of spinning: on cores that anything else uses too, spinning made vLLM ten times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"

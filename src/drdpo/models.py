@@ -20,7 +20,7 @@ def check_model_folder(path: str) -> None:
             run code when they are read, so they are refused); a shard that the index names is missing; no tokenizer.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not path or not folder.is_dir():
         if not _may_be_hub_id(path):
             raise DataError(f"{path}: no such model folder")
         return

@@ -10,8 +10,8 @@ import pytest
 from drdpo.config import CompletionsConfig
 
 QUESTIONS = [
-    "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.", "Who wrote Emma?",
-    "Is it late?", "Add two and two.", "Spell cat.", "Translate 'dog' into French, please, and say why.",
+    "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.",
+    "Who wrote Emma?", "Is it late?", "Add two and two.", "Spell cat.", "Translate 'dog' into French, please, and say why.",
 ]  # fmt: skip
 
 
@@ -45,4 +45,3 @@ def flags(tmp_path: Path, prompts: Path, tiny_policy: Path) -> Callable[..., Com
         return CompletionsConfig(**{**usual, **changes})
 
     return make
-

@@ -24,7 +24,9 @@ def settings(tiny_policy: Path) -> EngineSettings:
 def blocks(tiny_policy: Path) -> dict[int, list[Request]]:
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     requests = [
-        Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": "word " * number}]), stream_seed(1, "test", number))
+        Request(
+            chat.prompt_token_ids(tokenizer, [{"role": "user", "content": "word " * number}]), stream_seed(1, "test", number)
+        )
         for number in range(1, 13)
     ]
     return {block: requests[3 * block : 3 * block + 3] for block in range(4)}
@@ -37,9 +39,7 @@ def pool(settings: EngineSettings) -> Iterator[Pool]:
     pool.close()
 
 
-def test_two_engines_sample_what_one_samples(
-    pool: Pool, settings: EngineSettings, blocks: dict[int, list[Request]]
-) -> None:
+def test_two_engines_sample_what_one_samples(pool: Pool, settings: EngineSettings, blocks: dict[int, list[Request]]) -> None:
     sampling = Sampling(2, 1.0, 0.9, 5, (2,))
     one: dict[tuple[int, int], list[Sample]] = {
         (block, index): samples for block, index, samples in InProcess(settings).run(blocks, sampling)

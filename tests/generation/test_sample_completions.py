@@ -57,9 +57,7 @@ def test_files_hold_n_samples_of_every_prompt_in_order(flags: Flags) -> None:
 
 def test_only_test_leaves_train_alone_and_both_splits_add_up(flags: Flags) -> None:
     tokenizer = chat.load_tokenizer(flags().model_path)
-    lengths = [
-        len(chat.prompt_token_ids(tokenizer, row["prompt"])) for row in rows_of(Path(flags().dataset) / "test.jsonl")
-    ]
+    lengths = [len(chat.prompt_token_ids(tokenizer, row["prompt"])) for row in rows_of(Path(flags().dataset) / "test.jsonl")]
     limit = max(lengths) - 1
     assert lengths.index(max(lengths)) == 9
     sample_completions(config := flags(only_test=True, prompt_max_len=limit))
@@ -116,9 +114,7 @@ def test_the_order_of_the_prompts_does_not_matter(flags: Flags, prompts: Path, t
     assert sorted(rows_of(sampled(other) / "test.jsonl"), key=key) == rows_of(sampled(config) / "test.jsonl")
 
 
-def test_two_engines_write_the_file_that_one_writes(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_engines_write_the_file_that_one_writes(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "CPU_BLOCK", 9)
     sample_completions(one := flags(only_test=True))
     monkeypatch.setenv("DRDPO_ENGINES", "2")
@@ -239,7 +235,17 @@ def test_a_file_in_place_of_the_folder_is_refused(flags: Flags, tmp_path: Path) 
 
 
 def command(root: Path, config: CompletionsConfig) -> list[str]:
-    names = ("save_path", "model_path", "dataset", "best_of_n", "max_new_tokens", "prompt_max_len", "engine", "dtype", "temperature")
+    names = (
+        "save_path",
+        "model_path",
+        "dataset",
+        "best_of_n",
+        "max_new_tokens",
+        "prompt_max_len",
+        "engine",
+        "dtype",
+        "temperature",
+    )
     words = [f"--{name}={getattr(config, name)}" for name in names]
     return [sys.executable, str(root / "src" / "generate_completions.py"), *words, "--only_test=true"]
 

@@ -13,8 +13,8 @@ from drdpo.generation.engines.base import EngineSettings, Request, Sample, Sampl
 from drdpo.generation.engines.transformers_engine import TransformersEngine, processors
 
 QUESTIONS = [
-    "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.", "Who wrote Emma?",
-    "Is it late?", "Add two and two.", "Spell cat.", "Translate 'dog' into French, please, and say why.",
+    "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.",
+    "Who wrote Emma?", "Is it late?", "Add two and two.", "Spell cat.", "Translate 'dog' into French, please, and say why.",
 ]  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def engine(tiny_policy: Path) -> TransformersEngine:
     return TransformersEngine(EngineSettings("transformers", str(tiny_policy), "float32", 128))
 
 
-def sampling(n: int = 2, temperature: float = 1.0, top_p: float = 1.0, tokens: int = 6, stops: tuple[int, ...] = (2,)) -> Sampling:
+def sampling(
+    n: int = 2, temperature: float = 1.0, top_p: float = 1.0, tokens: int = 6, stops: tuple[int, ...] = (2,)
+) -> Sampling:
     return Sampling(n, temperature, top_p, tokens, stops)
 
 
@@ -78,7 +80,9 @@ def test_the_seed_changes_the_samples(engine: TransformersEngine, requests: list
     assert dict(engine.generate(again, sampling()))[0] != dict(engine.generate(requests[:1], sampling()))[0]
 
 
-def test_greedy_is_the_argmax_of_the_plain_model(engine: TransformersEngine, requests: list[Request], tiny_policy: Path) -> None:
+def test_greedy_is_the_argmax_of_the_plain_model(
+    engine: TransformersEngine, requests: list[Request], tiny_policy: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).eval()
@@ -99,7 +103,9 @@ def test_a_sample_ends_with_its_stop_token(engine: TransformersEngine, requests:
     assert ended == Sample(free[: free.index(stop) + 1], "stop")
 
 
-def test_the_folders_own_generation_config_does_not_count(tiny_policy: Path, tmp_path: Path, requests: list[Request]) -> None:
+def test_the_folders_own_generation_config_does_not_count(
+    tiny_policy: Path, tmp_path: Path, requests: list[Request]
+) -> None:
     plain = dict(
         TransformersEngine(EngineSettings("transformers", str(tiny_policy), "float32", 128)).generate(requests, sampling())
     )

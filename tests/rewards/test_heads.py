@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from drdpo.rewards.armorm import GatingNetwork
-from drdpo.rewards.heads import ALPHAS, debiasing_transform, fit_gate, fit_ridge, prompt_folds
+from drdpo.rewards.heads import ALPHAS, GatePairs, choose_gate_steps, debiasing_transform, fit_gate, fit_ridge, prompt_folds
 from drdpo.rewards.statistics import bootstrap_interval, pair_accuracy, pearson, ranks, spearman
 
 
@@ -80,24 +80,45 @@ def test_the_transform_takes_verbosity_out() -> None:
     np.testing.assert_array_equal(debiasing_transform(rewards_NK, None), np.eye(4))
 
 
-def test_the_gate_learns_which_objective_a_prompt_asks_for() -> None:
-    g = torch.Generator().manual_seed(0)
-    prompt_PD = 5 * torch.randn(400, 6, generator=g)
+def asking_pairs(count: int, seed: int) -> GatePairs:
+    """The prompt's first feature says which of two objectives the better answer excels in."""
+    g = torch.Generator().manual_seed(seed)
+    prompt_PD = 5 * torch.randn(count, 6, generator=g)
     asks_second_P = prompt_PD[:, 0] > 0
-    worse_PK = torch.randn(400, 2, generator=g)
-    better_PK = torch.where(torch.stack([~asks_second_P, asks_second_P], 1), worse_PK + 2, worse_PK - 2.5)
+    return GatePairs(prompt_PD, torch.where(torch.stack([~asks_second_P, asks_second_P], 1), 2.0, -2.5))
+
+
+def new_gate() -> GatingNetwork:
     torch.manual_seed(1)
-    gate = GatingNetwork(6, 2, hidden_dim=16, n_hidden=1, temperature=10.0)
+    return GatingNetwork(6, 2, hidden_dim=16, n_hidden=1, temperature=10.0)
+
+
+def test_the_gate_learns_which_objective_a_prompt_asks_for() -> None:
+    pairs, others, gate = asking_pairs(400, 0), asking_pairs(100, 1), new_gate()
 
     def accuracy() -> float:
         with torch.no_grad():
-            return float(((gate(prompt_PD) * (better_PK - worse_PK)).sum(-1) > 0).float().mean())
+            return float(((gate(others.prompt_PD) * others.margin_PK).sum(-1) > 0).float().mean())
 
-    before = accuracy()
-    losses = fit_gate(gate, prompt_PD, better_PK, worse_PK, steps=1500)
-    assert before < 0.2
-    assert accuracy() > 0.93
+    losses = fit_gate(gate, pairs, steps=1500, stop=0)
+    assert losses == [pytest.approx(float(np.log1p(np.exp(0.25))))]  # equal weights: (2 - 2.5) / 2
+    assert accuracy() == 0
+    losses = fit_gate(gate, pairs, steps=1500, stop=1500)
+    assert len(losses) == 1501
     assert losses[-1] < losses[0] - 0.1
+    assert accuracy() > 0.93
     assert gate.logit_scale.item() == 1.0
     with torch.no_grad():
-        torch.testing.assert_close(gate(prompt_PD).sum(-1), torch.ones(400))
+        torch.testing.assert_close(gate(pairs.prompt_PD).sum(-1), torch.ones(400))
+
+
+def test_the_gate_stops_where_held_out_prompts_say_so() -> None:
+    fold_P = prompt_folds(np.arange(200), 5, 0)
+    steps, loss, unfitted = choose_gate_steps(new_gate, asking_pairs(200, 0), fold_P, 100)
+    assert steps == 100  # it still learns
+    assert loss < unfitted
+    g = torch.Generator().manual_seed(3)
+    noise = GatePairs(5 * torch.randn(40, 6, generator=g), 20 * torch.randn(40, 2, generator=g).sign())
+    assert choose_gate_steps(new_gate, noise, prompt_folds(np.arange(40), 5, 0), 200)[0] < 50
+    margin_PK = torch.ones(200, 2)  # both objectives say the same: no weighting is better, so there is nothing to fit
+    assert choose_gate_steps(new_gate, GatePairs(asking_pairs(200, 0).prompt_PD, margin_PK), fold_P, 20)[0] == 0

@@ -34,7 +34,7 @@ class FitHeadsConfig:
     gating_hidden_dim: int = flag("width of the gate's hidden layers", 64)
     gating_n_hidden: int = flag("hidden layers of the gate", 1)
     gating_temperature: float = flag("temperature of the gate's softmax", 10.0)
-    gate_steps: int = flag("AdamW steps of the gate, each on all pairs", 200)
+    gate_steps: int = flag("most AdamW steps of the gate, each on all pairs; it stops where held-out prompts say so", 300)
     attribution: str = flag("one line for the card: whose ratings, under which licence", "not stated")
     cache: str | None = flag("folder that keeps the backbone's features between runs", None)
     seed: int = flag("seed of the validation folds and of the gate", 42)

@@ -11,6 +11,7 @@ def model_card(
     config: FitHeadsConfig,
     objectives: list[ObjectiveFigures],
     pairs: list[PairFigures],
+    gate_steps: int,
     rows: tuple[int, int],
     left_out: tuple[int, int],
 ) -> str:
@@ -19,6 +20,7 @@ def model_card(
     Args:
         config: flags of the fit.
         objectives, pairs: held-out figures.
+        gate_steps: after which the gate's fit stopped.
         rows: answers used, training and held-out.
         left_out: answers over max_len, training and held-out.
     """
@@ -41,7 +43,8 @@ Heads of a multi-objective reward model (architecture: Wang et al. 2024, arXiv 2
 - Stage 2: identity transform with {_transform(config)}.
   Gate: {config.gating_n_hidden} hidden layer(s) of {config.gating_hidden_dim}, temperature {config.gating_temperature:g},
   fitted by a Bradley-Terry loss on pairs of answers to one prompt, better by {" + ".join(config.quality)}.
-  Stage 2 was fitted on cross-fitted stage-1 rewards.
+  {_gate(gate_steps)}
+  Stage 2 was fitted on cross-fitted stage-1 rewards: each answer's by heads that had not seen its prompt.
 
 ## Held-out figures
 
@@ -54,7 +57,8 @@ and a line through the log of the answer's length.
 
 {verdict}
 
-How often a score prefers, of two held-out answers to one prompt, the one that people rated higher (a constant: 0.500):
+How often a score prefers, of two held-out answers to one prompt, the one that people rated higher in
+{" + ".join(config.quality)} (a constant: 0.500), and its rank correlation with these ratings over all held-out answers:
 
 {pair_table(pairs)}
 
@@ -77,7 +81,16 @@ Not good for: research results, safety decisions, or comparing models. It is wea
 def _transform(config: FitHeadsConfig) -> str:
     if not config.verbosity:
         return "no debiasing"
-    return f"penalties in the row of {config.verbosity}, so that Spearman's correlation with it is at most 0.03"
+    return (
+        f"penalties in the row of {config.verbosity},\n  so that no objective's rank correlation with it is over 0.03 "
+        "(its own column is empty)"
+    )
+
+
+def _gate(steps: int) -> str:
+    if steps:
+        return f"The fit stopped after {steps} steps, where the loss on held-out training prompts was least."
+    return "No step of the fit helped on held-out training prompts, so the gate weighs all objectives alike."
 
 
 def _chance(figures: PairFigures) -> str:

@@ -9,25 +9,30 @@ The held-out file serves for the printed figures and for nothing else.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from drdpo import distributed
-from drdpo.chat import conversation_token_ids, load_tokenizer
+from drdpo.chat import load_tokenizer
 from drdpo.config import FitHeadsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_files
-from drdpo.manifest import fingerprint
 from drdpo.rewards.armorm import GatingNetwork
 from drdpo.rewards.card import model_card
-from drdpo.rewards.features import Features, cached_features, gating_pattern
-from drdpo.rewards.heads import FOLDS, Ridge, debiasing_transform, fit_gate, fit_ridge, prompt_folds
+from drdpo.rewards.features import gating_pattern
+from drdpo.rewards.heads import (
+    FOLDS,
+    GatePairs,
+    Ridge,
+    choose_gate_steps,
+    debiasing_transform,
+    fit_gate,
+    fit_ridge,
+    prompt_folds,
+)
 from drdpo.rewards.heldout import (
     ObjectiveFigures,
     PairFigures,
@@ -36,36 +41,10 @@ from drdpo.rewards.heldout import (
     pair_figures,
     pair_table,
 )
-from drdpo.rewards.ratings import Ratings, rating_pairs, read_ratings
-from drdpo.rewards.scorer import DTYPES, use_cpu_well
+from drdpo.rewards.rated import RatedFeatures, rated_features
 from drdpo.rewards.scores import Floats
 
 HEADS, CONFIG, CARD, TEMPLATE = "heads.safetensors", "config.json", "README.md", "chat_template.jinja"
-
-
-@dataclass(frozen=True)
-class RatedFeatures:
-    """Ratings of N answers and the backbone's features of them."""
-
-    ratings: Ratings
-    last_ND: Floats
-    """Hidden states of the last token."""
-    gate_ND: torch.Tensor
-    """Hidden states at the gate position."""
-    length_N: Floats
-    """Log of the answers' lengths in characters."""
-    left_out: int
-    """Rows longer than max_len."""
-
-    @classmethod
-    def build(cls, ratings: Ratings, features: Features, left_out: int) -> "RatedFeatures":
-        """Put ratings and features together; the ridge is solved in double precision."""
-        length_N = np.log([len(messages[-1]["content"]) for messages in ratings.conversations])
-        return cls(ratings, features.last_ND.double().numpy(), features.gate_ND, length_N, left_out)
-
-    def pairs(self, columns: Sequence[int]) -> np.ndarray:
-        """[P, 2] (better, worse) by the sum of some labels."""
-        return rating_pairs(self.ratings.prompt_N, self.ratings.labels_NK[:, columns].sum(axis=1))
 
 
 @dataclass(frozen=True)
@@ -75,6 +54,8 @@ class Heads:
     ridges: list[Ridge]
     transform_KK: Floats
     gate: GatingNetwork
+    gate_steps: int
+    """After how many steps its fit stopped; 0 leaves equal weights."""
     pattern: list[int]
 
     def stage1(self, last_ND: Floats) -> Floats:
@@ -104,12 +85,12 @@ def fit_reward_heads(config: FitHeadsConfig) -> None:
     if config.chat_template is not None:
         tokenizer.chat_template = _read_text(Path(config.chat_template))
     pattern = gating_pattern(tokenizer)
-    train, held_out = _rated_features(config, tokenizer, pattern)
+    train, held_out = rated_features(config, tokenizer, pattern)
     heads = fit_heads(config, train, pattern)
     objectives, pairs = figures(config, heads, train, held_out)
     print(objective_table(objectives) + "\n\n" + pair_table(pairs), flush=True)
     card = model_card(
-        config, objectives, pairs,
+        config, objectives, pairs, heads.gate_steps,
         rows=(len(train.ratings.prompt_N), len(held_out.ratings.prompt_N)), left_out=(train.left_out, held_out.left_out),
     )  # fmt: skip
     write_heads(target, config, heads, card, str(tokenizer.chat_template))
@@ -137,15 +118,11 @@ def fit_heads(config: FitHeadsConfig, train: RatedFeatures, pattern: list[int]) 
     pairs_P2 = train.pairs(_quality_columns(config))
     if len(pairs_P2) == 0:
         raise DataError(f"{config.ratings}: no two answers to one prompt differ in {' + '.join(config.quality)}")
-    torch.manual_seed(config.seed)
-    gate = GatingNetwork(
-        last_ND.shape[1], len(columns), config.gating_hidden_dim, config.gating_n_hidden, config.gating_temperature
-    )
-    debiased_NK = torch.from_numpy(crossed_NK @ transform_KK).float()
-    better_P, worse_P = (torch.from_numpy(pairs_P2[:, side].copy()) for side in (0, 1))
-    losses = fit_gate(gate, train.gate_ND[better_P], debiased_NK[better_P], debiased_NK[worse_P], config.gate_steps)
-    print(f"gate: {len(pairs_P2)} pairs, Bradley-Terry loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
-    return Heads(ridges, transform_KK, gate, pattern)
+    margin_PK = (crossed_NK[pairs_P2[:, 0]] - crossed_NK[pairs_P2[:, 1]]) @ transform_KK
+    better_P = torch.from_numpy(pairs_P2[:, 0].copy())
+    pairs = GatePairs(train.gate_ND[better_P], torch.from_numpy(margin_PK).float())
+    gate, gate_steps = _fit_gate(config, pairs, fold_N[pairs_P2[:, 0]])
+    return Heads(ridges, transform_KK, gate, gate_steps, pattern)
 
 
 def figures(
@@ -166,8 +143,9 @@ def figures(
     ]  # fmt: skip
     scores = {"ArmoRM (gated)": heads.stage2(held_out.last_ND, held_out.gate_ND)}
     scores |= {name: stage1_NK[:, k] for k, name in enumerate(columns)} | {"longer answer": held_out.length_N}
+    quality_N = ratings.labels_NK[:, _quality_columns(config)].sum(axis=1)
     return objectives, [
-        pair_figures(name, score_N, pairs_P2, ratings.prompt_N, config.seed) for name, score_N in scores.items()
+        pair_figures(name, score_N, quality_N, pairs_P2, ratings.prompt_N, config.seed) for name, score_N in scores.items()
     ]
 
 
@@ -194,40 +172,23 @@ def write_heads(target: Path, config: FitHeadsConfig, heads: Heads, card: str, c
         asides[3].write_text(chat_template, encoding="utf-8")
 
 
-def _rated_features(config: FitHeadsConfig, tokenizer: Any, pattern: list[int]) -> tuple[RatedFeatures, RatedFeatures]:
-    """Training and held-out answers; the backbone is loaded once."""
-    from transformers import AutoModel
+def _fit_gate(config: FitHeadsConfig, pairs: GatePairs, fold_P: np.ndarray) -> tuple[GatingNetwork, int]:
+    """A gate fitted on all pairs, for as many steps as help on held-out prompts, and these steps."""
+    width, heads = pairs.prompt_PD.shape[1], pairs.margin_PK.shape[1]
 
-    columns = list(config.objective_columns().values())
-    train, held_out = (read_ratings(Path(path), columns) for path in (config.ratings, config.validation))
-    files = [train, _unseen(config, train, held_out)]
-    device = distributed.device()
-    use_cpu_well(device)
-    try:
-        backbone = AutoModel.from_pretrained(config.backbone, dtype=DTYPES[config.dtype], trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config.backbone}: the backbone cannot be loaded ({error})") from error
-    backbone = backbone.to(device).eval().requires_grad_(False)
-    key = f"{fingerprint(config.backbone)} {config.dtype}"
-    made = []
-    for ratings in files:
-        token_ids = [conversation_token_ids(tokenizer, messages) for messages in ratings.conversations]
-        kept = [row for row, ids in enumerate(token_ids) if len(ids) <= config.max_len]
-        cache = Path(config.cache) if config.cache is not None else None
-        features = cached_features(backbone, [token_ids[row] for row in kept], pattern, config.batch_tokens, cache, key)
-        made.append(RatedFeatures.build(ratings.keep(kept), features, len(token_ids) - len(kept)))
-    return made[0], made[1]
+    def new_gate() -> GatingNetwork:
+        torch.manual_seed(config.seed)
+        return GatingNetwork(width, heads, config.gating_hidden_dim, config.gating_n_hidden, config.gating_temperature)
 
-
-def _unseen(config: FitHeadsConfig, train: Ratings, held_out: Ratings) -> Ratings:
-    """The held-out rows whose prompt, white space aside, is not in the training file."""
-    seen = {json.dumps(messages[:-1]) for messages in train.conversations}
-    kept = [row for row, messages in enumerate(held_out.conversations) if json.dumps(messages[:-1]) not in seen]
-    if not kept:
-        raise DataError(f"{config.validation}: every held-out prompt is also in {config.ratings}")
-    if seen_too := len(held_out.conversations) - len(kept):
-        print(f"{config.validation}: {seen_too} rows left out, whose prompt is also in {config.ratings}", flush=True)
-    return held_out.keep(kept)
+    stop, loss, unfitted = choose_gate_steps(new_gate, pairs, fold_P, config.gate_steps)
+    print(
+        f"gate: {len(fold_P)} pairs; Bradley-Terry loss over the folds {unfitted:.4f} with equal weights, "
+        f"{loss:.4f} after {stop} steps, the best of {config.gate_steps}",
+        flush=True,
+    )
+    gate = new_gate()
+    fit_gate(gate, pairs, config.gate_steps, stop)
+    return gate, stop
 
 
 def _cross_fitted(last_ND: Floats, label_N: Floats, fold_N: np.ndarray) -> Floats:

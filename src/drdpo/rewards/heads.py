@@ -3,6 +3,7 @@
 Shape suffixes: N answers, D width, K objectives, P pairs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -68,8 +69,8 @@ def fit_ridge(features_ND: Floats, labels_N: Floats, fold_N: np.ndarray) -> Ridg
 def debiasing_transform(rewards_NK: Floats, verbosity: int | None) -> Floats:
     """The matrix T that takes the rank correlation with verbosity out of every objective.
 
-    Column j of `rewards @ T` is r_j - p_j r_verbosity: T is the identity minus the penalties in the verbosity row. p_j is the
-    smallest penalty for which Spearman(r_j - p_j r_verbosity, r_verbosity) <= 0.03; 0 where it is so small from the start.
+    Column j of `rewards @ T` is r_j - p_j r_verbosity: T is the identity minus the penalties in the verbosity row. p_j is
+    the smallest penalty for which Spearman(r_j - p_j r_verbosity, r_verbosity) <= 0.03; 0 where it is so from the start.
     For verbosity itself that is 1: its column is empty, or a gate fitted on people's taste for long answers would choose it.
 
     Args:
@@ -83,40 +84,78 @@ def debiasing_transform(rewards_NK: Floats, verbosity: int | None) -> Floats:
     return transform_KK
 
 
-def fit_gate(
-    gate: GatingNetwork,
-    gate_features_PD: Tensor,
-    better_PK: Tensor,
-    worse_PK: Tensor,
-    steps: int,
-    learning_rate: float = 1e-3,
-) -> list[float]:
-    """Fit a gate by the Bradley-Terry loss -log sigmoid(score of the better - score of the worse).
+class GatePairs(NamedTuple):
+    """P pairs of answers to one prompt each."""
 
-    AdamW at 1e-3 with a cosine to 0, every step on all pairs. logit_scale stays 1.
+    prompt_PD: Tensor
+    """Hidden states at the gate position."""
+    margin_PK: Tensor
+    """Transformed stage-1 rewards of the better answer minus those of the worse."""
+
+    def loss(self, gate: GatingNetwork) -> Tensor:
+        """Bradley-Terry: mean of -log sigmoid(score of the better - score of the worse)."""
+        return -logsigmoid((gate(self.prompt_PD) * self.margin_PK).sum(dim=-1)).mean()
+
+    def take(self, rows: np.ndarray) -> "GatePairs":
+        """The pairs where `rows` is True."""
+        chosen = torch.from_numpy(rows)
+        return GatePairs(self.prompt_PD[chosen], self.margin_PK[chosen])
+
+
+def fit_gate(gate: GatingNetwork, pairs: GatePairs, steps: int, stop: int, held_out: GatePairs | None = None) -> list[float]:
+    """Fit a gate by AdamW at 1e-3 with a cosine to 0, every step on all pairs; logit_scale stays 1.
+
+    The last layer starts at zero, so an unfitted gate weighs all objectives alike, and a fit has to earn its departure.
 
     Args:
         gate: changed in place.
-        gate_features_PD: hidden states at the gate position of each pair's prompt.
-        better_PK, worse_PK: transformed stage-1 rewards.
-        steps: optimizer steps.
+        pairs: to fit on.
+        steps: over which the cosine falls.
+        stop: steps that are made.
+        held_out: pairs to watch.
 
     Returns:
-        The loss of every step.
+        [stop + 1] the loss before each step and at the end, on `held_out` where given, else on `pairs`.
     """
     gate.logit_scale.requires_grad_(False)
-    trained = [parameter for parameter in gate.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+    torch.nn.init.zeros_(gate.layers[-1].weight)
+    torch.nn.init.zeros_(gate.layers[-1].bias)
+    optimizer = torch.optim.AdamW([weight for weight in gate.parameters() if weight.requires_grad], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses = []
-    for _ in tqdm(range(steps), desc="gate", unit="step"):
-        loss = -logsigmoid((gate(gate_features_PD) * (better_PK - worse_PK)).sum(dim=-1)).mean()
+    watched, losses = held_out or pairs, []
+    for _ in range(stop):
+        with torch.no_grad():
+            losses.append(float(watched.loss(gate)))
         optimizer.zero_grad()
-        loss.backward()
+        pairs.loss(gate).backward()
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
-    return losses
+    with torch.no_grad():
+        return [*losses, float(watched.loss(gate))]
+
+
+def choose_gate_steps(
+    new_gate: Callable[[], GatingNetwork], pairs: GatePairs, fold_P: np.ndarray, steps: int
+) -> tuple[int, float, float]:
+    """After how many steps to stop, by the loss on held-out prompts; 0 where no step helps.
+
+    Args:
+        new_gate: an unfitted gate, the same one every time.
+        pairs: to fit on.
+        fold_P: fold of each pair's prompt.
+        steps: most steps.
+
+    Returns:
+        The steps, the held-out loss there, and that of the unfitted gate.
+    """
+    total_S = np.zeros(steps + 1)
+    for fold in tqdm(np.unique(fold_P), desc="gate", unit="fold"):
+        held_out = fold_P == fold
+        curve = fit_gate(new_gate(), pairs.take(~held_out), steps, steps, pairs.take(held_out))
+        total_S += np.array(curve) * held_out.sum()
+    mean_S = total_S / len(fold_P)
+    best = int(mean_S.argmin())
+    return best, float(mean_S[best]), float(mean_S[0])
 
 
 def _spectrum(features_ND: Floats, labels_N: Floats) -> tuple[Floats, Floats, Floats]:

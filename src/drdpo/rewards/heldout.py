@@ -34,6 +34,8 @@ class PairFigures:
     """How often a score prefers the answer that people rated higher. A constant gets 0.5."""
 
     name: str
+    spearman: float
+    """With the quality of the answers, over all prompts."""
     accuracy: float
     interval: tuple[float, float]
 
@@ -67,16 +69,20 @@ def objective_figures(
     )  # fmt: skip
 
 
-def pair_figures(name: str, score_N: Floats, pairs_P2: np.ndarray, prompt_N: np.ndarray, seed: int) -> PairFigures:
-    """Pair accuracy of a score, with an interval over prompts.
+def pair_figures(
+    name: str, score_N: Floats, quality_N: Floats, pairs_P2: np.ndarray, prompt_N: np.ndarray, seed: int
+) -> PairFigures:
+    """Pair accuracy of a score, with an interval over prompts, and its rank correlation with quality.
 
     Args:
         score_N: of every held-out answer.
+        quality_N: what people think of it, NaN where they were not asked.
         pairs_P2: (better, worse) row indices.
         prompt_N: prompt of every answer.
     """
     interval = bootstrap_interval(lambda rows: pair_accuracy(score_N, pairs_P2[rows]), prompt_N[pairs_P2[:, 0]], seed)
-    return PairFigures(name, pair_accuracy(score_N, pairs_P2), interval)
+    there = ~np.isnan(quality_N)
+    return PairFigures(name, spearman(score_N[there], quality_N[there]), pair_accuracy(score_N, pairs_P2), interval)
 
 
 def objective_table(figures: list[ObjectiveFigures]) -> str:
@@ -98,11 +104,15 @@ def objective_table(figures: list[ObjectiveFigures]) -> str:
 
 
 def pair_table(figures: list[PairFigures]) -> str:
-    """A markdown table of pair accuracies."""
+    """A markdown table of pair accuracies and correlations with quality."""
     width = max(len(figure.name) for figure in figures)
-    lines = [f"| {'score':<{width}} | pair accuracy (95% interval) |", f"| {'-' * width} | ---: |"]
+    lines = [
+        f"| {'score':<{width}} | pair accuracy (95% interval) | Spearman over all answers |",
+        f"| {'-' * width} | ---: | ---: |",
+    ]
     for f in figures:
-        lines.append(f"| {f.name:<{width}} | {f.accuracy:.3f} ({f.interval[0]:.3f} to {f.interval[1]:.3f})       |")
+        low, high = f.interval
+        lines.append(f"| {f.name:<{width}} |       {f.accuracy:.3f} ({low:.3f} to {high:.3f}) | {f.spearman:>25.3f} |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ _GIB = 1 << 30
 _CPU_SEQUENCES = 16
 """Sequences of full length that the key-value cache of a CPU engine holds at least; short ones share the room."""
 
-_CPU_BATCHED_TOKENS = 4096
+_CPU_BATCHED_TOKENS = 2048
 """Tokens that a CPU engine computes in one step at least."""
 
 
@@ -67,6 +67,7 @@ class VllmEngine:
                     generation_config="vllm",  # nothing but `Sampling` decides how tokens are drawn
                     trust_remote_code=False,
                     disable_log_stats=True,
+                    use_tqdm_on_load=False,
                     seed=0,
                     **on_cpu,
                 )
@@ -85,9 +86,8 @@ class VllmEngine:
         for index, request in enumerate(requests):
             name = f"{self._calls}-{index}"
             waiting[name] = index
-            names.append(
-                self._engine.add_request(name, {"prompt_token_ids": request.prompt_token_ids}, _params(request, sampling))
-            )
+            (prompt,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_token_ids}])
+            names.append(self._engine.add_request(name, prompt, _params(request, sampling)))
         try:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():

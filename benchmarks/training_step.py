@@ -1,0 +1,111 @@
+"""Time and peak memory of an optimizer step, by method, side by side in one run.
+
+Every method runs in a process of its own (peak memory is a property of the process), in turn, several rounds, so that a
+drift of the machine's speed falls on all alike. Times are ratios to DPO of the same round.
+
+    python benchmarks/training_step.py --model_path=models/SmolLM2-135M [--tokens=256] [--rounds=3] [--output=...json]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+METHODS = {
+    "dpo": {},
+    "dpo, eager": {"attn_implementation": "eager"},
+    "kldpo": {"kldpo_tau": 0.05},
+    "wdpo": {"wdpo_rho": 0.01},
+}
+
+
+def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, float]:
+    """Seconds per step (median) and peak memory in GiB of one method, in this process."""
+    import torch
+
+    from drdpo.config import TrainConfig
+    from drdpo.training import engine as deepspeed_engine
+    from drdpo.training.batches import collate
+    from drdpo.training.data import Pair
+    from drdpo.training.loop import train_step
+    from drdpo.training.metrics import peak_memory_gib
+    from drdpo.training.policy import load_policy
+
+    deepspeed_engine.initialise()
+    config = TrainConfig(
+        model_path=model_path, dataset_path="-", save_path="-", train_batch_size=2, micro_batch_size=1,
+        gradient_checkpointing=False, **flags,
+    )  # fmt: skip
+    policy = load_policy(model_path, torch.bfloat16, config.attention, False)
+    engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
+    before = peak_memory_gib()
+    torch.manual_seed(0)
+    text = torch.randint(3, 40000, (3, tokens // 2)).tolist()
+    batches = [(collate([Pair(*text)], [0], 0).to(engine.device), torch.zeros(1, 2, device=engine.device))] * 2
+    seconds = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        train_step(engine, batches, config)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds[1:]), "peak_gib": peak_memory_gib(), "before_gib": before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_path", default=str(ROOT / "models" / "SmolLM2-135M"))
+    parser.add_argument("--tokens", type=int, default=256, help="of each sequence, half of them answer")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", default=None, help="JSON file for the figures")
+    parser.add_argument("--method", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.method:
+        print(json.dumps(measure(METHODS[arguments.method], arguments.model_path, arguments.tokens, arguments.steps)))
+        return
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        for method in METHODS:
+            words = [sys.executable, __file__, f"--method={method}", f"--model_path={arguments.model_path}",
+                     f"--tokens={arguments.tokens}", f"--steps={arguments.steps}"]  # fmt: skip
+            environment = (
+                {**os.environ} if os.environ.get("CUDA_VISIBLE_DEVICES") else {**os.environ, "DS_ACCELERATOR": "cpu"}
+            )
+            done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+            rounds[-1][method] = json.loads(done.stdout.splitlines()[-1])
+    table = {
+        method: {
+            "seconds": statistics.median(r[method]["seconds"] for r in rounds),
+            "time_ratio_to_dpo": statistics.median(r[method]["seconds"] / r["dpo"]["seconds"] for r in rounds),
+            "peak_gib": max(r[method]["peak_gib"] for r in rounds),
+        }
+        for method in METHODS
+    }
+    print(
+        f"two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {platform.processor() or platform.machine()}"
+    )
+    print(f"{'method':<12} {'s/step':>8} {'x DPO':>7} {'peak GiB':>9}")
+    for method, row in table.items():
+        print(f"{method:<12} {row['seconds']:>8.2f} {row['time_ratio_to_dpo']:>7.2f} {row['peak_gib']:>9.2f}")
+    if arguments.output:
+        facts = {
+            "model": Path(arguments.model_path).name,
+            "tokens": arguments.tokens,
+            "cpus": os.cpu_count(),
+            "table": table,
+        }
+        Path(arguments.output).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

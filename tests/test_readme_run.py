@@ -1,0 +1,90 @@
+"""The README's own commands of steps 1 to 4, run for real on the embedded models, smaller by added flags only."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import readme
+
+pytestmark = pytest.mark.slow
+
+SMALLER = {
+    "generate_completions.sh": ["--max_prompts=4", "--max_new_tokens=8"],
+    "generate.sh": ["--max_prompts=4", "--max_new_tokens=8"],
+    "train_alignment.sh": ["--train_batch_size=2", "--micro_batch_size=1", "--max_steps=1", "--max_len=128"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("the readme")
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, smollm: Path, folder: Path):
+    """Run the README's command that starts with these words, from another folder, with the embedded model for Llama's."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+
+    def command(*start: str, **replace: str) -> subprocess.CompletedProcess[str]:
+        (words,) = [words for words in readme.commands(text) if set(start) <= set(words)]
+        program, script, *flags = words
+        flags = [word.replace("models/Llama1b", str(smollm)) for word in flags]
+        for old, new in replace.items():
+            flags = [word.replace(old, new) for word in flags]
+        environment = {**os.environ, "DRDPO_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [program, str(root / script), *flags, *SMALLER.get(script, [])],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def pairs(run, folder) -> Path:
+    run("generate_completions.sh", "--best_of_n=2")
+    run("src/generate_preferences.py", "--ArmoRM=1.0")
+    return folder / "datasets" / "helpsteer2_preferences"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(run, folder, pairs) -> dict[str, Path]:
+    outputs = folder / "outputs"
+    for method in ("dpo", "kldpo", "wdpo", "drdpo"):
+        run("train_alignment.sh", f"--save_path=outputs/llama1b_{method}")
+    return {method: outputs / f"llama1b_{method}" / "global_step_1" for method in ("dpo", "kldpo", "wdpo", "drdpo")}
+
+
+def test_steps_1_and_2_leave_scored_completions_and_pairs(pairs, folder):
+    rows = [json.loads(line) for line in (folder / "datasets/helpsteer2_completions/train.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(len(row["token_ids"]) <= 8 and len(row["scores"]) == 6 for row in rows)
+    assert len((pairs / "train.jsonl").read_text().splitlines()) >= 2
+
+
+def test_every_method_starts_at_ln_2_and_its_checkpoint_loads(checkpoints):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for method, checkpoint in checkpoints.items():
+        first = json.loads((checkpoint.parent / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(math.log(2), abs=2e-3), method
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+        prompt = tokenizer("Hello", return_tensors="pt")
+        assert model.generate(**prompt, max_new_tokens=2, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_step_4_samples_from_the_checkpoint_and_compares(checkpoints, run, folder):
+    done = run("generate.sh", global_step_316="global_step_1")
+    assert "helpsteer_helpfulness" in done.stdout
+    checkpoint = checkpoints["wdpo"]
+    assert len((checkpoint / "test.jsonl").read_text().splitlines()) == 40, "4 prompts, 10 completions each"
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "llama", "the model's own file stays"
+    assert (checkpoint / "scores.csv").is_file()
+    again = run("generate.sh", global_step_316="global_step_1")
+    assert "skipped" in again.stdout, "results beside the model do not make it another model"
