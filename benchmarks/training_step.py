@@ -91,9 +91,7 @@ def main() -> None:
         }
         for method in METHODS
     }
-    print(
-        f"two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {platform.processor() or platform.machine()}"
-    )
+    print(f"two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {platform.machine()}")
     print(f"{'method':<12} {'s/step':>8} {'x DPO':>7} {'peak GiB':>9}")
     for method, row in table.items():
         print(f"{method:<12} {row['seconds']:>8.2f} {row['time_ratio_to_dpo']:>7.2f} {row['peak_gib']:>9.2f}")

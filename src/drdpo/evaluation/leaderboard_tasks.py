@@ -49,9 +49,7 @@ def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[s
     further = [include_path] if include_path else []
     leaderboard = str(Path(lm_eval.tasks.__file__).parent / "leaderboard")
     metadata = dict(model_args)
-    manager = lm_eval.tasks.TaskManager(
-        include_defaults=False, include_path=[leaderboard, *further], metadata=metadata
-    )
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=metadata)
     leaves, missing = _leaves(manager, names)
     if missing:
         manager = lm_eval.tasks.TaskManager(include_path=further or None, metadata=metadata)

@@ -37,9 +37,7 @@ def terminal_table(runs: list[Run], comparison: Comparison) -> str:
     return text_table(header, rows)
 
 
-def report(
-    config: EvaluateConfig, runs: list[Run], comparison: Comparison, provenances: dict[str, Provenance]
-) -> str:
+def report(config: EvaluateConfig, runs: list[Run], comparison: Comparison, provenances: dict[str, Provenance]) -> str:
     """The Markdown report, with spider.png beside it.
 
     Args:

@@ -85,10 +85,7 @@ def compare(runs: list[Run], objectives: list[str], common: list[int], draws: in
     return Comparison(
         objectives,
         common,
-        {
-            run.name: {name: figures[run.name, name] for name in objectives if (run.name, name) in figures}
-            for run in others
-        },
+        {run.name: {name: figures[run.name, name] for name in objectives if (run.name, name) in figures} for run in others},
         {run.name: figures[run.name, ""] for run in others if (run.name, "") in figures},
     )
 

@@ -10,10 +10,11 @@ from drdpo.rewards.scores import Floats
 
 def pearson(x_N: npt.ArrayLike, y_N: npt.ArrayLike) -> float:
     """Product-moment correlation; 0 where one side is constant, which predicts nothing."""
-    x_N, y_N = np.asarray(x_N, dtype=np.float64), np.asarray(y_N, dtype=np.float64)
-    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
-    scale = float(np.sqrt((x_N**2).sum() * (y_N**2).sum()))
-    return float((x_N * y_N).sum()) / scale if scale > 0 else 0.0
+    xs_N: Floats = np.asarray(x_N, dtype=np.float64)
+    ys_N: Floats = np.asarray(y_N, dtype=np.float64)
+    xs_N, ys_N = xs_N - xs_N.mean(), ys_N - ys_N.mean()
+    scale = float(np.sqrt(np.square(xs_N).sum() * np.square(ys_N).sum()))
+    return float((xs_N * ys_N).sum()) / scale if scale > 0 else 0.0
 
 
 def ranks(x_N: npt.ArrayLike) -> Floats:
