@@ -57,8 +57,8 @@ def read_ratings(path: Path, columns: list[str]) -> Ratings:
     if not conversations:
         raise DataError(f"{path}: the file has no rows")
     labels_NK = np.array(labels, dtype=np.float64)
-    for column, empty in zip(columns, np.isnan(labels_NK).all(axis=0).tolist(), strict=True):
-        if empty:
+    for index, column in enumerate(columns):
+        if np.isnan(labels_NK[:, index]).all():
             raise DataError(f'{path}: no row has a rating in the field "{column}"')
     return Ratings(conversations, np.array(prompts), labels_NK)
 
