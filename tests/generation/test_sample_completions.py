@@ -279,7 +279,7 @@ def test_bad_input_is_one_line_and_status_1(
 def test_a_killed_run_goes_on_to_the_same_file(root: Path, flags: Flags, prompts: Path, tmp_path: Path) -> None:
     rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(96)]
     (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = flags(best_of_n=4, max_new_tokens=16)
+    config = flags(best_of_n=4, max_new_tokens=8)
     part = sampled(config) / ".test.part.jsonl"
     run = subprocess.Popen(command(root, config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -291,6 +291,6 @@ def test_a_killed_run_goes_on_to_the_same_file(root: Path, flags: Flags, prompts
     assert not (sampled(config) / "test.jsonl").exists()
     ended = subprocess.run(command(root, config), capture_output=True, text=True, check=True)
     assert "completions are there from a run that was broken off" in ended.stdout
-    whole = flags(best_of_n=4, max_new_tokens=16, save_path=str(tmp_path / "whole"))
+    whole = flags(best_of_n=4, max_new_tokens=8, save_path=str(tmp_path / "whole"))
     subprocess.run(command(root, whole), capture_output=True, check=True)
     assert (sampled(config) / "test.jsonl").read_bytes() == (sampled(whole) / "test.jsonl").read_bytes()
