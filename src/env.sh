@@ -54,21 +54,47 @@ flag_value() {
     printf '%s' "$value"
 }
 
-# process_count: processes per node, $DRDPO_PROCESSES or the number of visible GPUs, at least 1.
-process_count() {
-    local count="${DRDPO_PROCESSES:-}"
-    if [[ -z "$count" && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-        count="$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")"
-    elif [[ -z "$count" ]] && command -v nvidia-smi >/dev/null; then
+# visible_gpus: how many NVIDIA GPUs CUDA would see here.
+visible_gpus() {
+    local count=0
+    if command -v nvidia-smi >/dev/null; then
         count="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
     fi
-    ((${count:-0} >= 1)) || count=1
-    printf '%s' "$count"
+    # CUDA takes the numbers up to the first one that is negative; an empty list hides all.
+    if ((count > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        count="$(awk -F, '{for (k = 1; k <= NF && $k !~ /^ *-/; k++); print k - 1}' <<<"$CUDA_VISIBLE_DEVICES")"
+    fi
+    printf '%s' "${count:-0}"
 }
 
-# has_gpu: is an NVIDIA GPU visible? (grep reads all: with -q, nvidia-smi may die of a closed pipe, and pipefail tells.)
+# has_gpu: is an NVIDIA GPU visible?
 has_gpu() {
-    [[ "${CUDA_VISIBLE_DEVICES-unset}" != "" ]] && command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep '^GPU' >/dev/null
+    (($(visible_gpus) > 0))
+}
+
+# process_count: processes on this machine, $DRDPO_PROCESSES or the number of visible GPUs, at least 1.
+process_count() {
+    local gpus
+    gpus="$(visible_gpus)"
+    printf '%s' "${DRDPO_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+}
+
+# refuse_command MESSAGE: end with a usage error.
+refuse_command() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# check_processes: can so many processes be started on the GPUs that are visible?
+check_processes() {
+    local gpus
+    gpus="$(visible_gpus)"
+    [[ "$(process_count)" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=${DRDPO_PROCESSES:-} is not a number from 1"
+    ((gpus == 0 || $(process_count) <= gpus)) ||
+        refuse_command "DRDPO_PROCESSES=$DRDPO_PROCESSES, but $gpus GPUs are visible; one process needs one GPU"
+    if ((gpus > 0)) && [[ "${CUDA_VISIBLE_DEVICES:-0}" =~ [^0-9,\ ] ]]; then
+        refuse_command "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes device numbers, e.g. 0,1; nvidia-smi --list-gpus shows them"
+    fi
 }
 
 # check SCRIPT FLAG...: flags and inputs in one plain process, which knows how many there will be.
@@ -88,13 +114,14 @@ launch() {
         # Set here as well as for the ranks: DeepSpeed would look for other accelerators and say so.
         export DS_ACCELERATOR=cpu
     fi
+    check_processes
     check "$@"
     processes="$(process_count)"
     port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
     where=(--num_gpus "$processes")
     if has_gpu && [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
         # --num_gpus would count from device 0, whatever is visible.
-        where=(--include "localhost:$(cut -d, -f"1-$processes" <<<"$CUDA_VISIBLE_DEVICES")")
+        where=(--include "localhost:$(tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES" | cut -d, -f"1-$processes")")
     elif ((processes > 1)); then
         cores="$(getconf _NPROCESSORS_ONLN)"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
@@ -107,6 +134,7 @@ launch_if_several() {
     if wants_help "$@" || (($(process_count) > 1)); then
         launch "$@"
     else
-        run python "$@"
+        # Left over from a cluster's template, these would have it wait for ranks that never come.
+        (unset RANK LOCAL_RANK WORLD_SIZE && run python "$@")
     fi
 }

@@ -74,6 +74,17 @@ def test_a_bad_row_is_named_by_file_row_and_field(tmp_path: Path, changes: dict[
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["chosen_score", "rejected_score"])
+@pytest.mark.parametrize("value", ["x", True, [1.0], float("nan"), float("inf"), 10**400])
+def test_the_score_of_a_pair_is_a_finite_number_or_absent(tmp_path: Path, name: str, value: Any) -> None:
+    row = {"prompt_id": 1, "prompt": USER, "chosen": ANSWER, "rejected": ANSWER}
+    path = written(tmp_path / "train.jsonl", {**row, name: 2}, {**row, name: None}, row, {**row, name: value})
+    with pytest.raises(DataError, match=f'row 4: field "{name}" is .*, not a finite number'):
+        read_records(path, Preference.from_row)
+    written(path, {**row, name: 2}, {**row, name: None}, row)
+    assert [getattr(pair, name) for pair in read_records(path, Preference.from_row)] == [2.0, None, None]
+
+
 def test_numbers_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "test.jsonl", json.dumps(completion_row(scores={"ArmoRM": float("nan")})))
     with pytest.raises(DataError, match="row 1"):

@@ -42,7 +42,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def flags(tmp_path: Path, tiny_policy: Path) -> list[str]:
     said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     for split in ("train", "test"):
-        rows = [Preference(0, said("user", "a"), said("assistant", "b"), said("assistant", "c"))]
+        rows = [Preference(0, said("user", "a"), said("assistant", "b"), said("assistant", "c"))] * 128
         write_records(tmp_path / "my pairs" / f"{split}.jsonl", rows)
     return [
         f"--model_path={tiny_policy}",
@@ -57,6 +57,13 @@ def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) 
     elsewhere.mkdir(exist_ok=True)
     command = ["bash", str(root / "train_alignment.sh"), *words]
     return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def with_gpus(environment: dict[str, str]) -> None:
+    """A machine with four GPUs, as nvidia-smi tells."""
+    smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
+    smi.write_text('#!/bin/bash\nfor k in 0 1 2 3; do echo "GPU $k: NVIDIA"; done\n')
+    smi.chmod(0o755)
 
 
 def launched(environment: dict[str, str]) -> list[str]:
@@ -83,12 +90,12 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
         (None, "2", ["--num_gpus", "2"]),
         ("2,3", None, ["--include", "localhost:2,3"]),
         ("1,2,3", "2", ["--include", "localhost:1,2"]),
+        ("", None, ["--num_gpus", "1"]),
+        ("-1", None, ["--num_gpus", "1"]),
     ],
 )
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
-    smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
-    smi.write_text('#!/bin/bash\nfor k in 0 1 2 3; do echo "GPU $k: NVIDIA"; done\n')
-    smi.chmod(0o755)
+    with_gpus(environment)
     del environment["CUDA_VISIBLE_DEVICES"]
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
@@ -97,6 +104,21 @@ def test_one_process_per_visible_gpu(visible, asked, expected, root, environment
     done = train(root, environment, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert launched(environment)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked", "words"),
+    [("GPU-5c9a,GPU-77b1", None, "device numbers"), ("0,1", "3", "2 GPUs are visible"), ("0", "many", "not a number")],
+)
+def test_processes_that_cannot_be_started_are_refused(visible, asked, words, root, environment, flags, tmp_path):
+    with_gpus(environment)
+    environment["CUDA_VISIBLE_DEVICES"] = visible
+    if asked is not None:
+        environment["DRDPO_PROCESSES"] = asked
+    done = train(root, environment, tmp_path, *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert not launched(environment)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
+
+TIMEOUT = timedelta(hours=2)
+"""How long the ranks wait for each other; torch's 10 minutes under NCCL are short for what one rank does alone (saving)."""
 
 
 def rank() -> int:
@@ -35,21 +39,28 @@ def shard(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: world_size()])
 
 
+def use_cuda() -> bool:
+    """Is there a GPU, and may it be used? DS_ACCELERATOR=cpu, DeepSpeed's own switch, says no to torch as well."""
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def device() -> "torch.device":
     """The accelerator of this rank, or the CPU."""
     import torch
 
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if use_cuda() else torch.device("cpu")
 
 
 def initialise() -> None:
     """Join the process group, once; NCCL on GPUs, gloo on CPUs. Does nothing for a single process."""
     import torch
 
-    if torch.cuda.is_available():
+    if use_cuda():
         torch.cuda.set_device(local_rank())
     if world_size() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if use_cuda() else "gloo", timeout=TIMEOUT)
 
 
 def barrier() -> None:

@@ -1,9 +1,11 @@
 """The ways a step says no: the command is wrong (exit status 2); the data is wrong or a helper process died (status 1)."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -32,7 +34,20 @@ def one_line_errors() -> Iterator[None]:
             _stop(f"the disk is full while writing {error.filename or 'a file'}; nothing half written was kept", 1)
         if error.errno in (errno.EACCES, errno.EROFS):
             _stop(f"no permission to write {error.filename or 'a file'}: {error.strerror}", 1)
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and error.filename:
+            _stop(_misplaced(error), 1)
         raise
+
+
+def _misplaced(error: OSError) -> str:
+    """In words: a file is where a folder must be, or the reverse. `error` names a path; os.replace's target comes second."""
+    path = Path(os.fsdecode(error.filename2 or error.filename))
+    if error.errno == errno.EISDIR:
+        return f"{path} is a folder, where a file must be; move it away or give another path"
+    file = next((place for place in (path, *path.parents) if place.is_file()), None)
+    if file is None:
+        return f"{path}: {error.strerror}"
+    return f"{file} is a file, where a folder must be; move it away or give another path"
 
 
 def _stop(message: str, status: int) -> None:

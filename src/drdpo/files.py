@@ -51,7 +51,7 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
         for aside in asides:
             aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(paths[0].parent)) from error
+            raise OSError(error.errno, error.strerror, str(error.filename2 or paths[0].parent)) from error
         raise
 
 

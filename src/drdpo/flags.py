@@ -1,6 +1,7 @@
 """A command line from a dataclass: every field is a flag, spelled once, with its help and its default."""
 
 import dataclasses
+import math
 import sys
 from typing import Any, TypeVar
 
@@ -30,17 +31,28 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     Raises:
         SystemExit: status 2 after a usage line for an unknown or abbreviated flag or a value of the wrong type; status 0
             after --help.
-        UsageError: a value or a combination that the dataclass refuses.
+        UsageError: a text flag that is empty (unless the dataclass lists it in MAY_BE_EMPTY), a number that is not finite, a
+            value or a combination that the dataclass refuses.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
         objective_from_flag(PHANTOM_FLAG)
     parser = HfArgumentParser([config_class], description=description, allow_abbrev=False)
+    _check_values(vars(parser.parse_known_args(arguments)[0]), getattr(config_class, "MAY_BE_EMPTY", ()))
     config, unknown = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         # Left to itself HfArgumentParser raises ValueError here: a traceback and status 1.
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return config
+
+
+def _check_values(values: dict[str, Any], may_be_empty: tuple[str, ...]) -> None:
+    """Refuse what no flag means: an empty path would be the current folder, and no comparison refuses a NaN."""
+    for name, value in values.items():
+        for word in value if isinstance(value, list) else [value]:
+            empty = isinstance(word, str) and not word.strip() and name not in may_be_empty
+            require(not empty, f"--{name} is empty; give it a value (is a shell variable unset?)")
+            require(not isinstance(word, float) or math.isfinite(word), f"--{name}={word} is not a finite number")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

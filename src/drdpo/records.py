@@ -11,7 +11,7 @@ Records carry their key: they are joined by (prompt_id, sample_id), never by the
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +84,8 @@ class Preference:
             _messages(row, "prompt", last_role="user"),
             _messages(row, "chosen", last_role="assistant"),
             _messages(row, "rejected", last_role="assistant"),
-            row.get("chosen_score"),
-            row.get("rejected_score"),
+            _score(row, "chosen_score"),
+            _score(row, "rejected_score"),
             _token_ids(row, "chosen_token_ids") if row.get("chosen_token_ids") is not None else None,
             _token_ids(row, "rejected_token_ids") if row.get("rejected_token_ids") is not None else None,
         )
@@ -183,7 +183,15 @@ def _integer(row: dict[str, Any], name: str) -> int:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: it raises OverflowError for an integer that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _score(row: dict[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if value is not None and not _is_finite(value):
+        raise ValueError(f'field "{name}" is {value!r}, not a finite number')
+    return None if value is None else float(value)
 
 
 def _messages(row: dict[str, Any], name: str, last_role: str) -> list[Message]:

@@ -134,6 +134,28 @@ def test_vllm_engines(monkeypatch: pytest.MonkeyPatch, gpus: int, span: int, ray
             leaderboard._parallelism(config)
 
 
+@pytest.mark.parametrize(
+    ("positions", "flags", "context"),
+    [
+        (131_072, {}, {"max_length": 8192}),
+        (2048, {}, {"max_length": 2048}),
+        (131_072, {"max_length": 16_384}, {}),
+        (131_072, {"backend": "vllm"}, {}),
+    ],
+)
+def test_the_default_context_fits_a_gpu(
+    tiny_policy: Path, tmp_path: Path, positions: int, flags: dict[str, Any], context: dict[str, int]
+) -> None:
+    config = json.loads((tiny_policy / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    given = LeaderboardConfig(model_path=str(tmp_path), **flags)
+    assert leaderboard._context(given) == context
+    if flags.get("backend") != "vllm":
+        assert (leaderboard._model_args(given) | leaderboard._context(given))["max_length"] == min(
+            positions, given.max_length or 8192
+        )
+
+
 def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "kldpo run" / "global_step_316"
@@ -258,6 +280,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     assert "tiny_generation" in done.stdout
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
     assert manifest["made_by"]["max_gen_toks"] == 8
+    assert manifest["max_length"] == 8192
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout

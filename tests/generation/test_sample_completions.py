@@ -103,6 +103,18 @@ def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags: Flags
     assert (sampled(config) / "test.jsonl").read_bytes() != before
 
 
+@pytest.mark.parametrize("save_path", ["{0}", "{0}/../{1}", "{0}/.."])
+def test_completions_never_overwrite_their_prompts(flags: Flags, prompts: Path, tmp_path: Path, save_path: str) -> None:
+    """Also where the prompts lie in sampled/, which is where this step writes."""
+    dataset = prompts.rename(tmp_path / "sampled")
+    before = (dataset / "test.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"--save_path=.*would overwrite the prompts"):
+        sample_completions(
+            flags(dataset=str(dataset), save_path=save_path.format(dataset, "sampled"), check_only=True, overwrite=True)
+        )
+    assert (dataset / "test.jsonl").read_bytes() == before
+
+
 def test_the_order_of_the_prompts_does_not_matter(flags: Flags, prompts: Path, tmp_path: Path) -> None:
     sample_completions(config := flags(only_test=True))
     turned = tmp_path / "turned"

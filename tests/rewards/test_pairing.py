@@ -198,7 +198,13 @@ def test_bad_data_is_one_line_and_status_1_and_writes_nothing(run: Command, path
         (("--ultrafeedback_verbosity=0.5", "--ArmoRM=0.5"), "ArmoRM has no such head. Its UltraFeedback heads are"),
         (("--ArmoRM=0.7",), "the objective weights sum to 0.7, not to 1"),
         ((), "the objective weights sum to 0, not to 1"),
-        (("--ArmoRM=nan",), "not to 1"),
+        (("--ArmoRM=nan",), "--ArmoRM=nan is not a finite number"),
+        (
+            ("--ArmoRM=1.5", "--helpsteer_complexity=-0.5"),
+            "--helpsteer_complexity=-0.5: a weight is finite and not negative",
+        ),
+        (("--ArmoRM=1.5", "--weights", "kind=-0.5"), "--weights kind=-0.5: a weight is finite and not negative"),
+        (("--ArmoRM=1.0", "--weights", "kind=nan"), "--weights kind=nan: a weight is finite and not negative"),
         (("--ArmoRM=1.0", "--helpsteer_kindness=0.5"), "unrecognized arguments"),
     ],
 )
@@ -252,6 +258,39 @@ def test_a_full_disk_leaves_the_old_pairs(paths: tuple[Path, Path], monkeypatch:
     with pytest.raises(OSError, match="No space left"):
         pairing.generate_preferences(config)
     assert list(paths[1].iterdir()) == []
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """Before or between the two files' moves: neither command then takes the folder for its own."""
+    import os
+
+    from drdpo.config import PreferencesConfig
+    from drdpo.rewards.pairing import generate_preferences
+
+    write(paths[0], good_rows(), good_rows())
+    common: dict[str, Any] = {"completions": str(paths[0]), "output_path": str(paths[1])}
+    generate_preferences(old := PreferencesConfig(**common, ArmoRM=1.0))
+    before = {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")}
+    new = PreferencesConfig(**common, ultrafeedback_truthfulness=1.0, overwrite=True)
+    real, moved = os.replace, []
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target).suffix == ".jsonl":
+            if len(moved) == moves:
+                raise KeyboardInterrupt
+            moved.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate_preferences(new)
+    assert len(list(paths[1].glob("*.jsonl"))) == moves
+    generate_preferences(old)
+    assert {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")} == before
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["made_by"]["weights"] == {"ArmoRM": 1.0}
 
 
 def test_pairs_open_in_trl_format(run: Command, paths: tuple[Path, Path]) -> None:

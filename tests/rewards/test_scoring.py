@@ -219,6 +219,42 @@ def test_bad_inputs_are_named(
         score_completions(config())
     sampled.unlink()
     with pytest.raises(DataError, match=r"sampled/test\.jsonl: no such file"):
+        score_completions(config())
+
+
+def test_rows_that_the_template_refuses_are_set_aside(
+    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(embedded_like, folder)
+    template = folder / "chat_template.jinja"
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template.write_text(no_system + template.read_text())
+    score_completions(config(reward_model=str(folder)))
+    assert [one["prompt_id"] for _, one in read_rows(save_path / "train.jsonl")] == [4, 4, 9]
+    rejects = [one for _, one in read_rows(save_path / "rejects.jsonl")]
+    assert [(one["row"], one["reason"]) for one in rejects] == [
+        (3, "the chat template refuses it (no system turns)"),
+        (4, "the chat template refuses it (no system turns)"),
+    ]
+    why = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]["why"]
+    assert why == {"the chat template refuses it": 2}
+    template.write_text("{{ raise_exception('not today') }}")
+    with pytest.raises(DataError, match="template refuses a question with its answer"):
+        score_completions(config(reward_model=str(folder), overwrite=True))
+
+
+def test_check_only_needs_no_samples_but_checks_those_there(
+    config: Callable[..., CompletionsConfig], save_path: Path, tmp_path: Path
+) -> None:
+    score_completions(config(check_only=True, save_path=str(tmp_path / "fresh")))
+    assert not (tmp_path / "fresh").exists()
+    with pytest.raises(DataError, match="no such reward model folder"):
+        score_completions(config(check_only=True, save_path=str(tmp_path / "fresh"), reward_model="nowhere"))
+    (save_path / "sampled" / "train.jsonl").unlink()
+    score_completions(config(check_only=True))
+    (save_path / "sampled" / "test.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"test\.jsonl, row 1"):
         score_completions(config(check_only=True))
 
 

@@ -37,7 +37,7 @@ def main() -> None:
         reference_M2 = reference_logprobs(engine, pairs, shards, 2, name)
         for step in range(3):
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
-            dealt = micro_batches(indices, lengths, config.micro_batch, *ranks, by_length=True)
+            dealt = micro_batches(indices, lengths, config.micro_batch, *ranks, by_length=config.robust_scope == "step")
             batches = [(collate(pairs, rows, 2), reference_M2[rows]) for rows in dealt]
             train_step(engine, batches, config)
         language_model = engine.module.language_model

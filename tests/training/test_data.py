@@ -37,8 +37,9 @@ def folder_with(tmp_path: Path, *rows, split: str = "train") -> str:
         {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "No."},
         {"chosen": PROMPT + said("Red."), "rejected": PROMPT + said("No.")},
         {"prompt": PROMPT, "chosen": said("Red."), "rejected": said("No."), "chosen_score": 1.0, "more": "x"},
+        {"prompt_id": "3ff1", "prompt": "Name a colour.", "chosen": PROMPT + said("Red."), "rejected": PROMPT + said("No.")},
     ],
-    ids=["ours", "no id", "texts", "prompt inside", "further fields"],
+    ids=["ours", "no id", "texts", "prompt inside", "further fields", "prompt twice"],
 )
 def test_every_form_gives_the_same_pair(row, tmp_path):
     (preference,) = load_preferences(folder_with(tmp_path, row), "train")
@@ -129,6 +130,12 @@ def test_ids_of_another_tokenizer_are_not_trusted(ids, tokenizer):
     ((pair,), counts) = tokenise([preference(chosen_token_ids=ids)], tokenizer, 100)
     assert tokenizer.decode(pair.chosen) == "Red.<|im_end|>"
     assert counts["text encoded"] == 2
+
+
+def test_a_row_that_the_template_refuses_is_counted(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system turn') }}")
+    pairs, counts = tokenise([preference()], tokenizer, 100)
+    assert (pairs, counts["template refuses"]) == ([], 1)
 
 
 def test_what_is_left_out_is_counted(tokenizer):

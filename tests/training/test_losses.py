@@ -129,6 +129,15 @@ def test_gradient_penalty_by_hand():
     assert penalties_B.tolist() == [30.0, 30.0]
 
 
+def test_gradient_penalty_with_the_prompt_counted_once_by_hand():
+    # Gradients 2 and -1 per entry, two entries a position; one prompt position: (2 - 1)^2 there, 4 + 1 elsewhere.
+    embeds_STD = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    sums_S = embeds_STD.sum(dim=(1, 2))
+    prompt_BT = torch.tensor([[True, False, False]])
+    penalties_B = gradient_penalty(2 * sums_S[:1] - sums_S[1:], embeds_STD, False, prompt_BT)
+    assert penalties_B.tolist() == [2 * (1 + 5 + 5)]
+
+
 def test_gradient_penalty_separates_pairs():
     embeds_STD = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
     energy_S = embeds_STD.square().sum(dim=(1, 2)) / 2

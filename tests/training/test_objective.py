@@ -110,6 +110,20 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(policy, pairs, flags)
     assert relative_error(gradients(policy, total), gradients(policy, whole(policy, pairs, **flags).total)) < 1e-6
 
 
+def test_figures_of_a_step_keep_no_graph_and_no_embeddings(policy, pairs):
+    part = whole(policy, pairs, wdpo_rho=0.1).detached()
+    tensors = [part.total, *part.values, part.weights_B, part.penalties_B]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert part.values.embeds_STD.untyped_storage().nbytes() == 0
+
+
+def test_a_loaded_policy_recomputes_activations(tiny_policy):
+    """transformers loads models in evaluation mode, in which gradient checkpointing does nothing."""
+    loaded = load_policy(str(tiny_policy), torch.float32, "sdpa", gradient_checkpointing=True)
+    layers = loaded.language_model.base_model.layers
+    assert all(layer.training and layer.gradient_checkpointing for layer in layers)
+
+
 def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
     batch = collate(pairs, range(4), 0)
     values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1))

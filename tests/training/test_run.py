@@ -43,7 +43,7 @@ def refuse(done, status: int, *words: str) -> None:
         (["--kldpo_tau=0.1", "--wdpo_rho=0.1"], ["--kldpo_tau and --wdpo_rho"]),
         (["--kldpo_tau=0"], ["--kldpo_tau=0.0 must be positive"]),
         (["--wdpo_rho=-1"], ["--wdpo_rho=-1.0 must be positive"]),
-        (["--drdpo_beta=nan"], ["--drdpo_beta=nan must be positive"]),
+        (["--drdpo_beta=nan"], ["--drdpo_beta=nan is not a finite number"]),
         (["--beta=0"], ["--beta=0.0 must be positive"]),
         (["--beta=fast"], ["invalid float value"]),
         (["--train_batch_size=6", "--micro_batch_size=4"], ["--train_batch_size=6", "--micro_batch_size=4"]),
@@ -74,6 +74,31 @@ def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | No
     if add:
         (model / add).write_bytes(b"\x80\x04")
     return model
+
+
+def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(root, tiny_policy, data, tmp_path):
+    refuse(train(root, tiny_policy, data, tmp_path / "out", "--train_batch_size=8"), 1, "4 usable train pairs, fewer than 8")
+    (tmp_path / "out").write_text("")
+    refuse(train(root, tiny_policy, data, tmp_path / "out"), 1, "is a file, not a folder")
+
+
+def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(root, tiny_policy, data, tmp_path):
+    from drdpo.config import TrainConfig
+    from drdpo.manifest import write_manifest
+    from drdpo.training.newest import write_newest
+    from drdpo.training.run import _made_by
+
+    out = tmp_path / "out"
+    config = TrainConfig(str(tiny_policy), str(data), str(out), train_batch_size=4)
+    write_manifest(out, "train", {**_made_by(config), "pairs": "x"})
+    assert train(root, tiny_policy, data, out).returncode == 0
+    refuse(train(root, tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
+    assert train(root, tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
+    (out / "resume" / "step_1").mkdir(parents=True)
+    write_newest(out / "resume", {"step": 1, "world_size": 2, "tag": "step_1"})
+    refuse(train(root, tiny_policy, data, out), 2, "2 processes", "by 1")
+    (out / "resume" / "step_1").rmdir()
+    refuse(train(root, tiny_policy, data, out), 1, "step_1", "not there")
 
 
 def test_bad_models_end_with_status_1(root, tiny_policy, data, tmp_path):

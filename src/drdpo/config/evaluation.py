@@ -5,6 +5,10 @@ from typing import Literal
 
 from drdpo.flags import flag, require
 
+HF_MAX_LENGTH = 8192
+"""Longest context that backend hf gets unless --max_length says otherwise. Without requests to look at, as for generation,
+lm-eval's search for a batch size tries the full context (Llama 3.x: 131,072), which fits no GPU, and ends at 1."""
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -34,7 +38,9 @@ class LeaderboardConfig:
     backend: Literal["hf", "vllm"] = flag("lm-eval back end", "hf")
     batch_size: str = flag("sequences at a time, or 'auto': what fits a GPU, and 1 on a CPU", "auto")
     dtype: Literal["bfloat16", "float32"] = flag("precision of the model", "bfloat16")
-    max_length: int | None = flag("context length; the authors used 2048", None)
+    max_length: int | None = flag(
+        f"context length; the authors used 2048 (default: the model's own, with backend hf at most {HF_MAX_LENGTH})", None
+    )
     max_gen_toks: int | None = flag("longest generation; the authors used 1024", None)
     num_fewshot: int | None = flag("few-shot examples, in place of each task's own number unless that is 0", None)
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)

@@ -1,5 +1,6 @@
 """Flags of src/generate_preferences.py."""
 
+import math
 from dataclasses import dataclass
 
 from drdpo.flags import flag, require
@@ -41,23 +42,29 @@ class PreferencesConfig:
     weights: list[str] = flag("further NAME=WEIGHT words, for objectives of another reward model", [])
 
     def objective_weights(self) -> dict[str, float]:
-        """{objective: weight} of the objectives with a weight other than 0; weights sum to 1 within 1e-6."""
+        """{objective: weight} of the objectives with a weight over 0; weights sum to 1 within 1e-6."""
         named = {objective: getattr(self, name) for name, objective in FLAG_TO_OBJECTIVE.items()}
+        spelled = {objective: f"--{name}={named[objective]:g}" for name, objective in FLAG_TO_OBJECTIVE.items()}
         for word in self.weights:
             name, separator, number = word.partition("=")
             require(bool(separator and name), f"--weights {word}: write NAME=WEIGHT")
             require(name not in FLAG_TO_OBJECTIVE and not named.get(name), f"--weights {word}: {name} is given twice")
             try:
-                named[name] = float(number)
+                named[name], spelled[name] = float(number), f"--weights {word}"
             except ValueError:
                 require(False, f"--weights {word}: {number!r} is not a number")
+        for name, weight in named.items():
+            require(
+                0 <= weight < math.inf,
+                f"{spelled[name]}: a weight is finite and not negative; the mix is a convex combination of objectives",
+            )
         total = sum(named.values())
         require(
             abs(total - 1.0) <= 1e-6,
             f"the objective weights sum to {total:g}, not to 1; give e.g. --ArmoRM=1.0 or "
             "--ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5",
         )
-        return {name: weight for name, weight in named.items() if weight != 0}
+        return {name: weight for name, weight in named.items() if weight > 0}
 
     def __post_init__(self) -> None:
         self.objective_weights()

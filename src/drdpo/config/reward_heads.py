@@ -1,7 +1,7 @@
 """Flags of src/fit_reward_heads.py."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from drdpo.flags import flag, require
 
@@ -11,6 +11,8 @@ HELPSTEER_COLUMNS = ("helpfulness", "correctness", "coherence", "complexity", "v
 @dataclass(frozen=True)
 class FitHeadsConfig:
     """Fit the reward heads of a multi-objective reward model on a frozen backbone."""
+
+    MAY_BE_EMPTY: ClassVar[tuple[str, ...]] = ("verbosity",)
 
     backbone: str = flag("Hugging Face folder of a Llama-family model")
     ratings: str = flag(

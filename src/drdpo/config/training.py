@@ -21,7 +21,11 @@ class TrainConfig:
     wdpo_penalty: Literal["squared", "root"] = flag(
         "'squared': mean of rho |grad|^2, as the authors' code; 'root': rho sqrt(mean |grad|^2), Algorithm 1", "squared"
     )
-    wdpo_solver: Literal["exact"] = flag("how the penalty's gradient is computed; 'exact' is double backward", "exact")
+    wdpo_prompt: Literal["per_sequence", "once"] = flag(
+        "gradient on the shared prompt: 'per_sequence' |g_c|^2 + |g_r|^2, as the authors' two rows; 'once' |g_c + g_r|^2, "
+        "as the paper's z",
+        "per_sequence",
+    )
     robust_scope: Literal["step", "micro"] = flag(
         "population of the robust weights: all pairs of the optimizer step, or of one micro-batch over the ranks", "step"
     )
@@ -89,6 +93,8 @@ class TrainConfig:
             require(value is None or value >= 1, f"--{name}={value} must be at least 1")
         for name in ("warmup_ratio", "min_lr_ratio"):
             require(0 <= getattr(self, name) <= 1, f"--{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"--{name}={getattr(self, name)} must lie in [0, 1)")
         for name in ("eval_steps", "save_steps", "weight_decay"):
             require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
         require(0 <= self.label_smoothing < 0.5, f"--label_smoothing={self.label_smoothing} must lie in [0, 0.5)")

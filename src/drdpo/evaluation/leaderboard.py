@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.chat import DATE_STRING, load_tokenizer
-from drdpo.config.evaluation import LeaderboardConfig
+from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, world_size
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, terminal
@@ -53,9 +53,10 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         if config.apply_chat_template:
             load_tokenizer(config.model_path)
         check_data(manager, leaves)
-    results = _evaluate(config, names, manager, model_args | _parallelism(config))
+    model_args |= _parallelism(config) | _context(config)
+    results = _evaluate(config, names, manager, model_args)
     if results is not None:
-        _write(config, output, made_by, results)
+        _write(config, output, made_by, results, model_args.get("max_length"))
 
 
 def output_folder(config: LeaderboardConfig) -> Path:
@@ -96,6 +97,25 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
         "chat_template_args": {"date_string": DATE_STRING},
     }
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
+
+
+def _context(config: LeaderboardConfig) -> dict[str, Any]:
+    """Without --max_length, the hf back end's context: the model's own, HF_MAX_LENGTH at most; vLLM knows its own limits.
+
+    Raises:
+        DataError: the model's config cannot be read.
+    """
+    if config.max_length or config.backend != "hf":
+        return {}
+    from lm_eval.models.utils import resolve_max_length
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise DataError(f"{config.model_path}: the model's config cannot be read ({why})") from error
+    return {"max_length": min(HF_MAX_LENGTH, resolve_max_length(model, default=HF_MAX_LENGTH))}
 
 
 def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
@@ -155,7 +175,10 @@ def _evaluate(
     return results
 
 
-def _write(config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any]) -> None:
+def _write(
+    config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any], max_length: int | None
+) -> None:
+    """`max_length`: the context that the back end was given, None for its own choice."""
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: --output_path is a file, not a folder")
     whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
@@ -163,7 +186,7 @@ def _write(config: LeaderboardConfig, output: Path, made_by: dict[str, Any], res
         stream.write(markdown(config, results))
     # Old results go and new ones come last, so that results never stand beside a manifest of other flags.
     (output / RESULTS).unlink(missing_ok=True)
-    write_manifest(output, STEP, made_by, samples=json_safe(results.get("n-samples", {})))
+    write_manifest(output, STEP, made_by, max_length=max_length, samples=json_safe(results.get("n-samples", {})))
     with atomic_file(output / RESULTS) as stream:
         json.dump(whole, stream, indent=2, ensure_ascii=False, allow_nan=False)
         stream.write("\n")

@@ -58,9 +58,14 @@ def sample_completions(config: CompletionsConfig) -> None:
     """
     check_model_folder(config.model_path)
     require(config.best_of_n <= MAX_SAMPLES, f"--best_of_n={config.best_of_n}: at most {MAX_SAMPLES} completions per prompt")
-    if Path(config.save_path).is_file():
+    save_path = Path(config.save_path)
+    if save_path.is_file():
         raise DataError(f"--save_path={config.save_path} is a file, not a folder")
     dataset = find_dataset(config.dataset)
+    require(
+        dataset.resolve() not in (save_path.resolve(), (save_path / "sampled").resolve()),
+        f"--save_path={save_path}: completions would overwrite the prompts of --dataset={dataset}; give another folder",
+    )
     prompts = read_prompts(dataset, config.only_test, config.max_prompts)
     left = [split for split in _splits(config, dataset, prompts) if not finished(split, config.overwrite)]
     if not left:

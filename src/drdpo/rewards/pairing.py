@@ -57,11 +57,14 @@ def generate_preferences(config: PreferencesConfig) -> None:
         split: pair_completions(path, read_completions(path), weights, config.standardize)
         for split, path in zip(SPLITS, inputs, strict=True)
     }
+    facts = {split: {"counts": made.counts, "scores": _named(made.statistics)} for split, made in splits.items()}
     with atomic_files(*outputs) as asides:
         for aside, made in zip(asides, splits.values(), strict=True):
             write_records(aside, made.pairs)
-    facts = {split: {"counts": made.counts, "scores": _named(made.statistics)} for split, made in splits.items()}
-    write_manifest(target, STEP, made_by, flags=as_dict(config), **facts)
+        # Old pairs go and new ones come last, so that pairs never stand beside a manifest of other flags.
+        for path in outputs:
+            path.unlink(missing_ok=True)
+        write_manifest(target, STEP, made_by, flags=as_dict(config), **facts)
     for split, made in splits.items():
         print(report(split, made, weights))
 

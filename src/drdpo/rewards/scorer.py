@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from tqdm import tqdm
 
 from drdpo import distributed
@@ -17,6 +18,9 @@ from drdpo.objectives import GATED_SCORE
 from drdpo.records import Completion
 from drdpo.rewards.armorm import Rewards, load_armorm
 from drdpo.rewards.batching import batches_by_length, last_occurrence, pad_right
+
+UNRENDERABLE = (TemplateError, ValueError, TypeError)
+"""What rendering raises: the template's own refusals, drdpo.chat's, and a template that trips over a message."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -54,8 +58,7 @@ class Scorer:
         Returns:
             In the order of `completions`: {"scores": {objective: float, ..., "ArmoRM": float}} or {"reason": text}.
         """
-        token_ids = [conversation_token_ids(self.tokenizer, [*c.prompt, *c.completion]) for c in completions]
-        results: list[dict[str, Any]] = [self._refusal(ids) for ids in token_ids]
+        token_ids, results = self._read(completions)
         good = [index for index, result in enumerate(results) if not result]
         started, tokens = time.perf_counter(), 0
         progress = tqdm(total=len(good), desc=label, unit=" completions", disable=not distributed.is_main())
@@ -69,6 +72,20 @@ class Scorer:
             progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
         progress.close()
         return results
+
+    def _read(self, completions: Sequence[Completion]) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        """Token ids of every conversation, and {} or the {"reason": text} why it cannot be scored."""
+        token_ids: list[list[int]] = []
+        results: list[dict[str, Any]] = []
+        for completion in completions:
+            try:
+                ids = conversation_token_ids(self.tokenizer, [*completion.prompt, *completion.completion])
+                result = self._refusal(ids)
+            except UNRENDERABLE as error:
+                ids, result = [], {"reason": f"the chat template refuses it ({error})"}
+            token_ids.append(ids)
+            results.append(result)
+        return token_ids, results
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> Rewards:
@@ -89,9 +106,12 @@ class Scorer:
 
 
 def check_tokenizer(folder: Path, tokenizer: Any, pattern: tuple[int, ...], vocabulary: int) -> None:
-    """Raise DataError unless the template writes the gating pattern and every id fits the vocabulary."""
+    """Raise DataError unless the template renders an exchange with the gating pattern and every id fits the vocabulary."""
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    ids = conversation_token_ids(tokenizer, turns)
+    try:
+        ids = conversation_token_ids(tokenizer, turns)
+    except UNRENDERABLE as error:
+        raise DataError(f"{folder}: the tokenizer's template refuses a question with its answer ({error})") from error
     if max(ids) >= vocabulary:
         raise DataError(f"{folder}: the tokenizer writes id {max(ids)}, outside the model's vocabulary of {vocabulary}")
     if last_occurrence(ids, pattern) is None:

@@ -43,6 +43,8 @@ class SplitFiles:
 def score_completions(config: CompletionsConfig) -> None:
     """Score every sampled completion with a multi-objective reward model.
 
+    --check_only checks the sampled files that are there: with the same flag, step 1a has made none.
+
     Raises:
         DataError: a sampled file is missing or malformed, or the reward model folder is not whole.
         UsageError: no reward model, --score_max_len over its positions, or results that something else made.
@@ -52,9 +54,12 @@ def score_completions(config: CompletionsConfig) -> None:
     if config.score_max_len > layout.max_positions:
         raise UsageError(f"--score_max_len={config.score_max_len}: {folder} reads at most {layout.max_positions} tokens")
     splits = split_files(config)
-    completions = {files.split: read_sampled(files.sampled) for files in splits}
     if config.check_only:
+        for files in splits:
+            if files.sampled.exists():
+                read_sampled(files.sampled)
         return
+    completions = {files.split: read_sampled(files.sampled) for files in splits}
     made_by = {files.split: _made_by(config, folder, files) for files in splits}
     todo = [
         files

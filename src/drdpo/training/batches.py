@@ -25,6 +25,12 @@ class Batch:
     """[S, T] True where a token belongs to the answer."""
 
     @property
+    def prompt_mask_BT(self) -> Tensor:
+        """[B, T] True where both sequences of a pair hold the prompt."""
+        pairs = len(self.indices_B)
+        return self.attention_mask_ST[:pairs].bool() & ~self.answer_mask_ST[:pairs]
+
+    @property
     def tokens(self) -> int:
         """Tokens without padding."""
         return int(self.attention_mask_ST.sum())

@@ -1,17 +1,18 @@
 """Checkpoints: plain Hugging Face folders for use, DeepSpeed state for going on."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from drdpo import distributed
 from drdpo.chat import Tokenizer
-from drdpo.errors import UsageError
-from drdpo.files import atomic_file, atomic_folder
+from drdpo.errors import DataError
+from drdpo.files import atomic_folder
 from drdpo.training.engine import Engine
+from drdpo.training.newest import keep_only, read_newest, write_newest
 
 
 def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path) -> None:
@@ -30,9 +31,13 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path) -> None:
             head = model.get_output_embeddings().weight
             tied = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head]
             weights = {name: value for name, value in weights.items() if name not in tied[1:]}
-        with atomic_folder(folder) as aside:
-            model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
+        try:
+            with atomic_folder(folder) as aside:
+                model.save_pretrained(aside, state_dict=weights)
+                tokenizer.save_pretrained(aside)
+        except SafetensorError as error:
+            # What safetensors makes of a full disk.
+            raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
     distributed.barrier()
 
 
@@ -58,15 +63,19 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
     """
     tag = f"step_{step}"
     state = {"step": step, "world_size": distributed.world_size()}
-    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    if distributed.is_main():
+        keep_only(folder, str((read_newest(folder) or {}).get("tag")))
+    distributed.barrier()
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError is what torch makes of a full disk.
+        shutil.rmtree(folder / tag, ignore_errors=True)
+        raise DataError(f"{folder / tag}: the state could not be written ({error}); the one before is kept") from error
     distributed.barrier()
     if distributed.is_main():
-        # The state counts only once this file names it: a save that was cut short is never read.
-        with atomic_file(folder / "newest.json") as stream:
-            json.dump({**state, "tag": tag}, stream)
-        for other in folder.glob("step_*"):
-            if other.name != tag:
-                shutil.rmtree(other)
+        write_newest(folder, {**state, "tag": tag})
+        keep_only(folder, tag)
     distributed.barrier()
 
 
@@ -81,16 +90,12 @@ def load_state(engine: Engine, folder: Path) -> int:
         Optimizer steps done; 0 where there is no state.
 
     Raises:
-        UsageError: the state was written by another number of processes.
+        DataError: DeepSpeed cannot read the state.
     """
-    newest = folder / "newest.json"
-    if not newest.is_file():
+    newest = read_newest(folder)
+    if newest is None:
         return 0
-    state = json.loads(newest.read_text(encoding="utf-8"))
-    if state["world_size"] != distributed.world_size():
-        raise UsageError(
-            f"{folder} was written by {state['world_size']} processes and cannot be resumed by "
-            f"{distributed.world_size()}; use as many, or start anew with --resume=never"
-        )
-    engine.load_checkpoint(str(folder), tag=state["tag"])
-    return int(state["step"])
+    loaded, _ = engine.load_checkpoint(str(folder), tag=newest["tag"])
+    if loaded is None:
+        raise DataError(f"{folder / newest['tag']}: DeepSpeed cannot read this state; start anew with --resume=never")
+    return int(newest["step"])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from drdpo import chat, distributed
@@ -54,6 +55,9 @@ def load_preferences(dataset_path: str, split: str) -> list[Preference]:
     return preferences
 
 
+REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers", "answer cut", "text encoded")
+
+
 def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int) -> tuple[list[Pair], dict[str, int]]:
     """Turn preferences into token ids.
 
@@ -66,12 +70,16 @@ def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: 
         max_len: longest prompt + answer in tokens.
 
     Returns:
-        The pairs that can be trained on, and counts of what was done: "prompt too long", "empty answer" and
-        "equal answers" were left out, "answer cut" and "text encoded again" were not.
+        The pairs that can be trained on, and counts of what was done: "prompt too long", "template
+        refuses", "empty answer" and "equal answers" were left out, "answer cut" and "text encoded" were not.
     """
-    pairs, counts = [], dict.fromkeys(("prompt too long", "empty answer", "equal answers", "answer cut", "text encoded"), 0)
+    pairs, counts = [], dict.fromkeys(REASONS, 0)
     for preference in tqdm(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main()):
-        prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
+        try:
+            prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
+        except (TemplateError, ValueError):
+            counts["template refuses"] += 1
+            continue
         room = max_len - len(prompt)
         if room < 1:
             counts["prompt too long"] += 1
@@ -119,11 +127,18 @@ def _own_form(row: dict[str, Any], number: int) -> dict[str, Any]:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        # Some data sets repeat the given prompt before each answer.
+        chosen, rejected = (
+            answer[-1:] if isinstance(answer, list) and answer[:-1] == prompt else answer for answer in (chosen, rejected)
+        )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(answer, list) and len(answer) != 1:
             raise ValueError(f'field "{name}" must hold one assistant turn after the prompt, not {len(answer)}')
     own = {name: row.get(name) for name in ("chosen_token_ids", "rejected_token_ids", "chosen_score", "rejected_score")}
-    return {**own, "prompt_id": row.get("prompt_id", number), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    prompt_id = row.get("prompt_id")
+    own["prompt_id"] = prompt_id if isinstance(prompt_id, int) else number
+    return {**own, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _turns(answer: Any) -> Any:

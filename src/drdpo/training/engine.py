@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
+import os
+import socket
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -21,12 +24,19 @@ def initialise() -> None:
     """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not."""
     import deepspeed
 
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(probe.getsockname()[1]))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls a collective by its older name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    if torch.cuda.is_available():
+    # Saving a large model takes one rank minutes, while the others wait.
+    timeout = timedelta(hours=2)
+    if distributed.use_cuda():
         torch.cuda.set_device(distributed.local_rank())
-        deepspeed.init_distributed("nccl", auto_mpi_discovery=False)
+        deepspeed.init_distributed("nccl", auto_mpi_discovery=False, timeout=timeout)
         return
     # DeepSpeed's shared-memory collective leaks shared memory on every start and takes half a minute to compile.
     import deepspeed.ops
@@ -37,7 +47,7 @@ def initialise() -> None:
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)
     torch.set_flush_denormal(True)
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout)
 
 
 def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
@@ -56,6 +66,7 @@ def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
+        fused=True,
     )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(steps * config.warmup_ratio), steps, min_lr_rate=config.min_lr_ratio

@@ -42,6 +42,9 @@ def train_alignment(config: TrainConfig) -> None:
         _steps(engine, run, references, done, log)
     finally:
         log.close()
+    last = run.folder / f"global_step_{run.steps}"
+    if not (last / "config.json").is_file():
+        save_model(engine, run.tokenizer, last)
     if distributed.is_main():
         write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=True)
     torch.distributed.destroy_process_group()
@@ -66,15 +69,7 @@ def train_step(engine: Engine, batches: list[tuple[Batch, Tensor]], config: Trai
         part = objective(engine.module, batch, reference_B2, config, population)
         engine.backward(part.total)
         engine.step()
-        values = part.values
-        parts.append(
-            Objective(
-                part.total.detach(),
-                values._replace(losses_B=values.losses_B.detach(), embeds_STD=values.embeds_STD.detach()[:0]),
-                part.weights_B,
-                part.penalties_B,
-            )
-        )
+        parts.append(part.detached())
     return parts
 
 
@@ -107,6 +102,7 @@ def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, l
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
         metrics["tokens_per_second"] = float(distributed.gather(tokens).sum()) / (time.perf_counter() - started)
         metrics["peak_memory_gib"] = peak_memory_gib()
+        _check_finite(metrics)
         if step == 0:
             _check_first_loss(metrics["loss"], config)
         last = step + 1 == run.steps
@@ -170,11 +166,21 @@ def _on_device(
     return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
 
 
+def _check_finite(metrics: dict[str, float]) -> None:
+    """DeepSpeed skips a step whose gradients are not finite without a word, and would go on skipping to the end."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise DataError(
+                f"step {int(metrics['step'])}: {name} is {value}; lower --learning_rate or the method's strength; "
+                "earlier checkpoints are kept"
+            )
+
+
 def _check_first_loss(loss: float, config: TrainConfig) -> None:
     """Before the first step policy and reference are one, so the loss is that of a zero margin."""
     expected = 1 / (4 * config.beta**2) if config.loss_type == "ipo" else math.log(2)
     tolerance = (0.05 if config.dtype == "bfloat16" else 1e-3) * max(1.0, expected)
-    if abs(loss - expected) > tolerance:
+    if not abs(loss - expected) <= tolerance:
         raise DataError(
             f"the first loss is {loss:.4f}, not {expected:.4f}: the reference log-probs do not belong to {config.model_path}"
         )

@@ -80,23 +80,30 @@ def drdpo_weights(losses_B: Tensor, population_P: Tensor, temperature: float) ->
     return torch.exp(-losses_B / temperature - _log_mean_exp(-population_P / temperature))
 
 
-def gradient_penalty(losses_B: Tensor, embeds_STD: Tensor, create_graph: bool) -> Tensor:
+def gradient_penalty(
+    losses_B: Tensor, embeds_STD: Tensor, create_graph: bool, shared_prompt_BT: Tensor | None = None
+) -> Tensor:
     """WDPO's |grad_{e_i} l_i|^2 of every pair, over the prompt and answer embeddings of both its sequences.
 
     The pairs do not attend to each other, so the gradient of the summed losses separates by pair (appendix F of
-    2502.01930, per-sample squared form; the prompt counts once per sequence, as in the authors' code).
+    2502.01930, per-sample squared form). On the prompt, which both sequences hold, the gradients are g_c and g_r: the
+    authors' two rows count |g_c|^2 + |g_r|^2, the paper's z = (prompt, chosen, rejected) counts |g_c + g_r|^2.
 
     Args:
         losses_B: [B] losses that depend on `embeds_STD`.
-        embeds_STD: [S, T, D] input embeddings, S = 2B.
+        embeds_STD: [S, T, D] input embeddings, S = 2B, both sequences of a pair aligned at their start.
         create_graph: keep the graph, so that the penalty can be differentiated.
+        shared_prompt_BT: [B, T] True on prompt positions, to count the prompt once; None counts it per sequence.
 
     Returns:
         [B] squared norms, float32 (float64 for float64 losses).
     """
     (grad_STD,) = torch.autograd.grad(losses_B.sum(), embeds_STD, create_graph=create_graph, retain_graph=True)
-    squares_S = grad_STD.to(losses_B.dtype).square().sum(dim=(1, 2))
-    return squares_S[: len(losses_B)] + squares_S[len(losses_B) :]
+    chosen_BTD, rejected_BTD = grad_STD.to(losses_B.dtype).split(len(losses_B))
+    squares_B = (chosen_BTD.square() + rejected_BTD.square()).sum(dim=(1, 2))
+    if shared_prompt_BT is None:
+        return squares_B
+    return squares_B + 2 * ((chosen_BTD * rejected_BTD).sum(dim=2) * shared_prompt_BT).sum(dim=1)
 
 
 def effective_sample_size(weights_P: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def step_metrics(parts: list[Objective], config: TrainConfig) -> dict[str, float
 
 def peak_memory_gib() -> float:
     """Most memory this process has held: allocated on the GPU, or resident on the CPU."""
-    if torch.cuda.is_available():
+    if distributed.use_cuda():
         return float(torch.cuda.max_memory_allocated()) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -92,7 +92,7 @@ class MetricsLog:
         """Add one step's line."""
         if self._writer is None:
             return
-        self._stream.write(json.dumps(metrics) + "\n")
+        self._stream.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._stream.flush()
         step = int(metrics["step"])
         for name, value in metrics.items():

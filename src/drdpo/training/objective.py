@@ -42,6 +42,14 @@ class Objective(NamedTuple):
     penalties_B: Tensor | None
     """[B] |grad l|^2, WDPO only."""
 
+    def detached(self) -> "Objective":
+        """The figures alone: neither graph nor embeddings stay in memory."""
+        values = self.values
+        figures = (values.losses_B.detach(), values.margins_B.detach(), values.log_ratios_S.detach())
+        return Objective(
+            self.total.detach(), PairValues(*figures, values.embeds_STD.new_empty(0)), self.weights_B, self.penalties_B
+        )
+
 
 def pair_values(policy: Policy, batch: Batch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
     """Run the policy over a micro-batch.
@@ -78,7 +86,7 @@ def survey(policy: Policy, batches: list[tuple[Batch, Tensor]], config: TrainCon
         penalties = []
         for batch, reference_B2 in batches:
             values = pair_values(policy, batch, reference_B2, config)
-            penalties.append(losses.gradient_penalty(values.losses_B, values.embeds_STD, create_graph=False))
+            penalties.append(_penalties(values, batch, config, create_graph=False))
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
     with torch.no_grad():
         local = [pair_values(policy, batch, reference_B2, config).losses_B for batch, reference_B2 in batches]
@@ -106,7 +114,7 @@ def objective(
     if config.method != "wdpo":
         return Objective(total, values, weights_B, None)
     assert config.wdpo_rho is not None
-    penalties_B = losses.gradient_penalty(values.losses_B, values.embeds_STD, create_graph=True)
+    penalties_B = _penalties(values, batch, config, create_graph=True)
     factor = torch.tensor(config.wdpo_rho, dtype=penalties_B.dtype)
     if config.wdpo_penalty == "root":
         # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
@@ -114,6 +122,11 @@ def objective(
         mean = distributed.gather(penalties_B).mean() if mean is None else mean
         factor = config.wdpo_rho / (2 * mean.sqrt()) if mean > 0 else torch.zeros_like(mean)
     return Objective(total + factor * penalties_B.mean(), values, weights_B, penalties_B.detach())
+
+
+def _penalties(values: PairValues, batch: Batch, config: TrainConfig, create_graph: bool) -> Tensor:
+    shared_BT = batch.prompt_mask_BT if config.wdpo_prompt == "once" else None
+    return losses.gradient_penalty(values.losses_B, values.embeds_STD, create_graph, shared_BT)
 
 
 def _weights(losses_B: Tensor, losses_P: Tensor, config: TrainConfig) -> Tensor:

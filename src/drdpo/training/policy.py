@@ -85,7 +85,13 @@ def load_policy(path: str, dtype: torch.dtype, attention: str, gradient_checkpoi
     _check_plain_head(model, path)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model)
+    # Recomputation works in training mode only. Dropout would give policy and reference different log-probs.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return Policy(model).train()
 
 
 def _check_plain_head(model: Any, path: str) -> None:

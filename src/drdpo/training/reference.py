@@ -19,14 +19,12 @@ from drdpo.files import atomic_file
 from drdpo.training.batches import collate
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
+from drdpo.training.run import pairs_hash
 
 
 def reference_key(model_fingerprint: str, pairs: list[Pair], dtype: str, attention: str) -> str:
     """Hash of everything that reference log-probs depend on."""
-    digest = hashlib.sha256(f"{model_fingerprint} {dtype} {attention}\n".encode())
-    for pair in pairs:
-        digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{model_fingerprint} {dtype} {attention} {pairs_hash(pairs)}".encode()).hexdigest()
 
 
 def read_reference(path: Path, key: str, pairs: int) -> Tensor | None:

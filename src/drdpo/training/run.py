@@ -1,5 +1,6 @@
 """A training run's folder and inputs: checked before anything slow, written down before the work begins."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from drdpo.flags import as_dict
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
 from drdpo.models import check_model_folder
 from drdpo.training.data import Pair, load_preferences, tokenise
+from drdpo.training.newest import check_world
 
 NOT_COMPARED = ("save_path", "resume", "check_only", "save_steps", "eval_steps", "save_resume")
 """Flags that do not change the trained model."""
@@ -74,7 +76,17 @@ def check_inputs(config: TrainConfig) -> None:
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
-            load_preferences(config.dataset_path, split)
+            rows = len(load_preferences(config.dataset_path, split))
+            if split == "train":
+                _check_enough(config, rows, split)
+    folder = Path(config.save_path)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--save_path={folder} is a file, not a folder")
+    before = read_manifest(folder).get("train")
+    if before is not None and config.resume == "auto":
+        now = _made_by(config)
+        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        check_world(folder / "resume")
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -93,17 +105,40 @@ def open_run(config: TrainConfig) -> Run:
         if distributed.is_main():
             told = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
             print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{' (' + told + ')' if told else ''}")
-    for split, least in (("train", config.train_batch_size), ("test", 1)):
-        if len(pairs[split]) < least:
-            raise DataError(
-                f"{config.dataset_path}: {len(pairs[split])} usable {split} pairs, fewer than {least}"
-                + (f"; give --train_batch_size={len(pairs[split])} or less" if split == "train" else "")
-            )
-    made_by = {name: value for name, value in as_dict(config).items() if name not in NOT_COMPARED}
-    made_by["model"] = fingerprint(config.model_path)
-    if Path(config.dataset_path).is_dir():
-        made_by["data"] = [fingerprint(file) for file in sorted(Path(config.dataset_path).glob("*.jsonl"))]
+        _check_enough(config, len(pairs[split]), split)
+    made_by = {**_made_by(config), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
     return Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by)
+
+
+def pairs_hash(pairs: list[Pair]) -> str:
+    """Hash of the token ids of pairs, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
+    return digest.hexdigest()
+
+
+def _made_by(config: TrainConfig) -> dict[str, Any]:
+    """What the trained model depends on, as far as it is known before the pairs are tokenised."""
+    flags = {name: value for name, value in as_dict(config).items() if name not in NOT_COMPARED}
+    return {**flags, "model": fingerprint(config.model_path)}
+
+
+def _check_enough(config: TrainConfig, pairs: int, split: str) -> None:
+    least = config.train_batch_size if split == "train" else 1
+    if pairs < least:
+        raise DataError(
+            f"{config.dataset_path}: {pairs} usable {split} pairs, fewer than {least}"
+            + (f"; give --train_batch_size={pairs} or less" if split == "train" and pairs else "")
+        )
+
+
+def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]) -> None:
+    changes = changed(before, made_by)
+    if changes:
+        raise UsageError(
+            f"{folder} holds a run made otherwise: {changes}; give another --save_path, or --resume=never to replace it"
+        )
 
 
 def claim_folder(run: Run) -> bool:
@@ -114,12 +149,7 @@ def claim_folder(run: Run) -> bool:
     """
     before = read_manifest(run.folder).get("train")
     if before is not None and run.config.resume == "auto":
-        changes = changed(before["made_by"], run.made_by)
-        if changes:
-            raise UsageError(
-                f"{run.folder} holds a run made otherwise: {changes}; give another --save_path, "
-                "or --resume=never to replace it"
-            )
+        _refuse_change(run.folder, before["made_by"], run.made_by)
         if before.get("complete") and (run.folder / f"global_step_{run.steps}" / "config.json").is_file():
             return True
     distributed.barrier()

@@ -1,0 +1,38 @@
+"""What every command line refuses, whichever step it is of."""
+
+from typing import Any
+
+import pytest
+
+from drdpo.config import CompletionsConfig, EvaluateConfig, FitHeadsConfig, PreferencesConfig, TrainConfig
+from drdpo.errors import UsageError
+from drdpo.flags import parse
+
+TRAIN = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "says"),
+    [
+        (TrainConfig, [*TRAIN, "--save_path="], "--save_path is empty"),
+        (TrainConfig, [*TRAIN, "--model_path", ""], "--model_path is empty"),
+        (TrainConfig, [*TRAIN, "--dataset-path= "], "--dataset_path is empty"),
+        (CompletionsConfig, ["--save_path=s", "--model_path=m", "--reward_model="], "--reward_model is empty"),
+        (PreferencesConfig, ["--ArmoRM=1.0", "--completions="], "--completions is empty"),
+        (EvaluateConfig, ["--runs", "a=b", "", "--output_path=o"], "--runs is empty"),
+        (TrainConfig, [*TRAIN, "--drdpo_beta=nan"], "--drdpo_beta=nan is not a finite number"),
+        (TrainConfig, [*TRAIN, "--kldpo_tau=inf"], "--kldpo_tau=inf is not a finite number"),
+        (TrainConfig, [*TRAIN, "--learning_rate=-inf"], "--learning_rate=-inf is not a finite number"),
+        (CompletionsConfig, ["--save_path=s", "--model_path=m", "--temperature=inf"], "--temperature=inf is not"),
+    ],
+)
+def test_empty_words_and_numbers_that_are_none_are_named(config: type[Any], words: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(config, "A step.", words)
+
+
+def test_the_one_flag_whose_empty_word_means_something() -> None:
+    words = ["--backbone=b", "--ratings=r", "--validation=v", "--output_path=o", "--verbosity="]
+    assert parse(FitHeadsConfig, "A step.", words).verbosity == ""
+    with pytest.raises(UsageError, match="--cache is empty"):
+        parse(FitHeadsConfig, "A step.", [*words, "--cache="])
