@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The whole job on the embedded default: no GPU, no login. Ends in <output_path>/report.md and spider.png.
 # A finished step is skipped when the command is run again.
-source "$(dirname "${BASH_SOURCE[0]}")/src/env.sh"
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 usage() {
     cat <<'USAGE'
 usage: bash quickstart.sh [--NAME=VALUE ...]
   --output_path=outputs/quickstart   where everything goes
-  --prompts=64         prompts per split that are sampled (192 train and 48 test are there)
-  --best_of_n=4        completions per training prompt
-  --max_new_tokens=64  longest completion
-  --train_batch_size=8 pairs per optimizer step
+  --prompts=32         prompts per split that are sampled (192 train and 48 test are there)
+  --best_of_n=2        completions per prompt
+  --max_new_tokens=48  longest completion
+  --train_batch_size=4 pairs per optimizer step, a multiple of 4
   --max_epochs=1       passes over the pairs
   --learning_rate=2e-5
   --beta=0.1           strength of the KL leash (the paper's 0.01 needs far more steps to show)
@@ -20,7 +21,7 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
 USAGE
 }
 
-output_path=outputs/quickstart prompts=64 best_of_n=4 max_new_tokens=64 train_batch_size=8 max_epochs=1
+output_path=outputs/quickstart prompts=32 best_of_n=2 max_new_tokens=48 train_batch_size=4 max_epochs=1
 learning_rate=2e-5 beta=0.1 kldpo_tau=0.05 wdpo_rho=0.01 seed=42
 for word in "$@"; do
     case "$word" in
@@ -41,11 +42,21 @@ for word in "$@"; do
     esac
 done
 
+# One folder, one set of sizes: steps of another set would be refused halfway.
+sizes="$prompts $best_of_n $max_new_tokens $train_batch_size $max_epochs $learning_rate $beta $kldpo_tau $wdpo_rho $seed"
+if [[ -f "$output_path/sizes" && "$(<"$output_path/sizes")" != "$sizes" ]]; then
+    echo "error: $output_path was made with other sizes ($(<"$output_path/sizes")); give another --output_path" >&2
+    exit 2
+fi
+mkdir -p "$output_path"
+printf '%s\n' "$sizes" >"$output_path/sizes"
+
 began=$SECONDS
 say() { printf '\n== %s (%d s)\n' "$1" "$((SECONDS - began))"; }
 
 say "environment, embedded models and prompts"
 bash "$ROOT/setup.sh" --models=embedded --datasets=embedded
+# shellcheck source=src/env.sh
 source "$ROOT/src/env.sh"
 
 policy="$ROOT/models/SmolLM2-135M"
@@ -65,7 +76,7 @@ for method in dpo kldpo wdpo; do
     flags=() micro_batch_size=4
     case "$method" in
         kldpo) flags=(--kldpo_tau="$kldpo_tau") ;;
-        wdpo) flags=(--wdpo_rho="$wdpo_rho") micro_batch_size=1 ;;
+        wdpo) flags=(--wdpo_rho="$wdpo_rho") micro_batch_size=2 ;;
     esac
     say "step 3: align by $method"
     bash "$ROOT/train_alignment.sh" --model_path="$policy" --dataset_path="$output_path/preferences" \

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -29,8 +31,6 @@ METHODS = {
 
 def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, float]:
     """Seconds per step (median) and peak memory in GiB of one method, in this process."""
-    import torch
-
     from drdpo.config import TrainConfig
     from drdpo.training import engine as deepspeed_engine
     from drdpo.training.batches import collate
@@ -42,9 +42,9 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     deepspeed_engine.initialise()
     config = TrainConfig(
         model_path=model_path, dataset_path="-", save_path="-", train_batch_size=2, micro_batch_size=1,
-        gradient_checkpointing=False, **flags,
+        **flags,
     )  # fmt: skip
-    policy = load_policy(model_path, torch.bfloat16, config.attention, False)
+    policy = load_policy(model_path, torch.bfloat16, config.attention, config.gradient_checkpointing)
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
     before = peak_memory_gib()
     torch.manual_seed(0)
@@ -67,21 +67,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", default=None, help="JSON file for the figures")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="as the trainer's default; off here")
     parser.add_argument("--method", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.method:
-        print(json.dumps(measure(METHODS[arguments.method], arguments.model_path, arguments.tokens, arguments.steps)))
+        flags = {**METHODS[arguments.method], "gradient_checkpointing": arguments.gradient_checkpointing}
+        print(json.dumps(measure(flags, arguments.model_path, arguments.tokens, arguments.steps)))
         return
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(arguments.rounds):
         rounds.append({})
         for method in METHODS:
             words = [sys.executable, __file__, f"--method={method}", f"--model_path={arguments.model_path}",
-                     f"--tokens={arguments.tokens}", f"--steps={arguments.steps}"]  # fmt: skip
-            environment = (
-                {**os.environ} if os.environ.get("CUDA_VISIBLE_DEVICES") else {**os.environ, "DS_ACCELERATOR": "cpu"}
-            )
-            done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+                     f"--tokens={arguments.tokens}", f"--steps={arguments.steps}",
+                     *(["--gradient_checkpointing"] if arguments.gradient_checkpointing else [])]  # fmt: skip
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
             rounds[-1][method] = json.loads(done.stdout.splitlines()[-1])
     table = {
         method: {
@@ -91,15 +91,20 @@ def main() -> None:
         }
         for method in METHODS
     }
-    print(f"two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {platform.machine()}")
+    checkpointing = "with" if arguments.gradient_checkpointing else "without"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
+    print(
+        f"{device}; two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {checkpointing} checkpointing"
+    )
     print(f"{'method':<12} {'s/step':>8} {'x DPO':>7} {'peak GiB':>9}")
     for method, row in table.items():
         print(f"{method:<12} {row['seconds']:>8.2f} {row['time_ratio_to_dpo']:>7.2f} {row['peak_gib']:>9.2f}")
     if arguments.output:
         facts = {
+            "device": device,
             "model": Path(arguments.model_path).name,
             "tokens": arguments.tokens,
-            "cpus": os.cpu_count(),
+            "gradient_checkpointing": arguments.gradient_checkpointing,
             "table": table,
         }
         Path(arguments.output).write_text(json.dumps(facts, indent=2) + "\n")

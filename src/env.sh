@@ -45,9 +45,10 @@ flag_value() {
     local name="$1" value=""
     shift
     while (($#)); do
+        # The parser takes dashes for underscores.
         case "$1" in
-            "--$name="*) value="${1#*=}" ;;
-            "--$name") value="${2:-}" ;;
+            "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
+            "--$name" | "--${name//_/-}") value="${2:-}" ;;
         esac
         shift
     done

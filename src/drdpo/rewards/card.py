@@ -24,14 +24,6 @@ def model_card(
         rows: answers used, training and held-out.
         left_out: answers over max_len, training and held-out.
     """
-    weak = [f.objective for f in objectives if not f.beats_baselines]
-    verdict = (
-        "Every objective beats both trivial baselines on the held-out answers."
-        if not weak
-        else "No better than a trivial baseline (a constant, or the answer's length) on the held-out answers: "
-        + ", ".join(weak)
-        + ". Such a score adds nothing to what it is compared with."
-    )  # fmt: skip
     gated = next(f for f in pairs if f.name.startswith("ArmoRM"))
     return f"""# Reward heads in ArmoRM's layout
 
@@ -55,7 +47,7 @@ and a line through the log of the answer's length.
 
 {objective_table(objectives)}
 
-{verdict}
+{_verdict(objectives)}
 
 How often a score prefers, of two held-out answers to one prompt, the one that people rated higher in
 {" + ".join(config.quality)} (a constant: 0.500), and its rank correlation with these ratings over all held-out answers:
@@ -84,6 +76,16 @@ def _transform(config: FitHeadsConfig) -> str:
     return (
         f"penalties in the row of {config.verbosity},\n  so that no objective's rank correlation with it is over 0.03 "
         "(its own column is empty)"
+    )
+
+
+def _verdict(objectives: list[ObjectiveFigures]) -> str:
+    weak = [f.objective for f in objectives if not f.beats_baselines]
+    if not weak:
+        return "Every objective beats both trivial baselines on the held-out answers."
+    return (
+        "No better than a trivial baseline (a constant, or the answer's length) on the held-out answers: "
+        f"{', '.join(weak)}. Such a score adds nothing to what it is compared with."
     )
 
 
