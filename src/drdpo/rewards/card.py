@@ -54,7 +54,20 @@ How often a score prefers, of two held-out answers to one prompt, the one that p
 
 {pair_table(pairs)}
 
-## What it is good for, and what not
+{_use(config, gated)}"""
+
+
+def _transform(config: FitHeadsConfig) -> str:
+    if not config.verbosity:
+        return "no debiasing"
+    return (
+        f"penalties in the row of {config.verbosity},\n  so that no objective's rank correlation with it is over 0.03 "
+        "(its own column is empty)"
+    )
+
+
+def _use(config: FitHeadsConfig, gated: PairFigures) -> str:
+    return f"""## What it is good for, and what not
 
 Good for: running and testing the whole pipeline on a small machine with scores that carry some of people's judgement.
 Not good for: research results, safety decisions, or comparing models. It is weak: the gated score agrees with people on
@@ -68,15 +81,6 @@ Not good for: research results, safety decisions, or comparing models. It is wea
 
     {_command(config)}
 """
-
-
-def _transform(config: FitHeadsConfig) -> str:
-    if not config.verbosity:
-        return "no debiasing"
-    return (
-        f"penalties in the row of {config.verbosity},\n  so that no objective's rank correlation with it is over 0.03 "
-        "(its own column is empty)"
-    )
 
 
 def _verdict(objectives: list[ObjectiveFigures]) -> str:
