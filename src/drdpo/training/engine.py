@@ -17,7 +17,7 @@ from drdpo.config import TrainConfig
 from drdpo.training.policy import Policy
 
 Engine = Any
-"""A deepspeed.DeepSpeedEngine around a Policy. Forward through engine.module, then engine.backward and engine.step."""
+"""A deepspeed.DeepSpeedEngine around a Policy; see drdpo.training.loop.train_step for which of both runs forward."""
 
 
 def initialise() -> None:

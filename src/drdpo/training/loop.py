@@ -64,9 +64,12 @@ def train_step(engine: Engine, batches: list[tuple[Batch, Tensor]], config: Trai
     population = None
     if needs_population(config) and config.robust_scope == "step" and len(batches) > 1:
         population = survey(engine.module, batches, config)
+    # The bare module, or DeepSpeed takes WDPO's inner gradient for the backward pass. ZeRO-3, which WDPO cannot use, counts
+    # micro-batches in the engine's own forward: around it, each would replace the gradients of the one before.
+    policy = engine if config.zero_stage == 3 else engine.module
     parts = []
     for batch, reference_B2 in batches:
-        part = objective(engine.module, batch, reference_B2, config, population)
+        part = objective(policy, batch, reference_B2, config, population)
         engine.backward(part.total)
         engine.step()
         parts.append(part.detached())

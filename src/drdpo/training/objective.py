@@ -55,8 +55,7 @@ def pair_values(policy: Policy, batch: Batch, reference_B2: Tensor, config: Trai
     """Run the policy over a micro-batch.
 
     Args:
-        policy: the bare module, never the DeepSpeed engine around it: the engine would take WDPO's inner gradient for
-            the backward pass.
+        policy: the bare module, or for a method without second derivative the DeepSpeed engine around it.
         batch: B pairs.
         reference_B2: [B, 2] the frozen reference's log-probs of chosen and rejected answers.
         config: beta, loss_type, label_smoothing; the method decides whether a second derivative is kept.
@@ -99,7 +98,7 @@ def objective(
     """The differentiable objective of one micro-batch.
 
     Args:
-        policy: the bare module.
+        policy: as for pair_values.
         batch: B pairs.
         reference_B2: [B, 2] reference log-probs.
         config: of the run.
