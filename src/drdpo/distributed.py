@@ -88,8 +88,3 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
     parts = [torch.empty_like(values_B) for _ in range(world_size())]
     torch.distributed.all_gather(parts, values_B)
     return torch.cat(parts)
-
-
-def mean(value: "torch.Tensor") -> "torch.Tensor":
-    """The mean over the ranks of a scalar, detached."""
-    return gather(value.reshape(1)).mean()

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -7,6 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from drdpo.errors import DataError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        DataError: the file is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return value
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Checks of a model folder that cost nothing: before a library is imported or a weight is read."""
 
-import json
 from pathlib import Path
 
 from drdpo.errors import DataError
+from drdpo.files import read_json_object
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -61,10 +61,4 @@ def _check_weights(folder: Path) -> None:
 def _json_object(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise DataError(f"{path.parent}: no {path.name} in the model folder")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return value
+    return read_json_object(path)

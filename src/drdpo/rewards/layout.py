@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
+from drdpo.files import read_json_object
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
@@ -63,12 +64,7 @@ def read_layout(folder: Path) -> RewardLayout:
         raise DataError(f"{folder}: no such reward model folder; run: bash setup.sh")
     if not path.is_file():
         raise DataError(f"{path}: no such file; a reward model folder holds ArmoRM's layout")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: not a JSON object")
+    config = read_json_object(path)
     count = _positive(path, config, "num_objectives")
     pattern = config.get("gating_token_pattern", list(LLAMA3_GATING_PATTERN))
     if not isinstance(pattern, list) or not pattern or not all(type(token) is int and token >= 0 for token in pattern):

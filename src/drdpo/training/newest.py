@@ -7,7 +7,7 @@ from typing import Any
 
 from drdpo import distributed
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_file
+from drdpo.files import atomic_file, read_json_object
 
 
 def write_newest(folder: Path, newest: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     path = folder / "newest.json"
     if not path.is_file():
         return None
-    newest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    newest = read_json_object(path)
     if not (folder / newest["tag"]).is_dir():
         raise DataError(f"{path} names {newest['tag']}, which is not there; start anew with --resume=never")
     return newest
