@@ -27,6 +27,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(Place, content) of every line of JSON objects that were appended, up to the first that a killed process cut."""
+    with path.open("rb") as stream:
+        offset = 0
+        for line in stream:
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                content = None
+            if not isinstance(content, dict):
+                return
+            yield offset, content
+            offset += len(line)
+
+
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path`; on success flush it to disk and move it into place, on any error remove it.

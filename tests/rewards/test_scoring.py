@@ -92,7 +92,7 @@ def test_scores_do_not_depend_on_the_batches(config: Callable[..., CompletionsCo
     score_completions(config())
     together = scores_of(save_path / "train.jsonl")
     (save_path / "train.jsonl").unlink()
-    score_completions(config(score_batch_tokens=1))
+    score_completions(config(score_max_len=48, score_batch_tokens=48, overwrite=True))
     for one, other in zip(scores_of(save_path / "train.jsonl"), together, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 

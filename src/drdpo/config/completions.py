@@ -34,7 +34,9 @@ class CompletionsConfig:
         "auto",
     )
     score_max_len: int = flag("a longer prompt + completion, in tokens, is set aside in rejects.jsonl", 4096)
-    score_batch_tokens: int = flag("tokens, padding included, in one scoring batch; a longer conversation goes alone", 16384)
+    score_batch_tokens: int = flag(
+        "tokens in one scoring batch; a prompt counts once for its completions, which bounds the memory", 16384
+    )
     overwrite: bool = flag("replace results that other flags, models or inputs made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 
@@ -45,6 +47,11 @@ class CompletionsConfig:
         for name in ("max_new_tokens", "prompt_max_len", "tensor_parallel_size", "score_max_len", "score_batch_tokens"):
             require(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
         require(self.max_prompts is None or self.max_prompts >= 1, f"--max_prompts={self.max_prompts} must be at least 1")
+        require(
+            self.score_batch_tokens >= self.score_max_len,
+            f"--score_batch_tokens={self.score_batch_tokens} is less than --score_max_len={self.score_max_len}, so the "
+            "longest conversation would not fit a batch; raise the one or lower the other",
+        )
         require(
             0 < self.gpu_memory_utilization <= 1,
             f"--gpu_memory_utilization={self.gpu_memory_utilization} must lie in (0, 1]",

@@ -6,11 +6,11 @@ flushed whole, so a killed process leaves at most one cut line, at the end, whic
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from drdpo.errors import UsageError
+from drdpo.files import whole_lines
 from drdpo.generation.engines.base import Sample
 
 Block = dict[int, list[Sample]]
@@ -36,7 +36,7 @@ class PartFile:
         self._offsets: dict[int, int] = {}
         self.prompts_per_block = prompts_per_block
         made_by = json.loads(json.dumps(made_by))
-        lines = list(_whole_lines(path)) if path.is_file() else []
+        lines = [(offset, {**line, "samples": None}) for offset, line in whole_lines(path)] if path.is_file() else []
         if lines and "prompts_per_block" in lines[0][1] and _same(path, lines[0][1].get("made_by", {}), made_by, overwrite):
             self.prompts_per_block = int(lines[0][1]["prompts_per_block"])
             self._offsets = {line["block"]: offset for offset, line in lines[1:]}
@@ -88,21 +88,6 @@ def _same(path: Path, before: dict[str, Any], now: dict[str, Any], overwrite: bo
             "folder, or the flags of before to finish them"
         )
     return not differs
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(Place, content) of every line up to the first that is cut."""
-    with path.open("rb") as stream:
-        offset = 0
-        for line in stream:
-            try:
-                content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                content = None
-            if not isinstance(content, dict):
-                return
-            yield offset, {**content, "samples": None}
-            offset += len(line)
 
 
 def _length(path: Path, offset: int) -> int:

@@ -8,8 +8,10 @@ Shape suffixes: B sequences, T tokens, D width, P length of the gating pattern. 
 
 h is the backbone's hidden state after its final norm. The gate position is the FIRST token of the LAST occurrence of the
 gating token pattern, the template's text between a prompt and its answer. The heads are float32 whatever the backbone is.
+With the layout's pooling "mean", stage 1 reads the mean of h over what follows the pattern in place of h[last token].
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from drdpo.errors import DataError
+from drdpo.kernels.shared_prefix import PackedRow, hidden_states
+from drdpo.rewards.batching import Span, find_span
 from drdpo.rewards.layout import RewardLayout, check_shapes, read_layout, read_shapes
 
 
@@ -85,11 +89,37 @@ class ArmoRM(nn.Module):
         last_position_B = last_positions(attention_mask_BT)
         hidden_BTD = last_hidden_states(self.model, input_ids_BT, attention_mask_BT)
         row_B = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
-        return self.heads(hidden_BTD[row_B, last_position_B], hidden_BTD[row_B, gate_position_B])
+        if self.layout.pooling == "last":
+            answer_BD = hidden_BTD[row_B, last_position_B]
+        else:
+            first_B = torch.minimum(gate_position_B + len(self.gating_pattern_P), last_position_B)
+            answer_BD = mean_over(hidden_BTD, first_B, last_position_B, attention_mask_BT)
+        return self.heads(answer_BD, hidden_BTD[row_B, gate_position_B])
 
-    def heads(self, last_BD: Tensor, gate_BD: Tensor) -> Rewards:
-        """The two stages on hidden states of the last token and of the gate position, each [B, D] of any dtype."""
-        stage1 = self.regression_layer(last_BD.float())
+    def score_packed(self, row: PackedRow, spans: Sequence[Span]) -> Rewards:
+        """Score the conversations of a packed row, whose shared prefixes are computed once.
+
+        Args:
+            row: groups of conversations.
+            spans: where each is read, in the order of the row.
+        """
+        hidden_ND = hidden_states(self.model, row)
+        gate_BD = hidden_ND[[row.index(number, span.gate) for number, span in enumerate(spans)]]
+        if self.layout.pooling == "last":
+            return self.heads(hidden_ND[[row.index(number, span.last) for number, span in enumerate(spans)]], gate_BD)
+        means = [
+            hidden_ND[[row.index(number, position) for position in range(span.first, span.last + 1)]].float().mean(dim=0)
+            for number, span in enumerate(spans)
+        ]
+        return self.heads(torch.stack(means), gate_BD)
+
+    def span(self, token_ids: Sequence[int]) -> Span | None:
+        """Where a conversation is read; None without the gating pattern."""
+        return find_span(token_ids, self.layout.gating_token_pattern)
+
+    def heads(self, answer_BD: Tensor, gate_BD: Tensor) -> Rewards:
+        """The two stages on [B, D] of any dtype: hidden states of the answer (as pooled) and of the gate position."""
+        stage1 = self.regression_layer(answer_BD.float())
         gate = self.gating(gate_BD.float())
         return Rewards(stage1, (gate * (stage1 @ self.reward_transform_matrix)).sum(dim=-1))
 
@@ -106,6 +136,14 @@ def last_hidden_states(backbone: nn.Module, input_ids_BT: Tensor, attention_mask
     return backbone(
         input_ids=input_ids_BT, attention_mask=attention_mask_BT, position_ids=position_BT, use_cache=False
     ).last_hidden_state
+
+
+def mean_over(hidden_BTD: Tensor, first_B: Tensor, last_B: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """[B, D] float32 means of the hidden states from `first_B` to `last_B` inclusive; padding between does not count."""
+    position_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+    inside_BT = (position_T >= first_B[:, None]) & (position_T <= last_B[:, None]) & attention_mask_BT.bool()
+    total_BD = (hidden_BTD.float() * inside_BT[..., None]).sum(dim=1)
+    return total_BD / inside_BT.sum(dim=1, keepdim=True)
 
 
 def last_positions(attention_mask_BT: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
     gating.logit_scale                   [1]
 
 config.json holds num_objectives, gating_temperature, gating_hidden_dim and gating_n_hidden, and may hold `objectives`
-(names in head order; default: ArmoRM's nineteen) and `gating_token_pattern` (default: Llama-3's).
+(names in head order; default: ArmoRM's nineteen), `gating_token_pattern` (default: Llama-3's) and `pooling`: what stage 1
+reads, the hidden state of the "last" token (default, ArmoRM's own) or the "mean" of those of the answer's tokens.
 """
 
 import json
@@ -21,6 +22,8 @@ from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
 """Llama-3's ids of "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n"."""
+
+POOLINGS = ("last", "mean")
 
 INDEX = "model.safetensors.index.json"
 
@@ -37,6 +40,7 @@ class RewardLayout:
     hidden_size: int
     vocab_size: int
     max_positions: int
+    pooling: str = "last"
 
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that is not the backbone's."""
@@ -75,6 +79,9 @@ def read_layout(folder: Path) -> RewardLayout:
     vocabulary = _positive(path, config, "vocab_size")
     if max(pattern) >= vocabulary:
         raise DataError(f'{path}: field "gating_token_pattern" holds {max(pattern)}, outside the vocabulary of {vocabulary}')
+    pooling = config.get("pooling", "last")
+    if pooling not in POOLINGS:
+        raise DataError(f'{path}: field "pooling" is {pooling!r}, not one of {", ".join(POOLINGS)}')
     return RewardLayout(
         objectives=_objectives(path, config, count),
         gating_token_pattern=tuple(pattern),
@@ -84,6 +91,7 @@ def read_layout(folder: Path) -> RewardLayout:
         hidden_size=_positive(path, config, "hidden_size"),
         vocab_size=vocabulary,
         max_positions=_positive(path, config, "max_position_embeddings"),
+        pooling=pooling,
     )
 
 

@@ -2,27 +2,46 @@
 
 import math
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2.exceptions import TemplateError
-from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.errors import DataError
+from drdpo.kernels.shared_prefix import PackedRow
 from drdpo.objectives import GATED_SCORE
 from drdpo.records import Completion
-from drdpo.rewards.armorm import Rewards, load_armorm
-from drdpo.rewards.batching import batches_by_length, last_occurrence, pad_right
+from drdpo.rewards.armorm import load_armorm
+from drdpo.rewards.batching import Group, last_occurrence, packed_batches
 
 UNRENDERABLE = (TemplateError, ValueError, TypeError)
 """What rendering raises: the template's own refusals, drdpo.chat's, and a template that trips over a message."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Reading(NamedTuple):
+    """Completions as the reward model reads them."""
+
+    token_ids: list[list[int]]
+    """Of every completion's conversation."""
+    refused: dict[int, str]
+    """{index of a completion that cannot be scored: the reason}"""
+    batches: list[list[Group]]
+    """The others, in packed batches."""
+
+    def tokens(self, number: int) -> int:
+        """Tokens of a batch, each shared prefix counted once."""
+        groups = self.batches[number]
+        return sum(g.shared + sum(len(self.token_ids[row]) - g.shared for row in g.rows) for g in groups)
+
+    def completions(self, number: int) -> int:
+        """Completions of a batch."""
+        return sum(len(group.rows) for group in self.batches[number])
 
 
 class Scorer:
@@ -32,7 +51,7 @@ class Scorer:
         folder: reward model in ArmoRM's layout.
         dtype: of the backbone, "bfloat16" or "float32"; the heads are float32.
         max_len: a longer conversation, in tokens, is not scored.
-        batch_tokens: most tokens of a batch, padding included; a single longer conversation goes alone.
+        batch_tokens: most tokens of a batch; a prompt counts once for its completions.
 
     Raises:
         DataError: the folder is not whole, or its tokenizer is of another family than its heads.
@@ -48,56 +67,49 @@ class Scorer:
         self.objectives = self.model.objectives
         check_tokenizer(folder, self.tokenizer, self.model.layout.gating_token_pattern, self.model.layout.vocab_size)
 
-    def score(self, completions: Sequence[Completion], label: str = "score") -> list[dict[str, Any]]:
-        """Score completions in length-sorted batches.
+    def read(self, completions: Sequence[Completion]) -> Reading:
+        """Render completions and plan their batches, in the same way on every rank.
 
         Args:
             completions: any number, of any prompts.
-            label: for the progress bar, which the first rank shows.
-
-        Returns:
-            In the order of `completions`: {"scores": {objective: float, ..., "ArmoRM": float}} or {"reason": text}.
         """
-        token_ids, results = self._read(completions)
-        good = [index for index, result in enumerate(results) if not result]
-        started, tokens = time.perf_counter(), 0
-        progress = tqdm(total=len(good), desc=label, unit=" completions", disable=not distributed.is_main())
-        for batch in batches_by_length([len(token_ids[index]) for index in good], self.batch_tokens):
-            rows = [good[position] for position in batch]
-            rewards = self._forward([token_ids[row] for row in rows])
-            for row, stage1, stage2 in zip(rows, rewards.stage1.tolist(), rewards.stage2.tolist(), strict=True):
-                results[row] = self._result(stage1, stage2)
-            tokens += sum(len(token_ids[row]) for row in rows)
-            progress.update(len(rows))
-            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
-        progress.close()
-        return results
-
-    def _read(self, completions: Sequence[Completion]) -> tuple[list[list[int]], list[dict[str, Any]]]:
-        """Token ids of every conversation, and {} or the {"reason": text} why it cannot be scored."""
         token_ids: list[list[int]] = []
-        results: list[dict[str, Any]] = []
-        for completion in completions:
+        refused: dict[int, str] = {}
+        for row, completion in enumerate(completions):
             try:
                 ids = conversation_token_ids(self.tokenizer, [*completion.prompt, *completion.completion])
-                result = self._refusal(ids)
+                reason = self._refusal(ids)
             except UNRENDERABLE as error:
-                ids, result = [], {"reason": f"the chat template refuses it ({error})"}
+                ids, reason = [], f"the chat template refuses it ({error})"
+            if reason:
+                refused[row] = reason
             token_ids.append(ids)
-            results.append(result)
-        return token_ids, results
+        good = [row for row in range(len(token_ids)) if row not in refused]
+        batches = packed_batches(
+            [token_ids[row] for row in good], [completions[row].prompt_id for row in good], self.batch_tokens
+        )
+        named = [[Group(group.shared, tuple(good[row] for row in group.rows)) for group in batch] for batch in batches]
+        return Reading(token_ids, refused, named)
 
     @torch.inference_mode()
-    def _forward(self, sequences: list[list[int]]) -> Rewards:
-        ids_BT, mask_BT = pad_right(sequences, 0, self.device)
-        return self.model(ids_BT, mask_BT)
+    def score(self, reading: Reading, number: int) -> dict[int, dict[str, Any]]:
+        """Score one batch.
 
-    def _refusal(self, ids: list[int]) -> dict[str, Any]:
+        Returns:
+            {row: {"scores": {objective: float, ..., "ArmoRM": float}} or {"reason": text}}
+        """
+        groups = reading.batches[number]
+        row = PackedRow([(group.shared, [reading.token_ids[index] for index in group.rows]) for group in groups])
+        indices = [index for group in groups for index in group.rows]
+        spans = [self.model.span(reading.token_ids[index]) for index in indices]
+        rewards = self.model.score_packed(row, [span for span in spans if span is not None])
+        scores = zip(indices, rewards.stage1.tolist(), rewards.stage2.tolist(), strict=True)
+        return {index: self._result(stage1, stage2) for index, stage1, stage2 in scores}
+
+    def _refusal(self, ids: list[int]) -> str:
         if len(ids) > self.max_len:
-            return {"reason": f"longer than --score_max_len={self.max_len} ({len(ids)} tokens)"}
-        if last_occurrence(ids, self.model.layout.gating_token_pattern) is None:
-            return {"reason": "the gating token pattern is missing"}
-        return {}
+            return f"longer than --score_max_len={self.max_len} ({len(ids)} tokens)"
+        return "" if self.model.span(ids) is not None else "the gating token pattern is missing"
 
     def _result(self, stage1: list[float], stage2: float) -> dict[str, Any]:
         scores = dict(zip(self.objectives, stage1, strict=True)) | {GATED_SCORE: stage2}

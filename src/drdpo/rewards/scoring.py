@@ -1,43 +1,34 @@
 """Step 1b: score the completions of <save_path>/sampled/{train,test}.jsonl into <save_path>/{train,test}.jsonl.
 
-One process per GPU: every rank scores its share into a part file, rank 0 merges them by (prompt_id, sample_id). Completions
-that cannot be scored go to <save_path>/rejects.jsonl with the reason. `save_path` may also be a model folder, so nothing
-but these files and manifest.json is written there.
+One process per GPU: every rank scores its share of the batches into a part file, rank 0 merges them by (prompt_id,
+sample_id); a run that was killed goes on from the finished batches. Completions that cannot be scored go to
+<save_path>/rejects.jsonl with the reason. `save_path` may also be a model folder, so nothing but these files and
+manifest.json stays there.
 """
 
 import os
-import shutil
-from collections import Counter
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.config import CompletionsConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import UsageError
 from drdpo.flags import as_dict
-from drdpo.manifest import already_made, fingerprint, write_manifest
+from drdpo.manifest import already_made, fingerprint
 from drdpo.objectives import GATED_SCORE
-from drdpo.records import Completion, check_unique, read_records, read_rows, to_row, write_rows
+from drdpo.records import Completion, check_unique, read_records
 from drdpo.rewards.layout import check_folder
-from drdpo.rewards.scores import mean_and_sd
+from drdpo.rewards.score_parts import ScoreParts
+from drdpo.rewards.scored_files import SplitFiles, merge, report, write_scored
+
+if TYPE_CHECKING:
+    from drdpo.rewards.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parents[3]
 PARTS = ".score_parts"
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """Where one split comes from and goes to."""
-
-    split: str
-    sampled: Path
-    scored: Path
-
-    @property
-    def source(self) -> str:
-        """What rejects.jsonl calls the input file."""
-        return f"{self.sampled.parent.name}/{self.sampled.name}"
 
 
 def score_completions(config: CompletionsConfig) -> None:
@@ -64,14 +55,17 @@ def score_completions(config: CompletionsConfig) -> None:
     todo = [
         files
         for files in splits
-        if not already_made(files.scored.parent, _step(files), made_by[files.split], [files.scored], config.overwrite)
+        if not already_made(files.scored.parent, files.step, made_by[files.split], [files.scored], config.overwrite)
     ]
+    parts = {files.split: _parts(config, files, made_by[files.split]) for files in todo}
+    for unfinished in parts.values():
+        unfinished.check(config.overwrite)
     say(f"reward model: {folder}")
     for files in splits:
         if files not in todo:
             say(f"{files.scored}: scored already with the same model and flags; skipped")
     if todo:
-        _score_splits(config, folder, todo, completions, made_by)
+        _score_splits(config, folder, todo, completions, made_by, parts)
     if distributed.is_main():
         for files in splits:
             print(report(files.split, read_records(files.scored, Completion.from_row)), flush=True)
@@ -108,55 +102,6 @@ def read_sampled(path: Path) -> list[Completion]:
     return completions
 
 
-def report(split: str, completions: list[Completion]) -> str:
-    """An aligned table of every objective's mean and sd over a split."""
-    names = list(completions[0].scores)
-    width = max(map(len, names))
-    lines = [f"{split}: {len(completions)} completions", f"  {'objective':<{width}}      mean        sd"]
-    for name in names:
-        mean, sd = mean_and_sd([completion.scores[name] for completion in completions])
-        lines.append(f"  {name:<{width}}  {mean:>8.4f}  {sd:>8.4f}")
-    return "\n".join(lines)
-
-
-def merge(
-    files: SplitFiles, completions: list[Completion], rows: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Join completions and results by key.
-
-    Args:
-        files: of the split.
-        completions: all sampled completions, in input order.
-        rows: {prompt_id, sample_id, and scores or reason} of every completion, in any order.
-
-    Returns:
-        The rows of the scored file and those of rejects.jsonl, in input order, and for the manifest the counts in, out,
-        dropped, and why.
-
-    Raises:
-        DataError: a completion has no row, or not one could be scored.
-    """
-    result_of = {(row["prompt_id"], row["sample_id"]): row for row in rows}
-    scored, rejects = [], []
-    for number, completion in enumerate(completions, start=1):
-        key = (completion.prompt_id, completion.sample_id)
-        if key not in result_of:
-            raise DataError(f"{files.sampled}, row {number}: no process scored prompt_id {key[0]}, sample_id {key[1]}")
-        row = result_of[key]
-        if "scores" in row:
-            scored.append(to_row(completion) | {"scores": row["scores"]})
-        else:
-            rejects.append(
-                {"file": files.source, "row": number, "prompt_id": key[0], "sample_id": key[1], "reason": row["reason"]}
-            )
-    if not scored:
-        raise DataError(
-            f"{files.sampled}: not one of {len(completions)} completions could be scored; the first: {rejects[0]['reason']}"
-        )
-    why = Counter(reject["reason"].partition(" (")[0] for reject in rejects)
-    return scored, rejects, {"in": len(completions), "out": len(scored), "dropped": len(rejects), "why": dict(why)}
-
-
 def say(message: str) -> None:
     """Print on the first rank."""
     if distributed.is_main():
@@ -169,38 +114,48 @@ def _score_splits(
     todo: list[SplitFiles],
     completions: dict[str, list[Completion]],
     made_by: dict[str, dict[str, Any]],
+    parts: dict[str, ScoreParts],
 ) -> None:
     """Load the model once, score this rank's share of every split, merge on rank 0."""
     from drdpo.rewards.scorer import Scorer
 
     distributed.initialise()
-    parts = Path(config.save_path) / PARTS
-    if distributed.is_main() and parts.exists():
-        shutil.rmtree(parts)  # of a run that was killed
-    distributed.barrier()
     scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
     for files in todo:
-        share = distributed.shard(completions[files.split])
-        rows = [
-            {"prompt_id": completion.prompt_id, "sample_id": completion.sample_id, **result}
-            for completion, result in zip(share, scorer.score(share, files.split), strict=True)
-        ]
-        write_rows(parts / f"{files.split}-{distributed.rank()}.jsonl", rows)
+        refused = _score_split(scorer, files.split, completions[files.split], parts[files.split])
         distributed.barrier()
         if distributed.is_main():
-            paths = [parts / f"{files.split}-{rank}.jsonl" for rank in range(distributed.world_size())]
-            merged = [row for path in paths for _, row in read_rows(path)]
-            scored, rejects, counts = merge(files, completions[files.split], merged)
+            rows = [row for rows in parts[files.split].read().values() for row in rows]
+            scored, rejects, counts = merge(files, completions[files.split], [*rows, *refused])
             facts: dict[str, Any] = {"counts": counts, "objectives": [*scorer.objectives, GATED_SCORE]}
             facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
-            _write(files, scored, rejects, made_by[files.split], facts)
+            write_scored(files, scored, rejects, made_by[files.split], facts)
+            parts[files.split].remove()
     distributed.barrier()
-    if distributed.is_main():
-        shutil.rmtree(parts)
 
 
-def _step(files: SplitFiles) -> str:
-    return f"score_{files.split}"
+def _score_split(scorer: "Scorer", split: str, completions: list[Completion], parts: ScoreParts) -> list[dict[str, Any]]:
+    """Score this rank's share of the batches that are not done into the parts; returns the rows of what is refused."""
+
+    def row(index: int, result: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_id": completions[index].prompt_id, "sample_id": completions[index].sample_id, **result}
+
+    reading = scorer.read(completions)
+    done = parts.open(reading.batches)
+    share = distributed.shard([number for number in range(len(reading.batches)) if number not in done])
+    if done:
+        there = sum(map(len, done.values()))
+        say(f"{split}: {there} of {len(completions)} completions are scored already, by a run that was broken off")
+    started, tokens = time.perf_counter(), 0
+    total = sum(map(reading.completions, share))
+    with tqdm(total=total, desc=f"score {split}", unit=" completions", disable=not distributed.is_main()) as progress:
+        for number in share:
+            results = scorer.score(reading, number)
+            parts.add(number, [row(index, result) for index, result in results.items()])
+            tokens += reading.tokens(number)
+            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+            progress.update(len(results))
+    return [row(index, {"reason": reason}) for index, reason in reading.refused.items()]
 
 
 def _made_by(config: CompletionsConfig, folder: Path, files: SplitFiles) -> dict[str, Any]:
@@ -212,27 +167,7 @@ def _made_by(config: CompletionsConfig, folder: Path, files: SplitFiles) -> dict
     }
 
 
-def _write(
-    files: SplitFiles,
-    scored: list[dict[str, Any]],
-    rejects: list[dict[str, Any]],
-    made_by: dict[str, Any],
-    facts: dict[str, Any],
-) -> None:
-    """Write the results of one split. The scored file comes last: where it is, the manifest speaks of it."""
-    files.scored.unlink(missing_ok=True)
-    _write_rejects(files, rejects)
-    write_manifest(files.scored.parent, _step(files), made_by, **facts)
-    write_rows(files.scored, scored)
-    if rejects:
-        print(f"{files.split}: {len(rejects)} completions set aside in rejects.jsonl: {facts['counts']['why']}", flush=True)
-
-
-def _write_rejects(files: SplitFiles, rejects: list[dict[str, Any]]) -> None:
-    """Replace this split's rows of rejects.jsonl; other files' rows (the sampling's, the other split's) stay."""
-    path = files.scored.parent / "rejects.jsonl"
-    others = [row for _, row in read_rows(path) if row.get("file") != files.source] if path.is_file() else []
-    if others or rejects:
-        write_rows(path, [*others, *rejects])
-    else:
-        path.unlink(missing_ok=True)
+def _parts(config: CompletionsConfig, files: SplitFiles, made_by: dict[str, Any]) -> ScoreParts:
+    return ScoreParts(
+        Path(config.save_path) / PARTS / files.split, made_by | {"score_batch_tokens": config.score_batch_tokens}
+    )

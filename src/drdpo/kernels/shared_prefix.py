@@ -1,0 +1,172 @@
+"""Causal attention over a packed row in which sequences share prefixes, so that a shared prefix is computed once.
+
+A row holds group after group, without padding: a prefix, then the suffixes of all sequences that begin with it. Every
+suffix sees the prefix and itself only. Shapes: H query heads, K key-value heads, N tokens of the row, E width of a head.
+
+Exact, not an approximation: each sequence gets what it would get alone, up to rounding. One layer's keys and values are
+alive at a time, where a cache of the prefix would hold those of all layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "shared_prefix"
+"""What transformers calls this attention."""
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Lengths of a shared prefix (0: none) and of the suffixes that follow it."""
+
+    prefix: int
+    suffixes: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the group in a row."""
+        return self.prefix + sum(self.suffixes)
+
+
+class PrefixPlan:
+    """The groups of one row, with the mask that all of them and all layers use.
+
+    Args:
+        groups: in the order of the row.
+        device: of the row.
+        dtype: of queries and keys.
+    """
+
+    def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype) -> None:
+        self.groups = list(groups)
+        behind = [group for group in self.groups if group.prefix]
+        self._longest_prefix = max((group.prefix for group in behind), default=0)
+        longest = max((suffix for group in behind for suffix in group.suffixes), default=0)
+        row_A = torch.arange(longest, device=device)[:, None]
+        column = torch.arange(self._longest_prefix + longest, device=device)[None]
+        hidden = column > row_A + self._longest_prefix
+        self._mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
+
+    def mask(self, prefix: int, suffix: int) -> Tensor:
+        """[suffix, prefix + suffix] additive: row i sees the prefix and the first i + 1 tokens of its suffix."""
+        skipped = self._longest_prefix - prefix
+        return self._mask[:suffix, skipped : skipped + prefix + suffix]
+
+
+def shared_prefix_attention(
+    query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
+) -> Tensor:
+    """Attention of a packed row.
+
+    Args:
+        query_1HNE: [1, H, N, E].
+        key_1KNE, value_1KNE: [1, K, N, E], H a multiple of K.
+        plan: of the row, N tokens in all.
+        scale: of the logits; None is 1 / sqrt(E).
+
+    Returns:
+        [1, H, N, E]
+    """
+    grouped = query_1HNE.shape[1] != key_1KNE.shape[1]
+
+    def attend(rows: slice, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        return scaled_dot_product_attention(
+            query_1HNE[:, :, rows], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+
+    parts, start = [], 0
+    for group in plan.groups:
+        shared = slice(start, start + group.prefix)
+        if group.prefix:
+            parts.append(attend(shared, key_1KNE[:, :, shared], value_1KNE[:, :, shared], None))
+        start = shared.stop
+        for length in group.suffixes:
+            own = slice(start, start + length)
+            keys, values, mask = key_1KNE[:, :, own], value_1KNE[:, :, own], None
+            if group.prefix:
+                keys = torch.cat([key_1KNE[:, :, shared], keys], dim=2)
+                values = torch.cat([value_1KNE[:, :, shared], values], dim=2)
+                mask = plan.mask(group.prefix, length)
+            parts.append(attend(own, keys, values, mask))
+            start = own.stop
+    return torch.cat(parts, dim=2)
+
+
+def _attention_of_transformers(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The form in which transformers' models call an attention; `prefix_plan` comes from the call of the model."""
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(f"the backbone's attention uses {name}, which packing with shared prefixes does not know")
+    out = shared_prefix_attention(query, key, value, options["prefix_plan"], options.get("scaling"))
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention_of_transformers)
+
+
+class PackedRow:
+    """Token ids and positions of groups of sequences in one row, and where each sequence's tokens are in it.
+
+    Args:
+        groups: [(shared, sequences)]: the first `shared` token ids of the group's sequences are the same, and every
+            sequence is longer than that.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> None:
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.groups: list[PrefixGroup] = []
+        self._places: list[tuple[int, int, int]] = []
+        for shared, sequences in groups:
+            prefix_start = len(self.token_ids)
+            self.token_ids += sequences[0][:shared]
+            self.positions += range(shared)
+            self.groups.append(PrefixGroup(shared, tuple(len(sequence) - shared for sequence in sequences)))
+            for sequence in sequences:
+                self._places.append((prefix_start, shared, len(self.token_ids)))
+                self.token_ids += sequence[shared:]
+                self.positions += range(shared, len(sequence))
+
+    def index(self, sequence: int, position: int) -> int:
+        """Where in the row a position of a sequence is; sequences are counted over all groups."""
+        prefix_start, shared, own_start = self._places[sequence]
+        return prefix_start + position if position < shared else own_start + position - shared
+
+
+@contextmanager
+def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
+    """Let a transformers model attend by PrefixPlan within the block."""
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+
+def hidden_states(backbone: nn.Module, row: PackedRow) -> Tensor:
+    """Last hidden states of a packed row.
+
+    Args:
+        backbone: a transformers decoder without a head, each of whose layers attends causally to everything before.
+        row: the groups.
+
+    Returns:
+        [N, D]
+
+    Raises:
+        ValueError: the model's attention is of another kind (a sliding window, capped or with sinks).
+    """
+    parameter = next(backbone.parameters())
+    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype)
+    ids_1N, position_1N = (torch.tensor([values], device=parameter.device) for values in (row.token_ids, row.positions))
+    with shared_prefixes(backbone):
+        return backbone(input_ids=ids_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan).last_hidden_state[0]
