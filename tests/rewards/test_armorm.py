@@ -38,7 +38,10 @@ def reference_scores(folder: Path, ids: list[int]) -> tuple[list[float], float]:
         if ids[start : start + len(pattern)] == pattern:
             gate_position = start
     assert gate_position is not None
-    rewards = [sum(row * hidden[-1]) for row in w["regression_layer.weight"]]
+    answer = hidden[-1]
+    if config.get("pooling") == "mean" and gate_position + len(pattern) < len(ids):
+        answer = sum(hidden[gate_position + len(pattern) :]) / (len(ids) - gate_position - len(pattern))
+    rewards = [sum(row * answer) for row in w["regression_layer.weight"]]
     x = hidden[gate_position]
     layers = config["gating_n_hidden"] + 1
     for layer in range(layers):

@@ -1,0 +1,100 @@
+"""Packed rows with shared prefixes against the same sequences one at a time, forward and backward."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
+
+from drdpo.kernels.shared_prefix import PackedRow, PrefixGroup, PrefixPlan, hidden_states, shared_prefix_attention
+
+SIZES = {
+    "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 90,
+    "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def groups_of(*shapes: tuple[int, list[int]]) -> list[tuple[int, list[list[int]]]]:
+    """[(prefix length, suffix lengths)] -> random groups."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(0, 90, (count,), generator=generator).tolist()
+
+    groups = []
+    for shared, suffixes in shapes:
+        prefix = draw(shared)
+        groups.append((shared, [prefix + draw(length) for length in suffixes]))
+    return groups
+
+
+GROUPS = groups_of((7, [3, 1, 9]), (0, [5]), (20, [2, 2, 2]), (1, [1, 30]), (0, [1]))
+
+
+def model_of(**fields: int) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaModel(LlamaConfig(**(SIZES | fields), attn_implementation="sdpa")).eval()
+
+
+@pytest.mark.parametrize("key_value_heads", [6, 2, 1])
+def test_a_packed_row_holds_what_each_sequence_gets_alone(key_value_heads: int) -> None:
+    model = model_of(num_key_value_heads=key_value_heads)
+    row = PackedRow(GROUPS)
+    assert len(row.token_ids) == (7 + 13) + 5 + (20 + 6) + (1 + 31) + 1
+    with torch.no_grad():
+        packed_ND = hidden_states(model, row)
+        for number, sequence in enumerate(sequence for _, sequences in GROUPS for sequence in sequences):
+            alone_TD = model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
+            places = [row.index(number, position) for position in range(len(sequence))]
+            assert [row.token_ids[place] for place in places] == sequence
+            assert [row.positions[place] for place in places] == list(range(len(sequence)))
+            torch.testing.assert_close(packed_ND[places], alone_TD, atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_attends_as_before_afterwards() -> None:
+    model, ids = model_of(num_key_value_heads=2), torch.arange(9)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).last_hidden_state
+        hidden_states(model, PackedRow(GROUPS))
+        assert torch.equal(model(input_ids=ids).last_hidden_state, before)
+
+
+def test_gradients_sum_over_the_sequences_that_share_a_prefix() -> None:
+    model = model_of(num_key_value_heads=2).double()  # its norms and rotations stay in single precision
+
+    def gradients(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.stack([(hidden * torch.arange(24.0)).sin().sum() for hidden in outputs]).sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    sequences = [sequence for _, group in GROUPS for sequence in group]
+    row = PackedRow(GROUPS)
+    packed_ND = hidden_states(model, row)
+    last = [packed_ND[row.index(number, len(sequence) - 1)] for number, sequence in enumerate(sequences)]
+    packed = gradients(last)
+    alone = gradients([model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1] for sequence in sequences])
+    for one, other in zip(packed, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=5e-4, rtol=1e-3)
+
+
+def test_attention_by_hand() -> None:
+    # One head of width 1, queries 0: every visible value counts alike. Prefix values 1, 3; suffixes (5, 7) and (11).
+    value_1KNE = torch.tensor([1.0, 3.0, 5.0, 7.0, 11.0]).reshape(1, 1, 5, 1)
+    zero = torch.zeros_like(value_1KNE)
+    plan = PrefixPlan([PrefixGroup(2, (2, 1))], torch.device("cpu"), torch.float32)
+    out = shared_prefix_attention(zero, zero, value_1KNE, plan, None).flatten().tolist()
+    assert out == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+def test_the_mask_by_hand() -> None:
+    plan = PrefixPlan([PrefixGroup(3, (2,)), PrefixGroup(1, (4, 1))], torch.device("cpu"), torch.float32)
+    visible = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    assert torch.equal(plan.mask(1, 4) == 0, visible)
+    assert torch.equal(plan.mask(3, 2) == 0, torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool())
+
+
+def test_a_sliding_window_is_refused() -> None:
+    torch.manual_seed(0)
+    model = MistralModel(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)).eval()
+    with pytest.raises(ValueError, match="sliding_window"):
+        hidden_states(model, PackedRow(GROUPS))
+    assert model.config._attn_implementation != "shared_prefix"
