@@ -6,7 +6,7 @@ from drdpo.flags import parse
 
 
 def main() -> None:
-    config = parse(PreferencesConfig, "Mix scored objectives into top-versus-bottom preference pairs.")
+    config = parse(PreferencesConfig, "Mix scored objectives into preference pairs.")
     from drdpo.rewards.pairing import generate_preferences
 
     generate_preferences(config)

@@ -52,7 +52,8 @@ class Machine:
         self.conda_envs = folder / "conda envs"
         (self.tree / "src" / "drdpo").mkdir(parents=True)
         shutil.copytree(root / "requirements", self.tree / "requirements")
-        for name in ("setup.sh", "src/env.sh", "src/drdpo/__init__.py", "src/drdpo/asset_names.py", "src/drdpo/errors.py"):
+        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "display", "errors")]
+        for name in ("setup.sh", "src/env.sh", *ground):
             shutil.copy(root / name, self.tree / name)
         self.standins.mkdir()
         for tool in TOOLS:

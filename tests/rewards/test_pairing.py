@@ -1,6 +1,8 @@
 """Step 2 as a command: pairs computed by hand, and every bad input as one line and the right exit status."""
 
 import json
+import os
+import random
 import runpy
 import subprocess
 import sys
@@ -145,16 +147,162 @@ def test_ties_equal_texts_and_lonely_completions_are_dropped_and_counted(run: Co
     (pair,) = read_records(paths[1] / "train.jsonl", Preference.from_row)
     assert (pair.prompt_id, pair.chosen_token_ids, pair.rejected_token_ids) == (4, [4, 9, 7], [4, 2, 7])
     assert json.loads((paths[1] / "manifest.json").read_text())["preferences"]["train"]["counts"] == {
-        "prompts": 4, "completions": 10, "pairs": 1,
-        "dropped_one_completion": 1, "dropped_zero_margin": 1, "dropped_equal_texts": 1,
+        "prompts": 4, "completions": 10, "candidates": 3, "pairs": 1, "prompts_without_pair": 3,
+        "dropped_one_completion": 1, "dropped_zero_margin": 1, "dropped_small_margin": 0, "dropped_equal_texts": 1,
+        "dropped_near_equal_texts": 0, "dropped_over_max_pairs_per_prompt": 0, "not_drawn": 0, "near_equal_texts_kept": 0,
     }  # fmt: skip
+    assert "train: 1 pairs from 4 prompts; dropped: 1 one completion, 1 zero margin, 1 equal texts" in done.stdout
 
 
-def test_the_order_of_the_file_does_not_matter(run: Command, paths: tuple[Path, Path]) -> None:
-    write(paths[0], good_rows(), good_rows()[::-1])
-    assert run(*flags_of(paths, *README_MIX)).returncode == 0
-    train, test = (read_records(paths[1] / f"{split}.jsonl", Preference.from_row) for split in ("train", "test"))
-    assert sorted(train, key=lambda pair: pair.prompt_id) == sorted(test, key=lambda pair: pair.prompt_id)
+def random_rows(seed: int, prompts: int = 40) -> list[Row]:
+    """Two to five completions of each prompt, the text as long as the honesty is high, by prompt_id."""
+    rng = random.Random(seed)
+    rows = []
+    for prompt in range(prompts):
+        for sample in range(rng.randint(2, 5)):
+            honesty = rng.gauss(0, 1)
+            text = " ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=max(1, round(20 + 5 * honesty))))
+            one = row(prompt, sample, text, ultrafeedback_honesty=honesty, ArmoRM=rng.gauss(3, 0.1))
+            rows.append({**one, "token_ids": list(range(len(text.split()) + 1))})
+    return rows
+
+
+def written(folder: Path, split: str = "train") -> list[Preference]:
+    return read_records(folder / f"{split}.jsonl", Preference.from_row)
+
+
+SELECTIONS = {
+    "top_bottom": [],
+    "top_random": ["--selection=top_random"],
+    "all_pairs": ["--selection=all_pairs", "--max_similarity=0.9"],
+    "threshold": ["--selection=threshold", "--min_margin=0.7", "--max_pairs_per_prompt=2"],
+}
+HALF = ("--ultrafeedback_honesty=0.5", "--ArmoRM=0.5")
+
+
+@pytest.mark.parametrize("flags", SELECTIONS.values(), ids=SELECTIONS)
+def test_the_order_of_the_file_changes_no_pair(run: Command, tmp_path: Path, flags: list[str]) -> None:
+    rows, shuffled = random_rows(1), random_rows(1)
+    random.Random(0).shuffle(shuffled)
+    for name, train in (("in order", rows), ("shuffled", shuffled)):
+        write(tmp_path / name, train, rows)
+        assert run(*flags_of((tmp_path / name, tmp_path / f"pairs {name}"), *HALF, *flags)).returncode == 0
+    first, second = (written(tmp_path / f"pairs {name}") for name in ("in order", "shuffled"))
+    assert first != second, "prompts come in the order of the file"
+    assert sorted(first, key=lambda pair: pair.prompt_id) == sorted(second, key=lambda pair: pair.prompt_id)
+    assert len(first) >= 30
+
+
+def test_a_prompts_random_draw_does_not_depend_on_other_prompts(run: Command, tmp_path: Path) -> None:
+    rows = random_rows(2)
+    for name, train in (("all", rows), ("half", rows[len(rows) // 2 :])):
+        write(tmp_path / name, train, rows)
+        flags = ("--ArmoRM=1.0", "--standardize=false", "--selection=top_random")
+        assert run(*flags_of((tmp_path / name, tmp_path / f"pairs {name}"), *flags)).returncode == 0
+    whole = {pair.prompt_id: pair for pair in written(tmp_path / "pairs all")}
+    half = written(tmp_path / "pairs half")[1:]  # the first prompt may be cut
+    assert len(half) > 10
+    assert all(whole[pair.prompt_id] == pair for pair in half)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_selections_from_the_command_line(run: Command, paths: tuple[Path, Path], selection: str) -> None:
+    rows, flags = random_rows(3), SELECTIONS[selection]
+    write(paths[0], rows, rows)
+    done = run(*flags_of(paths, *HALF, *flags))
+    assert done.returncode == 0, done.stderr
+    pairs = written(paths[1])
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    counts, made_by = facts["train"]["counts"], facts["made_by"]
+    assert (len(pairs) > counts["prompts"]) is (selection in ("all_pairs", "threshold"))
+    assert counts["pairs"] == len(pairs)
+    assert f"train: {len(pairs)} pairs from 40 prompts" in done.stdout
+    margins = [pair.chosen_score - pair.rejected_score for pair in pairs]  # type: ignore[operator]
+    assert min(margins) > (0.7 - 1e-9 if "--min_margin=0.7" in flags else 0)
+    assert facts["train"]["margins"]["min"] == pytest.approx(min(margins))
+    assert made_by["selection"] == selection
+    assert set(made_by) == {
+        "weights", "standardize", "standardize_by", "completions",
+        "selection", "min_margin", "max_pairs_per_prompt", "max_similarity", "seed",
+    }  # fmt: skip
+    assert run(*flags_of(paths, *HALF, *flags)).stdout.count("skipped") == 1
+    other = run(*flags_of(paths, *HALF, *flags, "--max_similarity=0.8"))
+    assert other.returncode == 2
+    assert "max_similarity" in other.stderr
+    seeded = run(*flags_of(paths, *HALF, *flags, "--seed=7"))
+    assert seeded.returncode == (2 if selection == "top_random" else 0), "the seed matters where something is drawn"
+
+
+def test_standardised_by_train_a_completion_scores_the_same_in_test(run: Command, paths: tuple[Path, Path]) -> None:
+    train = good_rows()  # prompt 7 in train too; truthfulness mean 1, sd 1; complexity mean 2, sd 1
+    write(paths[0], train, [train[0], train[2]])
+    done = run(*flags_of(paths, *README_MIX, "--standardize_by=train"))
+    assert done.returncode == 0, done.stderr
+    of_train = {pair.prompt_id: pair for pair in written(paths[1])}
+    (of_test,) = written(paths[1], "test")
+    assert of_test == of_train[7]
+    assert (of_test.chosen_score, of_test.rejected_score) == (1.0, 0.0)
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["test"]["scores"]["helpsteer-complexity"] == {"mean": 3.0, "sd": 0.0}
+    assert facts["test"]["standardized_by"]["helpsteer-complexity"] == {"mean": 2.0, "sd": 1.0}
+    assert facts["made_by"]["standardize_by"] == "train"
+    assert "train mean  train sd" in done.stdout
+    assert run(*flags_of(paths, *README_MIX)).returncode == 2, "made otherwise"
+    assert run(*flags_of(paths, *README_MIX, "--overwrite=true")).returncode == 0
+    (by_split,) = written(paths[1], "test")
+    assert by_split.chosen_score == 0.5, "by its own split complexity has sd 0"
+
+
+def test_a_length_bias_is_printed_and_kept(run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], random_rows(4, prompts=60), random_rows(5, prompts=3))
+    done = run(*flags_of(paths, "--ultrafeedback_honesty=1.0"))
+    assert done.returncode == 0, done.stderr
+    assert "train: length bias: chosen is longer in " in done.stdout
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["train"]["lengths"]["unit"] == "tokens"
+    assert facts["train"]["lengths"]["biased"] is True
+    assert facts["train"]["lengths"]["margin_correlation"] > 0.5
+    assert facts["test"]["lengths"]["biased"] is False
+    assert "no bias shown" in done.stdout
+
+
+def test_nearly_equal_texts_are_said_and_dropped_on_request(run: Command, paths: tuple[Path, Path]) -> None:
+    rows = [*good_rows(), row(9, 0, "So it is.", ArmoRM=1.0), row(9, 1, "so it is", ArmoRM=2.0)]
+    write(paths[0], rows, rows)
+    done = run(*flags_of(paths, "--ArmoRM=1.0"))
+    assert "train: 3 pairs from 3 prompts; dropped: none" in done.stdout
+    assert "train: 1 pairs have nearly equal texts, of a similarity over 0.9; --max_similarity=0.9 drops them" in done.stdout
+    done = run(*flags_of(paths, "--ArmoRM=1.0", "--max_similarity=0.9", "--overwrite=true"))
+    assert "train: 2 pairs from 3 prompts; dropped: 1 near equal texts" in done.stdout
+    assert "nearly equal texts" not in done.stdout
+
+
+def test_a_dry_run_shows_three_pairs_and_writes_nothing(run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], random_rows(6), random_rows(7))
+    flags = flags_of(paths, *HALF)
+    dry = run(*flags, "--dry_run")
+    assert dry.returncode == 0, dry.stderr
+    assert not paths[1].exists()
+    assert [dry.stdout.count(word) for word in ("-- prompt", "-- chosen, score", "-- rejected, score")] == [3, 3, 3]
+    assert "dry run: nothing was written" in dry.stdout
+    real = run(*flags)
+    assert real.stdout.strip() in dry.stdout, "the same report"
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in paths[1].iterdir()}
+    for other in ([], ["--selection=all_pairs"], ["--overwrite=true", "--min_margin=0.5"]):
+        again = run(*flags, *other, "--dry_run=true")
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.count("-- prompt") == 3
+    assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in paths[1].iterdir()}
+
+
+def test_a_dry_run_on_a_terminal_that_shows_ascii_only(root: Path, paths: tuple[Path, Path]) -> None:
+    rows = [row(1, 0, "gr\u00fcn \U0001f600", ArmoRM=1.0), row(1, 1, "\x1b[31mred", ArmoRM=2.0)]
+    write(paths[0], rows, rows)
+    command = [sys.executable, str(root / "src" / "generate_preferences.py"), *flags_of(paths, "--ArmoRM=1.0", "--dry_run")]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"gr\\xfcn" in done.stdout
+    assert b"\x1b" not in done.stdout
 
 
 def nan_score() -> str:
@@ -171,6 +319,26 @@ BAD_DATA: dict[str, tuple[Any, Any, str]] = {
     "NaN score": (good_rows(), nan_score(), 'test.jsonl, row 3: field "scores" must map objectives to finite numbers'),
     "n = 1": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(2, 0, "b", ArmoRM=2.0)], "a pair needs best_of_n >= 2"),
     "duplicate key": (good_rows(), [*good_rows(), good_rows()[2]], 'row 5: field "prompt_id", "sample_id" repeats (7, 1)'),
+    "infinite score": (
+        good_rows(),
+        nan_score().replace("NaN", "-Infinity"),
+        'test.jsonl, row 3: field "scores" must map objectives to finite numbers',
+    ),
+    "objective missing in one row": (
+        good_rows(),
+        [*good_rows()[:3], row(3, 1, "d", ultrafeedback_truthfulness=0.0)],
+        'row 4 (prompt_id 3, sample_id 1): field "scores" lacks ArmoRM; it has ultrafeedback-truthfulness',
+    ),
+    "half a character": (
+        good_rows(),
+        [*good_rows()[:3], row(3, 1, "d \ud800", ArmoRM=0.2)],
+        'test.jsonl, row 4: field "completion" holds half of a surrogate pair',
+    ),
+    "only equal texts": (
+        good_rows(),
+        [row(1, 0, "a", ArmoRM=1.0), row(1, 1, "a ", ArmoRM=2.0), row(2, 0, "b", ArmoRM=2.0)],
+        "no pair is left of 2 prompts (1 one completion, 1 equal texts)",
+    ),
     "no pair left": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(1, 1, "b", ArmoRM=1.0)], "no pair is left of 1 prompts"),
     "two prompts": (
         good_rows(),
@@ -195,6 +363,47 @@ def test_bad_data_is_one_line_and_status_1_and_writes_nothing(run: Command, path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--min_margin=9",), "2 small margin; --min_margin=9, but the largest margin is 0.6325)"),
+        (("--selection=threshold", "--min_margin=9"), "no pair is left of 2 prompts (2 small margin"),
+        (
+            ("--selection=top_random", "--max_similarity=0.1"),
+            "no pair is left of 2 prompts (2 near equal texts; --max_similarity=0.1)",
+        ),
+    ],
+)
+def test_the_filter_that_left_no_pair_is_named(
+    run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str
+) -> None:
+    # ArmoRM 0.5 0.1 0.4 0.2: sd sqrt(0.1 / 4) = 0.158; margins 0.1 / sd = 0.632
+    write(paths[0], [{**one, "completion": [{"role": "assistant", "content": f"same{'.' * index}"}]}
+                     for index, one in enumerate(good_rows())], good_rows())  # fmt: skip
+    done = run(*flags_of(paths, "--ArmoRM=1.0", *flags))
+    assert done.returncode == 1
+    assert "train.jsonl" in done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not paths[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ArmoRM=1.0", "--selection=threshold"), "--selection=threshold needs --min_margin over 0"),
+        (("--ArmoRM=1.0", "--selection=best"), "invalid choice: 'best'"),
+        (("--ArmoRM=1.0", "--min_margin=-1"), "--min_margin=-1 must not be negative"),
+        (("--ArmoRM=1.0", "--min_margin=nan"), "--min_margin=nan is not a finite number"),
+        (("--ArmoRM=1.0", "--max_pairs_per_prompt=3"), "top_bottom makes one pair of a prompt"),
+        (
+            ("--ArmoRM=1.0", "--max_pairs_per_prompt=3", "--selection=top_random"),
+            "goes with --selection=all_pairs or threshold; top_random makes one pair",
+        ),
+        (("--ArmoRM=1.0", "--max_pairs_per_prompt=0", "--selection=all_pairs"), "must be at least 1"),
+        (("--ArmoRM=1.0", "--max_similarity=0"), "--max_similarity=0 must lie in (0, 1]"),
+        (("--ArmoRM=1.0", "--max_similarity=1.1"), "--max_similarity=1.1 must lie in (0, 1]"),
+        (
+            ("--ArmoRM=1.0", "--standardize=false", "--standardize_by=train"),
+            "--standardize_by=train goes with --standardize=true only",
+        ),
         (("--ultrafeedback_verbosity=0.5", "--ArmoRM=0.5"), "ArmoRM has no such head. Its UltraFeedback heads are"),
         (("--ArmoRM=0.7",), "the objective weights sum to 0.7, not to 1"),
         ((), "the objective weights sum to 0, not to 1"),
@@ -291,15 +500,3 @@ def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch:
     assert {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")} == before
     facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
     assert facts["made_by"]["weights"] == {"ArmoRM": 1.0}
-
-
-def test_pairs_open_in_trl_format(run: Command, paths: tuple[Path, Path]) -> None:
-    import datasets
-
-    write(paths[0], good_rows(), good_rows())
-    assert run(*flags_of(paths, *README_MIX)).returncode == 0
-    files = {split: str(paths[1] / f"{split}.jsonl") for split in ("train", "test")}
-    loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(paths[1].parent / "cache"))
-    first = loaded["train"][0]
-    assert first["prompt"] == [{"role": "user", "content": "question 7"}]
-    assert [turn["role"] for turn in first["chosen"] + first["rejected"]] == ["assistant", "assistant"]

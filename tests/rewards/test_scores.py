@@ -27,6 +27,11 @@ def test_standardise_leaves_absent_completions_out() -> None:
     np.testing.assert_array_equal(standardise([[2.0, NAN], [2.0, 2.0]]), [[0.0, NAN], [0.0, 0.0]])
 
 
+def test_standardise_by_the_statistics_of_another_split() -> None:
+    np.testing.assert_array_equal(standardise([[5.0, NAN], [1.0, 3.0]], (3.0, 2.0)), [[1.0, NAN], [-1.0, 0.0]])
+    np.testing.assert_array_equal(standardise([[5.0, NAN]], (3.0, 0.0)), [[0.0, NAN]])
+
+
 def test_mix_is_a_weighted_sum_by_name() -> None:
     scores = {"a": [[1.0, 2.0]], "b": [[10.0, 20.0]], "unused": [[NAN, NAN]]}
     np.testing.assert_allclose(mix(scores, {"b": 0.25, "a": 0.75}), [[3.25, 6.5]])

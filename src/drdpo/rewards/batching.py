@@ -94,7 +94,8 @@ def _cut(sequences: Sequence[Sequence[int]], rows: list[int], budget: int) -> li
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many first tokens all sequences share; at least one token of each is left to itself."""
-    low, high = min(sequences), max(sequences)
+    # What the first and the last in lexicographic order share, all between them share.
+    low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
     longest = min(map(len, sequences)) - 1
     return next((place for place in range(longest) if low[place] != high[place]), longest)
 

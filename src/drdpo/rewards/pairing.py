@@ -1,19 +1,34 @@
-"""Step 2: mix scored objectives into top-versus-bottom preference pairs. Needs neither a GPU nor torch."""
+"""Step 2: mix scored objectives into preference pairs. Needs neither a GPU nor torch."""
 
+import dataclasses
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from drdpo.config import PreferencesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_files
 from drdpo.flags import as_dict
 from drdpo.manifest import already_made, fingerprint, write_manifest
-from drdpo.records import SPLITS, Completion, Preference, check_unique, read_records, write_records
-from drdpo.rewards.scores import Floats, best_and_worst, mean_and_sd, mix, standardise
+from drdpo.records import SPLITS, Completion, Preference, write_records
+from drdpo.rewards import pair_report
+from drdpo.rewards.by_prompt import group_by_prompt, read_completions, score_matrices
+from drdpo.rewards.length_bias import Lengths, lengths
+from drdpo.rewards.preview import preview
+from drdpo.rewards.scores import best_and_worst, mean_and_sd, mix, standardise
+from drdpo.rewards.selection import REASONS, Rule, select
 
 STEP = "preferences"
+
+_NO_TERMINAL = None
+"""tqdm's word for: no bar where nobody watches. Most runs take seconds; all_pairs of ten thousand prompts takes minutes."""
+
+Statistics = dict[str, tuple[float, float]]
+"""{objective: (mean, population sd)} of the raw scores of the weighted objectives."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +36,22 @@ class SplitPairs:
     """The pairs of one split and how they came about."""
 
     pairs: list[Preference]
-    statistics: dict[str, tuple[float, float]]
-    """{objective: (mean, population sd)} of the raw scores over the split, of the weighted objectives."""
+    statistics: Statistics
+    """Of this split."""
+    standardised_by: Statistics | None
+    """What the scores were standardised by; None where they were not."""
     counts: dict[str, int]
-    """prompts, completions, pairs, and the prompts dropped, by reason."""
+    """prompts, completions, candidates (two completions that the selection puts together), pairs, prompts_without_pair,
+    dropped_one_completion (prompts), dropped_* (candidates, by reason), not_drawn, near_equal_texts_kept (pairs)."""
+    margins: dict[str, float]
+    """min, median, mean and max of the pairs' margins, in units of the mixed score."""
+    lengths: Lengths
 
 
 def generate_preferences(config: PreferencesConfig) -> None:
-    """Pair the best and the worst completion of every prompt; writes <output_path>/{train,test}.jsonl and manifest.json.
+    """Pair completions of every prompt by the mixed score; writes <output_path>/{train,test}.jsonl and manifest.json.
 
-    Nothing is written unless both splits are good.
+    Nothing is written unless both splits are good, and nothing at all with --dry_run.
 
     Raises:
         DataError: a split is missing, empty or malformed, a key repeats, an objective has no scores, no prompt has two
@@ -40,135 +61,144 @@ def generate_preferences(config: PreferencesConfig) -> None:
     source, target = Path(config.completions), Path(config.output_path)
     if source.resolve() == target.resolve():
         raise UsageError(f"--output_path={target} is the folder of the completions; pairs never overwrite their input")
-    inputs, outputs = ([folder / f"{split}.jsonl" for split in SPLITS] for folder in (source, target))
-    for path in inputs:
+    inputs, outputs = ({split: folder / f"{split}.jsonl" for split in SPLITS} for folder in (source, target))
+    for path in inputs.values():
         if not path.is_file():
             raise DataError(f"{path}: no such file; pairs need the scored train and test completions of step 1")
     weights = config.objective_weights()
     made_by = {
         "weights": weights,
         "standardize": config.standardize,
-        "completions": {split: fingerprint(path) for split, path in zip(SPLITS, inputs, strict=True)},
+        "standardize_by": config.standardize_by,
+        **rule_of(config).made_by(),
+        "completions": {split: fingerprint(path) for split, path in inputs.items()},
     }
-    if already_made(target, STEP, made_by, outputs, config.overwrite):
+    if not config.dry_run and already_made(target, STEP, made_by, list(outputs.values()), config.overwrite):
         print(f"{target}: the pairs are there already, made with the same flags from the same completions; skipped")
         return
-    splits = {
-        split: pair_completions(path, read_completions(path), weights, config.standardize)
-        for split, path in zip(SPLITS, inputs, strict=True)
-    }
-    facts = {split: {"counts": made.counts, "scores": _named(made.statistics)} for split, made in splits.items()}
-    with atomic_files(*outputs) as asides:
-        for aside, made in zip(asides, splits.values(), strict=True):
-            write_records(aside, made.pairs)
-        # Old pairs go and new ones come last, so that pairs never stand beside a manifest of other flags.
-        for path in outputs:
-            path.unlink(missing_ok=True)
-        write_manifest(target, STEP, made_by, flags=as_dict(config), **facts)
+    splits: dict[str, SplitPairs] = {}
+    for split, path in inputs.items():
+        fitted = splits["train"].statistics if config.standardize_by == "train" and split != "train" else None
+        splits[split] = pair_completions(path, read_completions(path, weights), config, split, fitted)
+    if not config.dry_run:
+        _write(target, outputs, splits, made_by, config)
     for split, made in splits.items():
-        print(report(split, made, weights))
+        print(report(split, made, weights, config))
+    if config.dry_run:
+        text = f"{preview(splits['train'].pairs)}\n\ndry run: nothing was written"
+        # A terminal that cannot show a character gets its number: looking at data must not end in a traceback.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def read_completions(path: Path) -> list[Completion]:
-    """Read scored completions.
-
-    Raises:
-        DataError: as read_records; also for a (prompt_id, sample_id) that repeats.
-    """
-    completions = read_records(path, Completion.from_row)
-    check_unique(path, ((c.prompt_id, c.sample_id) for c in completions), '"prompt_id", "sample_id"')
-    return completions
+def rule_of(config: PreferencesConfig) -> Rule:
+    """The flags that select pairs."""
+    return Rule(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Rule)})
 
 
-def pair_completions(path: Path, completions: list[Completion], weights: dict[str, float], standardize: bool) -> SplitPairs:
-    """Pair the best with the worst completion of each prompt, by the mixed score.
+def pair_completions(
+    path: Path, completions: list[Completion], config: PreferencesConfig, split: str, fitted: Statistics | None = None
+) -> SplitPairs:
+    """Pair the completions of each prompt by their mixed scores. The order of the completions changes no pair.
 
     Args:
         path: file of the completions, named in messages.
-        completions: of one split, in any order; prompts may have different numbers of them.
-        weights: {objective: weight}.
-        standardize: z-score every objective over the split before mixing.
+        completions: of one split, with scores of all weighted objectives, in any order; prompts may have different numbers
+            of them.
+        config: weights, standardisation and selection.
+        split: "train" or "test".
+        fitted: statistics of the split to standardise by; this split's own by default.
+
+    Returns:
+        Pairs in the order in which their prompts first appear; of one prompt, the largest margin first.
 
     Raises:
         DataError: see generate_preferences.
     """
+    weights, rule = config.objective_weights(), rule_of(config)
     groups = group_by_prompt(path, completions)
-    if max(map(len, groups)) < 2:
-        raise DataError(f"{path}: every prompt has one completion only; a pair needs best_of_n >= 2 when sampling")
-    scores = {objective: score_matrix(path, groups, objective) for objective in weights}
-    statistics = {objective: mean_and_sd(scores_Mn) for objective, scores_Mn in scores.items()}
-    mixed_Mn = mix({name: standardise(value) for name, value in scores.items()} if standardize else scores, weights)
-    best_M, worst_M, usable_M = best_and_worst(mixed_Mn)
-    counts = {"prompts": len(groups), "completions": len(completions), "pairs": 0}
-    counts |= {"dropped_one_completion": 0, "dropped_zero_margin": 0, "dropped_equal_texts": 0}
-    pairs = []
-    for group, mixed_n, best, worst, usable in zip(groups, mixed_Mn, best_M, worst_M, usable_M, strict=True):
-        chosen, rejected = group[best], group[worst]
+    scores = score_matrices(groups, weights)
+    # In order of prompt_id, because the last bit of a sum depends on its order.
+    by_id = np.argsort([group[0].prompt_id for group in groups])
+    own = {objective: mean_and_sd(scores_Mn[by_id]) for objective, scores_Mn in scores.items()}
+    used = (own if fitted is None else fitted) if config.standardize else None
+    if used is not None:
+        scores = {objective: standardise(scores_Mn, used[objective]) for objective, scores_Mn in scores.items()}
+    mixed_Mn = mix(scores, weights)
+    counts: Counter[str] = Counter(prompts=len(groups), completions=len(completions))
+    pairs, largest_margin = [], 0.0
+    rows = zip(groups, mixed_Mn, *best_and_worst(mixed_Mn), strict=True)
+    for group, mixed_n, best, worst, _ in tqdm(rows, f"pair {split}", len(groups), unit="prompt", disable=_NO_TERMINAL):
         if len(group) < 2:
-            counts["dropped_one_completion"] += 1
-        elif not usable:
-            counts["dropped_zero_margin"] += 1
-        elif _text(chosen) == _text(rejected):
-            counts["dropped_equal_texts"] += 1
-        else:
-            pairs.append(_preference(chosen, rejected, float(mixed_n[best]), float(mixed_n[worst])))
-    counts["pairs"] = len(pairs)
+            counts.update(prompts_without_pair=1, dropped_one_completion=1)
+            continue
+        texts = [completion.completion[-1]["content"] for completion in group]
+        made = select(mixed_n, texts, int(best), int(worst), rule, f"{split}/{group[0].prompt_id}")
+        counts += made.counts
+        counts["prompts_without_pair"] += not made.pairs
+        largest_margin = max(largest_margin, made.largest_margin)
+        pairs += [
+            _preference(group[chosen], group[rejected], float(mixed_n[chosen]), float(mixed_n[rejected]))
+            for chosen, rejected in made.pairs
+        ]
+    facts = _counts(counts, len(pairs))
     if not pairs:
-        reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if name.startswith("dropped") and count)
-        raise DataError(f"{path}: no pair is left of {len(groups)} prompts ({reasons})")
-    return SplitPairs(pairs, statistics, counts)
+        raise DataError(
+            f"{path}: no pair is left of {len(groups)} prompts ({pair_report.why_none(facts, rule, largest_margin)})"
+        )
+    return SplitPairs(pairs, own, used, facts, _margins(pairs), lengths(pairs))
 
 
-def group_by_prompt(path: Path, completions: list[Completion]) -> list[list[Completion]]:
-    """Completions by prompt_id, each group sorted by sample_id, groups in order of first appearance.
-
-    Raises:
-        DataError: one prompt_id has two different prompts.
-    """
-    groups: dict[int, list[Completion]] = {}
-    for row, completion in enumerate(completions, start=1):
-        group = groups.setdefault(completion.prompt_id, [])
-        if group and group[0].prompt != completion.prompt:
-            raise DataError(
-                f'{path}, row {row}: field "prompt" differs from that of another row with prompt_id {completion.prompt_id}'
-            )
-        group.append(completion)
-    return [sorted(group, key=lambda completion: completion.sample_id) for group in groups.values()]
-
-
-def score_matrix(path: Path, groups: list[list[Completion]], objective: str) -> Floats:
-    """Scores [M, n] of one objective; a prompt with fewer completions than n ends in NaN.
-
-    Raises:
-        DataError: a completion lacks the objective; the message lists what it has.
-    """
-    scores_Mn = np.full((len(groups), max(map(len, groups))), np.nan)
-    for row, group in enumerate(groups):
-        for column, completion in enumerate(group):
-            if objective not in completion.scores:
-                there = ", ".join(completion.scores) or "no scores at all; score them with step 1"
-                raise DataError(
-                    f'{path}, prompt_id {completion.prompt_id}, sample_id {completion.sample_id}: field "scores" lacks '
-                    f"{objective}; it has {there}"
-                )
-            scores_Mn[row, column] = completion.scores[objective]
-    return scores_Mn
-
-
-def report(split: str, made: SplitPairs, weights: dict[str, float]) -> str:
-    """A small table: weight, mean and sd of every weighted objective, then how many pairs."""
-    width = max(map(len, weights))
-    lines = [f"{split}: {'objective':<{width}}  weight      mean        sd"]
-    for objective, (mean, sd) in made.statistics.items():
-        lines.append(f"{split}: {objective:<{width}}  {weights[objective]:>6.3g}  {mean:>8.4f}  {sd:>8.4f}")
-    dropped = {name.removeprefix("dropped_"): count for name, count in made.counts.items() if name.startswith("dropped_")}
-    why = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in dropped.items() if count) or "none"
-    lines.append(f"{split}: {made.counts['pairs']} pairs from {made.counts['prompts']} prompts; dropped: {why}")
+def report(split: str, made: SplitPairs, weights: dict[str, float], config: PreferencesConfig) -> str:
+    """Weight, mean and sd of every weighted objective, then how many pairs, their margins and their lengths."""
+    own = made.standardised_by is made.statistics or made.standardised_by is None
+    lines = [
+        *pair_report.objectives(split, made.statistics, weights, None if own else made.standardised_by),
+        *pair_report.pairs(split, made.counts, made.margins, rule_of(config)),
+        *pair_report.length_lines(split, made.lengths),
+    ]
     return "\n".join(lines)
 
 
-def _text(completion: Completion) -> str:
-    return completion.completion[-1]["content"].strip()
+def _write(
+    target: Path,
+    outputs: dict[str, Path],
+    splits: dict[str, SplitPairs],
+    made_by: dict[str, object],
+    config: PreferencesConfig,
+) -> None:
+    facts = {
+        split: {
+            "counts": made.counts,
+            "scores": _named(made.statistics),
+            "standardized_by": None if made.standardised_by is None else _named(made.standardised_by),
+            "margins": made.margins,
+            "lengths": dataclasses.asdict(made.lengths) | {"biased": made.lengths.biased},
+        }
+        for split, made in splits.items()
+    }
+    with atomic_files(*outputs.values()) as asides:
+        for aside, (split, made) in zip(asides, splits.items(), strict=True):
+            write_records(aside, tqdm(made.pairs, f"write {split}", unit="pair", disable=_NO_TERMINAL))
+        # Old pairs go and new ones come last, so that pairs never stand beside a manifest of other flags.
+        for path in outputs.values():
+            path.unlink(missing_ok=True)
+        write_manifest(target, STEP, made_by, flags=as_dict(config), **facts)
+
+
+def _counts(counts: Counter[str], pairs: int) -> dict[str, int]:
+    """Every count, those of 0 included, in one order."""
+    first = ("prompts", "completions", "candidates")
+    found = {name: counts[name] for name in first} | {"pairs": pairs}
+    found |= {name: counts[name] for name in ("prompts_without_pair", "dropped_one_completion")}
+    found |= {f"dropped_{reason}": counts[reason] for reason in REASONS}
+    return found | {name: counts[name] for name in ("not_drawn", "near_equal_texts_kept")}
+
+
+def _margins(pairs: list[Preference]) -> dict[str, float]:
+    margin_P = np.array([(pair.chosen_score or 0.0) - (pair.rejected_score or 0.0) for pair in pairs])
+    found = {"min": margin_P.min(), "median": np.median(margin_P), "mean": margin_P.mean(), "max": margin_P.max()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def _preference(chosen: Completion, rejected: Completion, chosen_score: float, rejected_score: float) -> Preference:
@@ -178,5 +208,5 @@ def _preference(chosen: Completion, rejected: Completion, chosen_score: float, r
     )  # fmt: skip
 
 
-def _named(statistics: dict[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+def _named(statistics: Statistics) -> dict[str, dict[str, float]]:
     return {objective: {"mean": mean, "sd": sd} for objective, (mean, sd) in statistics.items()}

@@ -23,17 +23,18 @@ def mean_and_sd(scores_Mn: npt.ArrayLike) -> tuple[float, float]:
     return float(values.mean()), 0.0 if values.min() == values.max() else float(values.std())
 
 
-def standardise(scores_Mn: npt.ArrayLike) -> Floats:
-    """Z-scores of one objective over ALL entries of a split, as the authors' code has it.
+def standardise(scores_Mn: npt.ArrayLike, statistics: tuple[float, float] | None = None) -> Floats:
+    """Z-scores of one objective over ALL entries of a split, as the authors' code has it, or by statistics of another split.
 
     Args:
         scores_Mn: [M, n] scores; NaN is kept and does not count.
+        statistics: mean and population sd to standardise by; those of scores_Mn itself by default.
 
     Returns:
         [M, n] (x - mean) / population sd; all 0 where the sd is 0.
     """
     values_Mn = np.asarray(scores_Mn, dtype=np.float64)
-    mean, sd = mean_and_sd(values_Mn)
+    mean, sd = mean_and_sd(values_Mn) if statistics is None else statistics
     return np.where(np.isnan(values_Mn), np.nan, 0.0) if sd == 0 else (values_Mn - mean) / sd
 
 
