@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from drdpo import config as configs  # noqa: E402
+from drdpo.flags import spelled  # noqa: E402
 
 _TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -25,7 +26,8 @@ def flag_table(class_name: str) -> str:
         else:
             default = "required"
         meaning = field.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `--{field.name}` | {default.replace('None', 'none')} | {meaning} |")
+        name = spelled(getattr(configs, class_name), field.name)
+        lines.append(f"| `{name}` | {default.replace('None', 'none')} | {meaning} |")
     return "\n".join(lines)
 
 

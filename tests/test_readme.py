@@ -16,6 +16,7 @@ SCRIPTS = {
     "generate_completions.sh": config.CompletionsConfig,
     "generate.sh": config.CompletionsConfig,
     "src/generate_preferences.py": config.PreferencesConfig,
+    "src/inspect_data.py": config.InspectConfig,
     "train_alignment.sh": config.TrainConfig,
     "src/evaluate_armorm.py": config.EvaluateConfig,
     "openllm_eval.slurm": config.LeaderboardConfig,

@@ -68,6 +68,13 @@ def test_steps_1_and_2_leave_scored_completions_and_pairs(pairs, folder):
     assert len((pairs / "train.jsonl").read_text().splitlines()) >= 2
 
 
+def test_the_look_at_the_pairs(run, pairs, folder):
+    done = run("src/inspect_data.py")
+    assert "preference pairs in train.jsonl, test.jsonl" in done.stdout
+    pictures = folder / "outputs" / "inspection" / "datasets_helpsteer2_preferences"
+    assert {"lengths.png", "margins.png"} <= {file.name for file in pictures.iterdir()}
+
+
 def test_every_method_starts_at_ln_2_and_its_checkpoint_loads(checkpoints):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

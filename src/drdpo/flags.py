@@ -20,6 +20,21 @@ def flag(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+def positional(help: str) -> Any:
+    """A required dataclass field that stands on the command line as a word without a name in front of it."""
+    return dataclasses.field(metadata={"help": help, "positional": True})
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that knows `positional`: it hands a field's metadata, and --names, to add_argument as they are."""
+
+    def add_argument(self, *names: str, **settings: Any) -> Any:
+        if settings.pop("positional", False):
+            settings.pop("required")  # argparse's word for it is that there is no default
+            names = (names[0].removeprefix("--"),)
+        return super().add_argument(*names, **settings)
+
+
 def parse(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
     """Parse a command line into a frozen dataclass.
 
@@ -37,8 +52,8 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
         objective_from_flag(PHANTOM_FLAG)
-    parser = HfArgumentParser([config_class], description=description, allow_abbrev=False)
-    _check_values(vars(parser.parse_known_args(arguments)[0]), getattr(config_class, "MAY_BE_EMPTY", ()))
+    parser = _Parser([config_class], description=description, allow_abbrev=False)
+    _check_values(config_class, vars(parser.parse_known_args(arguments)[0]))
     config, unknown = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         # Left to itself HfArgumentParser raises ValueError here: a traceback and status 1.
@@ -46,13 +61,21 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     return config
 
 
-def _check_values(values: dict[str, Any], may_be_empty: tuple[str, ...]) -> None:
+def _check_values(config_class: type[Any], values: dict[str, Any]) -> None:
     """Refuse what no flag means: an empty path would be the current folder, and no comparison refuses a NaN."""
+    may_be_empty = getattr(config_class, "MAY_BE_EMPTY", ())
     for name, value in values.items():
+        shown = spelled(config_class, name)
         for word in value if isinstance(value, list) else [value]:
             empty = isinstance(word, str) and not word.strip() and name not in may_be_empty
-            require(not empty, f"--{name} is empty; give it a value (is a shell variable unset?)")
-            require(not isinstance(word, float) or math.isfinite(word), f"--{name}={word} is not a finite number")
+            require(not empty, f"{shown} is empty; give it a value (is a shell variable unset?)")
+            require(not isinstance(word, float) or math.isfinite(word), f"{shown}={word} is not a finite number")
+
+
+def spelled(config_class: type[Any], name: str) -> str:
+    """How the command line spells a field: `--name`, or `name` where it is positional."""
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    return name if field.metadata.get("positional") else f"--{name}"
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from drdpo.config.assets import AssetsConfig
 from drdpo.config.completions import CompletionsConfig
 from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
+from drdpo.config.inspection import InspectConfig
 from drdpo.config.preferences import PreferencesConfig
 from drdpo.config.reward_heads import FitHeadsConfig
 from drdpo.config.training import TrainConfig
@@ -12,6 +13,7 @@ __all__ = [
     "CompletionsConfig",
     "EvaluateConfig",
     "FitHeadsConfig",
+    "InspectConfig",
     "LeaderboardConfig",
     "PreferencesConfig",
     "TrainConfig",

@@ -40,6 +40,11 @@ def run_styles(names: list[str]) -> dict[str, Style]:
     }
 
 
+def palette(count: int) -> list[str]:
+    """Colours of things that are drawn over each other; after six they begin anew."""
+    return [color for color, _ in zip(cycle(_COLORS), range(count), strict=False)]
+
+
 def axis_label(objective: str) -> str:
     """`helpsteer-helpfulness` -> two lines, the rating scheme above the quality."""
     if objective == GATED_SCORE:

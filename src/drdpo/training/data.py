@@ -10,6 +10,7 @@ from tqdm import tqdm
 from drdpo import chat, distributed
 from drdpo.errors import DataError
 from drdpo.records import Message, Preference, read_rows
+from drdpo.trl import own_form
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load_preferences(dataset_path: str, split: str) -> list[Preference]:
     preferences = []
     for number, row in rows:
         try:
-            preferences.append(Preference.from_row(_own_form(row, number)))
+            preferences.append(Preference.from_row(own_form(row, number)))
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
     if not preferences:
@@ -110,39 +111,6 @@ def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int]
     if known and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
         return list(sampled), False
     return chat.answer_token_ids(tokenizer, answer), True
-
-
-def _own_form(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """A row in TRL's forms as a row of ours; raises ValueError when it is neither."""
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise ValueError(f'field "{name}" is missing (the row has {", ".join(sorted(row)) or "no fields"})')
-    prompt, chosen, rejected = row.get("prompt"), _turns(row["chosen"]), _turns(row["rejected"])
-    if prompt is None:
-        if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
-            raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not hold it')
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    elif isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):
-        # Some data sets repeat the given prompt before each answer.
-        chosen, rejected = (
-            answer[-1:] if isinstance(answer, list) and answer[:-1] == prompt else answer for answer in (chosen, rejected)
-        )
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(answer, list) and len(answer) != 1:
-            raise ValueError(f'field "{name}" must hold one assistant turn after the prompt, not {len(answer)}')
-    own = {name: row.get(name) for name in ("chosen_token_ids", "rejected_token_ids", "chosen_score", "rejected_score")}
-    prompt_id = row.get("prompt_id")
-    own["prompt_id"] = prompt_id if isinstance(prompt_id, int) else number
-    return {**own, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _turns(answer: Any) -> Any:
-    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
 def _hub_rows(dataset_path: str, split: str) -> Any:
