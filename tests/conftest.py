@@ -41,3 +41,12 @@ def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked gpu run where torch sees one."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no NVIDIA GPU here")

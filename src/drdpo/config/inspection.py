@@ -23,7 +23,7 @@ class InspectConfig:
         None,
     )
     output_path: str | None = flag(
-        "folder for the pictures (default: one in outputs/inspection named after the path, so that the data's stays as it is)",
+        "folder for the pictures (default: one in outputs/inspection named after the path; never the data's own)",
         None,
     )
     width: int = flag("columns of the printed samples", 100)

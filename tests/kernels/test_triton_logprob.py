@@ -1,0 +1,81 @@
+"""The Triton kernels of linear_logprob: by Triton's interpreter on a CPU, compiled under `pytest -m gpu`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from drdpo.kernels import linear_logprob
+
+SHAPES = [(1, 3, 7), (5, 8, 33), (70, 40, 300), (130, 70, 257)]
+"""Tokens, width and vocabulary: below, at and beyond a tile, and multiples of nothing."""
+
+
+def check(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, twice: bool) -> None:
+    """Values and gradients against float64, by linear_logprob's own float64 path, which is torch."""
+    torch.manual_seed(tokens)
+    hidden_ND = torch.randn(tokens, width, dtype=dtype, device=device).requires_grad_()
+    weight_VD = torch.randn(vocabulary, width, dtype=dtype, device=device).requires_grad_()
+    targets_N = torch.randint(vocabulary, (tokens,), device=device)
+    upstream_N = torch.randn(tokens, device=device)
+    logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=twice)
+    assert logprob_N.dtype == torch.float32
+    logprob_N.backward(upstream_N)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_ND, weight_VD)]
+    exact_N = torch.log_softmax(exact[0] @ exact[1].T, dim=1).gather(1, targets_N[:, None]).squeeze(1)
+    exact_N.backward(upstream_N.double())
+    # The sums are in float32 for every dtype: log-probs are as exact from bfloat16 inputs as from float32 ones.
+    torch.testing.assert_close(logprob_N.double(), exact_N, atol=1e-4, rtol=1e-5)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip((hidden_ND, weight_VD), exact, strict=True):
+        size = theirs.grad.abs().max()
+        assert (ours.grad.double() - theirs.grad).abs().max() <= tolerance * size
+
+
+def interpreted() -> None:
+    """All shapes and dtypes, in a process that set TRITON_INTERPRET before Triton was imported."""
+    from drdpo.kernels import triton_logprob
+
+    assert triton_logprob.INTERPRETED
+    used = []
+    original = triton_logprob.logit_gradient
+    triton_logprob.logit_gradient = lambda *values: (used.append(1), original(*values))[1]
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for twice in (False, True):
+                check(*shape, dtype, "cpu", twice)
+    assert len(used) >= 16, "the torch path ran instead"
+    split_vocabulary()
+
+
+def split_vocabulary() -> None:
+    """Few tokens: the vocabulary is cut into shares, whose log-sum-exps are put together."""
+    from drdpo.kernels.triton_logprob import logprob_and_lse
+
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = 9 * torch.randn(2, 16), torch.randn(1500, 16)
+    logprob_N, lse_N = logprob_and_lse(hidden_ND, weight_VD, torch.tensor([0, 1499]))
+    logits_NV = hidden_ND.double() @ weight_VD.double().T
+    torch.testing.assert_close(lse_N.double(), logits_NV.logsumexp(dim=1), atol=1e-4, rtol=1e-5)
+    picked_N = torch.stack([logits_NV[0, 0], logits_NV[1, 1499]])
+    torch.testing.assert_close(logprob_N.double(), picked_N - logits_NV.logsumexp(dim=1), atol=1e-4, rtol=1e-5)
+
+
+def test_the_kernels_under_the_interpreter(root: Path) -> None:
+    pytest.importorskip("triton")
+    code = "import test_triton_logprob; test_triton_logprob.interpreted()"
+    paths = os.pathsep.join([str(root / "src"), str(Path(__file__).parent)])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 576, 49152)])
+def test_the_kernels_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, twice: bool) -> None:
+    check(*shape, dtype, "cuda", twice)
