@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of linear_logprob: log-sum-exp and logit gradients from tiles of logits that stay on the chip.
 
 Both multiply hidden states by the head tile by tile, in the input's dtype with float32 sums, so no logit is ever rounded
