@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 METHODS = {
     "dpo": {},
-    "dpo, eager": {"attn_implementation": "eager"},
+    "dpo, padded": {"packing": False},
     "kldpo": {"kldpo_tau": 0.05},
     "wdpo": {"wdpo_rho": 0.01},
+    "wdpo, prompt once": {"wdpo_rho": 0.01, "wdpo_prompt": "once"},
+    "wdpo, padded": {"wdpo_rho": 0.01, "packing": False},
 }
 
 
@@ -33,10 +35,10 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     """Seconds per step (median) and peak memory in GiB of one method, in this process."""
     from drdpo.config import TrainConfig
     from drdpo.training import engine as deepspeed_engine
-    from drdpo.training.batches import collate
     from drdpo.training.data import Pair
     from drdpo.training.loop import train_step
     from drdpo.training.metrics import peak_memory_gib
+    from drdpo.training.packing import form_batch
     from drdpo.training.policy import load_policy
 
     deepspeed_engine.initialise()
@@ -44,12 +46,14 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
         model_path=model_path, dataset_path="-", save_path="-", train_batch_size=2, micro_batch_size=1,
         **flags,
     )  # fmt: skip
-    policy = load_policy(model_path, torch.bfloat16, config.attention, config.gradient_checkpointing)
+    policy = load_policy(
+        model_path, torch.bfloat16, config.attention, config.gradient_checkpointing, plain_attention=config.method == "wdpo"
+    )
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
     before = peak_memory_gib()
     torch.manual_seed(0)
     text = torch.randint(3, 40000, (3, tokens // 2)).tolist()
-    batches = [(collate([Pair(*text)], [0], 0).to(engine.device), torch.zeros(1, 2, device=engine.device))] * 2
+    batches = [(form_batch([Pair(*text)], [0], config, 0).to(engine.device), torch.zeros(1, 2, device=engine.device))] * 2
     seconds = []
     for _ in range(steps + 1):
         started = time.perf_counter()
@@ -96,9 +100,9 @@ def main() -> None:
     print(
         f"{device}; two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {checkpointing} checkpointing"
     )
-    print(f"{'method':<12} {'s/step':>8} {'x DPO':>7} {'peak GiB':>9}")
+    print(f"{'method':<18} {'s/step':>8} {'x DPO':>7} {'peak GiB':>9}")
     for method, row in table.items():
-        print(f"{method:<12} {row['seconds']:>8.2f} {row['time_ratio_to_dpo']:>7.2f} {row['peak_gib']:>9.2f}")
+        print(f"{method:<18} {row['seconds']:>8.2f} {row['time_ratio_to_dpo']:>7.2f} {row['peak_gib']:>9.2f}")
     if arguments.output:
         facts = {
             "device": device,

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import collate, micro_batches, padded_shards
+from drdpo.training.batches import micro_batches, padded_shards
 from drdpo.training.checkpoint import _gathered
 from drdpo.training.data import Pair
 from drdpo.training.loop import train_step
+from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import reference_logprobs
 
@@ -29,16 +30,18 @@ def main() -> None:
     for name, flags in cases.items():
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        policy = load_policy(model, dtype, config.attention, config.gradient_checkpointing)
+        policy = load_policy(
+            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.method == "wdpo"
+        )
         engine = deepspeed_engine.start_engine(policy, config, steps=3)
         lengths = [len(pair) for pair in pairs]
         ranks = distributed.rank(), distributed.world_size()
         shards = padded_shards(range(len(pairs)), lengths, config.micro_batch, *ranks)
-        reference_M2 = reference_logprobs(engine, pairs, shards, 2, name)
+        reference_M2 = reference_logprobs(engine, pairs, shards, config, 2, name)
         for step in range(3):
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
             dealt = micro_batches(indices, lengths, config.micro_batch, *ranks, by_length=config.robust_scope == "step")
-            batches = [(collate(pairs, rows, 2), reference_M2[rows]) for rows in dealt]
+            batches = [(form_batch(pairs, rows, config, 2), reference_M2[rows]) for rows in dealt]
             train_step(engine, batches, config)
         language_model = engine.module.language_model
         weights = _gathered(language_model) if config.zero_stage == 3 else dict(language_model.named_parameters())

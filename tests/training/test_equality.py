@@ -34,6 +34,9 @@ CASES["wdpo_root-zero0-whole"] = {**COMMON, **METHODS["wdpo_root"], "zero_stage"
 CASES["dpo-zero3"] = {**COMMON, "zero_stage": 3, "micro_batch_size": 1}
 CASES["kldpo-zero3"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 3, "micro_batch_size": 1}
 CASES["kldpo_micro-zero2"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 2, "micro_batch_size": 1, "robust_scope": "micro"}
+# Packed rows are the default; the padded form, with the attention of transformers, is held as well.
+CASES["dpo-zero2-padded"] = {**COMMON, "zero_stage": 2, "micro_batch_size": 1, "packing": False}
+CASES["wdpo-zero2-padded"] = {**COMMON, **METHODS["wdpo"], "zero_stage": 2, "micro_batch_size": 2, "packing": False}
 FLOAT32_CASES = list(CASES)
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 CASES |= {f"dpo_bfloat16-zero{stage}": {**BFLOAT16, "zero_stage": stage} for stage in (1, 2)}

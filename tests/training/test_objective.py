@@ -66,7 +66,7 @@ def test_penalty_gradient_equals_finite_differences(policy, pairs):
 
     def penalty(create_graph: bool) -> torch.Tensor:
         values = pair_values(policy, batch, REFERENCE_M2, config)
-        return gradient_penalty(values.losses_B, values.embeds_STD, create_graph).mean()
+        return gradient_penalty(values.losses_B, values.embeds, create_graph).mean()
 
     exact = gradients(policy, penalty(create_graph=True))
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -114,7 +114,7 @@ def test_figures_of_a_step_keep_no_graph_and_no_embeddings(policy, pairs):
     part = whole(policy, pairs, wdpo_rho=0.1).detached()
     tensors = [part.total, *part.values, part.weights_B, part.penalties_B]
     assert not any(tensor.requires_grad for tensor in tensors)
-    assert part.values.embeds_STD.untyped_storage().nbytes() == 0
+    assert part.values.embeds.untyped_storage().nbytes() == 0
 
 
 def test_a_loaded_policy_recomputes_activations(tiny_policy):
@@ -127,7 +127,7 @@ def test_a_loaded_policy_recomputes_activations(tiny_policy):
 def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
     batch = collate(pairs, range(4), 0)
     values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1))
-    written_out = values.losses_B.mean() + 0.1 * gradient_penalty(values.losses_B, values.embeds_STD, True).mean().sqrt()
+    written_out = values.losses_B.mean() + 0.1 * gradient_penalty(values.losses_B, values.embeds, True).mean().sqrt()
     ours = gradients(policy, whole(policy, pairs, wdpo_rho=0.1, wdpo_penalty="root").total)
     assert relative_error(ours, gradients(policy, written_out)) < 1e-6
 

@@ -5,6 +5,9 @@ from typing import Literal
 
 from drdpo.flags import flag, require
 
+PACKED_ATTENTION = "shared_prefix"
+"""What transformers calls drdpo.kernels.shared_prefix."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -53,8 +56,11 @@ class TrainConfig:
     )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
+    packing: bool = flag(
+        "micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a pair", True
+    )
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = flag(
-        "'auto' is eager for WDPO's double backward, else sdpa", "auto"
+        "for --packing=false; 'auto' is eager for WDPO's double backward, else sdpa", "auto"
     )
     seed: int = flag("seed of the shuffling", 42)
     save_resume: bool = flag("save DeepSpeed's state with every checkpoint (12 bytes a parameter), to continue from", True)
@@ -75,6 +81,8 @@ class TrainConfig:
     @property
     def attention(self) -> str:
         """The attention that is right for the method: sdpa and flash kernels have no second derivative."""
+        if self.packing:
+            return PACKED_ATTENTION
         if self.attn_implementation == "auto":
             return "eager" if self.method == "wdpo" else "sdpa"
         return self.attn_implementation
@@ -108,6 +116,12 @@ class TrainConfig:
             "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; give --zero_stage=1 or --dtype=float32",
         )
 
+        require(
+            not self.packing or self.attn_implementation == "auto",
+            f"--attn_implementation={self.attn_implementation}: packed rows have an attention of their own; give "
+            "--packing=false as well",
+        )
+
     def _check_method(self) -> None:
         chosen = {
             name: value for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta") if (value := getattr(self, name)) is not None
@@ -121,7 +135,7 @@ class TrainConfig:
         if self.method != "wdpo":
             return
         require(
-            self.attention == "eager",
+            self.packing or self.attention == "eager",
             f"--attn_implementation={self.attention} with --wdpo_rho: its kernels have no second derivative, so the exact "
             "penalty would be wrong or fail; give --attn_implementation=eager",
         )

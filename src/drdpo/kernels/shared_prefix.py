@@ -41,13 +41,18 @@ class PrefixPlan:
         groups: in the order of the row.
         device: of the row.
         dtype: of queries and keys.
+        plain: attend by matrix products and a softmax in float32, which are differentiable any number of times, in place
+            of the fused kernels, which are once.
     """
 
-    def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype, plain: bool = False) -> None:
         self.groups = list(groups)
-        behind = [group for group in self.groups if group.prefix]
-        self._longest_prefix = max((group.prefix for group in behind), default=0)
-        longest = max((suffix for group in behind for suffix in group.suffixes), default=0)
+        self.plain = plain
+        masked = [group for group in self.groups if group.prefix or plain]
+        self._longest_prefix = max((group.prefix for group in masked), default=0)
+        longest = max((length for group in masked for length in group.suffixes), default=0)
+        if plain:
+            longest = max(longest, self._longest_prefix)
         row_A = torch.arange(longest, device=device)[:, None]
         column = torch.arange(self._longest_prefix + longest, device=device)[None]
         hidden = column > row_A + self._longest_prefix
@@ -73,39 +78,58 @@ def shared_prefix_attention(
     Returns:
         [1, H, N, E]
     """
-    grouped = query_1HNE.shape[1] != key_1KNE.shape[1]
-
-    def attend(rows: slice, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        return scaled_dot_product_attention(
-            query_1HNE[:, :, rows], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
-
     parts, start = [], 0
     for group in plan.groups:
         shared = slice(start, start + group.prefix)
         if group.prefix:
-            parts.append(attend(shared, key_1KNE[:, :, shared], value_1KNE[:, :, shared], None))
+            parts.append(_attend(query_1HNE[:, :, shared], key_1KNE[:, :, shared], value_1KNE[:, :, shared], plan, 0, scale))
         start = shared.stop
         for length in group.suffixes:
             own = slice(start, start + length)
-            keys, values, mask = key_1KNE[:, :, own], value_1KNE[:, :, own], None
+            keys, values = key_1KNE[:, :, own], value_1KNE[:, :, own]
             if group.prefix:
                 keys = torch.cat([key_1KNE[:, :, shared], keys], dim=2)
                 values = torch.cat([value_1KNE[:, :, shared], values], dim=2)
-                mask = plan.mask(group.prefix, length)
-            parts.append(attend(own, keys, values, mask))
+            parts.append(_attend(query_1HNE[:, :, own], keys, values, plan, group.prefix, scale))
             start = own.stop
     return torch.cat(parts, dim=2)
+
+
+def _attend(
+    query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, plan: PrefixPlan, prefix: int, scale: float | None
+) -> Tensor:
+    """[1, H, A, E] of A tokens that come after `prefix` ones, T = prefix + A."""
+    heads, kv_heads, length = query_1HAE.shape[1], keys_1KTE.shape[1], query_1HAE.shape[2]
+    if not plan.plain:
+        mask = plan.mask(prefix, length) if prefix else None
+        return scaled_dot_product_attention(
+            query_1HAE, keys_1KTE, values_1KTE, mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
+        )
+    scale = query_1HAE.shape[-1] ** -0.5 if scale is None else scale
+    keys_1HTE, values_1HTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
+    logits_1HAT = query_1HAE @ keys_1HTE.transpose(2, 3) * scale + plan.mask(prefix, length)
+    wide = torch.float64 if logits_1HAT.dtype == torch.float64 else torch.float32
+    return torch.softmax(logits_1HAT, dim=-1, dtype=wide).to(values_1HTE.dtype) @ values_1HTE
 
 
 def _attention_of_transformers(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The form in which transformers' models call an attention; `prefix_plan` comes from the call of the model."""
+    """The form in which transformers' models call an attention; `prefix_plan` comes from the call of the model.
+
+    Without a plan, rows are whole sequences without padding.
+    """
     for name in ("sliding_window", "softcap", "s_aux"):
         if options.get(name) is not None:
-            raise ValueError(f"the backbone's attention uses {name}, which packing with shared prefixes does not know")
-    out = shared_prefix_attention(query, key, value, options["prefix_plan"], options.get("scaling"))
+            raise ValueError(f"the model's attention uses {name}, which packing with shared prefixes does not know")
+    if attention_mask is not None:
+        raise ValueError("packed rows take no attention mask")
+    scale, plan = options.get("scaling"), options.get("prefix_plan")
+    if plan is not None:
+        out = shared_prefix_attention(query, key, value, plan, scale)
+    else:
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 

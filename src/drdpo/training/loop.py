@@ -12,12 +12,13 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.manifest import write_manifest
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import Batch, collate, micro_batches, padded_shards, step_indices
+from drdpo.training.batches import micro_batches, padded_shards, step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.metrics import MetricsLog, pair_table, peak_memory_gib, step_metrics, table_means
-from drdpo.training.objective import Objective, needs_population, objective, pair_values, survey
+from drdpo.training.objective import AnyBatch, Objective, needs_population, objective, pair_values, survey
+from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import Run, claim_folder, open_run
@@ -31,7 +32,9 @@ def train_alignment(config: TrainConfig) -> None:
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    policy = load_policy(config.model_path, dtype, config.attention, config.gradient_checkpointing)
+    policy = load_policy(
+        config.model_path, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.method == "wdpo"
+    )
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
     done = load_state(engine, run.folder / "resume")
@@ -50,7 +53,7 @@ def train_alignment(config: TrainConfig) -> None:
     torch.distributed.destroy_process_group()
 
 
-def train_step(engine: Engine, batches: list[tuple[Batch, Tensor]], config: TrainConfig) -> list[Objective]:
+def train_step(engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig) -> list[Objective]:
     """One optimizer step.
 
     Args:
@@ -82,7 +85,7 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
     tables = []
     with evaluating(engine) as policy:
         for indices in tqdm(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
-            batch, reference_B2 = _on_device(engine, run.test, indices, reference_M2, run.pad_token_id)
+            batch, reference_B2 = _on_device(engine, run, run.test, indices, reference_M2)
             table_B4 = pair_table(pair_values(policy, batch, reference_B2, run.config), run.config.beta)
             tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4], dim=1))
     table_K5 = distributed.gather(torch.cat(tables))
@@ -97,7 +100,7 @@ def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, l
     for step in bar:
         started = time.perf_counter()
         dealt = _step_batches(run, step)
-        batches = [_on_device(engine, run.train, indices, references["train"], run.pad_token_id) for indices in dealt]
+        batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         parts = train_step(engine, batches, config)
         tokens = torch.tensor([float(sum(batch.tokens for batch, _ in batches))], device=engine.device)
@@ -130,7 +133,7 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
     if logprobs_M2 is None or not have.bool().all():
         batches = _first_epoch_batches(run) if split == "train" else _test_batches(run)
-        logprobs_M2 = reference_logprobs(engine, pairs, batches, run.pad_token_id, split)
+        logprobs_M2 = reference_logprobs(engine, pairs, batches, run.config, run.pad_token_id, split)
         if distributed.is_main():
             write_reference(path, key, logprobs_M2)
     return logprobs_M2
@@ -163,9 +166,9 @@ def _test_batches(run: Run) -> list[list[int]]:
 
 
 def _on_device(
-    engine: Engine, pairs: list[Pair], indices: list[int], reference_M2: Tensor, pad_token_id: int
-) -> tuple[Batch, Tensor]:
-    batch = collate(pairs, indices, pad_token_id)
+    engine: Engine, run: Run, pairs: list[Pair], indices: list[int], reference_M2: Tensor
+) -> tuple[AnyBatch, Tensor]:
+    batch = form_batch(pairs, indices, run.config, run.pad_token_id)
     return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
 
 

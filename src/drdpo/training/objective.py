@@ -12,7 +12,10 @@ from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.training import losses
 from drdpo.training.batches import Batch
+from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
+
+AnyBatch = Batch | PackedBatch
 
 
 class PairValues(NamedTuple):
@@ -23,7 +26,8 @@ class PairValues(NamedTuple):
     """[B] h, the difference of the answers' log-ratios to the reference."""
     log_ratios_S: Tensor
     """[S] log pi - log ref of every answer, chosen first."""
-    embeds_STD: Tensor
+    embeds: Tensor
+    """[S, T, D], packed [1, N, D]: the policy's input embeddings."""
 
 
 class Population(NamedTuple):
@@ -47,11 +51,11 @@ class Objective(NamedTuple):
         values = self.values
         figures = (values.losses_B.detach(), values.margins_B.detach(), values.log_ratios_S.detach())
         return Objective(
-            self.total.detach(), PairValues(*figures, values.embeds_STD.new_empty(0)), self.weights_B, self.penalties_B
+            self.total.detach(), PairValues(*figures, values.embeds.new_empty(0)), self.weights_B, self.penalties_B
         )
 
 
-def pair_values(policy: Policy, batch: Batch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
+def pair_values(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
     """Run the policy over a micro-batch.
 
     Args:
@@ -60,12 +64,12 @@ def pair_values(policy: Policy, batch: Batch, reference_B2: Tensor, config: Trai
         reference_B2: [B, 2] the frozen reference's log-probs of chosen and rejected answers.
         config: beta, loss_type, label_smoothing; the method decides whether a second derivative is kept.
     """
-    logprob_S, embeds_STD = policy(batch, twice=config.method == "wdpo" and torch.is_grad_enabled())
+    logprob_S, embeds = policy(batch, twice=config.method == "wdpo" and torch.is_grad_enabled())
     pairs = len(batch.indices_B)
     log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
     margins_B = log_ratios_S[:pairs] - log_ratios_S[pairs:]
     losses_B = losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)
-    return PairValues(losses_B, margins_B, log_ratios_S, embeds_STD)
+    return PairValues(losses_B, margins_B, log_ratios_S, embeds)
 
 
 def needs_population(config: TrainConfig) -> bool:
@@ -73,7 +77,7 @@ def needs_population(config: TrainConfig) -> bool:
     return config.method in ("kldpo", "drdpo") or (config.method == "wdpo" and config.wdpo_penalty == "root")
 
 
-def survey(policy: Policy, batches: list[tuple[Batch, Tensor]], config: TrainConfig) -> Population:
+def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig) -> Population:
     """The population of a whole optimizer step, over all its micro-batches and ranks, before any of its gradients.
 
     Args:
@@ -93,7 +97,7 @@ def survey(policy: Policy, batches: list[tuple[Batch, Tensor]], config: TrainCon
 
 
 def objective(
-    policy: Policy, batch: Batch, reference_B2: Tensor, config: TrainConfig, population: Population | None
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None
 ) -> Objective:
     """The differentiable objective of one micro-batch.
 
@@ -123,9 +127,12 @@ def objective(
     return Objective(total + factor * penalties_B.mean(), values, weights_B, penalties_B.detach())
 
 
-def _penalties(values: PairValues, batch: Batch, config: TrainConfig, create_graph: bool) -> Tensor:
+def _penalties(values: PairValues, batch: AnyBatch, config: TrainConfig, create_graph: bool) -> Tensor:
+    if isinstance(batch, PackedBatch):
+        # Packing has put the prompt into the row once or twice, as --wdpo_prompt says.
+        return losses.packed_gradient_penalty(values.losses_B, values.embeds, batch.pair_N, create_graph)
     shared_BT = batch.prompt_mask_BT if config.wdpo_prompt == "once" else None
-    return losses.gradient_penalty(values.losses_B, values.embeds_STD, create_graph, shared_BT)
+    return losses.gradient_penalty(values.losses_B, values.embeds, create_graph, shared_BT)
 
 
 def _weights(losses_B: Tensor, losses_P: Tensor, config: TrainConfig) -> Tensor:

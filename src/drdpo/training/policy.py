@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from drdpo.errors import DataError
 from drdpo.kernels import linear_logprob
+from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
+from drdpo.kernels.shared_prefix import PackedRow, PrefixPlan
 from drdpo.training.batches import Batch
+from drdpo.training.packing import PackedBatch
 
 
 class Answers(NamedTuple):
     logprob_S: Tensor
     """[S] log pi(answer | prompt), summed over the answer's tokens, float32."""
-    embeds_STD: Tensor
-    """[S, T, D] the input embeddings it was computed from."""
+    embeds: Tensor
+    """[S, T, D], packed [1, N, D]: the input embeddings it was computed from."""
 
 
 class OutputHead(nn.Module):
@@ -35,20 +38,39 @@ class OutputHead(nn.Module):
 
 
 class Policy(nn.Module):
-    """Wraps a transformers causal language model; only answer positions reach the output head."""
+    """Wraps a transformers causal language model; only answer positions reach the output head.
 
-    def __init__(self, language_model: Any) -> None:
+    Args:
+        language_model: of transformers.
+        plain_attention: for packed batches, attention that is twice differentiable.
+    """
+
+    def __init__(self, language_model: Any, plain_attention: bool = False) -> None:
         super().__init__()
         self.language_model = language_model
+        self.plain_attention = plain_attention
         self.head = OutputHead(language_model.get_output_embeddings().weight)
 
-    def forward(self, batch: Batch, twice: bool = False) -> Answers:
+    def forward(self, batch: Batch | PackedBatch, twice: bool = False) -> Answers:
         """Log-probabilities of the answers of a batch.
 
         Args:
-            batch: B pairs as S = 2B padded rows.
+            batch: B pairs as S = 2B padded rows, or as one packed row.
             twice: the log-probabilities' gradient will be differentiated again.
         """
+        return self._packed(batch, twice) if isinstance(batch, PackedBatch) else self._padded(batch, twice)
+
+    def _packed(self, batch: PackedBatch, twice: bool) -> Answers:
+        embeds_1ND = self.language_model.get_input_embeddings()(batch.input_ids_1N)
+        plan = PrefixPlan(batch.groups, embeds_1ND.device, embeds_1ND.dtype, self.plain_attention)
+        hidden_ND = self.language_model.base_model(
+            inputs_embeds=embeds_1ND, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
+        ).last_hidden_state[0]
+        logprob_A = self.head(hidden_ND[batch.states_A], batch.targets_A, twice)
+        zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=logprob_A.dtype, device=logprob_A.device)
+        return Answers(zeros_S.index_add(0, batch.sequence_A, logprob_A), embeds_1ND)
+
+    def _padded(self, batch: Batch, twice: bool) -> Answers:
         embeds_STD = self.language_model.get_input_embeddings()(batch.input_ids_ST)
         hidden_STD = self.language_model.base_model(
             inputs_embeds=embeds_STD, attention_mask=batch.attention_mask_ST, use_cache=False
@@ -62,7 +84,9 @@ class Policy(nn.Module):
         return Answers(zeros_S.index_add(0, row_N, logprob_N), embeds_STD)
 
 
-def load_policy(path: str, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> Policy:
+def load_policy(
+    path: str, dtype: torch.dtype, attention: str, gradient_checkpointing: bool, plain_attention: bool = False
+) -> Policy:
     """Load a causal language model as a policy.
 
     Args:
@@ -70,9 +94,11 @@ def load_policy(path: str, dtype: torch.dtype, attention: str, gradient_checkpoi
         dtype: of weights and activations.
         attention: transformers' name of the attention implementation.
         gradient_checkpointing: recompute activations; non-reentrant, the form that has a second derivative.
+        plain_attention: see Policy.
 
     Raises:
-        DataError: no such model, or one whose logits are not hidden states times the output head.
+        DataError: no such model, one whose logits are not hidden states times the output head, or, for packed rows, one
+            that mixes tokens in another way than causal attention does.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,6 +108,8 @@ def load_policy(path: str, dtype: torch.dtype, attention: str, gradient_checkpoi
         )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
+    if attention == SHARED_PREFIX:
+        _check_packing(model, path)
     _check_plain_head(model, path)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,7 +119,31 @@ def load_policy(path: str, dtype: torch.dtype, attention: str, gradient_checkpoi
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return Policy(model).train()
+    return Policy(model, plain_attention).train()
+
+
+def _check_packing(model: Any, path: str) -> None:
+    """Refuse a model in which packed sequences would see each other: sliding windows, recurrent or convolutional layers."""
+    generator = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(min(1000, model.config.vocab_size), (24,), generator=generator).tolist()
+    sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
+    row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
+    plan = PrefixPlan(row.groups, model.device, model.dtype)
+    try:
+        with torch.no_grad():
+            packed_ND = model.base_model(
+                input_ids=torch.tensor([row.token_ids]), position_ids=torch.tensor([row.positions]), use_cache=False,
+                prefix_plan=plan,
+            ).last_hidden_state[0].float()  # fmt: skip
+            alone = [model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0].float()
+                     for ids in sequences]  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
+    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
+    for number, alone_TD in enumerate(alone):
+        apart = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
+        if not float(apart.norm()) <= tolerance * float(alone_TD.norm()):
+            raise DataError(f"{path}: packed sequences of this model see each other; give --packing=false")
 
 
 def _check_plain_head(model: Any, path: str) -> None:

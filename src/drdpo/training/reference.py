@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drdpo import distributed
+from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.files import atomic_file
-from drdpo.training.batches import collate
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
+from drdpo.training.packing import form_batch
 from drdpo.training.run import pairs_hash
 
 
@@ -52,16 +53,19 @@ def write_reference(path: Path, key: str, logprobs_M2: Tensor) -> None:
         stream.write(save({"logprobs": logprobs_M2.contiguous()}, metadata={"key": key}))
 
 
-def reference_logprobs(engine: Engine, pairs: list[Pair], batches: list[list[int]], pad_token_id: int, label: str) -> Tensor:
+def reference_logprobs(
+    engine: Engine, pairs: list[Pair], batches: list[list[int]], config: TrainConfig, pad_token_id: int, label: str
+) -> Tensor:
     """Run the untrained policy over all pairs, sharded over the ranks.
 
     Args:
         engine: before its first step.
         pairs: of one split.
         batches: this rank's micro-batches, -1 for none; over the ranks they hold every pair. A bfloat16 log-prob depends
-            a little on what it is padded with, so they should be those of the first epoch: the first loss is then that
+            a little on what it is computed with, so they should be those of the first epoch: the first loss is then that
             of a margin of exactly zero.
-        pad_token_id: for collate.
+        config: of the run, for the form of the batches.
+        pad_token_id: for the padded form.
         label: for the progress bar.
 
     Returns:
@@ -71,7 +75,7 @@ def reference_logprobs(engine: Engine, pairs: list[Pair], batches: list[list[int
     rows = []
     with evaluating(engine) as policy:
         for indices in tqdm(batches, desc=f"reference log-probs, {label}", unit="batch", disable=not distributed.is_main()):
-            batch = collate(pairs, indices, pad_token_id).to(device)
+            batch = form_batch(pairs, indices, config, pad_token_id).to(device)
             logprob_S = policy(batch).logprob_S.float()
             rows.append(torch.stack([batch.indices_B.float(), *logprob_S.view(2, -1)], dim=1))
     found_K3 = distributed.gather(torch.cat(rows)).cpu()

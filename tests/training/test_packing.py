@@ -1,0 +1,138 @@
+"""Packed micro-batches equal the padded two-row form: losses and parameter gradients, for every method."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from drdpo.config import TrainConfig
+from drdpo.config.training import PACKED_ATTENTION
+from drdpo.errors import DataError, UsageError
+from drdpo.kernels import shared_prefix
+from drdpo.training.batches import collate
+from drdpo.training.data import Pair
+from drdpo.training.objective import objective, survey
+from drdpo.training.packing import form_batch, pack
+from drdpo.training.policy import Policy, load_policy
+
+METHODS = {
+    "dpo": {},
+    "ipo": {"loss_type": "ipo"},
+    "kldpo": {"kldpo_tau": 0.3},
+    "drdpo": {"drdpo_beta": 0.3},
+    "wdpo": {"wdpo_rho": 0.1},
+    "wdpo root": {"wdpo_rho": 0.1, "wdpo_penalty": "root"},
+    "wdpo once": {"wdpo_rho": 0.1, "wdpo_prompt": "once"},
+    "wdpo once root": {"wdpo_rho": 0.1, "wdpo_prompt": "once", "wdpo_penalty": "root"},
+}
+REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]])
+
+
+def config_of(**flags) -> TrainConfig:
+    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **{"beta": 0.5, "dtype": "float32", **flags})
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    numbers = random.Random(2)
+
+    def ids(length: int) -> list[int]:
+        return [numbers.randrange(3, 500) for _ in range(length)]
+
+    return [
+        Pair(ids(4), ids(3), ids(6)),
+        Pair(ids(1), ids(5), ids(1)),
+        Pair(ids(15), ids(2), ids(2)),
+        Pair(ids(3), ids(7), ids(4)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_policy) -> Policy:
+    return load_policy(str(tiny_policy), torch.float32, PACKED_ATTENTION, gradient_checkpointing=False)
+
+
+@pytest.fixture(scope="module")
+def packed_plain(tiny_policy) -> Policy:
+    """With gradient checkpointing, whose recomputation must attend by the plan as well."""
+    return load_policy(str(tiny_policy), torch.float32, PACKED_ATTENTION, gradient_checkpointing=True, plain_attention=True)
+
+
+@pytest.fixture(scope="module")
+def padded(tiny_policy) -> Policy:
+    return load_policy(str(tiny_policy), torch.float32, "eager", gradient_checkpointing=False)
+
+
+def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig):
+    """Losses [4] and the gradient of all parameters of one optimizer step in some micro-batches."""
+    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows]) for rows in split]
+    population = survey(policy, parts, config) if config.method != "dpo" else None
+    found = [objective(policy, batch, reference, config, population) for batch, reference in parts]
+    total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / 4
+    gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
+    losses = torch.cat([part.values.losses_B.detach() for part in found])[
+        torch.tensor([row for rows in split for row in rows]).argsort()
+    ]
+    return losses, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_equals_padded(method, pairs, packed, packed_plain, padded):
+    flags = METHODS[method]
+    policy = packed_plain if method.startswith("wdpo") else packed
+    losses, gradient = step(padded, pairs, [[0, 1, 2, 3]], config_of(packing=False, **flags))
+    for split in ([[0, 1, 2, 3]], [[3, 0], [1, 2]]):
+        ours, our_gradient = step(policy, pairs, split, config_of(**flags))
+        torch.testing.assert_close(ours, losses, atol=1e-5, rtol=1e-5)
+        assert float((our_gradient - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_the_two_ways_to_count_the_prompt_differ(pairs, packed_plain):
+    """Or the equality above could not tell one from the other."""
+    gradients = [step(packed_plain, pairs, [[0, 1, 2, 3]], config_of(**METHODS[name]))[1] for name in ("wdpo", "wdpo once")]
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) > 1e-3
+
+
+def test_a_packed_row_by_hand():
+    batch = pack([Pair([7, 8], [1], [2, 3]), Pair([9], [4, 5], [6])], [1, 0], prompt_once=True)
+    assert batch.input_ids_1N.tolist() == [[9, 4, 5, 6, 7, 8, 1, 2, 3]]
+    assert batch.positions_1N.tolist() == [[0, 1, 2, 1, 0, 1, 2, 2, 3]]
+    assert batch.pair_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert batch.targets_A.tolist() == [4, 5, 6, 1, 2, 3]
+    assert batch.states_A.tolist() == [0, 1, 0, 5, 5, 7]
+    assert batch.sequence_A.tolist() == [0, 0, 2, 1, 3, 3]
+    assert batch.indices_B.tolist() == [1, 0]
+    assert batch.tokens == 9
+    twice = pack([Pair([7, 8], [1], [2, 3])], [0], prompt_once=False)
+    assert twice.input_ids_1N.tolist() == [[7, 8, 1, 7, 8, 2, 3]]
+    assert twice.positions_1N.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert twice.states_A.tolist() == [1, 4, 5]
+
+
+def test_packing_holds_fewer_tokens_than_padding(pairs):
+    packed_tokens, padded_rows = pack(pairs, range(4), True).tokens, collate(pairs, range(4), 0).input_ids_ST
+    assert packed_tokens == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) < padded_rows.numel()
+
+
+def test_an_absent_pair_stands_for_the_first(pairs):
+    assert torch.equal(pack(pairs, [-1], True).input_ids_1N, pack(pairs, [0], True).input_ids_1N)
+
+
+def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"sliding_window.*--packing=false"):
+        load_policy(str(tmp_path), torch.float32, PACKED_ATTENTION, False)
+
+
+def test_flags_of_attention_and_packing():
+    assert shared_prefix.NAME == PACKED_ATTENTION == config_of().attention
+    assert config_of(packing=False).attention == "sdpa"
+    assert config_of(packing=False, wdpo_rho=0.1).attention == "eager"
+    with pytest.raises(UsageError, match="--packing=false as well"):
+        config_of(attn_implementation="sdpa")
