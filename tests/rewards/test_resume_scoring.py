@@ -95,9 +95,7 @@ def test_unfinished_scores_of_other_flags_are_refused_or_dropped(
         broken_off_after(3, patch)
         with pytest.raises(KeyboardInterrupt):
             score_completions(config("broken"))
-    with pytest.raises(
-        UsageError, match=r"unfinished scores made otherwise: dtype \(float32 -> bfloat16\); give "
-    ):
+    with pytest.raises(UsageError, match=r"unfinished scores made otherwise: dtype \(float32 -> bfloat16\); give "):
         score_completions(config("broken", dtype="bfloat16"))
     with pytest.raises(UsageError, match=r"score_batch_tokens \(90 -> 91\)"):
         score_completions(config("broken", score_batch_tokens=91))
