@@ -1,0 +1,264 @@
+"""A DPO step: pairs per second and peak memory, ours beside TRL's DPOTrainer and the authors' formulation.
+
+    trl        TRL's DPOTrainer, reference log-probs precomputed, bf16 weights, its own collator and fused head
+    authors    two padded rows a pair, whole logits in float32, the reference model run beside the policy at every step
+    padded     ours with --packing=false
+    packed     ours as it is by default
+
+Forward, backward and optimizer step on the same pairs with the same micro-batch, no gradient checkpointing, AdamW. Prompts
+and answers have HelpSteer2's lengths (see benchmarks/scoring.py), cut at --max_len; token ids are random. Every way runs in
+a process of its own, in turn, several rounds; ratios are taken within a round, their median reported. Peak memory is that
+over weights and optimizer states, measured after a first step has made them.
+
+    python benchmarks/train_step.py [--model=models/SmolLM2-135M] [--output=benchmarks/results/train_step]
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+WAYS = ("trl", "authors", "padded", "packed")
+LABELS = {"trl": "TRL DPOTrainer", "authors": "the authors' form", "padded": "ours, padded", "packed": "ours, packed"}
+COLORS = {"trl": "#56B4E9", "authors": "#999999", "padded": "#E69F00", "packed": "#D55E00"}
+BETA, RATE = 0.1, 1e-6
+
+
+def make_pairs(count: int, max_len: int):
+    """Random pairs with HelpSteer2's lengths, stratified so that few have the distribution's mean."""
+    import numpy as np
+    from scoring import ANSWER_QUANTILES, PROMPT_QUANTILES
+
+    from drdpo.training.data import Pair
+
+    generator = np.random.default_rng(0)
+    at = np.linspace(0, 1, len(PROMPT_QUANTILES))
+    prompts = np.interp((generator.permutation(count) + 0.5) / count, at, PROMPT_QUANTILES).astype(int)
+    answers = np.interp((generator.permutation(2 * count) + 0.5) / (2 * count), at, ANSWER_QUANTILES).astype(int)
+
+    def ids(length: int) -> list[int]:
+        return generator.integers(100, 40000, int(length)).tolist()
+
+    pairs = []
+    for number, prompt in enumerate(np.minimum(prompts, max_len // 2)):
+        room = max_len - int(prompt)
+        pairs.append(Pair(ids(prompt), *(ids(min(int(size), room)) for size in answers[2 * number : 2 * number + 2])))
+    # The trainer puts pairs of similar length together, as TRL can be told to.
+    return sorted(pairs, key=len)
+
+
+def trl_step(arguments):
+    """A function of pairs that makes one optimizer step on them."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=arguments.micro_batch, beta=BETA, learning_rate=RATE,
+        max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=device == "cpu", report_to=[],
+        precompute_ref_log_probs=True, optim="adamw_torch_fused",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    told = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)  # only to build the trainer
+    trainer = DPOTrainer(model, args=config, train_dataset=told, processing_class=tokenizer)
+    trainer.create_optimizer_and_scheduler(100)
+    trainer.current_gradient_accumulation_steps = arguments.pairs // arguments.micro_batch
+    trainer.model.train()
+
+    def step(pairs) -> None:
+        rows = [
+            {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected,
+             "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+            for pair in pairs
+        ]  # fmt: skip
+        for start in range(0, len(rows), arguments.micro_batch):
+            batch = trainer.data_collator(rows[start : start + arguments.micro_batch])
+            trainer.training_step(trainer.model, {name: value.to(device) for name, value in batch.items()})
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def authors_step(arguments):
+    """The same with two models, padded rows and whole logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from drdpo.training.batches import collate
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = [AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).to(device) for _ in range(2)]
+    policy, reference = models[0].train(), models[1].eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, fused=True)
+
+    def logprobs(model, batch):
+        logits = model(input_ids=batch.input_ids_ST, attention_mask=batch.attention_mask_ST, use_cache=False).logits
+        token = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids_ST[:, 1:, None]).squeeze(2)
+        return (token * batch.answer_mask_ST[:, 1:]).sum(1).chunk(2)
+
+    def step(pairs) -> None:
+        for start in range(0, len(pairs), arguments.micro_batch):
+            batch = collate(pairs, range(start, start + arguments.micro_batch), 0).to(device)
+            chosen, rejected = logprobs(policy, batch)
+            with torch.no_grad():
+                ref_chosen, ref_rejected = logprobs(reference, batch)
+            margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+            (-torch.nn.functional.logsigmoid(BETA * margin).sum() / len(pairs)).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(arguments):
+    """The same by the real DeepSpeed engine and the trainer's own step."""
+    import torch
+
+    from drdpo.config import TrainConfig
+    from drdpo.training import engine as deepspeed_engine
+    from drdpo.training.loop import train_step
+    from drdpo.training.packing import form_batch
+    from drdpo.training.policy import load_policy
+
+    deepspeed_engine.initialise()
+    config = TrainConfig(
+        model_path=arguments.model, dataset_path="-", save_path="-", train_batch_size=arguments.pairs, learning_rate=RATE,
+        micro_batch_size=arguments.micro_batch, gradient_checkpointing=False, packing=arguments.way == "packed", beta=BETA,
+    )  # fmt: skip
+    policy = load_policy(arguments.model, torch.bfloat16, config.attention, False)
+    engine = deepspeed_engine.start_engine(policy, config, steps=100)
+
+    def step(pairs) -> None:
+        rows = [list(range(start, start + arguments.micro_batch)) for start in range(0, len(pairs), arguments.micro_batch)]
+        nothing = torch.zeros(arguments.micro_batch, 2, device=engine.device)
+        train_step(engine, [(form_batch(pairs, row, config, 0).to(engine.device), nothing) for row in rows], config)
+
+    return step
+
+
+def measure(arguments) -> dict:
+    """One way in this process."""
+    import numpy as np
+    import torch
+
+    from drdpo.training.data import Pair
+
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)  # NumPy warns when it first measures a float type after the next line
+    torch.set_flush_denormal(True)
+    step = {"trl": trl_step, "authors": authors_step}.get(arguments.way, our_step)(arguments)
+    # These steps make gradients and optimizer states, on pairs too short to show in the peak.
+    for _ in range(3):
+        step([Pair([5, 6], [7], [8])] * arguments.pairs)
+    before = peak_gib()
+    pairs = make_pairs(arguments.pairs, arguments.max_len)
+    step(pairs)
+    seconds = []
+    for _ in range(arguments.steps):
+        started = time.perf_counter()
+        step(pairs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    tokens = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    return {"seconds": statistics.median(seconds), "peak_gib": peak_gib(), "before_gib": before, "packed_tokens": tokens}
+
+
+def peak_gib() -> float:
+    """Most memory so far, of the GPU or of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def run(way: str, arguments) -> dict:
+    """`measure` in a process of its own."""
+    words = [sys.executable, __file__, f"--way={way}", *(
+        f"--{name}={getattr(arguments, name)}" for name in ("model", "pairs", "micro_batch", "max_len", "steps")
+    )]  # fmt: skip
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw(facts: dict, path: Path) -> None:
+    """Bars of speed and memory."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = [("pairs_per_second", "pairs per second", "%.3f"),
+              ("peak_gib_over_weights_and_optimizer", "peak GiB over weights and optimizer", "%.2f")]  # fmt: skip
+    for panel, (key, title, form) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, panel + 1)
+        heights = [facts["ways"][way][key] for way in WAYS]
+        bars = axes.bar(range(len(WAYS)), heights, 0.65, color=[COLORS[way] for way in WAYS])
+        axes.bar_label(bars, fmt=form, fontsize=9)
+        axes.set_xticks(range(len(WAYS)), [LABELS[way].replace(" ", "\n", 1) for way in WAYS], fontsize=9)
+        axes.set_title(title, fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"DPO step, {facts['model']}, bf16, {facts['device']}, {facts['pairs']} pairs", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
+    parser.add_argument("--pairs", type=int, default=8, help="of an optimizer step, a multiple of --micro_batch")
+    parser.add_argument("--micro_batch", type=int, default=2)
+    parser.add_argument("--max_len", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=1, help="timed steps of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
+    parser.add_argument("--way", default=None, choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measure(arguments)))
+        return
+    import torch
+
+    rounds = [{way: run(way, arguments) for way in WAYS} for _ in range(arguments.rounds)]
+    ways = {}
+    for way in WAYS:
+        over = [r[way]["peak_gib"] - r[way]["before_gib"] for r in rounds]
+        ways[way] = {
+            "pairs_per_second": statistics.median(arguments.pairs / r[way]["seconds"] for r in rounds),
+            "faster_than_trl_by": statistics.median(r["trl"]["seconds"] / r[way]["seconds"] for r in rounds),
+            "peak_gib_over_weights_and_optimizer": max(over),
+        }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
+    facts = {"device": device, "model": Path(arguments.model).name, "pairs": arguments.pairs,
+             "micro_batch": arguments.micro_batch, "max_len": arguments.max_len, "rounds": arguments.rounds,
+             "packed_tokens": rounds[0]["packed"]["packed_tokens"], "ways": ways}  # fmt: skip
+    print(f"{'way':<20} {'pairs/s':>8} {'x TRL':>6} {'peak GiB over weights and optimizer':>36}")
+    for way, figures in ways.items():
+        print(
+            f"{LABELS[way]:<20} {figures['pairs_per_second']:>8.3f} {figures['faster_than_trl_by']:>6.2f} "
+            f"{figures['peak_gib_over_weights_and_optimizer']:>36.2f}"
+        )
+    if arguments.output:
+        path = Path(arguments.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        draw(facts, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
