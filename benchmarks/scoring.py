@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--completions", type=int, default=80, help="of each case, about")
     parser.add_argument("--short_answers", type=int, default=64, help="longest answer of the second kind of case")
-    parser.add_argument("--batch_tokens", type=int, default=16384, help="--score_batch_tokens of the packed way")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="--score_batch_tokens of the packed way")
     parser.add_argument("--padded_batch", type=int, default=8, help="conversations in a padded batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")

@@ -19,6 +19,8 @@ SCRIPTS = {
     "src/inspect_data.py": config.InspectConfig,
     "train_alignment.sh": config.TrainConfig,
     "src/evaluate_armorm.py": config.EvaluateConfig,
+    "src/fit_reward_heads.py": config.FitHeadsConfig,
+    "src/assemble_reward_model.py": config.AssembleConfig,
     "openllm_eval.slurm": config.LeaderboardConfig,
 }
 OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["bash", "setup.sh"], ["bash", "quickstart.sh"],

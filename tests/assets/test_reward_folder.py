@@ -1,17 +1,24 @@
 """The embedded reward model's folder: ArmoRM's layout out of a policy and committed heads."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from drdpo.assets import reward_model
-from drdpo.assets.reward_model import make_reward_model, reward_model_is_made
-from drdpo.errors import DataError
+from drdpo.assets.reward_model import assemble_reward_model, make_reward_model, reward_model_is_made
+from drdpo.config import AssembleConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.rewards.armorm import load_armorm
 from drdpo.rewards.layout import check_folder, read_shapes
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 WIDTH = 32
 """Of the tiny policy."""
@@ -56,8 +63,8 @@ def test_the_folder_has_armorms_layout(tiny_policy: Path, committed: Path, tmp_p
     assert config["hidden_size"] == WIDTH, "the backbone's own fields are kept"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = dict(index["weight_map"])
-    assert {shard for name, shard in shards.items() if name.startswith("model.")} == {reward_model.SHARDS[0]}
-    assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {reward_model.SHARDS[1]}
+    assert {shard for name, shard in shards.items() if name.startswith("model.")} == {SHARDS[0]}
+    assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {SHARDS[1]}
     assert "lm_head.weight" not in shards
     values = sum(torch.Size(shape).numel() for _, shape in read_shapes(folder).values())
     assert index["metadata"]["total_size"] == 4 * values, "all tensors of this test are float32"
@@ -80,12 +87,54 @@ def test_the_backbone_is_linked_or_copied(
 
     source = tiny_policy / "model.safetensors"
     make_reward_model(tmp_path / "linked", tiny_policy, committed)
-    assert (tmp_path / "linked" / reward_model.SHARDS[0]).samefile(source)
+    assert (tmp_path / "linked" / SHARDS[0]).samefile(source)
     monkeypatch.setattr(reward_model.os, "link", refuse)
     make_reward_model(tmp_path / "copied", tiny_policy, committed)
-    copy = tmp_path / "copied" / reward_model.SHARDS[0]
+    copy = tmp_path / "copied" / SHARDS[0]
     assert not copy.samefile(source)
     assert copy.read_bytes() == source.read_bytes()
+
+
+def heads_of_one_layer(committed: Path) -> Path:
+    config = json.loads((committed / "config.json").read_text())
+    (committed / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "pooling": "mean"}))
+    return committed
+
+
+def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, committed: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "shallow"
+    make_reward_model(folder, tiny_policy, heads_of_one_layer(committed))
+    assert check_folder(folder).pooling == "mean"
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+    whole, kept = load_file(tiny_policy / "model.safetensors"), load_file(folder / SHARDS[0])
+    assert set(kept) == {name for name in whole if not name.startswith("model.layers.1.")}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"} < set(kept)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
+    model = load_armorm(folder, "cpu", torch.float32)  # strict: no tensor missing, none left over
+    assert len(model.model.layers) == 1
+    assert reward_model_is_made(folder, tiny_policy, committed)
+    assert (folder / SHARDS[0]).stat().st_mode == (folder / "config.json").stat().st_mode
+    config = json.loads((committed / "config.json").read_text())
+    (committed / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(DataError, match=r"the heads read 3 layers, and .*config\.json has 2"):
+        make_reward_model(folder, tiny_policy, committed)
+
+
+def test_a_family_that_names_the_kind_of_each_layer_is_cut_too(tiny_policy: Path, committed: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    policy = tmp_path / "qwen"
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=600, num_hidden_layers=3, tie_word_embeddings=True, **sizes)).save_pretrained(
+        policy
+    )
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(policy)
+    assert len(json.loads((policy / "config.json").read_text())["layer_types"]) == 3
+    make_reward_model(tmp_path / "reward", policy, heads_of_one_layer(committed))
+    assert len(json.loads((tmp_path / "reward" / "config.json").read_text())["layer_types"]) == 1
+    assert len(load_armorm(tmp_path / "reward", "cpu", torch.float32).model.layers) == 1
 
 
 def test_raw_messages_get_no_system_turn(tiny_policy: Path, committed: Path, tmp_path: Path) -> None:
@@ -133,3 +182,31 @@ def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm:
     layout = check_folder(folder)
     assert "helpsteer-helpfulness" in layout.objectives
     assert reward_model_is_made(folder, smollm), "models/ArmoRM-SmolLM2 is older than the committed heads; run setup.sh"
+
+
+def test_a_sharded_backbone_with_a_head_of_its_own_is_assembled(tmp_path: Path, committed: Path, smollm: Path) -> None:
+    """As an 8B folder is: several files, lm_head.weight apart; the heads read one layer of two."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": False}  # fmt: skip
+    backbone, folder = tmp_path / "back bone", tmp_path / "reward model"
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(backbone, max_shard_size="7MB")
+    assert len(list(backbone.glob("model-*.safetensors"))) > 1
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(smollm / name, backbone / name)
+    added = json.loads((committed / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (committed / "config.json").write_text(json.dumps(added))
+    config = AssembleConfig(backbone=str(backbone), heads=str(committed), output_path=str(folder))
+    assemble_reward_model(config)
+    model = load_armorm(folder, "cpu", torch.float32)
+    assert len(model.model.layers) == 1
+    embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
+    assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
+    assert not any("lm_head" in name for name in read_shapes(folder))
+    assemble_reward_model(config)  # again, over its own result
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(UsageError, match="holds something else"):
+        assemble_reward_model(dataclasses.replace(config, output_path=str(tmp_path / "notes")))
+    with pytest.raises(UsageError, match="one of the inputs"):
+        assemble_reward_model(dataclasses.replace(config, output_path=str(backbone)))

@@ -1,4 +1,4 @@
-"""Fitting as a command on a small random backbone: from ratings to a folder that loads as a reward model."""
+"""Fitting as a command on a small random backbone: from rated answers to a folder that loads as a reward model."""
 
 import json
 import random
@@ -9,67 +9,79 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from drdpo.assets.reward_model import make_reward_model
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import FitHeadsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import write_rows
 from drdpo.rewards.armorm import load_armorm
 from drdpo.rewards.batching import pad_right
-from drdpo.rewards.features import cached_features, gating_pattern, hidden_states_at
+from drdpo.rewards.features import Features, layer_features
 from drdpo.rewards.fitting import fit_reward_heads
-from drdpo.rewards.ratings import rating_pairs, read_ratings
+from drdpo.rewards.labels import Scale
+from drdpo.rewards.ratings import read_ratings
 
-OBJECTIVES = ["mine-warm=warm", "mine-long=long"]
+OBJECTIVES = ["mine-warm=warm", "mine-sure=sure", "mine-long=long"]
+
+
+def answer(g: random.Random, warm: bool, sure: bool, long: bool) -> str:
+    words = [g.choice(["sun", "rain", "tea", "book", "road"]) for _ in range(40 if long else 8)]
+    return f"{'Warm thanks' if warm else 'Cold refusal'} {' '.join(words)}" + 4 * (" surely" if sure else " perhaps")
 
 
 def rated_rows(prompts: range) -> list[dict[str, Any]]:
-    """Two answers a prompt: a warm and a cold one, the second much longer."""
+    """Two answers a prompt: a warm and a cold one, each sure or not, and long or not. Length says all of `long`."""
     g = random.Random(prompts.start)
     rows = []
     for prompt in prompts:
-        words = [g.choice(["sun", "rain", "tea", "book", "road"]) for _ in range(4)]
-        text = f"Question {prompt} about {words[0]}?" + (
-            "\n<extra_id_1>Assistant\nYes\n<extra_id_1>User\nMore" if prompt % 5 == 0 else ""
-        )
-        rows.append({"prompt": text, "response": f"Warm {words[1]}, thanks", "warm": 4, "long": 0})
-        rows.append({"prompt": text, "response": f"Cold {words[2]} " * 9 + words[3], "warm": 0, "long": 3})
+        text = f"Question {prompt}?" + ("\n<extra_id_1>Assistant\nYes\n<extra_id_1>User\nMore" if prompt % 5 == 0 else "")
+        for warm in (True, False):
+            sure, long = g.random() < 0.5, g.random() < 0.5
+            row = {"prompt": text, "response": answer(g, warm, sure, long)}
+            rows.append(row | {"warm": 4 * warm, "sure": 1 + 2 * sure, "long": 3 * long})
     return rows
+
+
+def preference_rows(prompts: range) -> list[dict[str, Any]]:
+    g = random.Random(prompts.start)
+    return [
+        {
+            "prompt": f"Wish {prompt}?",
+            "chosen": answer(g, True, g.random() < 0.5, g.random() < 0.5),
+            "rejected": answer(g, False, g.random() < 0.5, g.random() < 0.5),
+            "metadata": {"score_chosen": 9.0, "score_rejected": 9.0 if prompt % 10 == 0 else 2.0},
+        }
+        for prompt in prompts
+    ]
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_policy: Path, root: Path) -> Callable[..., FitHeadsConfig]:
-    write_rows(tmp_path / "train ratings.jsonl", rated_rows(range(30)))
-    write_rows(tmp_path / "held out.jsonl", rated_rows(range(100, 115)))
+    write_rows(tmp_path / "train ratings.jsonl", rated_rows(range(40)))
+    write_rows(tmp_path / "held out.jsonl", rated_rows(range(100, 120)))
+    write_rows(tmp_path / "train pairs.jsonl", preference_rows(range(40)))
+    write_rows(tmp_path / "held out pairs.jsonl", preference_rows(range(100, 120)))
 
     def make(**fields: Any) -> FitHeadsConfig:
         given = {
             "backbone": str(tiny_policy), "ratings": str(tmp_path / "train ratings.jsonl"),
             "validation": str(tmp_path / "held out.jsonl"), "output_path": str(tmp_path / "fitted heads"),
-            "objectives": OBJECTIVES, "quality": ["warm"], "verbosity": "mine-long", "gate_steps": 20, "dtype": "float32",
+            "objectives": OBJECTIVES, "quality": ["warm"], "verbosity": "mine-sure", "gate_steps": 20, "dtype": "float32",
             "chat_template": str(root / "src/drdpo/assets/armorm_smollm2/chat_template.jinja"),
-            "attribution": "Made up here, CC0.", "gating_hidden_dim": 8,
+            "attribution": "Made up here, CC0.", "remarks": "Tried one layer.", "gating_hidden_dim": 8,
         }  # fmt: skip
         return FitHeadsConfig(**(given | fields))
 
     return make
 
 
-def assemble(heads: Path, backbone: Path, folder: Path) -> Path:
-    """Heads and backbone in one reward model folder, as setup does for the embedded model."""
-    from safetensors.torch import load_file, save_file
-
-    folder.mkdir()
-    weights = {
-        name: tensor for name, tensor in load_file(backbone / "model.safetensors").items() if name != "lm_head.weight"
+def with_pairs(tmp_path: Path) -> dict[str, str]:
+    return {
+        "preferences": str(tmp_path / "train pairs.jsonl"),
+        "preferences_validation": str(tmp_path / "held out pairs.jsonl"),
     }
-    save_file(weights | load_file(heads / "heads.safetensors"), folder / "model.safetensors")
-    config = json.loads((backbone / "config.json").read_text()) | json.loads((heads / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((backbone / name).read_bytes())
-    (folder / "chat_template.jinja").write_bytes((heads / "chat_template.jinja").read_bytes())
-    return folder
 
 
 def test_fitted_heads_load_and_predict_held_out_ratings(
@@ -78,117 +90,169 @@ def test_fitted_heads_load_and_predict_held_out_ratings(
     fit_reward_heads(config(cache=str(tmp_path / "cache")))
     printed = capsys.readouterr().out
     heads = tmp_path / "fitted heads"
-    assert sorted(file.name for file in heads.iterdir()) == [
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "heads.safetensors",
-    ]
+    names = ["README.md", "chat_template.jinja", "config.json", "heads.safetensors"]
+    assert sorted(file.name for file in heads.iterdir()) == names
     written = json.loads((heads / "config.json").read_text())
-    assert written["objectives"] == ["mine-warm", "mine-long"]
+    # Length alone gives `long`, so no head may claim it.
+    assert written["objectives"] == ["mine-warm", "mine-sure"]
+    assert "dropped: mine-long does not clearly beat a constant and the answer's length" in printed
+    assert written["num_hidden_layers"] == 2
     assert written["gating_token_pattern"] == [2, 198, 1, 520, 9531, 198]
-    folder = assemble(heads, tiny_policy, tmp_path / "reward model")
-    model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
-    ratings = read_ratings(tmp_path / "held out.jsonl", ["warm", "long"])
+    make_reward_model(tmp_path / "reward model", tiny_policy, heads)
+    model, tokenizer = load_armorm(tmp_path / "reward model", "cpu", torch.float32), load_tokenizer(str(tiny_policy))
+    tokenizer.chat_template = (heads / "chat_template.jinja").read_text()
+    ratings = read_ratings(tmp_path / "held out.jsonl", ["warm", "sure"], ["warm"], Scale(4, 0.5))
     sequences = [conversation_token_ids(tokenizer, messages) for messages in ratings.conversations]
     rewards = model(*pad_right(sequences, 0, torch.device("cpu")))
-    predicted_NK = 5 * rewards.stage1.numpy() - 0.5  # back to ratings
-    rated_NK = 5 * ratings.labels_NK - 0.5
+    rated_NK, predicted_NK = 5 * ratings.labels_NK - 0.5, 5 * rewards.stage1.numpy() - 0.5  # back to ratings
     assert set(rated_NK[:, 0]) == {0.0, 4.0}
     error, constant_error = ((predicted_NK - rated_NK) ** 2).mean(axis=0), rated_NK.var(axis=0)
-    assert (error < 0.25 * constant_error).all()
-    assert f"{error[0]:.3f}" in next(line for line in printed.splitlines() if "mine-warm" in line)  # the printed figure
+    assert error[0] < 0.5 * constant_error[0]
+    held_out = next(line for line in reversed(printed.splitlines()) if "mine-warm" in line and "yes" in line)
+    assert f"{error[0]:.3f}" in held_out  # the printed figure is that of the model that was written
+    better_P, worse_P = ratings.pairs_P2.T
+    gated = float((rewards.stage2[better_P] > rewards.stage2[worse_P]).float().mean())
+    assert f"{gated:.3f}" in next(line for line in printed.splitlines() if "ArmoRM (gated)" in line)
     card = (heads / "README.md").read_text()
-    assert next(line for line in printed.splitlines() if "mine-warm" in line) in card
-    assert "Made up here, CC0." in card
-    assert "--ratings='" in card
-    again = config(cache=str(tmp_path / "cache"), output_path=str(tmp_path / "second"))
-    fit_reward_heads(again)
-    assert "conversations from" in capsys.readouterr().out
+    for text in (
+        held_out,
+        "Made up here, CC0.",
+        "Tried one layer.\n",
+        "--ratings='",
+        "Dropped: mine-long.",
+        "5 x - 0.5, from 0 to 4",
+    ):
+        assert text in card
+    fit_reward_heads(config(cache=str(tmp_path / "cache"), output_path=str(tmp_path / "second")))
+    assert "80 conversations, layers 2, from" in capsys.readouterr().out
     assert (tmp_path / "second" / "heads.safetensors").read_bytes() == (heads / "heads.safetensors").read_bytes()
 
 
-def test_features_are_the_hidden_states_at_the_two_positions(tiny_policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_the_assembled_model_reads_what_was_fitted_on(
+    config: Callable[..., FitHeadsConfig], tiny_policy: Path, tmp_path: Path, pooling: str
+) -> None:
     from transformers import AutoModel
 
+    fit_reward_heads(config(layers=[1], pooling=pooling, drop_weak=False, **with_pairs(tmp_path)))
+    heads, folder = tmp_path / "fitted heads", tmp_path / "reward model"
+    make_reward_model(folder, tiny_policy, heads)
+    model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
+    assert (model.layout.pooling, len(model.model.layers)) == (pooling, 1)
+    ratings = read_ratings(tmp_path / "held out.jsonl", ["warm"], ["warm"], Scale(4, 0.5))
+    sequences = [conversation_token_ids(tokenizer, messages) for messages in ratings.conversations]
     backbone = AutoModel.from_pretrained(tiny_policy, dtype=torch.float32).eval()
-    pattern = gating_pattern(load_tokenizer(str(tiny_policy)))
-    assert pattern == [2, 198, 1, 520, 9531, 198]
-    sequences = [[1, 5, *pattern, 9, 2], [1, 7, 8, 9, *pattern, 4, 4, *pattern, 6, 6, 6, 2], [1, *pattern]]
-    features = cached_features(backbone, sequences, pattern, 1000, tmp_path / "cache", "key")
-    for row, (ids, gate) in enumerate(zip(sequences, (2, 12, 1), strict=True)):
-        with torch.no_grad():
-            hidden_TD = backbone(torch.tensor([ids])).last_hidden_state[0]
-        torch.testing.assert_close(features.last_ND[row], hidden_TD[-1], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(features.gate_ND[row], hidden_TD[gate], atol=1e-4, rtol=1e-4)
-    stored = cached_features(torch.nn.Identity(), sequences, pattern, 1000, tmp_path / "cache", "key")
-    assert torch.equal(stored.last_ND, features.last_ND)
-    with pytest.raises((AttributeError, TypeError, StopIteration)):  # another key is another backbone: not from the cache
-        cached_features(torch.nn.Identity(), sequences, pattern, 1000, tmp_path / "cache", "other")
-    assert hidden_states_at(backbone, sequences[:1], [[0, 1, 2]], 8).shape == (1, 3, 32)
+    pattern = json.loads((heads / "config.json").read_text())["gating_token_pattern"]
+    features: Features = layer_features(backbone, [1, 2], sequences, pattern, 400)[1]
+    weight_KD = load_file(heads / "heads.safetensors")["regression_layer.weight"]
+    assert weight_KD.shape == (4, 32)
+    rewards = model(*pad_right(sequences, 0, torch.device("cpu")))
+    torch.testing.assert_close(rewards.stage1, features.answer(pooling) @ weight_KD.T, atol=1e-4, rtol=1e-4)
+    expected = model.heads(features.answer(pooling), features.gate_ND)
+    torch.testing.assert_close(rewards.stage2, expected.stage2, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(features.last_ND, features.mean_ND, atol=0.1)
 
 
-def test_ratings_scale_masks_and_pairs(tmp_path: Path) -> None:
-    path = tmp_path / "ratings.jsonl"
-    rows = [
-        {"prompt": "p", "response": "a", "good": 4, "short": None},
-        {"prompt": "q", "response": "b", "good": 0, "short": 2},
-        {"prompt": "p", "response": "c", "good": 1},
-        {"prompt": "p", "response": "d", "good": 4},
-    ]
-    write_rows(path, rows)
-    ratings = read_ratings(path, ["good", "short"])
-    np.testing.assert_allclose(ratings.labels_NK[:, 0], [0.9, 0.1, 0.3, 0.9])
-    np.testing.assert_allclose(ratings.labels_NK[:, 1], [np.nan, 0.5, np.nan, np.nan])
-    assert ratings.prompt_N.tolist() == [0, 1, 0, 0]
-    assert rating_pairs(ratings.prompt_N, ratings.labels_NK[:, 0]).tolist() == [[0, 2], [3, 2]]
-    assert rating_pairs(ratings.prompt_N, ratings.labels_NK[:, 1]).shape == (0, 2)
+def test_preferences_give_an_objective_and_pairs(
+    config: Callable[..., FitHeadsConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_reward_heads(config(layers=[2, 1], **with_pairs(tmp_path)))
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "fitted heads" / "config.json").read_text())
+    assert written["objectives"] == ["mine-warm", "mine-sure", "ultrafeedback-overall_score"]
+    assert "gate: 76 pairs" in printed  # 40 of the ratings, 40 - 4 with different scores of the preferences
+    assert "train pairs.jsonl: rows that make no pair, equal scores: 4" in printed
+    assert "Pairs of held out.jsonl (ratings): 20." in printed
+    assert "Pairs of held out pairs.jsonl (preferences): 18." in printed
+    card = (tmp_path / "fitted heads" / "README.md").read_text()
+    assert "ultrafeedback-overall_score stands for the rating 10 x, from 0 to 10" in card
+    assert "120 training answers" not in card
+    assert "160 training answers; 80 held-out answers" in card
+    assert (written["num_hidden_layers"], written["pooling"]) in [(1, "last"), (1, "mean"), (2, "last"), (2, "mean")]
+    marked = next(line for line in card.splitlines() if "(chosen)" in line).split("|")
+    assert (int(marked[1]), marked[2].split()[0]) == (written["num_hidden_layers"], written["pooling"])
+    assert sum(line.startswith("|") and (" last " in line or " mean " in line[:20]) for line in card.splitlines()) >= 4
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"warm": 5}, 'row 2: field "warm" is 5, not a rating from 0 to 4'),
-        ({"warm": "4"}, "row 2: field \"warm\" is '4', not a rating"),
-        ({"response": " "}, "row 2: field \"response\" is ' ', not a text"),
-        ({"prompt": "a\n<extra_id_1>Assistant\nb"}, "row 2: the prompt does not end in a user turn"),
-    ],
-)
-def test_bad_ratings_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    row = {"prompt": "p", "response": "a", "warm": 1}
-    write_rows(tmp_path / "ratings.jsonl", [row, row | change])
-    with pytest.raises(DataError, match=message):
-        read_ratings(tmp_path / "ratings.jsonl", ["warm"])
-    write_rows(tmp_path / "ratings.jsonl", [row])
-    with pytest.raises(DataError, match='no row has a rating in the field "cold"'):
-        read_ratings(tmp_path / "ratings.jsonl", ["warm", "cold"])
+def test_preferences_without_scores_give_pairs(config: Callable[..., FitHeadsConfig], tmp_path: Path) -> None:
+    for name, prompts in (("train pairs.jsonl", range(40)), ("held out pairs.jsonl", range(100, 120))):
+        write_rows(tmp_path / name, [{**row, "metadata": None} for row in preference_rows(prompts)])
+    with pytest.raises(
+        DataError, match='no row has a rating in the field "score_chosen"; without scores, give --preferences_obj'
+    ):
+        fit_reward_heads(config(**with_pairs(tmp_path)))
+    fit_reward_heads(config(preferences_objective="", **with_pairs(tmp_path)))
+    written = json.loads((tmp_path / "fitted heads" / "config.json").read_text())
+    assert written["objectives"] == ["mine-warm", "mine-sure"]
+    card = (tmp_path / "fitted heads" / "README.md").read_text()
+    assert "Pairs of held out pairs.jsonl (preferences): 20." in card
+    assert "--preferences_objective=''" in card
+
+
+def test_without_a_head_for_verbosity_nothing_is_debiased(
+    config: Callable[..., FitHeadsConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_reward_heads(config(verbosity="mine-long"))
+    assert "mine-long is no head, so nothing is taken out of the others" in capsys.readouterr().out
+    heads = load_file(tmp_path / "fitted heads" / "heads.safetensors")
+    assert torch.equal(heads["reward_transform_matrix"], torch.eye(2))
+    assert "no debiasing, since mine-long was dropped" in (tmp_path / "fitted heads" / "README.md").read_text()
+    fit_reward_heads(config(verbosity="mine-long", drop_weak=False))
+    heads = load_file(tmp_path / "fitted heads" / "heads.safetensors")
+    assert heads["reward_transform_matrix"].shape == (3, 3)
+    assert heads["reward_transform_matrix"][2, 2] == 0
 
 
 def test_held_out_prompts_that_were_trained_on_do_not_count(
     config: Callable[..., FitHeadsConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leaked = [{**row, "prompt": f" {row['prompt']}\n"} for row in rated_rows(range(3))]
-    write_rows(tmp_path / "held out.jsonl", [*leaked, *rated_rows(range(100, 115))])
-    fit_reward_heads(config())
-    printed = capsys.readouterr().out
-    assert "6 rows left out, whose prompt is also in" in printed
-    assert "30 held-out answers" in (tmp_path / "fitted heads" / "README.md").read_text()
+    leaked = [{**row, "prompt": f" {row['prompt']}\n"} for row in rated_rows(range(1, 4))]
+    shared = [{**row, "prompt": "Wish 1?"} for row in rated_rows(range(1))]
+    write_rows(tmp_path / "held out.jsonl", [*leaked, *shared, *rated_rows(range(100, 120))])
+    fit_reward_heads(config(**with_pairs(tmp_path)))
+    assert "held out.jsonl: 8 answers left out, whose prompt is also among those of training" in capsys.readouterr().out
+    assert "80 held-out answers" in (tmp_path / "fitted heads" / "README.md").read_text()
 
 
 def test_wrong_commands_are_refused(config: Callable[..., FitHeadsConfig], tiny_policy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a model"):
         fit_reward_heads(config(output_path=str(tiny_policy)))
-    with pytest.raises(DataError, match="every held-out prompt is also in"):
+    with pytest.raises(UsageError, match=r"--layers 3: the backbone .* has 2 layers"):
+        fit_reward_heads(config(layers=[1, 3]))
+    with pytest.raises(DataError, match="every held-out prompt is also among"):
         fit_reward_heads(config(validation=str(tmp_path / "train ratings.jsonl")))
+    with pytest.raises(DataError, match="every conversation is longer than --max_len=5"):
+        fit_reward_heads(config(max_len=5))
+    with pytest.raises(DataError, match="no objective clearly beats a constant"):
+        fit_reward_heads(config(objectives=["mine-long=long"], quality=["long"], verbosity=""))
     write_rows(tmp_path / "train ratings.jsonl", rated_rows(range(4)))
-    with pytest.raises(DataError, match="4 prompts; fitting needs at least 10"):
+    with pytest.raises(DataError, match="4 prompts with mine-warm; fitting needs at least 10"):
         fit_reward_heads(config())
     for fields, message in (
         ({"objectives": ["warm"]}, "write NAME=COLUMN"),
+        ({"objectives": ["ultrafeedback-overall_score=warm"], "verbosity": ""}, "is given twice or taken"),
         ({"verbosity": "mine-short"}, "--verbosity=mine-short"),
         ({"quality": ["cold"]}, "no objective is fitted on this column"),
         ({"gating_temperature": 0.0}, "must be positive"),
+        ({"highest_score": 0.0}, "must be positive"),
+        ({"layers": [0]}, "counted from 1"),
+        ({"preferences": "some.jsonl"}, "go together"),
+        ({"preferences_objective": "ArmoRM"}, "the name of the gated score"),
     ):
         with pytest.raises(UsageError, match=message):
             config(**fields)
     assert not (tmp_path / "fitted heads").exists()
+
+
+def test_figures_are_printed_with_both_intervals(
+    config: Callable[..., FitHeadsConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_reward_heads(config(objectives=["mine-warm=warm"], verbosity=""))
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if "Pearson (95% interval)" in line)
+    row = lines[lines.index(head) + 2]
+    cells = dict(zip((cell.strip() for cell in head.split("|")), (cell.strip() for cell in row.split("|")), strict=True))
+    for name in ("Pearson (95% interval)", "Spearman (95% interval)"):
+        value, low, high = (float(word.strip("()")) for word in cells[name].replace(" to ", " ").split())
+        assert -1 <= low <= value <= high <= 1
+    assert np.isfinite(float(cells["ridge alpha"]))

@@ -1,11 +1,18 @@
-"""Ridge, transform, gate and statistics on numbers whose answer is known."""
+"""Transform, gate and statistics on numbers whose answer is known."""
 
 import numpy as np
 import pytest
 import torch
 
 from drdpo.rewards.armorm import GatingNetwork
-from drdpo.rewards.heads import ALPHAS, GatePairs, choose_gate_steps, debiasing_transform, fit_gate, fit_ridge, prompt_folds
+from drdpo.rewards.heads import (
+    GatePairs,
+    choose_gate_steps,
+    debiasing_transform,
+    fit_gate,
+    log_odds_scale,
+    prompt_folds,
+)
 from drdpo.rewards.statistics import bootstrap_interval, pair_accuracy, pearson, ranks, spearman
 
 
@@ -34,36 +41,6 @@ def test_folds_keep_a_prompt_together() -> None:
     assert sorted(np.bincount(fold_N)) == [8, 8, 10, 10, 10]
     assert (fold_N == prompt_folds(prompt_N, 5, seed=42)).all()
     assert (fold_N != prompt_folds(prompt_N, 5, seed=43)).any()
-
-
-def test_ridge_is_the_closed_form_without_intercept() -> None:
-    g = np.random.default_rng(0)
-    x_ND = g.normal(size=(60, 4))
-    y_N = x_ND @ [1.0, -2.0, 0.5, 0.0] + g.normal(size=60)
-    fit = fit_ridge(x_ND, y_N, prompt_folds(np.arange(60), 5, 0))
-    expected_D = np.linalg.solve(x_ND.T @ x_ND + fit.alpha * np.eye(4), x_ND.T @ y_N)
-    np.testing.assert_allclose(fit.weight_D, expected_D, rtol=1e-9)
-    errors = {}
-    for alpha in ALPHAS:
-        total = 0.0
-        for fold in range(5):
-            held = prompt_folds(np.arange(60), 5, 0) == fold
-            w_D = np.linalg.solve(x_ND[~held].T @ x_ND[~held] + alpha * np.eye(4), x_ND[~held].T @ y_N[~held])
-            total += float(((y_N[held] - x_ND[held] @ w_D) ** 2).sum())
-        errors[alpha] = total / 60
-    assert fit.alpha == min(errors, key=lambda alpha: errors[alpha])
-    assert fit.error == pytest.approx(errors[fit.alpha])
-
-
-def test_the_grid_goes_on_where_the_best_penalty_is_at_its_end() -> None:
-    g = np.random.default_rng(1)
-    x_ND = 1000 * g.normal(size=(40, 3))
-    fit = fit_ridge(x_ND, g.normal(size=40), prompt_folds(np.arange(40), 5, 0))  # nothing to learn: shrink, far
-    assert fit.alpha > max(ALPHAS)
-    x_ND = 1e-4 * g.normal(size=(400, 3))
-    fit = fit_ridge(x_ND, x_ND @ [1.0, 2.0, 3.0], prompt_folds(np.arange(400), 5, 0))  # noiseless: hardly shrink
-    assert fit.alpha < min(ALPHAS)
-    np.testing.assert_allclose(fit.weight_D, [1, 2, 3], rtol=1e-3)
 
 
 def test_the_transform_takes_verbosity_out() -> None:
@@ -101,7 +78,8 @@ def test_the_gate_learns_which_objective_a_prompt_asks_for() -> None:
             return float(((gate(others.prompt_PD) * others.margin_PK).sum(-1) > 0).float().mean())
 
     losses = fit_gate(gate, pairs, steps=1500, stop=0)
-    assert losses == [pytest.approx(float(np.log1p(np.exp(0.25))))]  # equal weights: (2 - 2.5) / 2
+    # Equal weights: every margin is (2 - 2.5) / 2. No scale helps such a score, so it is 1.
+    assert losses == [pytest.approx(float(np.log1p(np.exp(0.25))))]
     assert accuracy() == 0
     losses = fit_gate(gate, pairs, steps=1500, stop=1500)
     assert len(losses) == 1501
@@ -110,6 +88,19 @@ def test_the_gate_learns_which_objective_a_prompt_asks_for() -> None:
     assert gate.logit_scale.item() == 1.0
     with torch.no_grad():
         torch.testing.assert_close(gate(pairs.prompt_PD).sum(-1), torch.ones(400))
+
+
+def test_margins_become_log_odds() -> None:
+    # 3 of 4 pairs are ordered rightly by 0.1, one wrongly: sigmoid(0.1 s) = 3/4 gives s = 10 ln 3.
+    assert log_odds_scale(torch.tensor([0.1, 0.1, 0.1, -0.1])) == pytest.approx(10 * np.log(3))
+    assert log_odds_scale(torch.tensor([0.1, -0.1, -0.1])) == 1.0  # it prefers the worse answers
+    assert log_odds_scale(torch.tensor([0.1, 0.2])) >= 1000.0  # nothing is wrong: no finite maximum
+    pairs = GatePairs(torch.randn(4, 6), torch.tensor([[0.2, 0.0], [0.0, 0.2], [0.1, 0.1], [-0.3, 0.1]]))
+    gate = new_gate()
+    fit_gate(gate, pairs, steps=10, stop=0)  # equal weights halve the sum of two margins
+    assert gate.logit_scale.item() == pytest.approx(10 * np.log(3))
+    with torch.no_grad():
+        torch.testing.assert_close(gate(pairs.prompt_PD), torch.full((4, 2), 5 * float(np.log(3))))
 
 
 def test_the_gate_stops_where_held_out_prompts_say_so() -> None:

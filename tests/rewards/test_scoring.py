@@ -199,8 +199,10 @@ def test_save_path_may_be_a_model_folder(config: Callable[..., CompletionsConfig
 def test_bad_inputs_are_named(
     config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, published: Path, tmp_path: Path
 ) -> None:
+    with pytest.raises(UsageError, match="so the longest conversation would not fit a batch"):
+        config(score_max_len=500, score_batch_tokens=499)
     with pytest.raises(UsageError, match="reads at most 8192 tokens"):
-        score_completions(config(score_max_len=9000))
+        score_completions(config(score_max_len=9000, score_batch_tokens=9000))
     with pytest.raises(DataError, match="no such reward model folder"):
         score_completions(config(reward_model=str(tmp_path / "nowhere")))
     with pytest.raises(DataError, match="no tokenizer"):

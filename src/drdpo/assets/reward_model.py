@@ -1,24 +1,28 @@
-"""The embedded reward model: the heads that this repository commits, put on the embedded policy's backbone.
+"""A reward model folder: fitted heads put on their backbone; those this repository commits, on the embedded policy's.
 
 Layout of the published ArmoRM checkpoint (RLHFlow/ArmoRM-Llama3-8B-v0.1): sharded safetensors with an index; backbone
 tensors `model.*`, and float32 heads `regression_layer.weight`, `reward_transform_matrix`, `gating.*`; no lm_head.
-Shard 1 is the policy's own file, linked: its embeddings are tied, so it holds exactly the backbone.
+The backbone's files become the first shards, without an output head and, where the heads read a shallower backbone
+(num_hidden_layers in their config.json), without the layers beyond; the heads are the last shard.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from drdpo.errors import DataError
-from drdpo.files import atomic_folder
+from drdpo.config import AssembleConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.files import atomic_folder, read_json_object
 from drdpo.manifest import fingerprint, read_manifest, write_manifest
+from drdpo.models import check_model_folder
 
 COMMITTED = Path(__file__).parent / "armorm_smollm2"
 HEADS, CONFIG, CARD, TEMPLATE = "heads.safetensors", "config.json", "README.md", "chat_template.jinja"
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
 ARCHITECTURE = "LlamaForRewardModelWithGating"
 LAYOUT = 1
 """Raised when this module writes another folder from the same files, so that setup assembles it again."""
@@ -28,7 +32,9 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 def reward_model_is_made(folder: Path, policy: Path, committed: Path = COMMITTED) -> bool:
     """Does `folder` hold what make_reward_model would write?"""
-    if not (policy / "config.json").is_file() or not all((folder / shard).is_file() for shard in SHARDS):
+    if not (policy / "config.json").is_file() or not (folder / INDEX).is_file():
+        return False
+    if not all((folder / shard).is_file() for shard in read_json_object(folder / INDEX)["weight_map"].values()):
         return False
     return bool(read_manifest(folder).get("assets", {}).get("made_by") == _made_by(policy, committed))
 
@@ -38,27 +44,44 @@ def make_reward_model(folder: Path, policy: Path, committed: Path = COMMITTED) -
 
     Args:
         folder: where to write.
-        policy: Hugging Face folder of a Llama with tied embeddings, in one model.safetensors.
+        policy: Hugging Face folder of a Llama in safetensors, single or sharded.
         committed: heads.safetensors, config.json (what the heads add to the backbone's config), README.md and
             chat_template.jinja.
 
     Raises:
-        DataError: a committed file is missing, a head is not float32, or the policy's file is no bare backbone.
+        DataError: a file is missing, a head is not float32, or the backbone has fewer layers than the heads read.
     """
     for name in (HEADS, CONFIG, CARD, TEMPLATE):
         if not (committed / name).is_file():
-            raise DataError(f"{committed / name}: no such file; it is part of this repository")
+            raise DataError(f"{committed / name}: no such file; src/fit_reward_heads.py writes it with the others")
     with atomic_folder(folder) as aside:
-        _link(policy / "model.safetensors", aside / SHARDS[0])
-        shutil.copyfile(committed / HEADS, aside / SHARDS[1])
-        _write_index(aside)
         _write_config(policy / "config.json", committed / CONFIG, aside / CONFIG)
+        shards = _write_backbone(policy, aside)
+        shutil.copyfile(committed / HEADS, aside / shards[-1])
+        _write_index(aside, shards)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(policy / name, aside / name)
         # Raw messages: the policy's template would add its default system message.
         shutil.copyfile(committed / TEMPLATE, aside / TEMPLATE)
         shutil.copyfile(committed / CARD, aside / CARD)
         write_manifest(aside, "assets", _made_by(policy, committed))
+
+
+def assemble_reward_model(config: AssembleConfig) -> None:
+    """Put fitted heads on their backbone; see AssembleConfig.
+
+    Raises:
+        DataError: as make_reward_model.
+        UsageError: the output folder is one of the inputs, or holds something else than an assembled reward model.
+    """
+    target, backbone, heads = Path(config.output_path), Path(config.backbone), Path(config.heads)
+    check_model_folder(config.backbone)
+    if target.resolve() in (backbone.resolve(), heads.resolve()):
+        raise UsageError(f"--output_path={target} is one of the inputs; give another folder")
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and "assets" not in read_manifest(target))):
+        raise UsageError(f"--output_path={target} holds something else than an assembled reward model; give another folder")
+    make_reward_model(target, backbone, heads)
+    print(f"{target}: {heads} on {backbone}; use it by --reward_model={target}")
 
 
 def _made_by(policy: Path, committed: Path) -> dict[str, Any]:
@@ -68,6 +91,43 @@ def _made_by(policy: Path, committed: Path) -> dict[str, Any]:
     return {"policy": fingerprint(policy), "committed": digest.hexdigest()[:32], "layout": LAYOUT}
 
 
+def _write_backbone(policy: Path, folder: Path) -> list[str]:
+    """The backbone's tensors that `folder`'s config.json counts; returns the names of all shards, the heads' last."""
+    layers = read_json_object(folder / CONFIG)["num_hidden_layers"]
+    files = sorted(policy.glob("model*.safetensors"))
+    if not files:
+        raise DataError(f"{policy}: no model*.safetensors")
+    total = len(files) + 1
+    shards = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+    found = 0
+    for file, shard in zip(files, shards, strict=False):
+        names = _tensors(file)
+        kept = [name for name in names if name.startswith("model.") and _layer(name) < layers]
+        if len(kept) == len(names):
+            _link(file, folder / shard)
+        else:
+            _copy_tensors(file, kept, folder / shard, mode=(folder / CONFIG).stat().st_mode)
+        found += len(kept)
+    if not found:
+        raise DataError(f"{policy}: no tensor model.*; the backbone is a causal language model's folder")
+    return shards
+
+
+def _copy_tensors(source: Path, names: list[str], target: Path, mode: int) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, framework="pt") as stored:
+        save_file({name: stored.get_tensor(name) for name in names}, target, metadata={"format": "pt"})
+    target.chmod(mode)  # safetensors makes it private
+
+
+def _layer(name: str) -> int:
+    """Which layer a tensor belongs to, counted from 0; -1 for embeddings and the final norm."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -75,18 +135,18 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_index(folder: Path) -> None:
+def _write_index(folder: Path, shards: list[str]) -> None:
     weight_map: dict[str, str] = {}
     total = 0
-    for shard in SHARDS:
+    for shard in shards:
         for name, (dtype, size) in _tensors(folder / shard).items():
-            backbone = shard == SHARDS[0]
+            backbone = shard != shards[-1]
             if backbone != name.startswith("model.") or (not backbone and dtype != "F32"):
                 raise DataError(f"{shard}: the tensor {name} ({dtype}) has no place there; backbone model.*, heads float32")
             weight_map[name] = shard
             total += size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensors(path: Path) -> dict[str, tuple[str, int]]:
@@ -108,7 +168,11 @@ def _tensors(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def _write_config(backbone: Path, heads: Path, target: Path) -> None:
-    config = json.loads(backbone.read_text(encoding="utf-8"))
-    added = json.loads(heads.read_text(encoding="utf-8"))
+    config, added = read_json_object(backbone), read_json_object(heads)
+    layers = added.get("num_hidden_layers", config["num_hidden_layers"])
+    if layers > config["num_hidden_layers"]:
+        raise DataError(f"{heads}: the heads read {layers} layers, and {backbone} has {config['num_hidden_layers']}")
+    if isinstance(config.get("layer_types"), list):  # One word a layer, in families that have several kinds.
+        config["layer_types"] = config["layer_types"][:layers]
     config |= added | {"architectures": [ARCHITECTURE]}
     target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

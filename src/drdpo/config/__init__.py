@@ -1,6 +1,6 @@
 """One frozen dataclass per step IS the command line of that step."""
 
-from drdpo.config.assets import AssetsConfig
+from drdpo.config.assets import AssembleConfig, AssetsConfig
 from drdpo.config.completions import CompletionsConfig
 from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
 from drdpo.config.inspection import InspectConfig
@@ -9,6 +9,7 @@ from drdpo.config.reward_heads import FitHeadsConfig
 from drdpo.config.training import TrainConfig
 
 __all__ = [
+    "AssembleConfig",
     "AssetsConfig",
     "CompletionsConfig",
     "EvaluateConfig",

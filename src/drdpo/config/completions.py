@@ -35,7 +35,7 @@ class CompletionsConfig:
     )
     score_max_len: int = flag("a longer prompt + completion, in tokens, is set aside in rejects.jsonl", 4096)
     score_batch_tokens: int = flag(
-        "tokens in one scoring batch; a prompt counts once for its completions, which bounds the memory", 16384
+        "tokens in one scoring batch, which bound its memory; a prompt counts once for its completions", 8192
     )
     overwrite: bool = flag("replace results that other flags, models or inputs made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)

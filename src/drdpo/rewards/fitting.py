@@ -1,15 +1,10 @@
 """Fit the reward heads of a multi-objective reward model on human ratings, with a frozen backbone.
 
-    stage 1   per objective a ridge regression without intercept on the last token's hidden state
-    stage 2   the verbosity-debiased transform, and a gate fitted by Bradley-Terry on answers to the same prompt
-
-Both parts of stage 2 see CROSS-FITTED stage-1 rewards of the training answers (each predicted by heads that were fitted
-without its prompt): rewards of the very answers that a head was fitted on are too good, and a gate would trust them.
-The held-out file serves for the printed figures and for nothing else.
+At which depth the backbone is read and how stage 1 pools the answer is decided in choice.py, both stages are fitted in
+stages.py, on the training files alone. The held-out files serve for the printed figures and for nothing else.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,61 +15,27 @@ from drdpo.chat import load_tokenizer
 from drdpo.config import FitHeadsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_files
-from drdpo.rewards.armorm import GatingNetwork
-from drdpo.rewards.card import model_card
-from drdpo.rewards.features import gating_pattern
-from drdpo.rewards.heads import (
-    FOLDS,
-    GatePairs,
-    Ridge,
-    choose_gate_steps,
-    debiasing_transform,
-    fit_gate,
-    fit_ridge,
-    prompt_folds,
-)
-from drdpo.rewards.heldout import (
-    ObjectiveFigures,
-    PairFigures,
-    objective_figures,
-    objective_table,
-    pair_figures,
-    pair_table,
-)
-from drdpo.rewards.rated import RatedFeatures, rated_features
-from drdpo.rewards.scores import Floats
+from drdpo.rewards.baselines import baselines, compare
+from drdpo.rewards.card import Report, model_card
+from drdpo.rewards.choice import Candidate, choose
+from drdpo.rewards.features import Features, gating_pattern
+from drdpo.rewards.heads import FOLDS, prompt_folds
+from drdpo.rewards.heldout import GATED, LONGER, FileFigures, ObjectiveFigures, file_figures, objective_figures
+from drdpo.rewards.layout import POOLINGS
+from drdpo.rewards.rated import Answers, Backbone, Files, read_files, scales
+from drdpo.rewards.stages import Heads, fit_heads
+from drdpo.rewards.tables import choice_table
 
 HEADS, CONFIG, CARD, TEMPLATE = "heads.safetensors", "config.json", "README.md", "chat_template.jinja"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Everything that is fitted."""
-
-    ridges: list[Ridge]
-    transform_KK: Floats
-    gate: GatingNetwork
-    gate_steps: int
-    """After how many steps its fit stopped; 0 leaves equal weights."""
-    pattern: list[int]
-
-    def stage1(self, last_ND: Floats) -> Floats:
-        """[N, K] rewards."""
-        return last_ND @ np.stack([ridge.weight_D for ridge in self.ridges], axis=1)
-
-    def stage2(self, last_ND: Floats, gate_ND: torch.Tensor) -> Floats:
-        """[N] gated scores."""
-        with torch.inference_mode():
-            gate_NK = self.gate(gate_ND).double().numpy()
-        return np.asarray((gate_NK * (self.stage1(last_ND) @ self.transform_KK)).sum(axis=1))
 
 
 def fit_reward_heads(config: FitHeadsConfig) -> None:
     """Fit, print the held-out figures, and write heads.safetensors, config.json, chat_template.jinja and README.md.
 
     Raises:
-        DataError: a file is missing or malformed, the backbone cannot be loaded, or there are too few prompts or pairs.
-        UsageError: the output folder holds a model.
+        DataError: a file is missing or malformed, the backbone cannot be loaded, there are too few prompts or pairs, or no
+            objective is worth a head.
+        UsageError: the output folder holds a model, or the backbone has no such layer.
     """
     target = Path(config.output_path)
     if any(target.glob("*.safetensors.index.json")) or (target / "model.safetensors").exists():
@@ -85,82 +46,87 @@ def fit_reward_heads(config: FitHeadsConfig) -> None:
     if config.chat_template is not None:
         tokenizer.chat_template = _read_text(Path(config.chat_template))
     pattern = gating_pattern(tokenizer)
-    train, held_out = rated_features(config, tokenizer, pattern)
-    heads = fit_heads(config, train, pattern)
-    objectives, pairs = figures(config, heads, train, held_out)
-    print(objective_table(objectives) + "\n\n" + pair_table(pairs), flush=True)
-    card = model_card(
-        config, objectives, pairs, heads.gate_steps,
-        rows=(len(train.ratings.prompt_N), len(held_out.ratings.prompt_N)), left_out=(train.left_out, held_out.left_out),
+    train_files, held_out_files = read_files(config, tokenizer)
+    notes = [*train_files.notes(), *held_out_files.notes()]
+    print("\n".join(notes), flush=True)
+    train, held_out = train_files.together(), held_out_files.together()
+    _check_enough(config, train, held_out_files)
+    backbone = Backbone(config, pattern)
+    fold_N = prompt_folds(train.prompt_N, FOLDS, config.seed)
+    features = backbone.features(train_files, backbone.layers())
+    chosen, candidates = choose_reading(config, features, train, fold_N)
+    read = features[chosen.layer]
+    heads, claims = fit_heads(config, train, read.answer(chosen.pooling).double().numpy(), read.gate_ND, fold_N)
+    read = backbone.features(held_out_files, [chosen.layer])[chosen.layer]
+    objectives, files = figures(config, heads, train, held_out, held_out_files, read, chosen.pooling)
+    report = Report(
+        config, heads, chosen, candidates, claims, objectives, files, notes, backbone.depth,
+        rows=(len(train_files), len(held_out_files)), left_out=(train_files.left_out, held_out_files.left_out),
     )  # fmt: skip
-    write_heads(target, config, heads, card, str(tokenizer.chat_template))
+    print("\n" + report.figures(), flush=True)
+    write_heads(target, config, heads, chosen, pattern, model_card(report), str(tokenizer.chat_template))
 
 
-def fit_heads(config: FitHeadsConfig, train: RatedFeatures, pattern: list[int]) -> Heads:
-    """Fit both stages on the training answers.
-
-    Raises:
-        DataError: fewer prompts than validation folds, or no pair of answers with different quality.
-    """
-    columns = config.objective_columns()
-    labels_NK, prompt_N, last_ND = train.ratings.labels_NK, train.ratings.prompt_N, train.last_ND
-    if len(np.unique(prompt_N)) < 2 * FOLDS:
-        raise DataError(f"{config.ratings}: {len(np.unique(prompt_N))} prompts; fitting needs at least {2 * FOLDS}")
-    fold_N = prompt_folds(prompt_N, FOLDS, config.seed)
-    ridges, crossed = [], []
-    for column in range(len(columns)):
-        there = ~np.isnan(labels_NK[:, column])
-        ridges.append(fit_ridge(last_ND[there], labels_NK[there, column], fold_N[there]))
-        crossed.append(_cross_fitted(last_ND, labels_NK[:, column], fold_N))
-    crossed_NK = np.stack(crossed, axis=1)
-    verbosity = list(columns).index(config.verbosity) if config.verbosity else None
-    transform_KK = debiasing_transform(crossed_NK, verbosity)
-    pairs_P2 = train.pairs(_quality_columns(config))
-    if len(pairs_P2) == 0:
-        raise DataError(f"{config.ratings}: no two answers to one prompt differ in {' + '.join(config.quality)}")
-    margin_PK = (crossed_NK[pairs_P2[:, 0]] - crossed_NK[pairs_P2[:, 1]]) @ transform_KK
-    better_P = torch.from_numpy(pairs_P2[:, 0].copy())
-    pairs = GatePairs(train.gate_ND[better_P], torch.from_numpy(margin_PK).float())
-    gate, gate_steps = _fit_gate(config, pairs, fold_N[pairs_P2[:, 0]])
-    return Heads(ridges, transform_KK, gate, gate_steps, pattern)
+def choose_reading(
+    config: FitHeadsConfig, features: dict[int, Features], train: Answers, fold_N: np.ndarray
+) -> tuple[Candidate, list[Candidate]]:
+    """The layer and pooling that stage 1 reads, and all candidates; the table is printed where there are several."""
+    poolings = POOLINGS if config.pooling == "auto" else (config.pooling,)
+    places = {
+        (layer, pooling): features[layer].answer(pooling).double().numpy() for layer in features for pooling in poolings
+    }
+    chosen, candidates = choose(places, train.labels_NK, train.prompt_N, fold_N, config.seed)
+    if len(candidates) > 1:
+        print(choice_table(candidates, chosen, config.objective_names()), flush=True)
+    return chosen, candidates
 
 
 def figures(
-    config: FitHeadsConfig, heads: Heads, train: RatedFeatures, held_out: RatedFeatures
-) -> tuple[list[ObjectiveFigures], list[PairFigures]]:
-    """Held-out figures of every objective, and pair accuracies of the gated score, every objective and length."""
-    ratings, columns = held_out.ratings, config.objective_columns()
-    pairs_P2 = held_out.pairs(_quality_columns(config))
-    if len(pairs_P2) == 0:
-        raise DataError(f"{config.validation}: no two answers to one prompt differ in {' + '.join(config.quality)}")
-    stage1_NK = heads.stage1(held_out.last_ND)
-    objectives = [
-        objective_figures(
-            name, heads.ridges[k].alpha, stage1_NK[:, k], ratings.labels_NK[:, k], held_out.length_N,
-            (train.length_N, train.ratings.labels_NK[:, k]), ratings.prompt_N, config.seed,
-        )
-        for k, name in enumerate(columns)
-    ]  # fmt: skip
-    scores = {"ArmoRM (gated)": heads.stage2(held_out.last_ND, held_out.gate_ND)}
-    scores |= {name: stage1_NK[:, k] for k, name in enumerate(columns)} | {"longer answer": held_out.length_N}
-    quality_N = ratings.labels_NK[:, _quality_columns(config)].sum(axis=1)
-    return objectives, [
-        pair_figures(name, score_N, quality_N, pairs_P2, ratings.prompt_N, config.seed) for name, score_N in scores.items()
-    ]
+    config: FitHeadsConfig, heads: Heads, train: Answers, held_out: Answers, files: Files, read: Features, pooling: str
+) -> tuple[list[ObjectiveFigures], list[FileFigures]]:
+    """Held-out figures of every objective, and of the pairs of every file.
+
+    Args:
+        held_out, files: the held-out answers, together and file by file.
+        read: their features.
+        pooling: of stage 1.
+    """
+    answer_ND = read.answer(pooling).double().numpy()
+    stage1_NK = heads.stage1(answer_ND)
+    objectives = []
+    for k, (name, column) in enumerate(zip(heads.objectives, heads.columns, strict=True)):
+        label_N, points = held_out.labels_NK[:, column], scales(config)[column].points
+        trivial_N2 = baselines(held_out.length_N, train.length_N, train.labels_NK[:, column])
+        against = compare(name, points, stage1_NK[:, k], label_N, trivial_N2)
+        alpha = heads.ridges[k].alpha
+        objectives.append(objective_figures(against, alpha, stage1_NK[:, k], label_N, held_out.prompt_N, config.seed))
+    scores = {GATED: heads.stage2(answer_ND, read.gate_ND)}
+    scores |= {name: stage1_NK[:, k] for k, name in enumerate(heads.objectives)} | {LONGER: held_out.length_N}
+    by_file = []
+    for name, rows, pairs_P2 in files.parts():
+        quality_N = np.where(np.isin(np.arange(len(held_out.quality_N)), rows), held_out.quality_N, np.nan)
+        by_file.append(file_figures(name, scores, quality_N, pairs_P2, held_out.prompt_N, config.seed))
+    return objectives, by_file
 
 
-def write_heads(target: Path, config: FitHeadsConfig, heads: Heads, card: str, chat_template: str) -> None:
-    """Write the four files, all or none: tensors under the published names, float32."""
-    columns = config.objective_columns()
+def write_heads(
+    target: Path, config: FitHeadsConfig, heads: Heads, chosen: Candidate, pattern: list[int], card: str, template: str
+) -> None:
+    """Write the four files, all or none: tensors under the published names, float32.
+
+    config.json says how much of the backbone belongs to the heads: its first num_hidden_layers layers.
+    """
     tensors = {
         "regression_layer.weight": torch.from_numpy(np.stack([ridge.weight_D for ridge in heads.ridges])).float(),
         "reward_transform_matrix": torch.from_numpy(heads.transform_KK).float(),
     }
     tensors |= {f"gating.{name}": tensor.detach().clone() for name, tensor in heads.gate.state_dict().items()}
     fields = {
-        "num_objectives": len(columns),
-        "objectives": list(columns),
-        "gating_token_pattern": heads.pattern,
+        "num_hidden_layers": chosen.layer,
+        "pooling": chosen.pooling,
+        "num_objectives": len(heads.objectives),
+        "objectives": heads.objectives,
+        "gating_token_pattern": pattern,
         "gating_temperature": config.gating_temperature,
         "gating_hidden_dim": config.gating_hidden_dim,
         "gating_n_hidden": config.gating_n_hidden,
@@ -169,40 +135,20 @@ def write_heads(target: Path, config: FitHeadsConfig, heads: Heads, card: str, c
         save_file(tensors, asides[0])
         asides[1].write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         asides[2].write_text(card, encoding="utf-8")
-        asides[3].write_text(chat_template, encoding="utf-8")
+        asides[3].write_text(template, encoding="utf-8")
 
 
-def _fit_gate(config: FitHeadsConfig, pairs: GatePairs, fold_P: np.ndarray) -> tuple[GatingNetwork, int]:
-    """A gate fitted on all pairs, for as many steps as help on held-out prompts, and these steps."""
-    width, heads = pairs.prompt_PD.shape[1], pairs.margin_PK.shape[1]
-
-    def new_gate() -> GatingNetwork:
-        torch.manual_seed(config.seed)
-        return GatingNetwork(width, heads, config.gating_hidden_dim, config.gating_n_hidden, config.gating_temperature)
-
-    stop, loss, unfitted = choose_gate_steps(new_gate, pairs, fold_P, config.gate_steps)
-    print(
-        f"gate: {len(fold_P)} pairs; Bradley-Terry loss over the folds {unfitted:.4f} with equal weights, "
-        f"{loss:.4f} after {stop} steps, the best of {config.gate_steps}",
-        flush=True,
-    )
-    gate = new_gate()
-    fit_gate(gate, pairs, config.gate_steps, stop)
-    return gate, stop
-
-
-def _cross_fitted(last_ND: Floats, label_N: Floats, fold_N: np.ndarray) -> Floats:
-    """[N] rewards, each by a ridge that never saw its prompt, nor chose its penalty by it."""
-    reward_N = np.empty(len(label_N))
-    for fold in np.unique(fold_N):
-        fit = (fold_N != fold) & ~np.isnan(label_N)
-        reward_N[fold_N == fold] = last_ND[fold_N == fold] @ fit_ridge(last_ND[fit], label_N[fit], fold_N[fit]).weight_D
-    return reward_N
-
-
-def _quality_columns(config: FitHeadsConfig) -> list[int]:
-    columns = list(config.objective_columns().values())
-    return [columns.index(name) for name in config.quality]
+def _check_enough(config: FitHeadsConfig, train: Answers, held_out: Files) -> None:
+    """Raise DataError where a fold would hold too few prompts of an objective, or a held-out file has no pair."""
+    for name, label_N in zip(config.objective_names(), train.labels_NK.T, strict=True):
+        if (count := len(np.unique(train.prompt_N[~np.isnan(label_N)]))) < 2 * FOLDS:
+            raise DataError(f"{train.source}: {count} prompts with {name}; fitting needs at least {2 * FOLDS}")
+    for name, rows, pairs_P2 in held_out.parts():
+        if len(pairs_P2) == 0:
+            raise DataError(f"{name}: no two answers to one prompt differ in quality, of {len(rows)} held-out answers")
+    for name, label_N in zip(config.objective_names(), held_out.together().labels_NK.T, strict=True):
+        if (~np.isnan(label_N)).sum() < 2:
+            raise DataError(f"{' and '.join(held_out.names)}: fewer than two held-out answers with {name}")
 
 
 def _read_text(path: Path) -> str:

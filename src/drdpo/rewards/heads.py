@@ -1,4 +1,4 @@
-"""Fitting of ArmoRM's heads (arXiv 2406.12845, section 3) on features of a frozen backbone.
+"""Fitting of ArmoRM's second stage (arXiv 2406.12845, section 3): the debiasing transform and the gate.
 
 Shape suffixes: N answers, D width, K objectives, P pairs.
 """
@@ -16,20 +16,11 @@ from drdpo.rewards.armorm import GatingNetwork
 from drdpo.rewards.scores import Floats
 from drdpo.rewards.statistics import spearman
 
-ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, 4, 17))
-"""The paper's grid of ridge penalties."""
 FOLDS = 5
+LARGEST_SCALE = 1000.0
+"""Of the gated score: where every margin has the right sign, no finite factor is the most likely one."""
 LARGEST_SPEARMAN = 0.03
 """What the transform leaves of an objective's rank correlation with verbosity."""
-
-
-class Ridge(NamedTuple):
-    """One objective's linear head."""
-
-    weight_D: Floats
-    alpha: float
-    error: float
-    """Mean squared error over the validation folds."""
 
 
 def prompt_folds(prompt_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -38,32 +29,6 @@ def prompt_folds(prompt_N: np.ndarray, folds: int, seed: int) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(len(prompts))
     fold_of = dict(zip(prompts[order].tolist(), (np.arange(len(prompts)) % folds).tolist(), strict=True))
     return np.array([fold_of[prompt] for prompt in prompt_N.tolist()])
-
-
-def fit_ridge(features_ND: Floats, labels_N: Floats, fold_N: np.ndarray) -> Ridge:
-    """Ridge regression WITHOUT intercept, its penalty chosen by the error over the folds.
-
-    The grid is 1e-4 ... 1e4; where the best penalty is at an end, the grid goes on there.
-
-    Args:
-        features_ND: hidden states of the last token.
-        labels_N: ratings on ArmoRM's scale.
-        fold_N: from prompt_folds.
-    """
-    spectra = [_spectrum(features_ND[fold_N != fold], labels_N[fold_N != fold]) for fold in np.unique(fold_N)]
-
-    def error(alpha: float) -> float:
-        total = 0.0
-        for fold, spectrum in zip(np.unique(fold_N), spectra, strict=True):
-            residual = labels_N[fold_N == fold] - features_ND[fold_N == fold] @ _solve(spectrum, alpha)
-            total += float((residual**2).sum())
-        return total / len(labels_N)
-
-    errors = {alpha: error(alpha) for alpha in ALPHAS}
-    while (best := min(errors, key=lambda alpha: errors[alpha])) in (min(errors), max(errors)) and 1e-12 < best < 1e12:
-        further = best / 10**0.5 if best == min(errors) else best * 10**0.5
-        errors[further] = error(further)
-    return Ridge(_solve(_spectrum(features_ND, labels_N), best), best, errors[best])
 
 
 def debiasing_transform(rewards_NK: Floats, verbosity: int | None) -> Floats:
@@ -102,10 +67,33 @@ class GatePairs(NamedTuple):
         return GatePairs(self.prompt_PD[chosen], self.margin_PK[chosen])
 
 
+def log_odds_scale(margin_P: Tensor) -> float:
+    """The factor under which margins of a score are log-odds: the maximum of the Bradley-Terry likelihood in one number.
+
+    Args:
+        margin_P: score of the better answer minus that of the worse.
+
+    Returns:
+        A positive number; 1 where the score prefers the worse answers, and no scale helps.
+    """
+    margin_P = margin_P.double()
+    if float(margin_P.mean()) <= 0:
+        return 1.0
+    low, high = 0.0, 1.0
+    while _gain(margin_P, high) > 0 and high < LARGEST_SCALE:
+        high *= 2
+    for _ in range(50):  # The likelihood is concave, so its slope crosses zero once.
+        middle = (low + high) / 2
+        low, high = (middle, high) if _gain(margin_P, middle) > 0 else (low, middle)
+    return high
+
+
 def fit_gate(gate: GatingNetwork, pairs: GatePairs, steps: int, stop: int, held_out: GatePairs | None = None) -> list[float]:
-    """Fit a gate by AdamW at 1e-3 with a cosine to 0, every step on all pairs; logit_scale stays 1.
+    """Fit a gate by AdamW at 1e-3 with a cosine to 0, every step on all pairs.
 
     The last layer starts at zero, so an unfitted gate weighs all objectives alike, and a fit has to earn its departure.
+    logit_scale is set first, to what makes the equally weighed score's differences log-odds, and stays. At ArmoRM's initial
+    1 the margins, parts of a unit, hardly move the loss, and neither would the gate.
 
     Args:
         gate: changed in place.
@@ -117,9 +105,9 @@ def fit_gate(gate: GatingNetwork, pairs: GatePairs, steps: int, stop: int, held_
     Returns:
         [stop + 1] the loss before each step and at the end, on `held_out` where given, else on `pairs`.
     """
-    gate.logit_scale.requires_grad_(False)
     torch.nn.init.zeros_(gate.layers[-1].weight)
     torch.nn.init.zeros_(gate.layers[-1].bias)
+    gate.logit_scale.requires_grad_(False).fill_(log_odds_scale(pairs.margin_PK.mean(dim=1)))
     optimizer = torch.optim.AdamW([weight for weight in gate.parameters() if weight.requires_grad], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     watched, losses = held_out or pairs, []
@@ -158,15 +146,9 @@ def choose_gate_steps(
     return best, float(mean_S[best]), float(mean_S[0])
 
 
-def _spectrum(features_ND: Floats, labels_N: Floats) -> tuple[Floats, Floats, Floats]:
-    """Eigenvalues and vectors of X'X, and X'y in their basis: every alpha is then a division."""
-    values_D, vectors_DD = np.linalg.eigh(features_ND.T @ features_ND)
-    return np.clip(values_D, 0.0, None), vectors_DD, vectors_DD.T @ (features_ND.T @ labels_N)
-
-
-def _solve(spectrum: tuple[Floats, Floats, Floats], alpha: float) -> Floats:
-    values_D, vectors_DD, projected_D = spectrum
-    return vectors_DD @ (projected_D / (values_D + alpha))
+def _gain(margin_P: Tensor, scale: float) -> float:
+    """Slope of the Bradley-Terry log-likelihood in the scale of its margins."""
+    return float((margin_P * torch.sigmoid(-scale * margin_P)).mean())
 
 
 def _penalty(reward_N: Floats, verbose_N: Floats) -> float:

@@ -1,32 +1,27 @@
-"""How good fitted heads are on held-out ratings, against what needs no model: a constant, and the answer's length."""
+"""How good fitted heads are on held-out ratings and pairs, with 95% intervals over prompts."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from drdpo.rewards.baselines import Comparison
 from drdpo.rewards.scores import Floats
 from drdpo.rewards.statistics import bootstrap_interval, pair_accuracy, pearson, spearman
+
+Interval = tuple[float, float]
+
+GATED, LONGER = "ArmoRM (gated)", "longer answer"
 
 
 @dataclass(frozen=True)
 class ObjectiveFigures:
-    """One objective on the held-out answers that have a rating. Errors are mean squares in rating points (0-4)."""
+    """One objective on the held-out answers that have a rating."""
 
-    objective: str
-    rows: int
+    against: Comparison
     alpha: float
     pearson: float
-    spearman: float
-    spearman_interval: tuple[float, float]
-    length_spearman: float
-    error: float
-    constant_error: float
-    length_error: float
-
-    @property
-    def beats_baselines(self) -> bool:
-        """Better than length in rank correlation, and a smaller error than both baselines."""
-        return self.spearman > self.length_spearman and self.error < min(self.constant_error, self.length_error)
+    pearson_interval: Interval
+    spearman_interval: Interval
 
 
 @dataclass(frozen=True)
@@ -35,86 +30,80 @@ class PairFigures:
 
     name: str
     spearman: float
-    """With the quality of the answers, over all prompts."""
+    """With the quality of the answers, over all prompts; NaN where it is not known."""
     accuracy: float
-    interval: tuple[float, float]
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class FileFigures:
+    """The pairs of one held-out file."""
+
+    source: str
+    pairs: int
+    scores: list[PairFigures]
+    """Of the gated score, every objective, and the answer's length."""
+    loss: float
+    """Bradley-Terry loss of the gated score; ln 2 = 0.693 is guessing."""
+    lead: float
+    """Pair accuracy of the gated score less that of the longer answer."""
+    lead_interval: Interval
+    length_bias: tuple[float, float]
+    """Rank correlation with the answer's length over the answers in pairs: of the gated score, and of their quality."""
 
 
 def objective_figures(
-    objective: str, alpha: float, predicted_N: Floats, label_N: Floats, length_N: Floats, train: tuple[Floats, Floats],
-    prompt_N: np.ndarray, seed: int,
-) -> ObjectiveFigures:  # fmt: skip
+    against: Comparison, alpha: float, predicted_N: Floats, label_N: Floats, prompt_N: np.ndarray, seed: int
+) -> ObjectiveFigures:
     """Figures of one objective.
 
     Args:
+        against: the comparison with the baselines on these answers.
+        alpha: penalty of its ridge.
         predicted_N, label_N: on ArmoRM's scale; NaN labels do not count.
-        length_N: log of the answers' lengths in characters.
-        train: lengths and labels of the training answers, on which the two baselines are fitted.
         prompt_N: prompt of each answer, for the bootstrap.
+        seed: of the bootstrap.
     """
     there = ~np.isnan(label_N)
-    predicted_N, label_N, length_N, prompt_N = (array[there] for array in (predicted_N, label_N, length_N, prompt_N))
-    train_length, train_label = (array[~np.isnan(train[1])] for array in train)
-    slope, intercept = np.polyfit(train_length, train_label, 1)
-    by_length_N = slope * length_N + intercept
+    predicted_N, label_N, prompt_N = (array[there] for array in (predicted_N, label_N, prompt_N))
     return ObjectiveFigures(
-        objective=objective, rows=len(label_N), alpha=alpha,
-        pearson=pearson(predicted_N, label_N),
-        spearman=spearman(predicted_N, label_N),
-        spearman_interval=bootstrap_interval(lambda rows: spearman(predicted_N[rows], label_N[rows]), prompt_N, seed),
-        length_spearman=spearman(by_length_N, label_N),
-        error=_rating_error(predicted_N, label_N),
-        constant_error=_rating_error(np.full_like(label_N, train_label.mean()), label_N),
-        length_error=_rating_error(by_length_N, label_N),
+        against, alpha, pearson(predicted_N, label_N),
+        bootstrap_interval(lambda rows: pearson(predicted_N[rows], label_N[rows]), prompt_N, seed),
+        bootstrap_interval(lambda rows: spearman(predicted_N[rows], label_N[rows]), prompt_N, seed),
     )  # fmt: skip
 
 
-def pair_figures(
-    name: str, score_N: Floats, quality_N: Floats, pairs_P2: np.ndarray, prompt_N: np.ndarray, seed: int
-) -> PairFigures:
-    """Pair accuracy of a score, with an interval over prompts, and its rank correlation with quality.
+def file_figures(
+    source: str, scores: dict[str, Floats], quality_N: Floats, pairs_P2: np.ndarray, prompt_N: np.ndarray, seed: int
+) -> FileFigures:
+    """Figures of the pairs of one file.
 
     Args:
-        score_N: of every held-out answer.
-        quality_N: what people think of it, NaN where they were not asked.
+        source: name of the file.
+        scores: {name: [N]} of its answers, among them GATED and LONGER.
+        quality_N: what people think of the answers, NaN where they were not asked.
         pairs_P2: (better, worse) row indices.
-        prompt_N: prompt of every answer.
+        prompt_N: prompt of each answer, for the bootstrap.
+        seed: of the bootstrap.
     """
-    interval = bootstrap_interval(lambda rows: pair_accuracy(score_N, pairs_P2[rows]), prompt_N[pairs_P2[:, 0]], seed)
+    prompt_P, paired = prompt_N[pairs_P2[:, 0]], np.unique(pairs_P2)
+
+    def figures(name: str, score_N: Floats) -> PairFigures:
+        interval = bootstrap_interval(lambda rows: pair_accuracy(score_N, pairs_P2[rows]), prompt_P, seed)
+        return PairFigures(name, _correlation(score_N, quality_N), pair_accuracy(score_N, pairs_P2), interval)
+
+    def lead(rows: np.ndarray) -> float:
+        return pair_accuracy(scores[GATED], pairs_P2[rows]) - pair_accuracy(scores[LONGER], pairs_P2[rows])
+
+    margin_P = scores[GATED][pairs_P2[:, 0]] - scores[GATED][pairs_P2[:, 1]]
+    return FileFigures(
+        source, len(pairs_P2), [figures(name, score_N) for name, score_N in scores.items()],
+        float(np.logaddexp(0.0, -margin_P).mean()), lead(np.arange(len(pairs_P2))), bootstrap_interval(lead, prompt_P, seed),
+        (spearman(scores[GATED][paired], scores[LONGER][paired]), _correlation(scores[LONGER][paired], quality_N[paired])),
+    )  # fmt: skip
+
+
+def _correlation(score_N: Floats, quality_N: Floats) -> float:
+    """Rank correlation of a score with quality, where that is known."""
     there = ~np.isnan(quality_N)
-    return PairFigures(name, spearman(score_N[there], quality_N[there]), pair_accuracy(score_N, pairs_P2), interval)
-
-
-def objective_table(figures: list[ObjectiveFigures]) -> str:
-    """A markdown table, aligned so that it reads well in a terminal too."""
-    width = max(len(figure.objective) for figure in figures)
-    lines = [
-        f"| {'objective':<{width}} | rows | ridge alpha | Pearson | Spearman (95% interval)  | length's Spearman "
-        "| error | constant's error | length's error | beats both |",
-        f"| {'-' * width} | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for f in figures:
-        low, high = f.spearman_interval
-        lines.append(
-            f"| {f.objective:<{width}} | {f.rows:>4} | {f.alpha:>11.4g} | {f.pearson:>7.3f} "
-            f"| {f.spearman:>7.3f} ({low:.3f} to {high:.3f}) | {f.length_spearman:>17.3f} | {f.error:>5.3f} "
-            f"| {f.constant_error:>16.3f} | {f.length_error:>14.3f} | {'yes' if f.beats_baselines else 'no':<10} |"
-        )
-    return "\n".join(lines)
-
-
-def pair_table(figures: list[PairFigures]) -> str:
-    """A markdown table of pair accuracies and correlations with quality."""
-    width = max(len(figure.name) for figure in figures)
-    lines = [
-        f"| {'score':<{width}} | pair accuracy (95% interval) | Spearman over all answers |",
-        f"| {'-' * width} | ---: | ---: |",
-    ]
-    for f in figures:
-        low, high = f.interval
-        lines.append(f"| {f.name:<{width}} |       {f.accuracy:.3f} ({low:.3f} to {high:.3f}) | {f.spearman:>25.3f} |")
-    return "\n".join(lines)
-
-
-def _rating_error(predicted_N: Floats, label_N: Floats) -> float:
-    return float(((5 * (predicted_N - label_N)) ** 2).mean())
+    return spearman(score_N[there], quality_N[there]) if there.sum() > 1 else float("nan")

@@ -36,10 +36,10 @@ def pair_accuracy(score_N: npt.ArrayLike, pairs_P2: npt.NDArray[np.int64]) -> fl
     return float(((margin_P > 0) + 0.5 * (margin_P == 0)).mean())
 
 
-def bootstrap_interval(
-    statistic: Callable[[npt.NDArray[np.int64]], float], group_N: npt.NDArray[np.int64], seed: int, samples: int = 1000
-) -> tuple[float, float]:
-    """95% interval of a statistic by resampling whole groups (prompts), whose rows are not independent.
+def bootstrap(
+    statistic: Callable[[npt.NDArray[np.int64]], float], group_N: npt.NDArray[np.int64], seed: int, samples: int
+) -> Floats:
+    """[samples] values of a statistic, each on whole groups (prompts) drawn anew: the rows of one are not independent.
 
     Args:
         statistic: of row indices [rows].
@@ -49,9 +49,17 @@ def bootstrap_interval(
     """
     generator = np.random.default_rng(seed)
     groups = [np.flatnonzero(group_N == group) for group in np.unique(group_N)]
-    values = [
-        statistic(np.concatenate([groups[index] for index in generator.integers(len(groups), size=len(groups))]))
-        for _ in range(samples)
-    ]
-    low, high = np.quantile(values, [0.025, 0.975])
+    return np.array(
+        [
+            statistic(np.concatenate([groups[index] for index in generator.integers(len(groups), size=len(groups))]))
+            for _ in range(samples)
+        ]
+    )
+
+
+def bootstrap_interval(
+    statistic: Callable[[npt.NDArray[np.int64]], float], group_N: npt.NDArray[np.int64], seed: int, samples: int = 1000
+) -> tuple[float, float]:
+    """95% interval of a statistic by `bootstrap`."""
+    low, high = np.quantile(bootstrap(statistic, group_N, seed, samples), [0.025, 0.975])
     return float(low), float(high)
