@@ -87,3 +87,24 @@ def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
         content[place] = 1
         path.write_bytes(content)
         assert fingerprint(path) != before
+
+
+def test_heads_fitted_anew_change_a_fingerprint(tmp_path: Path) -> None:
+    """Large weights are sampled, but a head is small: a change of one number in it must show."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    tensors = {f"model.layer{number}": np.full((1 << 20,), number, dtype=np.float32) for number in range(3)}
+    tensors |= {"regression_layer.weight": np.zeros((5, 576), dtype=np.float32), "model.z": np.zeros(1 << 20, np.float32)}
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    for place in (0, 1234, 2879):
+        changed = tensors["regression_layer.weight"].copy()
+        changed.flat[place] = 1e-3
+        save_file(tensors | {"regression_layer.weight": changed}, tmp_path / "model.safetensors")
+        assert fingerprint(tmp_path) != before
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * (5 << 20))  # no header: still a fingerprint
+    assert fingerprint(tmp_path) != before

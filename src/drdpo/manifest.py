@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_file
@@ -17,6 +18,7 @@ PACKAGES = (
 
 _BLOCK = 1 << 16
 _BLOCKS = 64
+_HEAD_BYTES = 1 << 26
 
 _MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
@@ -50,7 +52,8 @@ def fingerprint(path: str | Path) -> str:
 
     A folder's results (completions, scores, pictures) may lie beside its model and do not count. Weights over 4 MiB are
     read at 64 places spread over their length and at both ends: weights that were trained differ everywhere, and eight
-    billion of them are not worth reading whole.
+    billion of them are not worth reading whole. Heads may be fitted anew on the same backbone, so the tensors of a
+    safetensors file that are not the backbone's (`model.*`) are read whole, up to 64 MiB each.
     """
     path = Path(path)
     if not path.exists():
@@ -71,7 +74,25 @@ def fingerprint(path: str | Path) -> str:
             for number in range(_BLOCKS + 1):
                 stream.seek((size - _BLOCK) * number // _BLOCKS)
                 digest.update(stream.read(_BLOCK))
+            if file.suffix == ".safetensors":
+                for tensor in _head_tensors(stream, size):
+                    digest.update(tensor)
     return digest.hexdigest()[:32]
+
+
+def _head_tensors(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The bytes of every tensor of a safetensors file that is not the backbone's; of a damaged header, none."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    try:
+        header = json.loads(stream.read(length)) if length < size else {}
+        places = [entry["data_offsets"] for name, entry in header.items() if not name.startswith(("model.", "__metadata__"))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    for start, end in places:
+        if end - start <= _HEAD_BYTES:
+            stream.seek(8 + length + start)
+            yield stream.read(end - start)
 
 
 def write_manifest(folder: Path, step: str, made_by: dict[str, Any], **facts: Any) -> None:
@@ -119,16 +140,19 @@ def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[P
     Raises:
         UsageError: other flags, models or inputs made them; the message names what differs.
     """
-    if not all(file.is_file() for file in files):
+    there = [file for file in files if file.is_file()]
+    if not there:
         return False
     before = read_manifest(folder).get(step)
     if before is None:
         if overwrite:
             return False
         raise UsageError(
-            f"{os.fspath(files[0])} exists, but {folder}/manifest.json does not say what made it; "
+            f"{os.fspath(there[0])} exists, but {folder}/manifest.json does not say what made it; "
             "give --overwrite=true to replace it, or another folder"
         )
+    if len(there) < len(files):
+        return False  # this step's own, broken off while they were replaced
     changes = changed(before["made_by"], made_by)
     if not changes:
         return True

@@ -15,6 +15,7 @@ from drdpo.assets import reward_model
 from drdpo.assets.reward_model import assemble_reward_model, make_reward_model, reward_model_is_made
 from drdpo.config import AssembleConfig
 from drdpo.errors import DataError, UsageError
+from drdpo.manifest import fingerprint
 from drdpo.rewards.armorm import load_armorm
 from drdpo.rewards.layout import check_folder, read_shapes
 
@@ -210,3 +211,27 @@ def test_a_sharded_backbone_with_a_head_of_its_own_is_assembled(tmp_path: Path, 
         assemble_reward_model(dataclasses.replace(config, output_path=str(tmp_path / "notes")))
     with pytest.raises(UsageError, match="one of the inputs"):
         assemble_reward_model(dataclasses.replace(config, output_path=str(backbone)))
+    for name in ("model.safetensors", "train.jsonl"):  # a downloaded model with results beside it
+        (tmp_path / "notes" / name).write_text("keep")
+    (tmp_path / "notes" / "manifest.json").write_text(json.dumps({"assets": {"made_by": {"repository": "x/y"}}}))
+    with pytest.raises(UsageError, match="holds something else"):
+        assemble_reward_model(dataclasses.replace(config, output_path=str(tmp_path / "notes")))
+    (folder / "train.jsonl").write_text("results")
+    with pytest.raises(UsageError, match="holds something else"):
+        assemble_reward_model(config)
+    assert (folder / "train.jsonl").read_text() == "results"
+
+
+def test_heads_go_on_the_backbone_they_were_fitted_on(
+    tiny_policy: Path, smollm: Path, committed: Path, tmp_path: Path
+) -> None:
+    config = AssembleConfig(backbone=str(tiny_policy), heads=str(committed), output_path=str(tmp_path / "model"))
+    with pytest.raises(DataError, match="another width than"):
+        assemble_reward_model(dataclasses.replace(config, backbone=str(smollm)))
+    added = json.loads((committed / "config.json").read_text())
+    (committed / "config.json").write_text(json.dumps(added | {"backbone_fingerprint": fingerprint(smollm)}))
+    with pytest.raises(DataError, match="fitted on another backbone"):
+        assemble_reward_model(config)
+    (committed / "config.json").write_text(json.dumps(added | {"backbone_fingerprint": fingerprint(tiny_policy)}))
+    assemble_reward_model(config)
+    assert not (tmp_path / "model" / "train.jsonl").exists()

@@ -448,3 +448,14 @@ def test_command_line_needs_no_torch(root: Path, tmp_path: Path) -> None:
     wrong = subprocess.run([*words, "more"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "unrecognized arguments: more" in wrong.stderr
+
+
+def test_a_bad_neighbour_costs_a_good_file_neither_tables_nor_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "scored" / "train.jsonl", COMPLETION_ROWS)
+    write(tmp_path / "scored" / "rejects.jsonl", [{"file": "a", "row": 1, "reason": 5}])
+    config = InspectConfig(path=str(tmp_path / "scored" / "train.jsonl"), output_path=str(tmp_path / "pictures"))
+    inspect_data(config)
+    assert "note: " in capsys.readouterr().out
+    assert (tmp_path / "pictures" / "lengths.png").is_file()

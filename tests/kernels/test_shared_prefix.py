@@ -98,3 +98,20 @@ def test_a_sliding_window_is_refused() -> None:
     with pytest.raises(ValueError, match="sliding_window"):
         hidden_states(model, PackedRow(GROUPS))
     assert model.config._attn_implementation != "shared_prefix"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_of_any_length_beside_each_other_on_a_gpu(dtype: torch.dtype) -> None:
+    """CUDA's attention kernels ask for aligned masks: prefixes that differ by numbers that are multiples of nothing."""
+    model = model_of(num_key_value_heads=2).to("cuda", dtype)
+    for longest in range(17, 27):
+        groups = groups_of((longest, [8, 3]), (9, [16, 7]), (1, [15]))
+        row = PackedRow(groups)
+        with torch.no_grad():
+            packed_ND = hidden_states(model, row)
+            for number, sequence in enumerate(sequence for _, sequences in groups for sequence in sequences):
+                alone_TD = model(input_ids=torch.tensor([sequence], device="cuda")).last_hidden_state[0]
+                places = [row.index(number, position) for position in range(len(sequence))]
+                tolerance = 1e-4 if dtype == torch.float32 else 0.1
+                torch.testing.assert_close(packed_ND[places], alone_TD, atol=tolerance, rtol=tolerance)

@@ -221,7 +221,7 @@ def test_wrong_commands_are_refused(config: Callable[..., FitHeadsConfig], tiny_
         fit_reward_heads(config(layers=[1, 3]))
     with pytest.raises(DataError, match="every held-out prompt is also among"):
         fit_reward_heads(config(validation=str(tmp_path / "train ratings.jsonl")))
-    with pytest.raises(DataError, match="every conversation is longer than --max_len=5"):
+    with pytest.raises(DataError, match="no conversation can be rendered within --max_len=5"):
         fit_reward_heads(config(max_len=5))
     with pytest.raises(DataError, match="no objective clearly beats a constant"):
         fit_reward_heads(config(objectives=["mine-long=long"], quality=["long"], verbosity=""))

@@ -79,3 +79,19 @@ def test_it_is_symmetric_and_the_length_shortcut_changes_nothing() -> None:
 
 def test_a_limit_of_1_is_off() -> None:
     assert not alike(Answer("same"), Answer("Same"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("x = -5.", "x = 5."), ("x = \u22125", "x = 5"), ("a * b", "a / b"), ("a - b", "a + b"), ("கை", "கா"), ("की", "का"),
+     ("50%", "50"), ("na\u0308he", "nahe")],
+)  # fmt: skip
+def test_signs_and_vowels_that_change_the_meaning_count(one: str, other: str) -> None:
+    assert similarity(Answer(one), Answer(other)) < 0.9
+
+
+def test_layout_does_not_count() -> None:
+    assert (
+        similarity(Answer("- one\n- two"), Answer("one\n\ntwo")) == similarity(Answer("*one* two"), Answer("One, two.")) == 1
+    )
+    assert Answer("a well-known fact").words == ["a", "well", "known", "fact"]

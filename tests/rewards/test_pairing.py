@@ -500,3 +500,18 @@ def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch:
     assert {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")} == before
     facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
     assert facts["made_by"]["weights"] == {"ArmoRM": 1.0}
+
+
+def test_half_of_somebody_elses_pairs_is_not_replaced(run: Command, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "scored", good_rows(), good_rows()), tmp_path / "pairs"
+    target.mkdir()
+    (target / "train.jsonl").write_text("mine\n")
+    flags = [f"--completions={source}", f"--output_path={target}", "--ultrafeedback_truthfulness=1"]
+    refused = run(*flags)
+    assert refused.returncode == 2
+    assert "train.jsonl exists, but" in refused.stderr
+    assert (target / "train.jsonl").read_text() == "mine\n"
+    assert run(*flags, "--overwrite=true").returncode == 0
+    (target / "test.jsonl").unlink()  # as a kill in the middle leaves it: the same command makes it whole
+    assert run(*flags).returncode == 0
+    assert (target / "test.jsonl").is_file()

@@ -280,3 +280,25 @@ def test_batches_hold_every_index_once_within_the_budget() -> None:
     for batch in batches[1:]:
         assert max(lengths[index] for index in batch) * len(batch) <= 20
     assert batches == [[5], [2, 3], [0, 4, 6, 1]]
+
+
+def test_a_backbone_that_cannot_be_packed_is_named(
+    config: Callable[..., CompletionsConfig], embedded_like: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mistral"
+    shutil.copytree(embedded_like, folder)
+    written = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 256}
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(DataError, match=r"cannot be scored in packed rows .*sliding_window"):
+        score_completions(config(reward_model=str(folder)))
+
+
+def test_parts_that_a_kill_left_beside_finished_scores_go(config: Callable[..., CompletionsConfig], save_path: Path) -> None:
+    score_completions(config())
+    scored = (save_path / "train.jsonl").read_bytes()
+    left = save_path / ".score_parts" / "train"
+    left.mkdir(parents=True)
+    (left / "0.jsonl").write_text("{}\n")
+    score_completions(config())
+    assert not left.parent.exists()
+    assert (save_path / "train.jsonl").read_bytes() == scored

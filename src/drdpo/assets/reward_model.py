@@ -78,10 +78,35 @@ def assemble_reward_model(config: AssembleConfig) -> None:
     check_model_folder(config.backbone)
     if target.resolve() in (backbone.resolve(), heads.resolve()):
         raise UsageError(f"--output_path={target} is one of the inputs; give another folder")
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and "assets" not in read_manifest(target))):
+    if target.exists() and not _is_ours(target):
         raise UsageError(f"--output_path={target} holds something else than an assembled reward model; give another folder")
+    _check_match(backbone, heads)
     make_reward_model(target, backbone, heads)
     print(f"{target}: {heads} on {backbone}; use it by --reward_model={target}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Is a folder empty, or an assembled reward model without any file that was not assembled?"""
+    if not folder.is_dir():
+        return False
+    names = {file.name for file in folder.iterdir()}
+    if not names:
+        return True
+    made_by = read_manifest(folder).get("assets", {}).get("made_by", {})
+    if not {"policy", "committed", "layout"} <= set(made_by) or INDEX not in names:
+        return False
+    shards = set(read_json_object(folder / INDEX).get("weight_map", {}).values())
+    return names <= {*shards, INDEX, CONFIG, CARD, TEMPLATE, "tokenizer.json", "tokenizer_config.json", "manifest.json"}
+
+
+def _check_match(backbone: Path, heads: Path) -> None:
+    """Raise DataError where the heads were fitted on another backbone: they would score, and mean nothing."""
+    fitted = read_json_object(heads / CONFIG).get("backbone_fingerprint")
+    if fitted is not None and fitted != fingerprint(backbone):
+        raise DataError(f"{heads}: the heads were fitted on another backbone than {backbone}; fit them on this one")
+    width, shapes = read_json_object(backbone / CONFIG).get("hidden_size"), _shapes(heads / HEADS)
+    if shapes.get("regression_layer.weight", [0, 0])[1] != width:
+        raise DataError(f"{heads / HEADS}: regression_layer.weight has another width than {backbone} ({width})")
 
 
 def _made_by(policy: Path, committed: Path) -> dict[str, Any]:
@@ -97,19 +122,21 @@ def _write_backbone(policy: Path, folder: Path) -> list[str]:
     files = sorted(policy.glob("model*.safetensors"))
     if not files:
         raise DataError(f"{policy}: no model*.safetensors")
-    total = len(files) + 1
+    found = {file: list(_tensors(file)) for file in files}
+    kept = {
+        file: [name for name in names if name.startswith("model.") and _layer(name) < layers]
+        for file, names in found.items()
+    }
+    kept = {file: names for file, names in kept.items() if names}  # a file may hold the output head alone
+    if not kept:
+        raise DataError(f"{policy}: no tensor model.*; the backbone is a causal language model's folder")
+    total = len(kept) + 1
     shards = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
-    found = 0
-    for file, shard in zip(files, shards, strict=False):
-        names = _tensors(file)
-        kept = [name for name in names if name.startswith("model.") and _layer(name) < layers]
-        if len(kept) == len(names):
+    for (file, names), shard in zip(kept.items(), shards, strict=False):
+        if len(names) == len(found[file]):
             _link(file, folder / shard)
         else:
-            _copy_tensors(file, kept, folder / shard, mode=(folder / CONFIG).stat().st_mode)
-        found += len(kept)
-    if not found:
-        raise DataError(f"{policy}: no tensor model.*; the backbone is a causal language model's folder")
+            _copy_tensors(file, names, folder / shard, mode=(folder / CONFIG).stat().st_mode)
     return shards
 
 
@@ -147,6 +174,16 @@ def _write_index(folder: Path, shards: list[str]) -> None:
             total += size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(f"{path}: not whole safetensors ({error})") from error
 
 
 def _tensors(path: Path) -> dict[str, tuple[str, int]]:

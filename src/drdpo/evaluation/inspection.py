@@ -52,9 +52,14 @@ def inspect_data(config: InspectConfig) -> None:
         pictures |= {f"{prefix}{name}": picture for name, picture in drawn}
     rejects = [file for name, file in files.items() if kinds[name] in (None, REJECTS)]
     beside = path.parent / "rejects.jsonl"
-    _print_dropped(path, [*rejects, beside] if found and path.is_file() and beside.is_file() else rejects)
     if pictures:
         _write_pictures(config, files, pictures)
+    _print_dropped(path, rejects)
+    if found and path.is_file() and beside.is_file():
+        try:
+            _print_rejects(beside)
+        except DataError as error:  # of a neighbour that nobody asked for
+            print(f"note: {one_line(str(error))}")
 
 
 def find_files(path: Path) -> dict[str, Path]:
@@ -135,10 +140,7 @@ def _look_at_metrics(files: dict[str, Path]) -> Iterator[tuple[str, Any]]:
 def _print_dropped(path: Path, rejects: list[Path]) -> None:
     """Rows that steps set aside, and why; the manifests' counts; part files."""
     for file in rejects:
-        found = count_reasons(file)
-        print(f"set aside in {file}: {sum(reason.rows for reason in found) or 'no'} rows")
-        if found:
-            print(f"{tables.set_aside_table(found)}\n")
+        _print_rejects(file)
     for place in (path, path / "sampled") if path.is_dir() else (path.parent,):
         if counts := manifest_counts(place):
             print(f"counts in {place / 'manifest.json'}:")
@@ -146,6 +148,13 @@ def _print_dropped(path: Path, rejects: list[Path]) -> None:
         if path.is_dir():
             for line in unfinished(place):
                 print(f"note: {line}")
+
+
+def _print_rejects(file: Path) -> None:
+    found = count_reasons(file)
+    print(f"set aside in {file}: {sum(reason.rows for reason in found) or 'no'} rows")
+    if found:
+        print(f"{tables.set_aside_table(found)}\n")
 
 
 def _write_pictures(config: InspectConfig, files: dict[str, Path], pictures: dict[str, Any]) -> None:

@@ -61,7 +61,8 @@ class PrefixPlan:
     def mask(self, prefix: int, suffix: int) -> Tensor:
         """[suffix, prefix + suffix] additive: row i sees the prefix and the first i + 1 tokens of its suffix."""
         skipped = self._longest_prefix - prefix
-        return self._mask[:suffix, skipped : skipped + prefix + suffix]
+        # A copy: CUDA's kernels want a mask that begins at a multiple of 16 bytes.
+        return self._mask[:suffix, skipped : skipped + prefix + suffix].contiguous()
 
 
 def shared_prefix_attention(

@@ -1,10 +1,11 @@
 """Fit the reward heads of a multi-objective reward model on human ratings, with a frozen backbone.
 
 At which depth the backbone is read and how stage 1 pools the answer is decided in choice.py, both stages are fitted in
-stages.py, on the training files alone. The held-out files serve for the printed figures and for nothing else.
+stages.py, on the training files alone. The held-out files serve for the printed figures; no choice made here reads them.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from drdpo.chat import load_tokenizer
 from drdpo.config import FitHeadsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_files
+from drdpo.manifest import fingerprint
 from drdpo.rewards.baselines import baselines, compare
 from drdpo.rewards.card import Report, model_card
 from drdpo.rewards.choice import Candidate, choose
@@ -23,6 +25,7 @@ from drdpo.rewards.heads import FOLDS, prompt_folds
 from drdpo.rewards.heldout import GATED, LONGER, FileFigures, ObjectiveFigures, file_figures, objective_figures
 from drdpo.rewards.layout import POOLINGS
 from drdpo.rewards.rated import Answers, Backbone, Files, read_files, scales
+from drdpo.rewards.scorer import check_tokenizer
 from drdpo.rewards.stages import Heads, fit_heads
 from drdpo.rewards.tables import choice_table
 
@@ -46,6 +49,7 @@ def fit_reward_heads(config: FitHeadsConfig) -> None:
     if config.chat_template is not None:
         tokenizer.chat_template = _read_text(Path(config.chat_template))
     pattern = gating_pattern(tokenizer)
+    check_tokenizer(Path(config.backbone), tokenizer, tuple(pattern), vocabulary=sys.maxsize)
     train_files, held_out_files = read_files(config, tokenizer)
     notes = [*train_files.notes(), *held_out_files.notes()]
     print("\n".join(notes), flush=True)
@@ -122,6 +126,7 @@ def write_heads(
     }
     tensors |= {f"gating.{name}": tensor.detach().clone() for name, tensor in heads.gate.state_dict().items()}
     fields = {
+        "backbone_fingerprint": fingerprint(config.backbone),
         "num_hidden_layers": chosen.layer,
         "pooling": chosen.pooling,
         "num_objectives": len(heads.objectives),

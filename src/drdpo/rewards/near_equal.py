@@ -1,13 +1,18 @@
 """How alike two answers are: the Jaccard index of their word pairs."""
 
 import re
+import unicodedata
 from collections import Counter
 from functools import cached_property
 
+_MARKS = "".join(chr(code) for code in range(0x300, 0x20D0) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+"""Signs that belong to the letter before them: accents, and the vowels of Indic scripts, which `\\w` leaves out."""
+
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff]"  # a character of Chinese or Japanese, which are written without spaces
-    r"|[^\W_\u3040-\u30ff\u3400-\u9fff]+"  # letters and digits
-    r"|[+<=>^|$\u2190-\u2bff\U0001f000-\U0001faff]"  # signs with a meaning: 1 + 2 is not 1 - 2; arrows, emoji
+    rf"|[^\W_\u3040-\u30ff\u3400-\u9fff](?:[^\W_\u3040-\u30ff\u3400-\u9fff]|[{_MARKS}])*"  # letters and digits
+    r"|(?<!\w)[-\u2212](?=\w)|(?<=\S[ \t])[-\u2212*/](?=\s)"  # -5 is not 5; a * b is not a / b; well-known is two words
+    r"|[+<=>^|$%&\u00d7\u00f7\u2190-\u2211\u2213-\u2bff\U0001f000-\U0001faff]"  # signs with a meaning; emoji
 )
 
 

@@ -13,11 +13,12 @@ from drdpo.chat import Tokenizer, conversation_token_ids
 from drdpo.config import FitHeadsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.manifest import fingerprint
+from drdpo.records import Message
 from drdpo.rewards.features import Features, cached_features, depth
 from drdpo.rewards.labels import Scale
 from drdpo.rewards.rated_pairs import read_rated_pairs
 from drdpo.rewards.ratings import Rated, prompt_numbers, read_ratings, unseen
-from drdpo.rewards.scorer import DTYPES, use_cpu_well
+from drdpo.rewards.scorer import DTYPES, UNRENDERABLE, use_cpu_well
 from drdpo.rewards.scores import Floats
 
 
@@ -157,13 +158,26 @@ def _widen(rated: Rated, heads: int) -> Rated:
 
 def _short(config: FitHeadsConfig, tokenizer: Tokenizer, paths: list[Path], files: list[Rated]) -> Files:
     """The answers whose conversations have at most max_len tokens."""
-    kept, token_ids = [], []
+    kept, token_ids, too_long = [], [], 0
     for path, rated in zip(paths, files, strict=True):
-        ids = [conversation_token_ids(tokenizer, messages) for messages in rated.conversations]
-        rows = [row for row in range(len(ids)) if len(ids[row]) <= config.max_len]
+        ids = [_token_ids(tokenizer, messages) for messages in rated.conversations]
+        rows = [row for row in range(len(ids)) if 0 < len(ids[row]) <= config.max_len]
         if not rows:
-            raise DataError(f"{path}: every conversation is longer than --max_len={config.max_len} tokens")
-        kept.append(rated.keep(rows))
+            raise DataError(f"{path}: no conversation can be rendered within --max_len={config.max_len} tokens")
+        part = rated.keep(rows)
+        if refused := sum(not one for one in ids):
+            note = f"{path.name}: {refused} answers left out, which the chat template or the tokenizer refuses"
+            part = Rated(**{**vars(part), "notes": (*part.notes, note)})
+        too_long += sum(len(one) > config.max_len for one in ids)
+        kept.append(part)
         token_ids.append([ids[row] for row in rows])
     names = [f"{path.name} ({kind})" for path, kind in zip(paths, ("ratings", "preferences"), strict=False)]
-    return Files(names, kept, token_ids, sum(map(len, files)) - sum(map(len, kept)))
+    return Files(names, kept, token_ids, too_long)
+
+
+def _token_ids(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
+    """Of a conversation; empty where it cannot be rendered."""
+    try:
+        return conversation_token_ids(tokenizer, messages)
+    except UNRENDERABLE:
+        return []

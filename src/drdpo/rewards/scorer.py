@@ -16,7 +16,7 @@ from drdpo.kernels.shared_prefix import PackedRow
 from drdpo.objectives import GATED_SCORE
 from drdpo.records import Completion
 from drdpo.rewards.armorm import load_armorm
-from drdpo.rewards.batching import Group, last_occurrence, packed_batches
+from drdpo.rewards.batching import Group, Span, last_occurrence, packed_batches
 
 UNRENDERABLE = (TemplateError, ValueError, TypeError)
 """What rendering raises: the template's own refusals, drdpo.chat's, and a template that trips over a message."""
@@ -66,6 +66,7 @@ class Scorer:
         self.model = load_armorm(folder, self.device, DTYPES[dtype])
         self.objectives = self.model.objectives
         check_tokenizer(folder, self.tokenizer, self.model.layout.gating_token_pattern, self.model.layout.vocab_size)
+        self._check_backbone(folder)
 
     def read(self, completions: Sequence[Completion]) -> Reading:
         """Render completions and plan their batches, in the same way on every rank.
@@ -105,6 +106,16 @@ class Scorer:
         rewards = self.model.score_packed(row, [span for span in spans if span is not None])
         scores = zip(indices, rewards.stage1.tolist(), rewards.stage2.tolist(), strict=True)
         return {index: self._result(stage1, stage2) for index, stage1, stage2 in scores}
+
+    @torch.inference_mode()
+    def _check_backbone(self, folder: Path) -> None:
+        """Raise DataError where packed rows are not for this backbone, before any work is done."""
+        pattern = self.model.layout.gating_token_pattern
+        row = PackedRow([(len(pattern), [[*pattern, pattern[0]], [*pattern, pattern[-1]]])])
+        try:
+            self.model.score_packed(row, [Span(0, len(pattern), len(pattern))] * 2)
+        except ValueError as error:
+            raise DataError(f"{folder}: conversations cannot be scored in packed rows ({error})") from error
 
     def _refusal(self, ids: list[int]) -> str:
         if len(ids) > self.max_len:

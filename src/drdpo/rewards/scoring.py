@@ -68,6 +68,9 @@ def score_completions(config: CompletionsConfig) -> None:
         _score_splits(config, folder, todo, completions, made_by, parts)
     if distributed.is_main():
         for files in splits:
+            leftover = _parts(config, files, made_by[files.split])
+            if files not in todo and leftover.folder.is_dir():  # a run was killed between writing and clearing up
+                leftover.remove()
             print(report(files.split, read_records(files.scored, Completion.from_row)), flush=True)
 
 
