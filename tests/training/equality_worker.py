@@ -6,6 +6,8 @@ usage: equality_worker.py CASES.json RANKED_PAIRS.json MODEL_FOLDER OUTPUT_FOLDE
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -16,10 +18,21 @@ from drdpo.training import engine as deepspeed_engine
 from drdpo.training.batches import micro_batches, padded_shards
 from drdpo.training.checkpoint import _gathered
 from drdpo.training.data import Pair
+from drdpo.training.fraction import penalised_pairs
 from drdpo.training.loop import train_step
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import reference_logprobs
+
+engine_config = deepspeed_engine.engine_config
+
+
+def partitioning_small_weights(*arguments: Any) -> dict[str, Any]:
+    """ZeRO-3 leaves weights of less than 100,000 elements whole, which of the tiny model is all but the embeddings. Here it
+    takes the linear maps apart as it does a real model's; norms, as there, stay."""
+    settings = engine_config(*arguments)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return settings
 
 
 def main() -> None:
@@ -31,9 +44,10 @@ def main() -> None:
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(
-            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.method == "wdpo"
+            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
         )
-        engine = deepspeed_engine.start_engine(policy, config, steps=3)
+        with mock.patch.object(deepspeed_engine, "engine_config", partitioning_small_weights):
+            engine = deepspeed_engine.start_engine(policy, config, steps=3)
         lengths = [len(pair) for pair in pairs]
         ranks = distributed.rank(), distributed.world_size()
         shards = padded_shards(range(len(pairs)), lengths, config.micro_batch, *ranks)
@@ -42,7 +56,7 @@ def main() -> None:
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
             dealt = micro_batches(indices, lengths, config.micro_batch, *ranks, by_length=config.robust_scope == "step")
             batches = [(form_batch(pairs, rows, config, 2), reference_M2[rows]) for rows in dealt]
-            train_step(engine, batches, config)
+            train_step(engine, batches, config, penalised_pairs(indices, config, step))
         language_model = engine.module.language_model
         weights = _gathered(language_model) if config.zero_stage == 3 else dict(language_model.named_parameters())
         if distributed.is_main():

@@ -26,6 +26,7 @@ METHODS = {
     "wdpo": {"wdpo_rho": 0.05},
     "wdpo_root": {"wdpo_rho": 0.05, "wdpo_penalty": "root"},
     "wdpo_once": {"wdpo_rho": 0.05, "wdpo_prompt": "once"},
+    "wdpo_half": {"wdpo_rho": 0.05, "wdpo_fraction": 0.5},
 }
 # Two ranks: one pair each and forward pass (two micro-batches), or two (one micro-batch holds the local step).
 CASES = {f"{name}-zero2": {**COMMON, **flags, "zero_stage": 2, "micro_batch_size": 1} for name, flags in METHODS.items()}
@@ -37,7 +38,17 @@ CASES["kldpo_micro-zero2"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 2, "mi
 # Packed rows are the default; the padded form, with the attention of transformers, is held as well.
 CASES["dpo-zero2-padded"] = {**COMMON, "zero_stage": 2, "micro_batch_size": 1, "packing": False}
 CASES["wdpo-zero2-padded"] = {**COMMON, **METHODS["wdpo"], "zero_stage": 2, "micro_batch_size": 2, "packing": False}
+# Packed rows take the tangent solver by default; the exact one is held as well.
+for name in ("wdpo", "wdpo_root", "wdpo_once"):
+    CASES[f"{name}-zero2-exact"] = {**CASES[f"{name}-zero2"], "wdpo_solver": "exact"}
+CASES["wdpo_root-zero1-whole"] = {**CASES["wdpo_root-zero0-whole"], "zero_stage": 1}
+CASES["wdpo-zero3"] = {**CASES["wdpo-zero2"], "zero_stage": 3}
+CASES["wdpo_half-zero2-exact"] = {**CASES["wdpo_half-zero2"], "wdpo_solver": "exact"}
+CASES["wdpo_half-zero1-whole"] = {**CASES["wdpo_half-zero2"], "zero_stage": 1, "micro_batch_size": 2}
 FLOAT32_CASES = list(CASES)
+FINITE_CASES = [f"wdpo-zero{stage}-finite" for stage in (2, 3)]
+for name in FINITE_CASES:
+    CASES[name] = {**CASES["wdpo-zero2"], "wdpo_solver": "finite_difference", "zero_stage": int(name[9])}
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 CASES |= {f"dpo_bfloat16-zero{stage}": {**BFLOAT16, "zero_stage": stage} for stage in (1, 2)}
 
@@ -74,10 +85,13 @@ def answer_logprobs(model, embeds, ids, prompt: int):
     return logits.gather(1, ids[1:, None]).squeeze(1)[prompt - 1 :].sum()
 
 
-def plain_step(model, batch, reference, flags):
+def plain_step(model, batch, reference, flags, step):
     """Objective of one optimizer step, written out pair by pair from the paper's formulas."""
     losses, penalties = [], []
-    for (prompt, chosen, rejected), (ref_chosen, ref_rejected) in zip(batch, reference, strict=True):
+    drawn = range(step * BATCH, (step + 1) * BATCH)
+    if "wdpo_fraction" in flags:  # two pairs of four, the draw being what the seed and the step say
+        drawn = random.Random(f"42/penalty/{step}").sample(drawn, BATCH // 2)
+    for number, ((prompt, chosen, rejected), (ref_chosen, ref_rejected)) in enumerate(zip(batch, reference, strict=True)):
         rows = [torch.tensor(prompt + answer) for answer in (chosen, rejected)]
         embeds = [model.get_input_embeddings()(row) for row in rows]
         chosen_logp, rejected_logp = (
@@ -90,7 +104,8 @@ def plain_step(model, batch, reference, flags):
             if flags.get("wdpo_prompt") == "once":
                 shared = sum(gradient[: len(prompt)] for gradient in gradients)
                 gradients = [shared, *(gradient[len(prompt) :] for gradient in gradients)]
-            penalties.append(sum(gradient.square().sum() for gradient in gradients))
+            weight = (step * BATCH + number in drawn) * BATCH / len(drawn)
+            penalties.append(weight * sum(gradient.square().sum() for gradient in gradients))
     losses = torch.stack(losses)
     if "wdpo_rho" in flags:
         mean = torch.stack(penalties).mean()
@@ -122,7 +137,7 @@ def plain_training(model_path: Path, pairs, flags, learning_rate=LEARNING_RATE) 
     for step in range(3):
         rows = slice(step * BATCH, (step + 1) * BATCH)
         optimizer.param_groups[0]["lr"] = learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 3)))
-        plain_step(model, pairs[rows], reference[rows], flags).backward()
+        plain_step(model, pairs[rows], reference[rows], flags, step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -152,6 +167,19 @@ def test_two_processes_under_deepspeed_equal_plain_torch(case, deepspeed_weights
     assert moved > 2e-4, "the steps must be large enough for an error to show"
     for name, value in theirs.items():
         assert torch.allclose(ours[name], value, atol=1e-5, rtol=0), f"{name}: {(ours[name] - value).abs().max():.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FINITE_CASES)
+def test_finite_differences_take_nearly_the_same_steps(case, deepspeed_weights, plain_weights, tiny_policy):
+    """Adam divides by the gradient's size, so an error of 0.1% of the whole can be all of a small element: take the norm."""
+    ours, theirs = load_file(deepspeed_weights / f"{case}.safetensors"), plain_weights("wdpo")
+    start = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
+    moved, expected, dpo = (
+        torch.cat([(weights[name] - start[name]).flatten() for name in theirs])
+        for weights in (ours, theirs, plain_weights("dpo"))
+    )
+    assert (moved - expected).norm() < 0.03 * expected.norm() < 0.3 * (dpo - expected).norm()
 
 
 @pytest.mark.slow

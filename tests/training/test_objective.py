@@ -15,7 +15,8 @@ from drdpo.training.policy import Policy, load_policy
 
 
 def config_of(**flags) -> TrainConfig:
-    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **{"beta": 0.5, "dtype": "float32", **flags})
+    defaults = {"beta": 0.5, "dtype": "float32", "packing": False}  # other forms: test_packing.py, test_wdpo_solvers.py
+    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **defaults | flags)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_penalty_gradient_equals_finite_differences(policy, pairs):
     batch, config = collate(pairs, range(4), 0), config_of(wdpo_rho=1.0)
 
     def penalty(create_graph: bool) -> torch.Tensor:
-        values = pair_values(policy, batch, REFERENCE_M2, config)
+        values = pair_values(policy, batch, REFERENCE_M2, config, twice=True)
         return gradient_penalty(values.losses_B, values.embeds, create_graph).mean()
 
     exact = gradients(policy, penalty(create_graph=True))
@@ -126,7 +127,7 @@ def test_a_loaded_policy_recomputes_activations(tiny_policy):
 
 def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
     batch = collate(pairs, range(4), 0)
-    values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1))
+    values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1), twice=True)
     written_out = values.losses_B.mean() + 0.1 * gradient_penalty(values.losses_B, values.embeds, True).mean().sqrt()
     ours = gradients(policy, whole(policy, pairs, wdpo_rho=0.1, wdpo_penalty="root").total)
     assert relative_error(ours, gradients(policy, written_out)) < 1e-6

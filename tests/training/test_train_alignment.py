@@ -154,7 +154,7 @@ def test_resume_after_sigkill_equals_uninterrupted(run, root, tiny_policy, data,
     ours, theirs = (load_file(folder / "global_step_4" / "model.safetensors") for folder in (again, run))
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
-    timing = {"tokens_per_second", "peak_memory_gib"}
+    timing = {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
     for mine, other in zip(metrics_of(again), metrics_of(run), strict=True):
         assert {k: v for k, v in mine.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
 

@@ -29,6 +29,17 @@ class TrainConfig:
         "as the paper's z",
         "per_sequence",
     )
+    wdpo_solver: Literal["auto", "exact", "tangent", "finite_difference", "adversarial"] = flag(
+        "the penalty's parameter gradient by: 'exact' a double backward; 'tangent' the same numbers by a forward pass along "
+        "the gradient and an ordinary backward pass, in a third of the memory, for Llama-like models; 'finite_difference' "
+        "two passes beside the point (float32 only); 'adversarial' one pass at the embeddings moved by 2 rho grad, right to "
+        "first order in rho only (float32 only); 'auto' is tangent for packed rows and exact for padded ones",
+        "auto",
+    )
+    wdpo_fraction: float = flag(
+        "share of a step's pairs, drawn anew each step, that carry the penalty, scaled up so that it is right on average",
+        1.0,
+    )
     robust_scope: Literal["step", "micro"] = flag(
         "population of the robust weights: all pairs of the optimizer step, or of one micro-batch over the ranks", "step"
     )
@@ -56,6 +67,20 @@ class TrainConfig:
     )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
+    lora_rank: int = flag(
+        "train LoRA adapters of this rank in place of the weights; 0 trains the weights. LoRA usually wants about ten times "
+        "the --learning_rate",
+        0,
+    )
+    lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32)
+    lora_targets: list[str] = flag(
+        "last names of the linear layers that get adapters, e.g. q_proj v_proj (default: all of the decoder blocks)", []
+    )
+    lora_merge: bool = flag(
+        "checkpoints are whole models with the adapters merged in, for the next steps, and the adapters in their subfolder "
+        "adapter; false: checkpoints are the adapters alone, for peft and vLLM",
+        True,
+    )
     packing: bool = flag(
         "micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a pair", True
     )
@@ -68,6 +93,7 @@ class TrainConfig:
         "'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto"
     )
     check_only: bool = flag("check the flags and the inputs, then stop", False)
+    dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 
     @property
     def method(self) -> Literal["dpo", "kldpo", "wdpo", "drdpo"]:
@@ -79,12 +105,34 @@ class TrainConfig:
         return "drdpo" if self.drdpo_beta is not None else "dpo"
 
     @property
+    def second_derivative(self) -> bool:
+        """Does the run differentiate a gradient?"""
+        return self.method == "wdpo" and self.solver == "exact"
+
+    @property
+    def solver(self) -> Literal["exact", "tangent", "finite_difference", "adversarial"]:
+        """WDPO's solver that the flags choose."""
+        if self.wdpo_solver == "auto":
+            return "tangent" if self.packing else "exact"
+        return self.wdpo_solver
+
+    @property
+    def penalised(self) -> int:
+        """Pairs of a step that carry WDPO's penalty."""
+        return max(1, round(self.wdpo_fraction * self.train_batch_size))
+
+    @property
+    def penalty_scale(self) -> float:
+        """The inverse of the chance that a pair carries the penalty."""
+        return self.train_batch_size / self.penalised
+
+    @property
     def attention(self) -> str:
         """The attention that is right for the method: sdpa and flash kernels have no second derivative."""
         if self.packing:
             return PACKED_ATTENTION
         if self.attn_implementation == "auto":
-            return "eager" if self.method == "wdpo" else "sdpa"
+            return "eager" if self.second_derivative else "sdpa"
         return self.attn_implementation
 
     @property
@@ -116,11 +164,21 @@ class TrainConfig:
             "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; give --zero_stage=1 or --dtype=float32",
         )
 
+        self._check_lora()
         require(
             not self.packing or self.attn_implementation == "auto",
             f"--attn_implementation={self.attn_implementation}: packed rows have an attention of their own; give "
             "--packing=false as well",
         )
+
+    def _check_lora(self) -> None:
+        require(self.lora_rank >= 0, f"--lora_rank={self.lora_rank} must not be negative")
+        require(self.lora_alpha > 0, f"--lora_alpha={self.lora_alpha} must be positive")
+        if self.lora_rank:
+            return
+        given = {"lora_alpha": self.lora_alpha != 32, "lora_targets": self.lora_targets, "lora_merge": not self.lora_merge}
+        for name, changed in given.items():
+            require(not changed, f"--{name} has no meaning without --lora_rank; give that too")
 
     def _check_method(self) -> None:
         chosen = {
@@ -134,6 +192,23 @@ class TrainConfig:
             require(value > 0, f"--{name}={value} must be positive (leave it out for plain DPO)")
         if self.method != "wdpo":
             return
+        require(0 < self.wdpo_fraction <= 1, f"--wdpo_fraction={self.wdpo_fraction} must lie in (0, 1]")
+        require(
+            self.wdpo_fraction == 1 or self.wdpo_penalty == "squared",
+            f"--wdpo_fraction={self.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is not right on "
+            "average; give --wdpo_penalty=squared or --wdpo_fraction=1",
+        )
+        require(
+            self.wdpo_fraction == 1 or self.zero_stage <= 2,
+            f"--wdpo_fraction={self.wdpo_fraction} with --zero_stage=3: processes with and without a penalised pair would "
+            "ask each other for different weights; give --zero_stage=2 or --wdpo_fraction=1",
+        )
+        if self.second_derivative:
+            self._check_exact()
+        else:
+            self._check_first_order()
+
+    def _check_exact(self) -> None:
         require(
             self.packing or self.attention == "eager",
             f"--attn_implementation={self.attention} with --wdpo_rho: its kernels have no second derivative, so the exact "
@@ -141,6 +216,20 @@ class TrainConfig:
         )
         require(
             self.zero_stage <= 2,
-            "--zero_stage=3 with --wdpo_rho: DeepSpeed's stage 3 cannot run the exact solver's double backward; "
-            "give --zero_stage=2",
+            "--zero_stage=3 with --wdpo_solver=exact: DeepSpeed's stage 3 cannot run its double backward; give "
+            "--wdpo_solver=tangent or --zero_stage=2",
+        )
+
+    def _check_first_order(self) -> None:
+        if self.solver == "tangent":
+            require(
+                self.packing,
+                "--packing=false with --wdpo_solver=tangent, which knows packed rows only; give --wdpo_solver=exact or "
+                "--packing=true",
+            )
+            return
+        require(
+            self.dtype == "float32",
+            f"--wdpo_solver={self.wdpo_solver} with --dtype=bfloat16: the step that curvature allows is lost in bfloat16's "
+            "rounding (28% error at best, measured); give --wdpo_solver=tangent or --dtype=float32",
         )

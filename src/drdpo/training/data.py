@@ -1,6 +1,6 @@
 """Preferences from a folder, a saved data set or the hub, as token ids of prompt, chosen and rejected answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class Pair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    prompt_id: int | None = field(default=None, compare=False)
+    """Of the record; says which pair is meant."""
 
     def __len__(self) -> int:
         """Tokens of the longer sequence."""
@@ -99,7 +101,7 @@ def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: 
         elif answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
-            pairs.append(Pair(prompt, *answers))
+            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id))
     return pairs, counts
 
 

@@ -61,8 +61,10 @@ def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
     import deepspeed
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in parameters)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
@@ -72,13 +74,24 @@ def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
         optimizer, round(steps * config.warmup_ratio), steps, min_lr_rate=config.min_lr_ratio
     )
     engine, *_ = deepspeed.initialize(
-        model=policy, optimizer=optimizer, lr_scheduler=schedule, config=engine_config(config, distributed.world_size())
-    )
+        model=policy, optimizer=optimizer, lr_scheduler=schedule,
+        config=engine_config(config, distributed.world_size(), trained),
+    )  # fmt: skip
+    if config.zero_stage == 0:
+        # Without ZeRO DeepSpeed clips but tells no norm, and a gradient that is not finite would go unseen.
+        def clip() -> None:
+            engine._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+
+        engine.clip_fp32_gradients = clip
     return engine
 
 
-def engine_config(config: TrainConfig, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run on `world` processes."""
+BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once at most, its default."""
+
+
+def engine_config(config: TrainConfig, world: int, trained: int = BUCKET) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run on `world` processes that trains so many parameters."""
     bfloat16 = config.dtype == "bfloat16"
     return {
         "train_batch_size": config.train_batch_size,
@@ -90,6 +103,8 @@ def engine_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": config.zero_stage,
+            # A buffer of this size is held during the backward pass: no larger than all gradients.
+            "reduce_bucket_size": max(1, min(BUCKET, trained)),
             "stage3_gather_16bit_weights_on_model_save": config.zero_stage == 3,
         },
         "zero_allow_untested_optimizer": True,

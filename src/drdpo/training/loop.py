@@ -16,25 +16,41 @@ from drdpo.training.batches import micro_batches, padded_shards, step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
-from drdpo.training.metrics import MetricsLog, pair_table, peak_memory_gib, step_metrics, table_means
-from drdpo.training.objective import AnyBatch, Objective, needs_population, objective, pair_values, survey
+from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
+from drdpo.training.fraction import penalised_pairs
+from drdpo.training.lora import add_lora
+from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
+from drdpo.training.objective import Objective, needs_population, objective, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
+from drdpo.training.preflight import preflight
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
-from drdpo.training.run import Run, claim_folder, open_run
+from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run
+from drdpo.training.tangent_support import check_tangent
+from drdpo.training.throughput import Shape, throughput
+from drdpo.training.values import AnyBatch, pair_values
 
 
 def train_alignment(config: TrainConfig) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
-    deepspeed_engine.initialise()
+    if not config.dry_run:
+        deepspeed_engine.initialise()
     run = open_run(config)
-    if claim_folder(run):
+    if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return
+    shape = preflight(run)
+    if config.dry_run:
+        return
+    claim_folder(run)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = load_policy(
-        config.model_path, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.method == "wdpo"
+        config.model_path, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
     )
+    if config.lora_rank:
+        add_lora(policy, config)
+    if config.method == "wdpo" and config.solver == "tangent":
+        check_tangent(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
     done = load_state(engine, run.folder / "resume")
@@ -42,24 +58,27 @@ def train_alignment(config: TrainConfig) -> None:
         _say(f"continuing after step {done} of {run.steps}")
     log = MetricsLog(run.folder, done)
     try:
-        _steps(engine, run, references, done, log)
+        _steps(engine, run, shape, references, done, log)
     finally:
         log.close()
     last = run.folder / f"global_step_{run.steps}"
-    if not (last / "config.json").is_file():
-        save_model(engine, run.tokenizer, last)
+    if not is_saved(last):
+        save_model(engine, run.tokenizer, last, config)
     if distributed.is_main():
         write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=True)
     torch.distributed.destroy_process_group()
 
 
-def train_step(engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig) -> list[Objective]:
+def train_step(
+    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, penalised: frozenset[int] | None = None
+) -> list[Objective]:
     """One optimizer step.
 
     Args:
         engine: its gradient_accumulation_steps is the number of batches.
         batches: this rank's micro-batches with their reference log-probs [B, 2].
         config: of the run.
+        penalised: the pairs that carry WDPO's penalty; None where all do.
 
     Returns:
         What every micro-batch contributed, detached from its graph.
@@ -67,12 +86,16 @@ def train_step(engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: T
     population = None
     if needs_population(config) and config.robust_scope == "step" and len(batches) > 1:
         population = survey(engine.module, batches, config)
-    # The bare module, or DeepSpeed takes WDPO's inner gradient for the backward pass. ZeRO-3, which WDPO cannot use, counts
-    # micro-batches in the engine's own forward: around it, each would replace the gradients of the one before.
+    # The bare module, or DeepSpeed takes the inner gradient of WDPO's exact solver for the backward pass. ZeRO-3, which that
+    # solver cannot use, counts micro-batches in the engine's own forward: around it, each would replace the gradients of the
+    # one before.
     policy = engine if config.zero_stage == 3 else engine.module
+    watch = engine.module.watch = FiniteWatch(engine.device)
     parts = []
     for batch, reference_B2 in batches:
-        part = objective(policy, batch, reference_B2, config, population)
+        watch.next_batch()
+        part = objective(policy, batch, reference_B2, config, population, penalised)
+        watch.look(part.total)
         engine.backward(part.total)
         engine.step()
         parts.append(part.detached())
@@ -93,7 +116,7 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
     return {f"eval_{name}": value for name, value in means.items()}
 
 
-def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, log: MetricsLog) -> None:
+def _steps(engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog) -> None:
     config = run.config
     bar = tqdm(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
                disable=not distributed.is_main())  # fmt: skip
@@ -102,24 +125,23 @@ def _steps(engine: Engine, run: Run, references: dict[str, Tensor], done: int, l
         dealt = _step_batches(run, step)
         batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        parts = train_step(engine, batches, config)
-        tokens = torch.tensor([float(sum(batch.tokens for batch, _ in batches))], device=engine.device)
+        drawn = step_indices(len(run.train), config.train_batch_size, config.seed, step)
+        parts = train_step(engine, batches, config, penalised_pairs(drawn, config, step))
         metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch, **step_metrics(parts, config)}
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
-        metrics["tokens_per_second"] = float(distributed.gather(tokens).sum()) / (time.perf_counter() - started)
+        metrics |= throughput([batch for batch, _ in batches], shape, config, time.perf_counter() - started)
         metrics["peak_memory_gib"] = peak_memory_gib()
-        _check_finite(metrics)
+        check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], run.train)
         if step == 0:
             _check_first_loss(metrics["loss"], config)
         last = step + 1 == run.steps
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.update(evaluate(engine, run, references["test"]))
+            check_evaluation(metrics, step + 1)
         log.write(metrics)
-        bar.set_postfix(
-            loss=f"{metrics['loss']:.4f}", acc=f"{metrics['accuracy']:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}"
-        )
+        bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
-            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}")
+            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config)
             if config.save_resume:
                 save_state(engine, run.folder / "resume", step + 1)
 
@@ -170,16 +192,6 @@ def _on_device(
 ) -> tuple[AnyBatch, Tensor]:
     batch = form_batch(pairs, indices, run.config, run.pad_token_id)
     return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
-
-
-def _check_finite(metrics: dict[str, float]) -> None:
-    """DeepSpeed skips a step whose gradients are not finite without a word, and would go on skipping to the end."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise DataError(
-                f"step {int(metrics['step'])}: {name} is {value}; lower --learning_rate or the method's strength; "
-                "earlier checkpoints are kept"
-            )
 
 
 def _check_first_loss(loss: float, config: TrainConfig) -> None:

@@ -16,7 +16,8 @@ from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.files import atomic_file
 from drdpo.training import losses
-from drdpo.training.objective import Objective, PairValues
+from drdpo.training.objective import Objective
+from drdpo.training.values import PairValues
 
 
 def pair_table(values: PairValues, beta: float) -> Tensor:
@@ -52,11 +53,27 @@ def step_metrics(parts: list[Objective], config: TrainConfig) -> dict[str, float
         metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
     if config.method == "wdpo":
         assert config.wdpo_rho is not None
-        penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
-        penalty = float(distributed.gather(torch.cat(penalties)).mean())
-        metrics["penalty"] = penalty
+        penalties_P = distributed.gather(torch.cat([part.penalties_B for part in parts if part.penalties_B is not None]))
+        metrics["penalty"] = penalty = float(penalties_P.mean())
+        # Means over the pairs that carry the penalty; the others' figures are zero.
+        carry = config.penalised / config.train_batch_size
+        metrics["input_gradient_norm"] = float((penalties_P / config.penalty_scale).sqrt().mean()) / carry
+        errors = [part.errors_B for part in parts if part.errors_B is not None]
+        if errors and config.solver != "exact":
+            metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean()) / carry
         metrics["objective"] += config.wdpo_rho * (penalty**0.5 if config.wdpo_penalty == "root" else penalty)
     return metrics
+
+
+def on_the_bar(metrics: dict[str, float]) -> dict[str, str]:
+    """The figures of a step that the progress bar shows."""
+    shown = {
+        "loss": f"{metrics['loss']:.4f}",
+        "acc": f"{metrics['accuracy']:.2f}",
+        "tok_s": f"{metrics['tokens_per_second']:.0f}",
+        "pairs_s": f"{metrics['pairs_per_second']:.2f}",
+    }
+    return {**shown, "mfu": f"{metrics['mfu']:.0%}"} if "mfu" in metrics else shown
 
 
 def peak_memory_gib() -> float:

@@ -11,23 +11,12 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.training import losses
-from drdpo.training.batches import Batch
+from drdpo.training.fraction import select
+from drdpo.training.input_gradient import input_gradient
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
-
-AnyBatch = Batch | PackedBatch
-
-
-class PairValues(NamedTuple):
-    """What one forward pass tells of B pairs."""
-
-    losses_B: Tensor
-    margins_B: Tensor
-    """[B] h, the difference of the answers' log-ratios to the reference."""
-    log_ratios_S: Tensor
-    """[S] log pi - log ref of every answer, chosen first."""
-    embeds: Tensor
-    """[S, T, D], packed [1, N, D]: the policy's input embeddings."""
+from drdpo.training.solvers import solve
+from drdpo.training.values import AnyBatch, PairValues, pair_values
 
 
 class Population(NamedTuple):
@@ -43,33 +32,14 @@ class Objective(NamedTuple):
     """Scalar: mean over the micro-batch of w l + rho |grad l|^2."""
     values: PairValues
     weights_B: Tensor
-    penalties_B: Tensor | None
-    """[B] |grad l|^2, WDPO only."""
+    penalties_B: Tensor | None = None
+    """[B] |grad l|^2, WDPO only; under --wdpo_fraction zero for a pair without penalty and scaled up for the others."""
+    errors_B: Tensor | None = None
+    """[B] relative error of the solver, for those that can tell; zero for a pair without penalty."""
 
     def detached(self) -> "Objective":
         """The figures alone: neither graph nor embeddings stay in memory."""
-        values = self.values
-        figures = (values.losses_B.detach(), values.margins_B.detach(), values.log_ratios_S.detach())
-        return Objective(
-            self.total.detach(), PairValues(*figures, values.embeds.new_empty(0)), self.weights_B, self.penalties_B
-        )
-
-
-def pair_values(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
-    """Run the policy over a micro-batch.
-
-    Args:
-        policy: the bare module, or for a method without second derivative the DeepSpeed engine around it.
-        batch: B pairs.
-        reference_B2: [B, 2] the frozen reference's log-probs of chosen and rejected answers.
-        config: beta, loss_type, label_smoothing; the method decides whether a second derivative is kept.
-    """
-    logprob_S, embeds = policy(batch, twice=config.method == "wdpo" and torch.is_grad_enabled())
-    pairs = len(batch.indices_B)
-    log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
-    margins_B = log_ratios_S[:pairs] - log_ratios_S[pairs:]
-    losses_B = losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)
-    return PairValues(losses_B, margins_B, log_ratios_S, embeds)
+        return self._replace(total=self.total.detach(), values=self.values.detached())
 
 
 def needs_population(config: TrainConfig) -> bool:
@@ -86,10 +56,7 @@ def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], config: Train
         config: of the run.
     """
     if config.method == "wdpo":
-        penalties = []
-        for batch, reference_B2 in batches:
-            values = pair_values(policy, batch, reference_B2, config)
-            penalties.append(_penalties(values, batch, config, create_graph=False))
+        penalties = [_surveyed(policy, batch, reference_B2, config) for batch, reference_B2 in batches]
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
     with torch.no_grad():
         local = [pair_values(policy, batch, reference_B2, config).losses_B for batch, reference_B2 in batches]
@@ -97,34 +64,106 @@ def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], config: Train
 
 
 def objective(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None
+    policy: Policy,
+    batch: AnyBatch,
+    reference_B2: Tensor,
+    config: TrainConfig,
+    population: Population | None,
+    penalised: frozenset[int] | None = None,
 ) -> Objective:
     """The differentiable objective of one micro-batch.
 
     Args:
-        policy: as for pair_values.
+        policy: the bare module, or for a method without second derivative the DeepSpeed engine around it.
         batch: B pairs.
         reference_B2: [B, 2] reference log-probs.
         config: of the run.
         population: from `survey`; None where this micro-batch, over all ranks, is the population.
+        penalised: from `fraction.penalised_pairs`; None where every pair carries WDPO's penalty.
     """
+    if config.method == "wdpo":
+        if penalised is None:
+            return _penalised(policy, batch, reference_B2, config, population)
+        keep_B = torch.tensor([index in penalised for index in batch.indices_B.tolist()], device=batch.indices_B.device)
+        return _partly_penalised(policy, batch, reference_B2, config, keep_B)
     values = pair_values(policy, batch, reference_B2, config)
     weights_B = torch.ones_like(values.losses_B)
     if config.method in ("kldpo", "drdpo"):
         losses_P = population.losses_P if population else None
         weights_B = _weights(values.losses_B, distributed.gather(values.losses_B) if losses_P is None else losses_P, config)
-    total = (weights_B * values.losses_B).mean()
-    if config.method != "wdpo":
-        return Objective(total, values, weights_B, None)
+    return Objective((weights_B * values.losses_B).mean(), values, weights_B)
+
+
+def _penalised(
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None
+) -> Objective:
+    """WDPO's objective of pairs that all carry the penalty."""
+    if config.solver == "exact":
+        values = pair_values(policy, batch, reference_B2, config, twice=True)
+        penalties_B = _penalties(values, batch, config, create_graph=True)
+        factor = _factor(penalties_B, config, population)
+        total = values.losses_B.mean() + factor * penalties_B.mean()
+        return Objective(total, values, torch.ones_like(values.losses_B), penalties_B.detach() * config.penalty_scale)
+    # The gradient for the embeddings is taken outside the engine, which would take it for the backward pass of the step.
+    bare = policy if isinstance(policy, Policy) else policy.module
+    found = input_gradient(bare, batch, reference_B2, config)
+    factor = _factor(found.loss_slopes_B.square(), config, population)
+    solved = solve(policy, batch, found, reference_B2, config, factor)
+    ones_B = torch.ones_like(found.values.losses_B)
+    return Objective(solved.total, found.values, ones_B, solved.penalties_B * config.penalty_scale, solved.errors_B)
+
+
+def _partly_penalised(
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, keep_B: Tensor
+) -> Objective:
+    """WDPO's objective where some pairs carry the penalty: these apart, as pairs do not attend to each other."""
+    parts: list[Objective] = []
+    shares = []
+    for rows_B in (keep_B, ~keep_B):
+        if not rows_B.any():
+            continue
+        few, reference_K2 = (batch, reference_B2) if rows_B.all() else (select(batch, rows_B), reference_B2[rows_B])
+        if rows_B is keep_B:
+            parts.append(_penalised(policy, few, reference_K2, config, None))
+        else:
+            values = pair_values(policy, few, reference_K2, config)
+            zeros_K = torch.zeros_like(values.losses_B.detach())
+            parts.append(Objective(values.losses_B.mean(), values, zeros_K + 1, zeros_K))
+        shares.append(float(rows_B.float().mean()))
+    order_B = torch.cat([rows_B.nonzero()[:, 0] for rows_B in (keep_B, ~keep_B)]).argsort()
+
+    def joined(figures: list[Tensor]) -> Tensor:
+        return torch.cat(figures)[order_B]
+
+    values = PairValues(
+        joined([part.values.losses_B for part in parts]),
+        joined([part.values.margins_B for part in parts]),
+        torch.cat([part.values.log_ratios_S.view(2, -1) for part in parts], dim=1)[:, order_B].flatten(),
+        parts[0].values.embeds,
+    )
+    total = torch.stack([part.total * share for part, share in zip(parts, shares, strict=True)]).sum()
+    errors = [torch.zeros_like(part.weights_B) if part.errors_B is None else part.errors_B for part in parts]
+    penalties_B = joined([part.penalties_B for part in parts if part.penalties_B is not None])
+    return Objective(total, values, torch.ones_like(penalties_B), penalties_B, joined(errors))
+
+
+def _factor(penalties_B: Tensor, config: TrainConfig, population: Population | None) -> Tensor:
+    """What multiplies the mean of |grad l|^2."""
     assert config.wdpo_rho is not None
-    penalties_B = _penalties(values, batch, config, create_graph=True)
-    factor = torch.tensor(config.wdpo_rho, dtype=penalties_B.dtype)
-    if config.wdpo_penalty == "root":
-        # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
-        mean = population.mean_penalty if population else None
-        mean = distributed.gather(penalties_B).mean() if mean is None else mean
-        factor = config.wdpo_rho / (2 * mean.sqrt()) if mean > 0 else torch.zeros_like(mean)
-    return Objective(total + factor * penalties_B.mean(), values, weights_B, penalties_B.detach())
+    if config.wdpo_penalty == "squared":
+        return torch.tensor(config.wdpo_rho * config.penalty_scale, dtype=penalties_B.dtype)
+    # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
+    mean = population.mean_penalty if population else None
+    mean = distributed.gather(penalties_B).mean() if mean is None else mean
+    return config.wdpo_rho / (2 * mean.sqrt()) if mean > 0 else torch.zeros_like(mean)
+
+
+def _surveyed(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> Tensor:
+    """[B] |grad l|^2 without a graph."""
+    if config.solver == "exact":
+        values = pair_values(policy, batch, reference_B2, config, twice=True)
+        return _penalties(values, batch, config, create_graph=False)
+    return input_gradient(policy, batch, reference_B2, config).loss_slopes_B.square()
 
 
 def _penalties(values: PairValues, batch: AnyBatch, config: TrainConfig, create_graph: bool) -> Tensor:

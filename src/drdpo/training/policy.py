@@ -3,6 +3,7 @@
 Shape suffixes: S sequences, T tokens, D width, V vocabulary, N answer tokens.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from drdpo.kernels import linear_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
 from drdpo.kernels.shared_prefix import PackedRow, PrefixPlan
 from drdpo.training.batches import Batch
+from drdpo.training.finite import FiniteWatch
 from drdpo.training.packing import PackedBatch
 
 
@@ -33,8 +35,9 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight = weight_VD
 
-    def forward(self, hidden_ND: Tensor, targets_N: Tensor, twice: bool) -> Tensor:
-        return linear_logprob(hidden_ND, self.weight, targets_N, twice=twice)
+    def forward(self, kernel: Callable[..., Any], hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        """One of drdpo.kernels on hidden states and this head: kernel(hidden, weight, ...)."""
+        return kernel(hidden, self.weight, *arguments, **options)
 
 
 class Policy(nn.Module):
@@ -49,39 +52,63 @@ class Policy(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.plain_attention = plain_attention
+        self.watch: FiniteWatch | None = None
+        """Looks at every gradient for the embeddings that this policy gives out."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
 
-    def forward(self, batch: Batch | PackedBatch, twice: bool = False) -> Answers:
+    def forward(self, batch: Batch | PackedBatch, twice: bool = False, run: Callable[["Policy"], Any] | None = None) -> Any:
         """Log-probabilities of the answers of a batch.
 
         Args:
             batch: B pairs as S = 2B padded rows, or as one packed row.
             twice: the log-probabilities' gradient will be differentiated again.
+            run: what to do in place of that with this policy; a DeepSpeed engine around it lets only forward through.
+
+        Returns:
+            Answers, or what `run` returns.
         """
-        return self._packed(batch, twice) if isinstance(batch, PackedBatch) else self._padded(batch, twice)
+        if run is not None:
+            return run(self)
+        embeds = self.embed(batch)
+        return Answers(self.logprob(batch, embeds, twice), embeds)
 
-    def _packed(self, batch: PackedBatch, twice: bool) -> Answers:
-        embeds_1ND = self.language_model.get_input_embeddings()(batch.input_ids_1N)
-        plan = PrefixPlan(batch.groups, embeds_1ND.device, embeds_1ND.dtype, self.plain_attention)
-        hidden_ND = self.language_model.base_model(
-            inputs_embeds=embeds_1ND, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
-        ).last_hidden_state[0]
-        logprob_A = self.head(hidden_ND[batch.states_A], batch.targets_A, twice)
-        zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=logprob_A.dtype, device=logprob_A.device)
-        return Answers(zeros_S.index_add(0, batch.sequence_A, logprob_A), embeds_1ND)
+    def embed(self, batch: Batch | PackedBatch) -> Tensor:
+        """[S, T, D], packed [1, N, D]: the input embeddings of a batch."""
+        ids = batch.input_ids_1N if isinstance(batch, PackedBatch) else batch.input_ids_ST
+        embeds = self.language_model.get_input_embeddings()(ids)
+        # Of a frozen table too: WDPO differentiates for the embeddings.
+        if torch.is_grad_enabled():
+            embeds.requires_grad_()
+            if self.watch is not None:
+                embeds.register_hook(self.watch.look)
+        return embeds
 
-    def _padded(self, batch: Batch, twice: bool) -> Answers:
-        embeds_STD = self.language_model.get_input_embeddings()(batch.input_ids_ST)
+    def logprob(self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False) -> Tensor:
+        """[S] log-probabilities of the answers of a batch from (changed) input embeddings."""
+        hidden_ND, targets_N, sequence_N = self.answer_states(batch, embeds)
+        return sum_by_sequence(self.head(linear_logprob, hidden_ND, targets_N, twice=twice), sequence_N, batch)
+
+    def answer_states(self, batch: Batch | PackedBatch, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N]."""
+        if isinstance(batch, PackedBatch):
+            plan = PrefixPlan(batch.groups, embeds.device, embeds.dtype, self.plain_attention)
+            hidden_ND = self.language_model.base_model(
+                inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
+            ).last_hidden_state[0]
+            return hidden_ND[batch.states_A], batch.targets_A, batch.sequence_A
         hidden_STD = self.language_model.base_model(
-            inputs_embeds=embeds_STD, attention_mask=batch.attention_mask_ST, use_cache=False
+            inputs_embeds=embeds, attention_mask=batch.attention_mask_ST, use_cache=False
         ).last_hidden_state
         # The state at t predicts token t + 1.
         answer_mask_ST = batch.answer_mask_ST[:, 1:]
         targets_N = batch.input_ids_ST[:, 1:][answer_mask_ST]
-        logprob_N = self.head(hidden_STD[:, :-1][answer_mask_ST], targets_N, twice)
-        row_N = answer_mask_ST.nonzero()[:, 0]
-        zeros_S = torch.zeros(len(batch.input_ids_ST), dtype=logprob_N.dtype, device=logprob_N.device)
-        return Answers(zeros_S.index_add(0, row_N, logprob_N), embeds_STD)
+        return hidden_STD[:, :-1][answer_mask_ST], targets_N, answer_mask_ST.nonzero()[:, 0]
+
+
+def sum_by_sequence(values_N: Tensor, sequence_N: Tensor, batch: Batch | PackedBatch) -> Tensor:
+    """[S] sums of answer tokens' values [N] over each sequence."""
+    zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=values_N.dtype, device=values_N.device)
+    return zeros_S.index_add(0, sequence_N, values_N)
 
 
 def load_policy(

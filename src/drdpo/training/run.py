@@ -18,7 +18,7 @@ from drdpo.models import check_model_folder
 from drdpo.training.data import Pair, load_preferences, tokenise
 from drdpo.training.newest import check_world
 
-NOT_COMPARED = ("save_path", "resume", "check_only", "save_steps", "eval_steps", "save_resume")
+NOT_COMPARED = ("save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume")
 """Flags that do not change the trained model."""
 
 
@@ -141,17 +141,26 @@ def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]
         )
 
 
-def claim_folder(run: Run) -> bool:
-    """Make the run's folder ours; True where the run in it is already complete. Every rank must call.
+def is_complete(run: Run) -> bool:
+    """Does the run's folder hold this run, complete?
 
     Raises:
         UsageError: another run is in it, and --resume=auto asks to continue.
     """
     before = read_manifest(run.folder).get("train")
-    if before is not None and run.config.resume == "auto":
-        _refuse_change(run.folder, before["made_by"], run.made_by)
-        if before.get("complete") and (run.folder / f"global_step_{run.steps}" / "config.json").is_file():
-            return True
+    if before is None or run.config.resume == "never":
+        return False
+    _refuse_change(run.folder, before["made_by"], run.made_by)
+    return bool(before.get("complete")) and is_saved(run.folder / f"global_step_{run.steps}")
+
+
+def is_saved(folder: Path) -> bool:
+    """Does global_step_<n> hold a model or, under --lora_merge=false, an adapter?"""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def claim_folder(run: Run) -> None:
+    """Make the run's folder ours. Every rank must call, after is_complete."""
     distributed.barrier()
     if distributed.is_main():
         if run.config.resume == "never":
@@ -160,7 +169,6 @@ def claim_folder(run: Run) -> bool:
             json.dump(as_dict(run.config), stream, indent=2)
         write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
     distributed.barrier()
-    return False
 
 
 def _clear(folder: Path) -> None:

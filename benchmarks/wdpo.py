@@ -1,0 +1,292 @@
+"""WDPO's solvers: error of the penalty's parameter gradient, time and peak memory of a step, beside DPO's.
+
+    dpo          ours: packed, prompt once
+    original     the authors' formulation: two padded rows, eager attention, double backward, whole float32 logits, and the
+                 reference model run beside the policy
+    exact, tangent, finite_difference, adversarial
+                 --wdpo_solver, packed, the prompt per sequence; "once": --wdpo_prompt=once
+
+A step is forward and backward of one pair, half of each sequence answer, of real text (the repository's own documents);
+optimizer and engine cost all ways the same and are left out. Every way runs in a process of its own (peak memory is a
+property of the process), in turn, several rounds, so that a drift of the machine's speed falls on all alike; ratios are of
+one round, their median reported. On a CPU the time is that of the cores (wall time times the cores at work): with
+OMP_NUM_THREADS=1 it hardly depends on what else the machine does. Memory is the peak over weights and gradients. Errors are
+those of the gradient of mean |grad l|^2 for all parameters against exact in float32 on the same weights; a cosine beside
+each. The adversarial one is taken at --rho, as its error depends on it.
+
+    python benchmarks/wdpo.py [--model=models/SmolLM2-135M] [--tokens 256 512 1024] [--output=benchmarks/results/wdpo]
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+WAYS = {
+    "dpo": {"wdpo_rho": None},
+    "original": {"packing": False},
+    "exact": {"wdpo_solver": "exact"},
+    "exact once": {"wdpo_solver": "exact", "wdpo_prompt": "once"},
+    "tangent": {"wdpo_solver": "tangent"},
+    "tangent once": {"wdpo_solver": "tangent", "wdpo_prompt": "once"},
+    "finite_difference": {"wdpo_solver": "finite_difference"},
+    "adversarial": {"wdpo_solver": "adversarial"},
+}
+PALETTE = ("#000000", "#999999", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
+COLORS = dict(zip(WAYS, PALETTE, strict=True))
+FLOAT32_ONLY = ("finite_difference", "adversarial")
+BETA = 0.01
+
+
+def real_pair(model: str, tokens: int):
+    """One pair of real text, two sequences of `tokens`, half of each prompt."""
+    from transformers import AutoTokenizer
+
+    from drdpo.training.data import Pair
+
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "README.md"))
+    ids, half = AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"], tokens // 2
+    return Pair(ids[:half], ids[half : 2 * half], ids[2 * half : 3 * half])
+
+
+def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
+    """The flags of a way, and its policy."""
+    import torch
+
+    from drdpo.config import TrainConfig
+    from drdpo.training.policy import load_policy
+
+    flags = {"wdpo_rho": rho, **WAYS[way]}
+    config = TrainConfig(model_path=model, dataset_path="-", save_path="-", beta=BETA, dtype=dtype, train_batch_size=1,
+                         gradient_checkpointing=checkpointing, **flags)  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.second_derivative).to(device)
+    return config, policy, device
+
+
+def original_loss(model, reference, batch, rho: float):
+    """l + rho |grad_e l|^2 of one pair as the authors' code computes it."""
+    import torch
+
+    def logprobs(model, embeds):
+        logits = model(inputs_embeds=embeds, attention_mask=batch.attention_mask_ST, use_cache=False).logits
+        token = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids_ST[:, 1:, None]).squeeze(2)
+        return (token * batch.answer_mask_ST[:, 1:]).sum(1)
+
+    embeds = model.get_input_embeddings()(batch.input_ids_ST)
+    with torch.no_grad():
+        reference_S = logprobs(reference, reference.get_input_embeddings()(batch.input_ids_ST))
+    chosen, rejected = logprobs(model, embeds) - reference_S
+    loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected))
+    (grad,) = torch.autograd.grad(loss, embeds, create_graph=True)
+    return loss + rho * grad.square().sum()
+
+
+def step_of(way: str, config, policy, device: str, pair):
+    """A function that computes the scalar whose gradient is the step's."""
+    import torch
+
+    from drdpo.training.objective import objective
+    from drdpo.training.packing import form_batch
+
+    batch = form_batch([pair], [0], config, 0).to(device)
+    if way == "original":
+        from transformers import AutoModelForCausalLM
+
+        reference = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=policy.language_model.dtype,
+                                                         attn_implementation="eager").to(device).eval()  # fmt: skip
+        return lambda: original_loss(policy.language_model, reference, batch, config.wdpo_rho)
+    with torch.no_grad():
+        reference_B2 = policy(batch).logprob_S[None]
+    return lambda: objective(policy, batch, reference_B2, config, None).total
+
+
+def memory(key: str) -> float:
+    """GiB that the process, or on a GPU torch, holds now ("VmRSS") or held at most ("VmHWM")."""
+    import torch
+
+    if torch.cuda.is_available():
+        return (torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 2**20
+
+
+def flush_denormals() -> None:
+    """As the trainer does; NumPy warns when it first measures a float type after that, so it measures them before."""
+    import numpy as np
+    import torch
+
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)
+    torch.set_flush_denormal(True)
+
+
+def measure(arguments) -> dict[str, float]:
+    """Seconds and peak memory of one way, in this process."""
+    import torch
+
+    flush_denormals()
+    config, policy, device = prepare(arguments.way, arguments.dtype, arguments.checkpointing, arguments.model, arguments.rho)
+    step = step_of(arguments.way, config, policy, device, real_pair(arguments.model, arguments.tokens[0]))
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter).fill_(0)
+    gc.collect()
+    before = memory("VmRSS")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    seconds = []
+    for _ in range(arguments.steps + 1):
+        started = clock()
+        step().backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(clock() - started)
+    return {"seconds": min(seconds[1:]), "peak_gib": memory("VmHWM") - before}
+
+
+def penalty_gradient(way: str, dtype: str, arguments):
+    """The gradient of mean |grad l|^2 for all parameters."""
+    import torch
+
+    # A radius beside which the loss itself counts for nothing; the adversarial one less the loss's gradient.
+    rho = arguments.rho if way == "adversarial" else 1e12
+    config, policy, device = prepare(way, dtype, True, arguments.model, rho)
+    pair = real_pair(arguments.model, arguments.tokens[0])
+
+    def gradient(config):
+        parts = torch.autograd.grad(step_of(way, config, policy, device, pair)(), list(policy.parameters()))
+        return torch.cat([part.flatten().float().cpu() for part in parts]).double() / rho
+
+    found = gradient(config)
+    if way == "adversarial":
+        found -= gradient(prepare("dpo", dtype, True, arguments.model, rho)[0])
+    return found
+
+
+def errors(arguments) -> dict[str, dict[str, float]]:
+    """Relative error and cosine of every way, in this process."""
+    import torch
+
+    flush_denormals()
+    told, exact = {}, {}
+    for dtype in ("float32", *(name for name in arguments.dtypes if name != "float32")):
+        for way in WAYS:
+            if way == "dpo" or (way in FLOAT32_ONLY and dtype != "float32"):
+                continue
+            found = penalty_gradient(way, dtype, arguments)
+            truth = exact.setdefault(way.endswith("once"), found)
+            told[f"{way}, {dtype}"] = {
+                "error": float((found - truth).norm() / truth.norm()),
+                "cosine": float(torch.nn.functional.cosine_similarity(found, truth, dim=0)),
+            }
+    return told
+
+
+def run(arguments, **flags) -> dict:
+    """A part in a process of its own."""
+    words = [sys.executable, __file__, f"--model={arguments.model}", f"--steps={arguments.steps}", f"--rho={arguments.rho}"]
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", *map(str, value)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict) -> list[dict]:
+    """Rows of one setting."""
+    ways = [way for way in WAYS if dtype == "float32" or way not in FLOAT32_ONLY]
+    setting = {"tokens": [tokens], "dtype": [dtype], "checkpointing": checkpointing}
+    rounds = [{way: run(arguments, way=[way], **setting) for way in ways} for _ in range(arguments.rounds)]
+    rows = []
+    for way in ways:
+        row = {"tokens": tokens, "dtype": dtype, "checkpointing": checkpointing, "way": way}
+        row["seconds"] = statistics.median(r[way]["seconds"] for r in rounds)
+        row["time_ratio"] = statistics.median(r[way]["seconds"] / r["dpo"]["seconds"] for r in rounds)
+        row["peak_gib"] = statistics.median(r[way]["peak_gib"] for r in rounds)
+        row["memory_ratio"] = row["peak_gib"] / statistics.median(r["dpo"]["peak_gib"] for r in rounds)
+        rows.append(row | told.get(f"{way}, {dtype}", {}))
+        row = rows[-1]
+        told_error = f"{row['error']:.2%} {row['cosine']:.5f}" if "error" in row else ""
+        print(
+            f"{tokens:>6} {dtype:<9} {'yes' if checkpointing else 'no':<4} {way:<18} {row['seconds']:>8.2f} "
+            f"{row['time_ratio']:>6.2f} {row['peak_gib']:>9.2f} {row['memory_ratio']:>6.2f}  {told_error}",
+            flush=True,
+        )
+    return rows
+
+
+def draw(facts: dict, path: Path) -> None:
+    """Time and memory in units of DPO's at the longest length, a panel a dtype; error in the label."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    longest = max(row["tokens"] for row in facts["rows"])
+    dtypes = list(dict.fromkeys(row["dtype"] for row in facts["rows"]))
+    for number, dtype in enumerate(dtypes):
+        axes = figure.add_subplot(1, len(dtypes), number + 1)
+        for row in facts["rows"]:
+            if (row["tokens"], row["dtype"]) != (longest, dtype):
+                continue
+            color, face = COLORS[row["way"]], "none" if row["checkpointing"] else COLORS[row["way"]]
+            axes.scatter(row["time_ratio"], row["memory_ratio"], s=70, edgecolors=color, facecolors=face)
+            error = f" {row['error']:.1%}" if "error" in row else ""
+            axes.annotate(row["way"] + error, (row["time_ratio"], row["memory_ratio"]), xytext=(5, 4),
+                          textcoords="offset points", fontsize=7)  # fmt: skip
+        axes.set_title(f"{dtype}, {longest} tokens a sequence", fontsize=10)
+        axes.set_xlabel("time of a step / DPO's")
+        axes.set_ylabel("peak memory over weights and gradients / DPO's")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"WDPO, {facts['model']}, {facts['device']}; hollow: with gradient checkpointing, against DPO with it; "
+                    "percentages: error of the penalty's gradient", fontsize=9)  # fmt: skip
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024], help="of each sequence")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--only_checkpointing", action="store_true", help="leave out the steps without it")
+    parser.add_argument("--rho", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
+    parser.add_argument("--way", choices=[*WAYS, "errors"], help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps((errors if arguments.way == "errors" else measure)(arguments)))
+        return
+    import torch
+
+    print(f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6}  error, cosine")
+    rows = []
+    for tokens in arguments.tokens:
+        told = run(arguments, way=["errors"], tokens=[tokens], dtypes=arguments.dtypes)
+        for dtype in arguments.dtypes:
+            for checkpointing in (True,) if arguments.only_checkpointing else (False, True):
+                rows += table_of(arguments, tokens, dtype, checkpointing, told)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
+    facts = {"device": device, "model": Path(arguments.model).name, "beta": BETA, "rho": arguments.rho,
+             "rounds": arguments.rounds, "rows": rows}  # fmt: skip
+    if arguments.output:
+        path = Path(arguments.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        draw(facts, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

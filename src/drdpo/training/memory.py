@@ -1,0 +1,203 @@
+"""What an optimizer step will hold in memory, before a weight is read: ZeRO's shares by formula, the rest by a dry run.
+
+The dry run sends one micro-batch through the real policy and objective on torch's meta device, where tensors have shapes
+but no content, and counts what is alive. So it knows every architecture, method and kind of checkpointing that the code has.
+"""
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface
+
+from drdpo.config import TrainConfig
+from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
+from drdpo.training.batches import Batch
+from drdpo.training.engine import BUCKET
+from drdpo.training.objective import Population, objective
+from drdpo.training.packing import PackedBatch
+from drdpo.training.policy import Policy
+from drdpo.training.values import AnyBatch
+
+ATTENTION = "drdpo_dry_run"
+"""What transformers calls the attention of the dry run."""
+GATHERED = 1_000_000_000
+"""Elements of weights that ZeRO-3 keeps gathered at most, DeepSpeed's default (stage3_max_live_parameters)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the moment when most is held."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Between the input embeddings and the last hidden states, forward and backward."""
+    head: int
+    """The output head's: logits of a chunk of tokens, gradient of the head."""
+    copies: int
+    """What the optimizer step copies."""
+    process: int
+    """On a CPU: libraries and data."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(vars(self).values())
+
+
+def predict(policy: Policy, config: TrainConfig, world: int, activations: int, head: int, process: int | None) -> Memory:
+    """Peak memory of an optimizer step on one device.
+
+    With P parameters, T of them trained, b bytes an element of the training dtype, W devices and ZeRO stage z:
+
+        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9)
+        optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
+        gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
+                     reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
+        copies       the optimizer step makes its share of the gradients flat, 4 T/W at z > 0
+        activations and head   from dry_run
+
+    Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both:
+    its allocator keeps blocks of less than 32 MiB that were freed. What it cannot use again is not in the formula: little as
+    a rule, but for WDPO's exact solver with checkpointing a third of the peak was measured (5.2 GiB where 2.8 were alive).
+
+    Args:
+        policy: on the meta device, with adapters where there are some.
+        config: of the run.
+        world: W.
+        activations, head: bytes.
+        process: bytes of the process before a model is loaded, where the device is a CPU; else None.
+    """
+    size = 2 if config.dtype == "bfloat16" else 4
+    stage, parameters = config.zero_stage, list(policy.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    share = trained // world if stage else trained
+    weights = size * total if stage < 3 else size * (total // world + min(total, GATHERED))
+    gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
+    if size == 4 and stage in (1, 2):
+        gradients += 4 * share
+    copies = 4 * share if stage else 0
+    if process is None and copies > activations + head:
+        activations, head = 0, 0
+    elif process is None:
+        copies = 0
+    return Memory(weights, gradients, (12 if stage else 8) * share, activations, head, copies, process or 0)
+
+
+def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, int]:
+    """Bytes that a forward and backward pass of one micro-batch hold at most: (in the model, in the output head).
+
+    Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
+
+    Args:
+        policy: on the meta device, its attention ATTENTION.
+        batch: the largest of the run.
+        config: of the run.
+
+    Raises:
+        Exception: of any kind, where the model's forward pass looks at values.
+    """
+    meta = torch.device("meta")
+    packed = (_as_packed(batch) if isinstance(batch, Batch) else batch).to(meta)
+    pairs = len(packed.indices_B)
+    # As under ZeRO, a parameter's gradient leaves as soon as it is there.
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        for parameter in policy.parameters()
+        if parameter.requires_grad
+    ]
+    given = (value for value in vars(packed).values() if isinstance(value, Tensor))
+    known = [*policy.parameters(), *policy.buffers(), *given]
+    population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
+    try:
+        with _Alive(policy.head.weight.shape[0], known) as alive:
+            objective(policy, packed, torch.zeros(pairs, 2, device=meta), config, population).total.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return alive.at_peak["model"], alive.at_peak["head"]
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors on the meta device that are alive, and keeps the count of when they were most.
+
+    Args:
+        vocabulary: tensors with a side of this length are the output head's.
+        known: not to be counted.
+    """
+
+    def __init__(self, vocabulary: int, known: list[Tensor]) -> None:
+        super().__init__()
+        self.at_peak: Counter[str] = Counter()
+        self._vocabulary = vocabulary
+        self._alive: Counter[str] = Counter()
+        self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, self._count, out)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if tensor.is_meta and place not in self._seen:
+            kind, size = "head" if self._vocabulary in tensor.shape else "model", storage.nbytes()
+            self._alive[kind] += size
+            self._seen[place] = weakref.finalize(storage, self._forget, place, kind, size)
+            if self._alive.total() > self.at_peak.total():
+                self.at_peak = Counter(self._alive)
+        return tensor
+
+    def _forget(self, place: int, kind: str, size: int) -> None:
+        del self._seen[place]
+        self._alive[kind] -= size
+
+
+class _FusedAttention(Function):
+    """Holds what a fused attention kernel holds: queries, keys and values, its result and a log-sum-exp a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, copied: int) -> Tensor:
+        parts, copies = torch.empty_like(query_1HNE), query_1HNE.new_empty(copied)
+        lse_1HN = query_1HNE.new_empty(query_1HNE.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query_1HNE, key_1KNE, value_1KNE, parts, copies, lse_1HN)
+        return torch.empty_like(query_1HNE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    plan: PrefixPlan = options["prefix_plan"]
+    if plan.plain:
+        out = shared_prefix_attention(query, key, value, plan, options.get("scaling"))
+    else:
+        # A prefix's keys and values are copied in front of every suffix's own.
+        rows = sum(group.prefix + length for group in plan.groups if group.prefix for length in group.suffixes)
+        out = _FusedAttention.apply(query, key, value, 2 * rows * key.shape[1] * key.shape[3])
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def _as_packed(batch: Batch) -> PackedBatch:
+    """A packed row with the shapes of a padded batch; its content means nothing."""
+    rows, width = batch.input_ids_ST.shape
+    nothing_A = torch.zeros(int(batch.answer_mask_ST.sum()), dtype=torch.int64)
+    tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
+    groups = (PrefixGroup(0, (width,)),) * rows
+    return PackedBatch(batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups)

@@ -1,0 +1,204 @@
+"""What a run will do and need, told before anything slow: sizes, work, lengths, memory and whether it fits."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from drdpo import distributed
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError
+from drdpo.training.batches import micro_batches, step_indices
+from drdpo.training.data import Pair
+from drdpo.training.lora import add_lora
+from drdpo.training.memory import ATTENTION, GATHERED, Memory, dry_run, predict
+from drdpo.training.packing import form_batch
+from drdpo.training.policy import Policy
+from drdpo.training.run import Run
+from drdpo.training.throughput import Shape, shape_of
+
+PERCENTILES = (50, 90, 99, 100)
+_GIB = 2**30
+
+
+def preflight(run: Run) -> Shape:
+    """Print, on rank 0, what the run will do and the memory it will need.
+
+    Raises:
+        DataError: the model's architecture cannot be made from its config.json.
+        UsageError: --lora_targets names no linear layer of the model.
+    """
+    policy = meta_policy(run.config)
+    shape = shape_of(policy)
+    if distributed.is_main():
+        dealt = _dealt(run)
+        largest = max(dealt, key=lambda rows: _row_tokens([run.train[row] for row in rows], run.config))
+        lines = [*_work(run, shape, dealt), *_lengths(run), *_memory(run, policy, largest)]
+        print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
+    return shape
+
+
+def meta_policy(config: TrainConfig) -> Policy:
+    """The policy of a run without its weights: shapes alone, from the model's config.json.
+
+    Raises:
+        DataError: there is no such model, or transformers does not know its architecture.
+        UsageError: --lora_targets names no linear layer of the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    try:
+        settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(model, plain_attention=config.second_derivative).train()
+    if config.lora_rank:
+        add_lora(policy, config)
+    return policy
+
+
+def _dealt(run: Run) -> list[list[int]]:
+    """All ranks' micro-batches of the first epoch, or of the run where that is shorter."""
+    config, world = run.config, distributed.world_size()
+    by_length = config.robust_scope == "step"
+    dealt = []
+    for step in range(min(run.steps, run.steps_per_epoch)):
+        indices = step_indices(len(run.train), config.train_batch_size, config.seed, step)
+        for rank in range(world):
+            dealt += micro_batches(indices, run.train_lengths, config.micro_batch, rank, world, by_length)
+    return dealt
+
+
+def _row_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
+    """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
+    if not config.packing:
+        return 2 * len(pairs) * max(len(pair) for pair in pairs)
+    prompts = 2 if config.method == "wdpo" and config.wdpo_prompt == "per_sequence" else 1
+    return sum(prompts * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+
+
+def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> list[tuple[str, str]]:
+    config, world = run.config, distributed.world_size()
+    tokens = sum(_row_tokens([run.train[row] for row in rows], config) for rows in dealt)
+    trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
+    cut = run.counts["train"]["answer cut"]
+    form = "packed" if config.packing else "padded"
+    batches = config.train_batch_size // (config.micro_batch * world)
+    span = "an epoch" if run.steps >= run.steps_per_epoch else "in all"
+    data = f"{len(run.train):,} pairs, {tokens:,} tokens {span} {form}, {cut:,} answers cut by --max_len={config.max_len}"
+    work = (
+        f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.steps / run.steps_per_epoch:.2f} epochs; a step is "
+        f"{batches} micro-batch{'es' if batches > 1 else ''} of {config.micro_batch} on each of {world} "
+        f"process{'es' if world > 1 else ''}"
+    )
+    return [
+        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}"),
+        ("data", data),
+        ("work", work),
+    ]
+
+
+def _lengths(run: Run) -> list[tuple[str, str]]:
+    answers = [len(answer) for pair in run.train for answer in (pair.chosen, pair.rejected)]
+    kinds = {
+        "prompt": [len(pair.prompt) for pair in run.train],
+        "answer": answers,
+        "pair": [_row_tokens([pair], run.config) for pair in run.train],
+    }
+    told = []
+    for name, lengths in kinds.items():
+        values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+        told.append(f"{name} " + " ".join(f"{value:,.0f}" for value in values))
+    return [("tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(told))]
+
+
+def _memory(run: Run, policy: Policy, largest: list[int]) -> list[tuple[str, str]]:
+    config, world = run.config, distributed.world_size()
+    batch = form_batch(run.train, largest, config, run.pad_token_id)
+    cuda = distributed.use_cuda()
+    try:
+        activations, head = dry_run(policy, batch, config)
+    except Exception as error:
+        # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
+        reason = " ".join(str(error).split())[:100]
+        return [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
+    need = predict(policy, config, world, activations, head, None if cuda else _resident())
+    parts = {name: size for name, size in vars(need).items() if size}
+    where = "device" if cuda else "process"
+    lines = [
+        ("memory", f"predicted peak {_gib(need.total)} a {where}: " + ", ".join(f"{k} {_gib(v)}" for k, v in parts.items())),
+        ("", advice(need, config, world)),
+    ]
+    free, sharers = _free(cuda)
+    if need.total * sharers > free:
+        of = f"{sharers} processes need {_gib(need.total * sharers)}" if sharers > 1 else f"needs {_gib(need.total)}"
+        lines.append(("warning", f"{of}, but {_gib(free)} is free: the run may end for lack of memory"))
+    else:
+        lines.append(("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else "")))
+    return lines
+
+
+def advice(need: Memory, config: TrainConfig, world: int) -> str:
+    """Which part is the largest, and the flag that lowers it."""
+    sizes = {name: size for name, size in vars(need).items() if name != "process"}
+    part = max(sizes, key=lambda name: sizes[name])
+    flags: list[tuple[bool, str]]
+    if part in ("activations", "head"):
+        flags = [
+            (part == "activations" and not config.gradient_checkpointing, "--gradient_checkpointing=true"),
+            (not config.packing, "--packing=true"),
+            (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
+            (config.second_derivative and config.packing, "--wdpo_solver=tangent"),
+            (True, "a smaller --max_len"),
+        ]
+    else:
+        stage = 3 if part == "weights" else 2
+        # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
+        element = 2 if config.dtype == "bfloat16" else 4
+        gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
+        flags = [
+            (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),
+            (part != "weights" and not config.lora_rank, "--lora_rank=16"),
+            (config.dtype == "float32", "--dtype=bfloat16"),
+            (config.zero_stage >= stage, "more processes"),
+            (True, "a smaller model"),
+        ]
+    return f"the largest part is {part}; {next(flag for fits, flag in flags if fits)} lowers it"
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def _resident() -> int:
+    """Bytes this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free(cuda: bool) -> tuple[int, int]:
+    """Bytes that are free for training, and how many processes share them."""
+    if cuda:
+        return int(torch.cuda.mem_get_info(distributed.device())[0]), 1
+    import psutil
+
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    free = int(psutil.virtual_memory().available) + sharers * _resident()
+    # A container may be given less than the machine has.
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text: Any = Path(path).read_text().strip() if Path(path).is_file() else ""
+        if text.isdigit():
+            free = min(free, int(text))
+    return free, sharers

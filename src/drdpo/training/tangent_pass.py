@@ -1,0 +1,98 @@
+"""A Llama-like policy on values and tangents at once: log-probabilities of answers and how they move along a direction.
+
+The pair (x, dx) goes through every layer stacked as [2, N, D]. Linear maps are called as the modules they are, on the stack,
+so adapters and gathered parameters need nothing of their own; the rest are the kernels of drdpo.kernels.tangent_*. Only
+ordinary reverse mode runs through it, so each layer is recomputed in the backward pass as for any other method.
+
+Shape suffixes: N tokens of the row, A answer tokens, D width, H query heads, K key-value heads, E width of a head, S = 2B
+sequences.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from drdpo.errors import DataError
+from drdpo.kernels.tangent_attention import tangent_attention
+from drdpo.kernels.tangent_layers import rms_norm, silu_gate
+from drdpo.kernels.tangent_logprob import tangent_logprob
+from drdpo.training.input_gradient import InputGradient
+from drdpo.training.packing import PackedBatch
+from drdpo.training.policy import Policy, sum_by_sequence
+
+LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [S] of the answers, and their derivatives [S] along found.direction; both with a graph.
+
+    Args:
+        policy: that check_tangent has passed.
+        batch: B pairs.
+        found: what input_gradient says of it.
+    """
+    pair_2AD = answer_pairs(policy, batch, policy.embed(batch), found.direction)
+    logprob_A, moved_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, found.logprob_N, found.slope_ND)
+    return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(moved_A, batch.sequence_A, batch)
+
+
+def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, direction_1ND: Tensor) -> Tensor:
+    """[2, A, D] hidden states that predict the answers' tokens, after the final norm, and their tangents."""
+    decoder = decoder_of(policy)
+    cos_1NE, sin_1NE = decoder.rotary_emb(embeds_1ND, position_ids=batch.positions_1N)
+    pair_2ND = torch.cat([embeds_1ND, direction_1ND])
+    for layer in decoder.layers:
+        arguments = (layer, pair_2ND, batch.groups, cos_1NE[0, :, None], sin_1NE[0, :, None])
+        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            pair_2ND = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            pair_2ND = _layer(*arguments)
+    return _norm(decoder.norm, pair_2ND[:, batch.states_A])
+
+
+def _layer(layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = (*pair_2ND.shape[:2], -1, attention.head_dim)
+    normed_2ND = _norm(layer.input_layernorm, pair_2ND)
+    query, key, value = (
+        linear_pair(part, normed_2ND).view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = _rotated(query, cos_N1E, sin_N1E), _rotated(key, cos_N1E, sin_N1E)
+    attended_2NHE = tangent_attention(query, key, value, groups, attention.scaling)
+    pair_2ND = pair_2ND + linear_pair(attention.o_proj, attended_2NHE.flatten(2))
+    normed_2ND = _norm(layer.post_attention_layernorm, pair_2ND)
+    gated_2NI = silu_gate(linear_pair(mlp.gate_proj, normed_2ND), linear_pair(mlp.up_proj, normed_2ND))
+    return pair_2ND + linear_pair(mlp.down_proj, gated_2NI)
+
+
+def linear_pair(module: nn.Module, pair_2ND: Tensor) -> Tensor:
+    """A linear map of a value and its tangent: one product, unless it has a bias, which belongs to the value alone."""
+    bias = getattr(module, "bias", None)
+    if bias is None:
+        return module(pair_2ND)
+    return torch.stack([module(pair_2ND[0]), nn.functional.linear(pair_2ND[1], module.weight)])
+
+
+def _norm(module: Any, pair_2ND: Tensor) -> Tensor:
+    return rms_norm(pair_2ND, module.weight, module.variance_epsilon)
+
+
+def _rotated(pair_2NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
+    """Rotary positions (2104.09864), halves turned against each other as in transformers' Llama; linear."""
+    first, second = pair_2NHE.chunk(2, dim=-1)
+    return pair_2NHE * cos_N1E + torch.cat([-second, first], dim=-1) * sin_N1E
+
+
+def decoder_of(policy: Policy) -> Any:
+    """The module that holds layers, final norm and rotary positions, inside whatever wraps it.
+
+    Raises:
+        DataError: there is none.
+    """
+    for module in policy.language_model.modules():
+        if all(hasattr(module, name) for name in ("layers", "norm", "rotary_emb")):
+            return module
+    raise DataError("it has no layers, norm and rotary_emb as Llama has")

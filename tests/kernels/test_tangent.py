@@ -1,0 +1,118 @@
+"""The tangent kernels against torch's own forward-mode derivative of the plain formulas: values and gradients in float64."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
+from drdpo.kernels.tangent_attention import tangent_attention
+from drdpo.kernels.tangent_layers import rms_norm, silu_gate
+from drdpo.kernels.tangent_logprob import logprob_and_slope, tangent_logprob
+
+GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1,)), PrefixGroup(2, (1, 40))]
+
+
+def pair(*shape: int) -> Tensor:
+    return torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+
+
+def agree(ours, plain, inputs: list[Tensor], parameters: list[Tensor]) -> None:
+    """ours(*inputs, *parameters) is plain and its tangent, stacked, with the same gradients for a random upstream one."""
+    value, moved = torch.func.jvp(
+        lambda *values: plain(*values, *parameters), tuple(x[0] for x in inputs), tuple(x[1] for x in inputs)
+    )
+    expected = torch.stack([value, moved])
+    found = ours(*inputs, *parameters)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    upstream = torch.randn_like(expected)
+    leaves = [*inputs, *parameters]
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def pieces(request, monkeypatch) -> None:
+    """Everything at once, and a few rows at a time."""
+    torch.manual_seed(0)
+    if request.param == "pieces":
+        monkeypatch.setattr(sys.modules["drdpo.kernels.tangent_layers"], "_CHUNK_ELEMENTS", 20)
+        monkeypatch.setitem(sys.modules["drdpo.kernels.tangent_attention"]._BLOCK_ELEMENTS, True, 1)
+        monkeypatch.setattr(sys.modules["drdpo.kernels.linear_logprob"], "_CHUNK_ELEMENTS", 60)
+
+
+def test_rms_norm(pieces) -> None:
+    def plain(x_ND: Tensor, weight_D: Tensor) -> Tensor:
+        return weight_D * x_ND * torch.rsqrt(x_ND.square().mean(dim=1, keepdim=True) + 1e-2)
+
+    weight_D = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    agree(lambda x, w: rms_norm(x, w, 1e-2), plain, [pair(7, 8)], [weight_D])
+
+
+def test_silu_gate(pieces) -> None:
+    agree(silu_gate, lambda gate, up: silu(gate) * up, [pair(5, 9), pair(5, 9)], [])
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_attention(kv_heads: int, pieces) -> None:
+    tokens = sum(group.tokens for group in GROUPS)
+    plan = PrefixPlan(GROUPS, torch.device("cpu"), torch.float64, plain=True)
+
+    def plain(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+        parts = (part.transpose(0, 1)[None] for part in (query_NHE, key_NKE, value_NKE))
+        return shared_prefix_attention(*parts, plan, 0.7)[0].transpose(0, 1)
+
+    inputs = [pair(tokens, 6, 4), pair(tokens, kv_heads, 4), pair(tokens, kv_heads, 4)]
+    agree(lambda q, k, v: tangent_attention(q, k, v, GROUPS, 0.7), plain, inputs, [])
+
+
+def test_logprob(pieces) -> None:
+    weight_VD = torch.randn(33, 6, dtype=torch.float64, requires_grad=True)
+    targets_N = torch.randint(33, (7,))
+
+    def plain(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        return torch.log_softmax(hidden_ND @ weight_VD.T, dim=1).gather(1, targets_N[:, None]).squeeze(1)
+
+    def ours(pair_2ND: Tensor, weight_VD: Tensor) -> Tensor:
+        known = logprob_and_slope(pair_2ND[0].detach(), weight_VD.detach(), targets_N)
+        return torch.stack(tangent_logprob(pair_2ND, weight_VD, targets_N, *known))
+
+    agree(ours, plain, [pair(7, 6)], [weight_VD])
+
+
+def test_slope_is_the_gradient_and_no_tokens_have_none(pieces) -> None:
+    hidden_ND = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight_VD, targets_N = torch.randn(11, 6, dtype=torch.float64), torch.randint(11, (5,))
+    plain_N = torch.log_softmax(hidden_ND @ weight_VD.T, dim=1).gather(1, targets_N[:, None]).squeeze(1)
+    logprob_N, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+    torch.testing.assert_close(logprob_N, plain_N)
+    torch.testing.assert_close(slope_ND, torch.autograd.grad(plain_N.sum(), hidden_ND)[0])
+    assert [part.shape for part in logprob_and_slope(hidden_ND[:0], weight_VD, targets_N[:0])] == [(0,), (0, 6)]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    gate = pair(2, 3)
+    with pytest.raises(RuntimeError, match="differentiable once only"):
+        torch.autograd.grad(silu_gate(gate, gate).sum(), gate, create_graph=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_close_to_float64(dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    tokens, tolerance = sum(group.tokens for group in GROUPS), 1e-5 if dtype == torch.float32 else 3e-2
+    inputs = [torch.randn(2, tokens, heads, 16, dtype=dtype, device=device) for heads in (6, 2, 2)]
+    wide_inputs = [part.double().requires_grad_() for part in inputs]
+    inputs = [part.requires_grad_() for part in inputs]
+    upstream = torch.randn(2, tokens, 6, 16, dtype=dtype, device=device)
+    outputs = []
+    for parts in (inputs, wide_inputs):
+        out = tangent_attention(*parts, GROUPS, 0.25)
+        outputs.append([out, *torch.autograd.grad(out, parts, upstream.to(out.dtype))])
+    for ours, theirs in zip(*outputs, strict=True):
+        assert ours.dtype == dtype
+        assert ((ours.double() - theirs).norm() / theirs.norm()).item() < tolerance

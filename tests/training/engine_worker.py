@@ -1,0 +1,129 @@
+"""Started by DeepSpeed's launcher from test_lora.py on two ranks: LoRA, resuming, saving and NaN under the real engine.
+
+usage: engine_worker.py CASES.json PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from drdpo import chat, distributed
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError
+from drdpo.training import engine as deepspeed_engine
+from drdpo.training.batches import micro_batches, padded_shards
+from drdpo.training.checkpoint import _gathered, load_state, save_model, save_state
+from drdpo.training.data import Pair
+from drdpo.training.finite import check_step
+from drdpo.training.loop import train_step
+from drdpo.training.lora import add_lora
+from drdpo.training.packing import form_batch
+from drdpo.training.policy import load_policy
+from drdpo.training.reference import reference_logprobs
+
+MODEL, OUTPUT = sys.argv[3], Path(sys.argv[4])
+RANKS = ()
+
+
+class Training:
+    """One engine around a fresh policy."""
+
+    def __init__(self, pairs: list[Pair], flags: dict) -> None:
+        self.pairs = pairs
+        self.config = config = TrainConfig(model_path=MODEL, dataset_path="-", save_path="-", **flags)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        policy = load_policy(
+            MODEL, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
+        )
+        if config.lora_rank:
+            add_lora(policy, config)
+        self.engine = deepspeed_engine.start_engine(policy, config, steps=3)
+        self.lengths = [len(pair) for pair in pairs]
+        shards = padded_shards(range(len(pairs)), self.lengths, config.micro_batch, *RANKS)
+        self.reference_M2 = reference_logprobs(self.engine, pairs, shards, config, 2, "the case's")
+
+    def batches(self, step: int) -> list:
+        size = self.config.train_batch_size
+        dealt = micro_batches(range(step * size, (step + 1) * size), self.lengths, self.config.micro_batch, *RANKS, True)
+        return [(form_batch(self.pairs, rows, self.config, 2), self.reference_M2[rows]) for rows in dealt]
+
+    def steps(self, first: int, last: int) -> float:
+        """Mean loss of the first one on this rank."""
+        losses = []
+        for step in range(first, last):
+            parts = train_step(self.engine, self.batches(step), self.config)
+            losses.append(float(torch.cat([part.values.losses_B for part in parts]).mean()))
+        return losses[0]
+
+    def write_weights(self, name: str) -> None:
+        model = self.engine.module.language_model
+        weights = _gathered(model) if self.config.zero_stage == 3 else dict(model.named_parameters())
+        if distributed.is_main():
+            save_file({key: value.detach().clone() for key, value in weights.items()}, OUTPUT / f"{name}.safetensors")
+        distributed.barrier()
+
+
+def broken_step(training: Training, facts: dict) -> None:
+    """A gradient that is NaN in rank 1's second micro-batch alone, while every loss is finite."""
+    engine, batches = training.engine, training.batches(0)
+    seen = []
+
+    def spoil(module, inputs, output):
+        if torch.is_grad_enabled() and output.requires_grad:
+            seen.append(None)
+            if len(seen) == 2 and distributed.rank() == 1:
+                output.register_hook(lambda gradient: gradient * float("nan"))
+
+    handle = engine.module.language_model.model.norm.register_forward_hook(spoil)
+    parts = train_step(engine, batches, training.config)
+    handle.remove()
+    facts["losses_finite"] = all(bool(torch.isfinite(part.total)) for part in parts)
+    facts["spoilt"] = [training.pairs[index].prompt_id for index in batches[1][0].indices_B.tolist()]
+    metrics = {"step": 1.0, "loss": 0.7, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+    try:
+        check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], training.pairs)
+    except DataError as error:
+        facts["error"] = str(error)
+    if training.config.zero_stage == 0:
+        try:
+            save_model(engine, chat.load_tokenizer(MODEL), OUTPUT / "broken", training.config)
+        except DataError as error:
+            facts["save_error"] = str(error)
+
+
+def main() -> None:
+    global RANKS
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    pairs = [Pair(*row, 100 + number) for number, row in enumerate(json.loads(Path(sys.argv[2]).read_text()))]
+    deepspeed_engine.initialise()
+    RANKS = distributed.rank(), distributed.world_size()
+    tokenizer = chat.load_tokenizer(MODEL)
+    facts: dict = {}
+    for name, case in cases.items():
+        training = Training(pairs, case["flags"])
+        known = facts[name] = {}
+        if case["do"] == "break":
+            broken_step(training, known)
+        elif case["do"] == "resume":
+            known["first_loss"] = training.steps(0, 1)
+            save_state(training.engine, OUTPUT / f"{name} state", 1)
+            training.steps(1, 3)
+            training.write_weights(name)
+            training.engine.destroy()
+            training = Training(pairs, case["flags"])
+            known["done"] = load_state(training.engine, OUTPUT / f"{name} state")
+            training.steps(1, 3)
+            training.write_weights(f"{name}-resumed")
+        else:
+            known["first_loss"] = training.steps(0, 3)
+            training.write_weights(name)
+        if case.get("save"):
+            save_model(training.engine, tokenizer, OUTPUT / f"{name} saved", training.config)
+        training.engine.destroy()
+    (OUTPUT / f"facts_{RANKS[0]}.json").write_text(json.dumps(facts))
+
+
+main()

@@ -1,0 +1,322 @@
+"""LoRA against plain torch and peft; the engine's checkpoints, resuming and NaN on two ranks, in one launch of DeepSpeed."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_equality import BATCH, BETA, CLIP, answer_logprobs
+from transformers import AutoModelForCausalLM
+
+from drdpo import chat
+from drdpo.config import TrainConfig
+from drdpo.errors import UsageError
+from drdpo.training.checkpoint import save_model
+from drdpo.training.data import Pair
+from drdpo.training.lora import add_lora, block_linears, merged
+from drdpo.training.packing import pack
+from drdpo.training.policy import load_policy
+
+LEARNING_RATE, RANK, ALPHA = 5e-4, 4, 12
+COMMON = {
+    "beta": BETA, "learning_rate": LEARNING_RATE, "max_grad_norm": CLIP, "train_batch_size": BATCH, "warmup_ratio": 0.0,
+    "dtype": "float32", "micro_batch_size": 1,
+}  # fmt: skip
+LORA = {**COMMON, "lora_rank": RANK, "lora_alpha": ALPHA}
+WDPO = {"wdpo_rho": 0.05, "wdpo_solver": "exact"}
+CASES = {
+    "dpo-zero0": {"flags": {**LORA, "zero_stage": 0}, "do": "train"},
+    "dpo-zero2": {"flags": {**LORA, "zero_stage": 2}, "do": "resume", "save": True},
+    "dpo-zero3": {"flags": {**LORA, "zero_stage": 3}, "do": "resume", "save": True},
+    "dpo-few": {"flags": {**LORA, "zero_stage": 1, "lora_targets": ["q_proj", "v_proj"], "packing": False}, "do": "train"},
+    "wdpo-zero2": {"flags": {**LORA, **WDPO, "zero_stage": 2}, "do": "train"},
+    "wdpo-padded": {"flags": {**LORA, **WDPO, "zero_stage": 1, "packing": False}, "do": "train"},
+    "wdpo-tangent": {"flags": {**LORA, **WDPO, "zero_stage": 3, "wdpo_solver": "tangent"}, "do": "train"},
+    "whole-zero2": {"flags": {**COMMON, "zero_stage": 2}, "do": "train", "save": True},
+    "whole-zero3": {"flags": {**COMMON, "zero_stage": 3}, "do": "resume", "save": True},
+    "whole-bfloat16": {"flags": {**COMMON, "zero_stage": 3, "dtype": "bfloat16"}, "do": "train", "save": True},
+    "nan-zero0": {"flags": {**COMMON, "zero_stage": 0}, "do": "break"},
+    "nan-zero2": {"flags": {**COMMON, "zero_stage": 2}, "do": "break"},
+    "nan-zero3": {"flags": {**LORA, "zero_stage": 3}, "do": "break"},
+}  # fmt: skip
+EQUAL = [name for name in CASES if name.startswith(("dpo", "wdpo"))]
+
+
+def config_of(path: Path, **flags) -> TrainConfig:
+    return TrainConfig(str(path), "-", "-", **{"dtype": "float32", "lora_rank": RANK, "lora_alpha": ALPHA, **flags})
+
+
+def policy_with_lora(path: Path, config: TrainConfig, dtype=torch.float32):
+    policy = load_policy(str(path), dtype, config.attention, gradient_checkpointing=False)
+    add_lora(policy, config)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[list[list[int]]]:
+    numbers = random.Random(3)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [numbers.randrange(3, 400) for _ in range(numbers.randint(low, high))]
+
+    return [[ids(2, 6), ids(1, 7), ids(1, 7)] for _ in range(3 * BATCH)]
+
+
+@pytest.fixture(scope="module")
+def engine_folder(pairs, tiny_policy: Path, tmp_path_factory, root: Path) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+    command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(22000 + os.getpid() % 20000),
+               str(Path(__file__).parent / "engine_worker.py"), str(folder / "cases.json"), str(folder / "pairs.json"),
+               str(tiny_policy), str(folder)]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+def facts_of(folder: Path, case: str) -> list[dict]:
+    return [json.loads((folder / f"facts_{rank}.json").read_text())[case] for rank in range(2)]
+
+
+def plain_loss(model, pair, reference, flags):
+    """DPO's loss of one pair, written out, and with --wdpo_rho the squared gradient for the embeddings of both sequences."""
+    prompt, *answers = pair
+    rows = [torch.tensor(prompt + answer) for answer in answers]
+    embeds = [model.get_input_embeddings()(row) for row in rows]
+    chosen, rejected = (answer_logprobs(model, e, row, len(prompt)) for e, row in zip(embeds, rows, strict=True))
+    loss = -torch.log(torch.sigmoid(BETA * (chosen - reference[0] - rejected + reference[1])))
+    if "wdpo_rho" not in flags:
+        return loss
+    gradients = torch.autograd.grad(loss, embeds, create_graph=True)
+    return loss + flags["wdpo_rho"] * sum(gradient.square().sum() for gradient in gradients)
+
+
+def plain_training(path: Path, pairs, flags) -> dict[str, torch.Tensor]:
+    """peft's own model under torch's own optimizer, from the same A: the adapters' weights after three steps."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    targets = flags.get("lora_targets", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    with torch.no_grad():
+        reference = [
+            [answer_logprobs(model, model.get_input_embeddings()(ids), ids, len(prompt))
+             for ids in (torch.tensor(prompt + chosen), torch.tensor(prompt + rejected))]
+            for prompt, chosen, rejected in pairs
+        ]  # fmt: skip
+    start = policy_with_lora(path, config_of(path, lora_targets=targets)).language_model.state_dict()
+    model.enable_input_require_grads()
+    tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    own = {name.removeprefix("base_model.model."): value for name, value in tuned.named_parameters() if ".lora_" in name}
+    assert own.keys() == {name for name in start if ".lora_" in name}
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(start[name])
+    optimizer = torch.optim.AdamW(own.values(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(3):
+        rows = slice(step * BATCH, (step + 1) * BATCH)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 3)))
+        losses = [plain_loss(tuned, *row, flags) for row in zip(pairs[rows], reference[rows], strict=True)]
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(own.values(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(float((value.detach() - start[name]).abs().max()) for name, value in own.items()) > 3e-4
+    return {name: value.detach() for name, value in own.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EQUAL)
+def test_lora_on_two_ranks_equals_plain_peft(case, engine_folder, pairs, tiny_policy):
+    ours = load_file(engine_folder / f"{case}.safetensors")
+    for name, value in plain_training(tiny_policy, pairs, CASES[case]["flags"]).items():
+        assert torch.allclose(ours[name], value, atol=1e-5, rtol=0), f"{name}: {(ours[name] - value).abs().max():.1e}"
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
+    for name, value in ours.items():
+        if ".lora_" not in name:
+            assert torch.equal(value, base[name.replace(".base_layer", "")]), f"{name} is frozen"
+
+
+@pytest.mark.slow
+def test_the_first_loss_with_adapters_is_ln_2(engine_folder):
+    for case in EQUAL:
+        for facts in facts_of(engine_folder, case):
+            assert facts["first_loss"] == pytest.approx(math.log(2), abs=1e-6), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case["do"] == "resume"])
+def test_resumed_weights_equal_uninterrupted_ones(case, engine_folder):
+    assert [facts["done"] for facts in facts_of(engine_folder, case)] == [1, 1]
+    ours, theirs = (load_file(engine_folder / f"{name}.safetensors") for name in (f"{case}-resumed", case))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.slow
+def test_the_state_of_a_lora_run_holds_no_frozen_weights(engine_folder):
+    sizes = {
+        case: sum(file.stat().st_size for file in (engine_folder / f"{case} state").rglob("*.pt"))
+        for case in ("dpo-zero3", "whole-zero3")
+    }
+    assert sizes["dpo-zero3"] < sizes["whole-zero3"] / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole-zero2", "whole-zero3", "whole-bfloat16"])
+def test_a_saved_model_with_a_tied_head_reloads_bit_equal(case, engine_folder):
+    """From what the engine held in memory, through the file, to what transformers loads."""
+    held = load_file(engine_folder / f"{case}.safetensors")
+    stored = load_file(engine_folder / f"{case} saved" / "model.safetensors")
+    assert stored.keys() == held.keys()
+    assert "lm_head.weight" not in stored
+    loaded = AutoModelForCausalLM.from_pretrained(engine_folder / f"{case} saved", dtype="auto")
+    dtype = torch.bfloat16 if case == "whole-bfloat16" else torch.float32
+    for name, value in loaded.named_parameters():
+        assert value.dtype == dtype
+        assert torch.equal(value, held[name]), name
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dpo-zero2", "dpo-zero3"])
+def test_merged_model_and_adapter_say_the_same(case, engine_folder, tiny_policy):
+    from peft import PeftModel
+
+    folder, ids = engine_folder / f"{case} saved", torch.tensor([[5, 6, 7, 8, 9]])
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-5)
+        assert float((plain(ids).logits - before).abs().max()) > 1e-3, "the adapters must do something"
+    assert chat.load_tokenizer(str(folder)).chat_template == chat.load_tokenizer(str(tiny_policy)).chat_template
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["nan-zero0", "nan-zero2", "nan-zero3"])
+def test_a_nan_gradient_stops_every_rank_and_names_the_pairs_of_its_micro_batch(case, engine_folder):
+    facts = facts_of(engine_folder, case)
+    assert all(known["losses_finite"] for known in facts)
+    (spoilt,) = facts[1]["spoilt"]
+    for known in facts:
+        assert f"from the micro-batch of prompt_id {spoilt};" in known["error"]
+        assert "grad_norm is" in known["error"]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_not_saved(engine_folder):
+    """Without ZeRO DeepSpeed takes the step, NaN and all."""
+    for known in facts_of(engine_folder, "nan-zero0"):
+        assert "not finite" in known["save_error"]
+    assert not list(engine_folder.glob("*broken*"))
+
+
+def test_adapters_before_the_first_step_change_no_bit(tiny_policy, pairs):
+    """So the reference, adapters off, is the policy before its first step."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    batch = pack([Pair(*row) for row in pairs], range(4), prompt_once=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        config = config_of(tiny_policy, dtype="float32" if dtype == torch.float32 else "bfloat16")
+        policy = policy_with_lora(tiny_policy, config, dtype)
+        plain = load_policy(str(tiny_policy), dtype, config.attention, gradient_checkpointing=False)
+        with torch.no_grad():
+            before = policy(batch).logprob_S
+            assert torch.equal(before, plain(batch).logprob_S)
+            for name, value in policy.named_parameters():
+                if "lora_B" in name:
+                    value.normal_()
+            assert not torch.equal(policy(batch).logprob_S, before)
+            for module in policy.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.enable_adapters(False)
+            assert torch.equal(policy(batch).logprob_S, before)
+
+
+def test_all_linear_layers_of_the_blocks_and_nothing_else_are_trained(tiny_policy):
+    policy = policy_with_lora(tiny_policy, config_of(tiny_policy))
+    trained = {name: value for name, value in policy.named_parameters() if value.requires_grad}
+    # Two layers of width 32, MLP 64, two of four heads' keys and values: (in + out) * rank each.
+    by_hand = 2 * RANK * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
+    assert sum(value.numel() for value in trained.values()) == by_hand
+    assert all(".lora_" in name and ".layers." in name for name in trained)
+    assert block_linears(policy.language_model) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+
+
+def test_the_seed_draws_the_adapters(tiny_policy):
+    drawn = [
+        policy_with_lora(tiny_policy, config_of(tiny_policy, seed=seed)).language_model.state_dict() for seed in (1, 1, 2)
+    ]
+    name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
+    assert torch.equal(drawn[0][name], drawn[1][name])
+    assert not torch.equal(drawn[0][name], drawn[2][name])
+
+
+def test_merging_by_hand():
+    config = TrainConfig("-", "-", "-", lora_rank=1, lora_alpha=3)
+    weights = {
+        "a.base_layer.weight": torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        "a.lora_A.default.weight": torch.tensor([[1.0, 2.0]]),
+        "a.lora_B.default.weight": torch.tensor([[0.5], [-1.0]]),
+        "a.base_layer.bias": torch.tensor([7.0, 8.0]),
+        "norm.weight": torch.tensor([4.0]),
+    }
+    plain = merged(weights, config)
+    assert plain.keys() == {"a.weight", "a.bias", "norm.weight"}
+    assert plain["a.weight"].tolist() == [[2.5, 3.0], [-3.0, -5.0]]
+    assert weights["a.base_layer.weight"].tolist() == [[1.0, 0.0], [0.0, 1.0]], "training goes on from the old ones"
+
+
+def test_a_checkpoint_of_the_adapters_alone(tiny_policy, tmp_path):
+    from peft import PeftModel
+
+    config = config_of(tiny_policy, lora_merge=False, lora_targets=["q_proj", "down_proj"])
+    policy = policy_with_lora(tiny_policy, config)
+    with torch.no_grad():
+        for name, value in policy.named_parameters():
+            if "lora_B" in name:
+                value.normal_()
+    engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
+    save_model(engine, chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", config)
+    names = {path.name for path in (tmp_path / "global_step_1").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert not {"config.json", "model.safetensors"} & names
+    settings = json.loads((tmp_path / "global_step_1" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["down_proj", "q_proj"]
+    assert settings["base_model_name_or_path"] == str(tiny_policy)
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "global_step_1")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        own = policy.language_model.eval()
+        own.set_attn_implementation("sdpa")
+        assert torch.equal(adapted(ids).logits, own(ids).logits)
+
+
+def test_what_lora_refuses(tiny_policy):
+    for flags, word in (
+        ({"lora_rank": -1}, "--lora_rank=-1"),
+        ({"lora_alpha": 0}, "--lora_alpha=0"),
+        ({"lora_rank": 0}, "--lora_alpha has no meaning without --lora_rank"),
+        ({"lora_rank": 0, "lora_alpha": 32, "lora_targets": ["q_proj"]}, "--lora_targets has no meaning"),
+        ({"lora_rank": 0, "lora_alpha": 32, "lora_merge": False}, "--lora_merge has no meaning"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            config_of(tiny_policy, **flags)
+    for target in ("lm_head", "embed_tokens", "query"):
+        with pytest.raises(UsageError, match=rf"--lora_targets={target}.*q_proj"):
+            policy_with_lora(tiny_policy, config_of(tiny_policy, lora_targets=["v_proj", target]))
