@@ -69,7 +69,7 @@ def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
     config = TrainConfig(model_path=model, dataset_path="-", save_path="-", beta=BETA, dtype=dtype, train_batch_size=1,
                          gradient_checkpointing=checkpointing, **flags)  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.second_derivative).to(device)
+    policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.plain_attention).to(device)
     return config, policy, device
 
 

@@ -75,16 +75,22 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
     """The values of all ranks in rank order, detached.
 
     Args:
-        values_B: [B], the same B on every rank.
+        values_B: [B, ...], B may differ from rank to rank.
 
     Returns:
-        [world * B]
+        [sum of B, ...]
     """
     import torch
 
     values_B = values_B.detach().contiguous()
     if world_size() == 1:
         return values_B
-    parts = [torch.empty_like(values_B) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, values_B)
-    return torch.cat(parts)
+    sizes = [torch.empty(1, dtype=torch.int64, device=values_B.device) for _ in range(world_size())]
+    torch.distributed.all_gather(sizes, torch.tensor([len(values_B)], device=values_B.device))
+    longest = int(torch.cat(sizes).max())
+    # Collectives want one shape: the shorter ones are filled up, and cut again.
+    filled = values_B.new_zeros(longest, *values_B.shape[1:])
+    filled[: len(values_B)] = values_B
+    parts = [torch.empty_like(filled) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, filled)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])

@@ -1,9 +1,11 @@
 """linear_logprob against the plain form: values, gradients, second derivatives, dtypes, odd shapes, memory seam."""
 
+import math
+
 import pytest
 import torch
 
-from drdpo.kernels import linear_logprob
+from drdpo.kernels import linear_logprob, vocabulary
 
 SHAPES = [(1, 3, 7), (5, 8, 33), (13, 6, 257)]
 
@@ -19,12 +21,10 @@ def case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.fl
     return hidden_ND, weight_VD, torch.randint(vocabulary, (tokens,))
 
 
-@pytest.fixture(params=[1 << 25, 300], ids=["one chunk", "many chunks"])
-def chunk_elements(request, monkeypatch):
-
-    import sys
-
-    monkeypatch.setattr(sys.modules["drdpo.kernels.linear_logprob"], "_CHUNK_ELEMENTS", request.param)
+@pytest.fixture(params=[1 << 21, 60], ids=["one block", "many blocks"])
+def block_elements(request, monkeypatch):
+    monkeypatch.setitem(vocabulary._BLOCK_ELEMENTS, True, request.param)
+    monkeypatch.setattr(vocabulary, "_NARROWEST", 1)
 
 
 def test_two_tokens_by_hand():
@@ -37,7 +37,7 @@ def test_two_tokens_by_hand():
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_gradients_equal_the_plain_form(shape, twice, chunk_elements):
+def test_value_and_gradients_equal_the_plain_form(shape, twice, block_elements):
     hidden_ND, weight_VD, targets_N = case(*shape)
     upstream_N = torch.randn(shape[0], dtype=torch.float64)
     ours_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=twice)
@@ -50,7 +50,7 @@ def test_value_and_gradients_equal_the_plain_form(shape, twice, chunk_elements):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_of_a_gradient_norm_equals_the_plain_form(shape, chunk_elements):
+def test_gradient_of_a_gradient_norm_equals_the_plain_form(shape, block_elements):
     hidden_ND, weight_VD, targets_N = case(*shape)
 
     def penalty_gradient(logprob):
@@ -65,6 +65,28 @@ def test_gradient_of_a_gradient_norm_equals_the_plain_form(shape, chunk_elements
     theirs = penalty_gradient(plain)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_frozen_head_leaves_the_gradient_for_hidden_states_as_it_is(shape, block_elements):
+    hidden_ND, weight_VD, targets_N = case(*shape)
+    upstream_N = torch.randn(shape[0], dtype=torch.float64)
+    ours_N = linear_logprob(hidden_ND, weight_VD.detach(), targets_N)
+    theirs_N = plain(hidden_ND, weight_VD, targets_N)
+    assert torch.allclose(ours_N, theirs_N, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(value_N, hidden_ND, upstream_N)[0] for value_N in (ours_N, theirs_N))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_a_certain_target_keeps_a_slope_that_bfloat16_would_round_away():
+    # Probabilities 1 - e^-9 and e^-9: the slope is e^-9 (W_0 - W_1) = (9 e^-9, 0), where 1 - p in bfloat16 is 0.
+    hidden_ND = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight_VD = torch.tensor([[9.0, 1.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    for twice in (False, True):
+        linear_logprob(hidden_ND, weight_VD, torch.tensor([0]), twice=twice).backward()
+        slope = hidden_ND.grad[0, 0].item()
+        assert abs(slope - 9 * math.exp(-9) / (1 + math.exp(-9))) < 1e-5, slope
+        hidden_ND.grad = None
 
 
 def test_second_derivative_without_twice_raises():
@@ -88,7 +110,7 @@ def test_tied_head_sums_both_uses():
     assert torch.allclose(ours, theirs, atol=1e-12)
 
 
-def test_bfloat16_inputs_give_float32_close_to_float64(chunk_elements):
+def test_bfloat16_inputs_give_float32_close_to_float64(block_elements):
     hidden_ND, weight_VD, targets_N = case(13, 16, 257, torch.bfloat16)
     logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N)
     assert logprob_N.dtype == torch.float32

@@ -10,7 +10,8 @@ from torch.nn.functional import silu
 from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
 from drdpo.kernels.tangent_attention import tangent_attention
 from drdpo.kernels.tangent_layers import rms_norm, silu_gate
-from drdpo.kernels.tangent_logprob import logprob_and_slope, tangent_logprob
+from drdpo.kernels.tangent_logprob import tangent_logprob
+from drdpo.kernels.vocabulary import logprob_and_slope
 
 GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1,)), PrefixGroup(2, (1, 40))]
 
@@ -42,7 +43,8 @@ def pieces(request, monkeypatch) -> None:
     if request.param == "pieces":
         monkeypatch.setattr(sys.modules["drdpo.kernels.tangent_layers"], "_CHUNK_ELEMENTS", 20)
         monkeypatch.setitem(sys.modules["drdpo.kernels.tangent_attention"]._BLOCK_ELEMENTS, True, 1)
-        monkeypatch.setattr(sys.modules["drdpo.kernels.linear_logprob"], "_CHUNK_ELEMENTS", 60)
+        monkeypatch.setitem(sys.modules["drdpo.kernels.vocabulary"]._BLOCK_ELEMENTS, True, 60)
+        monkeypatch.setattr(sys.modules["drdpo.kernels.vocabulary"], "_NARROWEST", 1)
 
 
 def test_rms_norm(pieces) -> None:
@@ -79,7 +81,7 @@ def test_logprob(pieces) -> None:
 
     def ours(pair_2ND: Tensor, weight_VD: Tensor) -> Tensor:
         known = logprob_and_slope(pair_2ND[0].detach(), weight_VD.detach(), targets_N)
-        return torch.stack(tangent_logprob(pair_2ND, weight_VD, targets_N, *known))
+        return torch.stack(tangent_logprob(pair_2ND, weight_VD, targets_N, known))
 
     agree(ours, plain, [pair(7, 6)], [weight_VD])
 
@@ -88,10 +90,11 @@ def test_slope_is_the_gradient_and_no_tokens_have_none(pieces) -> None:
     hidden_ND = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     weight_VD, targets_N = torch.randn(11, 6, dtype=torch.float64), torch.randint(11, (5,))
     plain_N = torch.log_softmax(hidden_ND @ weight_VD.T, dim=1).gather(1, targets_N[:, None]).squeeze(1)
-    logprob_N, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+    logprob_N, lse_N, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+    torch.testing.assert_close(lse_N, (hidden_ND @ weight_VD.T).logsumexp(dim=1))
     torch.testing.assert_close(logprob_N, plain_N)
     torch.testing.assert_close(slope_ND, torch.autograd.grad(plain_N.sum(), hidden_ND)[0])
-    assert [part.shape for part in logprob_and_slope(hidden_ND[:0], weight_VD, targets_N[:0])] == [(0,), (0, 6)]
+    assert [part.shape for part in logprob_and_slope(hidden_ND[:0], weight_VD, targets_N[:0])] == [(0,), (0,), (0, 6)]
 
 
 def test_a_second_derivative_is_refused() -> None:

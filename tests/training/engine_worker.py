@@ -6,6 +6,8 @@ usage: engine_worker.py CASES.json PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -26,21 +28,30 @@ from drdpo.training.reference import reference_logprobs
 
 MODEL, OUTPUT = sys.argv[3], Path(sys.argv[4])
 RANKS = ()
+engine_config = deepspeed_engine.engine_config
+
+
+def partitioning_small_weights(*arguments: Any) -> dict[str, Any]:
+    """ZeRO-3 leaves weights of less than 100,000 elements whole; here it takes all but norms and biases apart."""
+    settings = engine_config(*arguments)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return settings
 
 
 class Training:
     """One engine around a fresh policy."""
 
-    def __init__(self, pairs: list[Pair], flags: dict) -> None:
+    def __init__(self, pairs: list[Pair], flags: dict, model: str) -> None:
         self.pairs = pairs
-        self.config = config = TrainConfig(model_path=MODEL, dataset_path="-", save_path="-", **flags)
+        self.config = config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(
-            MODEL, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
+            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
         )
         if config.lora_rank:
             add_lora(policy, config)
-        self.engine = deepspeed_engine.start_engine(policy, config, steps=3)
+        with mock.patch.object(deepspeed_engine, "engine_config", partitioning_small_weights):
+            self.engine = deepspeed_engine.start_engine(policy, config, steps=3)
         self.lengths = [len(pair) for pair in pairs]
         shards = padded_shards(range(len(pairs)), self.lengths, config.micro_batch, *RANKS)
         self.reference_M2 = reference_logprobs(self.engine, pairs, shards, config, 2, "the case's")
@@ -103,17 +114,16 @@ def main() -> None:
     tokenizer = chat.load_tokenizer(MODEL)
     facts: dict = {}
     for name, case in cases.items():
-        training = Training(pairs, case["flags"])
+        model = case.get("model", MODEL)
+        training = Training(pairs, case["flags"], model)
         known = facts[name] = {}
-        if case["do"] == "break":
-            broken_step(training, known)
-        elif case["do"] == "resume":
+        if case["do"] == "resume":
             known["first_loss"] = training.steps(0, 1)
             save_state(training.engine, OUTPUT / f"{name} state", 1)
             training.steps(1, 3)
             training.write_weights(name)
             training.engine.destroy()
-            training = Training(pairs, case["flags"])
+            training = Training(pairs, case["flags"], model)
             known["done"] = load_state(training.engine, OUTPUT / f"{name} state")
             training.steps(1, 3)
             training.write_weights(f"{name}-resumed")
@@ -122,6 +132,8 @@ def main() -> None:
             training.write_weights(name)
         if case.get("save"):
             save_model(training.engine, tokenizer, OUTPUT / f"{name} saved", training.config)
+        if case.get("break"):
+            broken_step(training, known)
         training.engine.destroy()
     (OUTPUT / f"facts_{RANKS[0]}.json").write_text(json.dumps(facts))
 

@@ -1,6 +1,9 @@
-"""Started by DeepSpeed's launcher from test_equality.py: three real optimizer steps per case, weights to a file.
+"""Started by DeepSpeed's launcher, or alone, from test_equality.py and test_engine.py: real optimizer steps per case,
+weights and figures to files.
 
 usage: equality_worker.py CASES.json RANKED_PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
+
+A case is a run's flags and, besides, `steps` (default 3), `model` (another folder) and `save` (as a checkpoint too).
 """
 
 import json
@@ -12,12 +15,12 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
-from drdpo import distributed
+from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import micro_batches, padded_shards
-from drdpo.training.checkpoint import _gathered
-from drdpo.training.data import Pair
+from drdpo.training.checkpoint import _gathered, save_model
+from drdpo.training.data import Pair, dealt_lengths
+from drdpo.training.dealing import evaluation_batches, step_batches
 from drdpo.training.fraction import penalised_pairs
 from drdpo.training.loop import train_step
 from drdpo.training.packing import form_batch
@@ -35,32 +38,47 @@ def partitioning_small_weights(*arguments: Any) -> dict[str, Any]:
     return settings
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     pairs = [Pair(*row) for row in json.loads(Path(sys.argv[2]).read_text())]
-    model, output = sys.argv[3], Path(sys.argv[4])
+    output = Path(sys.argv[4])
     deepspeed_engine.initialise()
     for name, flags in cases.items():
+        steps, model, save = flags.pop("steps", 3), flags.pop("model", sys.argv[3]), flags.pop("save", False)
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(
-            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
+            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
         )
         with mock.patch.object(deepspeed_engine, "engine_config", partitioning_small_weights):
-            engine = deepspeed_engine.start_engine(policy, config, steps=3)
-        lengths = [len(pair) for pair in pairs]
+            engine = deepspeed_engine.start_engine(policy, config, steps)
+        lengths = dealt_lengths(pairs, config)
         ranks = distributed.rank(), distributed.world_size()
-        shards = padded_shards(range(len(pairs)), lengths, config.micro_batch, *ranks)
+        shards = evaluation_batches(range(len(pairs)), lengths, config, *ranks)
         reference_M2 = reference_logprobs(engine, pairs, shards, config, 2, name)
-        for step in range(3):
+        facts: dict[str, list[float]] = {"losses": [], "norms": [], "graphs": [], "sizes": []}
+        for step in range(steps):
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
-            dealt = micro_batches(indices, lengths, config.micro_batch, *ranks, by_length=config.robust_scope == "step")
+            dealt = step_batches(indices, lengths, config, *ranks)
             batches = [(form_batch(pairs, rows, config, 2), reference_M2[rows]) for rows in dealt]
-            train_step(engine, batches, config, penalised_pairs(indices, config, step))
+            parts = train_step(engine, batches, config, penalised_pairs(indices, config, step))
+            facts["losses"].append(float(distributed.gather(torch.cat([part.values.losses_B for part in parts])).mean()))
+            facts["norms"].append(float(engine.get_global_grad_norm()))
+            facts["sizes"] += distributed.gather(torch.tensor([float(len(rows)) for rows in dealt])).tolist()
+            facts["graphs"].append(compiled_graphs())
         language_model = engine.module.language_model
         weights = _gathered(language_model) if config.zero_stage == 3 else dict(language_model.named_parameters())
         if distributed.is_main():
             save_file({key: value.detach().clone() for key, value in weights.items()}, output / f"{name}.safetensors")
+            (output / f"{name}.json").write_text(json.dumps(facts))
+        if save:
+            save_model(engine, chat.load_tokenizer(model), output / f"{name} saved", config)
         distributed.barrier()
         engine.destroy()
 

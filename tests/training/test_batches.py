@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drdpo.training.batches import collate, micro_batches, padded_shards, step_indices
+from drdpo.training.batches import collate, micro_batches, padded_shards, step_indices, token_batches
 from drdpo.training.data import Pair
 
 
@@ -51,3 +51,29 @@ def test_collate_by_hand():
     assert batch.answer_mask_ST.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
     assert batch.tokens == 13
     assert torch.equal(collate(pairs, [-1], 0).input_ids_ST, collate(pairs, [0], 0).input_ids_ST)
+
+
+def test_rows_of_a_token_budget_by_hand():
+    # Longest first, each to the row that holds least: two rows of 11 and 9; in rows of 10 that is too much, so three.
+    tokens = [6, 5, 4, 3, 2]
+    assert token_batches(range(5), tokens, 11, 0, 1) == [[0, 3, 4], [1, 2]]
+    assert token_batches(range(5), tokens, 10, 0, 1) == [[1, 4], [2, 3], [0]]
+    assert token_batches([3, 1, 0, 2, 4], tokens, 11, 0, 1) == token_batches(range(5), tokens, 11, 0, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("budget", [13, 20, 50, 1000])
+def test_token_rows_hold_the_step_once_within_the_budget(world, budget):
+    indices, tokens = step_indices(40, 16, 1, 0), [(7 * k) % 13 + 1 for k in range(40)]
+    dealt = [token_batches(indices, tokens, budget, rank, world) for rank in range(world)]
+    assert sorted(index for rank in dealt for row in rank for index in row) == sorted(indices)
+    loads = [[sum(tokens[index] for index in row) for row in rank] for rank in dealt]
+    assert all(0 < load <= budget for rank in loads for load in rank)
+    assert len({len(rank) for rank in dealt}) == 1, "every rank runs as many rows"
+    least = -(-sum(tokens[index] for index in indices) // budget)
+    assert sum(len(rank) for rank in dealt) <= 2 * least + world, "few rows"
+
+
+def test_a_pair_beyond_the_budget_is_refused():
+    with pytest.raises(ValueError, match="up to 6 tokens"):
+        token_batches(range(2), [6, 2], 5, 0, 1)

@@ -45,6 +45,9 @@ CASES["wdpo_root-zero1-whole"] = {**CASES["wdpo_root-zero0-whole"], "zero_stage"
 CASES["wdpo-zero3"] = {**CASES["wdpo-zero2"], "zero_stage": 3}
 CASES["wdpo_half-zero2-exact"] = {**CASES["wdpo_half-zero2"], "wdpo_solver": "exact"}
 CASES["wdpo_half-zero1-whole"] = {**CASES["wdpo_half-zero2"], "zero_stage": 1, "micro_batch_size": 2}
+# Rows of at most so many tokens: micro-batches of unequal numbers of pairs.
+for name, stage in (("kldpo", 2), ("drdpo", 1), ("wdpo_root", 2), ("dpo", 3), ("dpo", 0)):
+    CASES[f"{name}-zero{stage}-tokens"] = {**COMMON, **METHODS[name], "zero_stage": stage, "micro_batch_tokens": 30}
 FLOAT32_CASES = list(CASES)
 FINITE_CASES = [f"wdpo-zero{stage}-finite" for stage in (2, 3)]
 for name in FINITE_CASES:
@@ -170,6 +173,12 @@ def test_two_processes_under_deepspeed_equal_plain_torch(case, deepspeed_weights
 
 
 @pytest.mark.slow
+def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(deepspeed_weights):
+    sizes = {size for case in FLOAT32_CASES if case.endswith("tokens")
+             for size in json.loads((deepspeed_weights / f"{case}.json").read_text())["sizes"]}  # fmt: skip
+    assert len(sizes) > 1, sizes
+
+
 @pytest.mark.parametrize("case", FINITE_CASES)
 def test_finite_differences_take_nearly_the_same_steps(case, deepspeed_weights, plain_weights, tiny_policy):
     """Adam divides by the gradient's size, so an error of 0.1% of the whole can be all of a small element: take the norm."""

@@ -139,5 +139,6 @@ def test_flags_of_attention_and_packing():
     assert shared_prefix.NAME == PACKED_ATTENTION == config_of().attention
     assert config_of(packing=False).attention == "sdpa"
     assert config_of(packing=False, wdpo_rho=0.1).attention == "eager"
+    assert config_of(attn="eager").plain_attention and not config_of(attn="sdpa").plain_attention
     with pytest.raises(UsageError, match="--packing=false as well"):
-        config_of(attn_implementation="sdpa")
+        config_of(attn="flex")

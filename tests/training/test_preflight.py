@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from drdpo.config import TrainConfig
+from drdpo.errors import DataError
 from drdpo.training.batches import collate
 from drdpo.training.data import Pair
+from drdpo.training.loop import train_alignment
 from drdpo.training.memory import GATHERED, Memory, dry_run, predict
 from drdpo.training.packing import pack
 from drdpo.training.preflight import advice, meta_policy, preflight
-from drdpo.training.run import Run
+from drdpo.training.run import Run, check_inputs
 from drdpo.training.throughput import Shape, dpo_flops, peak_flops, shape_of, throughput
 
 PARAMETERS = 49_152 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
@@ -104,9 +107,9 @@ def test_the_dry_run_counts_what_a_forward_pass_keeps(tiny_policy):
     assert by_hand < model < 1.6 * by_hand
     assert again < 0.75 * model
     assert 1.9 < double / model < 2.1
-    # The output head: a chunk of 300 answer tokens' logits in float32, their softmax, and the gradient of the head.
-    logits = 4 * 49_152 * 300
-    assert logits < head < 3 * logits
+    # The output head: its gradient, and logits of a block of the vocabulary in float32, of which a few copies are alive.
+    gradient, block = 4 * 49_152 * 32, 4 * sys.modules["drdpo.kernels.vocabulary"]._BLOCK_ELEMENTS[True]
+    assert gradient + block < head < gradient + 4 * block
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_double_backward_keeps_more(tiny_policy):
     pairs = pairs_of((100, 150, 150))
     plain, _ = memory_of(tiny_policy, pairs, gradient_checkpointing=False)
     exact, _ = memory_of(tiny_policy, pairs, gradient_checkpointing=False, wdpo_rho=0.1, wdpo_solver="exact")
-    assert exact > 2 * plain
+    assert exact > 1.3 * plain
 
 
 def test_a_model_that_cannot_be_dry_run_is_told_of(tmp_path, capsys):
@@ -145,6 +148,15 @@ def test_a_model_that_cannot_be_dry_run_is_told_of(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "not predicted: the model's forward pass needs more than shapes" in told
     assert "8 steps of 4 pairs = 8.00 epochs" in told
+
+
+def test_a_model_with_attentions_of_its_own_passes_the_preflight(tmp_path, capsys):
+    FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
+    pairs = pairs_of(*[(4, 2, 1)] * 4)
+    config = config_of(tmp_path, packing=False)
+    shape = preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+    assert shape.head == 300 * 32
+    assert "predicted peak" in capsys.readouterr().out
 
 
 def test_a_model_that_does_not_fit_is_warned_of(tiny_policy, tmp_path, capsys, monkeypatch):
@@ -235,41 +247,60 @@ def train(root: Path, model: Path, data: Path, save: Path, *flags: str, **variab
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
-def test_a_dry_run_for_eight_processes_writes_nothing(root, tiny_policy, data, tmp_path):
-    done = train(root, tiny_policy, data, tmp_path / "out", "--dry_run=true", "--train_batch_size=8", "--micro_batch_size=1",
-                 WORLD_SIZE="8")  # fmt: skip
-    assert done.returncode == 1, "four pairs fill no step of eight"
+def test_a_dry_run_for_eight_processes_writes_nothing(tiny_policy, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
     many = tmp_path / "many"
     many.mkdir()
     for split in ("train", "test"):
         (many / f"{split}.jsonl").write_text((data / f"{split}.jsonl").read_text() * 4)
-    done = train(root, tiny_policy, many, tmp_path / "out", "--dry_run=true", "--train_batch_size=8", "--micro_batch_size=1",
-                 WORLD_SIZE="8")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "a step is 1 micro-batch of 1 on each of 8 processes" in done.stdout
-    assert "predicted peak" in done.stdout
+    flags = {"train_batch_size": 8, "micro_batch_size": 1, "dry_run": True}
+    few, enough = (TrainConfig(str(tiny_policy), str(folder), str(tmp_path / "out"), **flags) for folder in (data, many))
+    with pytest.raises(DataError, match="4 usable train pairs, fewer than 8"):
+        check_inputs(few)
+    check_inputs(enough)
+    train_alignment(enough)
+    told = capsys.readouterr().out
+    assert "a step is 1 micro-batch of 1 on each of 8 processes" in told
+    assert "predicted peak" in told
     assert list(tmp_path.iterdir()) == [many]
 
 
+@pytest.fixture(scope="module")
+def middling(smollm, tmp_path_factory) -> Path:
+    """A random model of 36M parameters: what a run holds beside its libraries is most of a GiB."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=49_152, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("models") / "middling"
+    LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (smollm / name).is_file():
+            shutil.copy(smollm / name, path)
+    return path
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [["--micro_batch_size=1"], ["--lora_rank=8", "--learning_rate=1e-4"]], ids=["whole", "lora"]
-)
-def test_the_predicted_peak_is_what_a_real_run_holds(flags, root, smollm, data, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--lora_rank=8", "--learning_rate=1e-3"]], ids=["whole", "lora"])
+def test_the_predicted_peak_is_what_a_real_run_holds(flags, root, middling, data, tmp_path):
     common = ["--train_batch_size=2", "--micro_batch_size=2", "--max_steps=2", "--save_resume=false",
-              "--gradient_checkpointing=false"]  # fmt: skip
-    done = train(root, smollm, data, tmp_path / "out", *common, *flags)
+              "--gradient_checkpointing=false", "--learning_rate=1e-4"]  # fmt: skip
+    done = train(root, middling, data, tmp_path / "out", *common, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    (told,) = re.findall(r"predicted peak (\S+) GiB a process", done.stdout)
+    (told, process) = map(float, *re.findall(r"predicted peak (\S+) GiB a process: .*process (\S+) GiB", done.stdout))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["peak_memory_gib"] == pytest.approx(float(told), rel=0.25)
+    held = lines[-1]["peak_memory_gib"]
+    assert held == pytest.approx(told, rel=0.25)
+    # Whole weights take more than the libraries: the prediction is not those alone.
+    assert flags or told > 1.5 * process
     assert lines[-1]["pairs_per_second"] > 0
     saved = load_file(tmp_path / "out" / "global_step_2" / "model.safetensors")
-    base = load_file(smollm / "model.safetensors")
+    base = load_file(middling / "model.safetensors")
     assert saved.keys() == base.keys()
     assert any(not torch.equal(saved[name], base[name]) for name in base)
     adapter = tmp_path / "out" / "global_step_2" / "adapter" / "adapter_model.safetensors"
-    assert adapter.is_file() == ("--lora_rank=8" in flags)
+    assert adapter.is_file() == bool(flags)
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ def train(root: Path, model: Path, data: Path, save: Path, *flags: str, world: i
                f"--save_path={save}", "--train_batch_size=4", "--check_only=true", *flags]  # fmt: skip
     import os
 
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": str(world)})
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world)}
+    )
 
 
 def refuse(done, status: int, *words: str) -> None:
@@ -49,9 +51,14 @@ def refuse(done, status: int, *words: str) -> None:
         (["--train_batch_size=6", "--micro_batch_size=4"], ["--train_batch_size=6", "--micro_batch_size=4"]),
         (["--kldpo_tau=0.1", "--train_batch_size=1", "--micro_batch_size=1"], ["population of one pair"]),
         (["--drdpo_beta=1", "--micro_batch_size=1", "--robust_scope=micro"], ["population of one pair"]),
-        (["--wdpo_rho=0.1", "--packing=false", "--attn_implementation=flash_attention_2"], ["second derivative", "eager"]),
-        (["--wdpo_rho=0.1", "--packing=false", "--attn_implementation=sdpa"], ["second derivative"]),
-        (["--attn_implementation=sdpa"], ["--attn_implementation=sdpa", "--packing=false"]),
+        (["--wdpo_rho=0.1", "--packing=false", "--attn=flash"], ["second derivative", "eager"]),
+        (["--wdpo_rho=0.1", "--packing=false", "--attn=sdpa"], ["second derivative"]),
+        (["--attn=flex"], ["--attn=flex: packed rows", "--attn=sdpa", "--packing=false"]),
+        (["--attn=flex", "--packing=false"], ["--attn=flex needs a CUDA device", "--attn=sdpa"]),
+        (["--attn=flash", "--packing=false"], ["--attn=flash needs", "--attn=sdpa"]),
+        (["--attn=flash_attention_2"], ["invalid choice"]),
+        (["--optimizer_offload=true", "--zero_stage=0", "--dtype=float32"], ["--optimizer_offload=true", "--zero_stage=1"]),
+        (["--torch_compile=true", "--zero_stage=3"], ["--torch_compile=true", "--zero_stage=2"]),
         (["--wdpo_rho=0.1", "--wdpo_solver=exact", "--zero_stage=3"], ["--zero_stage=3", "--zero_stage=2"]),
         (["--wdpo_rho=0.1", "--wdpo_solver=adversarial"], ["--wdpo_solver=adversarial", "bfloat16"]),
         (["--zero_stage=0"], ["--zero_stage=0", "bfloat16"]),

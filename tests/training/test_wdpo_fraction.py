@@ -105,7 +105,7 @@ def test_how_many_are_drawn(fraction, count):
     draw = penalised_pairs(range(6), config, 0)
     assert (draw and len(draw)) == count
     assert config.penalty_scale == 6 / (count or 6)
-    assert penalised_pairs(range(6), config_of(wdpo_rho=None, wdpo_fraction=fraction), 0) is None
+    assert penalised_pairs(range(6), config_of(wdpo_rho=None), 0) is None
 
 
 @pytest.mark.parametrize("kind", ["exact", "tangent"])

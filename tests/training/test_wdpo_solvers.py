@@ -4,20 +4,11 @@ import random
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoTokenizer
 
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import UsageError
 from drdpo.training.data import Pair
-from drdpo.training.lora import add_lora
 from drdpo.training.memory import dry_run
 from drdpo.training.objective import objective, survey
 from drdpo.training.packing import form_batch
@@ -172,23 +163,6 @@ def test_a_pair_without_gradient_has_no_penalty(tiny_policy, pairs):
         assert torch.isfinite(part.errors_B).all()
 
 
-def test_adapters_get_the_exact_gradient(tiny_policy, pairs):
-    gradients = []
-    for solver in ("tangent", "exact"):
-        config = config_of(wdpo_solver=solver, lora_rank=4)
-        policy = load_policy(str(tiny_policy), torch.float32, config.attention, True, config.second_derivative)
-        add_lora(policy, config)
-        torch.manual_seed(0)
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
-                torch.nn.init.normal_(parameter, std=0.1)
-        if solver == "tangent":
-            check_tangent(policy, config)
-        gradients.append(step(policy.double().train(), pairs, [[3, 0], [1, 2]], config)[1])
-    assert len(gradients[0]) < 20_000, "the adapters alone"
-    assert apart(*gradients) < 1e-5
-
-
 def test_the_dry_run_takes_every_solver(tiny_policy, pairs):
     """The preflight predicts memory from shapes alone; the tangent solver keeps no graph of a backward pass."""
     sizes = {}
@@ -196,62 +170,6 @@ def test_the_dry_run_takes_every_solver(tiny_policy, pairs):
         config = config_of(wdpo_solver=solver, model_path=str(tiny_policy))
         sizes[solver], _ = dry_run(meta_policy(config), form_batch(pairs, range(4), config, 0), config)
     assert 0 < sizes["adversarial"] < sizes["tangent"] < sizes["exact"]
-
-
-SIZES = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.3,
-}  # fmt: skip
-
-
-def saved(config, folder):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "model",
-    [LlamaConfig(**SIZES), LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), Qwen2Config(**SIZES)],
-    ids=["llama", "llama with biases", "qwen2"],
-)
-def test_models_that_are_built_as_llama_pass_and_equal_exact(model, tmp_path, pairs):
-    pairs = [Pair(*([token % 300 for token in part] for part in (p.prompt, p.chosen, p.rejected))) for p in pairs]
-    gradients = []
-    for solver in ("tangent", "exact"):
-        config = config_of(wdpo_solver=solver)
-        policy = policy_of(saved(model, tmp_path), config)
-        if solver == "tangent":
-            check_tangent(policy, config)
-        gradients.append(step(policy, pairs, [[0, 1, 2, 3]], config)[1])
-    assert apart(*gradients) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (Qwen3Config(**SIZES), "q_norm"),
-        (Gemma2Config(**SIZES, final_logit_softcapping=None, attn_logit_softcapping=None, sliding_window=None), "Llama"),
-        (GraniteConfig(**SIZES, logits_scaling=1.0, residual_multiplier=0.5), "hidden states are not"),
-        (LlamaConfig(**SIZES, hidden_act="gelu"), "not by SiLU"),
-    ],
-    ids=["norms on queries", "other norms", "scaled residuals", "other gate"],
-)
-def test_other_models_are_refused(model, words, tmp_path):
-    config = config_of(wdpo_solver="tangent")
-    torch.manual_seed(0)
-    policy = Policy(AutoModelForCausalLM.from_config(model, attn_implementation=config.attention)).train()
-    with pytest.raises(DataError, match=rf"cannot differentiate this model: .*{words}.*--wdpo_solver=exact"):
-        check_tangent(policy, config)
-
-
-def test_the_embedded_policy_passes(smollm):
-    config = config_of(wdpo_solver="tangent", dtype="bfloat16")
-    check_tangent(load_policy(str(smollm), torch.bfloat16, config.attention, True), config)
 
 
 def test_the_solver_that_auto_is():
@@ -263,19 +181,21 @@ def test_the_solver_that_auto_is():
 @pytest.mark.slow
 def test_bfloat16_gives_the_direction_of_float32_on_a_real_model(smollm, root):
     """Attention logits and their slopes rounded to bfloat16 gave an error of 57% here and a cosine of 0.979; a plain double
-    backward in bfloat16 is 14% off, with a cosine of 0.9997."""
+    backward in bfloat16 is 14% off, with a cosine of 0.9997. Every tenth layer is looked at."""
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(smollm)(text)["input_ids"]
     gradients = []
     for dtype in ("float32", "bfloat16"):
         config = config_of(dtype=dtype, beta=0.01, wdpo_rho=1e12)  # beside this radius the loss itself counts for nothing
-        policy = load_policy(str(smollm), getattr(torch, dtype), config.attention, gradient_checkpointing=True)
+        policy = load_policy(str(smollm), getattr(torch, dtype), config.attention, gradient_checkpointing=False)
+        check_tangent(policy, config)
         batch = form_batch([Pair(ids[:32], ids[32:64], ids[64:96])], [0], config, 0)
         with torch.no_grad():
             reference_B2 = policy(batch).logprob_S[None]
+        policy.requires_grad_(False)
+        looked_at = [p for layer in policy.language_model.model.layers[::10] for p in layer.requires_grad_().parameters()]
         total = objective(policy, batch, reference_B2, config, None).total
-        parts = torch.autograd.grad(total, list(policy.parameters()))
-        gradients.append(torch.cat([part.flatten().double() for part in parts]))
+        gradients.append(torch.cat([part.flatten().float() for part in torch.autograd.grad(total, looked_at)]))
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
     assert apart(gradients[1], gradients[0]) < 0.2
 
@@ -287,6 +207,17 @@ def test_bfloat16_gives_the_direction_of_float32_on_a_real_model(smollm, root):
         ({"wdpo_solver": "adversarial", "dtype": "bfloat16"}, "rounding"),
         ({"wdpo_solver": "tangent", "packing": False}, "--packing=false"),
         ({"wdpo_solver": "exact", "zero_stage": 3}, "--zero_stage=3 .*--wdpo_solver=tangent"),
+        (
+            {"packing": False, "zero_stage": 3},
+            "auto, which is exact: .*--wdpo_solver=tangent and --packing=true",
+        ),
+        ({"wdpo_rho": None, "wdpo_solver": "exact"}, "--wdpo_solver=exact has no meaning without --wdpo_rho"),
+        ({"wdpo_rho": None, "wdpo_penalty": "root"}, "--wdpo_penalty=root has no meaning without --wdpo_rho"),
+        ({"wdpo_rho": None, "wdpo_prompt": "once"}, "--wdpo_prompt=once has no meaning without --wdpo_rho"),
+        ({"wdpo_rho": None, "wdpo_fraction": 0.5}, "--wdpo_fraction=0.5 has no meaning without --wdpo_rho"),
+        ({"kldpo_cap": 5.0}, "--kldpo_cap=5.0 has no meaning without --kldpo_tau"),
+        ({"kldpo_normalize": True}, "--kldpo_normalize=True has no meaning without --kldpo_tau"),
+        ({"wdpo_rho": None, "kldpo_tau": 1.0, "kldpo_normalize": True, "kldpo_cap": 5.0}, "have no cap"),
         ({"wdpo_fraction": 0.0}, r"\(0, 1\]"),
         ({"wdpo_fraction": 1.5}, r"\(0, 1\]"),
         ({"wdpo_fraction": 0.5, "wdpo_penalty": "root"}, "root of a sample"),

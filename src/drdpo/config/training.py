@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from drdpo.flags import flag, require
+from drdpo.config.training_rules import check_training
+from drdpo.flags import flag
 
 PACKED_ATTENTION = "shared_prefix"
 """What transformers calls drdpo.kernels.shared_prefix."""
@@ -31,8 +32,8 @@ class TrainConfig:
     )
     wdpo_solver: Literal["auto", "exact", "tangent", "finite_difference", "adversarial"] = flag(
         "the penalty's parameter gradient by: 'exact' a double backward; 'tangent' the same numbers by a forward pass along "
-        "the gradient and an ordinary backward pass, in a third of the memory, for Llama-like models; 'finite_difference' "
-        "two passes beside the point (float32 only); 'adversarial' one pass at the embeddings moved by 2 rho grad, right to "
+        "the gradient and an ordinary backward pass, for Llama, Mistral, Qwen2 and Qwen3; 'finite_difference' two "
+        "passes beside the point (float32 only); 'adversarial' one pass at the embeddings moved by 2 rho grad, right to "
         "first order in rho only (float32 only); 'auto' is tangent for packed rows and exact for padded ones",
         "auto",
     )
@@ -41,7 +42,9 @@ class TrainConfig:
         1.0,
     )
     robust_scope: Literal["step", "micro"] = flag(
-        "population of the robust weights: all pairs of the optimizer step, or of one micro-batch over the ranks", "step"
+        "population of the robust weights, and of WDPO's root: all pairs of the optimizer step, or of one micro-batch over "
+        "the ranks",
+        "step",
     )
     loss_type: Literal["sigmoid", "ipo", "robust"] = flag("pointwise loss: DPO, IPO or rDPO", "sigmoid")
     label_smoothing: float = flag("cDPO's smoothing (sigmoid) or rDPO's flip rate (robust)", 0.0)
@@ -57,6 +60,11 @@ class TrainConfig:
     max_steps: int | None = flag("stop after so many optimizer steps; the schedule spans them", None)
     train_batch_size: int = flag("pairs per optimizer step, over all processes", 128)
     micro_batch_size: int | None = flag("pairs per process and forward pass (default 1 for WDPO, else 4)", None)
+    micro_batch_tokens: int | None = flag(
+        "in place of --micro_batch_size: as many pairs per process and forward pass as fit a packed row of so many tokens, "
+        "rows of about equal length",
+        None,
+    )
     max_len: int = flag(
         "longest prompt + answer in tokens; a longer answer is cut, a longer prompt sets the pair aside", 2048
     )
@@ -69,7 +77,7 @@ class TrainConfig:
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
     lora_rank: int = flag(
         "train LoRA adapters of this rank in place of the weights; 0 trains the weights. LoRA usually wants about ten times "
-        "the --learning_rate",
+        "the --learning_rate. There is no QLoRA: its 4-bit weights need bitsandbytes, a CUDA package outside the locks",
         0,
     )
     lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32)
@@ -84,8 +92,20 @@ class TrainConfig:
     packing: bool = flag(
         "micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a pair", True
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = flag(
-        "for --packing=false; 'auto' is eager for WDPO's double backward, else sdpa", "auto"
+    attn: Literal["auto", "sdpa", "flex", "flash", "eager"] = flag(
+        "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group (with a second derivative of our "
+        "own for --wdpo_solver=exact); 'eager' matrix products and a float32 softmax; 'flex' and 'flash' transformers' "
+        "flex_attention and flash_attention_2, on CUDA with --packing=false; 'auto' is eager for padded rows with "
+        "--wdpo_solver=exact, else sdpa. The pass of --wdpo_solver=tangent along the gradient has kernels of its own",
+        "auto",
+    )
+    optimizer_offload: bool = flag(
+        "keep ZeRO's optimizer states in the CPU's memory and step there; --zero_stage 1 to 3", False
+    )
+    torch_compile: bool = flag(
+        "compile every decoder layer, but for its attention, at its first use; not for WDPO's exact and tangent solvers, "
+        "nor --zero_stage=3",
+        False,
     )
     seed: int = flag("seed of the shuffling", 42)
     save_resume: bool = flag("save DeepSpeed's state with every checkpoint (12 bytes a parameter), to continue from", True)
@@ -127,109 +147,30 @@ class TrainConfig:
         return self.train_batch_size / self.penalised
 
     @property
+    def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
+        """The kernel that the flags choose; for padded rows sdpa, flex and flash have no second derivative."""
+        if self.attn == "auto":
+            return "eager" if self.second_derivative and not self.packing else "sdpa"
+        return self.attn
+
+    @property
     def attention(self) -> str:
-        """The attention that is right for the method: sdpa and flash kernels have no second derivative."""
+        """What transformers calls the attention of the run."""
         if self.packing:
             return PACKED_ATTENTION
-        if self.attn_implementation == "auto":
-            return "eager" if self.second_derivative else "sdpa"
-        return self.attn_implementation
+        return {"flex": "flex_attention", "flash": "flash_attention_2"}.get(self.attention_kernel, self.attention_kernel)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Attend by matrix products and a softmax, which are differentiable any number of times?"""
+        return self.attention_kernel == "eager"
 
     @property
     def micro_batch(self) -> int:
-        """Pairs per process and forward pass."""
+        """Pairs per process and forward pass; under --micro_batch_tokens the fewest."""
+        if self.micro_batch_tokens is not None:
+            return 1
         return self.micro_batch_size or (1 if self.method == "wdpo" else 4)
 
     def __post_init__(self) -> None:
-        self._check_method()
-        for name in ("beta", "learning_rate", "max_grad_norm", "kldpo_cap"):
-            require(getattr(self, name) > 0, f"--{name}={getattr(self, name)} must be positive")
-        for name in ("max_epochs", "train_batch_size", "max_len", "max_steps", "micro_batch_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name}={value} must be at least 1")
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            require(0 <= getattr(self, name) <= 1, f"--{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"--{name}={getattr(self, name)} must lie in [0, 1)")
-        for name in ("eval_steps", "save_steps", "weight_decay"):
-            require(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
-        require(0 <= self.label_smoothing < 0.5, f"--label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
-        require(
-            self.label_smoothing == 0 or self.loss_type != "ipo",
-            "--label_smoothing has no meaning for --loss_type=ipo; leave it out",
-        )
-        require(self.zero_stage in (0, 1, 2, 3), f"--zero_stage={self.zero_stage}: DeepSpeed has stages 0, 1, 2 and 3")
-        require(
-            not (self.zero_stage == 0 and self.dtype == "bfloat16"),
-            "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; give --zero_stage=1 or --dtype=float32",
-        )
-
-        self._check_lora()
-        require(
-            not self.packing or self.attn_implementation == "auto",
-            f"--attn_implementation={self.attn_implementation}: packed rows have an attention of their own; give "
-            "--packing=false as well",
-        )
-
-    def _check_lora(self) -> None:
-        require(self.lora_rank >= 0, f"--lora_rank={self.lora_rank} must not be negative")
-        require(self.lora_alpha > 0, f"--lora_alpha={self.lora_alpha} must be positive")
-        if self.lora_rank:
-            return
-        given = {"lora_alpha": self.lora_alpha != 32, "lora_targets": self.lora_targets, "lora_merge": not self.lora_merge}
-        for name, changed in given.items():
-            require(not changed, f"--{name} has no meaning without --lora_rank; give that too")
-
-    def _check_method(self) -> None:
-        chosen = {
-            name: value for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta") if (value := getattr(self, name)) is not None
-        }
-        require(
-            len(chosen) <= 1,
-            f"{' and '.join(f'--{name}' for name in chosen)} choose different methods; give one of them",
-        )
-        for name, value in chosen.items():
-            require(value > 0, f"--{name}={value} must be positive (leave it out for plain DPO)")
-        if self.method != "wdpo":
-            return
-        require(0 < self.wdpo_fraction <= 1, f"--wdpo_fraction={self.wdpo_fraction} must lie in (0, 1]")
-        require(
-            self.wdpo_fraction == 1 or self.wdpo_penalty == "squared",
-            f"--wdpo_fraction={self.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is not right on "
-            "average; give --wdpo_penalty=squared or --wdpo_fraction=1",
-        )
-        require(
-            self.wdpo_fraction == 1 or self.zero_stage <= 2,
-            f"--wdpo_fraction={self.wdpo_fraction} with --zero_stage=3: processes with and without a penalised pair would "
-            "ask each other for different weights; give --zero_stage=2 or --wdpo_fraction=1",
-        )
-        if self.second_derivative:
-            self._check_exact()
-        else:
-            self._check_first_order()
-
-    def _check_exact(self) -> None:
-        require(
-            self.packing or self.attention == "eager",
-            f"--attn_implementation={self.attention} with --wdpo_rho: its kernels have no second derivative, so the exact "
-            "penalty would be wrong or fail; give --attn_implementation=eager",
-        )
-        require(
-            self.zero_stage <= 2,
-            "--zero_stage=3 with --wdpo_solver=exact: DeepSpeed's stage 3 cannot run its double backward; give "
-            "--wdpo_solver=tangent or --zero_stage=2",
-        )
-
-    def _check_first_order(self) -> None:
-        if self.solver == "tangent":
-            require(
-                self.packing,
-                "--packing=false with --wdpo_solver=tangent, which knows packed rows only; give --wdpo_solver=exact or "
-                "--packing=true",
-            )
-            return
-        require(
-            self.dtype == "float32",
-            f"--wdpo_solver={self.wdpo_solver} with --dtype=bfloat16: the step that curvature allows is lost in bfloat16's "
-            "rounding (28% error at best, measured); give --wdpo_solver=tangent or --dtype=float32",
-        )
+        check_training(self)

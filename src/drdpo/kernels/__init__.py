@@ -1,4 +1,4 @@
-"""Kernels of the training step. Shape suffixes: N answer tokens, D width, V vocabulary, C tokens of one chunk."""
+"""Kernels of the training step. Shape suffixes: N answer tokens, D width, V vocabulary, K columns of a block of it."""
 
 from drdpo.kernels.linear_logprob import linear_logprob
 

@@ -1,28 +1,33 @@
 """Log-probabilities of target tokens straight from hidden states, without ever holding [N, V] logits.
 
-log p(t | h) = h . W_t - logsumexp(W h). Tokens are taken in chunks; matrix products run in the input's dtype, the
-log-sum-exp in float32; the backward pass computes each chunk's logits again from the hidden states and the log-sum-exp.
-On CUDA, for all but float64, log-sum-exp and logit gradients come from drdpo.kernels.triton_logprob.
+log p(t | h) = h . W_t - logsumexp(W h). The vocabulary is taken in blocks (drdpo.kernels.vocabulary); the backward pass
+computes each block's logits again from the hidden states and the log-sum-exp.
 
-WDPO differentiates a gradient. With p = softmax(W h) and an upstream gradient g, the gradient for h is
-    q(h, W, g) = g (W_t - W^T p)
-and its own vector-Jacobian product along u, with s = W u and m = p . s, is
-    for g:  u . W_t - m
+WDPO differentiates a gradient. With p = softmax(W h), the log-probability's slope is q = W_t - W^T p, an upstream gradient
+g gives g q for h, and that has the vector-Jacobian product along u, with s = W u and m = p . s = u . (W_t - q),
+    for g:  u . q
     for h: -g W^T r,                          r = p * (s - m)
     for W:  g (onehot_t - p) u^T - g r h^T
-Both are written out below, so the second derivative is exact and chunked as well.
+All are written out below, so the second derivative is exact and in blocks as well.
+
+Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
 """
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_CHUNK_ELEMENTS = 1 << 25
-"""Logits held at once: 128 MiB in float32."""
+from drdpo.kernels.tangent_layers import wide
+from drdpo.kernels.vocabulary import (
+    blocks,
+    logit_gradient,
+    logprob_and_lse,
+    logprob_and_slope,
+    probabilities,
+    scaled_onehot_less,
+)
 
 
 def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, twice: bool = False) -> Tensor:
@@ -32,8 +37,8 @@ def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, t
         hidden_ND: [N, D] hidden states, any floating dtype.
         weight_VD: [V, D] output head, same dtype; may be tied to the input embeddings.
         targets_N: [N] int64 token ids in [0, V).
-        twice: make the gradient for `hidden_ND` differentiable again (WDPO's exact solver); costs one more product
-            with the head in the backward pass. Without it a second derivative raises.
+        twice: make the gradient for `hidden_ND` differentiable again (WDPO's exact solver). Without it a second
+            derivative raises.
 
     Returns:
         [N] float32 (float64 for float64 inputs).
@@ -55,56 +60,6 @@ def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, t
     return logprob_N + _WeightGradient.apply(hidden_ND.detach(), weight_VD, targets_N, lse_N)
 
 
-def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _triton(hidden_ND: Tensor) -> Any:
-    """The Triton kernels where they can run: on CUDA, or anywhere under Triton's interpreter; else None."""
-    if hidden_ND.dtype == torch.float64 or not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    from drdpo.kernels import triton_logprob
-
-    return triton_logprob
-
-
-def _logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of the targets and log-sum-exp [N] of the logits."""
-    if len(targets_N) and (kernels := _triton(hidden_ND)) is not None:
-        return kernels.logprob_and_lse(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N)
-    logprob_N, lse_N = (
-        torch.empty(len(targets_N), device=hidden_ND.device, dtype=_wide(hidden_ND[:0]).dtype) for _ in range(2)
-    )
-    for chunk in _chunks(len(targets_N), len(weight_VD)):
-        logits_CV = _wide(hidden_ND[chunk] @ weight_VD.T)
-        lse_N[chunk] = torch.logsumexp(logits_CV, dim=1)
-        logprob_N[chunk] = logits_CV.gather(1, targets_N[chunk, None]).squeeze(1) - lse_N[chunk]
-    return logprob_N, lse_N
-
-
-def _softmax(hidden_CD: Tensor, weight_VD: Tensor, lse_C: Tensor) -> Tensor:
-    return (_wide(hidden_CD @ weight_VD.T) - lse_C[:, None]).exp_()
-
-
-def _logit_gradient(probs_CV: Tensor, targets_C: Tensor, grad_C: Tensor) -> Tensor:
-    """g (onehot_t - p), in place."""
-    gradient_CV = probs_CV.mul_(-grad_C[:, None])
-    return gradient_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
-
-
-def _chunk_gradient(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, lse_C: Tensor, grad_C: Tensor) -> Tensor:
-    """g (onehot_t - p) of one chunk [C, V], in the input's dtype."""
-    if (kernels := _triton(hidden_CD)) is not None:
-        return kernels.logit_gradient(hidden_CD.contiguous(), weight_VD.contiguous(), targets_C, lse_C, grad_C.contiguous())
-    return _logit_gradient(_softmax(hidden_CD, weight_VD, lse_C), targets_C, grad_C).to(hidden_CD.dtype)
-
-
 def _refuse_graph(advice: str) -> None:
     """Autograd would take the result of a hand-written backward pass for a constant: say so instead."""
     if torch.is_grad_enabled():
@@ -116,25 +71,32 @@ class _LogProb(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        logprob_N, lse_N = _logprob_and_lse(hidden_ND, weight_VD, targets_N)
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        if wants_hidden and not wants_weight:
+            # A frozen head, as with LoRA: its slope now saves the logits' recomputation later.
+            logprob_N, _, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+            ctx.save_for_backward(slope_ND)
+            return logprob_N
+        logprob_N, lse_N = logprob_and_lse(hidden_ND, weight_VD, targets_N)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N)
         return logprob_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         _refuse_graph("pass twice=True to differentiate the gradient for hidden_ND")
-        hidden_ND, weight_VD, targets_N, lse_N = ctx.saved_tensors
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        # Chunks are summed in float32: bfloat16 would lose the small ones.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD[:0]).dtype) if wants_weight else None
-        for chunk in _chunks(len(targets_N), len(weight_VD)):
-            gradient_CV = _chunk_gradient(hidden_ND[chunk], weight_VD, targets_N[chunk], lse_N[chunk], grad_N[chunk])
+        if not wants_weight:
+            (slope_ND,) = ctx.saved_tensors
+            return (grad_N[:, None] * slope_ND).to(slope_ND.dtype), None, None
+        hidden_ND, weight_VD, targets_N, lse_N = ctx.saved_tensors
+        grad_hidden_ND = torch.zeros_like(wide(hidden_ND)) if wants_hidden else None
+        grad_weight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
+        for columns in blocks(hidden_ND, weight_VD):
+            gradient_NK = logit_gradient(hidden_ND, weight_VD, columns, targets_N, lse_N, grad_N)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[chunk] = gradient_CV @ weight_VD
-            if grad_weight_VD is not None:
-                grad_weight_VD += gradient_CV.T @ hidden_ND[chunk]
-        return grad_hidden_ND, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None
+                grad_hidden_ND += gradient_NK @ weight_VD[columns]
+            torch.mm(gradient_NK.T, hidden_ND, out=grad_weight_VD[columns])
+        return None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, None
 
 
 class _WeightGradient(Function):
@@ -149,11 +111,11 @@ class _WeightGradient(Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[None, Tensor, None, None]:
         _refuse_graph("the gradient for weight_VD is once differentiable")
         hidden_ND, weight_VD, targets_N, lse_N = ctx.saved_tensors
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD[:0]).dtype)
-        for chunk in _chunks(len(targets_N), len(weight_VD)):
-            gradient_CV = _chunk_gradient(hidden_ND[chunk], weight_VD, targets_N[chunk], lse_N[chunk], grad_N[chunk])
-            grad_weight_VD += gradient_CV.T @ hidden_ND[chunk]
-        return None, grad_weight_VD.to(weight_VD.dtype), None, None
+        grad_weight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
+        for columns in blocks(hidden_ND, weight_VD):
+            gradient_NK = logit_gradient(hidden_ND, weight_VD, columns, targets_N, lse_N, grad_N)
+            torch.mm(gradient_NK.T, hidden_ND, out=grad_weight_VD[columns])
+        return None, grad_weight_VD, None, None
 
 
 class _TwiceLogProb(Function):
@@ -161,47 +123,43 @@ class _TwiceLogProb(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        logprob_N, lse_N = _logprob_and_lse(hidden_ND, weight_VD, targets_N)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N)
+        logprob_N, lse_N, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N, slope_ND)
         ctx.mark_non_differentiable(lse_N)
         return logprob_N, lse_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        hidden_ND, weight_VD, targets_N, lse_N = ctx.saved_tensors
-        return _HiddenGradient.apply(hidden_ND, weight_VD, targets_N, lse_N, grad_N), None, None
+        return _HiddenGradient.apply(*ctx.saved_tensors, grad_N), None, None
 
 
 class _HiddenGradient(Function):
-    """q(h, W, g) = g (W_t - W^T p), [N, D]."""
+    """g q as a function of h, W and g, [N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N, grad_N)
-        gradient_ND = torch.empty_like(hidden_ND)
-        for chunk in _chunks(len(targets_N), len(weight_VD)):
-            gradient_CV = _chunk_gradient(hidden_ND[chunk], weight_VD, targets_N[chunk], lse_N[chunk], grad_N[chunk])
-            gradient_ND[chunk] = gradient_CV @ weight_VD
-        return gradient_ND
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor, slope_ND: Tensor, grad_N: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N, slope_ND, grad_N)
+        return (grad_N[:, None] * slope_ND).to(hidden_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, along_ND: Tensor) -> tuple[Tensor, Tensor | None, None, None, Tensor]:
+    def backward(ctx: Any, along_ND: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, Tensor]:
         _refuse_graph("the gradient for hidden_ND is twice differentiable, not more")
-        hidden_ND, weight_VD, targets_N, lse_N, grad_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, lse_N, slope_ND, grad_N = ctx.saved_tensors
+        moved_N = (wide(along_ND) * wide(slope_ND)).sum(dim=1)
+        mean_N = (wide(along_ND) * wide(weight_VD[targets_N])).sum(dim=1) - moved_N
+        grad_hidden_ND = torch.zeros_like(wide(hidden_ND))
         wants_weight = ctx.needs_input_grad[1]
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_grad_N = torch.empty_like(grad_N)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD[:0]).dtype) if wants_weight else None
-        for chunk in _chunks(len(targets_N), len(weight_VD)):
-            grad_C, targets_C = grad_N[chunk], targets_N[chunk]
-            probs_CV = _softmax(hidden_ND[chunk], weight_VD, lse_N[chunk])
-            slope_CV = _wide(along_ND[chunk] @ weight_VD.T)
-            mean_C = (probs_CV * slope_CV).sum(dim=1)
-            grad_grad_N[chunk] = slope_CV.gather(1, targets_C[:, None]).squeeze(1) - mean_C
-            curved_CV = slope_CV.sub_(mean_C[:, None]).mul_(probs_CV).mul_(-grad_C[:, None]).to(hidden_ND.dtype)
-            grad_hidden_ND[chunk] = curved_CV @ weight_VD
+        grad_weight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if wants_weight else None
+        for columns in blocks(hidden_ND, weight_VD):
+            weight_KD = weight_VD[columns]
+            probs_NK = probabilities(hidden_ND, weight_KD, lse_N)
+            curved_NK = wide(along_ND @ weight_KD.T).sub_(mean_N[:, None]).mul_(probs_NK).mul_(-grad_N[:, None])
+            curved_NK = curved_NK.to(hidden_ND.dtype)
+            grad_hidden_ND += curved_NK @ weight_KD
             if grad_weight_VD is not None:
-                straight_CV = _logit_gradient(probs_CV, targets_C, grad_C).to(hidden_ND.dtype)
-                grad_weight_VD += straight_CV.T @ along_ND[chunk] + curved_CV.T @ hidden_ND[chunk]
-        weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_ND, weight, None, None, grad_grad_N
+                straight_NK = scaled_onehot_less(probs_NK, grad_N, targets_N, columns.start).to(hidden_ND.dtype)
+                both_2NK = torch.cat([straight_NK, curved_NK])
+                torch.mm(both_2NK.T, torch.cat([along_ND, hidden_ND]), out=grad_weight_VD[columns])
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, None, None, None, moved_N

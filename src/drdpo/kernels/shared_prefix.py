@@ -43,11 +43,19 @@ class PrefixPlan:
         dtype: of queries and keys.
         plain: attend by matrix products and a softmax in float32, which are differentiable any number of times, in place
             of the fused kernels, which are once.
+        twice: fused kernels whose gradient can be differentiated again (drdpo.kernels.twice_attention).
     """
 
-    def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype, plain: bool = False) -> None:
+    def __init__(
+        self,
+        groups: Sequence[PrefixGroup],
+        device: torch.device,
+        dtype: torch.dtype,
+        plain: bool = False,
+        twice: bool = False,
+    ) -> None:
         self.groups = list(groups)
-        self.plain = plain
+        self.plain, self.twice = plain, twice and not plain
         masked = [group for group in self.groups if group.prefix or plain]
         self._longest_prefix = max((group.prefix for group in masked), default=0)
         longest = max((length for group in masked for length in group.suffixes), default=0)
@@ -79,6 +87,17 @@ def shared_prefix_attention(
     Returns:
         [1, H, N, E]
     """
+    if plan.twice:
+        from drdpo.kernels.twice_attention import twice_attention
+
+        return twice_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
+    return fused_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
+
+
+def fused_attention(
+    query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
+) -> Tensor:
+    """shared_prefix_attention group by group, differentiable as often as the plan's kernels are."""
     parts, start = [], 0
     for group in plan.groups:
         shared = slice(start, start + group.prefix)

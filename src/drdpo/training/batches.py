@@ -3,9 +3,11 @@
 Shape suffixes: S = 2B sequences (all chosen rows, then all rejected), T tokens.
 """
 
+import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,9 +57,14 @@ def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]
         batch_size indices.
     """
     epoch, position = divmod(step, pairs // batch_size)
+    return list(_epoch_order(pairs, seed, epoch)[position * batch_size : (position + 1) * batch_size])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(pairs: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(pairs))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[position * batch_size : (position + 1) * batch_size]
+    return tuple(order)
 
 
 def micro_batches(
@@ -80,6 +87,44 @@ def micro_batches(
     dealt = sorted(indices, key=lambda index: (lengths[index], index)) if by_length else list(indices)
     group = micro_batch * world
     return [dealt[start : start + group][rank::world] for start in range(0, len(dealt), group)]
+
+
+def token_batches(indices: Sequence[int], tokens: Sequence[int], budget: int, rank: int, world: int) -> list[list[int]]:
+    """Deal the pairs of one optimizer step to as few rows of about as many tokens each as a budget allows.
+
+    Longest first, each to the row that holds least (Graham's LPT rule), so that no rank waits long for another.
+
+    Args:
+        indices: the step's pairs; their number is a multiple of world.
+        tokens: that every pair of the split takes in a row.
+        budget: tokens of a row at most.
+        rank, world: this rank and how many there are.
+
+    Returns:
+        This rank's rows, as many as every other rank's; a function of the set of indices alone.
+
+    Raises:
+        ValueError: a pair is longer than the budget, or the ranks cannot have a row each.
+    """
+    order = sorted(indices, key=lambda index: (-tokens[index], index))
+    if tokens[order[0]] > budget or len(order) % world:
+        raise ValueError(
+            f"{len(order)} pairs of up to {tokens[order[0]]} tokens do not fit rows of {budget} on {world} ranks"
+        )
+    number = world * max(1, -(-sum(tokens[index] for index in order) // (budget * world)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(number)]
+        held = [(0, row) for row in range(number)]
+        for index in order:
+            load, row = held[0]
+            rows[row].append(index)
+            heapq.heapreplace(held, (load + tokens[index], row))
+        if max(held)[0] <= budget:
+            break
+        number += world
+    # The largest first: memory that is not enough shows at once.
+    rows.sort(key=lambda row: (-sum(tokens[index] for index in row), row))
+    return rows[rank::world]
 
 
 def padded_shards(

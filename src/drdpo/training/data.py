@@ -1,5 +1,6 @@
 """Preferences from a folder, a saved data set or the hub, as token ids of prompt, chosen and rejected answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from drdpo import chat, distributed
+from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.records import Message, Preference, read_rows
 from drdpo.trl import own_form
@@ -130,3 +132,14 @@ def _hub_rows(dataset_path: str, split: str) -> Any:
         if name in found:
             return found[name]
     raise DataError(f"{dataset_path}: no split {' or '.join(names)} (it has {', '.join(found)})")
+
+
+def row_tokens(pair: Pair, config: TrainConfig) -> int:
+    """Tokens that a pair takes in a packed row."""
+    prompts = 2 if config.method == "wdpo" and config.wdpo_prompt == "per_sequence" else 1
+    return prompts * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def dealt_lengths(pairs: Sequence[Pair], config: TrainConfig) -> list[int]:
+    """The length of every pair that dealing goes by: tokens in a row, or of the longer sequence."""
+    return [len(pair) if config.micro_batch_tokens is None else row_tokens(pair, config) for pair in pairs]

@@ -14,7 +14,7 @@ import torch
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.training.policy import Policy
+from drdpo.training.policy import Policy, compile_layers
 
 Engine = Any
 """A deepspeed.DeepSpeedEngine around a Policy; see drdpo.training.loop.train_step for which of both runs forward."""
@@ -61,6 +61,8 @@ def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
     import deepspeed
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+    if config.torch_compile:
+        compile_layers(policy)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     trained = sum(parameter.numel() for parameter in parameters)
     optimizer = torch.optim.AdamW(
@@ -92,13 +94,15 @@ BUCKET = 500_000_000
 
 def engine_config(config: TrainConfig, world: int, trained: int = BUCKET) -> dict[str, Any]:
     """DeepSpeed's configuration of a run on `world` processes that trains so many parameters."""
-    bfloat16 = config.dtype == "bfloat16"
+    bfloat16, offload = config.dtype == "bfloat16", config.optimizer_offload
     return {
         "train_batch_size": config.train_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.train_batch_size // (config.micro_batch * world),
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": bfloat16},
+        # Without the second, stage 1 adds a micro-batch's gradient again with every later one: its clearing hangs on the
+        # engine's own forward, which train_step does not use.
+        "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
         # Micro-batches are summed in float32: bfloat16 would round the later ones away.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
@@ -106,8 +110,11 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET) -> dic
             # A buffer of this size is held during the backward pass: no larger than all gradients.
             "reduce_bucket_size": max(1, min(BUCKET, trained)),
             "stage3_gather_16bit_weights_on_model_save": config.zero_stage == 3,
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": distributed.use_cuda()}} if offload else {}),
         },
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own AdamW for CPUs takes a compiler and a minute to build; torch's, fused, makes the same steps.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
 

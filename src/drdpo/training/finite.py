@@ -44,7 +44,7 @@ def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[
     Args:
         metrics: of the step, the same on all ranks.
         watch: of the step.
-        indices: [B] of each of this rank's micro-batches, all of one length.
+        indices: [B] of each of this rank's micro-batches.
         pairs: of the training split.
 
     Raises:
@@ -54,11 +54,13 @@ def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[
     if not wrong:
         return
     bad_M = distributed.gather(watch.bad_M.float()).bool().cpu()
-    indices_MB = distributed.gather(torch.cat(list(indices)).to(watch.bad_M.device)).view(len(bad_M), -1).cpu()
+    device = watch.bad_M.device
+    indices_P = distributed.gather(torch.cat(list(indices)).to(device)).cpu()
+    sizes_M = distributed.gather(torch.tensor([len(part) for part in indices], device=device)).cpu()
     if bad_M.any():
-        whose = f"from the micro-batch of {_named(indices_MB[bad_M].flatten().tolist(), pairs)}"
+        whose = f"from the micro-batch of {_named(indices_P[bad_M.repeat_interleave(sizes_M)].tolist(), pairs)}"
     else:
-        whose = f"from no micro-batch alone but the sum over the step's {indices_MB.numel()} pairs"
+        whose = f"from no micro-batch alone but the sum over the step's {len(indices_P)} pairs"
     raise DataError(
         f"step {int(metrics['step'])}: {wrong}, {whose}; nothing of this step is saved and earlier checkpoints are "
         "kept; look at these pairs, or lower --learning_rate or the method's strength"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drdpo.config import TrainConfig
-from drdpo.kernels.tangent_logprob import logprob_and_slope
+from drdpo.kernels.vocabulary import Known, logprob_and_slope
 from drdpo.training import losses
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
@@ -33,9 +33,8 @@ class InputGradient(NamedTuple):
     """[B] l'(m) |q|, the loss's slope along the direction; its square is the penalty |grad_e l|^2."""
     embeds_norm_B: Tensor
     """[B] norm of the pair's embeddings."""
-    logprob_N: Tensor
-    slope_ND: Tensor
-    """[N], [N, D]: log-probabilities of the answers' tokens and their gradients for the hidden states."""
+    known: Known
+    """Of the answers' tokens: log-probabilities and their gradients for the hidden states."""
 
 
 def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> InputGradient:
@@ -50,7 +49,8 @@ def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config
     embeds = policy.embed(batch).detach().requires_grad_()
     with torch.enable_grad():
         hidden_ND, targets_N, sequence_N = policy.answer_states(batch, embeds)
-    logprob_N, slope_ND = policy.head(logprob_and_slope, hidden_ND.detach(), targets_N)
+    known = policy.head(logprob_and_slope, hidden_ND.detach(), targets_N)
+    logprob_N, slope_ND = known.logprob_N, known.slope_ND
     pairs = len(batch.indices_B)
     # The margin is the chosen answer's log-prob less the rejected one's.
     signs_N = 1 - 2 * (sequence_N >= pairs).to(slope_ND.dtype)
@@ -60,7 +60,7 @@ def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config
     direction, norm_B = _directions(margin_grad.to(logprob_N.dtype), batch, config)
     embeds_norm_B = _squares(embeds.detach().to(logprob_N.dtype), batch).sqrt()
     slopes_B = _loss_slopes(values.margins_B, config) * norm_B
-    return InputGradient(values, direction.to(embeds.dtype), norm_B, slopes_B, embeds_norm_B, logprob_N, slope_ND)
+    return InputGradient(values, direction.to(embeds.dtype), norm_B, slopes_B, embeds_norm_B, known)
 
 
 def _loss_slopes(margins_B: Tensor, config: TrainConfig) -> Tensor:

@@ -12,9 +12,10 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.manifest import write_manifest
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import micro_batches, padded_shards, step_indices
+from drdpo.training.batches import step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, dealt_lengths
+from drdpo.training.dealing import evaluation_batches, step_batches
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.fraction import penalised_pairs
@@ -45,7 +46,7 @@ def train_alignment(config: TrainConfig) -> None:
     claim_folder(run)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = load_policy(
-        config.model_path, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
+        config.model_path, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
     )
     if config.lora_rank:
         add_lora(policy, config)
@@ -75,8 +76,9 @@ def train_step(
     """One optimizer step.
 
     Args:
-        engine: its gradient_accumulation_steps is the number of batches.
-        batches: this rank's micro-batches with their reference log-probs [B, 2].
+        engine: around the policy.
+        batches: this rank's micro-batches with their reference log-probs [B, 2], as many as every other rank's; over the
+            ranks they hold config.train_batch_size pairs, each batch any number of them.
         config: of the run.
         penalised: the pairs that carry WDPO's penalty; None where all do.
 
@@ -92,11 +94,14 @@ def train_step(
     policy = engine if config.zero_stage == 3 else engine.module
     watch = engine.module.watch = FiniteWatch(engine.device)
     parts = []
-    for batch, reference_B2 in batches:
+    for number, (batch, reference_B2) in enumerate(batches, start=1):
         watch.next_batch()
         part = objective(policy, batch, reference_B2, config, population, penalised)
         watch.look(part.total)
-        engine.backward(part.total)
+        # Micro-batches count by their pairs; DeepSpeed takes the mean over the ranks.
+        share = len(batch.indices_B) * distributed.world_size() / config.train_batch_size
+        engine.set_gradient_accumulation_boundary(number == len(batches))
+        engine.backward(share * part.total, scale_wrt_gas=False)
         engine.step()
         parts.append(part.detached())
     return parts
@@ -149,7 +154,7 @@ def _steps(engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor]
 def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     pairs = getattr(run, split)
     path = run.folder / f"reference_{split}.safetensors"
-    key = reference_key(run.made_by["model"], pairs, run.config.dtype, run.config.attention)
+    key = reference_key(run.made_by["model"], pairs, run.config)
     logprobs_M2 = read_reference(path, key, len(pairs))
     # All ranks must agree: one that sees the file while another does not would wait for it forever.
     have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
@@ -164,10 +169,7 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
 def _step_batches(run: Run, step: int) -> list[list[int]]:
     """This rank's micro-batches of one optimizer step."""
     indices = step_indices(len(run.train), run.config.train_batch_size, run.config.seed, step)
-    by_length = run.config.robust_scope == "step"
-    return micro_batches(
-        indices, run.train_lengths, run.config.micro_batch, distributed.rank(), distributed.world_size(), by_length
-    )
+    return step_batches(indices, run.train_lengths, run.config, distributed.rank(), distributed.world_size())
 
 
 def _first_epoch_batches(run: Run) -> list[list[int]]:
@@ -178,13 +180,13 @@ def _first_epoch_batches(run: Run) -> list[list[int]]:
     }
     left = [index for index in range(len(run.train)) if index not in used]
     batches = [indices for step in range(run.steps_per_epoch) for indices in _step_batches(run, step)]
-    return batches + padded_shards(left, run.train_lengths, run.config.micro_batch, *ranks)
+    return batches + evaluation_batches(left, run.train_lengths, run.config, *ranks)
 
 
 def _test_batches(run: Run) -> list[list[int]]:
     """This rank's micro-batches of the test pairs."""
-    lengths, ranks = [len(pair) for pair in run.test], (distributed.rank(), distributed.world_size())
-    return padded_shards(range(len(run.test)), lengths, run.config.micro_batch, *ranks)
+    lengths = dealt_lengths(run.test, run.config)
+    return evaluation_batches(range(len(run.test)), lengths, run.config, distributed.rank(), distributed.world_size())
 
 
 def _on_device(
@@ -200,7 +202,8 @@ def _check_first_loss(loss: float, config: TrainConfig) -> None:
     tolerance = (0.05 if config.dtype == "bfloat16" else 1e-3) * max(1.0, expected)
     if not abs(loss - expected) <= tolerance:
         raise DataError(
-            f"the first loss is {loss:.4f}, not {expected:.4f}: the reference log-probs do not belong to {config.model_path}"
+            f"the first loss is {loss:.4f}, not {expected:.4f}: the reference log-probs do not belong to "
+            f"{config.model_path}; delete {config.save_path}/reference_train.safetensors, or give --resume=never"
         )
 
 

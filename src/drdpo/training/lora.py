@@ -49,11 +49,15 @@ def lora_config(model: Any, config: TrainConfig) -> Any:
     """peft's description of the adapters.
 
     Raises:
-        UsageError: a target is no linear layer of the decoder blocks.
+        UsageError: a target is no linear layer of the decoder blocks, or these have none.
     """
     from peft import LoraConfig
 
     linear = block_linears(model)
+    if not linear:
+        raise UsageError(
+            f"--lora_rank={config.lora_rank}: the blocks of {config.model_path} have no torch Linear layers; leave it out"
+        )
     targets = config.lora_targets or sorted(linear)
     unknown = [name for name in targets if name not in linear]
     if unknown:

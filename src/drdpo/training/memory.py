@@ -4,9 +4,11 @@ The dry run sends one micro-batch through the real policy and objective on torch
 but no content, and counts what is alive. So it knows every architecture, method and kind of checkpointing that the code has.
 """
 
+import sys
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface
 
 from drdpo.config import TrainConfig
+from drdpo.kernels import vocabulary
 from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
 from drdpo.training.batches import Batch
 from drdpo.training.engine import BUCKET
@@ -27,6 +30,10 @@ from drdpo.training.values import AnyBatch
 
 ATTENTION = "drdpo_dry_run"
 """What transformers calls the attention of the dry run."""
+HEAD_KERNELS = frozenset(
+    str(Path(vocabulary.__file__).with_name(f"{name}.py")) for name in ("vocabulary", "linear_logprob", "tangent_logprob")
+)
+"""Files whose functions work on logits, a block of the vocabulary at a time."""
 GATHERED = 1_000_000_000
 """Elements of weights that ZeRO-3 keeps gathered at most, DeepSpeed's default (stage3_max_live_parameters)."""
 
@@ -41,7 +48,7 @@ class Memory:
     activations: int
     """Between the input embeddings and the last hidden states, forward and backward."""
     head: int
-    """The output head's: logits of a chunk of tokens, gradient of the head."""
+    """The output head's: logits of a block of the vocabulary, gradient of the head."""
     copies: int
     """What the optimizer step copies."""
     process: int
@@ -69,6 +76,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     its allocator keeps blocks of less than 32 MiB that were freed. What it cannot use again is not in the formula: little as
     a rule, but for WDPO's exact solver with checkpointing a third of the peak was measured (5.2 GiB where 2.8 were alive).
 
+    With --optimizer_offload a GPU holds neither optimizer nor copies.
+
     Args:
         policy: on the meta device, with adapters where there are some.
         config: of the run.
@@ -85,12 +94,14 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
-    copies = 4 * share if stage else 0
+    optimizer, copies = (12 if stage else 8) * share, 4 * share if stage else 0
+    if config.optimizer_offload and process is None:
+        optimizer, copies = 0, 0
     if process is None and copies > activations + head:
         activations, head = 0, 0
     elif process is None:
         copies = 0
-    return Memory(weights, gradients, (12 if stage else 8) * share, activations, head, copies, process or 0)
+    return Memory(weights, gradients, optimizer, activations, head, copies, process or 0)
 
 
 def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, int]:
@@ -131,7 +142,7 @@ class _Alive(TorchDispatchMode):
     """Counts the bytes of all tensors on the meta device that are alive, and keeps the count of when they were most.
 
     Args:
-        vocabulary: tensors with a side of this length are the output head's.
+        vocabulary: tensors with a side of this length are the output head's, as are all that its kernels make.
         known: not to be counted.
     """
 
@@ -150,7 +161,8 @@ class _Alive(TorchDispatchMode):
         storage = tensor.untyped_storage()
         place = storage._cdata
         if tensor.is_meta and place not in self._seen:
-            kind, size = "head" if self._vocabulary in tensor.shape else "model", storage.nbytes()
+            kind = "head" if self._vocabulary in tensor.shape or _called_by(HEAD_KERNELS) else "model"
+            size = storage.nbytes()
             self._alive[kind] += size
             self._seen[place] = weakref.finalize(storage, self._forget, place, kind, size)
             if self._alive.total() > self.at_peak.total():
@@ -160,6 +172,14 @@ class _Alive(TorchDispatchMode):
     def _forget(self, place: int, kind: str, size: int) -> None:
         del self._seen[place]
         self._alive[kind] -= size
+
+
+def _called_by(files: frozenset[str]) -> bool:
+    """Is a function of one of these files being run? Also in a backward pass, where no module is."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in files:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 class _FusedAttention(Function):

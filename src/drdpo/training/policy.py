@@ -17,6 +17,9 @@ from drdpo.training.batches import Batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.packing import PackedBatch
 
+CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
+"""What transformers calls attentions that run on CUDA only."""
+
 
 class Answers(NamedTuple):
     logprob_S: Tensor
@@ -85,13 +88,15 @@ class Policy(nn.Module):
 
     def logprob(self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False) -> Tensor:
         """[S] log-probabilities of the answers of a batch from (changed) input embeddings."""
-        hidden_ND, targets_N, sequence_N = self.answer_states(batch, embeds)
+        hidden_ND, targets_N, sequence_N = self.answer_states(batch, embeds, twice)
         return sum_by_sequence(self.head(linear_logprob, hidden_ND, targets_N, twice=twice), sequence_N, batch)
 
-    def answer_states(self, batch: Batch | PackedBatch, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def answer_states(
+        self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N]."""
         if isinstance(batch, PackedBatch):
-            plan = PrefixPlan(batch.groups, embeds.device, embeds.dtype, self.plain_attention)
+            plan = PrefixPlan(batch.groups, embeds.device, embeds.dtype, self.plain_attention, twice)
             hidden_ND = self.language_model.base_model(
                 inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
             ).last_hidden_state[0]
@@ -129,24 +134,59 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
+    # The checks run on the CPU, which CUDA's attention kernels do not know.
+    checked = "sdpa" if attention in CUDA_ATTENTION else attention
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+            path, dtype=dtype, attn_implementation=checked, use_safetensors=True, trust_remote_code=False
         )
+        if attention == SHARED_PREFIX:
+            _check_packing(model, path)
+        _check_plain_head(model, path)
+        _switch_off_dropout(model, path)
+        if checked != attention:
+            model.set_attn_implementation(attention)
+    except KeyError as error:
+        raise DataError(f"{path}: the model knows no attention called {error}; give --packing=false") from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
-    if attention == SHARED_PREFIX:
-        _check_packing(model, path)
-    _check_plain_head(model, path)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Recomputation works in training mode only. Dropout would give policy and reference different log-probs.
+    return Policy(model, plain_attention).train()
+
+
+def compile_layers(policy: Policy) -> None:
+    """Compile every decoder layer in place (regional compilation), once for all row lengths; names of parameters stay.
+
+    Checkpointing wraps the layer from outside, so the recomputation is compiled as well. A packed row's attention loops over
+    its groups, whose lengths change from row to row: traced, each row would be compiled anew, so it stays outside.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if policy.language_model.config._attn_implementation == SHARED_PREFIX:
+        ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[SHARED_PREFIX]))
+    layers = getattr(policy.language_model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise DataError(
+            "--torch_compile=true: the model has no list of decoder layers to compile; leave out --torch_compile"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def _switch_off_dropout(model: Any, path: str) -> None:
+    """Dropout would give policy and reference different log-probs, and recomputation works in training mode only."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return Policy(model, plain_attention).train()
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    ids_ST = torch.arange(16)[None] % model.config.vocab_size
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        training, evaluating = (model.train(mode).base_model(input_ids=ids_ST, use_cache=False)[0] for mode in (True, False))
+    if not torch.equal(training, evaluating):
+        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
 
 
 def _check_packing(model: Any, path: str) -> None:

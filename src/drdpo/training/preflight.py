@@ -11,13 +11,15 @@ import torch
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.training.batches import micro_batches, step_indices
-from drdpo.training.data import Pair
+from drdpo.training.batches import step_indices
+from drdpo.training.data import Pair, row_tokens
+from drdpo.training.dealing import step_batches
 from drdpo.training.lora import add_lora
 from drdpo.training.memory import ATTENTION, GATHERED, Memory, dry_run, predict
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy
 from drdpo.training.run import Run
+from drdpo.training.tangent_support import check_architecture
 from drdpo.training.throughput import Shape, shape_of
 
 PERCENTILES = (50, 90, 99, 100)
@@ -28,14 +30,16 @@ def preflight(run: Run) -> Shape:
     """Print, on rank 0, what the run will do and the memory it will need.
 
     Raises:
-        DataError: the model's architecture cannot be made from its config.json.
+        DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
         UsageError: --lora_targets names no linear layer of the model.
     """
     policy = meta_policy(run.config)
+    if run.config.method == "wdpo" and run.config.solver == "tangent":
+        check_architecture(policy, run.config)
     shape = shape_of(policy)
     if distributed.is_main():
         dealt = _dealt(run)
-        largest = max(dealt, key=lambda rows: _row_tokens([run.train[row] for row in rows], run.config))
+        largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
         lines = [*_work(run, shape, dealt), *_lengths(run), *_memory(run, policy, largest)]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
     return shape
@@ -48,59 +52,72 @@ def meta_policy(config: TrainConfig) -> Policy:
         DataError: there is no such model, or transformers does not know its architecture.
         UsageError: --lora_targets names no linear layer of the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     try:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
-            )
+        model = _without_weights(settings, dtype)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model, plain_attention=config.second_derivative).train()
+    policy = Policy(model, plain_attention=config.plain_attention).train()
     if config.lora_rank:
         add_lora(policy, config)
     return policy
 
 
+def _without_weights(settings: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    def build(attention: str) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+
+    try:
+        return build(ATTENTION)
+    except KeyError:
+        # A model whose attentions are its own (Falcon): predicted with one over the whole row, which takes more.
+        return build("eager")
+
+
 def _dealt(run: Run) -> list[list[int]]:
     """All ranks' micro-batches of the first epoch, or of the run where that is shorter."""
     config, world = run.config, distributed.world_size()
-    by_length = config.robust_scope == "step"
     dealt = []
     for step in range(min(run.steps, run.steps_per_epoch)):
         indices = step_indices(len(run.train), config.train_batch_size, config.seed, step)
         for rank in range(world):
-            dealt += micro_batches(indices, run.train_lengths, config.micro_batch, rank, world, by_length)
+            dealt += step_batches(indices, run.train_lengths, config, rank, world)
     return dealt
 
 
-def _row_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
+def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
     """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
     if not config.packing:
         return 2 * len(pairs) * max(len(pair) for pair in pairs)
-    prompts = 2 if config.method == "wdpo" and config.wdpo_prompt == "per_sequence" else 1
-    return sum(prompts * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    return sum(row_tokens(pair, config) for pair in pairs)
 
 
 def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> list[tuple[str, str]]:
     config, world = run.config, distributed.world_size()
-    tokens = sum(_row_tokens([run.train[row] for row in rows], config) for rows in dealt)
+    tokens = sum(_batch_tokens([run.train[row] for row in rows], config) for rows in dealt)
     trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
     cut = run.counts["train"]["answer cut"]
     form = "packed" if config.packing else "padded"
     batches = config.train_batch_size // (config.micro_batch * world)
+    parts = f"{batches} micro-batch{'es' if batches > 1 else ''} of {config.micro_batch} on each of {world} "
+    if config.micro_batch_tokens is not None:
+        parts = f"packed rows of at most {config.micro_batch_tokens:,} tokens on each of {world} "
     span = "an epoch" if run.steps >= run.steps_per_epoch else "in all"
     data = f"{len(run.train):,} pairs, {tokens:,} tokens {span} {form}, {cut:,} answers cut by --max_len={config.max_len}"
     work = (
         f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.steps / run.steps_per_epoch:.2f} epochs; a step is "
-        f"{batches} micro-batch{'es' if batches > 1 else ''} of {config.micro_batch} on each of {world} "
-        f"process{'es' if world > 1 else ''}"
+        f"{parts}process{'es' if world > 1 else ''}"
     )
     return [
         ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}"),
@@ -114,7 +131,7 @@ def _lengths(run: Run) -> list[tuple[str, str]]:
     kinds = {
         "prompt": [len(pair.prompt) for pair in run.train],
         "answer": answers,
-        "pair": [_row_tokens([pair], run.config) for pair in run.train],
+        "pair": [_batch_tokens([pair], run.config) for pair in run.train],
     }
     told = []
     for name, lengths in kinds.items():
@@ -158,6 +175,7 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
         flags = [
             (part == "activations" and not config.gradient_checkpointing, "--gradient_checkpointing=true"),
             (not config.packing, "--packing=true"),
+            (config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
             (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
             (config.second_derivative and config.packing, "--wdpo_solver=tangent"),
             (True, "a smaller --max_len"),

@@ -1,7 +1,8 @@
 """Log-probs of the frozen reference: the policy before its first step, by the same code, once, kept as data.
 
-No second model is ever in memory. The file is keyed by a hash of weights, pairs and precision, so a resumed run cannot
-read log-probs of anything else, and cannot make them anew from trained weights.
+No second model is ever in memory. The file is keyed by a hash of weights, pairs (their token ids, so data, template and
+--max_len), precision and attention: log-probs of anything else are not read but made anew, before any state is loaded, so
+never from trained weights.
 """
 
 import hashlib
@@ -23,9 +24,10 @@ from drdpo.training.packing import form_batch
 from drdpo.training.run import pairs_hash
 
 
-def reference_key(model_fingerprint: str, pairs: list[Pair], dtype: str, attention: str) -> str:
+def reference_key(model_fingerprint: str, pairs: list[Pair], config: TrainConfig) -> str:
     """Hash of everything that reference log-probs depend on."""
-    return hashlib.sha256(f"{model_fingerprint} {dtype} {attention} {pairs_hash(pairs)}".encode()).hexdigest()
+    made_by = (config.dtype, config.attention, config.attention_kernel, str(config.torch_compile))
+    return hashlib.sha256(" ".join([model_fingerprint, *made_by, pairs_hash(pairs)]).encode()).hexdigest()
 
 
 def read_reference(path: Path, key: str, pairs: int) -> Tensor | None:

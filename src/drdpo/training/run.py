@@ -1,7 +1,9 @@
 """A training run's folder and inputs: checked before anything slow, written down before the work begins."""
 
 import hashlib
+import importlib.util
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,7 @@ from drdpo.files import atomic_file
 from drdpo.flags import as_dict
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
 from drdpo.models import check_model_folder
-from drdpo.training.data import Pair, load_preferences, tokenise
+from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
 from drdpo.training.newest import check_world
 
 NOT_COMPARED = ("save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume")
@@ -50,15 +52,16 @@ class Run:
 
     @cached_property
     def train_lengths(self) -> list[int]:
-        """Tokens of every training pair's longer sequence."""
-        return [len(pair) for pair in self.train]
+        """Of every training pair, as dealing goes by it."""
+        return dealt_lengths(self.train, self.config)
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Refuse what cannot be trained, without torch and before any model is loaded.
+    """Refuse what cannot be trained, without torch (but where a flag asks for it) and before any model is loaded.
 
     Raises:
-        UsageError: batch, micro-batch and processes do not divide, or a robust population of one pair.
+        UsageError: batch, micro-batch and processes do not divide, a robust population of one pair, or a flag that asks for
+            what this machine has not.
         DataError: model folder or data set are not usable.
     """
     world, micro = distributed.world_size(), config.micro_batch
@@ -73,6 +76,7 @@ def check_inputs(config: TrainConfig) -> None:
             "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
             "--micro_batch_size under --robust_scope=micro"
         )
+    _check_machine(config)
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
@@ -89,6 +93,23 @@ def check_inputs(config: TrainConfig) -> None:
         check_world(folder / "resume")
 
 
+def _check_machine(config: TrainConfig) -> None:
+    """Refuse flags that this machine cannot honour."""
+    if config.attn in ("flex", "flash"):
+        if not distributed.use_cuda():
+            raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; give --attn=sdpa")
+        if config.attn == "flash" and importlib.util.find_spec("flash_attn") is None:
+            raise UsageError("--attn=flash needs the package flash-attn, which is not installed; give --attn=sdpa")
+    if config.torch_compile:
+        # Inductor's own choice on a CPU; on CUDA Triton builds its launchers with a C compiler, which comes with it.
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise UsageError(
+                f"--torch_compile=true needs the C++ compiler {compiler} ($CXX), which is not there; install it or leave "
+                "out --torch_compile"
+            )
+
+
 def open_run(config: TrainConfig) -> Run:
     """Read and tokenise the pairs, and write config.json and manifest.json into the run's folder.
 
@@ -102,12 +123,22 @@ def open_run(config: TrainConfig) -> Run:
         preferences = load_preferences(config.dataset_path, split)
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
+        told = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
         if distributed.is_main():
-            told = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
             print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{' (' + told + ')' if told else ''}")
-        _check_enough(config, len(pairs[split]), split)
+        _check_budget(config, pairs[split], split)
+        _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({told})' if told else ''}")
     made_by = {**_made_by(config), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
     return Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by)
+
+
+def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
+    longest = max((row_tokens(pair, config) for pair in pairs), default=0)
+    if config.micro_batch_tokens is not None and longest > config.micro_batch_tokens:
+        raise UsageError(
+            f"--micro_batch_tokens={config.micro_batch_tokens}: the longest {split} pair takes {longest} tokens of a row; "
+            "raise it, or lower --max_len"
+        )
 
 
 def pairs_hash(pairs: list[Pair]) -> str:
@@ -124,11 +155,11 @@ def _made_by(config: TrainConfig) -> dict[str, Any]:
     return {**flags, "model": fingerprint(config.model_path)}
 
 
-def _check_enough(config: TrainConfig, pairs: int, split: str) -> None:
+def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> None:
     least = config.train_batch_size if split == "train" else 1
     if pairs < least:
         raise DataError(
-            f"{config.dataset_path}: {pairs} usable {split} pairs, fewer than {least}"
+            f"{config.dataset_path}: {pairs} usable {split} pairs{of}, fewer than {least}"
             + (f"; give --train_batch_size={pairs} or less" if split == "train" and pairs else "")
         )
 

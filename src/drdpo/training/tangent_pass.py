@@ -8,6 +8,8 @@ Shape suffixes: N tokens of the row, A answer tokens, D width, H query heads, K 
 sequences.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
 
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-NORMS = ("input_layernorm", "post_attention_layernorm")
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Of transformers, whose formulas these are. Others have the same modules and use them otherwise (SmolLM3 skips the rotary
+positions of some layers), which numbers in bfloat16 on a short row need not show."""
 
 
 def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) -> tuple[Tensor, Tensor]:
@@ -35,7 +39,7 @@ def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) ->
         found: what input_gradient says of it.
     """
     pair_2AD = answer_pairs(policy, batch, policy.embed(batch), found.direction)
-    logprob_A, moved_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, found.logprob_N, found.slope_ND)
+    logprob_A, moved_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, found.known)
     return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(moved_A, batch.sequence_A, batch)
 
 
@@ -60,6 +64,8 @@ def _layer(layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: 
     query, key, value = (
         linear_pair(part, normed_2ND).view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if hasattr(attention, "q_norm"):  # Qwen3: over the width of a head
+        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
     query, key = _rotated(query, cos_N1E, sin_N1E), _rotated(key, cos_N1E, sin_N1E)
     attended_2NHE = tangent_attention(query, key, value, groups, attention.scaling)
     pair_2ND = pair_2ND + linear_pair(attention.o_proj, attended_2NHE.flatten(2))
@@ -70,14 +76,37 @@ def _layer(layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: 
 
 def linear_pair(module: nn.Module, pair_2ND: Tensor) -> Tensor:
     """A linear map of a value and its tangent: one product, unless it has a bias, which belongs to the value alone."""
-    bias = getattr(module, "bias", None)
-    if bias is None:
+    # The bias of a map inside an adapter is the adapter's too, as peft says it.
+    if getattr(module, "bias", None) is None:
         return module(pair_2ND)
-    return torch.stack([module(pair_2ND[0]), nn.functional.linear(pair_2ND[1], module.weight)])
+    with _bias_of_values():
+        return module(pair_2ND)
 
 
-def _norm(module: Any, pair_2ND: Tensor) -> Tensor:
-    return rms_norm(pair_2ND, module.weight, module.variance_epsilon)
+@contextmanager
+def _bias_of_values() -> Iterator[None]:
+    """Within it, torch's linear maps add their bias to the value of a stacked pair and not to its tangent.
+
+    So the module itself is called: adapters around it, and the hooks by which ZeRO-3 fetches its weight, need nothing more.
+    Not by a TorchFunctionMode, which does not see the linear map that ZeRO-3 puts in place of torch's.
+    """
+    linear = nn.functional.linear
+
+    def linear_of_pair(pair_2ND: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            return linear(pair_2ND, weight)
+        return torch.stack([linear(pair_2ND[0], weight, bias), linear(pair_2ND[1], weight)])
+
+    nn.functional.linear = linear_of_pair
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
+def _norm(module: Any, pair: Tensor) -> Tensor:
+    """RMSNorm over the last axis of [2, ..., D]."""
+    return rms_norm(pair.flatten(1, -2), module.weight, module.variance_epsilon).view(pair.shape)
 
 
 def _rotated(pair_2NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:

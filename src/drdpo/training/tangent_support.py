@@ -1,7 +1,5 @@
 """May a policy be trained by WDPO's tangent solver? Told from its modules, and from numbers on a small row."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,29 @@ from drdpo.training.data import Pair
 from drdpo.training.input_gradient import input_gradient
 from drdpo.training.packing import pack
 from drdpo.training.policy import Policy
-from drdpo.training.tangent_pass import LINEAR, NORMS, answer_pairs, decoder_of, tangent_answers
+from drdpo.training.tangent_pass import DECODERS, LINEAR, answer_pairs, decoder_of, linear_pair, tangent_answers
 
-ADVICE = "give --wdpo_solver=exact, or finite_difference with --dtype=float32"
+
+def check_architecture(policy: Policy, config: TrainConfig) -> None:
+    """Refuse an architecture that drdpo.training.tangent_pass does not compute.
+
+    Args:
+        policy: as loaded, or on the meta device.
+        config: of the run.
+
+    Raises:
+        DataError: it is not one of DECODERS, or gates otherwise than they do by default.
+    """
+    try:
+        decoder = decoder_of(policy)
+        name = type(decoder).__name__
+        if name not in DECODERS:
+            raise DataError(f"it is a {name}, and the solver knows {', '.join(DECODERS)}")
+        for layer in decoder.layers:
+            if "silu" not in type(layer.mlp.act_fn).__name__.lower():
+                raise DataError(f"its layers gate by {type(layer.mlp.act_fn).__name__}, not by SiLU")
+    except DataError as error:
+        raise _refusal(error, config) from error
 
 
 def check_tangent(policy: Policy, config: TrainConfig) -> None:
@@ -24,63 +42,42 @@ def check_tangent(policy: Policy, config: TrainConfig) -> None:
         config: of the run.
 
     Raises:
-        DataError: a layer is not built as Llama's, or values or slopes on a small row are not the policy's own.
+        DataError: its architecture is another, an adapter is not linear, or values or slopes on a small row are not the
+            policy's own.
     """
+    check_architecture(policy, config)
     try:
-        decoder = decoder_of(policy)
-        for layer in decoder.layers:
-            _check_layer(layer, config.zero_stage == 3)
-        _check_norm(decoder.norm, "norm")
+        for layer in decoder_of(policy).layers:
+            for part, names in LINEAR.items():
+                for name in names:
+                    _check_linear(getattr(getattr(layer, part), name), f"{part}.{name}")
         with torch.random.fork_rng(devices=[]):
             _check_numbers(policy, config)
     except DataError as error:
-        raise DataError(
-            f"{config.model_path}: --wdpo_solver=tangent cannot differentiate this model: {error}; {ADVICE}"
-        ) from error
+        raise _refusal(error, config) from error
 
 
-def _check_layer(layer: Any, partitioned: bool) -> None:
-    for part, names in LINEAR.items():
-        for name in names:
-            module = getattr(getattr(layer, part, None), name, None)
-            if not isinstance(module, nn.Module):
-                raise DataError(f"its layers have no {part}.{name} as Llama's have")
-            _check_linear(module, f"{part}.{name}", partitioned)
-    for name in NORMS:
-        _check_norm(getattr(layer, name, None), name)
-    extra = [name for name, _ in layer.self_attn.named_children() if name not in LINEAR["self_attn"]]
-    extra += [name for name, _ in layer.mlp.named_children() if name not in (*LINEAR["mlp"], "act_fn")]
-    extra += [name for name, _ in layer.named_children() if name not in (*LINEAR, *NORMS)]
-    if extra:
-        raise DataError(f"its layers have {', '.join(extra)}, which Llama's have not")
-    if not isinstance(layer.mlp.act_fn, nn.SiLU) and "silu" not in type(layer.mlp.act_fn).__name__.lower():
-        raise DataError(f"its layers gate by {type(layer.mlp.act_fn).__name__}, not by SiLU")
+def _refusal(error: DataError, config: TrainConfig) -> DataError:
+    solver = "auto, which is tangent for packed rows," if config.wdpo_solver == "auto" else "tangent"
+    exact = "--wdpo_solver=exact" + (" with --zero_stage=2" if config.zero_stage == 3 else "")
+    return DataError(
+        f"{config.model_path}: --wdpo_solver={solver} cannot differentiate this model: {error}; give {exact}, or "
+        "finite_difference with --dtype=float32"
+    )
 
 
-def _check_norm(module: Any, name: str) -> None:
-    if not hasattr(module, "variance_epsilon") or [key for key, _ in module.named_parameters()] != ["weight"]:
-        raise DataError(f"its {name} is no RMSNorm as Llama's is")
-
-
-def _check_linear(module: nn.Module, name: str, partitioned: bool) -> None:
-    """A map without a bias is linear when doubling the input doubles the output, exactly: a power of two rounds nothing."""
-    biased = [key for key, _ in module.named_parameters() if key.endswith("bias")]
-    if biased and (not isinstance(module, nn.Linear) or partitioned):
-        raise DataError(f"its {name} has a bias inside an adapter, or under --zero_stage=3")
-    if biased:
-        return
+def _check_linear(module: nn.Module, name: str) -> None:
+    """A tangent of twice the size must come out at twice the size, exactly: a power of two rounds nothing."""
     width = getattr(module, "in_features", None)
     if not isinstance(width, int):
         raise DataError(f"its {name} is a {type(module).__name__}, which is not known to be linear")
     weight = next(module.parameters())
-    probe_1D = torch.ones(1, width, device=weight.device, dtype=_dtype(module))
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    probe_1D = torch.ones(1, width, device=weight.device, dtype=dtype)
     with torch.no_grad():
-        if not torch.equal(module(2 * probe_1D), 2 * module(probe_1D)):
-            raise DataError(f"its {name} is not linear")
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        once, twice = (linear_pair(module, torch.stack([probe_1D, size * probe_1D]))[1] for size in (1, 2))
+    if not torch.equal(twice, 2 * once):
+        raise DataError(f"its {name} is not linear")
 
 
 def _check_numbers(policy: Policy, config: TrainConfig) -> None:

@@ -1,0 +1,164 @@
+"""Log-sum-exp, softmax slopes and logit gradients of an output head, a block of the vocabulary at a time.
+
+Blocks of the vocabulary, not of the tokens: the head's gradient is then whole block by block, as one product with float32
+sums inside, where blocks of tokens would add up [V, D] matrices; what adds up, [N, D], is small. Matrix products run in the
+input's dtype, all else in float32 (float64 for float64 inputs). On CUDA, for all but float64, log-sum-exp and logit
+gradients come from drdpo.kernels.triton_logprob.
+
+Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drdpo.kernels.tangent_layers import in_pieces, wide
+
+_BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
+"""Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
+_NARROWEST = 256
+"""Columns of a block at least: narrower products waste the units that multiply."""
+
+
+class Known(NamedTuple):
+    """What `logprob_and_slope` says of N tokens."""
+
+    logprob_N: Tensor
+    lse_N: Tensor
+    slope_ND: Tensor
+    """[N, D] W_t - W^T p, the log-probability's gradient for the hidden state."""
+
+
+def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
+    """Columns of the blocks; their number times N stays below a fixed size for all but very many tokens."""
+    tokens, vocabulary = len(hidden_ND), len(weight_VD)
+    width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens))
+    for start in range(0, vocabulary, width):
+        yield slice(start, min(start + width, vocabulary))
+
+
+def triton_kernels(hidden_ND: Tensor) -> Any:
+    """The Triton kernels where they can run: on CUDA, or anywhere under Triton's interpreter; else None."""
+    if hidden_ND.dtype == torch.float64 or not len(hidden_ND):
+        return None
+    if not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    from drdpo.kernels import triton_logprob
+
+    return triton_logprob
+
+
+class _LogSumExp:
+    """Log-sum-exp of logits and the targets' logits, from blocks that come one after the other.
+
+    Args:
+        targets_N: [N] token ids.
+        like: of the dtype and device of the sums.
+    """
+
+    def __init__(self, targets_N: Tensor, like: Tensor) -> None:
+        self.targets_N = targets_N
+        self.most_N = like.new_full(targets_N.shape, float("-inf"))
+        self.rest_N = like.new_zeros(targets_N.shape)
+        """Sum of exp(logit - most) over all but the target."""
+        self.picked_N = like.new_zeros(targets_N.shape)
+
+    def add(self, logits_NK: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Take a block in; `logits_NK` is overwritten.
+
+        Returns:
+            exp(logit - most) [N, K], zero at the target, and the factor [N] by which earlier sums are to be scaled.
+        """
+        local_N1, inside_N1 = place(self.targets_N, start, logits_NK.shape[1])
+        picked_N = logits_NK.gather(1, local_N1)[:, 0]
+        self.picked_N = torch.where(inside_N1[:, 0], picked_N, self.picked_N)
+        higher_N = torch.maximum(self.most_N, logits_NK.amax(dim=1))
+        powers_NK = logits_NK.sub_(higher_N[:, None]).exp_()
+        kept_N1 = torch.where(inside_N1, torch.zeros_like(picked_N)[:, None], powers_NK.gather(1, local_N1))
+        powers_NK.scatter_(1, local_N1, kept_N1)
+        scale_N = (self.most_N - higher_N).exp_()
+        self.rest_N = self.rest_N.mul_(scale_N).add_(powers_NK.sum(dim=1))
+        self.most_N = higher_N
+        return powers_NK, scale_N
+
+    def total(self) -> Tensor:
+        """[N] sum of exp(logit - most)."""
+        return self.rest_N + (self.picked_N - self.most_N).exp_()
+
+
+def place(targets_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where in a block the targets are, [N, 1], and whether they are in it at all; no shape depends on the values."""
+    local_N1 = targets_N[:, None] - start
+    return local_N1.clamp(0, columns - 1), (local_N1 >= 0) & (local_N1 < columns)
+
+
+def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target [N] and log-sum-exp of its logits [N], without a graph."""
+    if (kernels := triton_kernels(hidden_ND)) is not None:
+        return kernels.logprob_and_lse(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous())
+    sums = _LogSumExp(targets_N, wide(hidden_ND[:0]))
+    for columns in blocks(hidden_ND, weight_VD):
+        sums.add(wide(hidden_ND @ weight_VD[columns].T), columns.start)
+    log_total_N = sums.total().log_()
+    # The logit less the largest first: both may be large, and float32 has 24 bits.
+    return (sums.picked_N - sums.most_N) - log_total_N, sums.most_N + log_total_N
+
+
+@torch.no_grad()
+def logprob_and_slope(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Known:
+    """Log-probability of every target and its gradient for the hidden state, without a graph.
+
+    Args:
+        hidden_ND: [N, D] hidden states, any floating dtype.
+        weight_VD: [V, D] output head, same dtype.
+        targets_N: [N] int64 token ids in [0, V).
+
+    Returns:
+        Log-probabilities and log-sum-exps in float32 (float64 for float64 inputs), slopes in the input's dtype.
+    """
+    if triton_kernels(hidden_ND) is not None:
+        logprob_N, lse_N = logprob_and_lse(hidden_ND, weight_VD, targets_N)
+        slope_ND = torch.zeros_like(wide(hidden_ND))
+        for columns in blocks(hidden_ND, weight_VD):
+            gradient_NK = logit_gradient(hidden_ND, weight_VD, columns, targets_N, lse_N, torch.ones_like(lse_N))
+            slope_ND += gradient_NK @ weight_VD[columns]
+        return Known(logprob_N, lse_N, slope_ND.to(hidden_ND.dtype))
+    # Softmax and its product with the head in one pass, as in attention: earlier sums are scaled as the largest logit
+    # grows. The target is left out of them, W_t - W^T p = (1 - p_t) W_t - sum over the others, as p_t near 1 would round
+    # away what is left.
+    sums = _LogSumExp(targets_N, wide(hidden_ND[:0]))
+    others_ND = torch.zeros_like(wide(hidden_ND))
+    for columns in blocks(hidden_ND, weight_VD):
+        powers_NK, scale_N = sums.add(wide(hidden_ND @ weight_VD[columns].T), columns.start)
+        others_ND.mul_(scale_N[:, None]).add_(powers_NK.to(hidden_ND.dtype) @ weight_VD[columns])
+    total_N = sums.total()
+    slope_ND = wide(weight_VD[targets_N]).mul_(sums.rest_N[:, None]).sub_(others_ND).div_(total_N[:, None])
+    log_total_N = total_N.log_()
+    logprob_N = (sums.picked_N - sums.most_N) - log_total_N
+    return Known(logprob_N, sums.most_N + log_total_N, slope_ND.to(hidden_ND.dtype))
+
+
+def logit_gradient(
+    hidden_ND: Tensor, weight_VD: Tensor, columns: slice, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor
+) -> Tensor:
+    """[N, K] g (onehot_t - p) of one block, in the input's dtype."""
+    weight_KD = weight_VD[columns]
+    if (kernels := triton_kernels(hidden_ND)) is not None:
+        targets_N = targets_N - columns.start
+        return kernels.logit_gradient(hidden_ND.contiguous(), weight_KD.contiguous(), targets_N, lse_N, grad_N.contiguous())
+    probs_NK = probabilities(hidden_ND, weight_KD, lse_N)
+    return scaled_onehot_less(probs_NK, grad_N, targets_N, columns.start).to(hidden_ND.dtype)
+
+
+def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor:
+    """[N, K] softmax over the vocabulary, a block of it."""
+    return wide(hidden_ND @ weight_KD.T).sub_(lse_N[:, None]).exp_()
+
+
+def scaled_onehot_less(probs_NK: Tensor, grad_N: Tensor, targets_N: Tensor, start: int) -> Tensor:
+    """g (onehot_t - p), in place."""
+    local_N1, inside_N1 = place(targets_N, start, probs_NK.shape[1])
+    return probs_NK.mul_(-grad_N[:, None]).scatter_add_(1, local_N1, inside_N1 * grad_N[:, None])

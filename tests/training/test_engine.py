@@ -1,0 +1,348 @@
+"""The engine's promises: the step's population whatever the split, offload, compiled layers, ZeRO-3 checkpoints."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from drdpo import distributed
+from drdpo.config import TrainConfig
+from drdpo.errors import UsageError
+from drdpo.training.data import Pair
+from drdpo.training.engine import engine_config
+from drdpo.training.loop import train_step
+from drdpo.training.memory import predict
+from drdpo.training.objective import survey
+from drdpo.training.packing import form_batch
+from drdpo.training.policy import Answers, Policy, load_policy
+from drdpo.training.preflight import meta_policy
+from drdpo.training.run import check_inputs
+
+COMMON = {"beta": 0.5, "learning_rate": 1e-3, "train_batch_size": 8, "warmup_ratio": 0.0, "dtype": "float32", "steps": 2}
+ROBUST = {"kldpo": {"kldpo_tau": 0.1}, "drdpo": {"drdpo_beta": 0.1}}
+FORMS = {"packed": {}, "padded": {"packing": False}}
+POPULATION = {
+    f"{method} {form} {micro} a rank": {**COMMON, **ROBUST[method], **FORMS[form], "micro_batch_size": micro}
+    for method in ROBUST
+    for form in FORMS
+    for micro in (1, 4, 8)
+}
+MICRO = {
+    f"{method} micro": {**COMMON, **ROBUST[method], "micro_batch_size": 2, "robust_scope": "micro"} for method in ROBUST
+}
+OFFLOAD = {
+    f"{dtype} zero{stage} {'offloaded' if offload else 'kept'}": {
+        **COMMON, "dtype": dtype, "zero_stage": stage, "micro_batch_size": 4, "train_batch_size": 8, "steps": 3,
+        "optimizer_offload": offload,
+    }
+    for dtype in ("float32", "bfloat16")
+    for stage in (1, 2, 3)
+    for offload in (False, True)
+}  # fmt: skip
+ACCUMULATED = {
+    f"accumulated zero{stage}": {**COMMON, "dtype": "bfloat16", "zero_stage": stage, "micro_batch_size": 1}
+    for stage in (1, 2, 3)
+}
+COMPILED = {
+    f"layers {how}": {**COMMON, "micro_batch_size": 2, "steps": 3, "torch_compile": how == "compiled"}
+    for how in ("compiled", "as they are")
+}
+SAVED = {
+    f"{head}-{dtype}": {**COMMON, "dtype": dtype, "zero_stage": 3, "micro_batch_size": 2, "save": True}
+    for head in ("tied", "untied")
+    for dtype in ("bfloat16",)
+}
+
+
+def config_of(**flags) -> TrainConfig:
+    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **{"beta": 0.5, "dtype": "float32", **flags})
+
+
+def pair_ids(numbers: random.Random) -> list[list[int]]:
+    return [[numbers.randrange(3, 400) for _ in range(numbers.randint(2, 9))] for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    numbers = random.Random(4)
+    return [Pair(*pair_ids(numbers)) for _ in range(24)]
+
+
+@pytest.fixture(scope="module")
+def untied(tiny_policy, tmp_path_factory) -> Path:
+    """The tiny policy with an output head of its own."""
+    path = tmp_path_factory.mktemp("models") / "untied"
+    settings = AutoModelForCausalLM.from_pretrained(tiny_policy).config
+    settings.tie_word_embeddings = False
+    torch.manual_seed(1)
+    LlamaForCausalLM(settings).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(pairs, tiny_policy, root, tmp_path_factory) -> Callable[[dict, int], Path]:
+    """Run cases in one start of DeepSpeed; the folder of their results."""
+
+    def run(cases: dict, ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp("engine")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        (folder / "pairs.json").write_text(json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]))
+        environment = {**os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                       "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+        launcher = [sys.executable]
+        if ranks > 1:
+            port = str(20000 + (os.getpid() + 7919) % 20000)
+            launcher = ["deepspeed", "--num_gpus", str(ranks), "--no_local_rank", "--master_port", port]
+        command = [*launcher, str(Path(__file__).parent / "equality_worker.py"), str(folder / "cases.json"),
+                   str(folder / "pairs.json"), str(tiny_policy), str(folder)]  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_rank(work) -> Path:
+    return work(POPULATION | MICRO | OFFLOAD | ACCUMULATED, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(work, untied) -> Path:
+    saved = {name: {**case, "model": str(untied)} if name.startswith("untied") else case for name, case in SAVED.items()}
+    few = {name: case for name, case in POPULATION.items() if name.endswith(("packed 4 a rank", "1 a rank"))}
+    return work(few | saved, 2)
+
+
+def flat(path: Path) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for _, value in sorted(load_file(path).items())])
+
+
+def figures(folder: Path, case: str) -> dict[str, list[float]]:
+    return json.loads((folder / f"{case}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ROBUST)
+def test_parameters_do_not_depend_on_micro_batches_ranks_or_packing(method, one_rank, two_ranks):
+    """1x8, 2x4 and 8x1 pairs on one rank, 1x4 and 4x1 on each of two, packed and padded."""
+    expected = flat(one_rank / f"{method} packed 8 a rank.safetensors")
+    found = [folder / f"{case}.safetensors" for folder in (one_rank, two_ranks) for case in POPULATION if method in case]
+    there = [path for path in found if path.is_file()]
+    assert len(there) == 6 + 3
+    for path in there:
+        assert float((flat(path) - expected).norm() / expected.norm()) < 1e-6, path
+    # The authors' population is another objective: an error of this kind would show.
+    micro = flat(one_rank / f"{method} micro.safetensors")
+    assert float((micro - expected).norm() / expected.norm()) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [f"{dtype} zero{stage}" for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)])
+def test_offloaded_optimizer_states_change_no_number(case, one_rank):
+    kept, offloaded = (figures(one_rank, f"{case} {how}") for how in ("kept", "offloaded"))
+    # Stage 1 in bfloat16 sums and rounds in another order without offload: another optimizer class of DeepSpeed.
+    same = case != "bfloat16 zero1"
+    assert offloaded["losses"] == pytest.approx(kept["losses"], abs=1e-6 if same else 5e-3)
+    assert offloaded["norms"] == pytest.approx(kept["norms"], rel=1e-5 if same else 1e-2)
+    expected = flat(one_rank / f"{case} kept.safetensors")
+    apart = (flat(one_rank / f"{case} offloaded.safetensors") - expected).norm() / expected.norm()
+    assert float(apart) < (1e-6 if same else 2e-3)
+
+
+@pytest.mark.slow
+def test_stages_sum_bfloat16_micro_batches_alike(one_rank):
+    """DeepSpeed's stage 1 added the first of eight gradients eight times, the second seven times."""
+    norms = [figures(one_rank, f"accumulated zero{stage}")["norms"][0] for stage in (1, 2, 3)]
+    assert norms == pytest.approx([norms[1]] * 3, rel=5e-3)
+    start = flat(one_rank / "accumulated zero2.safetensors")
+    apart = (flat(one_rank / "accumulated zero1.safetensors") - start).norm()
+    assert float(apart / start.norm()) < 2e-3
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(work):
+    folder = work(COMPILED, 1)
+    plain, compiled = (figures(folder, f"layers {how}") for how in ("as they are", "compiled"))
+    assert compiled["losses"] == pytest.approx(plain["losses"], abs=1e-4)
+    assert compiled["norms"] == pytest.approx(plain["norms"], rel=1e-4)
+    apart = flat(folder / "layers compiled.safetensors") - flat(folder / "layers as they are.safetensors")
+    assert float(apart.norm() / flat(folder / "layers as they are.safetensors").norm()) < 1e-5
+    # Rows of every later step have other lengths, and nothing is compiled anew.
+    assert compiled["graphs"][0] > 0 and len(set(compiled["graphs"])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SAVED)
+def test_what_zero_3_saves_reloads_bit_equal(case, two_ranks):
+    gathered, folder = load_file(two_ranks / f"{case}.safetensors"), two_ranks / f"{case} saved"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == gathered.keys()
+    for name, value in gathered.items():
+        assert loaded[name].dtype == value.dtype == getattr(torch, case.split("-")[1])
+        assert torch.equal(loaded[name], value), name
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is table) == case.startswith("tied-")
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == case.startswith("untied-")
+
+
+class HandPolicy(torch.nn.Module):
+    """A policy whose chosen answers have the log-probs that are its parameters and whose rejected ones have 0."""
+
+    watch = None
+
+    def __init__(self, margins_M: torch.Tensor) -> None:
+        super().__init__()
+        self.margins_M = torch.nn.Parameter(margins_M)
+        self.with_graph: list[bool] = []
+
+    def forward(self, batch, twice: bool = False) -> Answers:
+        self.with_graph.append(torch.is_grad_enabled())
+        chosen_B = self.margins_M[batch.indices_B]
+        return Answers(torch.cat([chosen_B, torch.zeros_like(chosen_B)]), torch.zeros(0))
+
+
+def weights_by_hand(config: TrainConfig, margins: list[float], split: list[list[int]]) -> tuple[torch.Tensor, HandPolicy]:
+    """Weights of one real step's pairs, in the order of the split."""
+    policy = HandPolicy(torch.tensor(margins))
+    engine = SimpleNamespace(
+        module=policy, device=torch.device("cpu"), backward=lambda total, scale_wrt_gas: None, step=lambda: None,
+        set_gradient_accumulation_boundary=lambda last: None,
+    )  # fmt: skip
+    batches = [(SimpleNamespace(indices_B=torch.tensor(rows)), torch.zeros(len(rows), 2)) for rows in split]
+    return torch.cat([part.weights_B for part in train_step(engine, batches, config)]), policy
+
+
+# Losses, in units of ln 2: sigmoid(0) = 1/2 is 1, sigmoid(-ln 3) = 1/4 is 2, sigmoid(-ln 15) = 1/16 is 4.
+LN_2, MARGINS = math.log(2), [0.0, -math.log(3), 0.0, -math.log(15)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        # Means 1.5 and 2.5; exp((l - mean) / tau), the last capped from exp(3).
+        ({"kldpo_tau": LN_2, "robust_scope": "micro"}, [math.exp(-0.5), math.exp(0.5), math.exp(-1.5), math.exp(1.5)]),
+        ({"kldpo_tau": LN_2 / 2, "robust_scope": "micro"}, [math.exp(-1), math.exp(1), math.exp(-3), 10.0]),
+        # Mean 2 over the step.
+        ({"kldpo_tau": LN_2}, [math.exp(-1), 1.0, math.exp(-1), math.exp(2)]),
+        # 2^-l over its mean: of (1/2, 1/4) and (1/2, 1/16), or of all four, 21/64.
+        ({"drdpo_beta": 1.0, "robust_scope": "micro"}, [4 / 3, 2 / 3, 16 / 9, 2 / 9]),
+        ({"drdpo_beta": 1.0}, [32 / 21, 16 / 21, 32 / 21, 4 / 21]),
+    ],
+)
+def test_weights_of_a_step_by_hand(flags, expected):
+    config = config_of(**{"beta": 1.0, "train_batch_size": 4, **flags})
+    weights, policy = weights_by_hand(config, MARGINS, [[0, 1], [2, 3]])
+    assert weights.tolist() == pytest.approx(expected, rel=1e-5)
+    # Losses first, without a graph, then gradients; the authors' population needs no pass of its own.
+    assert policy.with_graph == [True, True] if "robust_scope" in flags else [False, False, True, True]
+
+
+def test_one_micro_batch_is_not_surveyed():
+    weights, policy = weights_by_hand(config_of(beta=1.0, kldpo_tau=LN_2, train_batch_size=4), MARGINS, [[0, 1, 2, 3]])
+    assert weights.tolist() == pytest.approx([math.exp(-1), 1.0, math.exp(-1), math.exp(2)], rel=1e-5)
+    assert policy.with_graph == [True]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, tiny_policy, pairs, monkeypatch):
+    config = config_of(kldpo_tau=0.1, packing=packing)
+    policy = load_policy(str(tiny_policy), torch.float32, config.attention, gradient_checkpointing=False)
+    batches = [(form_batch(pairs, rows, config, 2), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
+    sent, known, head = [], [], policy.head.forward
+
+    def spy(kernel, hidden_ND, *arguments, **options):
+        logprob_N = head(kernel, hidden_ND, *arguments, **options)
+        sent.append(len(hidden_ND))
+        known.append(hidden_ND.requires_grad or logprob_N.requires_grad)
+        return logprob_N
+
+    monkeypatch.setattr(policy.head, "forward", spy)
+    population = survey(policy, batches, config)
+    answers = [len(pair.chosen) + len(pair.rejected) for pair in pairs[:4]]
+    assert sent == [answers[0] + answers[1], answers[2] + answers[3]]
+    assert known == [False, False] and not population.losses_P.requires_grad
+    assert population.losses_P.shape == (4,)
+
+
+def test_flags_reach_deepspeed():
+    settings = engine_config(config_of(optimizer_offload=True, zero_stage=1), 1)
+    assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert "offload_optimizer" not in engine_config(config_of(), 1)["zero_optimization"]
+
+
+def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
+    shares = []
+    for offload in (True, False):
+        config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload)
+        policy: Policy = meta_policy(config)
+        shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
+    assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"attn": "flex"}, "--attn=flex: packed rows"),
+        ({"attn": "flash", "packing": False}, "16-bit"),
+        ({"attn": "sdpa", "wdpo_rho": 0.1, "packing": False}, "--attn=eager"),
+        ({"attn": "flash", "wdpo_rho": 0.1, "packing": False}, "second derivative"),
+        ({"optimizer_offload": True, "zero_stage": 0}, "--zero_stage=1, 2 or 3"),
+        ({"torch_compile": True, "zero_stage": 3}, "--zero_stage=2"),
+        ({"torch_compile": True, "wdpo_rho": 0.1, "wdpo_solver": "exact"}, "second derivative"),
+        ({"torch_compile": True, "wdpo_rho": 0.1}, "does not call the layers"),
+    ],
+)
+def test_flags_that_cannot_be_honoured_are_refused(flags, words):
+    with pytest.raises(UsageError, match=words):
+        config_of(**flags)
+
+
+def test_flags_that_this_machine_cannot_honour_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "use_cuda", lambda: False)
+    with pytest.raises(UsageError, match=r"--attn=flex needs a CUDA device.*--attn=sdpa"):
+        check_inputs(config_of(attn="flex", packing=False))
+    monkeypatch.setattr(distributed, "use_cuda", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="flash-attn, which is not installed"):
+        check_inputs(config_of(attn="flash", packing=False, dtype="bfloat16"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"C\+\+ compiler no-such-compiler"):
+        check_inputs(config_of(torch_compile=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "plain"),
+    [
+        ({}, "shared_prefix", False),
+        ({"attn": "sdpa"}, "shared_prefix", False),
+        ({"attn": "eager"}, "shared_prefix", True),
+        ({"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "shared_prefix", False),
+        ({"wdpo_rho": 0.1, "wdpo_solver": "exact", "attn": "eager"}, "shared_prefix", True),
+        ({"packing": False}, "sdpa", False),
+        ({"packing": False, "attn": "eager"}, "eager", True),
+        ({"packing": False, "wdpo_rho": 0.1}, "eager", True),
+        ({"packing": False, "attn": "flex"}, "flex_attention", False),
+        ({"packing": False, "attn": "flash", "dtype": "bfloat16"}, "flash_attention_2", False),
+    ],
+)
+def test_the_attention_that_flags_choose(flags, name, plain):
+    config = config_of(**flags)
+    assert (config.attention, config.plain_attention) == (name, plain)
+
+
+def test_a_model_is_checked_on_the_cpu_and_then_attends_as_asked(tiny_policy):
+    policy = load_policy(str(tiny_policy), torch.float32, "flex_attention", gradient_checkpointing=False)
+    assert policy.language_model.config._attn_implementation == "flex_attention"

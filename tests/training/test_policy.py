@@ -1,0 +1,42 @@
+"""Loading a policy: dropout is off in training mode or the model is refused; attention that cannot be packed is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
+
+from drdpo.errors import DataError
+from drdpo.training.data import Pair
+from drdpo.training.packing import pack
+from drdpo.training.policy import load_policy
+
+
+def saved(config, folder) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_dropout_that_is_no_module_is_switched_off(tmp_path):
+    """OPT keeps its dropouts as numbers: left on, the policy was not its own reference."""
+    config = OPTConfig(
+        vocab_size=60, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=32, dropout=0.3, attention_dropout=0.3, layerdrop=0.3,
+    )  # fmt: skip
+    policy = load_policy(saved(config, tmp_path), torch.float32, "shared_prefix", gradient_checkpointing=True)
+    assert policy.training
+    batch = pack([Pair([5, 6, 7], [8, 9], [10])], [0], prompt_once=True)
+    with torch.no_grad():
+        first, second = policy(batch).logprob_S, policy(batch).logprob_S
+        assert torch.equal(first, second)
+        assert torch.equal(first, policy.eval()(batch).logprob_S)
+
+
+def test_dropout_that_cannot_be_switched_off_and_attention_that_cannot_be_packed_are_refused(tmp_path):
+    config = FalconConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.3, attention_dropout=0.3
+    )
+    path = saved(config, tmp_path)
+    with pytest.raises(DataError, match=r"knows no attention called 'shared_prefix'; give --packing=false"):
+        load_policy(path, torch.float32, "shared_prefix", gradient_checkpointing=False)
+    with pytest.raises(DataError, match=r"drops values out in training mode; set the dropouts in its config.json to 0"):
+        load_policy(path, torch.float32, "eager", gradient_checkpointing=False)

@@ -1,0 +1,132 @@
+"""Which models the tangent solver takes: those that it takes get the exact gradient, the others are refused by name."""
+
+import pytest
+import torch
+from test_wdpo_solvers import apart, config_of, policy_of, step
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    HeliumConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from drdpo.errors import DataError
+from drdpo.training.data import Pair
+from drdpo.training.lora import add_lora
+from drdpo.training.policy import Policy, load_policy
+from drdpo.training.preflight import meta_policy
+from drdpo.training.tangent_support import check_architecture, check_tangent
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def saved(config, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("adapters", [0, 3], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+        LlamaConfig(**SIZES, head_dim=16, rope_parameters=YARN),
+        MistralConfig(**SIZES, sliding_window=None),
+        Qwen2Config(**SIZES),
+        Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+    ],
+    ids=["llama with biases", "yarn", "mistral", "qwen2", "qwen3"],
+)
+def test_models_that_are_built_as_llama_pass_and_equal_exact(model, adapters, tmp_path):
+    numbers = torch.Generator().manual_seed(2)
+    lengths = ((14, 9, 16), (15, 2, 12), (1, 1, 3), (7, 30, 1))
+    pairs = [Pair(*(torch.randint(3, 300, (n,), generator=numbers).tolist() for n in row)) for row in lengths]
+    folder, gradients = saved(model, tmp_path), []
+    for solver in ("tangent", "exact"):
+        config = config_of(wdpo_solver=solver, lora_rank=adapters)
+        policy = load_policy(str(folder), torch.float32, config.attention, True, config.second_derivative)
+        if adapters:
+            add_lora(policy, config)
+            torch.manual_seed(0)
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
+                    torch.nn.init.normal_(parameter, std=0.1)
+        if solver == "tangent":
+            check_tangent(policy, config)
+        gradients.append(step(policy.double().train(), pairs, [[3, 0], [1, 2]], config)[1])
+    if adapters:
+        assert len(gradients[0]) < 8_000, "the adapters alone"
+    assert apart(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            Gemma2Config(**SIZES, final_logit_softcapping=None, attn_logit_softcapping=None, sliding_window=None),
+            "Gemma2Model",
+        ),
+        (GraniteConfig(**SIZES, logits_scaling=1.0), "GraniteModel"),
+        # Some layers of SmolLM3 have no rotary positions, Helium turns neighbours in place of halves: with small weights
+        # neither shows in bfloat16 on a short row.
+        (SmolLM3Config(**SIZES | {"initializer_range": 0.02}, pad_token_id=0), "SmolLM3Model"),
+        (HeliumConfig(**SIZES | {"initializer_range": 0.02}, head_dim=8, pad_token_id=0), "HeliumModel"),
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "not by SiLU"),
+    ],
+    ids=["gemma2", "granite", "smollm3", "helium", "other gate"],
+)
+def test_other_models_are_refused(model, words, tmp_path):
+    config = config_of(wdpo_solver="tangent", dtype="bfloat16")
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(model, attn_implementation=config.attention).bfloat16()).train()
+    with pytest.raises(DataError, match=rf"--wdpo_solver=tangent cannot .*{words}.*; give --wdpo_solver=exact, or"):
+        check_tangent(policy, config)
+
+
+def test_a_refusal_tells_what_auto_is_and_a_stage_that_exact_runs_under(tmp_path):
+    """Told by the preflight, from the model's config.json alone."""
+    model = GraniteConfig(**SIZES, logits_scaling=1.0)
+    model.save_pretrained(tmp_path)
+    config = config_of(model_path=str(tmp_path), zero_stage=3)
+    with pytest.raises(DataError, match=r"=auto, which is tangent for packed rows, .*exact with --zero_stage=2"):
+        check_architecture(meta_policy(config), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_computes_something_else_is_found_by_its_numbers(dtype, tiny_policy):
+    config = config_of(wdpo_solver="tangent")
+    policy = policy_of(tiny_policy, config, dtype=dtype)
+    check_tangent(policy, config)
+    handle = policy.language_model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out / 2)
+    with pytest.raises(DataError, match="hidden states are not"):
+        check_tangent(policy, config)
+    handle.remove()
+    layer = policy.language_model.model.layers[0].mlp
+    layer.up_proj = NotLinear(layer.up_proj)
+    with pytest.raises(DataError, match=r"mlp.up_proj is not linear"):
+        check_tangent(policy, config)
+
+
+class NotLinear(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.in_features = inner, inner.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + x.square().mean()
