@@ -47,7 +47,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
         **flags,
     )  # fmt: skip
     policy = load_policy(
-        model_path, torch.bfloat16, config.attention, config.gradient_checkpointing, plain_attention=config.second_derivative
+        model_path, torch.bfloat16, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
     )
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
     before = peak_memory_gib()
