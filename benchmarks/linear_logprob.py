@@ -4,21 +4,24 @@
     compile    torch.compile of the same
     trl        TRL's chunked function (trl.kernels.chunked_logprob), which its DPOTrainer uses
     liger      Liger's fused linear cross entropy, one loss per token (CUDA only)
-    matmuls    nothing but the products that any way needs: one forward, three more with the backward pass
+    cce        Apple's cut-cross-entropy; on a CPU its own torch.compile form, as its kernels are for GPUs
+    matmuls    nothing but the products that a way without stored logits needs: one forward, three more backward
     drdpo      drdpo.kernels.linear_logprob: torch on a CPU, Triton on CUDA
 
 bfloat16 inputs, forward and backward, gradients for hidden states and head. Every way runs in a process of its own, in
-turn, several rounds; `x drdpo` is the median over rounds of a way's time over ours in the same round. The error is that of
-the log-probs, and of the head's gradient relative to its norm, against float64 on the first tokens.
+turn, several rounds; `x drdpo` is the median over rounds of a way's time over ours in the same round. Memory is the peak
+over the inputs. The error is that of the log-probs, and of the head's gradient relative to its norm, against float64 on the
+first tokens. liger and cce are measured where they are installed (pip install liger-kernel cut-cross-entropy).
 
     python benchmarks/linear_logprob.py [--cases 49152x576x1024 128256x2048x512] [--output=benchmarks/results/linear_logprob]
 """
 
 import argparse
+import gc
+import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,9 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-WAYS = ("plain", "compile", "trl", "liger", "matmuls", "drdpo")
-COLORS = {"plain": "#999999", "compile": "#CC79A7", "trl": "#56B4E9", "liger": "#009E73", "matmuls": "#333333",
-          "drdpo": "#D55E00"}  # fmt: skip
+WAYS = ("plain", "compile", "trl", "liger", "cce", "matmuls", "drdpo")
+COLORS = {"plain": "#999999", "compile": "#CC79A7", "trl": "#56B4E9", "liger": "#009E73", "cce": "#E69F00",
+          "matmuls": "#333333", "drdpo": "#D55E00"}  # fmt: skip
 
 
 def plain(hidden_ND, weight_VD, targets_N):
@@ -54,21 +57,31 @@ def way_of(name: str):
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
         return lambda hidden, weight, targets: -loss(weight, hidden, targets)
+    if name == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+
+        kind = "cce" if torch.cuda.is_available() else "torch_compile"
+        return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, impl=kind, reduction="none")
     from drdpo.kernels import linear_logprob
 
     return linear_logprob
 
 
 def matmuls(hidden_ND, weight_VD) -> tuple[float, float]:
-    """Seconds of the forward's product, and of all four, in chunks as ours takes them."""
+    """Seconds of the forward's product, and of all four, a block of the vocabulary at a time."""
     forward = backward = 0.0
-    for start in range(0, len(hidden_ND), 512):
-        chunk_CD = hidden_ND[start : start + 512].detach()
+    hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    width = 2048 if hidden_ND.device.type == "cpu" else 16384
+    for start in range(0, len(weight_VD), width):
+        block_KD = weight_VD[start : start + width]
+        synchronise()
         began = time.perf_counter()
-        logits_CV = chunk_CD @ weight_VD.detach().T
+        logits_NK = hidden_ND @ block_KD.T
+        synchronise()
         forward += time.perf_counter() - began
         began = time.perf_counter()
-        _ = chunk_CD @ weight_VD.detach().T, logits_CV @ weight_VD.detach(), logits_CV.T @ chunk_CD
+        _ = hidden_ND @ block_KD.T, logits_NK @ block_KD, logits_NK.T @ hidden_ND
+        synchronise()
         backward += time.perf_counter() - began
     return forward, forward + backward
 
@@ -88,17 +101,16 @@ def measure(way: str, vocabulary: int, width: int, tokens: int, threads: int) ->
     upstream_N = torch.randn(tokens, device=device)
     if way == "matmuls":
         matmuls(hidden_ND, weight_VD)
-        before = peak_gib()
         forward, both = matmuls(hidden_ND, weight_VD)
-        return {"forward": forward, "both": both, "peak_gib": peak_gib() - before}
+        return {"forward": forward, "both": both, "peak_gib": 0.0}
     function = way_of(way)
     few = slice(0, 16)
     function(hidden_ND[few], weight_VD, targets_N[few]).backward(upstream_N[few])  # compiles, and makes the gradients
     weight_VD.grad = hidden_ND.grad = None
-    before = peak_gib()
     seconds = []
-    for _ in range(2):  # the first one compiles for these shapes
+    for _ in range(3):  # the first one compiles for these shapes
         weight_VD.grad = hidden_ND.grad = None
+        before = memory_now()
         began = time.perf_counter()
         logprob_N = function(hidden_ND, weight_VD, targets_N)
         synchronise()
@@ -106,9 +118,10 @@ def measure(way: str, vocabulary: int, width: int, tokens: int, threads: int) ->
         logprob_N.backward(upstream_N)
         synchronise()
         seconds.append((middle - began, time.perf_counter() - began))
-    peak = peak_gib() - before
-    del logprob_N
-    return {"forward": seconds[1][0], "both": seconds[1][1], "peak_gib": peak} | errors(
+        peak = peak_gib() - before
+        del logprob_N
+    forward, both = (min(part) for part in zip(*seconds[1:], strict=True))
+    return {"forward": forward, "both": both, "peak_gib": peak} | errors(
         function, hidden_ND.detach()[:64], weight_VD.detach(), targets_N[:64], upstream_N[:64]
     )
 
@@ -139,13 +152,28 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def peak_gib() -> float:
-    """Most memory so far, of the GPU or of the process."""
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 2**20
+
+
+def memory_now() -> float:
+    """GiB held now, on the GPU or by the process; peak_gib counts anew from here."""
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_gib() -> float:
+    """Most memory since memory_now, of the GPU or of the process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _status("VmHWM")
 
 
 def run(way: str, case: str, arguments: argparse.Namespace) -> dict:
@@ -210,7 +238,12 @@ def draw(facts: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["49152x576x2048", "128256x2048x512"], help="V x D x N")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=["49152x576x2048", "49152x576x8192", "128256x2048x512", "128256x4096x512"],
+        help="V x D x N",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0 is torch's own choice")
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
@@ -221,7 +254,10 @@ def main() -> None:
         return
     import torch
 
-    ways = [way for way in WAYS if torch.cuda.is_available() or way != "liger"]
+    packages = {"trl": "trl", "liger": "liger_kernel", "cce": "cut_cross_entropy"}
+    ways = [way for way in WAYS if way not in packages or importlib.util.find_spec(packages[way])]
+    if not torch.cuda.is_available():
+        ways = [way for way in ways if way != "liger"]
     cases = [compare(case, ways, arguments) for case in arguments.cases]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = {"device": device, "rounds": arguments.rounds, "cases": cases}
