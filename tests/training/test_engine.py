@@ -297,6 +297,8 @@ def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
     [
         ({"attn": "flex"}, "--attn=flex: packed rows"),
         ({"attn": "flash", "packing": False}, "16-bit"),
+        ({"attn": "flash"}, "16-bit"),
+        ({"attn": "flash", "dtype": "bfloat16", "wdpo_rho": 0.1, "wdpo_solver": "exact"}, "second derivative"),
         ({"attn": "sdpa", "wdpo_rho": 0.1, "packing": False}, "--attn=eager"),
         ({"attn": "flash", "wdpo_rho": 0.1, "packing": False}, "second derivative"),
         ({"optimizer_offload": True, "zero_stage": 0}, "--zero_stage=1, 2 or 3"),
@@ -314,6 +316,8 @@ def test_flags_that_this_machine_cannot_honour_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
     with pytest.raises(UsageError, match=r"--attn=flex needs a CUDA device.*--attn=sdpa"):
         check_inputs(config_of(attn="flex", packing=False))
+    with pytest.raises(UsageError, match=r"--attn=flash needs a CUDA device"):
+        check_inputs(config_of(attn="flash", dtype="bfloat16"))
     monkeypatch.setattr(distributed, "use_cuda", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="flash-attn, which is not installed"):

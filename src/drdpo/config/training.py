@@ -94,8 +94,9 @@ class TrainConfig:
     )
     attn: Literal["auto", "sdpa", "flex", "flash", "eager"] = flag(
         "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group (with a second derivative of our "
-        "own for --wdpo_solver=exact); 'eager' matrix products and a float32 softmax; 'flex' and 'flash' transformers' "
-        "flex_attention and flash_attention_2, on CUDA with --packing=false; 'auto' is eager for padded rows with "
+        "own for --wdpo_solver=exact); 'flash' on CUDA, for packed rows torch's variable-length flash attention, checked "
+        "against sdpa at the start, for padded ones transformers' flash_attention_2; 'flex' transformers' flex_attention, "
+        "on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is eager for padded rows with "
         "--wdpo_solver=exact, else sdpa. The pass of --wdpo_solver=tangent along the gradient has kernels of its own",
         "auto",
     )

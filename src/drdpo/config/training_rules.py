@@ -55,8 +55,8 @@ def _check_attention(config: "TrainConfig") -> None:
     if config.attn not in ("flex", "flash"):
         return
     require(
-        not config.packing,
-        f"--attn={config.attn}: packed rows attend by sdpa or eager; give --attn=sdpa, or --packing=false as well",
+        not config.packing or config.attn == "flash",
+        f"--attn={config.attn}: packed rows attend by sdpa, flash or eager; give --attn=sdpa, or --packing=false as well",
     )
     require(
         config.attn == "flex" or config.dtype == "bfloat16",

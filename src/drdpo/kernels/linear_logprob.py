@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from drdpo.kernels.tangent_layers import wide
+from drdpo.kernels.hand_written import refuse_graph, wide
 from drdpo.kernels.vocabulary import (
     blocks,
     logit_gradient,
@@ -60,12 +60,6 @@ def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, t
     return logprob_N + _WeightGradient.apply(hidden_ND.detach(), weight_VD, targets_N, lse_N)
 
 
-def _refuse_graph(advice: str) -> None:
-    """Autograd would take the result of a hand-written backward pass for a constant: say so instead."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"linear_logprob has no derivative of this order; {advice}")
-
-
 class _LogProb(Function):
     """Once differentiable; one recomputation gives both gradients."""
 
@@ -83,7 +77,9 @@ class _LogProb(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        _refuse_graph("pass twice=True to differentiate the gradient for hidden_ND")
+        refuse_graph(
+            "linear_logprob has no derivative of this order; pass twice=True to differentiate the gradient for hidden_ND"
+        )
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         if not wants_weight:
             (slope_ND,) = ctx.saved_tensors
@@ -109,7 +105,7 @@ class _WeightGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[None, Tensor, None, None]:
-        _refuse_graph("the gradient for weight_VD is once differentiable")
+        refuse_graph("linear_logprob has no derivative of this order; the gradient for weight_VD is once differentiable")
         hidden_ND, weight_VD, targets_N, lse_N = ctx.saved_tensors
         grad_weight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
         for columns in blocks(hidden_ND, weight_VD):
@@ -145,7 +141,9 @@ class _HiddenGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, along_ND: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, Tensor]:
-        _refuse_graph("the gradient for hidden_ND is twice differentiable, not more")
+        refuse_graph(
+            "linear_logprob has no derivative of this order; the gradient for hidden_ND is twice differentiable, not more"
+        )
         hidden_ND, weight_VD, targets_N, lse_N, slope_ND, grad_N = ctx.saved_tensors
         moved_N = (wide(along_ND) * wide(slope_ND)).sum(dim=1)
         mean_N = (wide(along_ND) * wide(weight_VD[targets_N])).sum(dim=1) - moved_N

@@ -44,6 +44,7 @@ class PrefixPlan:
         plain: attend by matrix products and a softmax in float32, which are differentiable any number of times, in place
             of the fused kernels, which are once.
         twice: fused kernels whose gradient can be differentiated again (drdpo.kernels.twice_attention).
+        flash: all groups in one call (drdpo.kernels.varlen_attention).
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class PrefixPlan:
         dtype: torch.dtype,
         plain: bool = False,
         twice: bool = False,
+        flash: bool = False,
     ) -> None:
         self.groups = list(groups)
-        self.plain, self.twice = plain, twice and not plain
+        self.plain, self.twice, self.flash = plain, twice and not plain, flash
         masked = [group for group in self.groups if group.prefix or plain]
         self._longest_prefix = max((group.prefix for group in masked), default=0)
         longest = max((length for group in masked for length in group.suffixes), default=0)
@@ -91,6 +93,10 @@ def shared_prefix_attention(
         from drdpo.kernels.twice_attention import twice_attention
 
         return twice_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
+    if plan.flash:
+        from drdpo.kernels.varlen_attention import varlen_attention
+
+        return varlen_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
     return fused_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
 
 
@@ -122,6 +128,10 @@ def _attend(
     heads, kv_heads, length = query_1HAE.shape[1], keys_1KTE.shape[1], query_1HAE.shape[2]
     if not plan.plain:
         mask = plan.mask(prefix, length) if prefix else None
+        if query_1HAE.is_cuda and mask is not None and heads != kv_heads:
+            # Of CUDA's fused kernels none takes both a mask and fewer key heads than query heads.
+            keys_1KTE, values_1KTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
+            kv_heads = heads
         return scaled_dot_product_attention(
             query_1HAE, keys_1KTE, values_1KTE, mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
         )

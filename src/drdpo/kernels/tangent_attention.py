@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from drdpo.kernels.hand_written import in_pieces, refuse_graph, wide
 from drdpo.kernels.shared_prefix import PrefixGroup
-from drdpo.kernels.tangent_layers import in_pieces, refuse_graph, wide
 
 _BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 26}
 """Attention weights held at once, of which six copies are alive: on a CPU, whose cache they should fit, and on a GPU."""

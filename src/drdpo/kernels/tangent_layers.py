@@ -13,26 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from drdpo.distributed import use_cuda
+from drdpo.kernels.hand_written import in_pieces, refuse_graph, wide
 
 _CHUNK_ELEMENTS = 1 << 19
 """Elements of a chunk on a CPU: 2 MiB in float32, of which several are alive at once."""
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """float32, or float64 where it is that already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def refuse_graph() -> None:
-    """Autograd would take the result of a hand-written backward pass for a constant: say so instead."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("the tangent kernels are differentiable once only")
-
-
-def in_pieces(tensor: Tensor) -> bool:
-    """Is the work to be cut to the size of a cache? On a CPU, and for tensors without content where a CPU will do it."""
-    return tensor.device.type == "cpu" or (tensor.is_meta and not use_cuda())
 
 
 def _chunks(pair_2ND: Tensor) -> Iterator[slice]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from drdpo.kernels.tangent_layers import refuse_graph, wide
+from drdpo.kernels.hand_written import refuse_graph, wide
 from drdpo.kernels.vocabulary import Known, blocks, place, probabilities
 
 

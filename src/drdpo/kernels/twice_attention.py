@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from drdpo.kernels.hand_written import refuse_graph
 from drdpo.kernels.shared_prefix import PrefixPlan, fused_attention
 from drdpo.kernels.tangent_attention import tangent_attention
 
@@ -56,8 +57,7 @@ class _Gradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the attention of WDPO's exact solver is differentiable twice, not more")
+        refuse_graph("the attention of WDPO's exact solver is differentiable twice, not more")
         *inputs, grad_1HNE = ctx.saved_tensors
         with torch.enable_grad():
             pairs = [_stacked(part, moved).requires_grad_() for part, moved in zip(inputs, along, strict=True)]

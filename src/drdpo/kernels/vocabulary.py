@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drdpo.kernels.tangent_layers import in_pieces, wide
+from drdpo.kernels.hand_written import in_pieces, wide
 
 _BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
 """Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""

@@ -23,7 +23,7 @@ from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
 from drdpo.training.objective import Objective, needs_population, objective, survey
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy
+from drdpo.training.policy import attend_by_flash, load_policy
 from drdpo.training.preflight import preflight
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run
@@ -53,6 +53,8 @@ def train_alignment(config: TrainConfig) -> None:
     if config.method == "wdpo" and config.solver == "tangent":
         check_tangent(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
+    if config.packing and config.attention_kernel == "flash":
+        attend_by_flash(engine.module)
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
     done = load_state(engine, run.folder / "resume")
     if done:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from drdpo.errors import DataError
+from drdpo.errors import DataError, UsageError
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
 from drdpo.kernels.shared_prefix import PackedRow, PrefixPlan
+from drdpo.kernels.varlen_attention import check_varlen
 from drdpo.training.batches import Batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.packing import PackedBatch
@@ -55,6 +56,7 @@ class Policy(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.plain_attention = plain_attention
+        self.flash_attention = False
         self.watch: FiniteWatch | None = None
         """Looks at every gradient for the embeddings that this policy gives out."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
@@ -96,7 +98,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N]."""
         if isinstance(batch, PackedBatch):
-            plan = PrefixPlan(batch.groups, embeds.device, embeds.dtype, self.plain_attention, twice)
+            plan = PrefixPlan(batch.groups, embeds.device, embeds.dtype, self.plain_attention, twice, self.flash_attention)
             hidden_ND = self.language_model.base_model(
                 inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
             ).last_hidden_state[0]
@@ -108,6 +110,25 @@ class Policy(nn.Module):
         answer_mask_ST = batch.answer_mask_ST[:, 1:]
         targets_N = batch.input_ids_ST[:, 1:][answer_mask_ST]
         return hidden_STD[:, :-1][answer_mask_ST], targets_N, answer_mask_ST.nonzero()[:, 0]
+
+
+def attend_by_flash(policy: Policy) -> None:
+    """Let packed rows attend by drdpo.kernels.varlen_attention, where that gives the other kernels' numbers on this machine.
+
+    Args:
+        policy: on its device.
+
+    Raises:
+        UsageError: it does not.
+    """
+    settings = policy.language_model.config.get_text_config()
+    heads = settings.num_attention_heads
+    kv_heads = getattr(settings, "num_key_value_heads", None) or heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    reason = check_varlen(policy.head.weight.device, policy.language_model.dtype, heads, kv_heads, width)
+    if reason is not None:
+        raise UsageError(f"--attn=flash: torch's flash attention does not serve this model here: {reason}; give --attn=sdpa")
+    policy.flash_attention = True
 
 
 def sum_by_sequence(values_N: Tensor, sequence_N: Tensor, batch: Batch | PackedBatch) -> Tensor:

@@ -98,7 +98,7 @@ def _check_machine(config: TrainConfig) -> None:
     if config.attn in ("flex", "flash"):
         if not distributed.use_cuda():
             raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; give --attn=sdpa")
-        if config.attn == "flash" and importlib.util.find_spec("flash_attn") is None:
+        if config.attn == "flash" and not config.packing and importlib.util.find_spec("flash_attn") is None:
             raise UsageError("--attn=flash needs the package flash-attn, which is not installed; give --attn=sdpa")
     if config.torch_compile:
         # Inductor's own choice on a CPU; on CUDA Triton builds its launchers with a C compiler, which comes with it.

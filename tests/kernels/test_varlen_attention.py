@@ -1,0 +1,70 @@
+"""Packed attention in one call: its bookkeeping against a plain stand-in for flash attention, the real one on a GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
+from drdpo.kernels.varlen_attention import check_varlen
+
+GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1, 2)), PrefixGroup(2, (1, 40))]
+TOKENS = sum(group.tokens for group in GROUPS)
+
+
+def stand_in(
+    query_NHE: Tensor, key_MKE: Tensor, value_MKE: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int,
+    *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What varlen_attn promises, sequence by sequence, causal from the bottom right."""
+    assert window_size == (-1, 0) and starts_q.dtype == starts_k.dtype == torch.int32
+    assert enable_gqa == (query_NHE.shape[1] != key_MKE.shape[1])
+    assert (starts_q.diff().max(), starts_k.diff().max()) == (max_q, max_k)
+    parts = []
+    for number in range(len(starts_q) - 1):
+        rows, columns = (slice(int(starts[number]), int(starts[number + 1])) for starts in (starts_q, starts_k))
+        query, key, value = (part.transpose(0, 1) for part in (query_NHE[rows], key_MKE[columns], value_MKE[columns]))
+        key, value = (part.repeat_interleave(len(query) // len(key), dim=0) for part in (key, value))
+        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(key.shape[1] - query.shape[1])
+        logits = (query @ key.transpose(1, 2) * (scale or query.shape[2] ** -0.5)).masked_fill(~seen, float("-inf"))
+        parts.append((logits.softmax(dim=2) @ value).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def agree(kv_heads: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, TOKENS, 16, dtype=dtype, device=device, requires_grad=True)
+              for heads in (6, kv_heads, kv_heads)]  # fmt: skip
+    upstream = torch.randn(1, 6, TOKENS, 16, dtype=dtype, device=device)
+    outputs = []
+    for wide, kind in ((False, {"flash": True}), (True, {"plain": True})):
+        parts = [part.double() for part in inputs] if wide else inputs
+        plan = PrefixPlan(GROUPS, torch.device(device), parts[0].dtype, **kind)
+        out = shared_prefix_attention(*parts, plan, 0.3)
+        outputs.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
+    for ours, theirs in zip(*outputs, strict=True):
+        ours, theirs = ours.detach().double(), theirs.detach().double()
+        assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_every_segment_sees_its_prefix_and_itself(kv_heads: int, monkeypatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    agree(kv_heads, torch.float64, "cpu", 1e-12)
+
+
+def test_the_check_finds_wrong_numbers_and_missing_kernels(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    assert check_varlen(cpu, torch.float32, 6, 2, 16) is None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *inputs, **flags: stand_in(*inputs, **flags) * 1.1)
+    assert check_varlen(cpu, torch.float32, 6, 2, 16) == "its numbers are not those of the other kernels"
+    monkeypatch.undo()
+    assert check_varlen(cpu, torch.bfloat16, 6, 2, 16), "a CPU has no such kernel"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_flash_attention_on_a_gpu(kv_heads: int) -> None:
+    agree(kv_heads, torch.bfloat16, "cuda", 0.02)
+    assert check_varlen(torch.device("cuda"), torch.bfloat16, 6, kv_heads, 16) is None
