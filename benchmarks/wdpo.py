@@ -272,15 +272,17 @@ def main() -> None:
     import torch
 
     print(f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6}  error, cosine")
-    rows = []
+    rows, told_by_tokens = [], {}
     for tokens in arguments.tokens:
-        told = run(arguments, way=["errors"], tokens=[tokens], dtypes=arguments.dtypes)
+        told = told_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtypes=arguments.dtypes)
+        for name, figures in told.items():
+            print(f"{tokens:>6} {name:<28} error {figures['error']:.2%}, cosine {figures['cosine']:.5f}", flush=True)
         for dtype in arguments.dtypes:
             for checkpointing in (True,) if arguments.only_checkpointing else (False, True):
                 rows += table_of(arguments, tokens, dtype, checkpointing, told)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = {"device": device, "model": Path(arguments.model).name, "beta": BETA, "rho": arguments.rho,
-             "rounds": arguments.rounds, "rows": rows}  # fmt: skip
+             "rounds": arguments.rounds, "errors": told_by_tokens, "rows": rows}  # fmt: skip
     if arguments.output:
         path = Path(arguments.output)
         path.parent.mkdir(parents=True, exist_ok=True)
