@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from drdpo.kernels import linear_logprob
+from drdpo.kernels.tangent_logprob import tangent_logprob
+from drdpo.kernels.vocabulary import logprob_and_slope
 
 SHAPES = [(1, 3, 7), (5, 8, 33), (70, 40, 300), (130, 70, 257)]
 """Tokens, width and vocabulary: below, at and beyond a tile, and multiples of nothing."""
@@ -49,6 +51,27 @@ def interpreted() -> None:
                 check(*shape, dtype, "cpu", twice)
     assert len(used) >= 16, "the torch path ran instead"
     split_vocabulary()
+    peaked_tangents("cpu")
+
+
+def peaked_tangents(device: str) -> None:
+    """Where logits are large, the log-probability's gradient is as good through the tangent kernel as through the plain one:
+    both take probabilities from logits that are rounded as their log-sum-exp's were."""
+    torch.manual_seed(0)
+    hidden_ND = (2 * torch.randn(48, 64, device=device)).bfloat16()
+    weight_VD = (2 * torch.randn(500, 64, device=device)).bfloat16()
+    targets_N = (hidden_ND @ weight_VD.T).argmax(dim=1)
+    known = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        pair_2ND = torch.stack([hidden_ND, torch.randn_like(hidden_ND)]).to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            logprob_N = linear_logprob(pair_2ND[0], weight_VD.double(), targets_N)
+        else:
+            logprob_N, _ = tangent_logprob(pair_2ND, weight_VD.requires_grad_(), targets_N, known)
+        grads.append(torch.autograd.grad(logprob_N.sum(), pair_2ND)[0][0].double())
+    ours, exact = grads
+    assert float((ours - exact).norm() / exact.norm()) < 0.01
 
 
 def split_vocabulary() -> None:
@@ -79,3 +102,8 @@ def test_the_kernels_under_the_interpreter(root: Path) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 576, 49152)])
 def test_the_kernels_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, twice: bool) -> None:
     check(*shape, dtype, "cuda", twice)
+
+
+@pytest.mark.gpu
+def test_peaked_tangents_on_a_gpu() -> None:
+    peaked_tangents("cuda")

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from drdpo.config import TrainConfig
 from drdpo.training.batches import collate, micro_batches, padded_shards, step_indices, token_batches
 from drdpo.training.data import Pair
+from drdpo.training.dealing import evaluation_batches
 
 
 def test_an_epoch_takes_every_pair_once_and_epochs_differ():
@@ -50,7 +52,7 @@ def test_collate_by_hand():
     assert batch.attention_mask_ST.sum(dim=1).tolist() == [3, 3, 2, 5]
     assert batch.answer_mask_ST.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
     assert batch.tokens == 13
-    assert torch.equal(collate(pairs, [-1], 0).input_ids_ST, collate(pairs, [0], 0).input_ids_ST)
+    assert torch.equal(collate(pairs, [-1], 0).input_ids_ST, collate(pairs, [1], 0).input_ids_ST), "the shortest pair"
 
 
 def test_rows_of_a_token_budget_by_hand():
@@ -77,3 +79,12 @@ def test_token_rows_hold_the_step_once_within_the_budget(world, budget):
 def test_a_pair_beyond_the_budget_is_refused():
     with pytest.raises(ValueError, match="up to 6 tokens"):
         token_batches(range(2), [6, 2], 5, 0, 1)
+
+
+def test_evaluation_batches_of_a_budget_fill_up_little():
+    config = TrainConfig("-", "-", "-", micro_batch_tokens=100)
+    dealt = [evaluation_batches(range(5), [3000, 10, 10, 10, 10], config, rank, 2) for rank in range(2)]
+    assert [[len(batch) for batch in rank] for rank in dealt] == [[1, 1, 1], [1, 1, 1]]
+    dealt = evaluation_batches(range(1, 5), [3000, 10, 10, 10, 10], config, 0, 1)
+    assert dealt == [[1, 2, 3, 4]], "as many as there are, not as many as the budget holds"
+    assert [len(batch) for batch in evaluation_batches(range(11), [10] * 11, config, 0, 1)] == [6, 6]

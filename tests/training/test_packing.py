@@ -120,8 +120,9 @@ def test_packing_holds_fewer_tokens_than_padding(pairs):
     assert packed_tokens == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) < padded_rows.numel()
 
 
-def test_an_absent_pair_stands_for_the_first(pairs):
-    assert torch.equal(pack(pairs, [-1], True).input_ids_1N, pack(pairs, [0], True).input_ids_1N)
+def test_the_shortest_pair_stands_for_an_absent_one(pairs):
+    shortest = pairs.index(min(pairs, key=len))
+    assert torch.equal(pack(pairs, [-1], True).input_ids_1N, pack(pairs, [shortest], True).input_ids_1N)
 
 
 def test_a_model_that_cannot_be_packed_is_refused(tmp_path):

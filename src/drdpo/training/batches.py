@@ -90,7 +90,7 @@ def micro_batches(
 
 
 def token_batches(indices: Sequence[int], tokens: Sequence[int], budget: int, rank: int, world: int) -> list[list[int]]:
-    """Deal the pairs of one optimizer step to as few rows of about as many tokens each as a budget allows.
+    """Deal the pairs of one optimizer step to few rows of about as many tokens each, within a budget.
 
     Longest first, each to the row that holds least (Graham's LPT rule), so that no rank waits long for another.
 
@@ -136,16 +136,23 @@ def padded_shards(
     return micro_batches(order, [*lengths, 0], micro_batch, rank, world, by_length=False)
 
 
+def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
+    """The pairs of a batch; the shortest of all where an index is -1."""
+    shortest = min(pairs, key=len) if -1 in indices else None
+    return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
+
+
 def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) -> Batch:
     """Pad pairs on the right into one Batch.
 
     Args:
         pairs: all pairs of the split.
-        indices: those of the batch; -1 stands for none and takes pair 0's place, its result to be thrown away.
+        indices: those of the batch; -1 stands for none: the shortest pair takes its place, its result to be thrown away.
         pad_token_id: fills up; masked, so any id does.
     """
-    chosen = [(pairs[max(index, 0)].prompt, pairs[max(index, 0)].chosen) for index in indices]
-    rejected = [(pairs[max(index, 0)].prompt, pairs[max(index, 0)].rejected) for index in indices]
+    taken = batch_pairs(pairs, indices)
+    chosen = [(pair.prompt, pair.chosen) for pair in taken]
+    rejected = [(pair.prompt, pair.rejected) for pair in taken]
     rows = chosen + rejected
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids_ST = torch.full((len(rows), width), pad_token_id)

@@ -33,4 +33,7 @@ def evaluation_batches(
     size = config.micro_batch
     if config.micro_batch_tokens is not None and indices:
         size = max(1, config.micro_batch_tokens // max(lengths[index] for index in indices))
+        # Of equal size: little is left to fill up.
+        batches = -(-len(indices) // (size * world))
+        size = -(-len(indices) // (batches * world))
     return padded_shards(indices, lengths, size, rank, world)

@@ -80,6 +80,11 @@ def peak_memory_gib() -> float:
     """Most memory this process has held: allocated on the GPU, or resident on the CPU."""
     if distributed.use_cuda():
         return float(torch.cuda.max_memory_allocated()) / 2**30
+    # Linux's ru_maxrss keeps what the process held before it became this program: its parent's, after a fork.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -29,7 +29,8 @@ class Population(NamedTuple):
 
 class Objective(NamedTuple):
     total: Tensor
-    """Scalar: mean over the micro-batch of w l + rho |grad l|^2."""
+    """Scalar: mean over the micro-batch of w l + c |grad l|^2, c being rho; for the root penalty rho / (2 sqrt M):
+    the gradient is then right, though the value is not the root's."""
     values: PairValues
     weights_B: Tensor
     penalties_B: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drdpo.config import TrainConfig
 from drdpo.kernels.shared_prefix import PackedRow, PrefixGroup
-from drdpo.training.batches import Batch, collate
+from drdpo.training.batches import Batch, batch_pairs, collate
 from drdpo.training.data import Pair
 
 
@@ -47,19 +47,18 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> Pa
 
     Args:
         pairs: all pairs of the split.
-        indices: those of the batch; -1 stands for none and takes pair 0's place, its result to be thrown away.
+        indices: those of the batch; -1 stands for none: the shortest pair takes its place, its result to be thrown away.
         prompt_once: False holds the prompt in front of each answer, for WDPO's penalty per sequence, which needs the
             gradients of the two prompts apart.
     """
     groups: list[tuple[int, list[list[int]]]] = []
-    for index in indices:
-        pair = pairs[max(index, 0)]
+    taken = batch_pairs(pairs, indices)
+    for pair in taken:
         rows = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
         groups += [(len(pair.prompt), rows)] if prompt_once else [(0, [row]) for row in rows]
     row = PackedRow(groups)
     states, targets, sequences, pair_of = [], [], [], []
-    for number, index in enumerate(indices):
-        pair = pairs[max(index, 0)]
+    for number, pair in enumerate(taken):
         for side, answer in enumerate((pair.chosen, pair.rejected)):
             first = len(pair.prompt)
             states += [row.index(2 * number + side, position - 1) for position in range(first, first + len(answer))]

@@ -66,9 +66,10 @@ def check_inputs(config: TrainConfig) -> None:
     """
     world, micro = distributed.world_size(), config.micro_batch
     if config.train_batch_size % (micro * world):
+        times = f"--micro_batch_size={micro} times " if config.micro_batch_tokens is None else ""
         raise UsageError(
-            f"--train_batch_size={config.train_batch_size} is not divisible by --micro_batch_size={micro} times "
-            f"{world} process{'es' if world > 1 else ''}"
+            f"--train_batch_size={config.train_batch_size} is not divisible by {times}{world} process"
+            f"{'es' if world > 1 else ''}"
         )
     population = config.train_batch_size if config.robust_scope == "step" else micro * world
     if config.method in ("kldpo", "drdpo") and population == 1:
@@ -111,7 +112,7 @@ def _check_machine(config: TrainConfig) -> None:
 
 
 def open_run(config: TrainConfig) -> Run:
-    """Read and tokenise the pairs, and write config.json and manifest.json into the run's folder.
+    """Read and tokenise the pairs; writes nothing.
 
     Raises:
         UsageError: the folder holds a run with other flags, model or pairs.
