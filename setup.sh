@@ -177,7 +177,7 @@ PYTHON
 # install_lock FILE: the pinned packages and nothing else, then what this machine's build of torch needs beside them.
 install_lock() {
     local lock="$1" torch
-    torch="$(sed -n 's/^torch==//p' "$lock")"
+    torch="$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")"
     rm -f "$environment"/.drdpo_*
     echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
     if [[ -n "$torch_index" ]]; then
@@ -186,9 +186,11 @@ install_lock() {
         echo "note: where the package index serves torch's CUDA build, several GB follow; it also works without a GPU."
         echo "      The small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
     fi
-    pip_install --no-deps -r "$lock"
+    pip_install --no-deps --require-hashes -r "$lock"
     # The CUDA build of torch cannot be imported without the libraries that it names; the CPU build needs none of them.
-    pip_install --constraint "$lock" "torch==$torch"
+    # Only their versions are pinned, by torch itself: a constraint with digests would ask for a digest of each of them.
+    sed -n 's/^\([^ #]*==[^ ]*\).*/\1/p' "$lock" >"$environment/.drdpo_constraint.txt"
+    pip_install --constraint "$environment/.drdpo_constraint.txt" "torch==$torch"
     repair_shebangs
     "$environment/bin/python" -c 'import torch' || die "torch was installed, but cannot be imported"
     key "$lock" >"$environment/.drdpo_$(basename "$lock")"
@@ -221,7 +223,7 @@ elif [[ -n "$torch_index" ]]; then
     echo "note: torch is installed already; --torch_index changes nothing. To change the build, remove $environment first"
 fi
 if [[ "$dev" == true ]] && ! installed "$ROOT/requirements/dev.txt"; then
-    pip_install --no-deps -r "$ROOT/requirements/dev.txt"
+    pip_install --no-deps --require-hashes -r "$ROOT/requirements/dev.txt"
     repair_shebangs
     key "$ROOT/requirements/dev.txt" >"$environment/.drdpo_dev.txt"
 fi

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "vllm": "generation",
     "deepspeed": "training",
+    "bitsandbytes": "training",
     "triton": "kernels",
     "lm_eval": "evaluation",
     "matplotlib": "evaluation",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from drdpo.display import harmless, one_line, shortened
+from drdpo.display import duration, harmless, one_line, shortened
 from drdpo.errors import DataError, one_line_errors
 
 
@@ -49,3 +49,10 @@ def test_an_error_that_quotes_data_does_not_steer_the_terminal(capsys: pytest.Ca
     with pytest.raises(SystemExit), one_line_errors():
         raise DataError("file.jsonl, row 1: the row has \x1b[2Jevil\nfields")
     assert capsys.readouterr().err == "error: file.jsonl, row 1: the row has \\x1b[2Jevil fields\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.23, "4.2 s"), (200, "3 min 20 s"), (3599.9, "59 min 59 s"), (7500, "2 h 05 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

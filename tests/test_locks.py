@@ -36,8 +36,8 @@ def _lock(root: Path, name: str) -> list[tuple[str, str]]:
     assert lines[0].startswith("# "), "a header says how the list is made and used"
     pins = []
     for line in lines:
-        if line and not line.startswith("#"):
-            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!]*)", line)
+        if line and not line.startswith(("#", "    --hash=")):
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!]*)( \\)?", line)
             assert match, f"{name}.txt: {line!r} is not name==version"
             pins.append((canonicalize_name(match[1]), match[2]))
     return pins
@@ -48,6 +48,18 @@ def test_every_line_is_pinned_and_no_package_is_there_twice(root: Path, name: st
     names = [package for package, _ in _lock(root, name)]
     assert len(names) > 10
     assert sorted(set(names)) == names, "sorted, each once"
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_pin_has_digests(root: Path, name: str) -> None:
+    """setup.sh installs with --require-hashes; after a change run: python requirements/hashes.py"""
+    text = (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").replace("\\\n", "")
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            pin, *hashes = line.split()
+            assert hashes, f"{name}.txt: {pin} has no digest; run: python requirements/hashes.py"
+            assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes)
+            assert hashes == sorted(set(hashes))
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])

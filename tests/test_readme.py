@@ -17,6 +17,7 @@ SCRIPTS = {
     "generate.sh": config.CompletionsConfig,
     "src/generate_preferences.py": config.PreferencesConfig,
     "src/inspect_data.py": config.InspectConfig,
+    "src/show_run.py": config.ShowRunConfig,
     "train_alignment.sh": config.TrainConfig,
     "src/evaluate_armorm.py": config.EvaluateConfig,
     "src/fit_reward_heads.py": config.FitHeadsConfig,

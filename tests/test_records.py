@@ -112,6 +112,7 @@ def test_missing_empty_and_binary_files_are_data_errors(tmp_path: Path) -> None:
 
 
 def test_a_key_that_comes_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("{}\n\n{}\n{}\n")
     check_unique(tmp_path / "x.jsonl", [(1, 0), (1, 1), (2, 0)], "(prompt_id, sample_id)")
-    with pytest.raises(DataError, match=r"x\.jsonl, row 3: field \(prompt_id, sample_id\) repeats \(1, 0\)"):
+    with pytest.raises(DataError, match=r"x\.jsonl, row 4: field \(prompt_id, sample_id\) repeats \(1, 0\)"):
         check_unique(tmp_path / "x.jsonl", [(1, 0), (1, 1), (1, 0)], "(prompt_id, sample_id)")

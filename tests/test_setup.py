@@ -1,6 +1,7 @@
 """setup.sh and tests/run.sh on machines that differ in what they have; stand_ins.py says how."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -58,7 +59,12 @@ def test_a_venv_is_made_and_the_second_run_installs_nothing(machine: Machine) ->
     assert done.returncode == 0, done.stderr
     assert machine.noted() == str(machine.tree / ".venv")
     lock = machine.tree / "requirements" / "cpu.txt"
-    assert machine.pip() == [f"--no-deps -r {lock}", f"--constraint {lock} torch==2.13.0"]
+    assert machine.pip() == [
+        f"--no-deps --require-hashes -r {lock}",
+        f"--constraint {machine.tree}/.venv/.drdpo_constraint.txt torch==2.13.0",
+    ]
+    constraint = (machine.tree / ".venv" / ".drdpo_constraint.txt").read_text().splitlines()
+    assert "torch==2.13.0" in constraint and all(re.fullmatch(r"[\w.-]+==[\w.!]+", pin) for pin in constraint)
     script = f"python {machine.tree}/src/download_assets.py --models=embedded --datasets=embedded"
     assert machine.calls.read_text().splitlines()[-1] == script
     done = machine.setup()
@@ -89,7 +95,7 @@ def test_development_packages(machine: Machine) -> None:
     machine.setup("--dev=false")
     assert not any("dev.txt" in call for call in machine.pip())
     machine.setup("--dev")
-    assert machine.pip() == [f"--no-deps -r {machine.tree}/requirements/dev.txt"]
+    assert machine.pip() == [f"--no-deps --require-hashes -r {machine.tree}/requirements/dev.txt"]
     machine.setup("--dev=true")
     assert machine.pip() == []
 
@@ -97,7 +103,7 @@ def test_development_packages(machine: Machine) -> None:
 def test_torch_from_another_index(machine: Machine) -> None:
     machine.setup("--torch_index=https://index.example/cpu")
     assert machine.pip()[0] == "--no-deps --index-url https://index.example/cpu torch==2.13.0"
-    assert machine.pip()[1].startswith("--no-deps -r ")
+    assert machine.pip()[1].startswith("--no-deps --require-hashes -r ")
     done = machine.setup("--torch_index=https://index.example/cpu")
     assert "--torch_index changes nothing" in done.stdout
 
@@ -106,9 +112,9 @@ def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
     machine.add("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA (UUID: x)'\n")
     done = machine.setup()
     assert done.returncode == 0, done.stderr
-    assert machine.pip()[0] == f"--no-deps -r {machine.tree}/requirements/gpu.txt"
+    assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/gpu.txt"
     machine.setup(CUDA_VISIBLE_DEVICES="")
-    assert machine.pip()[0] == f"--no-deps -r {machine.tree}/requirements/cpu.txt", "a hidden GPU is none"
+    assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/cpu.txt", "a hidden GPU is none"
 
 
 def test_conda_makes_drdpo_env_once(machine: Machine) -> None:

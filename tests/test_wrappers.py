@@ -12,6 +12,7 @@ from drdpo.records import Preference, write_records
 WRAPPERS = (
     "generate_completions.sh",
     "train_alignment.sh",
+    "train_alignment.slurm",
     "generate.sh",
     "openllm_eval.slurm",
     "setup.sh",

@@ -110,6 +110,8 @@ def _render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
 
 def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool) -> list[int]:
     messages = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    for message in messages:
+        message["content"].encode()  # as in _plain
     special = [str(token) for token in tokenizer.added_tokens_encoder]
     hostile = [any(token in message["content"] for token in special) for message in messages]
     if not any(hostile):
@@ -135,6 +137,7 @@ def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    text.encode()  # UnicodeEncodeError is a ValueError; of half a surrogate pair the tokenizer would make a TypeError.
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

@@ -48,6 +48,14 @@ def shortened(text: str, width: int, lines: int) -> list[str]:
     return [*wrapped[: lines - 1 - tail], f"[... of {len(text):,} characters ...]", *wrapped[len(wrapped) - tail :]]
 
 
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def _escaped(character: str) -> str:
     if character == "\n" or character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character

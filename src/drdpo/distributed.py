@@ -94,3 +94,11 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
     parts = [torch.empty_like(filled) for _ in range(world_size())]
     torch.distributed.all_gather(parts, filled)
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_floats(values: Sequence[float]) -> list[float]:
+    """Numbers of all ranks in rank order."""
+    import torch
+
+    found: list[float] = gather(torch.tensor(values, dtype=torch.float64, device=device())).tolist()
+    return found

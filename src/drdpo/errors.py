@@ -38,6 +38,8 @@ def one_line_errors() -> Iterator[None]:
             _stop(f"no permission to write {error.filename or 'a file'}: {error.strerror}", 1)
         if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and error.filename:
             _stop(_misplaced(error), 1)
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and error.filename:
+            _stop(f"{os.fsdecode(error.filename)[:200]}: {error.strerror}", 2)
         raise
 
 

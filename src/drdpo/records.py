@@ -26,6 +26,8 @@ Record = TypeVar("Record", "Prompt", "Completion", "Preference")
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "test")
 
+_HALF = "half of a surrogate pair (\\ud800 to \\udfff), no text"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -53,7 +55,7 @@ class Completion:
         if reason not in ("stop", "length"):
             raise ValueError(f'field "finish_reason" is {reason!r}, not "stop" or "length"')
         scores = row.get("scores") or {}
-        if not isinstance(scores, dict) or not all(_is_finite(value) for value in scores.values()):
+        if not isinstance(scores, dict) or not all(map(is_text, scores)) or not all(map(_is_finite, scores.values())):
             raise ValueError('field "scores" must map objectives to finite numbers')
         return cls(
             _integer(row, "prompt_id"),
@@ -99,13 +101,32 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse(path, number, line)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                # Line by line, so that the message can name the row; Windows' editors put a byte-order mark at the start.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            if text.strip():
+                yield number, _parse(path, number, text)
+
+
+def row_number(path: Path, index: int) -> int:
+    """The line number of record `index` (from 0) of a file; blank lines hold no record. For messages."""
+    numbers = [number for number, _ in read_rows(path)]
+    if index < len(numbers):
+        return numbers[index]
+    raise DataError(f"{path}: has no row for record {index + 1}; was it changed meanwhile?")
+
+
+def is_text(content: str) -> bool:
+    """JSON can spell half of a surrogate pair, which neither UTF-8 nor a tokenizer can."""
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_records(path: Path, from_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
@@ -154,9 +175,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 def check_unique(path: Path, keys: Iterable[tuple[int, ...]], fields: str) -> None:
     """Raise DataError when two records of `path` have one key."""
     seen: set[tuple[int, ...]] = set()
-    for row, key in enumerate(keys, start=1):
+    for index, key in enumerate(keys):
         if key in seen:
-            raise DataError(f"{path}, row {row}: field {fields} repeats {key}; every record needs its own")
+            raise DataError(
+                f"{path}, row {row_number(path, index)}: field {fields} repeats {key}; every record needs its own"
+            )
         seen.add(key)
 
 
@@ -180,6 +203,8 @@ def _integer(row: dict[str, Any], name: str) -> int:
     value = _required(row, name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f'field "{name}" is {value!r}, not an integer')
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f'field "{name}" is beyond 64 bits')
     return value
 
 
@@ -205,6 +230,8 @@ def _messages(row: dict[str, Any], name: str, last_role: str) -> list[Message]:
             raise ValueError(f'field "{name}" holds a message without text "content"')
         if message.get("role") not in ROLES:
             raise ValueError(f'field "{name}" holds the role {message.get("role")!r}, not one of {", ".join(ROLES)}')
+        if not is_text(message["content"]):
+            raise ValueError(f'field "{name}" holds {_HALF}')
         messages.append({"role": message["role"], "content": message["content"]})
     if messages[-1]["role"] != last_role:
         raise ValueError(f'field "{name}" ends in a turn of {messages[-1]["role"]!r}, not of {last_role!r}')
@@ -214,6 +241,10 @@ def _messages(row: dict[str, Any], name: str, last_role: str) -> list[Message]:
 def _token_ids(row: dict[str, Any], name: str) -> list[int]:
     value = _required(row, name)
     # Types and smallest value apart, each in one pass of C: a file has tens of millions of token ids.
-    if not isinstance(value, list) or not set(map(type, value)) <= {int} or min(value, default=0) < 0:
+    if (
+        not isinstance(value, list)
+        or not set(map(type, value)) <= {int}
+        or not 0 <= min(value, default=0) <= max(value, default=0) < 2**31
+    ):
         raise ValueError(f'field "{name}" must be a list of token ids')
     return value

@@ -6,6 +6,7 @@ from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
 from drdpo.config.inspection import InspectConfig
 from drdpo.config.preferences import PreferencesConfig
 from drdpo.config.reward_heads import FitHeadsConfig
+from drdpo.config.show_run import ShowRunConfig
 from drdpo.config.training import TrainConfig
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "InspectConfig",
     "LeaderboardConfig",
     "PreferencesConfig",
+    "ShowRunConfig",
     "TrainConfig",
 ]

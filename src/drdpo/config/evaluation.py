@@ -62,7 +62,8 @@ class LeaderboardConfig:
         require(self.num_fewshot is None or self.num_fewshot >= 0, f"--num_fewshot={self.num_fewshot} must not be negative")
         require(self.seed >= 0, f"--seed={self.seed} must not be negative")
         require(
-            self.batch_size == "auto" or (self.batch_size.isdigit() and int(self.batch_size) >= 1),
+            self.batch_size == "auto"
+            or (self.batch_size.isascii() and self.batch_size.isdigit() and 0 < len(self.batch_size.lstrip("0")) < 10),
             f"--batch_size={self.batch_size}: give a positive number or auto",
         )
         require(

@@ -43,7 +43,7 @@ class TrainConfig:
     )
     robust_scope: Literal["step", "micro"] = flag(
         "population of the robust weights, and of WDPO's root: all pairs of the optimizer step, or of one micro-batch over "
-        "the ranks",
+        "the ranks; 'micro' for KLDPO, Dr. DPO and --wdpo_penalty=root alone",
         "step",
     )
     loss_type: Literal["sigmoid", "ipo", "robust"] = flag("pointwise loss: DPO, IPO or rDPO", "sigmoid")
@@ -70,6 +70,10 @@ class TrainConfig:
     )
     eval_steps: int = flag("evaluate on the test pairs every so many steps; 0 is at the end only", 79)
     save_steps: int = flag("save a checkpoint every so many steps; 0 is at the end only", 158)
+    keep_checkpoints: int = flag(
+        "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0
+    )
+    keep_steps: list[int] = flag("with --keep_checkpoints: steps whose checkpoints stay as well, e.g. 158 316", [])
     dtype: Literal["bfloat16", "float32"] = flag(
         "precision of the forward and backward pass; optimizer states are float32", "bfloat16"
     )
@@ -77,8 +81,15 @@ class TrainConfig:
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
     lora_rank: int = flag(
         "train LoRA adapters of this rank in place of the weights; 0 trains the weights. LoRA usually wants about ten times "
-        "the --learning_rate. There is no QLoRA: its 4-bit weights need bitsandbytes, a CUDA package outside the locks",
+        "the --learning_rate",
         0,
+    )
+    lora_quantize: Literal["none", "nf4"] = flag(
+        "'nf4' is QLoRA: with --lora_rank the linear layers of the decoder blocks, which are frozen, are held in 4 bits "
+        "(NF4, double quantization, 0.52 bytes a parameter); embeddings, output head and norms stay whole. The reference is "
+        "the quantized model; --lora_merge=true merges into the weights of --model_path in full precision, read again on "
+        "the CPU for every checkpoint. Not for --zero_stage=3, nor --torch_compile",
+        "none",
     )
     lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32)
     lora_targets: list[str] = flag(
@@ -95,7 +106,8 @@ class TrainConfig:
     attn: Literal["auto", "sdpa", "flex", "flash", "eager"] = flag(
         "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group (with a second derivative of our "
         "own for --wdpo_solver=exact); 'flash' on CUDA, for packed rows torch's variable-length flash attention, checked "
-        "against sdpa at the start, for padded ones transformers' flash_attention_2; 'flex' transformers' flex_attention, "
+        "against sdpa at the start, for padded ones transformers' flash_attention_2, both with a backward pass that adds in "
+        "no fixed order: two runs, or a resumed one, differ in the last bits; 'flex' transformers' flex_attention, "
         "on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is eager for padded rows with "
         "--wdpo_solver=exact, else sdpa. The pass of --wdpo_solver=tangent along the gradient has kernels of its own",
         "auto",
@@ -104,14 +116,29 @@ class TrainConfig:
         "keep ZeRO's optimizer states in the CPU's memory and step there; --zero_stage 1 to 3", False
     )
     torch_compile: bool = flag(
-        "compile every decoder layer, but for its attention, at its first use; not for WDPO's exact and tangent solvers, "
-        "nor --zero_stage=3",
+        "compile every decoder layer at its first use: of packed rows all but the attention, whose loop over the row's "
+        "groups stays as it is; of padded rows the attention too; not the embeddings nor the output head; not for WDPO's "
+        "exact and tangent solvers, nor --zero_stage=3",
         False,
     )
     seed: int = flag("seed of the shuffling", 42)
-    save_resume: bool = flag("save DeepSpeed's state with every checkpoint (12 bytes a parameter), to continue from", True)
+    save_resume: bool = flag(
+        "save DeepSpeed's state (12 to 16 bytes a parameter) with every checkpoint and on SIGTERM and SIGUSR1, to continue "
+        "from; the newest two stay",
+        True,
+    )
+    comm_timeout: int = flag(
+        "seconds that processes wait for one that does not answer, before the run ends with an error; the waits for a "
+        "checkpoint to be written are longer",
+        1800,
+    )
     resume: Literal["auto", "never"] = flag(
         "'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto"
+    )
+    log: str = flag(
+        "comma-separated, of tensorboard and wandb, or none: where the figures of metrics.jsonl, which is always written, "
+        "go besides; wandb is a package outside the locks and takes its own WANDB_* variables",
+        "tensorboard",
     )
     check_only: bool = flag("check the flags and the inputs, then stop", False)
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
@@ -124,6 +151,12 @@ class TrainConfig:
         if self.wdpo_rho is not None:
             return "wdpo"
         return "drdpo" if self.drdpo_beta is not None else "dpo"
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in --log, each once; none for `none`."""
+        names = dict.fromkeys(name.strip() for name in self.log.split(","))
+        return [name for name in names if name != "none"]
 
     @property
     def second_derivative(self) -> bool:

@@ -20,7 +20,7 @@ def check_training(config: "TrainConfig") -> None:
         require(0 <= getattr(config, name) <= 1, f"--{name}={getattr(config, name)} must lie in [0, 1]")
     for name in ("adam_beta1", "adam_beta2"):
         require(0 <= getattr(config, name) < 1, f"--{name}={getattr(config, name)} must lie in [0, 1)")
-    for name in ("eval_steps", "save_steps", "weight_decay"):
+    for name in ("eval_steps", "save_steps", "weight_decay", "keep_checkpoints"):
         require(getattr(config, name) >= 0, f"--{name}={getattr(config, name)} must not be negative")
     require(0 <= config.label_smoothing < 0.5, f"--label_smoothing={config.label_smoothing} must lie in [0, 0.5)")
     require(
@@ -33,10 +33,33 @@ def check_training(config: "TrainConfig") -> None:
         "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; give --zero_stage=1 or --dtype=float32",
     )
 
+    _check_saving(config)
     _check_lora(config)
+    _check_log(config)
     _check_tokens(config)
     _check_attention(config)
     _check_speed(config)
+
+
+def _check_saving(config: "TrainConfig") -> None:
+    require(config.comm_timeout >= 1, f"--comm_timeout={config.comm_timeout} must be at least 1")
+    require(
+        config.keep_checkpoints > 0 or not config.keep_steps,
+        "--keep_steps has no meaning without --keep_checkpoints, as all stay; give that too",
+    )
+    for step in config.keep_steps:
+        saved = config.save_steps and step % config.save_steps == 0
+        require(
+            step > 0 and (saved or step == config.max_steps or config.max_steps is None),
+            f"--keep_steps={step}: no checkpoint is saved after that step; --save_steps={config.save_steps}",
+        )
+
+
+def _check_log(config: "TrainConfig") -> None:
+    names = [name.strip() for name in config.log.split(",")]
+    for name in names:
+        require(name in ("tensorboard", "wandb", "none"), f"--log={config.log}: '{name}' is not tensorboard, wandb or none")
+    require("none" not in names or len(names) == 1, f"--log={config.log}: none stands alone; leave it or the others out")
 
 
 def _check_tokens(config: "TrainConfig") -> None:
@@ -91,8 +114,20 @@ def _check_lora(config: "TrainConfig") -> None:
     require(config.lora_rank >= 0, f"--lora_rank={config.lora_rank} must not be negative")
     require(config.lora_alpha > 0, f"--lora_alpha={config.lora_alpha} must be positive")
     if config.lora_rank:
+        require(
+            config.lora_quantize == "none" or config.zero_stage <= 2,
+            "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; give "
+            "--zero_stage=2",
+        )
+        require(
+            config.lora_quantize == "none" or not config.torch_compile,
+            "--lora_quantize=nf4 with --torch_compile=true: compiling 4-bit layers is not supported; leave out one of them",
+        )
         return
-    given = {"lora_alpha": config.lora_alpha != 32, "lora_targets": config.lora_targets, "lora_merge": not config.lora_merge}
+    given = {
+        "lora_alpha": config.lora_alpha != 32, "lora_targets": config.lora_targets, "lora_merge": not config.lora_merge,
+        "lora_quantize": config.lora_quantize != "none",
+    }  # fmt: skip
     for name, changed in given.items():
         require(not changed, f"--{name} has no meaning without --lora_rank; give that too")
 
@@ -108,6 +143,7 @@ def _check_method(config: "TrainConfig") -> None:
     for name, value in chosen.items():
         require(value > 0, f"--{name}={value} must be positive (leave it out for plain DPO)")
     _check_idle(config)
+    _check_scope(config)
     if config.method != "wdpo":
         return
     require(0 < config.wdpo_fraction <= 1, f"--wdpo_fraction={config.wdpo_fraction} must lie in (0, 1]")
@@ -143,6 +179,18 @@ def _check_idle(config: "TrainConfig") -> None:
     require(
         not config.kldpo_normalize or config.kldpo_cap == type(config).__dataclass_fields__["kldpo_cap"].default,
         f"--kldpo_cap={config.kldpo_cap} with --kldpo_normalize=true: Algorithm 2's weights have no cap; leave one out",
+    )
+
+
+def _check_scope(config: "TrainConfig") -> None:
+    """Refuse a population where no pair's term depends on the other pairs."""
+    if config.method in ("kldpo", "drdpo") or (config.method == "wdpo" and config.wdpo_penalty == "root"):
+        return
+    name = "WDPO with --wdpo_penalty=squared" if config.method == "wdpo" else "plain DPO"
+    require(
+        config.robust_scope == "step",
+        f"--robust_scope={config.robust_scope} has no meaning for {name}, where no pair's term depends on the other pairs; "
+        "leave it out, or choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root",
     )
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from drdpo.errors import DataError
-from drdpo.records import Completion, check_unique, read_records
+from drdpo.records import Completion, check_unique, read_records, row_number
 from drdpo.rewards.scores import Floats
+
+LARGEST = 1e100
+"""Squares and sums of larger scores would overflow, and every z-score be 0."""
 
 
 def read_completions(path: Path, objectives: Iterable[str]) -> list[Completion]:
@@ -24,18 +27,20 @@ def read_completions(path: Path, objectives: Iterable[str]) -> list[Completion]:
     completions = read_records(path, Completion.from_row)
     check_unique(path, ((c.prompt_id, c.sample_id) for c in completions), '"prompt_id", "sample_id"')
     needed = set(objectives)
-    for row, completion in enumerate(completions, start=1):
+    for index, completion in enumerate(completions):
         if not needed <= completion.scores.keys():
             lacking = ", ".join(sorted(needed - completion.scores.keys()))
             there = ", ".join(completion.scores) or "no scores at all; score them with step 1"
             raise DataError(
-                f"{path}, row {row} (prompt_id {completion.prompt_id}, sample_id {completion.sample_id}): "
+                f"{path}, row {row_number(path, index)} "
+                f"(prompt_id {completion.prompt_id}, sample_id {completion.sample_id}): "
                 f'field "scores" lacks {lacking}; it has {there}'
             )
-        for name in ("prompt", "completion"):
-            if not all(_is_text(message["content"]) for message in getattr(completion, name)):
+        for name in needed:
+            if abs(completion.scores[name]) > LARGEST:
                 raise DataError(
-                    f'{path}, row {row}: field "{name}" holds half of a surrogate pair (\\ud800 to \\udfff), no text'
+                    f'{path}, row {row_number(path, index)}: field "scores": {name} is {completion.scores[name]:g}, beyond '
+                    f"{LARGEST:g} and no score"
                 )
     return completions
 
@@ -47,11 +52,12 @@ def group_by_prompt(path: Path, completions: list[Completion]) -> list[list[Comp
         DataError: one prompt_id has two different prompts, or no prompt has two completions.
     """
     groups: dict[int, list[Completion]] = {}
-    for row, completion in enumerate(completions, start=1):
+    for index, completion in enumerate(completions):
         group = groups.setdefault(completion.prompt_id, [])
         if group and group[0].prompt != completion.prompt:
             raise DataError(
-                f'{path}, row {row}: field "prompt" differs from that of another row with prompt_id {completion.prompt_id}'
+                f"{path}, row {row_number(path, index)}: "
+                f'field "prompt" differs from that of another row with prompt_id {completion.prompt_id}'
             )
         group.append(completion)
     if max(map(len, groups.values())) < 2:
@@ -69,12 +75,3 @@ def score_matrices(groups: list[list[Completion]], objectives: Iterable[str]) ->
             scores_Mn[row, : len(group)] = [completion.scores[objective] for completion in group]
         matrices[objective] = scores_Mn
     return matrices
-
-
-def _is_text(content: str) -> bool:
-    """JSON can spell half a surrogate pair, which UTF-8 cannot."""
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -122,7 +122,9 @@ class Backbone:
         device = distributed.device()
         use_cpu_well(device)
         try:
-            model = AutoModel.from_pretrained(config.backbone, dtype=DTYPES[config.dtype], trust_remote_code=False)
+            model = AutoModel.from_pretrained(
+                config.backbone, dtype=DTYPES[config.dtype], use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise DataError(f"{config.backbone}: the backbone cannot be loaded ({error})") from error
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from drdpo.errors import DataError
 from drdpo.helpsteer import split_helpsteer_turns
-from drdpo.records import Message, read_rows
+from drdpo.records import Message, is_text, read_rows
 from drdpo.rewards.labels import LabelColumn, Scale
 
 
@@ -131,4 +131,6 @@ def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'field "{name}" is {value!r}, not a text')
+    if not is_text(value):
+        raise ValueError(f'field "{name}" holds half of a surrogate pair (\\ud800 to \\udfff), no text')
     return value

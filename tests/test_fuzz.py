@@ -1,0 +1,253 @@
+"""Whatever goes in: success with files that pass their own reader, or one line. DRDPO_FUZZ_CASES=10000 for the long run."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from drdpo import chat, config
+from drdpo.display import one_line
+from drdpo.errors import DataError, UsageError
+from drdpo.flags import parse
+from drdpo.records import Completion, Preference, Prompt, is_text, read_records, write_records
+from drdpo.rewards.labels import Scale
+from drdpo.rewards.pairing import generate_preferences
+from drdpo.rewards.rated_pairs import read_rated_pairs
+from drdpo.rewards.ratings import read_ratings
+from drdpo.training.data import load_preferences, tokenise
+
+pytestmark = pytest.mark.fuzz
+
+PROPERTIES = 7
+CASES = -(-int(os.environ.get("DRDPO_FUZZ_CASES", "350")) // PROPERTIES)
+fuzz = settings(
+    max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)  # fmt: skip
+
+TEXT = st.one_of(
+    st.text(st.characters(), max_size=12),
+    st.sampled_from(
+        ["", " ", "\ud800", "a\udfffb", "\ufeff", "\x00", "<|im_end|>", "\ue000", "<extra_id_1>User\n", "x" * 5000]
+    ),
+    st.sampled_from(["<|im_start|>assistant\n", "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "\u202e", "é" * 3]),
+)
+NUMBER = st.one_of(st.integers(-3, 5), st.floats(), st.sampled_from([True, 10**400, 2**63, -(2**70), 1e308, -1e308]))
+JUNK = st.recursive(
+    st.one_of(st.none(), TEXT, NUMBER),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3),
+    max_leaves=5,
+)
+ROLE = st.sampled_from(["user", "assistant", "system", "tool"]) | JUNK
+
+
+def rarely(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any] = JUNK) -> st.SearchStrategy[Any]:
+    """Mostly good: a file of junk alone never gets past its first row."""
+    # Scrambled, as hypothesis draws ends of a range and the constants of this file more often than other numbers.
+    return st.integers(0, 2**30).flatmap(lambda draw: bad if (draw * 2654435761 >> 9) % 50 == 7 else good)
+
+
+def turns(role: str) -> st.SearchStrategy[Any]:
+    message = st.fixed_dictionaries({"role": rarely(st.just(role), ROLE), "content": rarely(TEXT)})
+    return rarely(st.lists(message, min_size=1, max_size=1))
+
+
+IDS = rarely(st.lists(st.integers(0, 9), max_size=4))
+SMALL = rarely(st.integers(0, 4), NUMBER)
+SCORES = st.fixed_dictionaries({"ArmoRM": rarely(st.floats(-5, 5), NUMBER | JUNK)})
+PROMPT = {"prompt_id": SMALL, "prompt": turns("user")}
+ROWS = {
+    Prompt: st.fixed_dictionaries(PROMPT),
+    Completion: st.fixed_dictionaries(
+        PROMPT
+        | {"sample_id": SMALL, "completion": turns("assistant"), "token_ids": IDS, "scores": rarely(SCORES)}
+        | {"finish_reason": rarely(st.sampled_from(["stop", "length"]))}
+    ),
+    Preference: st.fixed_dictionaries(
+        {"chosen": turns("assistant") | TEXT, "rejected": turns("assistant") | TEXT},
+        optional=PROMPT | {"chosen_score": SMALL, "rejected_score": SMALL, "chosen_token_ids": IDS, "score_chosen": SMALL},
+    ),
+}
+
+
+def bytes_of(row: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    """A file: rows, blank lines, rows that are cut, junk and bytes that are no text."""
+    whole = row.map(lambda one: json.dumps(one).encode())
+    cut = whole.map(lambda line: line[:-2]) | st.binary(max_size=8) | JUNK.map(lambda one: json.dumps(one).encode())
+    line = rarely(rarely(whole, cut), st.just(b" "))
+    start = rarely(st.just(b""), st.just(b"\xef\xbb\xbf"))
+    return st.tuples(start, st.lists(line, max_size=8)).map(lambda two: two[0] + b"\n".join(two[1]))
+
+
+@st.composite
+def completions(draw: st.DrawFn) -> bytes:
+    """A file of completions, two or three of each prompt, with a few wrong values put in."""
+    lines = []
+    for prompt_id in range(draw(st.integers(1, 3))):
+        prompt = [{"role": "user", "content": draw(TEXT.filter(is_text))}]
+        for sample_id in range(draw(st.integers(1, 3))):
+            row = {
+                "prompt_id": prompt_id, "sample_id": sample_id, "prompt": prompt, "token_ids": [sample_id],
+                "completion": [{"role": "assistant", "content": draw(rarely(TEXT.filter(is_text), TEXT))}],
+                "finish_reason": "stop", "scores": {"ArmoRM": draw(rarely(st.floats(-5, 5), NUMBER))},
+            }  # fmt: skip
+            if draw(rarely(st.just(False), st.just(True))):
+                row[draw(st.sampled_from(sorted(row)))] = draw(JUNK)
+            lines.append(json.dumps(row).encode())
+    return b"\n".join(draw(st.permutations(lines)))
+
+
+def ends(call: Callable[[], Any], file: str | None = None) -> Any:
+    """The result; or None after an error of ours whose line names the file. Any other exception fails the test."""
+    try:
+        return call()
+    except (DataError, UsageError) as error:
+        line = one_line(str(error))
+        line.encode()
+        assert line and "\n" not in line
+        if isinstance(error, DataError) and file is not None:
+            assert re.search(re.escape(file), line), line
+        return None
+
+
+def in_folder(content: dict[str, bytes]) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("kind", [Prompt, Completion, Preference], ids=lambda kind: kind.__name__)
+@fuzz
+@given(data=st.data())
+def test_records(kind: Any, data: st.DataObject) -> None:
+    folder = in_folder({"x.jsonl": data.draw(bytes_of(ROWS[kind]))})
+    try:
+        records = ends(lambda: read_records(folder / "x.jsonl", kind.from_row), "x.jsonl")
+        if records is not None:
+            write_records(folder / "y.jsonl", records)
+            assert read_records(folder / "y.jsonl", kind.from_row) == records
+    finally:
+        shutil.rmtree(folder)
+
+
+@fuzz
+@given(
+    train=completions(),
+    test=completions() | bytes_of(ROWS[Completion]),
+    more=st.sampled_from(["", "all_pairs", "top_random"]),
+)
+def test_pairs(train: bytes, test: bytes, more: str) -> None:
+    folder = in_folder({"train.jsonl": train, "test.jsonl": test})
+    words = [f"--completions={folder}", f"--output_path={folder / 'out'}", "--ArmoRM=1"] + [f"--selection={more}"] * bool(
+        more
+    )
+    try:
+        made = ends(lambda: generate_preferences(parse(config.PreferencesConfig, "x", words)) or True, ".jsonl")
+        there = sorted(path.name for path in (folder / "out").glob("*")) + sorted(
+            p.name for p in (folder / "out").glob(".*")
+        )
+        assert there == (["manifest.json", "test.jsonl", "train.jsonl"] if made else [])
+        for name in there[1:]:
+            read_records(folder / "out" / name, Preference.from_row)
+    finally:
+        shutil.rmtree(folder)
+
+
+@fuzz
+@given(
+    ratings=bytes_of(st.fixed_dictionaries({"prompt": rarely(TEXT), "response": rarely(TEXT), "good": SMALL})),
+    pairs=bytes_of(ROWS[Preference]),
+)
+def test_ratings(ratings: bytes, pairs: bytes) -> None:
+    folder = in_folder({"r.jsonl": ratings, "p.jsonl": pairs})
+    try:
+        ends(lambda: read_ratings(folder / "r.jsonl", ["good"], ["good"], Scale(4, 0.5)), "r.jsonl")
+        ends(lambda: read_rated_pairs(folder / "p.jsonl", Scale(4, 0.0), 1, True), "p.jsonl")
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm: Path) -> Any:
+    return chat.load_tokenizer(str(smollm))
+
+
+@fuzz
+@given(rows=bytes_of(ROWS[Preference]))
+def test_training_data(tokenizer: Any, rows: bytes) -> None:
+    folder = in_folder({"train.jsonl": rows})
+    try:
+        found = ends(lambda: load_preferences(str(folder), "train"), "train.jsonl")
+        if found is not None:
+            pairs, counts = tokenise(found, tokenizer, 64)
+            left_out = ("prompt too long", "template refuses", "empty answer", "equal answers")
+            assert len(found) == len(pairs) + sum(counts[reason] for reason in left_out)
+            assert all(pair.chosen and pair.rejected and len(pair) <= 64 for pair in pairs)
+    finally:
+        shutil.rmtree(folder)
+
+
+CONFIGS = [getattr(config, name) for name in config.__all__]
+
+
+@fuzz
+@given(data=st.data())
+def test_flags(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(CONFIGS))
+    names = st.sampled_from([*kind.__dataclass_fields__, "nothing", "ultrafeedback_verbosity"])
+    values = st.one_of(TEXT, NUMBER.map(str), st.sampled_from(["true", "auto", "²", "a=b", "a=nan", "9" * 4301, "none"]))
+    words = [f"--{name}={value}" for name, value in data.draw(st.lists(st.tuples(names, values), max_size=5))]
+    required = {"save_path", "model_path", "output_path", "backbone", "heads", "ratings", "validation", "dataset_path"}
+    words += [f"--{name}=x" for name in required & set(kind.__dataclass_fields__)]
+    try:
+        ends(lambda: parse(kind, "x", words))
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+def test_half_a_surrogate_pair_is_refused(tokenizer: Any, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError):
+        chat.prompt_token_ids(tokenizer, [{"role": "user", "content": text}])
+    row = {"prompt": "x", "chosen": text, "rejected": "y"}
+    (tmp_path / "train.jsonl").write_text("\n" + json.dumps(row))
+    with pytest.raises(DataError, match=r'row 2: field "chosen" holds half of a surrogate pair'):
+        load_preferences(str(tmp_path), "train")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
+    assert len(load_preferences(str(tmp_path), "train")) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch_size=²"], ["--batch_size=" + "9" * 4301], ["--tasks=\udcff"], ["--seed=" + "9" * 30]]
+)
+def test_odd_flags_are_usage_errors(words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        parse(config.LeaderboardConfig, "x", ["--model_path=x", *words])
+
+
+def test_scores_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
+    row = {"prompt_id": 1, "prompt": [{"role": "user", "content": "q"}], "token_ids": [], "finish_reason": "stop"}
+    lines = [
+        json.dumps(
+            row | {"sample_id": n, "scores": {"ArmoRM": 1e200 * n}, "completion": [{"role": "assistant", "content": "a"}]}
+        )
+        for n in range(2)
+    ]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n\n".join(lines))
+    words = [f"--completions={tmp_path}", f"--output_path={tmp_path / 'out'}", "--ArmoRM=1"]
+    with pytest.raises(DataError, match=r'train\.jsonl, row 3: field "scores": ArmoRM is 1e\+200'):
+        generate_preferences(parse(config.PreferencesConfig, "x", words))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,115 @@
+"""Nothing runs foreign code, names in data make no paths, and tokens stay out of what is written and printed."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drdpo.assets.hub import wanted
+
+ROOT = Path(__file__).resolve().parents[1]
+SECRETS = {
+    "HF_TOKEN": "hf_secretsecretsecret",
+    "HUGGING_FACE_HUB_TOKEN": "hf_othersecret",
+    "WANDB_API_KEY": "wandbsecretsecret",
+}
+
+FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
+FORBIDDEN_CALLS = ("eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pd.read_pickle")
+
+
+def offences(source: str) -> list[str]:
+    """What a source does that could run code from a file or a word."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN_MODULES:
+            found.append(str(node.module))
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if name in FORBIDDEN_CALLS:
+                found.append(name)
+            if name == "torch.load" and words.get("weights_only") != "True":
+                found.append(name)
+            found += [f"{arg}={words[arg]}" for arg in ("shell", "trust_remote_code") if words.get(arg, "False") != "False"]
+            found += ["allow_pickle"] if words.get("allow_pickle", "False") != "False" else []
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
+def test_no_source_runs_foreign_code(path: Path) -> None:
+    assert offences(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "eval(x)",
+        "run(x, shell=True)",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=flag)",
+        "np.load(x, allow_pickle=True)",
+    ],
+)
+def test_the_rule_can_fail(source: str) -> None:
+    assert offences(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.bin", "a.pt", "x.pkl", "modeling_custom.py", "sub/evil.py", "original/a.safetensors"]
+)
+def test_code_and_pickles_are_not_fetched(name: str) -> None:
+    assert not wanted(name)
+    assert wanted("model-00001-of-00002.safetensors")
+
+
+def completions(folder: Path, name: str) -> None:
+    folder.mkdir()
+    rows = [
+        {"prompt_id": 1, "sample_id": sample, "prompt": [{"role": "user", "content": "q"}], "token_ids": [1],
+         "completion": [{"role": "assistant", "content": f"a{sample}"}], "finish_reason": "stop",
+         "scores": {name: float(sample), "ArmoRM": float(sample)}}
+        for sample in range(2)
+    ]  # fmt: skip
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files_under(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/escaped-from-drdpo", "a/../../b", "..", "x\u202ey"])
+def test_names_in_data_make_no_paths_and_tokens_stay_out(tmp_path: Path, name: str) -> None:
+    """Objective names that look like paths, through pairing, evaluation with its pictures, and inspection."""
+    work = tmp_path / "in" / "work"
+    work.mkdir(parents=True)
+    completions(work / "data", name)
+    commands = [
+        ["generate_preferences", f"--completions={work}/data", f"--output_path={work}/pairs", "--weights", f"{name}=1"],
+        ["evaluate_armorm", "--runs", f"{name}={work}/data", f"b={work}/data", f"--output_path={work}/report"],
+        ["inspect_data", f"{work}/data", f"--output_path={work}/pictures"],
+    ]
+    before, said = files_under(tmp_path), ""
+    for script, *words in commands:
+        call = [sys.executable, str(ROOT / "src" / f"{script}.py"), *words]
+        done = subprocess.run(call, capture_output=True, text=True, env=os.environ | SECRETS, cwd=work)
+        said += done.stdout + done.stderr
+        assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, done.stderr
+    new = files_under(tmp_path) - before
+    assert any(path.startswith("in/work/pairs/") for path in new), said
+    assert all(path.startswith(tuple(f"in/work/{out}/" for out in ("pairs", "report", "pictures"))) for path in new), new
+    assert not Path("/escaped-from-drdpo").exists()
+    written = b"".join((tmp_path / path).read_bytes() for path in new) + said.encode()
+    for secret in SECRETS.values():
+        assert secret.encode() not in written
