@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from drdpo.kernels import varlen_attention
 from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
 from drdpo.kernels.varlen_attention import check_varlen
 
@@ -51,6 +52,24 @@ def agree(kv_heads: int, dtype: torch.dtype, device: str, tolerance: float) -> N
 def test_every_segment_sees_its_prefix_and_itself(kv_heads: int, monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     agree(kv_heads, torch.float64, "cpu", 1e-12)
+
+
+def test_what_a_row_needs_is_made_once_for_all_layers_and_no_mask_for_flash(monkeypatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    made = []
+    segments_of = varlen_attention.segments_of
+    monkeypatch.setattr(varlen_attention, "segments_of", lambda *given: made.append(given) or segments_of(*given))
+    plan = PrefixPlan(GROUPS, torch.device("cpu"), torch.float32, flash=True)
+    query, key, value = (torch.randn(1, heads, TOKENS, 16) for heads in (6, 2, 2))
+    for _ in range(3):
+        shared_prefix_attention(query, key, value, plan, None)
+    assert len(made) == 1 and "_mask" not in vars(plan)
+    # Four tokens, then 3 and 6 behind them; a row of 5; rows of 1 and 2; two tokens, then 1 and 40 behind them.
+    assert plan.segments.starts_q.diff().tolist() == [4, 3, 6, 5, 1, 2, 2, 1, 40]
+    assert plan.segments.starts_k.diff().tolist() == [4, 7, 10, 5, 1, 2, 2, 3, 42]
+    fused = PrefixPlan(GROUPS, torch.device("cpu"), torch.float32)
+    shared_prefix_attention(query, key, value, fused, None)
+    assert "_mask" in vars(fused) and "segments" not in vars(fused)
 
 
 def test_the_check_finds_wrong_numbers_and_missing_kernels(monkeypatch) -> None:

@@ -6,7 +6,6 @@ usage: engine_worker.py CASES.json PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
 import json
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -28,14 +27,6 @@ from drdpo.training.reference import reference_logprobs
 
 MODEL, OUTPUT = sys.argv[3], Path(sys.argv[4])
 RANKS = ()
-engine_config = deepspeed_engine.engine_config
-
-
-def partitioning_small_weights(*arguments: Any) -> dict[str, Any]:
-    """ZeRO-3 leaves weights of less than 100,000 elements whole; here it takes all but norms and biases apart."""
-    settings = engine_config(*arguments)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
-    return settings
 
 
 class Training:
@@ -46,11 +37,12 @@ class Training:
         self.config = config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(
-            model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
+            model, dtype, config.attention, config.gradient_checkpointing, config.plain_attention, config.lora_quantize
         )
         if config.lora_rank:
             add_lora(policy, config)
-        with mock.patch.object(deepspeed_engine, "engine_config", partitioning_small_weights):
+        # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
+        with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             self.engine = deepspeed_engine.start_engine(policy, config, steps=3)
         self.lengths = [len(pair) for pair in pairs]
         shards = padded_shards(range(len(pairs)), self.lengths, config.micro_batch, *RANKS)

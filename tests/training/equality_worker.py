@@ -9,7 +9,6 @@ A case is a run's flags and, besides, `steps` (default 3), `model` (another fold
 import json
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -26,16 +25,6 @@ from drdpo.training.loop import train_step
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import reference_logprobs
-
-engine_config = deepspeed_engine.engine_config
-
-
-def partitioning_small_weights(*arguments: Any) -> dict[str, Any]:
-    """ZeRO-3 leaves weights of less than 100,000 elements whole, which of the tiny model is all but the embeddings. Here it
-    takes the linear maps apart as it does a real model's; norms, as there, stay."""
-    settings = engine_config(*arguments)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
-    return settings
 
 
 def compiled_graphs() -> int:
@@ -56,7 +45,8 @@ def main() -> None:
         policy = load_policy(
             model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
         )
-        with mock.patch.object(deepspeed_engine, "engine_config", partitioning_small_weights):
+        # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
+        with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             engine = deepspeed_engine.start_engine(policy, config, steps)
         lengths = dealt_lengths(pairs, config)
         ranks = distributed.rank(), distributed.world_size()

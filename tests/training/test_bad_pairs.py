@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_names_its_pair_and_keeps_the_checkpoint_befor
     assert sorted(path.name for path in out.glob("global_step_*")) == ["global_step_1"]
     ours, theirs = (load_file(folder / "global_step_1" / "model.safetensors") for folder in (out, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert json.loads((out / "resume" / "newest.json").read_text())["step"] == 1
+    assert [path.name for path in (out / "resume").glob("step_*")] == ["step_1"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -211,3 +211,24 @@ def test_the_same_folder_with_other_rows_is_refused(command, tiny_policy, tmp_pa
     shutil.rmtree(data)
     written(data, [*GOOD[:3], row(99, "blue", "grey")], GOOD)
     refuse(command(tiny_policy, data, out, "--max_steps=1"), 2, "holds a run made otherwise", "pairs (")
+
+
+def test_another_models_log_probs_under_the_right_key_are_refused_at_a_small_beta(command, tiny_policy, good, finished,
+                                                                                  tmp_path):  # fmt: skip
+    """At beta 0.01 the first loss alone would pass them."""
+    other, out, path = tmp_path / "other", tmp_path / "out", "reference_train.safetensors"
+    shutil.copytree(tiny_policy, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    done = command(other, good, tmp_path / "another run", "--max_steps=1")
+    assert done.status == 0, done.err[-3000:]
+    foreign_M2 = load_file(tmp_path / "another run" / path)["logprobs"]
+    own_M2 = load_file(finished / path)["logprobs"]
+    margins_M = (own_M2 - foreign_M2) @ torch.tensor([1.0, -1.0])
+    losses_M = torch.nn.functional.softplus(-0.01 * margins_M)
+    assert (losses_M - 0.6931472).abs().max() < 1e-3, "or the older check would do"
+    tampered(finished, out, lambda logprobs_M2: logprobs_M2.copy_(foreign_M2))
+    refuse(command(tiny_policy, good, out, "--beta=0.01"), 1, "log-probs are", "away from the reference's",
+           "reference_train.safetensors", "--resume=never")  # fmt: skip
+    assert not list(out.glob("global_step_*")) and not (out / "resume").exists()

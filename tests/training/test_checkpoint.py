@@ -1,5 +1,7 @@
-"""What a full disk does to a checkpoint, and a loss that is not a number to a run."""
+"""What counts as a state, what a full disk does to a checkpoint, and a loss that is not a number to a run."""
 
+import hashlib
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +12,9 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training.checkpoint import save_model, save_state
 from drdpo.training.data import Pair
+from drdpo.training.disk import SLACK, check_room
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
-from drdpo.training.loop import _check_first_loss
-from drdpo.training.newest import read_newest, write_newest
+from drdpo.training.newest import damage, describe, states, write_index
 from drdpo.training.policy import load_policy
 
 
@@ -53,27 +55,68 @@ def test_weights_that_are_not_finite_leave_the_checkpoint_before_as_it_was(value
     assert (tmp_path / "global_step_2" / "config.json").read_text() == "old"
 
 
+def state_in(folder: Path, step: int, content: bytes = b"weights") -> Path:
+    """A complete state of one file."""
+    place = folder / f"step_{step}"
+    place.mkdir(parents=True)
+    (place / "a.pt").write_bytes(content)
+    write_index(place, step, 1, {"a.pt": describe(place / "a.pt")})
+    return place
+
+
+def test_states_count_when_all_their_files_are_whole_and_newest_first(tmp_path):
+    for step in (2, 10, 9, 11, 12):
+        state_in(tmp_path, step)
+    (tmp_path / "step_11" / "a.pt").write_bytes(b"weight")
+    (tmp_path / "step_12" / "state.json").write_text('{"step": 12, "world')
+    (tmp_path / ".step_13.tmp").mkdir()
+    found, torn = states(tmp_path)
+    assert [state.step for state in found] == [10, 9, 2]
+    assert "step_12/state.json" in torn[0]
+    assert torn[1].endswith("step_11/a.pt has 6 bytes, not 7")
+    assert damage(found[0], ["a.pt"]) is None
+    (tmp_path / "step_10" / "a.pt").write_bytes(b"Weights")
+    assert "step_10/a.pt does not hold" in damage(found[0], ["a.pt"])
+    (tmp_path / "step_9" / "a.pt").unlink()
+    assert [state.step for state in states(tmp_path)[0]] == [10, 2]
+
+
 def test_a_full_disk_keeps_the_state_before(tmp_path):
-    (tmp_path / "step_1").mkdir()
-    (tmp_path / "step_0").mkdir()
-    write_newest(tmp_path, {"step": 1, "world_size": 1, "tag": "step_1"})
+    for step in (0, 1):
+        state_in(tmp_path, step)
 
     def full(folder, tag, **_):
         (Path(folder) / tag).mkdir()
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
 
-    with pytest.raises(DataError, match="the one before is kept"):
+    with pytest.raises(DataError, match=r"step_2: the state could not be written .*the one before is kept"):
         save_state(engine_around(save=full), tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["newest.json", "step_1"]
-    assert read_newest(tmp_path)["step"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1"]
 
 
-@pytest.mark.parametrize("loss", [float("nan"), 0.75, float("inf")])
-def test_a_first_loss_that_is_not_ln_2_is_refused(loss):
-    config = TrainConfig("m", "d", "s")
-    _check_first_loss(0.6935, config)
-    with pytest.raises(DataError, match="first loss"):
-        _check_first_loss(loss, config)
+def test_a_state_is_in_place_whole_and_two_stay(tmp_path):
+    def save(folder, tag, **_):
+        (Path(folder) / tag).mkdir()
+        (Path(folder) / tag / "b.pt").write_bytes(b"moments")
+
+    state_in(tmp_path, 1)
+    for step in (2, 3, 4):
+        save_state(engine_around(save=save), tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_4"]
+    assert [(state.step, state.world_size, state.files) for state in states(tmp_path)[0]] == [
+        (step, 1, {"b.pt": {"size": 7, "sha256": hashlib.sha256(b"moments").hexdigest()}}) for step in (4, 3)
+    ]
+
+
+def test_no_room_on_the_disk_is_told_before_a_byte_is_written(tmp_path, monkeypatch):
+    state_in(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=SLACK + 31))
+    # Two weights of four bytes, trained: 4 + 12 bytes each.
+    with pytest.raises(DataError, match=r"step_2: not written, as it takes 0.02 GB and the disk has 0.02 GB left"):
+        save_state(engine_around(save=pytest.fail), tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
+    check_room(tmp_path / "x", 10**12, engine_around().device)
 
 
 def test_figures_that_are_not_finite_end_the_run_and_name_the_pairs():

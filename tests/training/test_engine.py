@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair
-from drdpo.training.engine import engine_config
+from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
 from drdpo.training.memory import predict
 from drdpo.training.objective import survey
@@ -42,10 +42,17 @@ MICRO = {
 }
 OFFLOAD = {
     f"{dtype} zero{stage} {'offloaded' if offload else 'kept'}": {
-        **COMMON, "dtype": dtype, "zero_stage": stage, "micro_batch_size": 4, "train_batch_size": 8, "steps": 3,
-        "optimizer_offload": offload,
+        **COMMON, "dtype": dtype, "zero_stage": stage, "micro_batch_size": 2, "steps": 3, "optimizer_offload": offload,
     }
     for dtype in ("float32", "bfloat16")
+    for stage in (1, 2, 3)
+    for offload in (False, True)
+}  # fmt: skip
+# Four micro-batches a step above; here as many as the lengths make, fewer than DeepSpeed is told.
+OFFLOAD |= {
+    f"float32 rows zero{stage} {'offloaded' if offload else 'kept'}": {
+        **COMMON, "zero_stage": stage, "micro_batch_tokens": 60, "steps": 3, "optimizer_offload": offload,
+    }
     for stage in (1, 2, 3)
     for offload in (False, True)
 }  # fmt: skip
@@ -149,9 +156,12 @@ def test_parameters_do_not_depend_on_micro_batches_ranks_or_packing(method, one_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [f"{dtype} zero{stage}" for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)])
+@pytest.mark.parametrize("case", [f"{kind} zero{stage}" for kind in ("float32", "bfloat16", "float32 rows")
+                                  for stage in (1, 2, 3)])  # fmt: skip
 def test_offloaded_optimizer_states_change_no_number(case, one_rank):
     kept, offloaded = (figures(one_rank, f"{case} {how}") for how in ("kept", "offloaded"))
+    steps = len(kept["losses"])
+    assert len(offloaded["sizes"]) == len(kept["sizes"]) > 2 * steps, "several micro-batches a step"
     # Stage 1 in bfloat16 sums and rounds in another order without offload: another optimizer class of DeepSpeed.
     same = case != "bfloat16 zero1"
     assert offloaded["losses"] == pytest.approx(kept["losses"], abs=1e-6 if same else 5e-3)
@@ -281,6 +291,22 @@ def test_flags_reach_deepspeed():
     settings = engine_config(config_of(optimizer_offload=True, zero_stage=1), 1)
     assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert "offload_optimizer" not in engine_config(config_of(), 1)["zero_optimization"]
+
+
+def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
+    """The weights of norms, however wide: of a model of width 120,000 too, beyond DeepSpeed's own threshold."""
+    for width, expected in ((120_000, 120_000), (64, 100_000)):
+        LlamaConfig(
+            vocab_size=16, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, architectures=["LlamaForCausalLM"],
+        ).save_pretrained(tmp_path)  # fmt: skip
+        config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3)
+        policy = meta_policy(config)
+        assert largest_vector(policy) == width
+        settings = engine_config(config, 1, 10**9, largest_vector(policy))["zero_optimization"]
+        assert settings["stage3_param_persistence_threshold"] == expected
+        read = [module.weight for name, module in policy.named_modules() if name.endswith("norm")]
+        assert len(read) == 3 and all(weight.numel() <= expected for weight in read)
 
 
 def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):

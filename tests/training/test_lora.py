@@ -21,6 +21,7 @@ from drdpo.errors import UsageError
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair
 from drdpo.training.lora import add_lora, block_linears, merged
+from drdpo.training.nf4 import NF4Linear
 from drdpo.training.packing import pack
 from drdpo.training.policy import Policy, load_policy
 
@@ -42,6 +43,7 @@ CASES = {
     },
     # On a model whose linear maps have biases.
     "wdpo-tangent": {"flags": {**LORA, **WDPO, "zero_stage": 3, "wdpo_solver": "tangent"}, "do": "train", "model": "biased"},
+    "nf4-zero2": {"flags": {**LORA, "zero_stage": 2, "lora_quantize": "nf4"}, "do": "resume", "save": True},
     "whole-zero2": {"flags": {**COMMON, "zero_stage": 2}, "do": "train", "save": True, "break": True},
     "whole-zero3": {"flags": {**COMMON, "zero_stage": 3, "dtype": "bfloat16"}, "do": "resume", "save": True},
 }  # fmt: skip
@@ -166,8 +168,23 @@ def test_lora_on_two_ranks_equals_plain_peft(case, engine_folder, pairs, tiny_po
 
 
 @pytest.mark.slow
+def test_qlora_on_two_ranks_equals_plain_peft_on_the_dequantized_weights(engine_folder, pairs, tiny_policy, tmp_path):
+    config = config_of(tiny_policy)
+    policy = load_policy(str(tiny_policy), torch.float32, config.attention, False, quantize="nf4")
+    dense = {name: part.dense() for name, part in policy.language_model.named_modules() if isinstance(part, NF4Linear)}
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    for name, weight in dense.items():
+        model.get_submodule(name).weight.data = weight
+    model.save_pretrained(tmp_path)
+    ours = load_file(engine_folder / "nf4-zero2.safetensors")
+    for name, value in plain_training(tmp_path, pairs, CASES["nf4-zero2"]["flags"]).items():
+        assert torch.allclose(ours[name], value, atol=1e-5, rtol=0), f"{name}: {(ours[name] - value).abs().max():.1e}"
+    assert ours["model.layers.0.mlp.up_proj.base_layer.weight"].shape == (64 * 32 // 2, 1), "still in 4 bits"
+
+
+@pytest.mark.slow
 def test_the_first_loss_with_adapters_is_ln_2(engine_folder):
-    for case in EQUAL:
+    for case in [*EQUAL, "nf4-zero2"]:
         for facts in facts_of(engine_folder, case):
             assert facts["first_loss"] == pytest.approx(math.log(2), abs=1e-6), case
 
@@ -207,7 +224,7 @@ def test_a_saved_model_with_a_tied_head_reloads_bit_equal(case, engine_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dpo-zero2", "dpo-zero3"])
+@pytest.mark.parametrize("case", ["dpo-zero2", "dpo-zero3", "nf4-zero2"])
 def test_merged_model_and_adapter_say_the_same(case, engine_folder, tiny_policy):
     from peft import PeftModel
 

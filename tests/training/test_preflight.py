@@ -168,6 +168,34 @@ def test_a_model_that_does_not_fit_is_warned_of(tiny_policy, tmp_path, capsys, m
     assert re.search(r"warning +2 processes need \d.*, but 0\.00 GiB is free", capsys.readouterr().out)
 
 
+def test_offload_is_told_where_the_optimizer_is_what_does_not_fit(tiny_policy, tmp_path, capsys, monkeypatch):
+    from drdpo.training import preflight as module
+
+    pairs = pairs_of(*[(4, 2, 1)] * 4)
+    monkeypatch.setattr("drdpo.distributed.use_cuda", lambda: True)
+    told = []
+    for short, offload in ((1, False), (12 * PARAMETERS + 1, False), (1, True)):
+        config = config_of(tiny_policy, optimizer_offload=offload)
+        monkeypatch.setattr(module, "_free", lambda cuda: (10**15, 1))
+        sizes = []
+        real = predict
+
+        def seen(*given, sizes=sizes, real=real):
+            sizes.append(real(*given))
+            return sizes[-1]
+
+        monkeypatch.setattr(module, "predict", seen)
+        run = Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
+        preflight(run)
+        monkeypatch.setattr(module, "_free", lambda cuda, need=sizes[0], short=short: (need.total - short, 1))
+        preflight(run)
+        (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        told.append("--optimizer_offload=true moves 0.02 GiB of it to the CPU's memory" in warning)
+    assert abs(12 * PARAMETERS / 2**30 - 0.02) < 0.005
+    # It is not told where the rest would not fit either, nor where it is given already.
+    assert told == [True, False, False]
+
+
 def test_advice_names_a_flag_for_the_largest_part():
     nothing = Memory(0, 0, 0, 0, 0, 0, process=10**12)
     for part, flags, world, word in (
@@ -184,6 +212,14 @@ def test_advice_names_a_flag_for_the_largest_part():
         need = replace(nothing, **{part: 4 * 3 * GATHERED})
         told = advice(need, config_of(**flags), world)
         assert part in told and word in told, told
+    on_gpu = replace(nothing, process=0, optimizer=10**12)
+    for flags, world, word in (
+        ({}, 1, "--optimizer_offload=true lowers"),
+        ({"zero_stage": 1}, 2, "--zero_stage=2"),
+        ({"zero_stage": 0}, 1, "--optimizer_offload=true with --zero_stage=2 lowers"),
+        ({"optimizer_offload": True}, 1, "--lora_rank=16"),
+    ):
+        assert word in advice(on_gpu, config_of(**flags), world)
     small = replace(nothing, weights=4 * GATHERED)
     assert "--zero_stage=3" not in advice(small, config_of(), 2), "it keeps so many weights gathered that nothing is gained"
 
@@ -314,6 +350,6 @@ def test_weights_that_explode_stop_the_run_and_leave_the_last_good_checkpoint(ro
     assert re.search(r"step 2: .*(loss is nan|grad_norm is inf).* micro-batch of prompt_id 7\d", message), message
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in out.glob("global_step_*")) == ["global_step_1"]
-    assert json.loads((out / "resume" / "newest.json").read_text())["step"] == 1
+    assert [path.name for path in (out / "resume").glob("step_*")] == ["step_1"]
     assert all(torch.isfinite(value).all() for value in load_file(out / "global_step_1" / "model.safetensors").values())
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1

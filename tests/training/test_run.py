@@ -51,6 +51,8 @@ def refuse(done, status: int, *words: str) -> None:
         (["--train_batch_size=6", "--micro_batch_size=4"], ["--train_batch_size=6", "--micro_batch_size=4"]),
         (["--kldpo_tau=0.1", "--train_batch_size=1", "--micro_batch_size=1"], ["population of one pair"]),
         (["--drdpo_beta=1", "--micro_batch_size=1", "--robust_scope=micro"], ["population of one pair"]),
+        (["--robust_scope=micro"], ["--robust_scope=micro has no meaning for plain DPO", "leave it out"]),
+        (["--robust_scope=micro", "--wdpo_rho=0.1"], ["no meaning for WDPO with --wdpo_penalty=squared", "root"]),
         (["--wdpo_rho=0.1", "--packing=false", "--attn=flash"], ["second derivative", "eager"]),
         (["--wdpo_rho=0.1", "--packing=false", "--attn=sdpa"], ["second derivative"]),
         (["--attn=flex"], ["--attn=flex: packed rows", "--attn=sdpa", "--packing=false"]),
@@ -64,6 +66,9 @@ def refuse(done, status: int, *words: str) -> None:
         (["--zero_stage=0"], ["--zero_stage=0", "bfloat16"]),
         (["--loss_type=ipo", "--label_smoothing=0.1"], ["--label_smoothing"]),
         (["--label_smoothing=0.5"], ["--label_smoothing"]),
+        (["--keep_steps", "158"], ["--keep_steps has no meaning without --keep_checkpoints"]),
+        (["--keep_checkpoints=2", "--keep_steps", "150", "--max_steps=200"], ["--keep_steps=150", "--save_steps=158"]),
+        (["--comm_timeout=0"], ["--comm_timeout=0"]),
     ],
 )  # fmt: skip
 def test_a_wrong_command_ends_with_status_2(flags, words, root, tiny_policy, data, tmp_path):
@@ -94,7 +99,7 @@ def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(r
 def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(root, tiny_policy, data, tmp_path):
     from drdpo.config import TrainConfig
     from drdpo.manifest import write_manifest
-    from drdpo.training.newest import write_newest
+    from drdpo.training.newest import write_index
     from drdpo.training.run import _made_by
 
     out = tmp_path / "out"
@@ -104,10 +109,19 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(root
     refuse(train(root, tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
     assert train(root, tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
     (out / "resume" / "step_1").mkdir(parents=True)
-    write_newest(out / "resume", {"step": 1, "world_size": 2, "tag": "step_1"})
+    write_index(out / "resume" / "step_1", 1, 2, {})
     refuse(train(root, tiny_policy, data, out), 2, "2 processes", "by 1")
-    (out / "resume" / "step_1").rmdir()
-    refuse(train(root, tiny_policy, data, out), 1, "step_1", "not there")
+    (out / "resume" / "step_1" / "state.json").unlink()
+    assert train(root, tiny_policy, data, out).returncode == 0, "a state that is not whole hinders no run"
+
+
+def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(root, tiny_policy, data, tmp_path):
+    from drdpo.lock import lock_folder
+
+    out = tmp_path / "out"
+    with lock_folder(out):
+        refuse(train(root, tiny_policy, data, out), 2, "is being written by process", str(out))
+    assert train(root, tiny_policy, data, out).returncode == 0
 
 
 def test_bad_models_end_with_status_1(root, tiny_policy, data, tmp_path):

@@ -143,7 +143,7 @@ def test_resume_after_sigkill_equals_uninterrupted(run, root, tiny_policy, data,
     started = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 300
-    while not (again / "resume" / "newest.json").is_file():
+    while not list((again / "resume").glob("step_*/state.json")):
         assert started.poll() is None and time.monotonic() < deadline, "no state was saved before the run ended"
         time.sleep(0.05)
     kill_tree(started.pid)

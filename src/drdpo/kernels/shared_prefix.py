@@ -10,12 +10,16 @@ alive at a time, where a cache of the prefix would hold those of all layers.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from drdpo.kernels.varlen_attention import Segments
 
 NAME = "shared_prefix"
 """What transformers calls this attention."""
@@ -35,7 +39,7 @@ class PrefixGroup:
 
 
 class PrefixPlan:
-    """The groups of one row, with the mask that all of them and all layers use.
+    """The groups of one row, with what its kernel needs to know of them: made once, at its first use, for all layers.
 
     Args:
         groups: in the order of the row.
@@ -58,15 +62,27 @@ class PrefixPlan:
     ) -> None:
         self.groups = list(groups)
         self.plain, self.twice, self.flash = plain, twice and not plain, flash
-        masked = [group for group in self.groups if group.prefix or plain]
-        self._longest_prefix = max((group.prefix for group in masked), default=0)
-        longest = max((length for group in masked for length in group.suffixes), default=0)
-        if plain:
+        self._device, self._dtype = device, dtype
+        self._masked = [group for group in self.groups if group.prefix or plain]
+        self._longest_prefix = max((group.prefix for group in self._masked), default=0)
+
+    @cached_property
+    def segments(self) -> "Segments":
+        """What flash attention is told."""
+        from drdpo.kernels.varlen_attention import segments_of
+
+        return segments_of(self.groups, self._device)
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """Of the longest prefix and suffix: the others' are corners of it."""
+        longest = max((length for group in self._masked for length in group.suffixes), default=0)
+        if self.plain:
             longest = max(longest, self._longest_prefix)
-        row_A = torch.arange(longest, device=device)[:, None]
-        column = torch.arange(self._longest_prefix + longest, device=device)[None]
+        row_A = torch.arange(longest, device=self._device)[:, None]
+        column = torch.arange(self._longest_prefix + longest, device=self._device)[None]
         hidden = column > row_A + self._longest_prefix
-        self._mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill(hidden, float("-inf"))
 
     def mask(self, prefix: int, suffix: int) -> Tensor:
         """[suffix, prefix + suffix] additive: row i sees the prefix and the first i + 1 tokens of its suffix."""

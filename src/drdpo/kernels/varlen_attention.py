@@ -6,11 +6,37 @@ drdpo.kernels.shared_prefix, M keys in all: a prefix's stand there once for itse
 """
 
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, fused_attention
+
+
+class Segments(NamedTuple):
+    """A row as flash attention is told of it: its pieces are the prefixes and suffixes in their order."""
+
+    lengths: list[int]
+    """Of the pieces, each of which is a segment of queries."""
+    pieces: list[list[int]]
+    """Of every segment: which pieces are its keys."""
+    starts_q: Tensor
+    """int32, cumulative lengths of the segments' queries, from 0."""
+    starts_k: Tensor
+    """int32, the same of their keys."""
+    longest_q: int
+    longest_k: int
+
+
+def segments_of(groups: list[PrefixGroup], device: torch.device) -> Segments:
+    """The segments of a row whose groups these are, for tensors on a device."""
+    pieces, lengths = _segments(groups)
+    keys = [sum(lengths[piece] for piece in segment) for segment in pieces]
+    starts_q, starts_k = (
+        torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (lengths, keys)
+    )
+    return Segments(lengths, pieces, starts_q, starts_k, max(lengths), max(keys))
 
 
 def varlen_attention(
@@ -19,22 +45,17 @@ def varlen_attention(
     """As drdpo.kernels.shared_prefix.shared_prefix_attention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    pieces, queries = _segments(plan.groups)
-    lengths = [group_part for group in plan.groups for group_part in _parts(group)]
+    known = plan.segments
 
     def lined_up(tensor_1KNE: Tensor) -> Tensor:
         # Split and joined, not indexed: the gradient is then a sum in a fixed order.
-        parts = tensor_1KNE[0].transpose(0, 1).split(lengths)
-        return torch.cat([parts[piece] for segment in pieces for piece in segment])
+        parts = tensor_1KNE[0].transpose(0, 1).split(known.lengths)
+        return torch.cat([parts[piece] for segment in known.pieces for piece in segment])
 
-    keys = [sum(lengths[piece] for piece in segment) for segment in pieces]
-    device = query_1HNE.device
-    starts_q, starts_k = (
-        torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys)
-    )
     out_NHE = varlen_attn(
-        query_1HNE[0].transpose(0, 1).contiguous(), lined_up(key_1KNE), lined_up(value_1KNE), starts_q, starts_k,
-        max(queries), max(keys), scale=scale, window_size=(-1, 0), enable_gqa=query_1HNE.shape[1] != key_1KNE.shape[1],
+        query_1HNE[0].transpose(0, 1).contiguous(), lined_up(key_1KNE), lined_up(value_1KNE), known.starts_q,
+        known.starts_k, known.longest_q, known.longest_k, scale=scale, window_size=(-1, 0),
+        enable_gqa=query_1HNE.shape[1] != key_1KNE.shape[1],
     )  # fmt: skip
     assert isinstance(out_NHE, Tensor)
     return out_NHE.transpose(0, 1)[None]

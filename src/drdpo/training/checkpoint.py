@@ -1,5 +1,6 @@
 """Checkpoints: plain Hugging Face folders for use, DeepSpeed state for going on."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,22 @@ from drdpo import distributed
 from drdpo.chat import Tokenizer
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.files import atomic_folder
+from drdpo.files import atomic_folder, flush
+from drdpo.training.disk import check_room
 from drdpo.training.engine import Engine
-from drdpo.training.lora import merged, save_adapter
-from drdpo.training.newest import keep_only, read_newest, write_newest
+from drdpo.training.lora import merged, on_stored_base, save_adapter
+from drdpo.training.newest import damage, describe, keep_only, states, write_index
+from drdpo.training.waiting import is_lost_rank, patient
+
+KEPT = 2
+"""States that stay: the newest, and the one before should the newest be damaged."""
 
 
 def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: TrainConfig) -> None:
     """Write the policy as a Hugging Face folder (safetensors in the training dtype, tokenizer), whole or not at all.
 
     With LoRA the folder holds the merged model, and the adapters in its subfolder `adapter` as peft lays them out; with
-    --lora_merge=false it holds the adapters alone.
+    --lora_merge=false it holds the adapters alone. Quantized weights are merged in full precision, from --model_path.
 
     Args:
         engine: of any ZeRO stage; every rank must call.
@@ -32,9 +38,16 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: Train
     Raises:
         DataError: a weight is not finite, or the disk is full; every rank raises the former.
     """
+    # Rank 0 writes while the others wait.
+    with patient(4 * _elements(engine.module)):
+        _save_model(engine, tokenizer, folder, config)
+
+
+def _save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: TrainConfig) -> None:
     model = engine.module.language_model
     weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
     _check_weights(engine, weights, folder)
+    check_room(folder, sum(weight.numel() * weight.element_size() for weight in weights.values()), engine.device)
     if distributed.is_main():
         try:
             with atomic_folder(folder) as aside:
@@ -42,7 +55,10 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: Train
                     model.save_pretrained(aside, state_dict=_untied(model, weights))
                 elif config.lora_merge:
                     save_adapter(model, weights, config, aside / "adapter")
-                    model.save_pretrained(aside, state_dict=_untied(model, merged(weights, config)))
+                    whole = model
+                    if config.lora_quantize != "none":
+                        whole, weights = on_stored_base(model, weights, config)
+                    whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, config)))
                 else:
                     save_adapter(model, weights, config, aside)
                 tokenizer.save_pretrained(aside)
@@ -86,35 +102,87 @@ def _gathered(model: Any) -> dict[str, torch.Tensor]:
 
 
 def save_state(engine: Engine, folder: Path, step: int) -> None:
-    """Write DeepSpeed's state after `step` optimizer steps and drop the one before; every rank must call.
+    """Write DeepSpeed's state after `step` optimizer steps, whole or not at all, and keep the one before.
+
+    Every rank must call.
 
     Args:
         engine: the running engine.
-        folder: save_path/resume.
+        folder: save_path/resume, on a file system that all ranks share.
         step: optimizer steps done.
+
+    Raises:
+        DataError: the disk is full, or a rank cannot see what another one wrote.
     """
-    tag = f"step_{step}"
-    state = {"step": step, "world_size": distributed.world_size()}
+    with patient(_state_bytes(engine)):
+        _save_state(engine, folder, step)
+
+
+def _save_state(engine: Engine, folder: Path, step: int) -> None:
+    aside = folder / f".step_{step}.tmp"
     if distributed.is_main():
-        keep_only(folder, str((read_newest(folder) or {}).get("tag")))
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_only(folder, states(folder)[0][:1])
     distributed.barrier()
+    check_room(folder / f"step_{step}", _state_bytes(engine), engine.device)
     try:
-        engine.save_checkpoint(
-            str(folder), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
-        )
+        engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=_has_frozen(engine))
+        distributed.barrier()
+        files = _described(engine, aside)
+        if distributed.is_main():
+            write_index(aside, step, distributed.world_size(), files)
+            _into_place(aside, folder / f"step_{step}")
     except (OSError, RuntimeError) as error:
-        # RuntimeError is what torch makes of a full disk.
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        raise DataError(f"{folder / tag}: the state could not be written ({error}); the one before is kept") from error
+        # RuntimeError is what torch makes of a full disk, and of a rank that is gone.
+        if is_lost_rank(error):
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DataError(
+            f"{folder / f'step_{step}'}: the state could not be written ({error}); the one before is kept"
+        ) from error
     distributed.barrier()
-    if distributed.is_main():
-        write_newest(folder, {**state, "tag": tag})
-        keep_only(folder, tag)
-    distributed.barrier()
+
+
+def _into_place(aside: Path, place: Path) -> None:
+    flush(aside)
+    if place.exists():
+        # Damaged, or it would have been loaded.
+        shutil.rmtree(place)
+    os.replace(aside, place)
+    flush(place.parent)
+    keep_only(place.parent, states(place.parent)[0][:KEPT])
+
+
+def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file, flushed to disk, each by one of the ranks."""
+    names = sorted(path.name for path in folder.iterdir())
+    rows = []
+    for number in distributed.shard(range(len(names))):
+        flush(folder / names[number])
+        about = describe(folder / names[number])
+        rows.append([number, about["size"], *bytes.fromhex(about["sha256"])])
+    table_K34 = torch.tensor(rows, dtype=torch.int64, device=engine.device).reshape(-1, 34)
+    return {
+        names[number]: {"size": size, "sha256": bytes(digest).hex()}
+        for number, size, *digest in distributed.gather(table_K34).tolist()
+    }
+
+
+def _state_bytes(engine: Engine) -> int:
+    """Bytes of all ranks' state, by formula: AdamW's moments, float32 weights, and the weights in the training dtype."""
+    size = next(parameter.element_size() for parameter in engine.module.parameters() if parameter.requires_grad)
+    return _elements(engine.module, trained=True) * (8 + 4 + (size if engine.zero_optimization_stage() < 3 else 0))
+
+
+def _elements(policy: torch.nn.Module, trained: bool = False) -> int:
+    """How many numbers a policy's weights, or those of them that are trained, hold."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad or not trained]
+    # ZeRO-3 leaves a parameter's true size in ds_numel.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
 def load_state(engine: Engine, folder: Path) -> int:
-    """Load the newest complete state.
+    """Load the newest complete state; says, on rank 0, which ones were damaged and skipped.
 
     Args:
         engine: freshly started.
@@ -126,14 +194,28 @@ def load_state(engine: Engine, folder: Path) -> int:
     Raises:
         DataError: DeepSpeed cannot read the state.
     """
-    newest = read_newest(folder)
-    if newest is None:
+    found, torn = states(folder)
+    # Rank 0's view of the folder counts: on a network file system another's may be older.
+    steps = distributed.gather(torch.tensor([state.step for state in found] + [-1], device=engine.device)).tolist()
+    steps = steps[: steps.index(-1)]
+    chosen = None
+    for step in steps:
+        state = next((state for state in found if state.step == step), None)
+        bad = damage(state, distributed.shard(sorted(state.files))) if state else f"{folder}/step_{step}: not seen"
+        if not distributed.gather(torch.tensor([float(bad is not None)], device=engine.device)).any():
+            chosen = state
+            break
+        torn.append(bad or f"{folder}/step_{step} does not hold what was written, as another rank sees it")
+    if torn and distributed.is_main():
+        where = f"the state after step {chosen.step}" if chosen else "the beginning"
+        print(f"{torn[0]}: a state that is not whole; skipped, going on from {where}", flush=True)
+    if chosen is None:
         return 0
     # Frozen weights are not in the state: they are those that were loaded.
-    loaded, _ = engine.load_checkpoint(str(folder), tag=newest["tag"], load_module_strict=not _has_frozen(engine))
+    loaded, _ = engine.load_checkpoint(str(folder), tag=chosen.folder.name, load_module_strict=not _has_frozen(engine))
     if loaded is None:
-        raise DataError(f"{folder / newest['tag']}: DeepSpeed cannot read this state; start anew with --resume=never")
-    return int(newest["step"])
+        raise DataError(f"{chosen.folder}: DeepSpeed cannot read this state; start anew with --resume=never")
+    return chosen.step
 
 
 def _has_frozen(engine: Engine) -> bool:

@@ -20,8 +20,12 @@ Engine = Any
 """A deepspeed.DeepSpeedEngine around a Policy; see drdpo.training.loop.train_step for which of both runs forward."""
 
 
-def initialise() -> None:
-    """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not."""
+def initialise(timeout: timedelta = distributed.TIMEOUT) -> None:
+    """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not.
+
+    Args:
+        timeout: how long ranks wait for each other.
+    """
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -32,8 +36,6 @@ def initialise() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls a collective by its older name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    # Saving a large model takes one rank minutes, while the others wait.
-    timeout = timedelta(hours=2)
     if distributed.use_cuda():
         torch.cuda.set_device(distributed.local_rank())
         deepspeed.init_distributed("nccl", auto_mpi_discovery=False, timeout=timeout)
@@ -77,7 +79,7 @@ def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
     )
     engine, *_ = deepspeed.initialize(
         model=policy, optimizer=optimizer, lr_scheduler=schedule,
-        config=engine_config(config, distributed.world_size(), trained),
+        config=engine_config(config, distributed.world_size(), trained, largest_vector(policy)),
     )  # fmt: skip
     if config.zero_stage == 0:
         # Without ZeRO DeepSpeed clips but tells no norm, and a gradient that is not finite would go unseen.
@@ -92,8 +94,24 @@ BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once at most, its default."""
 
 
-def engine_config(config: TrainConfig, world: int, trained: int = BUCKET) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run on `world` processes that trains so many parameters."""
+KEPT_WHOLE = 100_000
+"""Elements of a weight that ZeRO-3 leaves whole on every process, DeepSpeed's default."""
+
+
+def largest_vector(policy: Policy) -> int:
+    """Elements of the largest weight with one axis: of a norm, or a bias."""
+    return max((parameter.numel() for parameter in policy.parameters() if parameter.dim() == 1), default=0)
+
+
+def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run on `world` processes.
+
+    Args:
+        config: of the run.
+        world: W.
+        trained: parameters that the run trains.
+        vector: elements of the policy's largest_vector.
+    """
     bfloat16, offload = config.dtype == "bfloat16", config.optimizer_offload
     return {
         "train_batch_size": config.train_batch_size,
@@ -109,6 +127,9 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET) -> dic
             "stage": config.zero_stage,
             # A buffer of this size is held during the backward pass: no larger than all gradients.
             "reduce_bucket_size": max(1, min(BUCKET, trained)),
+            # The tangent pass calls linear maps, embeddings and head as modules, around which ZeRO-3 fetches their weights,
+            # and reads the norms' weights itself: these must be whole.
+            "stage3_param_persistence_threshold": max(KEPT_WHOLE, vector),
             "stage3_gather_16bit_weights_on_model_save": config.zero_stage == 3,
             **({"offload_optimizer": {"device": "cpu", "pin_memory": distributed.use_cuda()}} if offload else {}),
         },

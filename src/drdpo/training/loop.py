@@ -1,7 +1,9 @@
 """The training loop: one for every method."""
 
-import math
+import sys
 import time
+from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -9,33 +11,44 @@ from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError
+from drdpo.errors import ProcessError
 from drdpo.manifest import write_manifest
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.batches import step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
-from drdpo.training.data import Pair, dealt_lengths
-from drdpo.training.dealing import evaluation_batches, step_batches
+from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
+from drdpo.training.first_loss import check_first_step
 from drdpo.training.fraction import penalised_pairs
+from drdpo.training.logs import RankLog, rank_log
 from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
 from drdpo.training.objective import Objective, needs_population, objective, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import attend_by_flash, load_policy
+from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
 from drdpo.training.preflight import preflight
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
-from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run
+from drdpo.training.retention import remove_old_checkpoints
+from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run, sole_writer
+from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
+from drdpo.training.summary import summary
 from drdpo.training.tangent_support import check_tangent
 from drdpo.training.throughput import Shape, throughput
 from drdpo.training.values import AnyBatch, pair_values
+from drdpo.training.waiting import lost_rank_in_one_line
 
 
 def train_alignment(config: TrainConfig) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
-    if not config.dry_run:
-        deepspeed_engine.initialise()
+    with rank_log() as output, stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
+        if not config.dry_run:
+            deepspeed_engine.initialise(timedelta(seconds=config.comm_timeout))
+        _align(config, stop, output)
+
+
+def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
     run = open_run(config)
     if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
@@ -43,11 +56,21 @@ def train_alignment(config: TrainConfig) -> None:
     shape = preflight(run)
     if config.dry_run:
         return
-    claim_folder(run)
+    with sole_writer(run.folder):
+        claim_folder(run)
+        output.keep(run.folder)
+        _train(run, shape, stop)
+    torch.distributed.destroy_process_group()
+
+
+def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
+    """Everything after the checks, in a folder that is ours."""
+    config = run.config
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = load_policy(
-        config.model_path, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
-    )
+        config.model_path, dtype, config.attention, config.gradient_checkpointing, config.plain_attention,
+        config.lora_quantize,
+    )  # fmt: skip
     if config.lora_rank:
         add_lora(policy, config)
     if config.method == "wdpo" and config.solver == "tangent":
@@ -59,9 +82,9 @@ def train_alignment(config: TrainConfig) -> None:
     done = load_state(engine, run.folder / "resume")
     if done:
         _say(f"continuing after step {done} of {run.steps}")
-    log = MetricsLog(run.folder, done)
+    log = MetricsLog(run.folder, done, config)
     try:
-        _steps(engine, run, shape, references, done, log)
+        _steps(engine, run, shape, references, done, log, stop)
     finally:
         log.close()
     last = run.folder / f"global_step_{run.steps}"
@@ -69,7 +92,7 @@ def train_alignment(config: TrainConfig) -> None:
         save_model(engine, run.tokenizer, last, config)
     if distributed.is_main():
         write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=True)
-    torch.distributed.destroy_process_group()
+        print(summary(config, run.folder, run.steps), flush=True)
 
 
 def train_step(
@@ -111,7 +134,7 @@ def train_step(
 
 def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]:
     """Plain, unweighted loss, accuracy and rewards on all test pairs; every rank must call."""
-    shards = _test_batches(run)
+    shards = batches_of_test(run)
     tables = []
     with evaluating(engine) as policy:
         for indices in tqdm(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
@@ -123,13 +146,17 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
     return {f"eval_{name}": value for name, value in means.items()}
 
 
-def _steps(engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog) -> None:
-    config = run.config
+def _steps(
+    engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: StopRequest
+) -> None:
+    config, saved = run.config, done
     bar = tqdm(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
                disable=not distributed.is_main())  # fmt: skip
     for step in bar:
+        if (name := stop.agreed(engine.device)) is not None:
+            _stop(engine, run, step, saved, log, name)
         started = time.perf_counter()
-        dealt = _step_batches(run, step)
+        dealt = batches_of_step(run, step)
         batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         drawn = step_indices(len(run.train), config.train_batch_size, config.seed, step)
@@ -140,7 +167,7 @@ def _steps(engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor]
         metrics["peak_memory_gib"] = peak_memory_gib()
         check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], run.train)
         if step == 0:
-            _check_first_loss(metrics["loss"], config)
+            check_first_step(parts, [reference_B2 for _, reference_B2 in batches], config)
         last = step + 1 == run.steps
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.update(evaluate(engine, run, references["test"]))
@@ -148,9 +175,32 @@ def _steps(engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor]
         log.write(metrics)
         bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
+            log.flush()
             save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config)
             if config.save_resume:
                 save_state(engine, run.folder / "resume", step + 1)
+                saved = step + 1
+            if distributed.is_main():
+                remove_old_checkpoints(run.folder, config)
+
+
+def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:
+    """End a run that was sent a signal, after `step` steps, of which the newest state holds `saved`.
+
+    Raises:
+        ProcessError: --save_resume=false, so nothing can go on.
+        SystemExit: drdpo.training.preemption.STATUS.
+    """
+    if not run.config.save_resume:
+        raise ProcessError(
+            f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state to go on from"
+        )
+    if step > saved:
+        log.flush()
+        save_state(engine, run.folder / "resume", step)
+    _say(f"stopped by {name} after step {step} of {run.steps}, state saved; the same command goes on")
+    torch.distributed.destroy_process_group()
+    sys.exit(STATUS)
 
 
 def _reference(engine: Engine, run: Run, split: str) -> Tensor:
@@ -161,34 +211,11 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     # All ranks must agree: one that sees the file while another does not would wait for it forever.
     have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
     if logprobs_M2 is None or not have.bool().all():
-        batches = _first_epoch_batches(run) if split == "train" else _test_batches(run)
+        batches = batches_of_first_epoch(run) if split == "train" else batches_of_test(run)
         logprobs_M2 = reference_logprobs(engine, pairs, batches, run.config, run.pad_token_id, split)
         if distributed.is_main():
             write_reference(path, key, logprobs_M2)
     return logprobs_M2
-
-
-def _step_batches(run: Run, step: int) -> list[list[int]]:
-    """This rank's micro-batches of one optimizer step."""
-    indices = step_indices(len(run.train), run.config.train_batch_size, run.config.seed, step)
-    return step_batches(indices, run.train_lengths, run.config, distributed.rank(), distributed.world_size())
-
-
-def _first_epoch_batches(run: Run) -> list[list[int]]:
-    """This rank's micro-batches of the first epoch, then the pairs that fill no step of it."""
-    size, ranks = run.config.train_batch_size, (distributed.rank(), distributed.world_size())
-    used = {
-        index for step in range(run.steps_per_epoch) for index in step_indices(len(run.train), size, run.config.seed, step)
-    }
-    left = [index for index in range(len(run.train)) if index not in used]
-    batches = [indices for step in range(run.steps_per_epoch) for indices in _step_batches(run, step)]
-    return batches + evaluation_batches(left, run.train_lengths, run.config, *ranks)
-
-
-def _test_batches(run: Run) -> list[list[int]]:
-    """This rank's micro-batches of the test pairs."""
-    lengths = dealt_lengths(run.test, run.config)
-    return evaluation_batches(range(len(run.test)), lengths, run.config, distributed.rank(), distributed.world_size())
 
 
 def _on_device(
@@ -196,17 +223,6 @@ def _on_device(
 ) -> tuple[AnyBatch, Tensor]:
     batch = form_batch(pairs, indices, run.config, run.pad_token_id)
     return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
-
-
-def _check_first_loss(loss: float, config: TrainConfig) -> None:
-    """Before the first step policy and reference are one, so the loss is that of a zero margin."""
-    expected = 1 / (4 * config.beta**2) if config.loss_type == "ipo" else math.log(2)
-    tolerance = (0.05 if config.dtype == "bfloat16" else 1e-3) * max(1.0, expected)
-    if not abs(loss - expected) <= tolerance:
-        raise DataError(
-            f"the first loss is {loss:.4f}, not {expected:.4f}: the reference log-probs do not belong to "
-            f"{config.model_path}; delete {config.save_path}/reference_train.safetensors, or give --resume=never"
-        )
 
 
 def _say(message: str) -> None:

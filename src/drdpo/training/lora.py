@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drdpo.config import TrainConfig
-from drdpo.errors import UsageError
+from drdpo.errors import DataError, UsageError
+from drdpo.training.nf4 import quiet_bitsandbytes
 from drdpo.training.policy import Policy
 
 ADAPTER = "default"
@@ -31,6 +32,7 @@ def add_lora(policy: Policy, config: TrainConfig) -> None:
     Raises:
         UsageError: a target is no linear layer of the decoder blocks.
     """
+    quiet_bitsandbytes()
     from peft import inject_adapter_in_model
 
     model = policy.language_model
@@ -102,6 +104,40 @@ def merged(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]
             weight = (weight.float() + change).to(weight.dtype)
         plain[name.replace(".base_layer.", ".")] = weight
     return plain
+
+
+def on_stored_base(model: Any, weights: dict[str, Tensor], config: TrainConfig) -> tuple[Any, dict[str, Tensor]]:
+    """The run's model in full precision, read again: quantized weights are not what anyone wants to go on with.
+
+    Args:
+        model: with quantized weights and adapters.
+        weights: of it, whole; at least those of the adapters.
+        config: of the run.
+
+    Returns:
+        A plain model on the CPU in the run's dtype, and its weights with the adapters beside them, named as for `merged`.
+
+    Raises:
+        DataError: --model_path cannot be read any more.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(
+            config.model_path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{config.model_path}: not there to merge the adapters into ({reason}); --lora_merge=false does without it"
+        ) from error
+    adapters = {name: weight.cpu() for name, weight in weights.items() if ".lora_" in name}
+    adapted = {name.split(".lora_")[0] for name in adapters}
+    stored = {}
+    for name, weight in plain.state_dict().items():
+        layer, _, last = name.rpartition(".")
+        stored[f"{layer}.base_layer.{last}" if layer in adapted else name] = weight
+    return plain, stored | adapters
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], config: TrainConfig, folder: Path) -> None:

@@ -23,6 +23,7 @@ from drdpo.kernels import vocabulary
 from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
 from drdpo.training.batches import Batch
 from drdpo.training.engine import BUCKET
+from drdpo.training.nf4 import weight_bytes
 from drdpo.training.objective import Population, objective
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
@@ -65,7 +66,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
 
     With P parameters, T of them trained, b bytes an element of the training dtype, W devices and ZeRO stage z:
 
-        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9)
+        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); under --lora_quantize=nf4
+                     0.52 bytes each for those of the blocks' linear layers
         optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
         gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
                      reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
@@ -73,8 +75,7 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
         activations and head   from dry_run
 
     Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both:
-    its allocator keeps blocks of less than 32 MiB that were freed. What it cannot use again is not in the formula: little as
-    a rule, but for WDPO's exact solver with checkpointing a third of the peak was measured (5.2 GiB where 2.8 were alive).
+    its allocator keeps blocks of less than 32 MiB that were freed. What it cannot use again is not in the formula.
 
     With --optimizer_offload a GPU holds neither optimizer nor copies.
 
@@ -90,7 +91,7 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     share = trained // world if stage else trained
-    weights = size * total if stage < 3 else size * (total // world + min(total, GATHERED))
+    weights = weight_bytes(policy, size) if stage < 3 else size * (total // world + min(total, GATHERED))
     gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
     if size == 4 and stage in (1, 2):
         gradients += 4 * share

@@ -1,22 +1,25 @@
-"""What a step and an evaluation report: one line a step in metrics.jsonl, the same figures in TensorBoard.
+"""What a step and an evaluation report: one line a step in metrics.jsonl, the same figures where --log sends them.
 
 Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences.
 """
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.files import atomic_file
+from drdpo.errors import DataError
+from drdpo.files import atomic_file, whole_lines
 from drdpo.training import losses
 from drdpo.training.objective import Objective
+from drdpo.training.tracking import Tracker, start_trackers
 from drdpo.training.values import PairValues
 
 
@@ -61,8 +64,19 @@ def step_metrics(parts: list[Objective], config: TrainConfig) -> dict[str, float
         errors = [part.errors_B for part in parts if part.errors_B is not None]
         if errors and config.solver != "exact":
             metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean()) / carry
-        metrics["objective"] += config.wdpo_rho * (penalty**0.5 if config.wdpo_penalty == "root" else penalty)
+        root = config.wdpo_penalty == "root"
+        metrics["objective"] += config.wdpo_rho * (_mean_root(parts, config) if root else penalty)
     return metrics
+
+
+def _mean_root(parts: list[Objective], config: TrainConfig) -> float:
+    """sqrt(mean |grad l|^2) of the population; of --robust_scope=micro's, each its own root, the mean."""
+    penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
+    if config.robust_scope == "step":
+        return float(distributed.gather(torch.cat(penalties)).mean().sqrt())
+    # The ranks' n-th micro-batches are one population; all have the same number of pairs, or TrainConfig refuses.
+    local_NB = torch.stack(penalties)
+    return float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
 
 
 def on_the_bar(metrics: dict[str, float]) -> dict[str, str]:
@@ -90,39 +104,50 @@ def peak_memory_gib() -> float:
 
 
 class MetricsLog:
-    """Appends to save_path/metrics.jsonl and TensorBoard; on rank 0 only, a no-op elsewhere."""
+    """Appends to save_path/metrics.jsonl and to what --log names; on rank 0 only, a no-op elsewhere."""
 
-    def __init__(self, save_path: Path, done: int) -> None:
-        """Open the log of a run that has `done` steps behind it; lines beyond them are dropped."""
-        self._writer: Any = None
+    def __init__(self, save_path: Path, done: int, config: TrainConfig) -> None:
+        """Open the log of a run that has `done` steps behind it; lines beyond them are dropped.
+
+        Raises:
+            DataError: a line of these steps is missing.
+            ProcessError: Weights & Biases cannot be started.
+        """
+        self._stream: TextIO | None = None
+        self._trackers: list[Tracker] = []
         if not distributed.is_main():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         path = save_path / "metrics.jsonl"
-        kept = []
-        if path.is_file():
-            # A line may be cut where the process was killed in the middle of it; its step is done again.
-            for line in path.read_text(encoding="utf-8").splitlines()[:done]:
-                kept.append(line + "\n")
+        # A line may be cut where the process was killed in the middle of it; its step is done again.
+        lines = [line for _, line in whole_lines(path)] if path.is_file() else []
+        kept = lines[:done]
+        if [line.get("step") for line in kept] != list(range(1, done + 1)):
+            raise DataError(
+                f"{path} holds {len(kept)} whole lines, and the state that would be continued has {done} steps behind it; "
+                "put the file back, or start anew with --resume=never"
+            )
         with atomic_file(path) as stream:
-            stream.writelines(kept)
+            stream.writelines(json.dumps(line) + "\n" for line in kept)
+        self._trackers = start_trackers(config, save_path, kept, len(lines))
         self._stream = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(save_path / "tensorboard"), purge_step=done + 1)
 
     def write(self, metrics: dict[str, float]) -> None:
         """Add one step's line."""
-        if self._writer is None:
+        if self._stream is None:
             return
         self._stream.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._stream.flush()
-        step = int(metrics["step"])
-        for name, value in metrics.items():
-            if name != "step":
-                group, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.write(metrics)
+
+    def flush(self) -> None:
+        """Have all lines on the disk: a state that is saved later never has more steps behind it than there are lines."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        if self._writer is not None:
+        """Close the file, and hand over what the trackers still hold."""
+        if self._stream is not None:
             self._stream.close()
-            self._writer.close()
+            for tracker in self._trackers:
+                tracker.close()

@@ -4,19 +4,22 @@ Shape suffixes: S sequences, T tokens, D width, V vocabulary, N answer tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from drdpo import distributed
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
-from drdpo.kernels.shared_prefix import PackedRow, PrefixPlan
+from drdpo.kernels.shared_prefix import PrefixPlan
 from drdpo.kernels.varlen_attention import check_varlen
+from drdpo.training import nf4
 from drdpo.training.batches import Batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.packing import PackedBatch
+from drdpo.training.policy_checks import check_packing, check_plain_head, refuse_quantized, switch_off_dropout
 
 CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
 """What transformers calls attentions that run on CUDA only."""
@@ -138,7 +141,12 @@ def sum_by_sequence(values_N: Tensor, sequence_N: Tensor, batch: Batch | PackedB
 
 
 def load_policy(
-    path: str, dtype: torch.dtype, attention: str, gradient_checkpointing: bool, plain_attention: bool = False
+    path: str,
+    dtype: torch.dtype,
+    attention: str,
+    gradient_checkpointing: bool,
+    plain_attention: bool = False,
+    quantize: Literal["none", "nf4"] = "none",
 ) -> Policy:
     """Load a causal language model as a policy.
 
@@ -148,23 +156,28 @@ def load_policy(
         attention: transformers' name of the attention implementation.
         gradient_checkpointing: recompute activations; non-reentrant, the form that has a second derivative.
         plain_attention: see Policy.
+        quantize: "nf4" keeps the linear layers of the blocks in 4 bits and freezes everything (see drdpo.training.nf4).
 
     Raises:
-        DataError: no such model, one whose logits are not hidden states times the output head, or, for packed rows, one
-            that mixes tokens in another way than causal attention does.
+        DataError: no such model, one whose weights are stored quantized or whose logits are not hidden states times the
+            output head, or, for packed rows, one that mixes tokens in another way than causal attention does.
     """
     from transformers import AutoModelForCausalLM
 
     # The checks run on the CPU, which CUDA's attention kernels do not know.
     checked = "sdpa" if attention in CUDA_ATTENTION else attention
+    quantized = nf4.loading(dtype, distributed.device()) if quantize == "nf4" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=checked, use_safetensors=True, trust_remote_code=False
+            path, dtype=dtype, attn_implementation=checked, use_safetensors=True, trust_remote_code=False, **quantized
         )
+        refuse_quantized(model, path)
+        if quantized:
+            nf4.use_nf4(model, path)
         if attention == SHARED_PREFIX:
-            _check_packing(model, path)
-        _check_plain_head(model, path)
-        _switch_off_dropout(model, path)
+            check_packing(model, path)
+        check_plain_head(model, path)
+        switch_off_dropout(model, path)
         if checked != attention:
             model.set_attn_implementation(attention)
     except KeyError as error:
@@ -193,57 +206,3 @@ def compile_layers(policy: Policy) -> None:
         )
     for layer in layers:
         layer.compile(dynamic=True)
-
-
-def _switch_off_dropout(model: Any, path: str) -> None:
-    """Dropout would give policy and reference different log-probs, and recomputation works in training mode only."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    ids_ST = torch.arange(16)[None] % model.config.vocab_size
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        training, evaluating = (model.train(mode).base_model(input_ids=ids_ST, use_cache=False)[0] for mode in (True, False))
-    if not torch.equal(training, evaluating):
-        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
-
-
-def _check_packing(model: Any, path: str) -> None:
-    """Refuse a model in which packed sequences would see each other: sliding windows, recurrent or convolutional layers."""
-    generator = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(min(1000, model.config.vocab_size), (24,), generator=generator).tolist()
-    sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
-    row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
-    plan = PrefixPlan(row.groups, model.device, model.dtype)
-    try:
-        with torch.no_grad():
-            packed_ND = model.base_model(
-                input_ids=torch.tensor([row.token_ids]), position_ids=torch.tensor([row.positions]), use_cache=False,
-                prefix_plan=plan,
-            ).last_hidden_state[0].float()  # fmt: skip
-            alone = [model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0].float()
-                     for ids in sequences]  # fmt: skip
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
-    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
-    for number, alone_TD in enumerate(alone):
-        apart = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
-        if not float(apart.norm()) <= tolerance * float(alone_TD.norm()):
-            raise DataError(f"{path}: packed sequences of this model see each other; give --packing=false")
-
-
-def _check_plain_head(model: Any, path: str) -> None:
-    """Refuse soft-capped, scaled or biased logits, which linear_logprob does not compute."""
-    ids_ST = torch.arange(8)[None] % model.config.vocab_size
-    with torch.no_grad():
-        hidden_TD = model.base_model(input_ids=ids_ST, use_cache=False).last_hidden_state[0]
-        ours_T = linear_logprob(hidden_TD, model.get_output_embeddings().weight, ids_ST[0])
-        logits_TV = model(input_ids=ids_ST, use_cache=False).logits[0].float()
-        theirs_T = logits_TV.log_softmax(dim=1).gather(1, ids_ST[0][:, None]).squeeze(1)
-    if not torch.allclose(ours_T.float(), theirs_T, rtol=0.02, atol=0.02):
-        raise DataError(
-            f"{path}: the model's logits are not its hidden states times its output head (soft-capped, scaled or biased "
-            "logits are not supported)"
-        )

@@ -16,8 +16,10 @@ from drdpo.training.data import Pair, row_tokens
 from drdpo.training.dealing import step_batches
 from drdpo.training.lora import add_lora
 from drdpo.training.memory import ATTENTION, GATHERED, Memory, dry_run, predict
+from drdpo.training.nf4 import use_nf4
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy
+from drdpo.training.rotary import check_rotary, fix_rotary
 from drdpo.training.run import Run
 from drdpo.training.tangent_support import check_architecture
 from drdpo.training.throughput import Shape, shape_of
@@ -31,9 +33,11 @@ def preflight(run: Run) -> Shape:
 
     Raises:
         DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
-        UsageError: --lora_targets names no linear layer of the model.
+        UsageError: --lora_targets names no linear layer of the model, or pairs are too long for its rotary positions.
     """
     policy = meta_policy(run.config)
+    check_rotary(policy, [*run.train, *run.test], run.config)
+    fix_rotary(policy)
     if run.config.method == "wdpo" and run.config.solver == "tangent":
         check_architecture(policy, run.config)
     shape = shape_of(policy)
@@ -63,6 +67,8 @@ def meta_policy(config: TrainConfig) -> Policy:
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_quantize == "nf4":
+        use_nf4(model, config.model_path)
     policy = Policy(model, plain_attention=config.plain_attention).train()
     if config.lora_rank:
         add_lora(policy, config)
@@ -159,8 +165,11 @@ def _memory(run: Run, policy: Policy, largest: list[int]) -> list[tuple[str, str
     ]
     free, sharers = _free(cuda)
     if need.total * sharers > free:
+        moved = need.optimizer + need.copies
+        offload = config.zero_stage and not config.optimizer_offload and need.total - moved <= free
+        helps = f"; --optimizer_offload=true moves {_gib(moved)} of it to the CPU's memory" if cuda and offload else ""
         of = f"{sharers} processes need {_gib(need.total * sharers)}" if sharers > 1 else f"needs {_gib(need.total)}"
-        lines.append(("warning", f"{of}, but {_gib(free)} is free: the run may end for lack of memory"))
+        lines.append(("warning", f"{of}, but {_gib(free)} is free: the run may end for lack of memory{helps}"))
     else:
         lines.append(("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else "")))
     return lines
@@ -182,11 +191,15 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
         ]
     else:
         stage = 3 if part == "weights" else 2
+        on_gpu = not need.process
+        offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
         # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
         element = 2 if config.dtype == "bfloat16" else 4
         gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
         flags = [
             (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),
+            # On a CPU it is the same memory.
+            (part in ("optimizer", "copies") and on_gpu and not config.optimizer_offload, offload),
             (part != "weights" and not config.lora_rank, "--lora_rank=16"),
             (config.dtype == "float32", "--dtype=bfloat16"),
             (config.zero_stage >= stage, "more processes"),

@@ -26,7 +26,9 @@ from drdpo.training.run import pairs_hash
 
 def reference_key(model_fingerprint: str, pairs: list[Pair], config: TrainConfig) -> str:
     """Hash of everything that reference log-probs depend on."""
-    made_by = (config.dtype, config.attention, config.attention_kernel, str(config.torch_compile))
+    made_by = (
+        config.dtype, config.attention, config.attention_kernel, str(config.torch_compile), config.lora_quantize
+    )  # fmt: skip
     return hashlib.sha256(" ".join([model_fingerprint, *made_by, pairs_hash(pairs)]).encode()).hexdigest()
 
 

@@ -5,6 +5,9 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +18,17 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_file
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
 from drdpo.models import check_model_folder
 from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
 from drdpo.training.newest import check_world
+from drdpo.training.tracking import WANDB_ID, check_trackers
 
-NOT_COMPARED = ("save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume")
+NOT_COMPARED = (
+    "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
+    "keep_steps", "comm_timeout", "log",
+)  # fmt: skip
 """Flags that do not change the trained model."""
 
 
@@ -78,6 +86,7 @@ def check_inputs(config: TrainConfig) -> None:
             "--micro_batch_size under --robust_scope=micro"
         )
     _check_machine(config)
+    check_trackers(config)
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
@@ -87,6 +96,7 @@ def check_inputs(config: TrainConfig) -> None:
     folder = Path(config.save_path)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--save_path={folder} is a file, not a folder")
+    refuse_if_locked(folder)
     before = read_manifest(folder).get("train")
     if before is not None and config.resume == "auto":
         now = _made_by(config)
@@ -191,20 +201,50 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, on rank 0 for all ranks; every rank must call.
+
+    Raises:
+        UsageError: another run holds it; on rank 0. The others end silently, with the same status.
+    """
+    with ExitStack() as held:
+        refusal = None
+        if distributed.is_main():
+            try:
+                held.enter_context(lock_folder(folder))
+            except (UsageError, OSError) as error:
+                refusal = error
+        refused = distributed.gather_floats([float(refusal is not None)])
+        if refusal is not None:
+            raise refusal
+        if any(refused):
+            sys.exit(2)
+        yield
+
+
 def claim_folder(run: Run) -> None:
-    """Make the run's folder ours. Every rank must call, after is_complete."""
+    """Make the run's folder ours. Every rank must call, after is_complete and as sole_writer."""
     distributed.barrier()
     if distributed.is_main():
         if run.config.resume == "never":
             _clear(run.folder)
+        _sweep(run.folder)
         with atomic_file(run.folder / "config.json") as stream:
             json.dump(as_dict(run.config), stream, indent=2)
         write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
     distributed.barrier()
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what writes of an earlier start left that were cut short."""
+    for pattern in (".*.tmp", ".*.old"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", "reference_train.safetensors", "reference_test.safetensors"):
+    for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""SIGTERM and SIGUSR1: the run saves at the next step, ends with status 75 and goes on to what it would have been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from machines import Machine, check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
+
+from drdpo.training.newest import states
+from drdpo.training.preemption import STATUS, stop_on_signal
+
+CPU = torch.device("cpu")
+STEP = "loop:train_step"
+
+
+NOTES = """
+import os, signal, sys, torch
+from drdpo.training.preemption import stop_on_signal
+sent, cpu = signal.Signals[sys.argv[1]], torch.device("cpu")
+os.kill(os.getpid(), sent)
+for expected in (sent.name, None):
+    with stop_on_signal() as stop:
+        assert stop.agreed(cpu) == expected, stop.name
+with stop_on_signal() as stop:
+    os.kill(os.getpid(), sent)
+    assert stop.agreed(cpu) == sent.name
+assert signal.getsignal(sent) == signal.SIG_DFL
+print("noted")
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_is_noted_also_one_that_was_blocked(sent, root):
+    """In a process that starts with the signals blocked, as the launcher's ranks do."""
+    block = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{sent}}}); os.execv(sys.executable, "
+    command = [sys.executable, "-c", block + "[sys.executable, '-c', *sys.argv[1:]])", NOTES, sent]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root / "src")})
+    assert done.stdout == "noted\n", done.stderr
+
+
+def test_the_wrappers_file_counts_as_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setenv("DRDPO_STOP_FILE", str(tmp_path / "stop"))
+    with stop_on_signal() as stop:
+        assert stop.agreed(CPU) is None
+        (tmp_path / "stop").write_text("SIGUSR1")
+        assert stop.agreed(CPU) == "SIGUSR1"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Stand-ins: a launcher that ends with 75 once it is told to stop, and SLURM's srun and scontrol."""
+    binaries = tmp_path / "an environment" / "bin"
+    binaries.mkdir(parents=True)
+    launcher = r"""
+printf '%s\n' "$@" >>"$LAUNCHED"
+grep SigBlk /proc/self/status >"$LAUNCHED.blocked"
+[[ -z "${LAUNCH_STATUS:-}" ]] || exit "$LAUNCH_STATUS"
+touch "$LAUNCHED.started"
+for ((k = 0; k < 600; k++)); do
+    if [[ -f "$DRDPO_STOP_FILE" ]]; then cp "$DRDPO_STOP_FILE" "$LAUNCHED.told"; sleep 0.3; exit 75; fi
+    sleep 0.1
+done
+exit 9"""
+    srun = r"""
+printf '%s\n' "$@" >"$LAUNCHED.srun"
+while [[ "$1" == --* ]]; do shift; done
+# Tasks of both nodes; a signal goes on to each.
+trap 'kill -s USR1 "${tasks[@]}"' USR1
+for node in 0 1; do SLURM_NODEID="$node" "$@" & tasks[node]=$!; done
+status=0
+for task in "${tasks[@]}"; do
+    while :; do wait "$task" && found=0 || found=$?; ((found == 128 + $(kill -l USR1))) || break; done
+    ((found > status)) && status=$found
+done
+exit "$status" """
+    scripts = {
+        "python": f'exec "{sys.executable}" "$@"',
+        "deepspeed": launcher,
+        "srun": srun,
+        "scontrol": 'if [[ "$1" == show ]]; then printf "first\\nsecond\\n"; else echo "$@" >>"$LAUNCHED.requeue"; fi',
+    }
+    for name, script in scripts.items():
+        (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
+        (binaries / name).chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "DRDPO"))}
+    return {**kept, "DRDPO_ENV": str(binaries.parent), "LAUNCHED": str(tmp_path / "launched"), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def wrapped(root, environment, tiny_policy, tmp_path):
+    """Start a wrapper; once the launcher runs, send a signal; give the exit status and the stand-ins' notes."""
+    data = write_pairs(tmp_path / "pairs")
+
+    def run(script: str, sent: signal.Signals | None, **variables: str) -> tuple[int, dict[str, str]]:
+        command = ["bash", str(root / script), f"--model_path={tiny_policy}", f"--dataset_path={data}",
+                   f"--save_path={tmp_path / 'my run'}", "--train_batch_size=4", "--micro_batch_size=1"]  # fmt: skip
+        with (tmp_path / "said").open("w") as output:
+            process = subprocess.Popen(command, env={**environment, **variables}, stderr=output, stdout=output)
+            deadline = time.monotonic() + 120
+            nodes = int(variables.get("SLURM_JOB_NUM_NODES", "1"))
+            launched = tmp_path / "launched"
+            while sent and (not launched.is_file() or launched.read_text().count("train_alignment.py\n") < nodes):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+                time.sleep(0.05)
+            if sent is not None:
+                time.sleep(0.3)
+                process.send_signal(sent)
+            status = process.wait(timeout=120)
+        notes = {path.suffix: path.read_text() for path in tmp_path.glob("launched*")}
+        return status, notes
+
+    return run
+
+
+def blocked(notes: dict[str, str]) -> int:
+    return int(notes[".blocked"].split()[1], 16)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_wrapper_tells_the_ranks_and_spares_the_launcher(sent, wrapped, tmp_path):
+    status, notes = wrapped("train_alignment.sh", sent)
+    assert status == 75, (tmp_path / "said").read_text()
+    assert notes[".told"] == sent.name
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        assert blocked(notes) >> (number - 1) & 1
+    assert "--num_gpus" in notes[""]
+
+
+def test_the_launchers_status_and_a_wrong_number_of_machines(wrapped, tmp_path):
+    assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7")[0] == 7
+    for variables, words in [
+        ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="),
+        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
+        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "1"}, "MASTER_ADDR"),
+        ({"DRDPO_HOSTFILE": "none"}, "no such file"),
+    ]:
+        assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7", **variables)[0] == 2
+        assert words in (tmp_path / "said").read_text()
+
+
+def test_a_hostfile_goes_to_the_launcher(wrapped, tmp_path):
+    (tmp_path / "hosts").write_text("# ours\none slots=2\ntwo slots=2\n")
+    status, notes = wrapped("train_alignment.sh", None, LAUNCH_STATUS="0", DRDPO_HOSTFILE=str(tmp_path / "hosts"))
+    assert status == 0, (tmp_path / "said").read_text()
+    assert notes[""].splitlines()[:2] == ["--hostfile", str(tmp_path / "hosts")]
+
+
+SLURM = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]"}
+
+
+@pytest.mark.parametrize(("sent", "queued"), [(signal.SIGUSR1, "requeue 40007\n"), (signal.SIGTERM, None)])
+def test_the_job_is_queued_again_before_its_time_is_over_but_not_when_it_is_cancelled(sent, queued, wrapped, tmp_path):
+    status, notes = wrapped("train_alignment.slurm", sent, **SLURM)
+    assert status == 75, (tmp_path / "said").read_text()
+    assert notes.get(".requeue") == queued
+    words = notes[""].splitlines()
+    assert words[words.index("--master_port") + 1] == "12007"
+
+
+def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
+    status, notes = wrapped("train_alignment.slurm", signal.SIGUSR1, SLURM_JOB_NUM_NODES="2", **SLURM)
+    assert status == 75, (tmp_path / "said").read_text()
+    assert notes[".requeue"] == "requeue 40007\n"
+    words = notes[""].splitlines()
+    following = {word: [after for before, after in pairwise(words) if before == word] for word in words}
+    assert sorted(following["--node_rank"]) == ["0", "1"]
+    assert following["--master_addr"] == ["first", "first"] and following["--master_port"] == ["12007", "12007"]
+    assert words.count("--no_ssh") == 2
+    assert "--ntasks-per-node=1" in notes[".srun"].splitlines()
+
+
+@pytest.fixture(scope="module")
+def machine(root):
+    machine = Machine(root)
+    yield machine
+    machine.close()
+
+
+@pytest.mark.slow
+def test_stopped_twice_equals_undisturbed(machine, tiny_policy, tmp_path):
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    assert run_ranks(machine, flags_of(tiny_policy, data, tmp_path / "whole"), log) == [0, 0], said(log)
+    save = tmp_path / "stopped"
+    # No state but those of the signals.
+    flags = flags_of(tiny_policy, data, save, save_steps=0)
+    for rank, sent, step in ((1, "SIGUSR1", 2), (0, "SIGTERM", 3)):
+        faults = [fault(STEP, 2 if step == 2 else 1, rank=rank, signal=sent)]
+        assert run_ranks(machine, flags, log, faults) == [STATUS, STATUS], said(log)
+        assert f"stopped by {sent} after step {step} of 4, state saved" in said(log)
+        assert states(save / "resume")[0][0].step == step
+        assert len(metrics_of(save)) == step
+    assert run_ranks(machine, flags, log) == [0, 0], said(log)
+    check_equal(save, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(machine, tiny_policy, tmp_path):
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    flags = flags_of(tiny_policy, data, tmp_path / "out", save_resume=False)
+    assert run_ranks(machine, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STATUS, STATUS]
+    assert "error: stopped by SIGTERM after step 1 of 4; --save_resume=false" in said(log)

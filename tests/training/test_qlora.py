@@ -1,0 +1,338 @@
+"""QLoRA: adapters beside 4-bit weights, against the same model with the dequantized weights, which plain LoRA knows."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from drdpo import chat
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.training.checkpoint import save_model
+from drdpo.training.data import Pair
+from drdpo.training.lora import add_lora
+from drdpo.training.memory import dry_run, predict
+from drdpo.training.nf4 import NF4Linear, weight_bytes
+from drdpo.training.objective import objective
+from drdpo.training.packing import form_batch
+from drdpo.training.policy import load_policy
+from drdpo.training.preflight import meta_policy
+from drdpo.training.reference import reference_key
+from drdpo.training.tangent_support import check_tangent
+
+CODES = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+"""NF4's values (2305.14314, appendix E)."""
+METHODS = {
+    "dpo": {}, "kldpo": {"kldpo_tau": 0.1}, "padded": {"packing": False, "micro_batch_size": 4},
+    "exact": {"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "tangent": {"wdpo_rho": 0.1, "wdpo_solver": "tangent"},
+    "eager": {"wdpo_rho": 0.1, "packing": False}, "finite": {"wdpo_rho": 0.1, "wdpo_solver": "finite_difference"},
+    "adversarial": {"wdpo_rho": 0.1, "wdpo_solver": "adversarial"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, smollm) -> dict[str, Path]:
+    """Random models of width 64 with a tokenizer: Llama, whose head is tied, and Qwen2, whose queries have biases."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 2,
+    }  # fmt: skip
+    made = {}
+    for name, kind, settings in (
+        ("llama", LlamaForCausalLM, LlamaConfig(**shape, tie_word_embeddings=True)),
+        ("qwen", Qwen2ForCausalLM, Qwen2Config(**shape, tie_word_embeddings=False)),
+    ):
+        torch.manual_seed(0)
+        model = kind(settings)
+        for part, value in model.named_parameters():
+            if part.endswith("bias"):
+                nn.init.normal_(value)
+        made[name] = folder / name
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    numbers = random.Random(4)
+    return [
+        Pair(*([numbers.randrange(3, 400) for _ in range(numbers.randint(3, 9))] for _ in range(3)), row) for row in range(4)
+    ]
+
+
+def config_of(path: Path | str = "-", **flags) -> TrainConfig:
+    common = {
+        "dtype": "float32",
+        "beta": 0.5,
+        "lora_rank": 4,
+        "lora_alpha": 12,
+        "lora_quantize": "nf4",
+        "train_batch_size": 4,
+    }
+    return TrainConfig(str(path), "-", "-", **{**common, **flags})
+
+
+def policy_of(config: TrainConfig, moved: bool = True):
+    """With adapters that do something, unless not `moved`."""
+    policy = load_policy(
+        config.model_path, getattr(torch, config.dtype), config.attention, config.gradient_checkpointing,
+        config.plain_attention, config.lora_quantize,
+    )  # fmt: skip
+    add_lora(policy, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in policy.named_parameters():
+        if moved and "lora_B" in name:
+            value.data = 0.1 * torch.randn(value.shape, generator=generator).to(value.dtype)
+    return policy
+
+
+def dequantized(policy, path: Path, folder: Path) -> Path:
+    """The stored model with the values of a policy's 4-bit weights."""
+    weights = {
+        name.removesuffix(".base_layer"): part.dense()
+        for name, part in policy.language_model.named_modules()
+        if isinstance(part, NF4Linear)
+    }
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for name, weight in weights.items():
+        model.get_submodule(name).weight.data = weight
+    model.save_pretrained(folder)
+    return folder
+
+
+def scales_of(layer: NF4Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.scales.absmax, layer.scales.state2.absmax
+
+
+def gradients(policy, pairs, config) -> tuple[float, dict[str, torch.Tensor]]:
+    batch = form_batch(pairs, list(range(4)), config, 2)
+    with torch.no_grad():
+        reference_B2 = policy(batch).logprob_S.view(2, -1).T + torch.tensor([[0.3, -0.2]])
+    total = objective(policy, batch, reference_B2, config, None).total
+    total.backward()
+    return float(total.detach()), {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_that_of_plain_lora_on_the_dequantized_weights(method, model, models, pairs, tmp_path):
+    config = config_of(models[model], **METHODS[method])
+    policy = policy_of(config)
+    if method == "tangent":
+        check_tangent(policy, config)
+    plain = replace(config, lora_quantize="none", model_path=str(dequantized(policy, models[model], tmp_path / "plain")))
+    value, ours = gradients(policy, pairs, config)
+    expected, theirs = gradients(policy_of(plain), pairs, plain)
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert ours.keys() == theirs.keys() and all(".lora_" in name for name in ours)
+    for name, gradient in theirs.items():
+        # Finite differences magnify rounding.
+        tolerance = 2e-2 if method == "finite" else 1e-4
+        assert float((ours[name] - gradient).norm()) <= tolerance * float(gradient.norm()), name
+        assert float(gradient.norm()) > 0
+
+
+def test_weights_are_the_nearest_codes_times_their_scales(models):
+    policy = policy_of(config_of(models["llama"]))
+    stored = load_file(models["llama"] / "model.safetensors")
+    codes = torch.tensor(CODES)
+    layers = [(name, part) for name, part in policy.language_model.named_modules() if isinstance(part, NF4Linear)]
+    assert len(layers) == 2 * 7
+    for name, part in layers:
+        weight = stored[name.removesuffix(".base_layer") + ".weight"].view(-1, 64)
+        scale = weight.abs().amax(dim=1, keepdim=True)
+        nearest = codes[(weight[..., None] / scale[..., None] - codes).abs().argmin(dim=-1)] * scale
+        # The scales are rounded to eight bits.
+        torch.testing.assert_close(part.dense().view(-1, 64), nearest, rtol=0.05, atol=0.02)
+    assert policy.head.weight.dtype == torch.float32, "head and embeddings stay whole"
+    assert torch.equal(policy.head.weight, stored["model.embed_tokens.weight"])
+
+
+def test_the_weights_take_the_bytes_that_are_predicted(models):
+    config = config_of(models["llama"], dtype="bfloat16")
+    policy = policy_of(config)
+    layers = [part for part in policy.modules() if isinstance(part, NF4Linear)]
+    held = sum(part.weight.untyped_storage().nbytes() for part in layers)
+    scales = sum(
+        part.scales.absmax.untyped_storage().nbytes() + part.scales.state2.absmax.untyped_storage().nbytes()
+        for part in layers
+    )
+    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert held == linear / 2
+    others = sum(p.numel() for p in policy.parameters() if p.is_floating_point())
+    predicted = weight_bytes(policy, 2)
+    assert predicted == pytest.approx(held + scales + 2 * others, rel=1e-3)
+    assert predicted - 2 * others < 0.27 * 2 * linear
+    meta = meta_policy(config)
+    assert weight_bytes(meta, 2) == predicted
+    assert predict(meta, config, 1, 0, 0, 0).weights == predicted
+    assert sum(p.numel() for p in meta.parameters()) == linear + others, "the preflight counts parameters, not bytes"
+
+
+@pytest.mark.parametrize("method", ["dpo", "exact", "tangent"])
+def test_no_graph_keeps_a_dequantized_weight(method, models, pairs, monkeypatch):
+    config = config_of(models["llama"], gradient_checkpointing=False, **METHODS[method])
+    policy = policy_of(config)
+    dense, made = NF4Linear.dense, []
+
+    def recorded(layer):
+        weight = dense(layer)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(NF4Linear, "dense", recorded)
+    batch = form_batch(pairs, [0, 1], config, 2)
+    found = objective(policy, batch, torch.zeros(2, 2), config, None)
+    assert len(made) >= 14 and not [weight for weight in made if weight() is not None]
+    found.total.backward()
+    held, plain = (dry_run(meta_policy(c), batch, c)[0] for c in (config, replace(config, lora_quantize="none")))
+    assert 0 <= held - plain <= 3 * 4 * 64 * 128, "nor does the prediction"
+
+
+def test_before_the_first_step_policy_and_reference_are_one(models, pairs):
+    for dtype in ("float32", "bfloat16"):
+        config = config_of(models["llama"], dtype=dtype)
+        policy = policy_of(config, moved=False)
+        batch = form_batch(pairs, list(range(4)), config, 2)
+        policy.eval()
+        with torch.no_grad():
+            reference_B2 = policy(batch).logprob_S.view(2, -1).T
+        policy.train()
+        found = objective(policy, batch, reference_B2, config, None)
+        assert found.values.losses_B.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
+        assert found.total.requires_grad, "evaluation must not turn the weights into another form"
+    assert reference_key("m", pairs, config) != reference_key("m", pairs, replace(config, lora_quantize="none"))
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen"])
+def test_a_merged_checkpoint_is_the_stored_weights_and_the_adapters(model, models, tmp_path):
+    from peft import PeftModel
+
+    config = config_of(models[model], lora_targets=["q_proj", "down_proj"])
+    policy = policy_of(config)
+    engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
+    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "whole", config)
+    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "alone", replace(config, lora_merge=False))
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert "quantization_config" not in settings
+    saved, base = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", models[model]))
+    own = policy.language_model.state_dict()
+    assert saved.keys() == base.keys()
+    for name, weight in base.items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(("q_proj", "down_proj")):
+            down_rD, up_Dr = (own[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+            assert torch.allclose(saved[name], weight + 3 * up_Dr @ down_rD, atol=1e-6)
+            assert not torch.allclose(saved[name], weight, atol=1e-3)
+        else:
+            assert torch.equal(saved[name], weight), name
+    for adapter in (tmp_path / "whole" / "adapter", tmp_path / "alone"):
+        plain = AutoModelForCausalLM.from_pretrained(models[model], dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(plain, adapter)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not (tmp_path / "alone" / "model.safetensors").exists()
+
+
+def test_a_base_that_is_gone_is_said(models, tmp_path):
+    config = config_of(models["llama"])
+    policy = policy_of(config)
+    engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
+    gone = replace(config, model_path=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"gone: not there to merge the adapters into.*--lora_merge=false"):
+        save_model(engine, chat.load_tokenizer(str(models["llama"])), tmp_path / "whole", gone)
+    assert not (tmp_path / "whole").exists()
+
+
+def test_weights_that_are_stored_quantized_are_refused(models, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    few = AutoModelForCausalLM.from_pretrained(
+        models["llama"], device_map={"": "cpu"}, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    few.save_pretrained(tmp_path)
+    for quantize in ("none", "nf4"):
+        with pytest.raises(DataError, match="stored quantized; give the model in full precision"):
+            load_policy(str(tmp_path), torch.float32, "sdpa", False, quantize=quantize)
+
+
+def test_what_qlora_refuses():
+    with pytest.raises(UsageError, match="--lora_quantize has no meaning without --lora_rank"):
+        config_of(lora_rank=0, lora_alpha=32)
+    with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --zero_stage=3: .*--zero_stage=2"):
+        config_of(zero_stage=3)
+    with pytest.raises(UsageError, match="--lora_quantize=nf4 with --torch_compile=true"):
+        config_of(torch_compile=True)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_broken_off_ends_as_one_that_was_not(models, tmp_path, root):
+    for split, rows in (("train", 6), ("test", 2)):
+        texts = [
+            {
+                "prompt_id": row,
+                "prompt": [{"role": "user", "content": f"Say {row}."}],
+                "chosen": [{"role": "assistant", "content": "one two " * (row + 2)}],
+                "rejected": [{"role": "assistant", "content": "no " * (row + 3)}],
+            }
+            for row in range(rows)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+
+    def train(save: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable, str(root / "src/train_alignment.py"), f"--model_path={models['llama']}",
+            f"--dataset_path={tmp_path}", f"--save_path={tmp_path / save}", "--train_batch_size=2", "--micro_batch_size=1",
+            "--lora_rank=4", "--lora_quantize=nf4", "--max_steps=3", "--learning_rate=1e-3", "--wdpo_rho=0.01",
+            "--save_steps=1", *flags,
+        ]  # fmt: skip
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    whole = train("whole")
+    trained = 4 * 2 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128))
+    assert f"{trained:,} of them trained" in whole.stdout
+    assert "bitsandbytes" not in whole.stderr and "kernels" not in whole.stderr
+    first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-2)
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())["train"]
+    assert manifest["made_by"]["lora_quantize"] == "nf4"
+    assert "bitsandbytes" in manifest["versions"]
+    state = sum(file.stat().st_size for file in (tmp_path / "whole" / "resume" / "step_3").rglob("*.pt"))
+    # DeepSpeed leaves out frozen weights by their first name; the head, which has a second one, stays in.
+    assert state - 2 * 49_152 * 64 < 20 * trained, "12 bytes a trained parameter, some more, and none of the blocks' weights"
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for place in ("resume/step_3", "global_step_3"):
+        shutil.rmtree(tmp_path / "again" / place)
+    assert "continuing after step 2 of 3" in train("again").stdout
+    ends = [
+        load_file(tmp_path / save / "global_step_3" / "adapter" / "adapter_model.safetensors") for save in ("whole", "again")
+    ]
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value), name

@@ -1,0 +1,146 @@
+"""--log: TensorBoard and wandb go on after a resume without a double or missing point; no login is waited for."""
+
+import json
+import sys
+
+import pytest
+
+from drdpo.config import TrainConfig
+from drdpo.errors import UsageError
+from drdpo.training.metrics import MetricsLog
+from drdpo.training.tracking import check_trackers
+
+STAND_IN = '''
+import json, os, pathlib
+class Settings(dict):
+    def __init__(self, **settings): self.update(settings)
+class _Run:
+    def __init__(self, file, step): self.file, self.step = file, step
+    def log(self, figures, step): self.file.open("a").write(json.dumps({"step": step, **figures}) + "\\n")
+    def finish(self, exit_code): self.file.open("a").write(json.dumps({"exit": exit_code}) + "\\n")
+def init(**arguments):
+    """A server that knows of each run the steps it was sent."""
+    file = pathlib.Path(os.environ["SERVER"]) / (arguments["project"] + "_" + arguments["id"])
+    sent = [json.loads(line) for line in file.open()] if file.is_file() else []
+    return _Run(file, max((row["step"] for row in sent if "step" in row), default=-1) + 1)
+'''
+
+
+def config(log: str, folder="run") -> TrainConfig:
+    return TrainConfig(model_path="m", dataset_path="d", save_path=str(folder), log=log)
+
+
+def write(folder, log, done, until):
+    metrics = MetricsLog(folder, done, config(log, folder))
+    try:
+        for step in range(done + 1, until + 1):
+            metrics.write({"step": step, "loss": 1 / step, "eval_loss": 2 / step})
+    finally:
+        metrics.close()
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """No key anywhere."""
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_MODE",
+        "WANDB_PROJECT",
+        "WANDB_BASE_URL",
+        "WANDB_RUN_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield tmp_path
+    sys.modules.pop("wandb", None)
+
+
+@pytest.fixture
+def wandb(bare, monkeypatch):
+    (bare / "site" / "wandb").mkdir(parents=True)
+    (bare / "site" / "wandb" / "__init__.py").write_text(STAND_IN)
+    (bare / "server").mkdir()
+    monkeypatch.syspath_prepend(str(bare / "site"))
+    monkeypatch.setenv("SERVER", str(bare / "server"))
+    return bare
+
+
+def test_log_is_a_list_of_known_names():
+    assert config("wandb, tensorboard,wandb").trackers == ["wandb", "tensorboard"]
+    assert config("none").trackers == []
+    with pytest.raises(UsageError, match="'mlflow' is not"):
+        config("tensorboard,mlflow")
+    with pytest.raises(UsageError, match="none stands alone"):
+        config("none,wandb")
+
+
+def test_wandb_is_refused_without_package(bare, monkeypatch):
+    monkeypatch.setattr("drdpo.training.tracking.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install wandb=="):
+        check_trackers(config("wandb"))
+    check_trackers(config("tensorboard"))
+
+
+def test_wandb_is_refused_without_a_key_and_taken_with_one(wandb, monkeypatch):
+    with pytest.raises(UsageError, match=r"wandb login.*WANDB_MODE=offline"):
+        check_trackers(config("wandb"))
+    (wandb / "netrc").write_text("machine api.wandb.ai login user password abc\n")
+    check_trackers(config("wandb"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(UsageError, match="no key"):
+        check_trackers(config("wandb"))
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    check_trackers(config("wandb"))
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(config("wandb"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(UsageError, match="record nothing"):
+        check_trackers(config("wandb"))
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(wandb, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret-key")
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    write(folder, "wandb", 0, 5)
+    write(folder, "wandb", 3, 7)  # the state was saved after step 3: 4 and 5 are done again
+    (sent,) = (wandb / "server").iterdir()
+    rows = [json.loads(line) for line in sent.read_text().splitlines()]
+    assert [row["step"] for row in rows if "step" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows[0] == {"step": 1, "train/loss": 1.0, "eval/loss": 2.0}
+    assert [row["exit"] for row in rows if "exit" in row] == [0, 0]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 8))
+    assert all("secret" not in path.read_text() for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_the_server_lacks_is_sent_at_a_resume(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(folder, "none", 0, 3)
+    write(folder, "wandb", 3, 4)
+    (sent,) = (wandb / "server").iterdir()
+    assert [row["step"] for row in map(json.loads, sent.open()) if "step" in row] == [1, 2, 3, 4]
+
+
+def test_tensorboard_has_every_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, "tensorboard", 0, 5)
+    write(tmp_path, "tensorboard", 3, 7)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [event.step for event in scalars] == list(range(1, 8))
+    assert [event.value for event in scalars] == pytest.approx([1 / step for step in range(1, 8)])
+    assert [event.step for event in events.Scalars("eval/loss")] == list(range(1, 8))
+
+
+def test_none_writes_metrics_alone(tmp_path):
+    write(tmp_path, "none", 0, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,156 @@
+"""Two hosts, each a network namespace with an address of its own: one dies, hangs or loses its network in the middle.
+
+The other ends with one clear line in bounded time, and the run that is queued again equals the undisturbed one.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machines import Machine, check_equal, fault, flags_of, said, write_pairs
+
+pytestmark = pytest.mark.slow
+
+STEP = "loop:train_step"
+FIRST = "10.97.5.1"
+PORTS = itertools.count(12345)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[list[tuple[str, str]]]:
+    """[(namespace, interface)] of two hosts on one cable."""
+    names = [f"drdpo{os.getpid()}{letter}" for letter in "ab"]
+    interfaces = [f"d{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", interfaces[0], "netns", names[0], "type", "veth", "peer", "name", interfaces[1], "netns", names[1])
+        for number, (name, interface) in enumerate(zip(names, interfaces, strict=True), start=1):
+            ip("-n", name, "addr", "add", f"10.97.5.{number}/24", "dev", interface)
+            for device in ("lo", interface):
+                ip("-n", name, "link", "set", device, "up")
+            # A sender learns from the kernel that nobody answers: after three tries, in place of a quarter of an hour.
+            ip("netns", "exec", name, "sh", "-c", "echo 3 >/proc/sys/net/ipv4/tcp_retries2")
+        yield list(zip(names, interfaces, strict=True))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+    finally:
+        for name in names:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts(network, root) -> Iterator[list[Machine]]:
+    hosts = [Machine(root, *place) for place in network]
+    yield hosts
+    for host in hosts:
+        host.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("preference data"))
+
+
+def run_on(hosts: list[Machine], flags: dict, log: Path, **options: Any) -> list[int]:
+    """Exit statuses of a run of one rank a host."""
+    port = next(PORTS)
+    for rank, host in enumerate(hosts):
+        host.start(ranks=[rank], world=2, address=FIRST, port=port, flags=flags, log=str(log), **options)
+    return [status for host in hosts for status in host.statuses()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(hosts, tiny_policy, data, tmp_path_factory) -> Path:
+    save = tmp_path_factory.mktemp("undisturbed") / "a run"
+    assert run_on(hosts, flags_of(tiny_policy, data, save), save.parent / "log") == [0, 0], said(save.parent / "log")
+    return save
+
+
+@pytest.mark.parametrize(("how", "dead"), [("dies", 0), ("dies", 1), ("hangs", 1)])
+def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path):
+    save, log = tmp_path / "a run", tmp_path / "log"
+    flags = flags_of(tiny_policy, data, save, comm_timeout=15)
+    lost = fault(STEP, 3, rank=dead, signal="SIGKILL" if how == "dies" else "SIGSTOP")
+    port, other = next(PORTS), 1 - dead
+    for rank, host in enumerate(hosts):
+        host.start(ranks=[rank], world=2, address=FIRST, port=port, flags=flags, log=str(log), faults=[lost])
+    assert hosts[other].statuses() == [1], said(log, other)
+    last = [line for line in said(log, other).splitlines() if line.startswith("error: ")][-1]
+    assert last.startswith(f"error: rank {other} lost another rank") and "--comm_timeout=15" in last
+    assert "Traceback" not in said(log, other)
+    assert hosts[dead].statuses() == [-9]
+    assert run_on(hosts, flags, log) == [0, 0], said(log)
+    assert "continuing after step 2 of 4" in said(log)
+    check_equal(save, undisturbed)
+
+
+def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, tmp_path):
+    """No connection is closed: the time tells the receiver, and the kernel the sender."""
+    save, log = tmp_path / "a run", tmp_path / "log"
+    flags = flags_of(tiny_policy, data, save, comm_timeout=10)
+    port = next(PORTS)
+    for rank, host in enumerate(hosts):
+        host.start(ranks=[rank], world=2, address=FIRST, port=port, flags=flags, log=str(log))
+    (name, interface), _ = network
+    deadline = time.monotonic() + 120
+    while not (save / "resume" / "step_1" / "state.json").is_file():
+        assert time.monotonic() < deadline, said(log)
+        time.sleep(0.02)
+    ip("-n", name, "link", "set", interface, "down")
+    try:
+        statuses = [status for host in hosts for status in host.statuses()]
+    finally:
+        ip("-n", name, "link", "set", interface, "up")
+    assert statuses == [1, 1], said(log) + said(log, 1)
+    for rank in (0, 1):
+        assert "Traceback" not in said(log, rank)
+        assert f"error: rank {rank} lost another rank" in said(log, rank)
+    assert run_on(hosts, flags, log) == [0, 0], said(log)
+    check_equal(save, undisturbed)
+
+
+def test_the_wrapper_on_both_hosts_is_stopped_and_queued_again(network, root, undisturbed, tiny_policy, data, tmp_path):
+    """train_alignment.sh with DeepSpeed's launcher on either host; SIGUSR1 reaches one of them."""
+    save = tmp_path / "a run"
+    given = flags_of(tiny_policy, data, save, save_steps=0)
+    words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
+
+    def start(port: int) -> list[subprocess.Popen]:
+        started = []
+        for rank, (name, interface) in enumerate(network):
+            environment = {
+                **os.environ, "DRDPO_ENV": sys.prefix,
+                "DRDPO_NODES": "2", "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST,
+                "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                "DRDPO_PROCESSES": "1",
+            }  # fmt: skip
+            command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words]
+            output = (tmp_path / f"wrapper.{rank}").open("w")
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        return started
+
+    first = start(next(PORTS))
+    deadline = time.monotonic() + 300
+    while not (save / "metrics.jsonl").is_file() or not (save / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and first[0].poll() is None, said(tmp_path / "wrapper")
+        time.sleep(0.02)
+    first[1].send_signal(signal.SIGUSR1)
+    assert [process.wait(timeout=200) for process in first] == [75, 75], said(tmp_path / "wrapper")
+    assert "stopped by SIGUSR1 after step" in said(tmp_path / "wrapper")
+    assert [process.wait(timeout=300) for process in start(next(PORTS))] == [0, 0], said(tmp_path / "wrapper")
+    assert "continuing after step" in said(tmp_path / "wrapper")
+    check_equal(save, undisturbed)
