@@ -61,6 +61,7 @@ class PrefixPlan:
         flash: bool = False,
     ) -> None:
         self.groups = list(groups)
+        self.dtype = dtype
         self.plain, self.twice, self.flash = plain, twice and not plain, flash
         self._device, self._dtype = device, dtype
         self._masked = [group for group in self.groups if group.prefix or plain]
@@ -172,6 +173,8 @@ def _attention_of_transformers(
         raise ValueError("packed rows take no attention mask")
     scale, plan = options.get("scaling"), options.get("prefix_plan")
     if plan is not None:
+        # They may come in float32, see drdpo.training.wide_rows.
+        query, key, value = (part.to(plan.dtype) for part in (query, key, value))
         out = shared_prefix_attention(query, key, value, plan, scale)
     else:
         grouped = query.shape[1] != key.shape[1]

@@ -7,6 +7,7 @@ summed margins separates by pair.
 Shape suffixes: B pairs, S = 2B sequences, T tokens, N answer tokens or tokens of a packed row, D width.
 """
 
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from drdpo.training import losses
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
 from drdpo.training.values import AnyBatch, PairValues, values_of
+from drdpo.training.wide_rows import first_rows, wide_rows
 
 
 class InputGradient(NamedTuple):
@@ -46,21 +48,27 @@ def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config
         reference_B2: [B, 2] reference log-probs.
         config: of the run.
     """
-    embeds = policy.embed(batch).detach().requires_grad_()
-    with torch.enable_grad():
-        hidden_ND, targets_N, sequence_N = policy.answer_states(batch, embeds)
-    known = policy.head(logprob_and_slope, hidden_ND.detach(), targets_N)
-    logprob_N, slope_ND = known.logprob_N, known.slope_ND
-    pairs = len(batch.indices_B)
-    # The margin is the chosen answer's log-prob less the rejected one's.
-    signs_N = 1 - 2 * (sequence_N >= pairs).to(slope_ND.dtype)
-    (margin_grad,) = torch.autograd.grad(hidden_ND, embeds, slope_ND * signs_N[:, None])
+    embeds = policy.embed(batch).detach()
+    with ExitStack() as stack:
+        if isinstance(batch, PackedBatch) and embeds.dtype == torch.bfloat16:
+            embeds = embeds.float()
+            stack.enter_context(wide_rows(first_rows(batch.positions_1N)))
+            if config.torch_compile:  # a compiled layer knows nothing of it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        embeds.requires_grad_()
+        with torch.enable_grad():
+            hidden_ND, targets_N, sequence_N = policy.answer_states(batch, embeds)
+        known = policy.head(logprob_and_slope, hidden_ND.detach(), targets_N)
+        # The margin is the chosen answer's log-prob less the rejected one's.
+        signs_N = 1 - 2 * (sequence_N >= len(batch.indices_B)).to(known.slope_ND.dtype)
+        (margin_grad,) = torch.autograd.grad(hidden_ND, embeds, known.slope_ND * signs_N[:, None])
+    logprob_N = known.logprob_N
     logprob_S = sum_by_sequence(logprob_N, sequence_N, batch)
     values = values_of(logprob_S, embeds.detach().new_empty(0), reference_B2, config)
     direction, norm_B = _directions(margin_grad.to(logprob_N.dtype), batch, config)
     embeds_norm_B = _squares(embeds.detach().to(logprob_N.dtype), batch).sqrt()
     slopes_B = _loss_slopes(values.margins_B, config) * norm_B
-    return InputGradient(values, direction.to(embeds.dtype), norm_B, slopes_B, embeds_norm_B, known)
+    return InputGradient(values, direction, norm_B, slopes_B, embeds_norm_B, known)
 
 
 def _loss_slopes(margins_B: Tensor, config: TrainConfig) -> Tensor:

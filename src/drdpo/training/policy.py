@@ -101,11 +101,13 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N]."""
         if isinstance(batch, PackedBatch):
-            plan = PrefixPlan(batch.groups, embeds.device, embeds.dtype, self.plain_attention, twice, self.flash_attention)
+            plan = PrefixPlan(
+                batch.groups, embeds.device, self.language_model.dtype, self.plain_attention, twice, self.flash_attention
+            )
             hidden_ND = self.language_model.base_model(
                 inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
             ).last_hidden_state[0]
-            return hidden_ND[batch.states_A], batch.targets_A, batch.sequence_A
+            return hidden_ND[batch.states_A].to(self.head.weight.dtype), batch.targets_A, batch.sequence_A
         hidden_STD = self.language_model.base_model(
             inputs_embeds=embeds, attention_mask=batch.attention_mask_ST, use_cache=False
         ).last_hidden_state

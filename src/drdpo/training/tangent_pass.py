@@ -9,7 +9,7 @@ sequences.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from drdpo.kernels.tangent_logprob import tangent_logprob
 from drdpo.training.input_gradient import InputGradient
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
+from drdpo.training.wide_rows import first_rows, wide_rows
 
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -46,18 +47,31 @@ def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) ->
 def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, direction_1ND: Tensor) -> Tensor:
     """[2, A, D] hidden states that predict the answers' tokens, after the final norm, and their tangents."""
     decoder = decoder_of(policy)
+    dtype, rows = embeds_1ND.dtype, None
+    if dtype == torch.bfloat16:
+        embeds_1ND, direction_1ND, rows = embeds_1ND.float(), direction_1ND.float(), first_rows(batch.positions_1N)
     cos_1NE, sin_1NE = decoder.rotary_emb(embeds_1ND, position_ids=batch.positions_1N)
     pair_2ND = torch.cat([embeds_1ND, direction_1ND])
     for layer in decoder.layers:
-        arguments = (layer, pair_2ND, batch.groups, cos_1NE[0, :, None], sin_1NE[0, :, None])
+        arguments = (layer, pair_2ND, batch.groups, cos_1NE[0, :, None], sin_1NE[0, :, None], dtype, rows)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             pair_2ND = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             pair_2ND = _layer(*arguments)
-    return _norm(decoder.norm, pair_2ND[:, batch.states_A])
+    return _norm(decoder.norm, pair_2ND[:, batch.states_A]).to(dtype)
 
 
-def _layer(layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
+def _layer(
+    layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: Tensor, dtype: torch.dtype, rows_R: Tensor | None
+) -> Tensor:
+    """A decoder layer; attention in `dtype`, and the rest as it is, or under wide_rows in float32."""
+    with nullcontext() if rows_R is None else wide_rows(rows_R):
+        return _layer_of_pair(layer, pair_2ND, groups, cos_N1E, sin_N1E, dtype)
+
+
+def _layer_of_pair(
+    layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: Tensor, dtype: torch.dtype
+) -> Tensor:
     attention, mlp = layer.self_attn, layer.mlp
     heads = (*pair_2ND.shape[:2], -1, attention.head_dim)
     normed_2ND = _norm(layer.input_layernorm, pair_2ND)
@@ -67,8 +81,8 @@ def _layer(layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: 
     if hasattr(attention, "q_norm"):  # Qwen3: over the width of a head
         query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
     query, key = _rotated(query, cos_N1E, sin_N1E), _rotated(key, cos_N1E, sin_N1E)
-    attended_2NHE = tangent_attention(query, key, value, groups, attention.scaling)
-    pair_2ND = pair_2ND + linear_pair(attention.o_proj, attended_2NHE.flatten(2))
+    attended_2NHE = tangent_attention(query.to(dtype), key.to(dtype), value.to(dtype), groups, attention.scaling)
+    pair_2ND = pair_2ND + linear_pair(attention.o_proj, attended_2NHE.flatten(2).to(pair_2ND.dtype))
     normed_2ND = _norm(layer.post_attention_layernorm, pair_2ND)
     gated_2NI = silu_gate(linear_pair(mlp.gate_proj, normed_2ND), linear_pair(mlp.up_proj, normed_2ND))
     return pair_2ND + linear_pair(mlp.down_proj, gated_2NI)
