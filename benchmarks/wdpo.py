@@ -236,25 +236,38 @@ def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict
 
 
 def draw(facts: dict, path: Path) -> None:
-    """Time and memory in units of DPO's at the longest length, a panel a dtype; error in the label."""
+    """Time and memory in units of DPO's where errors are known, a panel a dtype; then memory over the sequences' length."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    longest = max(row["tokens"] for row in facts["rows"])
-    dtypes = list(dict.fromkeys(row["dtype"] for row in facts["rows"]))
+    rows = facts["rows"]
+    dtypes, lengths = ([*dict.fromkeys(row[name] for row in rows)] for name in ("dtype", "tokens"))
+    shown = max([row["tokens"] for row in rows if "error" in row] or lengths)
+    panels = len(dtypes) + (len(lengths) > 1)
+    figure = Figure(figsize=(5.6 * panels, 4.8), layout="constrained")
     for number, dtype in enumerate(dtypes):
-        axes = figure.add_subplot(1, len(dtypes), number + 1)
-        for row in facts["rows"]:
-            if (row["tokens"], row["dtype"]) != (longest, dtype):
+        axes = figure.add_subplot(1, panels, number + 1)
+        for row in rows:
+            if (row["tokens"], row["dtype"]) != (shown, dtype):
                 continue
             color, face = COLORS[row["way"]], "none" if row["checkpointing"] else COLORS[row["way"]]
             axes.scatter(row["time_ratio"], row["memory_ratio"], s=70, edgecolors=color, facecolors=face)
             error = f" {row['error']:.1%}" if "error" in row else ""
             axes.annotate(row["way"] + error, (row["time_ratio"], row["memory_ratio"]), xytext=(5, 4),
                           textcoords="offset points", fontsize=7)  # fmt: skip
-        axes.set_title(f"{dtype}, {longest} tokens a sequence", fontsize=10)
-        axes.set_xlabel("time of a step / DPO's")
-        axes.set_ylabel("peak memory over weights and gradients / DPO's")
+        axes.set(title=f"{dtype}, {shown} tokens a sequence", xlabel="time of a step / DPO's", yscale="log",
+                 ylabel="peak memory over weights and gradients / DPO's")  # fmt: skip
+        axes.margins(x=0.25)
+    if len(lengths) > 1:
+        axes = figure.add_subplot(1, panels, panels)
+        for way in dict.fromkeys(row["way"] for row in rows):
+            line = [row for row in rows if row["way"] == way and row["checkpointing"] and row["dtype"] == dtypes[0]]
+            axes.plot([row["tokens"] for row in line], [row["peak_gib"] for row in line], "o-", color=COLORS[way], label=way)
+        axes.set(title=f"{dtypes[0]}, with checkpointing", xlabel="tokens of a sequence", xscale="log", yscale="log",
+                 ylabel="peak memory over weights and gradients, GiB")  # fmt: skip
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.legend(fontsize=7, frameon=False)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"WDPO, {facts['model']}, {facts['device']}; hollow: with gradient checkpointing, against DPO with it; "
                     "percentages: error of the penalty's gradient", fontsize=9)  # fmt: skip
@@ -283,9 +296,8 @@ def main() -> None:
         return
     import torch
 
-    print(
-        f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6}  error: median, worst; lowest cosine"
-    )
+    heading = f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6}"
+    print(heading + "  error: median, worst; lowest cosine")
     rows, told_by_tokens = [], {}
     for tokens in arguments.tokens:
         told = {}
