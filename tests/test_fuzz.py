@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,12 @@ pytestmark = pytest.mark.fuzz
 
 PROPERTIES = 7
 CASES = -(-int(os.environ.get("DRDPO_FUZZ_CASES", "350")) // PROPERTIES)
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> None:
+    """Tests before these may have let torch flush them to zero, which hypothesis refuses to draw floats under."""
+    torch.set_flush_denormal(False)
+
+
 fuzz = settings(
     max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )  # fmt: skip

@@ -222,14 +222,17 @@ def test_lengths_are_in_one_unit(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_lengths_in_the_tokens_of_a_tokenizer(tiny_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from drdpo import chat
 
-    rows = [completion(1, 0, "Hello there, world.", 99, None), completion(2, 0, "half \ud800", 2, None)]
-    printed = look(write(tmp_path / "train.jsonl", rows), capsys, tokenizer=str(tiny_policy))
     tokenizer = chat.load_tokenizer(str(tiny_policy))
+    refusal = "{% if 'question 2' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [completion(1, 0, "Hello there, world.", 99, None), completion(2, 0, "Hello there, world.", 2, None)]
+    printed = look(write(tmp_path / "train.jsonl", rows), capsys, tokenizer=str(tmp_path / "tokenizer"))
     answer = len(chat.answer_token_ids(tokenizer, [{"role": "assistant", "content": "Hello there, world."}]))
     assert answer < 10
     assert line(printed, "answer     train") == ["tokens", *[str(answer)] * 6, f"{answer}.0"]
-    prompts = [len(chat.prompt_token_ids(tokenizer, user(f"question {number}"))) for number in (1, 2)]
-    assert line(printed, "prompt     train")[-1] == f"{np.mean(prompts):.1f}"
+    prompt = len(chat.prompt_token_ids(tokenizer, user("question 1")))
+    assert line(printed, "prompt     train")[-1] == f"{prompt}.0"
     assert "train: 1 row with a text that the tokenizer or its chat template refuses; it has no length" in printed
 
 
@@ -307,14 +310,14 @@ def test_the_sample_is_of_the_seed_and_covers_the_file(tmp_path: Path) -> None:
 
 
 def test_untrusted_text_is_printed_harmless_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evil = "\x1b]0;owned\x07\u202e\ud800 $\\frac$"
+    evil = "\x1b]0;owned\x07\u202e $\\frac$"
     rows = [completion(1, 0, evil + " word" * 5000, 1, None, prompt=[{"role": "system", "content": evil}, *user(evil)])]
     rows[0]["scores"] = {f"{evil}\nname": 1.0}
     printed = look(write(tmp_path / "train.jsonl", rows), capsys, width=60)
-    assert not set(printed) & set("\x1b\x07\u202e\ud800")
-    assert r"\x1b]0;owned\x07\u202e\ud800 $\frac$" in printed
+    assert not set(printed) & set("\x1b\x07\u202e")
+    assert r"\x1b]0;owned\x07\u202e $\frac$" in printed
     sample = printed.split("--- train.jsonl, row 1")[1].split("pictures")[0]
-    assert "of 25,020 characters ...]" in sample
+    assert "of 25,019 characters ...]" in sample
     assert max(map(len, sample.splitlines()[1:])) <= 60
     assert len(sample.splitlines()) < 40
 
