@@ -29,6 +29,8 @@ pytestmark = pytest.mark.fuzz
 
 PROPERTIES = 7
 CASES = -(-int(os.environ.get("DRDPO_FUZZ_CASES", "350")) // PROPERTIES)
+
+
 @pytest.fixture(autouse=True)
 def denormal_numbers() -> None:
     """Tests before these may have let torch flush them to zero, which hypothesis refuses to draw floats under."""
