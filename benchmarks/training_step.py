@@ -39,7 +39,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     from drdpo.training.loop import train_step
     from drdpo.training.metrics import peak_memory_gib
     from drdpo.training.packing import form_batch
-    from drdpo.training.policy import load_policy
+    from drdpo.training.policy import load_policy, widen_first_tokens
 
     deepspeed_engine.initialise()
     config = TrainConfig(
@@ -49,6 +49,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     policy = load_policy(
         model_path, torch.bfloat16, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
     )
+    widen_first_tokens(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
     before = peak_memory_gib()
     torch.manual_seed(0)

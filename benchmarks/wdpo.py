@@ -65,13 +65,14 @@ def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
     import torch
 
     from drdpo.config import TrainConfig
-    from drdpo.training.policy import load_policy
+    from drdpo.training.policy import load_policy, widen_first_tokens
 
     flags = {"wdpo_rho": rho, **WAYS[way]}
     config = TrainConfig(model_path=model, dataset_path="-", save_path="-", beta=BETA, dtype=dtype, train_batch_size=1,
                          gradient_checkpointing=checkpointing, **flags)  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.plain_attention).to(device)
+    widen_first_tokens(policy, config)
     return config, policy, device
 
 
@@ -155,7 +156,7 @@ def measure(arguments) -> dict[str, float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(clock() - started)
-    return {"seconds": min(seconds[1:]), "peak_gib": memory("VmHWM") - before}
+    return {"seconds": min(seconds[1:] or seconds), "peak_gib": memory("VmHWM") - before}
 
 
 def penalty_gradient(way: str, dtype: str, pair, arguments):
@@ -200,14 +201,29 @@ def errors(arguments) -> dict[str, dict[str, float]]:
     }  # fmt: skip
 
 
-def run(arguments, **flags) -> dict:
-    """A part in a process of its own."""
+def run(arguments, allocator: dict[str, str] | None = None, **flags) -> dict:
+    """A part in a process of its own, with these settings of the C library's allocator."""
     words = [sys.executable, __file__, f"--model={arguments.model}", f"--steps={arguments.steps}", f"--rho={arguments.rho}",
              f"--pairs={arguments.pairs}"]  # fmt: skip
+    environment = os.environ | (allocator or {})
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", *map(str, value)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def allocated(arguments, way: str, setting: dict) -> float:
+    """Peak GiB that one step holds. Every block of 64 KiB or more is given back to the system as soon as it is freed, at the
+    price of time: glibc otherwise keeps several times as much resident in holes between tensors."""
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    once = argparse.Namespace(**vars(arguments) | {"steps": 0})
+    return run(once, given_back, way=[way], **setting)["peak_gib"]
 
 
 def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict) -> list[dict]:
@@ -218,18 +234,20 @@ def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict
     setting = {"tokens": [tokens], "dtype": [dtype], "checkpointing": checkpointing}
     rounds = [{way: run(arguments, way=[way], **setting) for way in ways} for _ in range(arguments.rounds)]
     rows = []
+    held = {way: rounds[0][way]["peak_gib"] if on_gpu() else allocated(arguments, way, setting) for way in ways}
     for way in ways:
         row = {"tokens": tokens, "dtype": dtype, "checkpointing": checkpointing, "way": way}
         row["seconds"] = statistics.median(r[way]["seconds"] for r in rounds)
         row["time_ratio"] = statistics.median(r[way]["seconds"] / r["dpo"]["seconds"] for r in rounds)
-        row["peak_gib"] = statistics.median(r[way]["peak_gib"] for r in rounds)
-        row["memory_ratio"] = row["peak_gib"] / statistics.median(r["dpo"]["peak_gib"] for r in rounds)
+        row["peak_gib"], row["memory_ratio"] = held[way], held[way] / held["dpo"]
+        row["resident_gib"] = statistics.median(r[way]["peak_gib"] for r in rounds)
         rows.append(row | told.get(f"{way}, {dtype}", {}))
         row = rows[-1]
         told_error = f"{row['error']:.2%} {row['worst']:.2%} {row['cosine']:.5f}" if "error" in row else ""
         print(
             f"{tokens:>6} {dtype:<9} {'yes' if checkpointing else 'no':<4} {way:<18} {row['seconds']:>8.2f} "
-            f"{row['time_ratio']:>6.2f} {row['peak_gib']:>9.2f} {row['memory_ratio']:>6.2f}  {told_error}",
+            f"{row['time_ratio']:>6.2f} {row['peak_gib']:>9.3f} {row['memory_ratio']:>6.2f} "
+            f"{row['resident_gib']:>12.2f}  {told_error}",
             flush=True,
         )
     return rows
@@ -296,7 +314,9 @@ def main() -> None:
         return
     import torch
 
-    heading = f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6}"
+    heading = (
+        f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6} {'resident GiB':>12}"
+    )
     print(heading + "  error: median, worst; lowest cosine")
     rows, told_by_tokens = [], {}
     for tokens in arguments.tokens:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from drdpo.files import atomic_file, atomic_folder
+from drdpo.files import atomic_file, atomic_folder, sweep
 
 FULL_DISK = """
 import os, sys
@@ -136,3 +136,15 @@ def test_a_full_disk_keeps_the_old_folder(tmp_path: Path) -> None:
     assert caught.value.filename == str(path)
     assert os.listdir(path) == ["old"]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_sweep_takes_what_a_killed_writer_left_and_nothing_else(tmp_path: Path) -> None:
+    names = {"c.tmp", ".notes.tmp", ".a.jsonl", "a.abcdefgh.tmp"}
+    for name in names:
+        (tmp_path / name).write_text("the user's")
+    writers = atomic_file(tmp_path / "a.jsonl"), atomic_folder(tmp_path / "b")
+    for writer in writers:
+        writer.__enter__()  # and never ends, as under SIGKILL
+    assert len(list(tmp_path.iterdir())) == len(names) + 2
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import threading
 
 import pytest
 
@@ -49,4 +49,13 @@ def test_the_lock_dies_with_its_owner(owner, tmp_path):
         assert json.loads((tmp_path / "out" / ".lock").read_text())["pid"] == os.getpid()
         with pytest.raises(UsageError, match=f"process {os.getpid()}"):
             refuse_if_locked(tmp_path / "out")
-    assert Path(tmp_path / "out" / ".lock").read_text() == ""
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_who_waits_gets_the_lock_that_others_see(owner, tmp_path):
+    """The owner removes the file at its end; a lock on the removed file would lock nothing."""
+    threading.Timer(0.3, owner.stdin.close).start()
+    with lock_folder(tmp_path / "out"):
+        owner.wait()
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"):
+            refuse_if_locked(tmp_path / "out")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from drdpo.errors import DataError
+
+_ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|old)")
+"""The names that this module gives what is not whole yet, or no longer wanted."""
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -114,6 +118,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers of this module that were killed left in a folder; only for the holder of its lock."""
+    for left in [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def flush(path: Path) -> None:

@@ -1,6 +1,7 @@
 """A folder that one run at a time may write into: a lock that the kernel drops when its owner dies, however it dies.
 
 flock(2) on <folder>/.lock. On NFS it holds between hosts since Linux 2.6.12 with NFSv4, unless mounted with local_lock.
+The owner removes the file when it ends; one that was killed leaves it, and it then locks nothing.
 """
 
 import errno
@@ -11,10 +12,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from drdpo import distributed
 from drdpo.errors import UsageError
 
 NAME = ".lock"
@@ -26,30 +28,56 @@ _PATIENCE = 1.0
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; the file stays behind, empty.
+    """Hold a folder's lock.
 
     Args:
         folder: is made where it is not there.
 
     Raises:
         UsageError: another process holds it; the message names it.
+        OSError: with `filename` set, when the disk is full or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Without O_TRUNC: it may be another's.
-    handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path = folder / NAME
+    handle = _take(path)
     try:
-        _take(handle, folder)
         owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(owner).encode(), 0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         yield
-        os.ftruncate(handle, 0)
     finally:
+        # While the lock is held: it is ours, and whoever waits for it looks again under its name.
+        path.unlink(missing_ok=True)
         os.close(handle)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock on rank 0 for all ranks; every rank must call, after distributed.initialise.
+
+    Raises:
+        UsageError: another run holds it; on rank 0. The others end silently, with the same status.
+    """
+    with ExitStack() as held:
+        refusal = None
+        if distributed.is_main():
+            try:
+                held.enter_context(lock_folder(folder))
+            except (UsageError, OSError) as error:
+                refusal = error
+        refused = distributed.gather_floats([float(refusal is not None)])
+        if refusal is not None:
+            raise refusal
+        if any(refused):
+            sys.exit(2)
+        yield
 
 
 def refuse_if_locked(folder: Path) -> None:
@@ -70,21 +98,38 @@ def refuse_if_locked(folder: Path) -> None:
         os.close(handle)
 
 
-def _take(handle: int, folder: Path) -> None:
+def _take(path: Path) -> int:
+    """Lock the file; returns its handle."""
     deadline = time.monotonic() + _PATIENCE
     while True:
+        # Without O_TRUNC: it may be another's.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            if _is_there(handle, path):
+                return handle
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise UsageError(_refusal(handle, folder)) from None
-            time.sleep(0.05)
+                refusal = _refusal(handle, path.parent)
+                os.close(handle)
+                raise UsageError(refusal) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
+                os.close(handle)
                 raise
-            print(f"warning: {folder}: its file system has no locks, so nothing stops a second run there", file=sys.stderr)
-            return
+            where = path.parent
+            print(f"warning: {where}: its file system has no locks, so nothing stops a second run there", file=sys.stderr)
+            return handle
+        os.close(handle)
+        time.sleep(0.05)
+
+
+def _is_there(handle: int, path: Path) -> bool:
+    """Does the path name the file that was opened? Its owner may have removed it in between."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _refusal(handle: int, folder: Path) -> str:

@@ -1,11 +1,13 @@
 """Checks of a model folder that cost nothing: before a library is imported or a weight is read."""
 
+import json
 from pathlib import Path
 
 from drdpo.errors import DataError
 from drdpo.files import read_json_object
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_AGAIN = "copy or download it again, or give an earlier checkpoint"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -17,7 +19,8 @@ def check_model_folder(path: str) -> None:
 
     Raises:
         DataError: no such folder; no config.json in it, or one that is cut; no safetensors weights (pickled weights can
-            run code when they are read, so they are refused); a shard that the index names is missing; no tokenizer.
+            run code when they are read, so they are refused); a shard that the index names is missing, or weights that are
+            cut or have a damaged header; no tokenizer.
     """
     folder = Path(path)
     if not path or not folder.is_dir():
@@ -47,6 +50,8 @@ def _check_weights(folder: Path) -> None:
                 "safetensors (model.save_pretrained(folder) in transformers does)"
             )
         raise DataError(f"{folder}: no weights (*.safetensors) in the model folder")
+    for file in sorted(folder.glob("*.safetensors")):
+        check_safetensors(file)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
@@ -56,6 +61,27 @@ def _check_weights(folder: Path) -> None:
     for shard in sorted(set(weight_map.values())):
         if not (folder / str(shard)).is_file():
             raise DataError(f"{folder}: the weights are not complete: {shard} is missing")
+
+
+def check_safetensors(file: Path) -> None:
+    """Is a safetensors file as long as its header says? Reads the header alone: 8 bytes of its length, then JSON.
+
+    Raises:
+        DataError: the file is cut, longer than it should be, or its header is damaged.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise DataError(f"{file}: cut short, or its header is damaged ({size} bytes); {_AGAIN}")
+        try:
+            header = json.loads(stream.read(length))
+            data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            whole = 8 + length + data == size
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise DataError(f"{file}: its header is damaged, so these are not whole safetensors; {_AGAIN}") from error
+    if not whole:
+        raise DataError(f"{file}: has {size} bytes where its header says {8 + length + data}; {_AGAIN}")
 
 
 def _json_object(path: Path) -> dict[str, object]:

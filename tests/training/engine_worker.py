@@ -22,7 +22,7 @@ from drdpo.training.finite import check_step
 from drdpo.training.loop import train_step
 from drdpo.training.lora import add_lora
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy
+from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_logprobs
 
 MODEL, OUTPUT = sys.argv[3], Path(sys.argv[4])
@@ -41,6 +41,7 @@ class Training:
         )
         if config.lora_rank:
             add_lora(policy, config)
+        widen_first_tokens(policy, config)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             self.engine = deepspeed_engine.start_engine(policy, config, steps=3)

@@ -23,7 +23,7 @@ from drdpo.training.dealing import evaluation_batches, step_batches
 from drdpo.training.fraction import penalised_pairs
 from drdpo.training.loop import train_step
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy
+from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_logprobs
 
 
@@ -45,6 +45,7 @@ def main() -> None:
         policy = load_policy(
             model, dtype, config.attention, config.gradient_checkpointing, plain_attention=config.plain_attention
         )
+        widen_first_tokens(policy, config)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             engine = deepspeed_engine.start_engine(policy, config, steps)

@@ -21,6 +21,7 @@ from drdpo.training.data import Pair
 from drdpo.training.loop import train_alignment
 from drdpo.training.memory import GATHERED, Memory, dry_run, predict
 from drdpo.training.packing import pack
+from drdpo.training.policy import widen_first_tokens
 from drdpo.training.preflight import advice, meta_policy, preflight
 from drdpo.training.run import Run, check_inputs
 from drdpo.training.throughput import Shape, dpo_flops, peak_flops, shape_of, throughput
@@ -40,7 +41,9 @@ def pairs_of(*lengths: tuple[int, int, int]) -> list[Pair]:
 def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
     config = config_of(path, **flags)
     batch = pack(pairs, range(len(pairs)), True) if config.packing else collate(pairs, range(len(pairs)), 0)
-    return dry_run(meta_policy(config), batch, config)
+    policy = meta_policy(config)
+    widen_first_tokens(policy, config)
+    return dry_run(policy, batch, config)
 
 
 def test_preflight_by_hand(tiny_policy, tmp_path, capsys):
@@ -120,6 +123,7 @@ def test_the_dry_run_counts_what_a_forward_pass_keeps(tiny_policy):
         {"wdpo_rho": 0.1, "packing": False}, {"packing": False}, {"wdpo_rho": 0.1, "wdpo_solver": "finite_difference"},
         {"wdpo_rho": 0.1, "wdpo_solver": "adversarial"}, {"wdpo_rho": 0.1, "wdpo_solver": "exact", "lora_rank": 2},
         {"wdpo_rho": 0.1, "wdpo_solver": "tangent", "lora_rank": 2}, {"dtype": "bfloat16", "lora_rank": 2, "zero_stage": 3},
+        {"wdpo_rho": 0.1, "dtype": "bfloat16"}, {"wdpo_rho": 0.1, "dtype": "bfloat16", "lora_rank": 2},
     ],
     ids=str,
 )  # fmt: skip

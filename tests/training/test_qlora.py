@@ -28,7 +28,7 @@ from drdpo.training.memory import dry_run, predict
 from drdpo.training.nf4 import NF4Linear, weight_bytes
 from drdpo.training.objective import objective
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy
+from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.preflight import meta_policy
 from drdpo.training.reference import reference_key
 from drdpo.training.tangent_support import check_tangent
@@ -132,6 +132,22 @@ def gradients(policy, pairs, config) -> tuple[float, dict[str, torch.Tensor]]:
     total = objective(policy, batch, reference_B2, config, None).total
     total.backward()
     return float(total.detach()), {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen"])
+def test_the_tangent_solver_in_bfloat16_is_near_to_float32(model, models, pairs, tmp_path):
+    """Its float32 activations meet 4-bit weights, and Qwen's biases, that were loaded in bfloat16."""
+    config = config_of(models[model], **METHODS["tangent"], dtype="bfloat16")
+    policy = policy_of(config)
+    widen_first_tokens(policy, config)
+    check_tangent(policy, config)
+    folder = dequantized(policy, models[model], tmp_path / "plain")
+    plain = replace(config, lora_quantize="none", dtype="float32", model_path=str(folder))
+    ours, theirs = (
+        torch.cat([part.flatten().float() for part in gradients(made, pairs, of)[1].values()])
+        for made, of in ((policy, config), (policy_of(plain), plain))
+    )
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen"])

@@ -18,7 +18,7 @@ from transformers import (
 from drdpo.errors import DataError
 from drdpo.training.data import Pair
 from drdpo.training.lora import add_lora
-from drdpo.training.policy import Policy, load_policy
+from drdpo.training.policy import Policy, load_policy, widen_first_tokens
 from drdpo.training.preflight import meta_policy
 from drdpo.training.tangent_support import check_architecture, check_tangent
 
@@ -41,38 +41,64 @@ def saved(config, folder):
     return folder
 
 
-@pytest.mark.parametrize("adapters", [0, 3], ids=["whole", "lora"])
-@pytest.mark.parametrize(
-    "model",
-    [
-        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-        LlamaConfig(**SIZES, head_dim=16, rope_parameters=YARN),
-        MistralConfig(**SIZES, sliding_window=None),
-        Qwen2Config(**SIZES),
-        Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
-    ],
-    ids=["llama with biases", "yarn", "mistral", "qwen2", "qwen3"],
-)
-def test_models_that_are_built_as_llama_pass_and_equal_exact(model, adapters, tmp_path):
+LLAMA_LIKE = {
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "yarn": LlamaConfig(**SIZES, head_dim=16, rope_parameters=YARN),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+}
+
+
+def pairs_of_lengths(*lengths: tuple[int, int, int]) -> list[Pair]:
     numbers = torch.Generator().manual_seed(2)
-    lengths = ((14, 9, 16), (15, 2, 12), (1, 1, 3), (7, 30, 1))
-    pairs = [Pair(*(torch.randint(3, 300, (n,), generator=numbers).tolist() for n in row)) for row in lengths]
+    return [Pair(*(torch.randint(3, 300, (n,), generator=numbers).tolist() for n in row)) for row in lengths]
+
+
+def add_adapters(policy, config):
+    """Adapters that do something: zero at the start, one half of them would leave half of the gradients zero."""
+    add_lora(policy, config)
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.parametrize("adapters", [0, 3], ids=["whole", "lora"])
+@pytest.mark.parametrize("model", LLAMA_LIKE.values(), ids=LLAMA_LIKE)
+def test_models_that_are_built_as_llama_pass_and_equal_exact(model, adapters, tmp_path):
+    pairs = pairs_of_lengths((14, 9, 16), (15, 2, 12), (1, 1, 3), (7, 30, 1))
     folder, gradients = saved(model, tmp_path), []
     for solver in ("tangent", "exact"):
         config = config_of(wdpo_solver=solver, lora_rank=adapters)
         policy = load_policy(str(folder), torch.float32, config.attention, True, config.second_derivative)
         if adapters:
-            add_lora(policy, config)
-            torch.manual_seed(0)
-            for name, parameter in policy.named_parameters():
-                if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
-                    torch.nn.init.normal_(parameter, std=0.1)
+            add_adapters(policy, config)
         if solver == "tangent":
             check_tangent(policy, config)
         gradients.append(step(policy.double().train(), pairs, [[3, 0], [1, 2]], config)[1])
     if adapters:
         assert len(gradients[0]) < 8_000, "the adapters alone"
     assert apart(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("adapters", [0, 3], ids=["whole", "lora"])
+@pytest.mark.parametrize("model", LLAMA_LIKE.values(), ids=LLAMA_LIKE)
+def test_they_pass_in_bfloat16_with_first_tokens_in_float32(model, adapters, tmp_path):
+    """The first tokens are all of these pairs' tokens but a few."""
+    pairs = pairs_of_lengths((14, 9, 16), (15, 2, 12))
+    folder, gradients = saved(model, tmp_path), []
+    for dtype in ("bfloat16", "float32"):
+        config = config_of(wdpo_solver="tangent", lora_rank=adapters, dtype=dtype)
+        policy = load_policy(str(folder), getattr(torch, dtype), config.attention, True)
+        if adapters:
+            add_adapters(policy, config)
+        widen_first_tokens(policy, config)
+        assert policy.wide_first == (dtype == "bfloat16")
+        check_tangent(policy, config)
+        gradients.append(step(policy, pairs, [[0], [1]], config)[1])
+    # Measured .02 to .14: these weights are large, and attention and adapters stay in bfloat16.
+    assert apart(*gradients) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -110,8 +136,9 @@ def test_a_refusal_tells_what_auto_is_and_a_stage_that_exact_runs_under(tmp_path
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_that_computes_something_else_is_found_by_its_numbers(dtype, tiny_policy):
-    config = config_of(wdpo_solver="tangent")
+    config = config_of(wdpo_solver="tangent", dtype=str(dtype).removeprefix("torch."))
     policy = policy_of(tiny_policy, config, dtype=dtype)
+    widen_first_tokens(policy, config)
     check_tangent(policy, config)
     handle = policy.language_model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out / 2)
     with pytest.raises(DataError, match="hidden states are not"):

@@ -12,7 +12,7 @@ from drdpo.training.data import Pair
 from drdpo.training.memory import dry_run
 from drdpo.training.objective import objective, survey
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import Policy, load_policy
+from drdpo.training.policy import Policy, load_policy, widen_first_tokens
 from drdpo.training.preflight import meta_policy
 from drdpo.training.tangent_support import check_tangent
 
@@ -188,6 +188,7 @@ def test_bfloat16_gives_the_direction_of_float32_on_a_real_model(smollm, root):
     for dtype in ("float32", "bfloat16"):
         config = config_of(dtype=dtype, beta=0.01, wdpo_rho=1e12)  # beside this radius the loss itself counts for nothing
         policy = load_policy(str(smollm), getattr(torch, dtype), config.attention, gradient_checkpointing=False)
+        widen_first_tokens(policy, config)
         check_tangent(policy, config)
         batch = form_batch([Pair(ids[:32], ids[32:64], ids[64:96])], [0], config, 0)
         with torch.no_grad():

@@ -8,11 +8,12 @@ from test_wdpo_solvers import apart, config_of
 from torch import nn
 from transformers import AutoTokenizer
 
+from drdpo.kernels.shared_prefix import PrefixGroup
 from drdpo.training.data import Pair
 from drdpo.training.objective import objective
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy
-from drdpo.training.wide_rows import first_rows, wide_rows
+from drdpo.training.policy import load_policy, widen_first_tokens
+from drdpo.training.wide_rows import first_rows, rows_in_float32
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +27,7 @@ def layer() -> nn.Linear:
 def test_given_rows_are_float32_products_and_others_bfloat16_ones(layer):
     x = torch.randn(2, 10, 48)
     rows = torch.tensor([0, 1, 7])
-    with wide_rows(rows):
+    with rows_in_float32(rows):
         out = layer(x)
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
     rough = layer(x.bfloat16()).float()
@@ -36,7 +37,7 @@ def test_given_rows_are_float32_products_and_others_bfloat16_ones(layer):
     assert torch.equal(out[:, others], rough[:, others])
     assert (rough[:, rows] - exact[:, rows]).abs().max() > 1e-3, "bfloat16 would have done as well"
     # Outside, and for inputs of the weight's dtype, nothing has changed.
-    with wide_rows(rows):
+    with rows_in_float32(rows):
         assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16()))
     with pytest.raises(RuntimeError):
         layer(x)
@@ -44,7 +45,7 @@ def test_given_rows_are_float32_products_and_others_bfloat16_ones(layer):
 
 def test_gradients_of_given_rows_are_those_of_float32(layer):
     x, grad = torch.randn(2, 3, 48, requires_grad=True), torch.randn(2, 3, 32)
-    with wide_rows(torch.arange(3)):
+    with rows_in_float32(torch.arange(3)):
         found = torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], grad)
     rows_x, rows_grad = x.detach().double().flatten(0, 1), grad.double().flatten(0, 1)
     expected = [grad.double() @ layer.weight.double(), rows_grad.T @ rows_x, rows_grad.sum(dim=0)]
@@ -53,9 +54,18 @@ def test_gradients_of_given_rows_are_those_of_float32(layer):
     assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
+def test_frozen_weights_get_no_gradient(layer):
+    x = torch.randn(3, 48, requires_grad=True)
+    with rows_in_float32(torch.arange(3), frozen=True):
+        layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.float().sum(dim=0).expand(3, -1))
+    assert not layer.weight.grad.any() and not layer.bias.grad.any()
+
+
 def test_first_rows_are_those_of_every_sequence():
-    positions_1N = torch.tensor([[*range(20), *range(3), *range(17)]])
-    assert first_rows(positions_1N).tolist() == [*range(16), 20, 21, 22, *range(23, 39)]
+    long, short = PrefixGroup(20, (3, 17)), PrefixGroup(14, (1, 9))
+    rows = first_rows([long, short], torch.device("cpu")).tolist()
+    assert rows == [*range(16), *range(40, 54), 54, *range(55, 57)]
 
 
 @pytest.mark.slow
@@ -68,6 +78,7 @@ def test_the_penalty_of_a_real_model_is_near_to_float32(smollm):
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         config = config_of(wdpo_solver="tangent", wdpo_rho=1e9, beta=0.01, dtype=str(dtype).removeprefix("torch."))
         policy = load_policy(str(smollm), dtype, config.attention, True)
+        widen_first_tokens(policy, config)
         found = []
         for pair in pairs:
             total = objective(policy, form_batch([pair], [0], config, 0), torch.zeros(1, 2), config, None).total

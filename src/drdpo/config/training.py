@@ -171,6 +171,11 @@ class TrainConfig:
         return self.wdpo_solver
 
     @property
+    def wide_first_tokens(self) -> bool:
+        """Are sequences' first tokens computed in float32? See drdpo.training.wide_rows."""
+        return self.method == "wdpo" and self.solver == "tangent" and self.dtype == "bfloat16"
+
+    @property
     def penalised(self) -> int:
         """Pairs of a step that carry WDPO's penalty."""
         return max(1, round(self.wdpo_fraction * self.train_batch_size))

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from drdpo.config.evaluation import EvaluateConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.provenance import differences, read_provenance
+from drdpo.evaluation.provenance import Provenance, differences, read_provenance
 from drdpo.evaluation.report import report, report_paths, terminal_table, write_csv
-from drdpo.evaluation.runs import choose_objectives, common_prompts, load_run, parse_runs
-from drdpo.evaluation.statistics import compare
-from drdpo.files import atomic_file, atomic_folder
+from drdpo.evaluation.runs import Run, choose_objectives, common_prompts, load_run, parse_runs
+from drdpo.evaluation.statistics import Comparison, compare
+from drdpo.files import atomic_file, atomic_folder, sweep
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint, write_manifest
 
 
@@ -23,7 +24,8 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
         config: the flags; the first run is the base.
 
     Raises:
-        UsageError: a --runs word that is not NAME=FOLDER, a name given twice, an objective that a run lacks.
+        UsageError: a --runs word that is not NAME=FOLDER, a name given twice, an objective that a run lacks, or another
+            run that is writing to the output folder.
         DataError: a missing folder or split, unscored or broken rows, no common objective or prompt.
     """
     folders = parse_runs(config.runs)
@@ -34,7 +36,25 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     output = Path(config.output_path)
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: --output_path is a file, not a folder")
-    # Drawn aside as a whole first: an error leaves an earlier report as it was.
+    refuse_if_locked(output)
+    made_by = as_dict(config) | {
+        "inputs": {name: fingerprint(folder / f"{config.split}.jsonl") for name, folder in folders.items()}
+    }
+    counts = {run.name: {"completions": run.completions, "prompts": len(run.prompts)} for run in runs}
+    with lock_folder(output):
+        sweep(output)
+        _write(output, config, runs, comparison, provenances)
+        write_manifest(output, "evaluate_armorm", made_by, counts=counts, paired_prompts=len(comparison.common))
+    print(terminal_table(runs, comparison))
+    for line in [*differences(provenances), *(note for p in provenances.values() for note in p.notes)]:
+        print(f"note: {line}")
+    print(f"report: {output / 'report.md'}")
+
+
+def _write(
+    output: Path, config: EvaluateConfig, runs: list[Run], comparison: Comparison, provenances: dict[str, Provenance]
+) -> None:
+    """Put the report's files in place. All are made aside first: an error leaves an earlier report as it was."""
     with atomic_folder(output / ".report.tmp") as aside:
         from drdpo.evaluation.spider import draw_pictures
 
@@ -46,12 +66,3 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     for path in report_paths(output):
         os.replace(output / ".report.tmp" / path.name, path)
     (output / ".report.tmp").rmdir()
-    made_by = as_dict(config) | {
-        "inputs": {name: fingerprint(folder / f"{config.split}.jsonl") for name, folder in folders.items()}
-    }
-    counts = {run.name: {"completions": run.completions, "prompts": len(run.prompts)} for run in runs}
-    write_manifest(output, "evaluate_armorm", made_by, counts=counts, paired_prompts=len(comparison.common))
-    print(terminal_table(runs, comparison))
-    for line in [*differences(provenances), *(note for p in provenances.values() for note in p.notes)]:
-        print(f"note: {line}")
-    print(f"report: {output / 'report.md'}")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from drdpo import chat
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
+from drdpo.files import sweep
 from drdpo.flags import require
 from drdpo.generation.engines.base import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
 from drdpo.generation.engines.choose import choose_engine, open_engines, plan_engines, visible_gpus
@@ -29,6 +30,7 @@ from drdpo.generation.prompts import (
     stop_token_ids,
 )
 from drdpo.generation.results import Blocks, Split, finished, write_results
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint
 from drdpo.models import check_model_folder
 from drdpo.records import Prompt
@@ -52,7 +54,7 @@ def sample_completions(config: CompletionsConfig) -> None:
     folder of the model itself.
 
     Raises:
-        UsageError: flags that cannot be honoured, or results there that other flags made.
+        UsageError: flags that cannot be honoured, results there that other flags made, or another run that is making some.
         DataError: prompts or model folder are not usable.
         ProcessError: an engine process died; finished blocks are kept.
     """
@@ -70,6 +72,7 @@ def sample_completions(config: CompletionsConfig) -> None:
     left = [split for split in _splits(config, dataset, prompts) if not finished(split, config.overwrite)]
     if not left:
         return
+    refuse_if_locked(save_path / "sampled")
     max_model_len = check_context(config.model_path, config.prompt_max_len, config.max_new_tokens)
     tokenizer = chat.load_tokenizer(config.model_path)
     if config.check_only:
@@ -86,8 +89,10 @@ def sample_completions(config: CompletionsConfig) -> None:
     )
     engines = _LazyEngines(settings, plan, on_gpu=bool(gpus))
     try:
-        for split in left:
-            _sample_split(config, split.with_engine(engine), tokenizer, sampling, engines)
+        with lock_folder(save_path / "sampled"):
+            sweep(save_path / "sampled")
+            for split in left:
+                _sample_split(config, split.with_engine(engine), tokenizer, sampling, engines)
     finally:
         engines.close()
 

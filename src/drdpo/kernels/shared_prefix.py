@@ -174,8 +174,9 @@ def _attention_of_transformers(
     scale, plan = options.get("scaling"), options.get("prefix_plan")
     if plan is not None:
         # They may come in float32, see drdpo.training.wide_rows.
+        dtype = query.dtype
         query, key, value = (part.to(plan.dtype) for part in (query, key, value))
-        out = shared_prefix_attention(query, key, value, plan, scale)
+        out = shared_prefix_attention(query, key, value, plan, scale).to(dtype)
     else:
         grouped = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)

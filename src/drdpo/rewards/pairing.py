@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from drdpo.config import PreferencesConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_files
+from drdpo.files import atomic_files, sweep
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import already_made, fingerprint, write_manifest
 from drdpo.records import SPLITS, Completion, Preference, write_records
 from drdpo.rewards import pair_report
@@ -56,7 +57,8 @@ def generate_preferences(config: PreferencesConfig) -> None:
     Raises:
         DataError: a split is missing, empty or malformed, a key repeats, an objective has no scores, no prompt has two
             completions, or no pair is left.
-        UsageError: the results of other flags or inputs are there, or the output folder is the input folder.
+        UsageError: the results of other flags or inputs are there, the output folder is the input folder, or another run
+            is writing to it.
     """
     source, target = Path(config.completions), Path(config.output_path)
     if source.resolve() == target.resolve():
@@ -76,12 +78,16 @@ def generate_preferences(config: PreferencesConfig) -> None:
     if not config.dry_run and already_made(target, STEP, made_by, list(outputs.values()), config.overwrite):
         print(f"{target}: the pairs are there already, made with the same flags from the same completions; skipped")
         return
+    if not config.dry_run:
+        refuse_if_locked(target)
     splits: dict[str, SplitPairs] = {}
     for split, path in inputs.items():
         fitted = splits["train"].statistics if config.standardize_by == "train" and split != "train" else None
         splits[split] = pair_completions(path, read_completions(path, weights), config, split, fitted)
     if not config.dry_run:
-        _write(target, outputs, splits, made_by, config)
+        with lock_folder(target):
+            sweep(target)
+            _write(target, outputs, splits, made_by, config)
     for split, made in splits.items():
         print(report(split, made, weights, config))
     if config.dry_run:

@@ -70,8 +70,12 @@ class ScoreParts:
 
     def add(self, batch: int, rows: Rows) -> None:
         """Keep a finished batch of this rank."""
-        with (self.folder / f"{distributed.rank()}.jsonl").open("ab") as stream:
-            stream.write(json.dumps({"batch": batch, "rows": rows}).encode() + b"\n")
+        path = self.folder / f"{distributed.rank()}.jsonl"
+        try:
+            with path.open("ab") as stream:
+                stream.write(json.dumps({"batch": batch, "rows": rows}).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def read(self) -> dict[int, Rows]:
         """{batch: rows} of all ranks' finished batches."""

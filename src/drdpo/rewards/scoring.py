@@ -16,7 +16,9 @@ from tqdm import tqdm
 from drdpo import distributed
 from drdpo.config import CompletionsConfig
 from drdpo.errors import UsageError
+from drdpo.files import sweep
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked, sole_writer
 from drdpo.manifest import already_made, fingerprint
 from drdpo.objectives import GATED_SCORE
 from drdpo.records import Completion, check_unique, read_records
@@ -38,7 +40,8 @@ def score_completions(config: CompletionsConfig) -> None:
 
     Raises:
         DataError: a sampled file is missing or malformed, or the reward model folder is not whole.
-        UsageError: no reward model, --score_max_len over its positions, or results that something else made.
+        UsageError: no reward model, --score_max_len over its positions, results that something else made, or another run
+            that is making some.
     """
     folder = reward_model_folder(config.reward_model)
     layout = check_folder(folder)
@@ -60,6 +63,8 @@ def score_completions(config: CompletionsConfig) -> None:
     parts = {files.split: _parts(config, files, made_by[files.split]) for files in todo}
     for unfinished in parts.values():
         unfinished.check(config.overwrite)
+    if todo:
+        refuse_if_locked(Path(config.save_path))
     say(f"reward model: {folder}")
     for files in splits:
         if files not in todo:
@@ -70,7 +75,8 @@ def score_completions(config: CompletionsConfig) -> None:
         for files in splits:
             leftover = _parts(config, files, made_by[files.split])
             if files not in todo and leftover.folder.is_dir():  # a run was killed between writing and clearing up
-                leftover.remove()
+                with lock_folder(Path(config.save_path)):
+                    leftover.remove()
             print(report(files.split, read_records(files.scored, Completion.from_row)), flush=True)
 
 
@@ -124,17 +130,33 @@ def _score_splits(
 
     distributed.initialise()
     scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
-    for files in todo:
-        refused = _score_split(scorer, files.split, completions[files.split], parts[files.split])
-        distributed.barrier()
+    with sole_writer(Path(config.save_path)):
         if distributed.is_main():
-            rows = [row for rows in parts[files.split].read().values() for row in rows]
-            scored, rejects, counts = merge(files, completions[files.split], [*rows, *refused])
-            facts: dict[str, Any] = {"counts": counts, "objectives": [*scorer.objectives, GATED_SCORE]}
-            facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
-            write_scored(files, scored, rejects, made_by[files.split], facts)
-            parts[files.split].remove()
+            sweep(Path(config.save_path))
+        for files in todo:
+            _score_and_write(config, folder, scorer, files, completions[files.split], made_by[files.split], parts)
     distributed.barrier()
+
+
+def _score_and_write(
+    config: CompletionsConfig,
+    folder: Path,
+    scorer: "Scorer",
+    files: SplitFiles,
+    completions: list[Completion],
+    made_by: dict[str, Any],
+    parts: dict[str, ScoreParts],
+) -> None:
+    """Score this rank's share of a split; rank 0 merges all shares."""
+    refused = _score_split(scorer, files.split, completions, parts[files.split])
+    distributed.barrier()
+    if distributed.is_main():
+        rows = [row for rows in parts[files.split].read().values() for row in rows]
+        scored, rejects, counts = merge(files, completions, [*rows, *refused])
+        facts: dict[str, Any] = {"counts": counts, "objectives": [*scorer.objectives, GATED_SCORE]}
+        facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
+        write_scored(files, scored, rejects, made_by, facts)
+        parts[files.split].remove()
 
 
 def _score_split(scorer: "Scorer", split: str, completions: list[Completion], parts: ScoreParts) -> list[dict[str, Any]]:

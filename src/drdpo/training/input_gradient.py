@@ -7,7 +7,6 @@ summed margins separates by pair.
 Shape suffixes: B pairs, S = 2B sequences, T tokens, N answer tokens or tokens of a packed row, D width.
 """
 
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from drdpo.training import losses
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
 from drdpo.training.values import AnyBatch, PairValues, values_of
-from drdpo.training.wide_rows import first_rows, wide_rows
 
 
 class InputGradient(NamedTuple):
@@ -49,19 +47,14 @@ def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config
         config: of the run.
     """
     embeds = policy.embed(batch).detach()
-    with ExitStack() as stack:
-        if isinstance(batch, PackedBatch) and embeds.dtype == torch.bfloat16:
-            embeds = embeds.float()
-            stack.enter_context(wide_rows(first_rows(batch.positions_1N)))
-            if config.torch_compile:  # a compiled layer knows nothing of it
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-        embeds.requires_grad_()
-        with torch.enable_grad():
-            hidden_ND, targets_N, sequence_N = policy.answer_states(batch, embeds)
-        known = policy.head(logprob_and_slope, hidden_ND.detach(), targets_N)
-        # The margin is the chosen answer's log-prob less the rejected one's.
-        signs_N = 1 - 2 * (sequence_N >= len(batch.indices_B)).to(known.slope_ND.dtype)
-        (margin_grad,) = torch.autograd.grad(hidden_ND, embeds, known.slope_ND * signs_N[:, None])
+    # The direction keeps float32's digits where the layers do.
+    embeds = (embeds.float() if policy.wide_first else embeds).requires_grad_()
+    with torch.enable_grad():
+        hidden_ND, targets_N, sequence_N = policy.answer_states(batch, embeds, frozen=True)
+    known = policy.head(logprob_and_slope, hidden_ND.detach(), targets_N)
+    # The margin is the chosen answer's log-prob less the rejected one's.
+    signs_N = 1 - 2 * (sequence_N >= len(batch.indices_B)).to(known.slope_ND.dtype)
+    (margin_grad,) = torch.autograd.grad(hidden_ND, embeds, known.slope_ND * signs_N[:, None])
     logprob_N = known.logprob_N
     logprob_S = sum_by_sequence(logprob_N, sequence_N, batch)
     values = values_of(logprob_S, embeds.detach().new_empty(0), reference_B2, config)

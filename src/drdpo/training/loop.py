@@ -12,6 +12,7 @@ from tqdm import tqdm
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import ProcessError
+from drdpo.lock import sole_writer
 from drdpo.manifest import write_manifest
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.batches import step_indices
@@ -26,15 +27,15 @@ from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
 from drdpo.training.objective import Objective, needs_population, objective, survey
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import attend_by_flash, load_policy
+from drdpo.training.policy import attend_by_flash, load_policy, widen_first_tokens
 from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
 from drdpo.training.preflight import preflight
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.retention import remove_old_checkpoints
-from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run, sole_writer
+from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run
 from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
 from drdpo.training.summary import summary
-from drdpo.training.tangent_support import check_tangent
+from drdpo.training.tangent_support import check_architecture, check_tangent
 from drdpo.training.throughput import Shape, throughput
 from drdpo.training.values import AnyBatch, pair_values
 from drdpo.training.waiting import lost_rank_in_one_line
@@ -74,6 +75,8 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     if config.lora_rank:
         add_lora(policy, config)
     if config.method == "wdpo" and config.solver == "tangent":
+        check_architecture(policy, config)
+        widen_first_tokens(policy, config)
         check_tangent(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     if config.packing and config.attention_kernel == "flash":

@@ -69,6 +69,7 @@ class _Product(Function):
         ctx.layer, ctx.transposed = layer, transposed
         weight = layer.dense().to(x.dtype)
         # By its full name: the tangent pass replaces it where there is a bias.
+        bias = None if bias is None else bias.to(x.dtype)
         return nn.functional.linear(x, weight.T if transposed else weight, bias)
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drdpo import distributed
+from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
@@ -20,6 +21,7 @@ from drdpo.training.batches import Batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy_checks import check_packing, check_plain_head, refuse_quantized, switch_off_dropout
+from drdpo.training.wide_rows import WideRows, first_rows, widen
 
 CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
 """What transformers calls attentions that run on CUDA only."""
@@ -60,6 +62,8 @@ class Policy(nn.Module):
         self.language_model = language_model
         self.plain_attention = plain_attention
         self.flash_attention = False
+        self.wide_first = False
+        """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
         self.watch: FiniteWatch | None = None
         """Looks at every gradient for the embeddings that this policy gives out."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
@@ -97,15 +101,21 @@ class Policy(nn.Module):
         return sum_by_sequence(self.head(linear_logprob, hidden_ND, targets_N, twice=twice), sequence_N, batch)
 
     def answer_states(
-        self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False
+        self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False, frozen: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N]."""
+        """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N].
+
+        `frozen`: the gradient for the embeddings alone will be asked for.
+        """
         if isinstance(batch, PackedBatch):
             plan = PrefixPlan(
                 batch.groups, embeds.device, self.language_model.dtype, self.plain_attention, twice, self.flash_attention
             )
+            options = {}
+            if self.wide_first:
+                embeds, options["wide_rows"] = embeds.float(), WideRows(first_rows(batch.groups, embeds.device), frozen)
             hidden_ND = self.language_model.base_model(
-                inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
+                inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan, **options
             ).last_hidden_state[0]
             return hidden_ND[batch.states_A].to(self.head.weight.dtype), batch.targets_A, batch.sequence_A
         hidden_STD = self.language_model.base_model(
@@ -115,6 +125,31 @@ class Policy(nn.Module):
         answer_mask_ST = batch.answer_mask_ST[:, 1:]
         targets_N = batch.input_ids_ST[:, 1:][answer_mask_ST]
         return hidden_STD[:, :-1][answer_mask_ST], targets_N, answer_mask_ST.nonzero()[:, 0]
+
+
+def decoder_of(policy: Policy) -> Any:
+    """The module that holds layers, final norm and rotary positions, inside whatever wraps it.
+
+    Raises:
+        DataError: there is none.
+    """
+    for module in policy.language_model.modules():
+        if all(hasattr(module, name) for name in ("layers", "norm", "rotary_emb")):
+            return module
+    raise DataError("it has no layers, norm and rotary_emb as Llama has")
+
+
+def widen_first_tokens(policy: Policy, config: TrainConfig) -> None:
+    """Let a run whose penalty needs it compute sequences' first tokens in float32, in the policy, its reference and its
+    evaluation alike: before the first step all margins are zero only if both come from the same arithmetic.
+
+    Args:
+        policy: of an architecture that check_architecture has passed, with its adapters.
+        config: of the run.
+    """
+    if config.wide_first_tokens:
+        widen(decoder_of(policy).layers)
+        policy.wide_first = True
 
 
 def attend_by_flash(policy: Policy) -> None:

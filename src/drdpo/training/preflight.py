@@ -18,7 +18,7 @@ from drdpo.training.lora import add_lora
 from drdpo.training.memory import ATTENTION, GATHERED, Memory, dry_run, predict
 from drdpo.training.nf4 import use_nf4
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import Policy
+from drdpo.training.policy import Policy, widen_first_tokens
 from drdpo.training.rotary import check_rotary, fix_rotary
 from drdpo.training.run import Run
 from drdpo.training.tangent_support import check_architecture
@@ -40,6 +40,7 @@ def preflight(run: Run) -> Shape:
     fix_rotary(policy)
     if run.config.method == "wdpo" and run.config.solver == "tangent":
         check_architecture(policy, run.config)
+        widen_first_tokens(policy, run.config)
     shape = shape_of(policy)
     if distributed.is_main():
         dealt = _dealt(run)
@@ -152,7 +153,7 @@ def _memory(run: Run, policy: Policy, largest: list[int]) -> list[tuple[str, str
     cuda = distributed.use_cuda()
     try:
         activations, head = dry_run(policy, batch, config)
-    except Exception as error:
+    except RuntimeError as error:
         # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
         reason = " ".join(str(error).split())[:100]
         return [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]

@@ -22,12 +22,14 @@ from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.packing import form_batch
 from drdpo.training.run import pairs_hash
+from drdpo.training.wide_rows import POSITIONS
 
 
 def reference_key(model_fingerprint: str, pairs: list[Pair], config: TrainConfig) -> str:
     """Hash of everything that reference log-probs depend on."""
     made_by = (
-        config.dtype, config.attention, config.attention_kernel, str(config.torch_compile), config.lora_quantize
+        config.dtype, config.attention, config.attention_kernel, str(config.torch_compile), config.lora_quantize,
+        str(POSITIONS if config.wide_first_tokens else 0),
     )  # fmt: skip
     return hashlib.sha256(" ".join([model_fingerprint, *made_by, pairs_hash(pairs)]).encode()).hexdigest()
 

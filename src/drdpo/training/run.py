@@ -5,9 +5,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +13,9 @@ from typing import Any
 from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_file
+from drdpo.files import atomic_file, sweep
 from drdpo.flags import as_dict
-from drdpo.lock import lock_folder, refuse_if_locked
+from drdpo.lock import refuse_if_locked
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
 from drdpo.models import check_model_folder
 from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
@@ -201,46 +198,19 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, on rank 0 for all ranks; every rank must call.
-
-    Raises:
-        UsageError: another run holds it; on rank 0. The others end silently, with the same status.
-    """
-    with ExitStack() as held:
-        refusal = None
-        if distributed.is_main():
-            try:
-                held.enter_context(lock_folder(folder))
-            except (UsageError, OSError) as error:
-                refusal = error
-        refused = distributed.gather_floats([float(refusal is not None)])
-        if refusal is not None:
-            raise refusal
-        if any(refused):
-            sys.exit(2)
-        yield
-
-
 def claim_folder(run: Run) -> None:
     """Make the run's folder ours. Every rank must call, after is_complete and as sole_writer."""
     distributed.barrier()
     if distributed.is_main():
         if run.config.resume == "never":
             _clear(run.folder)
-        _sweep(run.folder)
+        sweep(run.folder)
+        for removed in run.folder.glob(".global_step_*.old"):
+            shutil.rmtree(removed)
         with atomic_file(run.folder / "config.json") as stream:
             json.dump(as_dict(run.config), stream, indent=2)
         write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
     distributed.barrier()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what writes of an earlier start left that were cut short."""
-    for pattern in (".*.tmp", ".*.old"):
-        for left in folder.glob(pattern):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _clear(folder: Path) -> None:

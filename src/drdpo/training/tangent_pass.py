@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drdpo.errors import DataError
 from drdpo.kernels.tangent_attention import tangent_attention
 from drdpo.kernels.tangent_layers import rms_norm, silu_gate
 from drdpo.kernels.tangent_logprob import tangent_logprob
 from drdpo.training.input_gradient import InputGradient
 from drdpo.training.packing import PackedBatch
-from drdpo.training.policy import Policy, sum_by_sequence
-from drdpo.training.wide_rows import first_rows, wide_rows
+from drdpo.training.policy import Policy, decoder_of, sum_by_sequence
+from drdpo.training.wide_rows import first_rows, rows_in_float32
 
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -47,11 +46,12 @@ def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) ->
 def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, direction_1ND: Tensor) -> Tensor:
     """[2, A, D] hidden states that predict the answers' tokens, after the final norm, and their tangents."""
     decoder = decoder_of(policy)
-    dtype, rows = embeds_1ND.dtype, None
-    if dtype == torch.bfloat16:
-        embeds_1ND, direction_1ND, rows = embeds_1ND.float(), direction_1ND.float(), first_rows(batch.positions_1N)
+    dtype, rows = policy.head.weight.dtype, None
+    if policy.wide_first:
+        embeds_1ND = embeds_1ND.float()
+        rows = first_rows(batch.groups, embeds_1ND.device)
     cos_1NE, sin_1NE = decoder.rotary_emb(embeds_1ND, position_ids=batch.positions_1N)
-    pair_2ND = torch.cat([embeds_1ND, direction_1ND])
+    pair_2ND = torch.cat([embeds_1ND, direction_1ND.to(embeds_1ND.dtype)])
     for layer in decoder.layers:
         arguments = (layer, pair_2ND, batch.groups, cos_1NE[0, :, None], sin_1NE[0, :, None], dtype, rows)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
@@ -64,8 +64,8 @@ def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, directi
 def _layer(
     layer: Any, pair_2ND: Tensor, groups: Any, cos_N1E: Tensor, sin_N1E: Tensor, dtype: torch.dtype, rows_R: Tensor | None
 ) -> Tensor:
-    """A decoder layer; attention in `dtype`, and the rest as it is, or under wide_rows in float32."""
-    with nullcontext() if rows_R is None else wide_rows(rows_R):
+    """A decoder layer; attention in `dtype`, and the rest as it is, or under rows_in_float32 as that says."""
+    with nullcontext() if rows_R is None else rows_in_float32(rows_R):
         return _layer_of_pair(layer, pair_2ND, groups, cos_N1E, sin_N1E, dtype)
 
 
@@ -127,15 +127,3 @@ def _rotated(pair_2NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
     """Rotary positions (2104.09864), halves turned against each other as in transformers' Llama; linear."""
     first, second = pair_2NHE.chunk(2, dim=-1)
     return pair_2NHE * cos_N1E + torch.cat([-second, first], dim=-1) * sin_N1E
-
-
-def decoder_of(policy: Policy) -> Any:
-    """The module that holds layers, final norm and rotary positions, inside whatever wraps it.
-
-    Raises:
-        DataError: there is none.
-    """
-    for module in policy.language_model.modules():
-        if all(hasattr(module, name) for name in ("layers", "norm", "rotary_emb")):
-            return module
-    raise DataError("it has no layers, norm and rotary_emb as Llama has")

@@ -8,8 +8,8 @@ from drdpo.errors import DataError
 from drdpo.training.data import Pair
 from drdpo.training.input_gradient import input_gradient
 from drdpo.training.packing import pack
-from drdpo.training.policy import Policy
-from drdpo.training.tangent_pass import DECODERS, LINEAR, answer_pairs, decoder_of, linear_pair, tangent_answers
+from drdpo.training.policy import Policy, decoder_of
+from drdpo.training.tangent_pass import DECODERS, LINEAR, answer_pairs, linear_pair, tangent_answers
 
 
 def check_architecture(policy: Policy, config: TrainConfig) -> None:

@@ -2,55 +2,99 @@
 
 A model's activations at a sequence's first tokens grow a thousandfold, and all later tokens attend to them. What rounding
 does there is most of what separates the penalty's gradient in bfloat16 from float32's, and these rows are few: their
-products are taken in float32, and sums over layers in float32 for all rows. Products of the other rows stay in bfloat16.
+products are taken in float32, and sums over layers in float32 for all rows. Products of the other rows stay in bfloat16, as
+do attention and adapters; NF4Linear, whose weights are widened in any case, multiplies all rows in float32.
 
 Shape suffixes: N rows, I inputs, O outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from drdpo.kernels.shared_prefix import PrefixGroup
+
 POSITIONS = 16
 """Tokens of a sequence that count as its first."""
+
+
+class WideRows(NamedTuple):
+    """What a decoder layer under `widen` is given along with its hidden states."""
+
+    rows_R: Tensor
+    """Indices of the rows in float32."""
+    frozen: bool
+    """No gradient of a parameter is wanted."""
 
 
 class _WideLinear(Function):
     """x W^T + b with x and the result in float32; keeps W as it is stored, not its widened copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, frozen: bool) -> Tensor:
+        ctx.frozen = frozen
         ctx.save_for_backward(x, weight_OI)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        return nn.functional.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+        # Not by nn.functional.linear, which the tangent pass replaces where there is a bias.
+        out = x @ weight_OI.to(x.dtype).T
+        return out if bias_O is None else out + bias_O.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight_OI = ctx.saved_tensors
         rows_NO = grad.flatten(0, -2)
         grad_x = grad @ weight_OI.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight_OI = (rows_NO.T @ x.flatten(0, -2)).to(weight_OI.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias_O = rows_NO.sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight_OI, grad_bias_O
+        _, weight, bias, _ = (needed and not ctx.frozen for needed in ctx.needs_input_grad)
+        grad_weight_OI = (rows_NO.T @ x.flatten(0, -2)).to(weight_OI.dtype) if weight else None
+        grad_bias_O = rows_NO.sum(dim=0).to(ctx.bias_dtype) if bias else None
+        return grad_x, grad_weight_OI, grad_bias_O, None
 
 
-def first_rows(positions_1N: Tensor) -> Tensor:
-    """Indices of the rows of a packed row that are a sequence's first tokens."""
-    return (positions_1N[0] < POSITIONS).nonzero()[:, 0]
+def first_rows(groups: Sequence[PrefixGroup], device: torch.device) -> Tensor:
+    """Indices of the rows of a packed row that are among the first tokens of a sequence."""
+    rows: list[int] = []
+    start = 0
+    for group in groups:
+        rows += range(start, start + min(group.prefix, POSITIONS))
+        start += group.prefix
+        for length in group.suffixes:
+            rows += range(start, start + max(0, min(length, POSITIONS - group.prefix)))
+            start += length
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def widen(layers: Sequence[nn.Module]) -> None:
+    """Let decoder layers that are called with a keyword `wide_rows` (a WideRows) run as that says.
+
+    In the layer, so that its recomputation under gradient checkpointing does so too.
+    """
+    for layer in layers:
+        layer.forward = partial(_widened, layer.forward)
+
+
+def _widened(forward: Callable[..., Any], *arguments: Any, wide_rows: WideRows | None = None, **options: Any) -> Any:
+    if wide_rows is None:
+        return forward(*arguments, **options)
+    with rows_in_float32(*wide_rows):
+        return forward(*arguments, **options)
 
 
 @contextmanager
-def wide_rows(rows: Tensor) -> Iterator[None]:
+def rows_in_float32(rows_R: Tensor, frozen: bool = False) -> Iterator[None]:
     """Within it, linear maps of float32 inputs [..., N, I] by weights of less precision give float32 results [..., N, O]:
     the product of the given rows is taken in float32, that of the others in the weight's dtype.
 
     A checkpointed layer must enter it itself, to find it in its recomputation too.
 
     Args:
-        rows: indices in [0, N).
+        rows_R: indices in [0, N).
+        frozen: weights are taken for constants: autograd would have the float32 product compute their gradients, and throw
+            them away, wherever they are trained at all.
     """
     linear = nn.functional.linear
 
@@ -58,7 +102,7 @@ def wide_rows(rows: Tensor) -> Iterator[None]:
         if x.dtype == weight_OI.dtype:
             return linear(x, weight_OI, bias_O)
         rough = linear(x.to(weight_OI.dtype), weight_OI, bias_O).to(x.dtype)
-        return rough.index_copy(-2, rows, _WideLinear.apply(x.index_select(-2, rows), weight_OI, bias_O))
+        return rough.index_copy(-2, rows_R, _WideLinear.apply(x.index_select(-2, rows_R), weight_OI, bias_O, frozen))
 
     nn.functional.linear = linear_of_rows
     try:
