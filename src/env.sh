@@ -231,6 +231,8 @@ prepare_launch() {
     elif (($(node_count) > 1)); then
         # Names stand for numbers: without ssh nobody looks them up.
         hostfile="$(mktemp)"
+        # shellcheck disable=SC2064 # of this name, now
+        trap "rm -f $(printf '%q' "$hostfile")" EXIT
         for ((node = 0; node < $(node_count); node++)); do
             echo "node$node slots=$processes"
         done >"$hostfile"

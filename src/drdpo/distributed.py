@@ -1,7 +1,8 @@
 """Rank, world, shard, gather: the same code on one process without a launcher and on many with one."""
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,12 +64,47 @@ def initialise() -> None:
         torch.distributed.init_process_group("nccl" if use_cuda() else "gloo", timeout=TIMEOUT)
 
 
+def leave() -> None:
+    """Leave the process group, if in one; a process that ends in it may be aborted by the threads of its connections."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait for every rank."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def on_main(action: Callable[[], object], status: int = 1) -> None:
+    """Do something on rank 0, such as writing a file. Every rank must call.
+
+    Where it fails no rank goes on, or the others would wait for rank 0 in their next collective and report it lost.
+
+    Args:
+        action: what rank 0 does.
+        status: exit status of the others.
+
+    Raises:
+        Exception: what `action` raised, on rank 0; the others end silently.
+    """
+    failure: Exception | None = None
+    if is_main():
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    failed = any(gather_floats([float(failure is not None)]))
+    if failed:
+        leave()
+    if failure is not None:
+        raise failure
+    if failed:
+        sys.exit(status)
 
 
 def gather(values_B: "torch.Tensor") -> "torch.Tensor":

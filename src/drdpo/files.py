@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,10 +121,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that nobody needs. What cannot be removed is told of, and left: NFS keeps files that are open."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"warning: {folder} could not be removed ({error.strerror}); remove it by hand", file=sys.stderr)
+
+
 def sweep(folder: Path) -> None:
     """Remove what writers of this module that were killed left in a folder; only for the holder of its lock."""
     for left in [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        remove_tree(left) if left.is_dir() else left.unlink()
 
 
 def flush(path: Path) -> None:

@@ -66,17 +66,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         UsageError: another run holds it; on rank 0. The others end silently, with the same status.
     """
     with ExitStack() as held:
-        refusal = None
-        if distributed.is_main():
-            try:
-                held.enter_context(lock_folder(folder))
-            except (UsageError, OSError) as error:
-                refusal = error
-        refused = distributed.gather_floats([float(refusal is not None)])
-        if refusal is not None:
-            raise refusal
-        if any(refused):
-            sys.exit(2)
+        distributed.on_main(lambda: held.enter_context(lock_folder(folder)), status=2)
         yield
 
 

@@ -1,6 +1,8 @@
 """What counts as a state, what a full disk does to a checkpoint, and a loss that is not a number to a run."""
 
+import errno
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
+from drdpo import chat
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError
-from drdpo.training.checkpoint import save_model, save_state
+from drdpo.errors import DataError, UsageError
+from drdpo.training.checkpoint import load_state, save_model, save_state, written_bytes
 from drdpo.training.data import Pair
 from drdpo.training.disk import SLACK, check_room
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
-from drdpo.training.newest import damage, describe, states, write_index
+from drdpo.training.lora import add_lora
+from drdpo.training.newest import check_owner, damage, describe, states, write_index
 from drdpo.training.policy import load_policy
 
 
@@ -106,6 +110,75 @@ def test_a_state_is_in_place_whole_and_two_stay(tmp_path):
     assert [(state.step, state.world_size, state.files) for state in states(tmp_path)[0]] == [
         (step, 1, {"b.pt": {"size": 7, "sha256": hashlib.sha256(b"moments").hexdigest()}}) for step in (4, 3)
     ]
+
+
+def test_a_damaged_newest_state_does_not_outlive_the_good_one_that_was_loaded(tmp_path):
+    """By its number and sizes it would be the one to keep."""
+
+    def save(folder, tag, **_):
+        (Path(folder) / tag).mkdir()
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    for step in (2, 4, 6):
+        state_in(tmp_path, step)
+    (tmp_path / "step_6" / "a.pt").write_bytes(b"Weights")
+    loaded = []
+    engine = engine_around(save=save)
+    engine.load_checkpoint = lambda folder, tag, **_: (loaded.append(tag) or tag, {})
+    assert load_state(engine, tmp_path) == 4 and loaded == ["step_4"]
+    with pytest.raises(DataError, match="step_5"):
+        save_state(engine, tmp_path, 5)
+    assert [state.step for state in states(tmp_path)[0]] == [4]
+    (tmp_path / "step_4" / "a.pt").write_bytes(b"Weights")
+    assert load_state(engine, tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_of_another_user_is_not_loaded(tmp_path):
+    place = state_in(tmp_path / "resume", 3)
+    check_owner(place)
+    if os.getuid() != 0:
+        pytest.skip("only the superuser can give files away")
+    os.chown(place / "a.pt", 4711, -1)
+    with pytest.raises(UsageError, match=r"step_3/a.pt belongs to user 4711, .*--resume=never"):
+        check_owner(place)
+    # Where a file that this process makes gets that owner too (NFS's root_squash), it is ours.
+    (tmp_path / ".lock").write_text("")
+    os.chown(tmp_path / ".lock", 4711, -1)
+    check_owner(place)
+
+
+def test_what_cannot_be_removed_is_told_of_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def save(folder, tag, **_):
+        (Path(folder) / tag).mkdir()
+
+    def busy(folder, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (1, 2, 3):
+        save_state(engine_around(save=save), tmp_path, step)
+    assert [state.step for state in states(tmp_path)[0]] == [3, 2, 1]
+    assert "step_1 could not be removed (Directory not empty)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"lora_rank": 4}, {"lora_rank": 4, "lora_merge": False}, {"lora_rank": 4, "lora_quantize": "nf4"}],
+    ids=["whole", "merged", "adapters", "nf4"],
+)
+def test_the_bytes_that_are_checked_for_are_those_that_are_written(flags, tiny_policy, tmp_path):
+    import torch
+
+    config = TrainConfig(str(tiny_policy), "d", "s", dtype="float32", **flags)
+    policy = load_policy(str(tiny_policy), torch.float32, "eager", False, quantize=config.lora_quantize)
+    if config.lora_rank:
+        add_lora(policy, config)
+    save_model(engine_around(policy), chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", config)
+    written = sum(path.stat().st_size for path in (tmp_path / "global_step_1").rglob("*.safetensors"))
+    told = written_bytes(policy.language_model, policy.language_model.state_dict(), config)
+    # The headers come on top.
+    assert told < written < 1.01 * told + 2**14
 
 
 def test_no_room_on_the_disk_is_told_before_a_byte_is_written(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ for ((k = 0; k < 600; k++)); do
 done
 exit 9"""
     srun = r"""
-printf '%s\n' "$@" >"$LAUNCHED.srun"
+printf '%s\n' "$@" "cpus=${SRUN_CPUS_PER_TASK:-}" >"$LAUNCHED.srun"
 while [[ "$1" == --* ]]; do shift; done
 # Tasks of both nodes; a signal goes on to each.
 trap 'kill -s USR1 "${tasks[@]}"' USR1
@@ -97,9 +97,9 @@ def wrapped(root, environment, tiny_policy, tmp_path):
     """Start a wrapper; once the launcher runs, send a signal; give the exit status and the stand-ins' notes."""
     data = write_pairs(tmp_path / "pairs")
 
-    def run(script: str, sent: signal.Signals | None, **variables: str) -> tuple[int, dict[str, str]]:
+    def run(script: str, sent: signal.Signals | None, *flags: str, **variables: str) -> tuple[int, dict[str, str]]:
         command = ["bash", str(root / script), f"--model_path={tiny_policy}", f"--dataset_path={data}",
-                   f"--save_path={tmp_path / 'my run'}", "--train_batch_size=4", "--micro_batch_size=1"]  # fmt: skip
+                   f"--save_path={tmp_path / 'my run'}", "--train_batch_size=4", "--micro_batch_size=1", *flags]  # fmt: skip
         with (tmp_path / "said").open("w") as output:
             process = subprocess.Popen(command, env={**environment, **variables}, stderr=output, stdout=output)
             deadline = time.monotonic() + 120
@@ -163,8 +163,29 @@ def test_the_job_is_queued_again_before_its_time_is_over_but_not_when_it_is_canc
     assert words[words.index("--master_port") + 1] == "12007"
 
 
+def test_a_job_that_is_queued_again_goes_on_whatever_it_was_started_with(wrapped, tmp_path):
+    for count, last in (("0", "--resume=never"), ("2", "--resume=auto")):
+        status, notes = wrapped(
+            "train_alignment.slurm", None, "--resume=never", LAUNCH_STATUS="0", SLURM_RESTART_COUNT=count,
+            SLURM_CPUS_PER_TASK="7", **SLURM
+        )  # fmt: skip
+        assert status == 0, (tmp_path / "said").read_text()
+        assert [word for word in notes[""].splitlines() if word.startswith("--resume")][-1] == last
+    assert "goes on (--resume=auto) instead of starting anew" in (tmp_path / "said").read_text()
+
+
 def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
-    status, notes = wrapped("train_alignment.slurm", signal.SIGUSR1, SLURM_JOB_NUM_NODES="2", **SLURM)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    status, notes = wrapped(
+        "train_alignment.slurm",
+        signal.SIGUSR1,
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_CPUS_PER_TASK="7",
+        TMPDIR=str(temporary),
+        **SLURM,
+    )
+    assert list(temporary.iterdir()) == []
     assert status == 75, (tmp_path / "said").read_text()
     assert notes[".requeue"] == "requeue 40007\n"
     words = notes[""].splitlines()
@@ -172,7 +193,7 @@ def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
     assert sorted(following["--node_rank"]) == ["0", "1"]
     assert following["--master_addr"] == ["first", "first"] and following["--master_port"] == ["12007", "12007"]
     assert words.count("--no_ssh") == 2
-    assert "--ntasks-per-node=1" in notes[".srun"].splitlines()
+    assert {"--ntasks-per-node=1", "cpus=7"} <= set(notes[".srun"].splitlines())
 
 
 @pytest.fixture(scope="module")

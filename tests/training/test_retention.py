@@ -44,6 +44,17 @@ def test_others_are_removed(tmp_path):
     ]
 
 
+def test_a_checkpoint_that_cannot_be_moved_does_not_end_the_run(tmp_path, capsys):
+    for step in (1, 2):
+        (tmp_path / f"global_step_{step}").mkdir()
+    # What an earlier removal left, which no folder can be renamed to.
+    (tmp_path / ".global_step_1.old").mkdir()
+    (tmp_path / ".global_step_1.old" / ".nfs0001").write_text("")
+    remove_old_checkpoints(tmp_path, TrainConfig("m", "d", "s", keep_checkpoints=1, save_steps=1))
+    assert (tmp_path / "global_step_2").is_dir()
+    assert "global_step_1 could not be removed (Directory not empty)" in capsys.readouterr().err
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 60 MB."""

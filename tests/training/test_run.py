@@ -4,9 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from drdpo.config import TrainConfig
+from drdpo.errors import UsageError
+from drdpo.training.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,14 @@ def refuse(done, status: int, *words: str) -> None:
 def test_a_wrong_command_ends_with_status_2(flags, words, root, tiny_policy, data, tmp_path):
     refuse(train(root, tiny_policy, data, tmp_path / "out", *flags), 2, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_to_keep_must_be_one_that_is_saved(tiny_policy, data, tmp_path):
+    config = TrainConfig(str(tiny_policy), str(data), str(tmp_path), train_batch_size=2, micro_batch_size=1, max_epochs=5,
+                         save_steps=3, keep_checkpoints=1, keep_steps=[3, 10])  # fmt: skip
+    assert open_run(config).steps == 10, "its last is saved as well"
+    with pytest.raises(UsageError, match=r"--keep_steps=12: .*--save_steps=3, 10 steps in all\); the nearest are 9 and 10"):
+        open_run(replace(config, keep_steps=[12]))
 
 
 def test_processes_count_in_the_batch(root, tiny_policy, data, tmp_path):

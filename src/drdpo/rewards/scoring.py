@@ -136,6 +136,7 @@ def _score_splits(
         for files in todo:
             _score_and_write(config, folder, scorer, files, completions[files.split], made_by[files.split], parts)
     distributed.barrier()
+    distributed.leave()
 
 
 def _score_and_write(

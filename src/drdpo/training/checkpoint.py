@@ -16,7 +16,8 @@ from drdpo.files import atomic_folder, flush
 from drdpo.training.disk import check_room
 from drdpo.training.engine import Engine
 from drdpo.training.lora import merged, on_stored_base, save_adapter
-from drdpo.training.newest import damage, describe, keep_only, states, write_index
+from drdpo.training.newest import check_owner, damage, describe, keep_only, states, write_index
+from drdpo.training.nf4 import NF4Linear
 from drdpo.training.waiting import is_lost_rank, patient
 
 KEPT = 2
@@ -47,25 +48,46 @@ def _save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: Trai
     model = engine.module.language_model
     weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
     _check_weights(engine, weights, folder)
-    check_room(folder, sum(weight.numel() * weight.element_size() for weight in weights.values()), engine.device)
-    if distributed.is_main():
-        try:
-            with atomic_folder(folder) as aside:
-                if not config.lora_rank:
-                    model.save_pretrained(aside, state_dict=_untied(model, weights))
-                elif config.lora_merge:
-                    save_adapter(model, weights, config, aside / "adapter")
-                    whole = model
-                    if config.lora_quantize != "none":
-                        whole, weights = on_stored_base(model, weights, config)
-                    whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, config)))
-                else:
-                    save_adapter(model, weights, config, aside)
-                tokenizer.save_pretrained(aside)
-        except SafetensorError as error:
-            # What safetensors makes of a full disk.
-            raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
-    distributed.barrier()
+    check_room(folder, written_bytes(model, weights, config), engine.device)
+    distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, config))
+
+
+def _write_model(
+    model: Any, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, folder: Path, config: TrainConfig
+) -> None:
+    try:
+        with atomic_folder(folder) as aside:
+            if not config.lora_rank:
+                model.save_pretrained(aside, state_dict=_untied(model, weights))
+            elif config.lora_merge:
+                save_adapter(model, weights, config, aside / "adapter")
+                whole = model
+                if config.lora_quantize != "none":
+                    whole, weights = on_stored_base(model, weights, config)
+                whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, config)))
+            else:
+                save_adapter(model, weights, config, aside)
+            tokenizer.save_pretrained(aside)
+    except SafetensorError as error:
+        # What safetensors makes of a full disk.
+        raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
+
+
+def written_bytes(model: Any, weights: dict[str, torch.Tensor], config: TrainConfig) -> int:
+    """Bytes of the weights that save_model writes.
+
+    Args:
+        model: the run's.
+        weights: of it, whole, by name.
+        config: of the run.
+    """
+    adapters = sum(weight.nbytes for name, weight in weights.items() if ".lora_" in name)
+    if config.lora_rank and not config.lora_merge:
+        return adapters
+    # Quantized weights, which are not among `weights`, are written in full.
+    element = 2 if config.dtype == "bfloat16" else 4
+    quantized = sum(part.in_features * part.out_features for part in model.modules() if isinstance(part, NF4Linear))
+    return sum(weight.nbytes for weight in _untied(model, weights).values()) + element * quantized
 
 
 def _check_weights(engine: Engine, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -120,18 +142,13 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
 
 def _save_state(engine: Engine, folder: Path, step: int) -> None:
     aside = folder / f".step_{step}.tmp"
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_only(folder, states(folder)[0][:1])
-    distributed.barrier()
+    distributed.on_main(lambda: _make_room(folder))
     check_room(folder / f"step_{step}", _state_bytes(engine), engine.device)
     try:
         engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=_has_frozen(engine))
         distributed.barrier()
         files = _described(engine, aside)
-        if distributed.is_main():
-            write_index(aside, step, distributed.world_size(), files)
-            _into_place(aside, folder / f"step_{step}")
+        distributed.on_main(lambda: _into_place(aside, folder, step, files))
     except (OSError, RuntimeError) as error:
         # RuntimeError is what torch makes of a full disk, and of a rank that is gone.
         if is_lost_rank(error):
@@ -140,17 +157,23 @@ def _save_state(engine: Engine, folder: Path, step: int) -> None:
         raise DataError(
             f"{folder / f'step_{step}'}: the state could not be written ({error}); the one before is kept"
         ) from error
-    distributed.barrier()
 
 
-def _into_place(aside: Path, place: Path) -> None:
+def _make_room(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_only(folder, states(folder)[0][:1])
+
+
+def _into_place(aside: Path, folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    place = folder / f"step_{step}"
+    write_index(aside, step, distributed.world_size(), files)
     flush(aside)
     if place.exists():
         # Damaged, or it would have been loaded.
-        shutil.rmtree(place)
+        os.replace(place, place.with_name(f".{place.name}.old"))
     os.replace(aside, place)
-    flush(place.parent)
-    keep_only(place.parent, states(place.parent)[0][:KEPT])
+    flush(folder)
+    keep_only(folder, states(folder)[0][:KEPT])
 
 
 def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
@@ -209,8 +232,12 @@ def load_state(engine: Engine, folder: Path) -> int:
     if torn and distributed.is_main():
         where = f"the state after step {chosen.step}" if chosen else "the beginning"
         print(f"{torn[0]}: a state that is not whole; skipped, going on from {where}", flush=True)
+    # One that is damaged but newer would be taken for the one to keep when the next is saved.
+    kept = [state for state in found if chosen is not None and state.step <= chosen.step]
+    distributed.on_main(lambda: keep_only(folder, kept))
     if chosen is None:
         return 0
+    distributed.on_main(lambda: check_owner(chosen.folder))
     # Frozen weights are not in the state: they are those that were loaded.
     loaded, _ = engine.load_checkpoint(str(folder), tag=chosen.folder.name, load_module_strict=not _has_frozen(engine))
     if loaded is None:

@@ -3,6 +3,7 @@
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.errors import ProcessError
+from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.lock import sole_writer
 from drdpo.manifest import write_manifest
 from drdpo.training import engine as deepspeed_engine
@@ -46,7 +47,13 @@ def train_alignment(config: TrainConfig) -> None:
     with rank_log() as output, stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
         if not config.dry_run:
             deepspeed_engine.initialise(timedelta(seconds=config.comm_timeout))
-        _align(config, stop, output)
+        try:
+            _align(config, stop, output)
+        except (UsageError, DataError, ProcessError, SystemExit):
+            # These end every rank. A rank that is lost is another matter: it would be waited for.
+            distributed.leave()
+            raise
+        distributed.leave()
 
 
 def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
@@ -61,7 +68,6 @@ def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
         claim_folder(run)
         output.keep(run.folder)
         _train(run, shape, stop)
-    torch.distributed.destroy_process_group()
 
 
 def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
@@ -175,16 +181,15 @@ def _steps(
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.update(evaluate(engine, run, references["test"]))
             check_evaluation(metrics, step + 1)
-        log.write(metrics)
+        distributed.on_main(partial(log.write, metrics))
         bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
-            log.flush()
+            distributed.on_main(log.flush)
             save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config)
             if config.save_resume:
                 save_state(engine, run.folder / "resume", step + 1)
                 saved = step + 1
-            if distributed.is_main():
-                remove_old_checkpoints(run.folder, config)
+            distributed.on_main(lambda: remove_old_checkpoints(run.folder, config))
 
 
 def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:
@@ -199,10 +204,14 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
             f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state to go on from"
         )
     if step > saved:
-        log.flush()
+        distributed.on_main(log.flush)
         save_state(engine, run.folder / "resume", step)
-    _say(f"stopped by {name} after step {step} of {run.steps}, state saved; the same command goes on")
-    torch.distributed.destroy_process_group()
+    what = f"after step {step} of {run.steps}, state saved; the same command goes on" if step else (
+        "before the first step; the same command starts with it"
+    )  # fmt: skip
+    _say(f"stopped by {name} {what}")
+    # The launcher kills the others when the first one ends.
+    distributed.barrier()
     sys.exit(STATUS)
 
 
@@ -216,8 +225,7 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     if logprobs_M2 is None or not have.bool().all():
         batches = batches_of_first_epoch(run) if split == "train" else batches_of_test(run)
         logprobs_M2 = reference_logprobs(engine, pairs, batches, run.config, run.pad_token_id, split)
-        if distributed.is_main():
-            write_reference(path, key, logprobs_M2)
+        distributed.on_main(partial(write_reference, path, key, logprobs_M2))
     return logprobs_M2
 
 

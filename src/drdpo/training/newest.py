@@ -7,14 +7,15 @@ never taken for a state, and one whose files were cut or changed later is recogn
 
 import hashlib
 import json
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drdpo import distributed
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_file, read_json_object
+from drdpo.files import atomic_file, read_json_object, remove_tree
+from drdpo.lock import NAME
 
 INDEX = "state.json"
 
@@ -95,8 +96,31 @@ def check_world(folder: Path) -> None:
         )
 
 
+def check_owner(place: Path) -> None:
+    """Refuse a state that somebody else put there: DeepSpeed unpickles it, and a pickle can run any code as who reads it.
+
+    Its owner must be this user, the superuser, or whoever a file that this process makes belongs to, as the run's lock: NFS
+    may hand the superuser's files to nobody.
+
+    Args:
+        place: save_path/resume/step_<n>.
+
+    Raises:
+        UsageError: somebody else owns it, or a file in it.
+    """
+    lock = place.parent.parent / NAME
+    trusted = {os.getuid(), 0, *([lock.stat().st_uid] if lock.is_file() else [])}
+    for path in [place, *place.iterdir()]:
+        owner = path.stat().st_uid
+        if owner not in trusted:
+            raise UsageError(
+                f"{path} belongs to user {owner}, and loading it could run that user's code as yours; take it over with "
+                "chown if you trust it, or start anew with --resume=never"
+            )
+
+
 def keep_only(folder: Path, kept: list[State]) -> None:
     """Remove every state in save_path/resume but these, and what saves that were cut short left."""
     for other in [*folder.glob("step_*"), *folder.glob(".step_*")]:
         if other not in [state.folder for state in kept]:
-            shutil.rmtree(other)
+            remove_tree(other)

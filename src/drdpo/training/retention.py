@@ -1,11 +1,11 @@
 """--keep_checkpoints: which of the folders global_step_<n> stay."""
 
-import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from drdpo.config import TrainConfig
-from drdpo.files import whole_lines
+from drdpo.files import remove_tree, whole_lines
 
 
 def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int, named: Sequence[int]) -> set[int]:
@@ -40,8 +40,13 @@ def remove_old_checkpoints(folder: Path, config: TrainConfig) -> None:
     for step, path in places.items():
         if step not in kept:
             # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
-            gone = path.replace(path.with_name(f".{path.name}.old"))
-            shutil.rmtree(gone)
+            gone = path.with_name(f".{path.name}.old")
+            try:
+                path.replace(gone)
+            except OSError as error:
+                print(f"warning: {path} could not be removed ({error.strerror})", file=sys.stderr)
+            else:
+                remove_tree(gone)
 
 
 def evaluation_losses(folder: Path) -> dict[int, float]:

@@ -13,7 +13,7 @@ from typing import Any
 from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_file, sweep
+from drdpo.files import atomic_file, remove_tree, sweep
 from drdpo.flags import as_dict
 from drdpo.lock import refuse_if_locked
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
@@ -137,7 +137,22 @@ def open_run(config: TrainConfig) -> Run:
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({told})' if told else ''}")
     made_by = {**_made_by(config), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
-    return Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by)
+    run = Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by)
+    _check_kept(run)
+    return run
+
+
+def _check_kept(run: Run) -> None:
+    """Refuse --keep_steps where no checkpoint will ever be."""
+    every = run.config.save_steps
+    saved = {*(range(every, run.steps, every) if every else ()), run.steps}
+    for step in run.config.keep_steps:
+        if step not in saved:
+            near = " and ".join(str(other) for other in sorted(sorted(saved, key=lambda other: abs(other - step))[:2]))
+            raise UsageError(
+                f"--keep_steps={step}: no checkpoint is saved after that step (--save_steps={every}, {run.steps} steps in "
+                f"all); the nearest are {near}"
+            )
 
 
 def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
@@ -201,16 +216,18 @@ def is_saved(folder: Path) -> bool:
 def claim_folder(run: Run) -> None:
     """Make the run's folder ours. Every rank must call, after is_complete and as sole_writer."""
     distributed.barrier()
-    if distributed.is_main():
-        if run.config.resume == "never":
-            _clear(run.folder)
-        sweep(run.folder)
-        for removed in run.folder.glob(".global_step_*.old"):
-            shutil.rmtree(removed)
-        with atomic_file(run.folder / "config.json") as stream:
-            json.dump(as_dict(run.config), stream, indent=2)
-        write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
-    distributed.barrier()
+    distributed.on_main(lambda: _claim(run))
+
+
+def _claim(run: Run) -> None:
+    if run.config.resume == "never":
+        _clear(run.folder)
+    sweep(run.folder)
+    for removed in run.folder.glob(".global_step_*.old"):
+        remove_tree(removed)
+    with atomic_file(run.folder / "config.json") as stream:
+        json.dump(as_dict(run.config), stream, indent=2)
+    write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
 
 
 def _clear(folder: Path) -> None:

@@ -16,8 +16,10 @@ from drdpo import distributed
 from drdpo.errors import ProcessError
 
 _LOST = re.compile(
-    r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused)|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|client socket"
+    r"[/\\]gloo[/\\]|Gloo \w+ failed|NCCL (error|operation|communicator)|nccl(Remote|System|Internal|InProgress)\w*"
+    r"|[Ww]atchdog caught collective|client socket has timed out|[Cc]onnection (was )?(closed|reset|refused) by"
 )
+"""In messages of gloo (which name its source file), NCCL and torch's store; not in those of disks, models and data."""
 
 
 def is_lost_rank(error: BaseException) -> bool:
