@@ -86,7 +86,8 @@ def method_line(flags: dict[str, str]) -> str:
     names = {"kldpo_tau": "KLDPO", "wdpo_rho": "WDPO", "drdpo_beta": "Dr. DPO"}
     chosen = next((flag for flag in names if flag in flags), None)
     shown = [flag for flag in (chosen, "beta", "seed") if flag in flags]
-    return f"{names[chosen] if chosen else 'DPO'} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
+    name = names[chosen] if chosen else flags.get("method", "DPO")
+    return f"{name} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
 
 
 def differences(provenances: dict[str, Provenance]) -> list[str]:
