@@ -105,7 +105,7 @@ def _draw_raw(axes: Any, runs: list[Run], objectives: list[str], styles: dict[st
         label = f"{axis_label(spoke.objective)}\n{_range(spoke)}"
         if len(runs) == 1:
             label += f"\nmean {mean(runs[0], spoke.objective):.4g}"
-        _spoke_label(axes, angle, label, len(spokes))
+        spoke_label(axes, angle, label, len(spokes))
     axes.set_title("Mean score per prompt\n(each axis: value at the centre … value at the rim)", pad=66, fontsize=12)
 
 
@@ -147,7 +147,7 @@ def _draw_gains(
     _ring_labels(axes, rings, np.pi / len(objectives))
     for angle, objective in zip(angles, objectives, strict=True):
         unseen = trained_on and objective not in (*trained_on, GATED_SCORE)
-        _spoke_label(axes, angle, axis_label(objective) + ("\n(unseen)" if unseen else ""), len(objectives))
+        spoke_label(axes, angle, axis_label(objective) + ("\n(unseen)" if unseen else ""), len(objectives))
     axes.set_title(
         f"Gain over {base.name}, in standard deviations of its scores\n(bars: 95% confidence; dashed ring: {base.name})",
         pad=66,
@@ -191,7 +191,8 @@ def _polygon(axes: Any, angles: list[float], values: list[float], style: Style, 
         axes.fill(closed_angles, closed_values, color=style.color, alpha=0.06, zorder=2)
 
 
-def _spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
+def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
+    """Write the name of a spoke outside the rim, clear of it."""
     across, up = np.sin(angle), np.cos(angle)
     low, high = axes.get_ylim()
     size = 10 if spokes <= 8 else 8
