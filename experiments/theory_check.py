@@ -13,7 +13,6 @@ Shape suffixes: N sample sizes, P populations, R replicates.
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,14 +79,15 @@ def summarise(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             rows_PNR = numbers.integers(0, errors_PNR.shape[2], size=errors_PNR.shape)
             drawn_PNR = np.take_along_axis(errors_PNR, rows_PNR, axis=2)
             slopes.append(exponents(drawn_PNR).mean())
-            ratios.append(_ratio(drawn_PNR, constants_P))
+            ratios.append(_ratios(drawn_PNR, constants_P)[-1])
             rms.append(np.sqrt((drawn_PNR**2).mean(axis=(0, 2))))
         shift_P = np.linalg.norm(np.array(figures["targets"]) - base_PD, axis=1) / np.linalg.norm(base_PD, axis=1)
         rows[name] = {
             "exponent": float(exponents(errors_PNR).mean()),
             "exponent_interval": _interval(slopes),
             "exponents": exponents(errors_PNR).tolist(),
-            "ratio": _ratio(errors_PNR, constants_P),
+            "ratio": float(_ratios(errors_PNR, constants_P)[-1]),
+            "ratios": _ratios(errors_PNR, constants_P).tolist(),
             "ratio_interval": _interval(ratios),
             "target_shift": float(shift_P.mean()),
             "rms": np.sqrt((errors_PNR**2).mean(axis=(0, 2))).tolist(),
@@ -96,10 +96,10 @@ def summarise(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _ratio(errors_PNR: np.ndarray, constants_P: np.ndarray) -> float:
-    """sqrt(n) rms error over the delta method's constant at the largest n, mean over populations."""
-    rms_P = np.sqrt((errors_PNR[:, -1] ** 2).mean(axis=1))
-    return float((math.sqrt(SIZES[-1]) * rms_P / constants_P).mean())
+def _ratios(errors_PNR: np.ndarray, constants_P: np.ndarray) -> np.ndarray:
+    """[N] sqrt(n) rms error over the delta method's constant, mean over populations."""
+    rms_PN = np.sqrt((errors_PNR**2).mean(axis=2))
+    return (np.sqrt(SIZES) * rms_PN / constants_P[:, None]).mean(axis=0)
 
 
 def _interval(values: Any) -> list[float]:

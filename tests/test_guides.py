@@ -1,4 +1,4 @@
-"""docs/tuning.md, troubleshooting.md, own.md and theory_check.md tell the truth: numbers, messages, code, commands, links."""
+"""The guides in docs/ tell the truth: their numbers, quoted messages, code, commands and links."""
 
 import ast
 import json
@@ -115,6 +115,8 @@ def test_numbers_of_the_text():
         return float(pair_losses(torch.tensor([margin], dtype=torch.float64), 0.01))
 
     assert loss(0) - loss(10) == pytest.approx(0.049, abs=5e-4)
+    for tau, times in ((0.05, 21), (0.005, 201)):
+        assert (1 + tau) / tau == pytest.approx(times)
     # Two or so nats behind the mean reach the cap at tau 0.005.
     assert (loss(-2.31) - loss(0)) / 0.005 == pytest.approx(math.log(10), rel=0.01)
 

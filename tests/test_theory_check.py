@@ -160,3 +160,6 @@ def test_the_page_shows_what_was_measured():
     for name, value in (("beta", toy.BETA), ("tau", toy.TAU), ("kl_radius", toy.KL_RADIUS), ("rho", toy.RHO)):
         assert settings[name] == value, "run experiments/theory_check.py again"
     assert settings["sizes"] == list(theory_check.SIZES)
+    smallest = [row["ratios"][0] - 1 for row in stored["estimators"].values()]
+    assert f"at n = 512 the errors are {min(smallest):.0%} to {max(smallest):.0%} above the prediction" in page
+    assert all(abs(row["ratios"][-1] - 1) < 0.03 for row in stored["estimators"].values()), "predicted within 3%"
