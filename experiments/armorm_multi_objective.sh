@@ -14,9 +14,10 @@ usage: bash experiments/armorm_multi_objective.sh [--tiny] [--slurm] [--NAME=VAL
   --mixtures="truthfulness_complexity helpfulness_coherence correctness_helpfulness"
   --methods="DPO WDPO KLDPO"
   --seeds=42                       seeds of the training, e.g. "42 43 44": the report pools them
-  --step=158                       the checkpoint that is evaluated (2 epochs of HelpSteer2), or last
+  --step=316                       the checkpoint that is evaluated (4 epochs of HelpSteer2), or last
   --kldpo_tau=0.05 --wdpo_rho=0.01
   --best_of_n=2 --temperature=0.7 --max_new_tokens=1024 --prompt_max_len=1024
+  --eval_best_of_n=10 --eval_temperature=0.1   answers of the evaluation, of the base model too
   --prompts=                       sample only so many prompts of each split
   --beta=0.01 --learning_rate=5e-7 --train_batch_size=128 --max_epochs=8 --max_len=2048
   --tiny=false                     the same chain on the embedded models, small: no GPU, no hub, other objectives where the
@@ -27,10 +28,10 @@ USAGE
 }
 
 names=(output_path model_path reward_model dataset mixtures methods seeds step kldpo_tau wdpo_rho best_of_n temperature
-    max_new_tokens prompt_max_len prompts beta learning_rate train_batch_size max_epochs max_len tiny slurm sbatch)
+    eval_best_of_n eval_temperature max_new_tokens prompt_max_len prompts beta learning_rate train_batch_size max_epochs max_len tiny slurm sbatch)
 output_path=outputs/armorm_multi_objective mixtures="truthfulness_complexity helpfulness_coherence correctness_helpfulness"
-methods="DPO WDPO KLDPO" seeds=42 step=158 kldpo_tau=0.05 wdpo_rho=0.01 best_of_n=2 temperature=0.7 max_new_tokens=1024
-prompt_max_len=1024 prompts="" beta=0.01 learning_rate=5e-7 train_batch_size=128 max_epochs=8 max_len=2048
+methods="DPO WDPO KLDPO" seeds=42 step=316 kldpo_tau=0.05 wdpo_rho=0.01 best_of_n=2 temperature=0.7 eval_best_of_n=10 eval_temperature=0.1
+max_new_tokens=1024 prompt_max_len=1024 prompts="" beta=0.01 learning_rate=5e-7 train_batch_size=128 max_epochs=8 max_len=2048
 tiny=false slurm=false sbatch="--gres=gpu:8 --cpus-per-task=64 --time=24:00:00" part=""
 # shellcheck source=experiments/parts.sh
 source "$(dirname "$script")/parts.sh"
@@ -82,12 +83,20 @@ do_part() {
 
 make_data() {
     local mixture first second
-    step bash "$ROOT/generate_completions.sh" --save_path="$output_path/base" --model_path="$model_path" "${sampling[@]}"
+    step bash "$ROOT/generate_completions.sh" --save_path="$output_path/base" --model_path="$model_path" "${sampling[@]}" \
+        --best_of_n="$best_of_n" --temperature="$temperature"
+    answer "$output_path/base_test" "$model_path"
     for mixture in $mixtures; do
         read -r first second < <(objectives "$mixture")
         step python "$ROOT/src/generate_preferences.py" --completions="$output_path/base" \
             --output_path="$output_path/$mixture/preferences" "--$first=0.5" "--$second=0.5"
     done
+}
+
+# answer FOLDER MODEL: sample and score the test prompts, for the evaluation.
+answer() {
+    step bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$1" --model_path="$2" "${sampling[@]}" \
+        --best_of_n="$eval_best_of_n" --temperature="$eval_temperature"
 }
 
 # align MIXTURE METHOD SEED: train, then sample and score the test prompts.
@@ -98,14 +107,13 @@ align() {
     step bash "$ROOT/train_alignment.sh" --model_path="$model_path" --dataset_path="$output_path/$1/preferences" \
         --save_path="$folder" "${flags[@]}" "${training[@]}" --seed="$3" ${further[@]+"${further[@]}"}
     chosen="$(checkpoint "$folder" "$step")"
-    step bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$folder/completions" --model_path="$chosen" \
-        "${sampling[@]}"
+    answer "$folder/completions" "$chosen"
 }
 
 make_report() {
     local mixture method seed first second runs reports=()
     for mixture in $mixtures; do
-        runs=("base=$output_path/base")
+        runs=("base=$output_path/base_test")
         for method in $methods; do
             for seed in $seeds; do
                 runs+=("$method=$output_path/$mixture/${method}_seed_$seed/completions")
@@ -127,7 +135,7 @@ if [[ "$tiny" == true ]]; then
     default reward_model "$ROOT/models/ArmoRM-SmolLM2"
     default dataset "$ROOT/datasets/embedded_prompts"
     default mixtures "overall_complexity overall_coherence correctness_helpfulness"
-    for pair in step=last max_new_tokens=32 prompt_max_len=256 prompts=16 beta=0.1 learning_rate=2e-5 train_batch_size=4 \
+    for pair in step=last eval_best_of_n=2 eval_temperature=0.7 max_new_tokens=32 prompt_max_len=256 prompts=16 beta=0.1 learning_rate=2e-5 train_batch_size=4 \
         max_epochs=1 max_len=512; do
         default "${pair%%=*}" "${pair#*=}"
     done
@@ -139,7 +147,7 @@ for method in $methods; do method_flags "$method" 0; done
 settle
 training+=(--beta="$beta" --learning_rate="$learning_rate" --train_batch_size="$train_batch_size" --max_epochs="$max_epochs"
     --max_len="$max_len")
-sampling=(--dataset="$dataset" --reward_model="$reward_model" --best_of_n="$best_of_n" --temperature="$temperature"
+sampling=(--dataset="$dataset" --reward_model="$reward_model"
     --max_new_tokens="$max_new_tokens" --prompt_max_len="$prompt_max_len" ${prompts:+--max_prompts="$prompts"})
 if [[ "$tiny" == true && -z "$part" ]]; then
     bash "$ROOT/setup.sh" --models=embedded --datasets=embedded

@@ -144,7 +144,7 @@ def test_tiny_chain(root: Path, smollm: Path, tmp_path: Path, script: str) -> No
     output = tmp_path / "my out"
     words = ["--tiny", f"--output_path={output}", "--prompts=4", "--max_new_tokens=12", "--best_of_n=2", "--max_len=256"]
     if script == SCRIPTS[0]:
-        words += ["--mixtures=correctness_helpfulness", "--methods=KLDPO"]
+        words += ["--eval_best_of_n=1", "--mixtures=correctness_helpfulness", "--methods=KLDPO"]
     else:
         words += ["--methods=DPO", "--limit=3"]
     done = start(root, script, tmp_path / "else where", *words)

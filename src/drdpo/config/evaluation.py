@@ -18,7 +18,7 @@ class EvaluateConfig:
         "NAME=FOLDER words, folders of scored completions; the first is the base; a name that stands with several folders "
         "is one run of several training seeds"
     )
-    output_path: str = flag("folder for scores.csv, report.md, spider.png and spider.svg")
+    output_path: str = flag("folder for report.md, spider.png, spider.svg, scores.csv, pairs.csv and answers.csv")
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that every run has)", [])
     trained_on: list[str] = flag(
         "objectives that training saw; the others are marked unseen (default: those that the runs' pairs were mixed from, "
