@@ -5,8 +5,8 @@ from drdpo.errors import one_line_errors
 from drdpo.flags import parse
 
 
-def main() -> None:
-    config = parse(TrainConfig, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.")
+def main(config_class: type[TrainConfig] = TrainConfig) -> None:
+    config = parse(config_class, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.")
     from drdpo.training.run import check_inputs
 
     check_inputs(config)

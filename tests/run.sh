@@ -20,7 +20,9 @@ part setup bash setup.sh --models=embedded --datasets=embedded --dev
 source src/env.sh
 
 python_folders=(src tests)
-[[ ! -d benchmarks ]] || python_folders+=(benchmarks)
+for folder in benchmarks experiments; do
+    [[ ! -d "$folder" ]] || python_folders+=("$folder")
+done
 mapfile -t bash_files < <(find . \( -name .venv -o -path ./models -o -path ./datasets -o -path ./outputs -o -name .git \) -prune \
     -o -type f \( -name '*.sh' -o -name '*.slurm' -o -path ./.ci/run \) -print | sort)
 

@@ -144,7 +144,7 @@ def test_win_rate_counts_ties_half(tmp_path: Path) -> None:
 
 def test_same_input_same_bytes(tmp_path: Path, two_runs: dict[str, Path]) -> None:
     output = evaluate(tmp_path, two_runs)
-    names = ("scores.csv", "report.md", "spider.png", "spider.svg")
+    names = ("answers.csv", "pairs.csv", "scores.csv", "report.md", "spider.png", "spider.svg")
     before = {name: (output / name).read_bytes() for name in names}
     assert before["spider.png"].startswith(b"\x89PNG")
     evaluate(tmp_path, two_runs)
@@ -255,7 +255,7 @@ def test_a_failed_report_leaves_the_old_one(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("drdpo.evaluation.armorm.write_csv", full)
+    monkeypatch.setattr("drdpo.evaluation.armorm.write_scores", full)
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before

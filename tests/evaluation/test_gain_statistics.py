@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from drdpo.evaluation.statistics import bootstrap_means
+from drdpo.evaluation.resampling import bootstrap_means
 
 
 def test_two_prompts_by_hand() -> None:

@@ -94,8 +94,8 @@ def test_choices_are_those_of_the_installed_tasks() -> None:
 def test_tables(harness: dict[str, Any]) -> None:
     config = LeaderboardConfig(model_path="some/model")
     text = markdown(config, harness)
-    assert "| IFEval | mean of strict accuracies | 0.5500 | 55.00 |" in text
-    assert "| Average |  |  | 34.46 |" in text
+    assert "| IFEval | mean of strict accuracies | 0.5500 | 0.0100 | 0.5500 | 55.00 | 1.00 |" in text
+    assert "| Average |  |  |  |  | 34.46 | " in text
     assert "| leaderboard_mmlu_pro | 5 | 10 | acc | 0.5500 | 0.0100 |" in text
     assert "A trial" not in text
     assert "A trial: limited to 4 samples" in markdown(LeaderboardConfig(model_path="some/model", limit=4), harness)

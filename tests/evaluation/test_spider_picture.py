@@ -25,7 +25,7 @@ def fabricate(names: list[str], objectives: list[str], shift: float = 0.1) -> li
                 name, Path("x"), prompts, 24,
                 {key: values.mean(axis=1) for key, values in scores.items()},
                 {key: values.ravel() for key, values in scores.items()},
-                np.ones(12), np.zeros(12),
+                np.ones(12), np.zeros(12), np.zeros(12),
             )
         )  # fmt: skip
     return runs

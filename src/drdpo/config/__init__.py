@@ -1,6 +1,7 @@
 """One frozen dataclass per step IS the command line of that step."""
 
 from drdpo.config.assets import AssembleConfig, AssetsConfig
+from drdpo.config.comparison import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.config.completions import CompletionsConfig
 from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
 from drdpo.config.inspection import InspectConfig
@@ -12,6 +13,8 @@ from drdpo.config.training import TrainConfig
 __all__ = [
     "AssembleConfig",
     "AssetsConfig",
+    "CompareMixturesConfig",
+    "CompareOpenllmConfig",
     "CompletionsConfig",
     "EvaluateConfig",
     "FitHeadsConfig",

@@ -14,9 +14,23 @@ lm-eval's search for a batch size tries the full context (Llama 3.x: 131,072), w
 class EvaluateConfig:
     """Step 4a: per-objective averages of one or more runs, and the spider plot."""
 
-    runs: list[str] = flag("NAME=FOLDER words, folders of scored completions; the first is the base")
-    output_path: str = flag("folder for scores.csv, report.md, spider.png and spider.svg")
+    runs: list[str] = flag(
+        "NAME=FOLDER words, folders of scored completions; the first is the base; a name that stands with several folders "
+        "is one run of several training seeds"
+    )
+    output_path: str = flag("folder for report.md, spider.png, spider.svg, scores.csv, pairs.csv and answers.csv")
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that every run has)", [])
+    trained_on: list[str] = flag(
+        "objectives that training saw; the others are marked unseen (default: those that the runs' pairs were mixed from, "
+        "where the manifests tell)",
+        [],
+    )
+    sweep: list[str] = flag(
+        "two objectives r1 r2: evaluate the mixtures alpha r1 + (1 - alpha) r2 for alpha from 0 to 1; writes alpha.csv, "
+        "alpha.png and alpha.svg",
+        [],
+    )
+    sweep_trained_at: float = flag("the alpha that training used, marked in the plot of --sweep", 0.5)
     split: Literal["test", "train"] = flag("split to average", "test")
     bootstrap: int = flag("paired bootstrap samples of the confidence interval", 2000)
     seed: int = flag("seed of the bootstrap", 42)
@@ -24,6 +38,12 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.bootstrap >= 100, f"--bootstrap={self.bootstrap}: a 95% interval needs at least 100 samples")
         require(self.seed >= 0, f"--seed={self.seed} must not be negative")
+        require(
+            not self.sweep or len(set(self.sweep)) == len(self.sweep) == 2,
+            f"--sweep {' '.join(self.sweep)}: give two different objectives, e.g. --sweep helpsteer_helpfulness "
+            "helpsteer_coherence",
+        )
+        require(0 <= self.sweep_trained_at <= 1, f"--sweep_trained_at={self.sweep_trained_at:g} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)

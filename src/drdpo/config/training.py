@@ -1,10 +1,13 @@
 """Flags of train_alignment.sh."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from drdpo.config.training_rules import check_training
 from drdpo.flags import flag
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKED_ATTENTION = "shared_prefix"
 """What transformers calls drdpo.kernels.shared_prefix."""
@@ -143,9 +146,27 @@ class TrainConfig:
     check_only: bool = flag("check the flags and the inputs, then stop", False)
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 
+    def own_losses(self, margins_B: "Tensor") -> "Tensor | None":
+        """[B] differentiable losses of margins [B], for a method of your own (docs/own.md); None is --loss_type's."""
+        return None
+
+    def own_weights(self, losses_B: "Tensor", population_P: "Tensor") -> "Tensor | None":
+        """[B] detached weights of losses [B] in a population [P], for a method of your own (docs/own.md); None is 1."""
+        return None
+
     @property
-    def method(self) -> Literal["dpo", "kldpo", "wdpo", "drdpo"]:
-        """The robust method that the flags choose."""
+    def own_name(self) -> dict[str, str]:
+        """For manifests: the name of a method of your own, which no flag gives."""
+        return {} if type(self) is TrainConfig else {"method": self.method}
+
+    @property
+    def weighted(self) -> bool:
+        """Does a pair's weight depend on the other pairs' losses?"""
+        return self.method in ("kldpo", "drdpo") or type(self).own_weights is not TrainConfig.own_weights
+
+    @property
+    def method(self) -> str:
+        """The robust method that the flags choose: dpo, kldpo, wdpo or drdpo."""
         if self.kldpo_tau is not None:
             return "kldpo"
         if self.wdpo_rho is not None:

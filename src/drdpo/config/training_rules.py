@@ -184,7 +184,7 @@ def _check_idle(config: "TrainConfig") -> None:
 
 def _check_scope(config: "TrainConfig") -> None:
     """Refuse a population where no pair's term depends on the other pairs."""
-    if config.method in ("kldpo", "drdpo") or (config.method == "wdpo" and config.wdpo_penalty == "root"):
+    if config.weighted or (config.method == "wdpo" and config.wdpo_penalty == "root"):
         return
     name = "WDPO with --wdpo_penalty=squared" if config.method == "wdpo" else "plain DPO"
     require(

@@ -1,6 +1,8 @@
 """Step 4b: the Open LLM Leaderboard v2, or any other task, through lm-eval."""
 
+import hashlib
 import json
+from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,9 +188,25 @@ def _write(
         stream.write(markdown(config, results))
     # Old results go and new ones come last, so that results never stand beside a manifest of other flags.
     (output / RESULTS).unlink(missing_ok=True)
-    write_manifest(output, STEP, made_by, max_length=max_length, samples=json_safe(results.get("n-samples", {})))
+    write_manifest(
+        output,
+        STEP,
+        made_by,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        chat_template_sha256=_template_digest(config),
+        task_versions=json_safe(results.get("versions", {})),
+        max_length=max_length,
+        samples=json_safe(results.get("n-samples", {})),
+    )
     with atomic_file(output / RESULTS) as stream:
         json.dump(whole, stream, indent=2, ensure_ascii=False, allow_nan=False)
         stream.write("\n")
     print(terminal(results))
     print(f"results: {output / TABLE}")
+
+
+def _template_digest(config: LeaderboardConfig) -> str | None:
+    """Of the chat template's text; None where prompts are not rendered with it."""
+    if not config.apply_chat_template:
+        return None
+    return hashlib.sha256(str(load_tokenizer(config.model_path).chat_template).encode("utf-8")).hexdigest()

@@ -9,6 +9,7 @@ and MATH as wholes. IFEval is the mean of the strict accuracies per instruction 
 of the six. The harness itself prints raw means weighted by size; published tables of raw values are those.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,13 @@ MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "
 GPQA_LOW = 1 / 4
 MMLU_PRO_LOW = 1 / 10
 MATH_LOW = 0.0
+GPQA_SUBTASKS = ("gpqa_diamond", "gpqa_extended", "gpqa_main")
+MATH_SUBTASKS = (
+    "math_algebra_hard", "math_counting_and_prob_hard", "math_geometry_hard", "math_intermediate_algebra_hard",
+    "math_num_theory_hard", "math_prealgebra_hard", "math_precalculus_hard",
+)  # fmt: skip
+COLUMNS = ("IFEval", "BBH", "MATH", "GPQA", "MuSR", "MMLU-Pro")
+"""The benchmarks, in the order of published tables."""
 
 TaskScores = Mapping[str, Mapping[str, Any]]
 """The harness's `results`: {task or group: {"metric,filter": value}}."""
@@ -50,14 +58,19 @@ TaskScores = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the leaderboard's six columns."""
+    """One of the leaderboard's six columns; standard errors are None where the harness gave none."""
 
     name: str
     metric: str
     raw: float
-    """0 to 1, the harness's mean over all questions."""
+    """0 to 1, the harness's mean over all questions: subtasks weigh by their size."""
+    raw_stderr: float | None
+    unweighted: float
+    """0 to 1, the plain mean over the subtasks; `raw` where there are none."""
     normalised: float
     """0 to 100."""
+    normalised_stderr: float | None
+    """Of the unclamped score: at the floor of 0 it says how far chance alone moves the score behind it."""
 
 
 def normalise(raw: float, low: float) -> float:
@@ -74,10 +87,10 @@ def benchmarks(scores: TaskScores) -> list[Benchmark]:
     found = [
         _ifeval(scores),
         _subtasks(scores, "BBH", "leaderboard_bbh", BBH_CHOICES),
-        _whole(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_LOW),
-        _whole(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_LOW),
+        _whole(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_LOW, MATH_SUBTASKS),
+        _whole(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_LOW, GPQA_SUBTASKS),
         _subtasks(scores, "MuSR", "leaderboard_musr", MUSR_CHOICES),
-        _whole(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", MMLU_PRO_LOW),
+        _whole(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", MMLU_PRO_LOW, ()),
     ]
     return [benchmark for benchmark in found if benchmark is not None]
 
@@ -87,24 +100,52 @@ def average(found: list[Benchmark]) -> float | None:
     return sum(benchmark.normalised for benchmark in found) / 6 if len(found) == 6 else None
 
 
+def average_stderr(found: list[Benchmark]) -> float | None:
+    """Standard error of `average`, the benchmarks being independent; None where one has none."""
+    errors = [benchmark.normalised_stderr for benchmark in found]
+    total = _root_sum(errors)
+    return None if average(found) is None or total is None else total / 6
+
+
 def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
     """A task's value of a metric without filter; None where it was not run."""
     value = scores.get(task, {}).get(f"{metric},none")
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _whole(scores: TaskScores, name: str, task: str, metric: str, low: float) -> Benchmark | None:
-    raw = metric_value(scores, task, metric)
-    return None if raw is None else Benchmark(name, metric, raw, normalise(raw, low))
+def _root_sum(errors: list[float | None]) -> float | None:
+    found = [error for error in errors if error is not None]
+    return math.sqrt(sum(error**2 for error in found)) if found and len(found) == len(errors) else None
+
+
+def _whole(scores: TaskScores, name: str, task: str, metric: str, low: float, subtasks: tuple[str, ...]) -> Benchmark | None:
+    raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
+    parts = [value for subtask in subtasks if (value := metric_value(scores, f"leaderboard_{subtask}", metric)) is not None]
+    if raw is None:
+        return None
+    unweighted = sum(parts) / len(parts) if parts and len(parts) == len(subtasks) else raw
+    scaled = None if error is None else error / (1 - low) * 100
+    return Benchmark(name, metric, raw, error, unweighted, normalise(raw, low), scaled)
 
 
 def _subtasks(scores: TaskScores, name: str, group: str, choices: dict[str, int]) -> Benchmark | None:
     raw = metric_value(scores, group, "acc_norm")
-    parts = {task: metric_value(scores, f"{group}_{task}", "acc_norm") for task in choices}
-    if raw is None or any(value is None for value in parts.values()):
+    found = {task: metric_value(scores, f"{group}_{task}", "acc_norm") for task in choices}
+    parts = {task: value for task, value in found.items() if value is not None}
+    if raw is None or len(parts) < len(choices):
         return None
-    total = sum(normalise(value, 1 / choices[task]) for task, value in parts.items() if value is not None)
-    return Benchmark(name, "acc_norm", raw, total / len(parts))
+    total = sum(normalise(value, 1 / choices[task]) for task, value in parts.items())
+    errors = {task: metric_value(scores, f"{group}_{task}", "acc_norm_stderr") for task in choices}
+    scaled = _root_sum([None if e is None else e / (1 - 1 / choices[task]) * 100 for task, e in errors.items()])
+    return Benchmark(
+        name,
+        "acc_norm",
+        raw,
+        metric_value(scores, group, "acc_norm_stderr"),
+        sum(parts.values()) / len(parts),
+        total / len(parts),
+        None if scaled is None else scaled / len(parts),
+    )
 
 
 def _ifeval(scores: TaskScores) -> Benchmark | None:
@@ -114,4 +155,7 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     if instruction is None or prompt is None:
         return None
     raw = (instruction + prompt) / 2
-    return Benchmark("IFEval", "mean of strict accuracies", raw, normalise(raw, 0.0))
+    # The harness has no error for instructions, which stand several to a prompt; that of the prompts stands for both.
+    error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
+    scaled = None if error is None else error * 100
+    return Benchmark("IFEval", "mean of strict accuracies", raw, error, raw, normalise(raw, 0.0), scaled)

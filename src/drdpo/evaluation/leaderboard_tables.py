@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drdpo.config.evaluation import LeaderboardConfig
-from drdpo.evaluation.leaderboard_scores import Benchmark, average, benchmarks
+from drdpo.evaluation.leaderboard_scores import Benchmark, average, average_stderr, benchmarks
 from drdpo.evaluation.tables import markdown_table, text_table
 
 
@@ -31,14 +31,20 @@ def raw_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 RAW_HEADER = ["task", "shots", "questions", "metric", "value", "stderr"]
-LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "normalised (0-100)"]
+LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "raw, unweighted", "normalised (0-100)", "stderr"]
 
 
 def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
     """One row a benchmark, and the average where all six are there."""
-    rows = [[b.name, b.metric, f"{b.raw:.4f}", f"{b.normalised:.2f}"] for b in found]
+    rows = [
+        [
+            b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.unweighted:.4f}", f"{b.normalised:.2f}",
+            _decimal(b.normalised_stderr, 2),
+        ]
+        for b in found
+    ]  # fmt: skip
     mean = average(found)
-    return rows if mean is None else [*rows, ["Average", "", "", f"{mean:.2f}"]]
+    return rows if mean is None else [*rows, ["Average", "", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
 
 
 def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
@@ -49,7 +55,9 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
     if found := benchmarks(results["results"]):
         parts += [
             "## Open LLM Leaderboard v2",
-            "Raw: the harness's mean over all questions. Normalised: the public leaderboard's scale; guessing is 0.",
+            "Raw: the harness's mean over all questions; unweighted: over subtasks. Normalised: the public leaderboard's "
+            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts stands "
+            "for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]
     parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
@@ -77,6 +85,10 @@ def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
     found = benchmarks(results["results"])
     return {
         "raw": {benchmark.name: benchmark.raw for benchmark in found},
+        "raw_stderr": {benchmark.name: benchmark.raw_stderr for benchmark in found},
+        "unweighted": {benchmark.name: benchmark.unweighted for benchmark in found},
+        "normalised_stderr": {benchmark.name: benchmark.normalised_stderr for benchmark in found},
+        "average_stderr": average_stderr(found),
         "normalised": {benchmark.name: benchmark.normalised for benchmark in found},
         "average": average(found),
     }
@@ -105,5 +117,5 @@ def _count(value: Any) -> str:
     return str(value) if isinstance(value, int) else ""
 
 
-def _decimal(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "n/a"
+def _decimal(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "n/a"

@@ -37,6 +37,8 @@ class Provenance:
     scoring: Step | None
     training: dict[str, str] | None
     """The flags of the training that wrote the policy."""
+    trained_on: tuple[str, ...]
+    """The objectives that its pairs were mixed from; none where that is not recorded."""
     notes: list[str]
 
     @property
@@ -75,7 +77,8 @@ def read_provenance(folder: Path, split: str) -> Provenance:
     steps = {name: _step(manifest.get(name)) for name, manifest in manifests.items()}
     notes = [f"{places[name] / 'manifest.json'} has no record of {name}" for name, step in steps.items() if step is None]
     sampling, scoring = steps[f"sample_{split}"], steps[f"score_{split}"]
-    return Provenance(sampling, scoring, _training_flags(_policy(sampling)), notes)
+    training = _training_flags(_policy(sampling))
+    return Provenance(sampling, scoring, training, _objectives(training), notes)
 
 
 def method_line(flags: dict[str, str]) -> str:
@@ -83,7 +86,8 @@ def method_line(flags: dict[str, str]) -> str:
     names = {"kldpo_tau": "KLDPO", "wdpo_rho": "WDPO", "drdpo_beta": "Dr. DPO"}
     chosen = next((flag for flag in names if flag in flags), None)
     shown = [flag for flag in (chosen, "beta", "seed") if flag in flags]
-    return f"{names[chosen] if chosen else 'DPO'} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
+    name = names[chosen] if chosen else flags.get("method", "DPO")
+    return f"{name} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
 
 
 def differences(provenances: dict[str, Provenance]) -> list[str]:
@@ -135,6 +139,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         elif value is not None and name not in _PLACES:
             flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
     return flat
+
+
+def _objectives(training: dict[str, str] | None) -> tuple[str, ...]:
+    """The objectives with a weight in the manifest of the pairs that a training used."""
+    if not training or not Path(folder := training["dataset_path"]).is_dir():
+        return ()
+    record = read_manifest(Path(folder)).get("preferences")
+    made_by = record.get("made_by") if isinstance(record, dict) else None
+    weights = made_by.get("weights") if isinstance(made_by, dict) else None
+    return tuple(str(name) for name in weights) if isinstance(weights, dict) else ()
 
 
 def _training_flags(model_path: str | None) -> dict[str, str] | None:

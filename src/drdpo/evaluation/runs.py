@@ -3,12 +3,13 @@
 Shapes: P prompts, C completions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from drdpo.errors import DataError, UsageError
+from drdpo.evaluation.repetition import repeated_share
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
 from drdpo.records import Completion, Message, check_unique, read_records
 
@@ -32,6 +33,15 @@ class Run:
     """Answer length in tokens, mean over a prompt's completions."""
     cut_P: Array
     """Share of a prompt's completions that were cut by the length limit."""
+    repeated_P: Array
+    """Share of an answer's token 4-grams that stood in it before, mean over a prompt's completions; see repetition.py."""
+    seeds: tuple["Run", ...] = ()
+    """Where several training seeds are pooled in this run: each of them, on the prompts that all have."""
+
+    @property
+    def members(self) -> tuple["Run", ...]:
+        """Its seeds; itself where there is one."""
+        return self.seeds or (self,)
 
     def rows(self, prompt_ids: list[int]) -> list[int]:
         """Where these prompts stand in the [P] arrays."""
@@ -39,16 +49,16 @@ class Run:
         return [position[prompt_id] for prompt_id in prompt_ids]
 
 
-def parse_runs(words: list[str]) -> dict[str, Path]:
-    """{name: folder} of NAME=FOLDER words, in order.
+def parse_runs(words: list[str]) -> dict[str, list[Path]]:
+    """{name: folders} of NAME=FOLDER words, in order; a name that stands with several folders is one run, of several seeds.
 
     A name or a folder may hold "=" itself (`tau=0.05=outputs/tau=0.05`): of the ways to split, the first whose folder
     exists counts, else the one at the first "=".
 
     Raises:
-        UsageError: a word without "=", an empty part, or a name given twice.
+        UsageError: a word without "=", an empty part, or a name given twice with one folder.
     """
-    folders: dict[str, Path] = {}
+    folders: dict[str, list[Path]] = {}
     for word in words:
         parts = word.split("=")
         splits = [("=".join(parts[:cut]), "=".join(parts[cut:])) for cut in range(1, len(parts))]
@@ -56,9 +66,9 @@ def parse_runs(words: list[str]) -> dict[str, Path]:
         if not splits:
             raise UsageError(f"--runs {word}: write NAME=FOLDER, e.g. --runs base=outputs/base dpo=outputs/dpo")
         name, folder = next((split for split in splits if Path(split[1]).is_dir()), splits[0])
-        if name in folders:
-            raise UsageError(f"--runs: the name {name} is given twice; every run needs its own")
-        folders[name] = Path(folder)
+        if Path(folder) in folders.setdefault(name, []):
+            raise UsageError(f"--runs: the name {name} is given twice with {folder}; every seed of a run has its own")
+        folders[name].append(Path(folder))
     return folders
 
 
@@ -88,6 +98,7 @@ def load_run(name: str, folder: Path, split: str) -> Run:
         for objective in sort_objectives(completions[0].scores)
     }
     tokens_C = np.array([len(completion.token_ids) for completion in completions], dtype=np.float64)
+    repeated_C = np.array([repeated_share(completion.token_ids) for completion in completions], dtype=np.float64)
     cut_C = np.array([completion.finish_reason == "length" for completion in completions], dtype=np.float64)
     return Run(
         name=name,
@@ -98,6 +109,57 @@ def load_run(name: str, folder: Path, split: str) -> Run:
         scores_C=scores_C,
         tokens_P=_mean_by_prompt(tokens_C, rows_C),
         cut_P=_mean_by_prompt(cut_C, rows_C),
+        repeated_P=_mean_by_prompt(repeated_C, rows_C),
+    )
+
+
+def pool_seeds(name: str, seeds: list[Run]) -> Run:
+    """Several seeds of a run as one: the mean over seeds of every prompt's figures, on the prompts that all seeds have.
+
+    Args:
+        name: of the run.
+        seeds: at least one.
+
+    Raises:
+        DataError: the seeds have no prompt in common, different prompts under one id, or other objectives.
+    """
+    if len(seeds) == 1:
+        return seeds[0]
+    for run in seeds[1:]:
+        if set(run.scores_P) != set(seeds[0].scores_P):
+            odd = ", ".join(sorted(set(run.scores_P) ^ set(seeds[0].scores_P)))
+            raise DataError(f"run {name}: {seeds[0].folder} and {run.folder} are not both scored in {odd}")
+    common = common_prompts(seeds)
+    members = tuple(_only(run, common) for run in seeds)
+
+    def mean_over_seeds(values: list[Array]) -> Array:
+        mean_P: Array = np.mean(values, axis=0)
+        return mean_P
+
+    return Run(
+        name=name,
+        folder=seeds[0].folder,
+        prompts=members[0].prompts,
+        completions=sum(run.completions for run in seeds),
+        scores_P={key: mean_over_seeds([run.scores_P[key] for run in members]) for key in seeds[0].scores_P},
+        scores_C={key: np.concatenate([run.scores_C[key] for run in seeds]) for key in seeds[0].scores_P},
+        tokens_P=mean_over_seeds([run.tokens_P for run in members]),
+        cut_P=mean_over_seeds([run.cut_P for run in members]),
+        repeated_P=mean_over_seeds([run.repeated_P for run in members]),
+        seeds=members,
+    )
+
+
+def _only(run: Run, prompt_ids: list[int]) -> Run:
+    """The run on some of its prompts; the spread of its scores (scores_C) stays that of all."""
+    rows = run.rows(prompt_ids)
+    return replace(
+        run,
+        prompts={prompt_id: run.prompts[prompt_id] for prompt_id in prompt_ids},
+        scores_P={key: values_P[rows] for key, values_P in run.scores_P.items()},
+        tokens_P=run.tokens_P[rows],
+        cut_P=run.cut_P[rows],
+        repeated_P=run.repeated_P[rows],
     )
 
 

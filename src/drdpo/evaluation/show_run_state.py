@@ -142,7 +142,7 @@ def _method(made_by: dict[str, Any]) -> str | None:
     for flag, name in (("kldpo_tau", "KLDPO"), ("wdpo_rho", "WDPO"), ("drdpo_beta", "Dr. DPO")):
         if made_by.get(flag) is not None:
             return f"{name} --{flag}={made_by[flag]}"
-    return "DPO"
+    return str(made_by.get("method", "DPO"))
 
 
 def _numbers(folder: Path, pattern: str, inside: str) -> list[int]:

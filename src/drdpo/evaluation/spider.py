@@ -5,6 +5,7 @@ no choice of taste: it is the interquartile range of all runs' completion scores
 outside it. A difference that looks small is small beside the spread of single answers. The gain panel has one scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from drdpo.evaluation.runs import Run
 from drdpo.evaluation.statistics import Comparison, mean
 from drdpo.evaluation.style import BASE_STYLE, RC, Style, axis_label, run_styles
 from drdpo.files import atomic_file
+from drdpo.objectives import GATED_SCORE
 
 _PANEL_WIDTH, _HEIGHT, _DISC = 7.6, 7.75, 4.8
 """Inches: a panel, the picture, and a spider's disc with room for the words around it."""
@@ -54,13 +56,14 @@ def raw_axis(runs: list[Run], objective: str) -> Axis:
     return Axis(objective, min(low, min(means) - margin), max(high, max(means) + margin))
 
 
-def draw_pictures(folder: Path, runs: list[Run], comparison: Comparison) -> None:
+def draw_pictures(folder: Path, runs: list[Run], comparison: Comparison, trained_on: Sequence[str] = ()) -> None:
     """Write spider.png and spider.svg.
 
     Args:
         folder: where to.
         runs: the base first; with one run there is no gain panel.
         comparison: from statistics.compare. Fewer than three objectives are drawn as bars, for a spider needs three spokes.
+        trained_on: the objectives that training saw; the others are marked in the gain panel. Empty where that is not known.
     """
     objectives = comparison.objectives
     gain_names = [name for name in objectives if any(name in gains for gains in comparison.gains.values())]
@@ -74,7 +77,7 @@ def draw_pictures(folder: Path, runs: list[Run], comparison: Comparison) -> None
         else:
             draw_raw_bars(canvas, panels, runs, objectives, styles)
         if panels == 2 and gain_is_spider:
-            _draw_gains(_panel(canvas, 2, panels), runs, comparison, gain_names, styles)
+            _draw_gains(_panel(canvas, 2, panels), runs, comparison, gain_names, styles, trained_on)
         elif panels == 2:
             draw_gain_bars(canvas, panels, runs, comparison, gain_names, styles)
         _legend(canvas, runs, styles)
@@ -102,7 +105,7 @@ def _draw_raw(axes: Any, runs: list[Run], objectives: list[str], styles: dict[st
         label = f"{axis_label(spoke.objective)}\n{_range(spoke)}"
         if len(runs) == 1:
             label += f"\nmean {mean(runs[0], spoke.objective):.4g}"
-        _spoke_label(axes, angle, label, len(spokes))
+        spoke_label(axes, angle, label, len(spokes))
     axes.set_title("Mean score per prompt\n(each axis: value at the centre … value at the rim)", pad=66, fontsize=12)
 
 
@@ -112,7 +115,14 @@ def _range(spoke: Axis) -> str:
     return f"{spoke.low:.{digits}f} … {spoke.high:.{digits}f}"
 
 
-def _draw_gains(axes: Any, runs: list[Run], comparison: Comparison, objectives: list[str], styles: dict[str, Style]) -> None:
+def _draw_gains(
+    axes: Any,
+    runs: list[Run],
+    comparison: Comparison,
+    objectives: list[str],
+    styles: dict[str, Style],
+    trained_on: Sequence[str],
+) -> None:
     angles = _web(axes, len(objectives))
     base, *others = runs
     figures = {run.name: [comparison.gains[run.name][name] for name in objectives] for run in others}
@@ -136,7 +146,8 @@ def _draw_gains(axes: Any, runs: list[Run], comparison: Comparison, objectives: 
                 axes.plot([angle, angle], [figure.low, figure.high], color=style.color, linewidth=2.2, alpha=0.55, zorder=4)
     _ring_labels(axes, rings, np.pi / len(objectives))
     for angle, objective in zip(angles, objectives, strict=True):
-        _spoke_label(axes, angle, axis_label(objective), len(objectives))
+        unseen = trained_on and objective not in (*trained_on, GATED_SCORE)
+        spoke_label(axes, angle, axis_label(objective) + ("\n(unseen)" if unseen else ""), len(objectives))
     axes.set_title(
         f"Gain over {base.name}, in standard deviations of its scores\n(bars: 95% confidence; dashed ring: {base.name})",
         pad=66,
@@ -180,7 +191,8 @@ def _polygon(axes: Any, angles: list[float], values: list[float], style: Style, 
         axes.fill(closed_angles, closed_values, color=style.color, alpha=0.06, zorder=2)
 
 
-def _spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
+def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
+    """Write the name of a spoke outside the rim, clear of it."""
     across, up = np.sin(angle), np.cos(angle)
     low, high = axes.get_ylim()
     size = 10 if spokes <= 8 else 8

@@ -1,7 +1,5 @@
 """Before the first step policy and reference are one model: are their log-probs?"""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,7 @@ from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training.objective import Objective
+from drdpo.training.values import losses_of
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
 """Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats beside it for the shortest answers.
@@ -36,7 +35,8 @@ def check_first_step(parts: list[Objective], references: list[Tensor], config: T
     apart_K = distributed.gather(torch.cat([part.values.log_ratios_S for part in parts])).double().abs()
     size_K = distributed.gather(torch.cat([reference_B2.flatten() for reference_B2 in references])).double().abs()
     share, nats = TOLERANCES[config.dtype]
-    loss, expected = float(losses_P.double().mean()), 1 / (4 * config.beta**2) if config.loss_type == "ipo" else math.log(2)
+    # ln 2, 1 / (4 beta^2) for ipo, or what a method's own losses are at a margin of zero.
+    loss, expected = float(losses_P.double().mean()), float(losses_of(torch.zeros(1, dtype=torch.float64), config))
     loss_tolerance = (0.05 if config.dtype == "bfloat16" else 1e-3) * max(1.0, expected)
     apart, allowed = float(apart_K.mean()), share * float(size_K.mean()) + nats
     if not abs(loss - expected) <= loss_tolerance:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from drdpo.config import TrainConfig
 from drdpo.kernels.vocabulary import Known, logprob_and_slope
-from drdpo.training import losses
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
-from drdpo.training.values import AnyBatch, PairValues, values_of
+from drdpo.training.values import AnyBatch, PairValues, losses_of, values_of
 
 
 class InputGradient(NamedTuple):
@@ -67,8 +66,7 @@ def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config
 def _loss_slopes(margins_B: Tensor, config: TrainConfig) -> Tensor:
     with torch.enable_grad():
         margins_B = margins_B.detach().requires_grad_()
-        losses_B = losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)
-        return torch.autograd.grad(losses_B.sum(), margins_B)[0]
+        return torch.autograd.grad(losses_of(margins_B, config).sum(), margins_B)[0]
 
 
 def _directions(grad: Tensor, batch: AnyBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:

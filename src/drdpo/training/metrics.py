@@ -51,7 +51,7 @@ def step_metrics(parts: list[Objective], config: TrainConfig) -> dict[str, float
     metrics = table_means(distributed.gather(torch.cat([pair_table(part.values, config.beta) for part in parts])))
     weighted = distributed.gather(torch.cat([part.weights_B * part.values.losses_B.detach() for part in parts]))
     metrics["objective"] = float(weighted.mean())
-    if config.method in ("kldpo", "drdpo"):
+    if config.weighted:
         weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))
         metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
     if config.method == "wdpo":

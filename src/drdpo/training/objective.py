@@ -45,7 +45,7 @@ class Objective(NamedTuple):
 
 def needs_population(config: TrainConfig) -> bool:
     """Does a pair's term depend on the other pairs?"""
-    return config.method in ("kldpo", "drdpo") or (config.method == "wdpo" and config.wdpo_penalty == "root")
+    return config.weighted or (config.method == "wdpo" and config.wdpo_penalty == "root")
 
 
 def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig) -> Population:
@@ -89,7 +89,7 @@ def objective(
         return _partly_penalised(policy, batch, reference_B2, config, keep_B)
     values = pair_values(policy, batch, reference_B2, config)
     weights_B = torch.ones_like(values.losses_B)
-    if config.method in ("kldpo", "drdpo"):
+    if config.weighted:
         losses_P = population.losses_P if population else None
         weights_B = _weights(values.losses_B, distributed.gather(values.losses_B) if losses_P is None else losses_P, config)
     return Objective((weights_B * values.losses_B).mean(), values, weights_B)
@@ -176,6 +176,9 @@ def _penalties(values: PairValues, batch: AnyBatch, config: TrainConfig, create_
 
 
 def _weights(losses_B: Tensor, losses_P: Tensor, config: TrainConfig) -> Tensor:
+    own_B = config.own_weights(losses_B.detach(), losses_P.detach())
+    if own_B is not None:
+        return own_B
     if config.kldpo_tau is not None:
         return losses.kl_weights(losses_B, losses_P, config.kldpo_tau, config.kldpo_cap, config.kldpo_normalize)
     assert config.drdpo_beta is not None

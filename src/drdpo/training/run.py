@@ -77,7 +77,7 @@ def check_inputs(config: TrainConfig) -> None:
             f"{'es' if world > 1 else ''}"
         )
     population = config.train_batch_size if config.robust_scope == "step" else micro * world
-    if config.method in ("kldpo", "drdpo") and population == 1:
+    if config.weighted and population == 1:
         raise UsageError(
             "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
             "--micro_batch_size under --robust_scope=micro"
@@ -175,7 +175,7 @@ def pairs_hash(pairs: list[Pair]) -> str:
 def _made_by(config: TrainConfig) -> dict[str, Any]:
     """What the trained model depends on, as far as it is known before the pairs are tokenised."""
     flags = {name: value for name, value in as_dict(config).items() if name not in NOT_COMPARED}
-    return {**flags, "model": fingerprint(config.model_path)}
+    return {**flags, **config.own_name, "model": fingerprint(config.model_path)}
 
 
 def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> None:

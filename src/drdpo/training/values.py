@@ -55,5 +55,12 @@ def values_of(logprob_S: Tensor, embeds: Tensor, reference_B2: Tensor, config: T
     log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
     chosen_B, rejected_B = log_ratios_S.chunk(2)
     margins_B = chosen_B - rejected_B
-    losses_B = losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)
-    return PairValues(losses_B, margins_B, log_ratios_S, embeds)
+    return PairValues(losses_of(margins_B, config), margins_B, log_ratios_S, embeds)
+
+
+def losses_of(margins_B: Tensor, config: TrainConfig) -> Tensor:
+    """[B] pointwise losses of margins: the method's own, else --loss_type's."""
+    own_B = config.own_losses(margins_B)
+    if own_B is not None:
+        return own_B
+    return losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)

@@ -1,0 +1,163 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2154,SC2034 # variables of the script that sources it
+# Sourced by the experiments: flags, parts that can run one after another or as SLURM jobs, and what a part needs.
+# A script sets `names` (its flags), their defaults as variables, `script`, and the functions usage, list_parts, needs, do_part.
+# shellcheck source=src/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../src/env.sh"
+
+# parse_flags WORD...: set a variable for every --NAME=VALUE, and `further` to the words after "--". Sets `given` too.
+parse_flags() {
+    local word name
+    given=() further=()
+    while (($#)); do
+        word="$1"
+        shift
+        case "$word" in
+            -h | --help)
+                usage
+                exit
+                ;;
+            --)
+                further=("$@")
+                break
+                ;;
+            --tiny) word=--tiny=true ;;
+            --slurm) word=--slurm=true ;;
+        esac
+        name="${word%%=*}" name="${name#--}"
+        if [[ "$word" != --*=* || " ${names[*]} part " != *" $name "* ]]; then
+            usage >&2
+            refuse_command "unknown flag: $word"
+        fi
+        if [[ "$name" != part ]]; then
+            given+=("$word")
+        fi
+        printf -v "$name" '%s' "${word#*=}"
+    done
+    for name in tiny slurm; do
+        [[ "${!name}" == true || "${!name}" == false ]] || refuse_command "--$name=${!name}: give true or false"
+    done
+    ((${#further[@]} == 0)) || given+=(-- "${further[@]}")
+}
+
+# is_given NAME: does the command line hold --NAME=...?
+is_given() {
+    [[ -n "$(printf '%s\n' "${given[@]+"${given[@]}"}" | sed -n "/^--\$/q; /^--$1=/p")" ]]
+}
+
+# default NAME VALUE: a value for a flag that is not given.
+default() {
+    is_given "$1" || printf -v "$1" '%s' "$2"
+}
+
+# settle: one folder, one set of flags: parts made with others would be mixed, or refused halfway.
+settle() {
+    local name settings=""
+    for name in "${names[@]}"; do
+        case "$name" in output_path | slurm | sbatch) ;; *) settings+="$name=${!name}"$'\n' ;; esac
+    done
+    settings+="further=${further[*]+"${further[*]}"}"
+    mkdir -p "$output_path"
+    if [[ -f "$output_path/settings" && "$(<"$output_path/settings")" != "$settings" ]]; then
+        diff <(cat "$output_path/settings") <(printf '%s\n' "$settings") >&2 || true
+        refuse_command "$output_path was made with other flags (above, < is there); give another --output_path"
+    fi
+    printf '%s\n' "$settings" >"$output_path/settings"
+    output_path="$(cd "$output_path" && pwd)"
+}
+
+# say WORDS: where the experiment is.
+say() {
+    printf '\n== %s (%d s)\n' "$1" "$SECONDS"
+}
+
+# pass_on SIGNAL PID: to the command that runs.
+# shellcheck disable=SC2329 # run_noting calls it
+pass_on() {
+    kill -s "$1" "$2"
+}
+
+# step COMMAND...: run a command; under SLURM one that ends by SIGUSR1, shortly before the time limit, is queued again.
+step() {
+    local status=0
+    if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+        run "$@"
+        return
+    fi
+    printf '+ %s\n' "$(printf '%q ' "$@")" >&2
+    last_signal=""
+    run_noting pass_on "$@" || status=$?
+    if ((status != 0)) && [[ "$last_signal" == USR1 ]]; then
+        run scontrol requeue "$SLURM_JOB_ID"
+    fi
+    return "$status"
+}
+
+# checkpoint FOLDER STEP: the checkpoint of a step, or the last one for "last".
+checkpoint() {
+    local found
+    if [[ "$2" == last ]]; then
+        found="$(find "$1" -maxdepth 1 -name 'global_step_*' | sort -V | tail -n 1)"
+    else
+        found="$1/global_step_$2"
+    fi
+    if [[ -z "$found" || ! -d "$found" ]]; then
+        echo "error: $1 has no checkpoint of step $2; there are: $(cd "$1" && echo global_step_*)" >&2
+        exit 1
+    fi
+    printf '%s' "$found"
+}
+
+# method_flags METHOD VALUE: sets `flags` for train_alignment.sh.
+method_flags() {
+    case "$1" in
+        DPO) flags=() ;;
+        KLDPO) flags=(--kldpo_tau="$2") ;;
+        WDPO) flags=(--wdpo_rho="$2") ;;
+        *) refuse_command "method $1: give DPO, KLDPO or WDPO" ;;
+    esac
+}
+
+# submit_parts PART...: one SLURM job a part, after those that it needs.
+submit_parts() {
+    local part need id dependency options
+    declare -A ids
+    command -v sbatch >/dev/null || refuse_command "--slurm=true: sbatch is not on this machine; leave the flag out to run here"
+    read -ra options <<<"$sbatch"
+    mkdir -p "$output_path/logs"
+    for part in "$@"; do
+        dependency=""
+        while read -r need; do
+            [[ -z "$need" ]] || dependency+=":${ids[$need]}"
+        done < <(needs "$part")
+        id="$(sbatch --parsable --job-name="drdpo-${part//\//-}" --nodes=1 --requeue --signal=B:USR1@300 --open-mode=append \
+            --output="$output_path/logs/%x-%j.log" ${dependency:+--dependency="afterok$dependency"} \
+            ${options[@]+"${options[@]}"} --wrap "exec $(printf '%q ' bash "$script" --part="$part" "${given[@]+"${given[@]}"}")")"
+        ids[$part]="${id%%;*}"
+        echo "submitted ${ids[$part]}: $part${dependency:+, after${dependency//:/ }}"
+    done
+    echo "report, once all are done: $output_path/report.md"
+}
+
+# run_experiment: all parts here, one of them, or all of them as jobs.
+run_experiment() {
+    local all
+    mapfile -t all < <(list_parts)
+    if [[ -n "${part:-}" ]]; then
+        [[ $'\n'"$(printf '%s\n' "${all[@]}")"$'\n' == *$'\n'"$part"$'\n'* ]] ||
+            refuse_command "--part=$part: there is no such part; the parts are ${all[*]}"
+        if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+            # Jobs on one node take different ports.
+            export MASTER_PORT="${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}"
+        fi
+        all=("$part")
+    elif [[ "$slurm" == true ]]; then
+        submit_parts "${all[@]}"
+        return
+    fi
+    for part in "${all[@]}"; do
+        say "$part"
+        do_part "$part"
+    done
+    echo "done: $output_path"
+}

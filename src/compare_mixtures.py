@@ -1,0 +1,17 @@
+"""Step 4: the report of an experiment."""
+
+from drdpo.config import CompareMixturesConfig
+from drdpo.errors import one_line_errors
+from drdpo.flags import parse
+
+
+def main() -> None:
+    config = parse(CompareMixturesConfig, "Set the gains of several training mixtures beside the published ones.")
+    from drdpo.evaluation.mixtures_report import compare_mixtures
+
+    compare_mixtures(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,232 @@
+"""The reports of the experiments, on stored results: hand-computed tables beside the published ones, and honest errors."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.evaluation.heatmap import shades
+from drdpo.evaluation.leaderboard_report import compare_openllm
+from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
+from drdpo.evaluation.mixtures_report import compare_mixtures
+from drdpo.evaluation.published import LEADERBOARD, MIXTURES, SPOKES
+from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
+
+
+def metrics(**values: float | str) -> dict[str, Any]:
+    return {f"{name},none": value for name, value in values.items()}
+
+
+def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
+    """All six benchmarks at round figures, as the harness writes them."""
+    scores = {f"leaderboard_bbh_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.02) for name in BBH_CHOICES}
+    scores |= {f"leaderboard_musr_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.03) for name in MUSR_CHOICES}
+    gpqa, math = (0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    scores |= {
+        f"leaderboard_{t}": metrics(acc_norm=v, acc_norm_stderr=0.01) for t, v in zip(GPQA_SUBTASKS, gpqa, strict=True)
+    }
+    scores |= {f"leaderboard_{t}": metrics(exact_match=v) for t, v in zip(MATH_SUBTASKS, math, strict=True)}
+    scores |= {
+        "leaderboard_bbh": metrics(acc_norm=0.51, acc_norm_stderr=0.006),
+        "leaderboard_musr": metrics(acc_norm=0.52, acc_norm_stderr=0.018),
+        "leaderboard_gpqa": metrics(acc_norm=0.28, acc_norm_stderr=0.015),
+        "leaderboard_math_hard": metrics(exact_match=0.33, exact_match_stderr=0.012),
+        "leaderboard_mmlu_pro": metrics(acc=mmlu, acc_stderr=0.0054),
+        "leaderboard_ifeval": metrics(
+            prompt_level_strict_acc=0.5, prompt_level_strict_acc_stderr=0.021, inst_level_strict_acc=0.6,
+            inst_level_strict_acc_stderr="N/A",
+        ),
+    }  # fmt: skip
+    return {"results": scores, "config": {"limit": None}}
+
+
+def write_results(folder: Path, results: dict[str, Any], **made_by: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    record = {"made_by": {"model_path": folder.name, "seed": 42, **made_by}, "versions": {"lm-eval": "0.4.13"}}
+    record |= {"date": "2026-01-02T03:04:05+00:00", "chat_template_sha256": "c0ffee"}
+    (folder / "manifest.json").write_text(json.dumps({"evaluate_openllm": record}))
+    return folder
+
+
+def table_row(text: str, heading: str, name: str) -> list[str]:
+    """The cells of a row, below a heading."""
+    below = text.partition(heading)[2]
+    line = next(line for line in below.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_leaderboard_by_hand(tmp_path: Path) -> None:
+    base = write_results(tmp_path / "base", harness_results())
+    tuned = write_results(tmp_path / "tu ned", harness_results(mmlu=0.64))
+    output = tmp_path / "out"
+    compare_openllm(CompareOpenllmConfig(runs=[f"1B/base={base}", f"1B/tuned={tuned}"], output_path=str(output)))
+    text = (output / "report.md").read_text(encoding="utf-8")
+    raw = table_row(text, "### Raw, as published", "base")
+    columns = ["0.550 ± 0.021", "0.510 ± 0.006", "0.330 ± 0.012", "0.280 ± 0.015", "0.520 ± 0.018", "0.550 ± 0.005"]
+    assert raw == ["base", *columns]
+    # Unweighted: BBH and MuSR 1/2 everywhere, MATH 0.4, GPQA 0.3.
+    assert table_row(text, "### Raw, subtasks", "base")[1:] == ["0.550", "0.500", "0.400", "0.300", "0.500", "0.550"]
+    normalised = table_row(text, "### Normalised", "base")
+    # BBH: (1/2 - 1/n) / (1 - 1/n) = (n - 2) / (2 (n - 1)), the mean over the 24.
+    bbh = 100 * sum((n - 2) / (2 * (n - 1)) for n in BBH_CHOICES.values()) / 24
+    bbh_error = 100 * sum((0.02 * n / (n - 1)) ** 2 for n in BBH_CHOICES.values()) ** 0.5 / 24
+    # MuSR: n = 2, 5, 3 gives 0, 3/8 and 1/4; errors 0.03 times 2, 5/4 and 3/2.
+    musr, musr_error = 100 * (3 / 8 + 1 / 4) / 3, 100 * 0.03 * (4 + 25 / 16 + 9 / 4) ** 0.5 / 3
+    values = [55.0, bbh, 33.0, 4.0, musr, 50.0]
+    errors = [2.1, bbh_error, 1.2, 2.0, musr_error, 0.6]
+    for cell, value, error in zip(normalised[1:7], values, errors, strict=True):
+        assert cell == f"{value:.2f} ± {error:.2f}"
+    average, error = sum(values) / 6, sum(e**2 for e in errors) ** 0.5 / 6
+    assert normalised[7] == f"{average:.2f} ± {error:.2f}"
+    # (0.64 - 0.1) / 0.9 = 0.6.
+    assert table_row(text, "### Normalised", "tuned")[6].startswith("60.00")
+    assert table_row(text, "### Published raw values, 1B", "WDPO rho=0.01")[1:] == [
+        "0.52", "0.35", "0.10", "0.25", "0.34", "0.19",
+    ]  # fmt: skip
+    for fact in ("0.4.13", "c0ffee", "2026-01-02T03:04:05+00:00", "](heatmap.png)"):
+        assert fact in text
+    with (output / "leaderboard.csv").open(encoding="utf-8") as stream:
+        rows = {(row["run"], row["benchmark"]): row for row in csv.DictReader(stream)}
+    assert float(rows["base", "Average"]["normalised"]) == pytest.approx(average)
+    assert float(rows["tuned", "MMLU-Pro"]["normalised"]) == pytest.approx(60)
+    assert "published" in (output / "heatmap.svg").read_text(encoding="utf-8")
+
+
+def test_published_tables_have_a_number_for_every_column() -> None:
+    for table in LEADERBOARD.values():
+        for values in table.values():
+            assert len(values) == len(COLUMNS) and all(0 <= value <= 1 for value in values)
+    for mixture in MIXTURES.values():
+        assert sum(mixture.weights.values()) == 1
+        assert set(mixture.weights) <= set(ARMORM_OBJECTIVES)
+        assert all(len(values) == len(SPOKES) for values in mixture.published.values())
+    assert set(SPOKES) <= {*ARMORM_OBJECTIVES, GATED_SCORE}
+
+
+def test_unlike_trial_and_partial_runs_are_called_so(tmp_path: Path) -> None:
+    part = harness_results()
+    del part["results"]["leaderboard_gpqa"]
+    part["config"]["limit"] = 3
+    part["results"]["my_task"] = metrics(acc=0.25, acc_stderr=0.1)
+    words = [
+        f"base={write_results(tmp_path / 'base', harness_results())}",
+        f"part={write_results(tmp_path / 'part', part, seed=7)}",
+    ]
+    compare_openllm(CompareOpenllmConfig(runs=words, output_path=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "A trial: part saw" in text
+    assert "the evaluation differs in seed: base 42, part 7" in text
+    row = table_row(text, "### Normalised", "part")
+    assert (row[4], row[7]) == ("-", "-")
+    assert "| part | my_task |" in text
+    assert "Published" not in text.partition("## How")[0].replace("published tables", "")
+
+
+def test_no_benchmark_no_picture(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "a", {"results": {"tiny": metrics(acc=0.5, acc_stderr=0.1)}})
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "heatmap.png").write_text("of an older report")
+    compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(output), published="1B"))
+    assert not (output / "heatmap.png").exists()
+    assert "| a | tiny |" in (output / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [
+        (None, DataError, "results.json: no such file"),
+        ("{", DataError, "not JSON"),
+        ('{"results": [1]}', DataError, 'field "results"'),
+    ],
+)
+def test_broken_results(tmp_path: Path, content: str | None, error: type[Exception], says: str) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    if content is not None:
+        (folder / "results.json").write_text(content)
+    with pytest.raises(error, match=says):
+        compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_shades_are_per_column() -> None:
+    shaded = shades(np.array([[0.0, 5.0, np.nan], [1.0, 5.0, 2.0], [0.5, 5.0, 4.0]]))
+    np.testing.assert_array_equal(shaded, [[0, 0, np.nan], [1, 0, 0], [0.5, 0, 1]])
+
+
+SCORES = "run,objective,prompts,mean,sd,paired_prompts,gain_sd,ci_low,ci_high\n"
+
+
+def write_scores(folder: Path, objectives: tuple[str, ...], shift: float) -> Path:
+    folder.mkdir(parents=True)
+    lines = [f"base,{name},9,0.0,1.0,,,,\n" for name in objectives]
+    for place, run in enumerate(("DPO", "KLDPO", "WDPO")):
+        lines += [
+            f"{run},{name},9,0.1,1.0,9,{shift + 0.1 * place + 0.01 * k},{shift},{shift + 1}\n"
+            for k, name in enumerate(objectives)
+        ]
+    (folder / "scores.csv").write_text(SCORES + "".join(lines))
+    return folder
+
+
+def test_mixtures_by_hand(tmp_path: Path) -> None:
+    words = [
+        f"{name}={write_scores(tmp_path / 'reports of' / name, SPOKES, shift)}"
+        for name, shift in zip(MIXTURES, (0.2, 0.3, -0.1), strict=True)
+    ]
+    output = tmp_path / "out"
+    compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(output)))
+    text = (output / "report.md").read_text(encoding="utf-8")
+    row = table_row(text, "## truthfulness + complexity", "`helpsteer_correctness`")
+    assert row[1:] == [
+        "+0.210 [+0.200, +1.200]", "+0.20", "+0.310 [+0.200, +1.200]", "+0.33", "+0.410 [+0.200, +1.200]", "+0.37",
+    ]  # fmt: skip
+    assert table_row(text, "## correctness + helpfulness", "`ArmoRM`")[-1] == "+0.21"
+    link = re.search(r"\]\(<([^>]+)>\)", text)
+    assert link is not None
+    assert (output / link[1]).parent.resolve() == tmp_path / "reports of" / "truthfulness_complexity"
+    svg = (output / "spiders.svg").read_text(encoding="utf-8")
+    assert svg.count("published") == 3
+    ours_only = tmp_path / "ours"
+    compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(ours_only), published=False))
+    assert "published" not in (ours_only / "spiders.svg").read_text(encoding="utf-8")
+
+
+def test_a_mixture_of_its_own_and_of_few_objectives(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "mine", SPOKES[:2], 0.1)
+    compare_mixtures(CompareMixturesConfig(reports=[f"mine={folder}"], output_path=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "spiders.png").exists()
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert table_row(text, "## mine", "`helpsteer_helpfulness`")[1] == "+0.100 [+0.100, +1.100]"
+    assert "DPO, published" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [
+        (None, DataError, "scores.csv: no such file"),
+        ("a,b\n1,2\n", DataError, "row 1: not the columns"),
+        (SCORES + "base,x,1,0,1,,,,\n", DataError, "one run only"),
+        (SCORES + "base,x,1,0,1,,,,\nrun,x,1,0,1,1,much,,\n", DataError, "row 3: a gain is not a number"),
+        ("twice", UsageError, "given twice"),
+    ],
+)
+def test_broken_reports(tmp_path: Path, content: str | None, error: type[Exception], says: str) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    words = [f"a={folder}"]
+    if content == "twice":
+        words.append(f"a={write_scores(tmp_path / 'b', SPOKES, 0.1)}")
+    elif content is not None:
+        (folder / "scores.csv").write_text(content)
+    with pytest.raises(error, match=says):
+        compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

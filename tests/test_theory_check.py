@@ -1,0 +1,165 @@
+"""The log-linear toy: its formulas are the trainer's, its minimisers are right, its measurement finds a known rate."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import theory_check  # noqa: E402
+import toy_estimators as toy  # noqa: E402
+
+from drdpo.training import losses  # noqa: E402
+
+SQUARED = ("WDPO, squared", "WDPO, root")
+
+
+@pytest.fixture(scope="module")
+def sample() -> tuple[np.ndarray, np.ndarray]:
+    """Features of the chosen and the rejected answers of 7 pairs, [7, 4] each."""
+    numbers = np.random.default_rng(3)
+    return numbers.normal(size=(7, 4)), numbers.normal(size=(7, 4))
+
+
+def trainers_value(name: str, chosen: np.ndarray, rejected: np.ndarray, theta: torch.Tensor) -> torch.Tensor:
+    """The same objective by drdpo.training.losses; a pair's embeddings are its answers' features, one position each."""
+    embeds_STD = torch.tensor(np.concatenate([chosen, rejected]))[:, None].requires_grad_()
+    scores_S = (embeds_STD @ theta)[:, 0]
+    losses_B = losses.pair_losses(scores_S[:7] - scores_S[7:], toy.BETA)
+    if name == "DPO":
+        return losses_B.mean()
+    if name == "KLDPO, fixed tau":
+        weights_B = losses.kl_weights(losses_B, losses_B, toy.TAU, normalize=True)
+        return (weights_B * losses_B).mean()
+    penalties_B = losses.gradient_penalty(losses_B, embeds_STD, create_graph=True)
+    return losses_B.mean() + toy.RHO * (penalties_B.mean() if name == "WDPO, squared" else penalties_B.mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ["DPO", "KLDPO, fixed tau", *SQUARED])
+def test_formulas_are_the_trainers(name, sample):
+    chosen, rejected = sample
+    theta = torch.tensor([0.4, -1.1, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    theirs = trainers_value(name, chosen, rejected, theta)
+    (slope,) = torch.autograd.grad(theirs, theta)
+    value_R, gradient_RD = toy.ESTIMATORS[name](np.full((1, 7), 1 / 7), theta.detach().numpy()[None], chosen - rejected)
+    assert gradient_RD[0].tolist() == pytest.approx(slope.tolist(), abs=1e-12)
+    if name != "KLDPO, fixed tau":  # whose weights are constants: only the gradient is that of the value
+        assert value_R[0] == pytest.approx(theirs.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", toy.ESTIMATORS)
+def test_gradients_are_those_of_the_values(name, sample):
+    chosen, rejected = sample
+    shares, estimator = np.array([[0.1, 0.2, 0.1, 0.3, 0.1, 0.1, 0.1]]), toy.ESTIMATORS[name]
+    point = np.array([0.4, -1.1, 0.3, 2.0, -0.7][: toy.start_of(estimator, 1).shape[1]])
+    gradient = estimator(shares, point[None], chosen - rejected)[1][0]
+    for direction, expected in zip(np.eye(len(point)), gradient, strict=True):
+        up, down = (estimator(shares, point[None] + s * 1e-5 * direction, chosen - rejected)[0][0] for s in (1, -1))
+        assert (up - down) / 2e-5 == pytest.approx(expected, abs=1e-8)
+
+
+def test_values_by_hand():
+    # One pair, theta = z = (2 ln 3 / |z|^2 scale): beta h = ln 3, so l = ln(4/3), s = 1/4.
+    theta, z = np.array([[math.log(3) / toy.BETA, 0.0, 0.0, 0.0]]), np.array([[1.0, 0.0, 0.0, 0.0]])
+    loss, norm, one = math.log(4 / 3), math.log(3) / toy.BETA, np.ones((1, 1))
+    squares = 2 * toy.BETA**2 * norm**2 / 16
+    values = {name: estimator(one, theta, z)[0][0] for name, estimator in toy.ESTIMATORS.items() if name != "KL ball"}
+    assert values["DPO"] == pytest.approx(loss)
+    assert values["KLDPO, fixed tau"] == pytest.approx(loss), "one pair: no other distribution"
+    assert values["WDPO, squared"] == pytest.approx(loss + toy.RHO * squares)
+    assert values["WDPO, root"] == pytest.approx(loss + toy.RHO * math.sqrt(squares))
+    assert values["Wasserstein-1 ball"] == pytest.approx(loss + toy.RHO * math.sqrt(2) * toy.BETA * norm)
+
+
+def test_kl_ball_is_the_worst_distribution_of_the_ball(sample):
+    """The dual's minimum is the mean loss under a Q at distance r, and no random Q of the ball has a larger one."""
+    chosen, rejected = sample
+    theta, uniform = np.array([[0.4, -1.1, 0.3, 2.0]]), np.full((1, 7), 1 / 7)
+    losses_A = toy.pair_terms(theta, chosen - rejected)[0][0]
+    grid = np.linspace(-3, 3, 4001)
+    points = np.column_stack([np.repeat(theta, len(grid), 0), grid])
+    worst = toy.kl_ball(np.repeat(uniform, len(grid), 0), points, chosen - rejected)[0].min()
+    numbers, largest = np.random.default_rng(0), 0.0
+    for _ in range(4000):
+        q = numbers.dirichlet(np.full(7, 30.0))
+        if (q * np.log(7 * q)).sum() <= toy.KL_RADIUS:
+            largest = max(largest, float(q @ losses_A))
+    assert losses_A.mean() < largest <= worst + 1e-9
+    assert worst - largest < 0.3 * (worst - losses_A.mean()), "the ball is nearly filled"
+
+
+def test_dpo_finds_the_true_parameters_and_kldpo_a_fraction_of_them():
+    """Bradley-Terry labels: DPO's target is the truth, KLDPO's at fixed tau is tau / (1 + tau) of it (docs/tuning.md)."""
+    numbers = np.random.default_rng(5)
+    pairs_KD, truth_D = numbers.normal(size=(20, 4)), np.array([1.0, -2.0, 0.5, 0.0])
+    chosen_K = 1 / (1 + np.exp(-toy.BETA * pairs_KD @ truth_D))
+    shares = np.concatenate([chosen_K, 1 - chosen_K])[None] / 20
+    features = np.concatenate([pairs_KD, -pairs_KD])
+    for estimator, factor in ((toy.dpo, 1.0), (toy.kldpo, toy.TAU / (1 + toy.TAU))):
+        (found_D,) = toy.minimise(estimator, shares, toy.start_of(estimator, 1), features)
+        assert found_D == pytest.approx(factor * truth_D, abs=1e-6)
+
+
+def test_unclamped_code_weights_have_the_same_answer_as_algorithm_2():
+    population = toy.draw_population(0)
+    (theta_D,) = toy.minimise(toy.kldpo, population.shares_A[None], toy.start_of(toy.kldpo, 1), population.features_AD)
+    losses_A, s_A = (torch.tensor(part[0]) for part in toy.pair_terms(theta_D[None], population.features_AD))
+    shares_A = torch.tensor(population.shares_A)
+    # kl_weights takes the population's plain mean; shift the losses so that it is the weighted one.
+    mean = (shares_A * losses_A).sum()
+    weights_A = losses.kl_weights(losses_A, mean[None], toy.TAU, cap=math.inf)
+    gradient_D = (shares_A * weights_A * s_A) @ torch.tensor(population.features_AD)
+    assert gradient_D.abs().max() < 1e-8
+    plain_D = (shares_A * s_A) @ torch.tensor(population.features_AD)
+    assert plain_D.abs().max() > 1e-2, "it is not DPO's answer"
+
+
+def test_exponents_of_known_rates():
+    sizes = np.array(theory_check.SIZES, dtype=float)
+    errors_PNR = np.stack([np.repeat(3 * sizes[:, None] ** rate, 2, axis=1) for rate in (-0.25, -0.5)])
+    assert theory_check.exponents(errors_PNR).tolist() == pytest.approx([-0.25, -0.5])
+
+
+def test_the_delta_method_by_hand():
+    """DPO and one pair z = 1 per parameter, chosen with probability 3/4: n Var(theta) = 1 / (beta^2 p (1 - p) share)."""
+    features = np.concatenate([np.eye(4), -np.eye(4)])
+    population = toy.Population(features, np.array([3, 3, 3, 3, 1, 1, 1, 1]) / 16)
+    (target_D,) = toy.minimise(toy.dpo, population.shares_A[None], toy.start_of(toy.dpo, 1), features)
+    assert target_D.tolist() == pytest.approx([math.log(3) / toy.BETA] * 4)
+    by_hand = math.sqrt(4 / (toy.BETA**2 * (3 / 16) / 4))
+    assert toy.asymptotic_rms(toy.dpo, population, target_D) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "theory_check.py"), f"--output={tmp_path / 'a b'}",
+               "--populations=2", "--replicates=30"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "a b.json").read_text())
+    assert done.stdout.strip() == theory_check.table(written["estimators"])
+    assert (tmp_path / "a b.png").read_bytes()[:4] == b"\x89PNG"
+    for row in written["estimators"].values():
+        assert row["exponent_interval"][0] - 0.03 < -0.5 < row["exponent_interval"][1] + 0.03
+        assert row["ratio"] == pytest.approx(1, abs=0.25)
+    refused = subprocess.run([*command[:2], "--replicates=1"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "at least 2" in refused.stderr
+
+
+def test_the_page_shows_what_was_measured():
+    stored = json.loads((ROOT / "docs" / "theory_check.json").read_text())
+    page = (ROOT / "docs" / "theory_check.md").read_text()
+    assert theory_check.table(stored["estimators"]) in page
+    settings = stored["settings"]
+    for name, value in (("beta", toy.BETA), ("tau", toy.TAU), ("kl_radius", toy.KL_RADIUS), ("rho", toy.RHO)):
+        assert settings[name] == value, "run experiments/theory_check.py again"
+    assert settings["sizes"] == list(theory_check.SIZES)
+    smallest = [row["ratios"][0] - 1 for row in stored["estimators"].values()]
+    assert f"at n = 512 the errors are {min(smallest):.0%} to {max(smallest):.0%} above the prediction" in page
+    assert all(abs(row["ratios"][-1] - 1) < 0.03 for row in stored["estimators"].values()), "predicted within 3%"
