@@ -217,7 +217,7 @@ def draw(facts: dict, path: Path) -> None:
     """Bars of time and memory relative to ours, by case."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(2 + 2.4 * len(facts["cases"]), 4.4), layout="constrained")
     ways = list(facts["cases"][0]["ways"])
     for panel, (key, scale, title) in enumerate(
         [("both_seconds", 1.0, "seconds, forward and backward"), ("peak_gib", 1024.0, "peak MiB over the inputs")]
@@ -227,8 +227,13 @@ def draw(facts: dict, path: Path) -> None:
             heights = [case["ways"][way][key] * scale for case in facts["cases"]]
             places = [number + 0.8 / len(ways) * (shift - (len(ways) - 1) / 2) for number in range(len(heights))]
             bars = axes.bar(places, heights, 0.75 / len(ways), color=COLORS[way], label=way)
-            axes.bar_label(bars, fmt="%.2f" if panel == 0 else "%.0f", fontsize=7)
-        axes.set_xticks(range(len(facts["cases"])), [f"V x D x N\n{case['case']}" for case in facts["cases"]], fontsize=8)
+            axes.bar_label(bars, fmt="%.1f" if panel == 0 else "%.0f", fontsize=7, rotation=90, padding=2)
+        names = [
+            "\n".join(f"{of} {size}" for of, size in zip("VDN", case["case"].split("x"), strict=True))
+            for case in facts["cases"]
+        ]
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.margins(y=0.1)
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=9)
@@ -241,7 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--cases",
         nargs="+",
-        default=["49152x576x2048", "49152x576x8192", "128256x2048x512", "128256x4096x512"],
+        default=["49152x576x2048", "49152x576x8192", "49152x576x16384", "128256x2048x512", "128256x4096x512"],
         help="V x D x N",
     )
     parser.add_argument("--rounds", type=int, default=3)
