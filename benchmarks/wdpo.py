@@ -26,6 +26,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -287,8 +288,11 @@ def draw(facts: dict, path: Path) -> None:
         axes.legend(fontsize=7, frameon=False)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"WDPO, {facts['model']}, {facts['device']}; hollow: with gradient checkpointing, against DPO with it; "
-                    "percentages: error of the penalty's gradient", fontsize=9)  # fmt: skip
+    title = (
+        f"WDPO, {facts['model']}, {facts['device']}; hollow: with gradient checkpointing, against DPO with it; percentages: "
+        "error of the penalty's gradient"
+    )
+    figure.suptitle(textwrap.fill(title, 85 * panels), fontsize=9)
     figure.savefig(path, dpi=130)
 
 
