@@ -151,10 +151,16 @@ installed() {
     [[ -f "$stamp" && "$(<"$stamp")" == "$(key "$1")" ]]
 }
 
-pip_install() {
-    local quiet=(--quiet --progress-bar off)
+# pip_do COMMAND WORD...: pip, without an old environment's or a shell's wish to compile DeepSpeed's kernels now.
+pip_do() {
+    local command="$1" quiet=(--quiet --progress-bar off)
+    shift
     [[ ! -t 1 ]] || quiet=() # A person sees what arrives.
-    DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} "$@"
+    DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip "$command" ${quiet[@]+"${quiet[@]}"} "$@"
+}
+
+pip_install() {
+    pip_do install "$@"
 }
 
 # repair_shebangs: a script that names its python by a path with spaces, or by a very long one, cannot be started. pip
@@ -174,6 +180,26 @@ for script in folder.iterdir():
 PYTHON
 }
 
+# has_torch VERSION: is this version of torch there, in any build?
+has_torch() {
+    "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "$1" >/dev/null 2>&1
+}
+
+# install_torch FILE VERSION: the build of torch that pip prefers as it is set up on this machine, checked against the
+# lock. From a list with digests pip would take the ordinary build, whose digest the index states, also where a CPU build
+# lies in a folder that PIP_FIND_LINKS names.
+install_torch() {
+    local aside="$environment/.torch_aside"
+    echo "note: where the package index serves torch's CUDA build, several GB follow; it also works without a GPU."
+    echo "      The small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
+    rm -rf "$aside"
+    mkdir -p "$aside"
+    pip_do download --no-deps --dest "$aside" "torch==$2"
+    awk '/^torch==/ { on = 1 } on { print; if ($0 !~ /\\$/) exit }' "$1" >"$aside/torch.txt"
+    pip_install --no-deps --require-hashes --no-index --find-links "$aside" -r "$aside/torch.txt"
+    rm -rf "$aside"
+}
+
 # install_lock FILE: the pinned packages and nothing else, then what this machine's build of torch needs beside them.
 install_lock() {
     local lock="$1" torch
@@ -182,9 +208,8 @@ install_lock() {
     echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
     if [[ -n "$torch_index" ]]; then
         pip_install --no-deps --index-url "$torch_index" "torch==$torch"
-    elif [[ "$(basename "$lock")" == cpu.txt ]] && ! "$environment/bin/python" -c 'import torch' >/dev/null 2>&1; then
-        echo "note: where the package index serves torch's CUDA build, several GB follow; it also works without a GPU."
-        echo "      The small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
+    elif [[ "$(basename "$lock")" == cpu.txt ]] && ! has_torch "$torch"; then
+        install_torch "$lock" "$torch"
     fi
     pip_install --no-deps --require-hashes -r "$lock"
     # The CUDA build of torch cannot be imported without the libraries that it names; the CPU build needs none of them.
@@ -192,7 +217,7 @@ install_lock() {
     sed -n 's/^\([^ #]*==[^ ]*\).*/\1/p' "$lock" >"$environment/.drdpo_constraint.txt"
     pip_install --constraint "$environment/.drdpo_constraint.txt" "torch==$torch"
     repair_shebangs
-    "$environment/bin/python" -c 'import torch' || die "torch was installed, but cannot be imported"
+    has_torch "$torch" || die "torch was installed, but cannot be imported"
     key "$lock" >"$environment/.drdpo_$(basename "$lock")"
 }
 

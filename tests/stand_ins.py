@@ -15,8 +15,14 @@ PYTHON = f"""#!/bin/bash
 printf 'python %s\\n' "$*" >>"$CALLS"
 case "$*" in
     "-m pip --version") exit 0 ;;
-    "-m pip install"*) exit "${{PIP_STATUS:-0}}" ;;
-    "-c import torch" | *download_assets.py*) exit 0 ;;
+    "-m pip install"*)
+        [[ -z "${{PIP_STATUS:-}}" ]] || exit "$PIP_STATUS"
+        [[ -z "${{KEEP_TORCH_LIST:-}}" || "$*" != */torch.txt ]] || cp "${{*: -1}}" "$KEEP_TORCH_LIST"
+        : >"$0.torch"
+        exit 0 ;;
+    "-m pip download"*) exit "${{PIP_STATUS:-0}}" ;;
+    "-c import sys, torch;"*) [[ -f "$0.torch" ]]; exit ;;
+    *download_assets.py*) exit 0 ;;
     "-m venv --clear "*)
         rm -rf "$4"
         mkdir -p "$4/bin"
@@ -79,9 +85,9 @@ class Machine:
             cwd=self.tree.parent, env=environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
-    def pip(self) -> list[str]:
-        """What pip was asked to install in the last run, its fixed words cut off."""
-        start = "python -m pip install --quiet --progress-bar off "
+    def pip(self, command: str = "install") -> list[str]:
+        """What pip was asked to install, or to download, in the last run, its fixed words cut off."""
+        start = f"python -m pip {command} --quiet --progress-bar off "
         return [line.removeprefix(start) for line in self.calls.read_text().splitlines() if line.startswith(start)]
 
     def noted(self) -> str:

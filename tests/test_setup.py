@@ -59,7 +59,10 @@ def test_a_venv_is_made_and_the_second_run_installs_nothing(machine: Machine) ->
     assert done.returncode == 0, done.stderr
     assert machine.noted() == str(machine.tree / ".venv")
     lock = machine.tree / "requirements" / "cpu.txt"
+    aside = f"{machine.tree}/.venv/.torch_aside"
+    assert machine.pip("download") == [f"--no-deps --dest {aside} torch==2.13.0"]
     assert machine.pip() == [
+        f"--no-deps --require-hashes --no-index --find-links {aside} -r {aside}/torch.txt",
         f"--no-deps --require-hashes -r {lock}",
         f"--constraint {machine.tree}/.venv/.drdpo_constraint.txt torch==2.13.0",
     ]
@@ -74,12 +77,22 @@ def test_a_venv_is_made_and_the_second_run_installs_nothing(machine: Machine) ->
     assert machine.calls.read_text().splitlines()[-1].endswith("--models=auto --datasets=auto")
 
 
+def test_the_build_of_torch_that_pip_prefers_is_checked_against_the_lock(machine: Machine, tmp_path: Path) -> None:
+    """The list that its one requirement is installed from: the lock's lines of torch, digests and all, and no other."""
+    seen = tmp_path / "torch.txt"
+    machine.setup(KEEP_TORCH_LIST=str(seen))
+    lines = seen.read_text().splitlines()
+    assert lines[0] == "torch==2.13.0 \\" and len(lines) > 3 and not lines[-1].endswith("\\")
+    assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines[1:])
+    assert not (machine.tree / ".venv" / ".torch_aside").exists()
+
+
 def test_a_changed_lock_is_installed_again(machine: Machine) -> None:
     machine.setup()
     with (machine.tree / "requirements" / "cpu.txt").open("a") as lock:
         lock.write("zzz==1.0\n")
     machine.setup()
-    assert len(machine.pip()) == 2
+    assert len(machine.pip()) == 2, "torch is there"
 
 
 def test_an_interrupted_installation_is_repeated(machine: Machine) -> None:
@@ -88,7 +101,7 @@ def test_an_interrupted_installation_is_repeated(machine: Machine) -> None:
     assert not (machine.tree / ".environment").exists()
     assert "download_assets" not in machine.calls.read_text()
     assert machine.setup().returncode == 0
-    assert len(machine.pip()) == 2
+    assert len(machine.pip()) == 3
 
 
 def test_development_packages(machine: Machine) -> None:
@@ -114,7 +127,7 @@ def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
     assert done.returncode == 0, done.stderr
     assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/gpu.txt"
     machine.setup(CUDA_VISIBLE_DEVICES="")
-    assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/cpu.txt", "a hidden GPU is none"
+    assert f"--no-deps --require-hashes -r {machine.tree}/requirements/cpu.txt" in machine.pip(), "a hidden GPU is none"
 
 
 def test_conda_makes_drdpo_env_once(machine: Machine) -> None:
@@ -124,7 +137,7 @@ def test_conda_makes_drdpo_env_once(machine: Machine) -> None:
     calls = machine.calls.read_text()
     assert "conda create --yes --name drdpo_env python=3.11 pip\n" in calls
     assert machine.noted() == str(machine.conda_envs / "drdpo_env")
-    assert len(machine.pip()) == 2
+    assert len(machine.pip()) == 3
     assert not (machine.tree / ".venv").exists()
     machine.setup()
     assert "\nconda" not in machine.calls.read_text(), "the noted environment is not looked up again"
@@ -177,13 +190,13 @@ def test_a_deleted_or_moved_environment_is_made_anew(machine: Machine) -> None:
     machine.setup()
     shutil.rmtree(machine.tree / ".venv")
     assert machine.setup().returncode == 0
-    assert len(machine.pip()) == 2
+    assert len(machine.pip()) == 3
     moved = machine.tree.parent / "moved clone"
     machine.tree = machine.tree.rename(moved)
     assert machine.setup().returncode == 0
     assert machine.noted() == str(moved / ".venv")
     assert f"-m venv --clear {moved}/.venv" in machine.calls.read_text()
-    assert len(machine.pip()) == 2
+    assert len(machine.pip()) == 3
 
 
 def test_scripts_start_although_the_path_of_the_environment_holds_spaces(machine: Machine) -> None:
