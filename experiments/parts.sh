@@ -54,7 +54,7 @@ default() {
 settle() {
     local name settings=""
     for name in "${names[@]}"; do
-        case "$name" in output_path | slurm | sbatch) ;; *) settings+="$name=${!name}"$'\n' ;; esac
+        case "$name" in output_path | jobs | slurm | sbatch) ;; *) settings+="$name=${!name}"$'\n' ;; esac
     done
     settings+="further=${further[*]+"${further[*]}"}"
     mkdir -p "$output_path"
@@ -139,6 +139,68 @@ submit_parts() {
     echo "report, once all are done: $output_path/report.md"
 }
 
+# run_at_once COUNT PART...: so many parts at a time, each a process of its own with its share of the cores and a log in logs/,
+# after those that it needs. Where one fails the others that run are waited for, and no further ones begin.
+run_at_once() {
+    local count="$1" total=$(($# - 1)) part ready waiting=("${@:2}") left cores failed=""
+    declare -A ended=() part_of=()
+    cores="$(getconf _NPROCESSORS_ONLN)"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > count ? cores / count : 1))}"
+    mkdir -p "$output_path/logs"
+    # Each part leads a process group, so that it ends whole.
+    trap 'for pid in "${!part_of[@]}"; do kill -- "-$pid" 2>/dev/null || true; done; exit 130' INT TERM
+    while ((${#waiting[@]})) && [[ -z "$failed" ]]; do
+        ready=() left=()
+        for part in "${waiting[@]}"; do
+            if is_ready "$part"; then ready+=("$part"); else left+=("$part"); fi
+        done
+        for part in "${ready[@]}"; do
+            ((${#part_of[@]} < count)) || await_part
+            [[ -z "$failed" ]] || break
+            set -m
+            bash "$script" --part="$part" "${given[@]+"${given[@]}"}" >"$output_path/logs/${part//\//-}.log" 2>&1 </dev/null &
+            set +m
+            part_of[$!]="$part"
+        done
+        while ((${#part_of[@]})); do await_part; done
+        waiting=(${left[@]+"${left[@]}"})
+    done
+    trap - INT TERM
+    [[ -z "$failed" ]]
+}
+
+# is_ready PART: have those that it needs ended?
+# shellcheck disable=SC2329 # run_at_once calls it
+is_ready() {
+    local need
+    while read -r need; do
+        [[ -z "$need" || -n "${ended[$need]:-}" ]] || return 1
+    done < <(needs "$1")
+}
+
+# await_part: wait until a part ends; sets `failed` where it failed, and shows the end of its log.
+await_part() {
+    local pid name status
+    while true; do
+        for pid in "${!part_of[@]}"; do
+            # Not `wait -n`, which tells no process before bash 5.1.
+            kill -0 "$pid" 2>/dev/null || break 2
+        done
+        sleep 1
+    done
+    status=0 name="${part_of[$pid]}"
+    wait "$pid" || status=$?
+    unset "part_of[$pid]"
+    if ((status)); then
+        failed="$name"
+        tail -n 15 "$output_path/logs/${name//\//-}.log" >&2
+        echo "error: $name ended with status $status (logs/${name//\//-}.log); the same command goes on from there" >&2
+        return
+    fi
+    ended[$name]=1
+    echo "$name ended, ${#ended[@]} of $total ($SECONDS s)"
+}
+
 # run_experiment: all parts here, one of them, or all of them as jobs.
 run_experiment() {
     local all
@@ -154,8 +216,11 @@ run_experiment() {
     elif [[ "$slurm" == true ]]; then
         submit_parts "${all[@]}"
         return
+    elif ((${jobs:-1} > 1)); then
+        run_at_once "$jobs" "${all[@]}"
+        all=()
     fi
-    for part in "${all[@]}"; do
+    for part in ${all[@]+"${all[@]}"}; do
         say "$part"
         do_part "$part"
     done

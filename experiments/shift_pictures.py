@@ -1,0 +1,57 @@
+"""The pictures of preference_shift.sh, from what shift_report.py collects."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#777777")
+"""Okabe and Ito's, one a method."""
+
+SHOWN = ("worst of all", "mean of all", "worst of trained", "worst of unseen")
+PANELS = (
+    ("loss", "loss, mean of the step's pairs"),
+    ("margin", "margin, beta h"),
+    ("effective_sample_size", "effective sample size [pairs]"),
+)
+
+
+def draw_gains(results: dict[str, Any]) -> Figure:
+    """One panel a shift: mean and worst gain of every method over the base model, with 95% intervals."""
+    arms = results["arms"]
+    methods = list(results["choices"])
+    figure = Figure(figsize=(4.6 * len(arms) + 1.2, 0.42 * len(methods) * 2 + 2.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(arms), sharex=True, sharey=True))
+    for axis, (arm, found) in zip(axes, arms.items(), strict=True):
+        for row, method in enumerate(methods):
+            for place, name in enumerate(SHOWN):
+                value, low, high = found["figures"][method]["gain"][name]
+                height = row + (place - 1.5) * 0.2
+                axis.plot([low, high], [height, height], color=COLORS[place + 1], linewidth=2)
+                axis.plot(value, height, "o", markersize=4, color=COLORS[place + 1], label=name if row == 0 else None)
+        axis.axvline(0, color="#777777", linewidth=0.8)
+        axis.set(
+            title=arm, xlabel="gain over the base model [sd of its scores]", yticks=range(len(methods)), yticklabels=methods
+        )
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize=8, loc="best")
+    return figure
+
+
+def draw_curves(results: dict[str, Any]) -> Figure:
+    """A row a shift: loss, margin and effective sample size over the steps, mean over the seeds."""
+    arms = results["arms"]
+    figure = Figure(figsize=(12, 2.7 * len(arms) + 0.6), layout="constrained")
+    grid = np.atleast_2d(figure.subplots(len(arms), len(PANELS)))
+    for axes, (arm, found) in zip(grid, arms.items(), strict=True):
+        for axis, (name, title) in zip(axes, PANELS, strict=True):
+            for (method, curve), color in zip(found["curves"].items(), COLORS, strict=False):
+                # IPO's loss has another scale.
+                if name in curve and not (name == "loss" and method == "IPO"):
+                    axis.plot(np.arange(1, len(curve[name]) + 1), curve[name], color=color, linewidth=1.4, label=method)
+            axis.set(title=f"{arm}: {title}", xlabel="optimizer step")
+            axis.title.set_fontsize(9.5)
+            axis.grid(alpha=0.3)
+    grid[0, 1].legend(fontsize=7.5, ncols=2)
+    return figure
