@@ -16,6 +16,7 @@ from drdpo.evaluation.leaderboard_report import compare_openllm
 from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
 from drdpo.evaluation.mixtures_report import compare_mixtures
 from drdpo.evaluation.published import LEADERBOARD, MIXTURES, SPOKES
+from drdpo.lock import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 
@@ -230,3 +231,27 @@ def test_broken_reports(tmp_path: Path, content: str | None, error: type[Excepti
     with pytest.raises(error, match=says):
         compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["leaderboard", "mixtures"])
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+
+    def compare() -> None:
+        if kind == "leaderboard":
+            compare_openllm(CompareOpenllmConfig([f"a={tmp_path / 'a'}"], str(output)))
+        else:
+            compare_mixtures(CompareMixturesConfig([f"a={tmp_path / 'a'}"], str(output)))
+
+    if kind == "leaderboard":
+        write_results(tmp_path / "a", harness_results())
+    else:
+        write_scores(tmp_path / "a", SPOKES, 0.1)
+    with lock_folder(output), pytest.raises(UsageError, match="is being written by process"):
+        compare()
+    assert list(output.iterdir()) == []
+    # What a killed run left aside is removed by the next.
+    (output / "..report.tmp.abcd1234.tmp").mkdir()
+    compare()
+    assert (output / "report.md").is_file()
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
