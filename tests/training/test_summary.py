@@ -19,7 +19,8 @@ def test_a_run_of_two_starts_by_hand(tmp_path):
     said = {name: value.strip() for name, value in said.items()}
     # 8 / 4 + 8 / 2 seconds for 16 pairs.
     assert said == {
-        "method": "kldpo", "steps": "2 (1.00 epochs)", "loss": "0.5000 (first 0.6931)", "accuracy": "0.750", "margin": "0.25",
+        "method": "kldpo", "steps": "2 (1.00 epochs)", "loss": "0.5000 (first 0.6931)", "accuracy": "0.750",
+        "margin": "0.25",
         "eval loss": "0.6000", "eval accuracy": "0.500", "eval margin": "0.125", "time in steps": "6.0 s",
         "pairs per second": "2.67", "peak memory": "3.00 GiB", "checkpoint": str(tmp_path / "global_step_2"),
     }  # fmt: skip
