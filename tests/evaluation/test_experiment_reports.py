@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.heatmap import shades
+from drdpo.evaluation.heatmap import heatmap, shades
 from drdpo.evaluation.leaderboard_report import compare_openllm
+from drdpo.evaluation.leaderboard_runs import LeaderboardRun
 from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
 from drdpo.evaluation.mixtures_report import MixtureResult, compare_mixtures
 from drdpo.evaluation.published import LEADERBOARD, MIXTURES, SPOKES
@@ -158,6 +160,17 @@ def test_broken_results(tmp_path: Path, content: str | None, error: type[Excepti
     with pytest.raises(error, match=says):
         compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_two_words_over_the_heat_map_touch() -> None:
+    runs = [LeaderboardRun("8B", f"KLDPO tau=0.005 step {n}", Path("x"), harness_results(), {}) for n in (158, 316)]
+    canvas = heatmap({"8B": runs}, {"8B": LEADERBOARD["8B"]})
+    canvas.draw_without_rendering()
+    assert len(canvas.axes) == 3
+    for axes in canvas.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert boxes[-1].x1 <= canvas.bbox.x1
 
 
 def test_shades_are_per_column() -> None:
