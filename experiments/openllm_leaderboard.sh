@@ -166,7 +166,9 @@ stand_in_tasks() {
     data="$(python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$ROOT/experiments/stand_in_questions.jsonl")"
     mkdir -p "$1"
     for name in choice generation; do
-        sed "s|QUESTIONS|${data//|/\\|}|" "$ROOT/experiments/stand_in_$name.yaml.in" >"$1/stand_in_$name.yaml"
+        # Whole at once: jobs that begin together write the same.
+        sed "s|QUESTIONS|${data//|/\\|}|" "$ROOT/experiments/stand_in_$name.yaml.in" >"$1/.stand_in_$name.$$"
+        mv "$1/.stand_in_$name.$$" "$1/stand_in_$name.yaml"
     done
 }
 

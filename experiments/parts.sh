@@ -62,7 +62,11 @@ settle() {
         diff <(cat "$output_path/settings") <(printf '%s\n' "$settings") >&2 || true
         refuse_command "$output_path was made with other flags (above, < is there); give another --output_path"
     fi
-    printf '%s\n' "$settings" >"$output_path/settings"
+    if [[ ! -f "$output_path/settings" ]]; then
+        # Whole or not at all: jobs that begin together read it.
+        printf '%s\n' "$settings" >"$output_path/.settings.$$"
+        mv "$output_path/.settings.$$" "$output_path/settings"
+    fi
     output_path="$(cd "$output_path" && pwd)"
 }
 

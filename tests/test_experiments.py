@@ -70,6 +70,20 @@ def test_a_folder_takes_one_set_of_flags(root: Path, tmp_path: Path) -> None:
     assert (output / "settings").read_text() == "seeds=1\n"
 
 
+def test_jobs_that_begin_together_agree_on_the_flags(root: Path, tmp_path: Path) -> None:
+    """The file of the flags is written once, whole: a job never reads what another is about to write anew."""
+    output, words = tmp_path / "my experiment", ["--part=none", "--seeds=1"]
+    asked = [start(root, SCRIPTS[0], tmp_path, f"--output_path={output}", *words) for _ in range(2)]
+    assert all("there is no such part" in done.stderr for done in asked), "past the comparison of the flags"
+    written = (output / "settings").stat()
+    start(root, SCRIPTS[0], tmp_path, f"--output_path={output}", *words)
+    assert (output / "settings").stat().st_mtime_ns == written.st_mtime_ns
+    assert [path.name for path in output.iterdir()] == ["settings"]
+    script = [root / "experiments" / SCRIPTS[0], f"--output_path={output}", *words]
+    many = [subprocess.Popen(["bash", *map(str, script)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    assert all("there is no such part" in process.communicate()[1] for process in many)
+
+
 def submitted(root: Path, tmp_path: Path, script: str, *words: str) -> dict[str, tuple[str, list[str], list[str]]]:
     """{part: (id, ids it waits for, words of its command)} of what went to a stand-in for sbatch."""
     binaries = tmp_path / "binaries"

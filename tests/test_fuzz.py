@@ -18,6 +18,7 @@ from drdpo import chat, config
 from drdpo.display import one_line
 from drdpo.errors import DataError, UsageError
 from drdpo.flags import parse
+from drdpo.generation.prompts import read_prompts, render
 from drdpo.records import Completion, Preference, Prompt, is_text, read_records, write_records
 from drdpo.rewards.labels import Scale
 from drdpo.rewards.pairing import generate_preferences
@@ -27,7 +28,7 @@ from drdpo.training.data import load_preferences, tokenise
 
 pytestmark = pytest.mark.fuzz
 
-PROPERTIES = 7
+PROPERTIES = 8
 CASES = -(-int(os.environ.get("DRDPO_FUZZ_CASES", "350")) // PROPERTIES)
 
 
@@ -187,6 +188,34 @@ def test_ratings(ratings: bytes, pairs: bytes) -> None:
 @pytest.fixture(scope="module")
 def tokenizer(smollm: Path) -> Any:
     return chat.load_tokenizer(str(smollm))
+
+
+MESSAGE = st.fixed_dictionaries(
+    {"role": rarely(st.sampled_from(["user", "assistant", "system"]), ROLE), "content": rarely(TEXT)}
+)  # fmt: skip
+QUESTION = st.fixed_dictionaries({"role": rarely(st.just("user"), ROLE), "content": rarely(TEXT)})
+CONVERSATION = st.tuples(st.lists(MESSAGE, max_size=3), QUESTION).map(lambda parts: [*parts[0], parts[1]])
+
+
+@fuzz
+@given(rows=bytes_of(st.fixed_dictionaries({"prompt_id": st.integers(0, 2**40), "prompt": rarely(CONVERSATION)})))
+def test_prompts_to_sample_from(tokenizer: Any, rows: bytes) -> None:
+    folder = in_folder({"test.jsonl": rows})
+    try:
+        found = ends(lambda: read_prompts(folder, True, None)["test"], "test.jsonl")
+        made = found and ends(lambda: render(tokenizer, found, folder / "test.jsonl", 64), "test.jsonl")
+        if made:
+            rendered, rejects = made
+            assert len(found) == len(rendered) + len(rejects)
+            assert all(one_line(reject.reason).encode() for reject in rejects)
+            end = chat.end_of_turn_id(tokenizer)
+            for one in rendered:
+                # What a text says of special tokens ends no turn: as many turns end as with texts that name none.
+                plain = [{**message, "content": "x"} for message in one.prompt.prompt]
+                assert one.token_ids.count(end) == chat.prompt_token_ids(tokenizer, plain).count(end)
+                assert len(one.token_ids) <= 64
+    finally:
+        shutil.rmtree(folder)
 
 
 @fuzz

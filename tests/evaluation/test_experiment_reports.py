@@ -6,16 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.heatmap import shades
 from drdpo.evaluation.leaderboard_report import compare_openllm
 from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
 from drdpo.evaluation.mixtures_report import compare_mixtures
 from drdpo.evaluation.published import LEADERBOARD, MIXTURES, SPOKES
+from drdpo.lock import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 
@@ -157,11 +156,6 @@ def test_broken_results(tmp_path: Path, content: str | None, error: type[Excepti
     assert not (tmp_path / "out").exists()
 
 
-def test_shades_are_per_column() -> None:
-    shaded = shades(np.array([[0.0, 5.0, np.nan], [1.0, 5.0, 2.0], [0.5, 5.0, 4.0]]))
-    np.testing.assert_array_equal(shaded, [[0, 0, np.nan], [1, 0, 0], [0.5, 0, 1]])
-
-
 SCORES = "run,objective,prompts,mean,sd,paired_prompts,gain_sd,ci_low,ci_high\n"
 
 
@@ -230,3 +224,27 @@ def test_broken_reports(tmp_path: Path, content: str | None, error: type[Excepti
     with pytest.raises(error, match=says):
         compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["leaderboard", "mixtures"])
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+
+    def compare() -> None:
+        if kind == "leaderboard":
+            compare_openllm(CompareOpenllmConfig([f"a={tmp_path / 'a'}"], str(output)))
+        else:
+            compare_mixtures(CompareMixturesConfig([f"a={tmp_path / 'a'}"], str(output)))
+
+    if kind == "leaderboard":
+        write_results(tmp_path / "a", harness_results())
+    else:
+        write_scores(tmp_path / "a", SPOKES, 0.1)
+    with lock_folder(output), pytest.raises(UsageError, match="is being written by process"):
+        compare()
+    assert list(output.iterdir()) == []
+    # What a killed run left aside is removed by the next.
+    (output / "..report.tmp.abcd1234.tmp").mkdir()
+    compare()
+    assert (output / "report.md").is_file()
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []

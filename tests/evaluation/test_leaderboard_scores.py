@@ -10,7 +10,15 @@ import pytest
 import yaml
 
 from drdpo.config import LeaderboardConfig
-from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, MUSR_CHOICES, average, benchmarks, normalise
+from drdpo.evaluation.leaderboard_scores import (
+    BBH_CHOICES,
+    GPQA_SUBTASKS,
+    MATH_SUBTASKS,
+    MUSR_CHOICES,
+    average,
+    benchmarks,
+    normalise,
+)
 from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, raw_rows, terminal
 
 
@@ -89,6 +97,17 @@ def test_choices_are_those_of_the_installed_tasks() -> None:
         assert len(yaml.safe_load(listed) if isinstance(listed, str) else listed) == choices, name
     group = yaml.safe_load((folder / "musr" / "_musr.yaml").read_text())
     assert group["task"] == [f"leaderboard_musr_{name}" for name in MUSR_CHOICES]
+    # The others are read as wholes, by the metric that the harness aggregates with weights by size, and by their subtasks.
+    wholes = {
+        "gpqa/_leaderboard_gpqa.yaml": ("leaderboard_gpqa", "acc_norm", GPQA_SUBTASKS),
+        "math/_leaderboard_math.yaml": ("leaderboard_math_hard", "exact_match", MATH_SUBTASKS),
+    }
+    for file, (name, metric, subtasks) in wholes.items():
+        group = yaml.safe_load((folder / file).read_text())
+        assert group["group"] == name
+        assert group["task"] == [f"leaderboard_{subtask}" for subtask in subtasks]
+        (aggregated,) = group["aggregate_metric_list"]
+        assert aggregated == {"metric": metric, "aggregation": "mean", "weight_by_size": True}
 
 
 def test_tables(harness: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, output_folder
 from drdpo.evaluation.leaderboard_tasks import find_tasks
+from drdpo.lock import lock_folder
 
 CHOICE = """
 task: tiny_choice
@@ -212,6 +213,17 @@ def test_ifeval_without_punkt(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
     config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_ifeval", output_path=str(tmp_path / "out"))
     with pytest.raises(DataError, match=r"leaderboard_ifeval needs NLTK's punkt_tab.*NLTK_DATA"):
         evaluate_openllm(config)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_before_the_launcher(
+    tiny_policy: Path, tasks: Path, tmp_path: Path
+) -> None:
+    config = LeaderboardConfig(
+        str(tiny_policy), tasks="tiny", include_path=str(tasks), output_path=str(tmp_path / "out"), check_only=True
+    )
+    with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="is being written by process"):
+        evaluate_openllm(config)
+    evaluate_openllm(config)
 
 
 def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:

@@ -97,13 +97,23 @@ def test_under_sbatch_the_script_is_a_copy(root: Path, fakes: Path, tmp_path: Pa
     assert "submit the job from the repository's folder" in lost.stderr
 
 
-def test_sbatch_headers(root: Path) -> None:
-    """sbatch reads the headers up to the first command, and writes its log where the folder exists."""
-    lines = (root / "openllm_eval.slurm").read_text(encoding="utf-8").splitlines()
+def headers_of(script: Path) -> dict[str, str]:
+    """sbatch reads the headers up to the first command."""
+    lines = script.read_text(encoding="utf-8").splitlines()
     first_command = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
-    headers = [line.removeprefix("#SBATCH --") for line in lines[:first_command] if line.startswith("#SBATCH")]
-    names = {header.partition("=")[0] for header in headers}
-    assert names >= {"job-name", "nodes", "gres", "cpus-per-task", "time", "output"}
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
-    (output,) = [header.partition("=")[2] for header in headers if header.startswith("output=")]
-    assert (root / output).parent.is_dir()
+    words = [line.removeprefix("#SBATCH --") for line in lines[:first_command] if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def test_sbatch_headers(root: Path) -> None:
+    """sbatch writes its log where the folder exists."""
+    evaluation, training = (headers_of(root / name) for name in ("openllm_eval.slurm", "train_alignment.slurm"))
+    assert set(evaluation) >= {"job-name", "nodes", "gres", "cpus-per-task", "time", "output"}
+    for headers in (evaluation, training):
+        assert (root / headers["output"]).parent.is_dir()
+    assert set(training) >= {"job-name", "nodes", "gpus-per-node", "cpus-per-task", "time", "requeue"}
+    # One launcher a node; the batch shell is told, five minutes before the end; a job that runs again adds to its log.
+    assert training["ntasks-per-node"] == "1"
+    assert training["signal"] == "B:USR1@300"
+    assert training["open-mode"] == "append"

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from drdpo.config import ShowRunConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.show_run import show_run
+from drdpo.evaluation.show_run import _STEPS, show_run
 from drdpo.evaluation.show_run_curves import running_mean
 from drdpo.evaluation.show_run_state import read_training
 from drdpo.manifest import write_manifest
@@ -102,6 +103,24 @@ def test_other_steps_folders(tmp_path, capsys):
     assert "scored completions (train), complete" in text
     assert "scored completions (test), not complete: test.jsonl is missing" in text
     assert "in 4, out 3" in text
+
+
+def test_every_step_that_writes_a_manifest_is_known_by_its_name(root):
+    """By the names that their sources give to write_manifest."""
+    named = {
+        re.search(r'^STEP = "(\w+)"', path.read_text(), re.MULTILINE) for path in (root / "src" / "drdpo").rglob("*.py")
+    }
+    given = re.compile(r'write_manifest\([^"\n]*, "(\w+)"')
+    steps = {match[1] for match in named if match}
+    steps |= {name for path in (root / "src" / "drdpo").rglob("*.py") for name in given.findall(path.read_text())}
+    assert {"preferences", "evaluate_openllm", "compare_mixtures", "assets", "train"} <= steps
+    assert steps - {"train"} <= set(_STEPS), "show_run says of the others only that they are results, and misses no file"
+
+
+def test_a_preference_folder_without_its_pairs_is_not_complete(tmp_path, capsys):
+    write_manifest(tmp_path, "preferences", {})
+    (tmp_path / "test.jsonl").write_text("")
+    assert "preference pairs, not complete: train.jsonl is missing" in shown(tmp_path, capsys)
 
 
 def test_a_folder_of_nothing_and_no_folder(tmp_path):

@@ -221,6 +221,22 @@ def test_stopped_twice_equals_undisturbed(machine, tiny_policy, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_written(machine, tiny_policy, tmp_path):
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    save = tmp_path / "stopped"
+    flags = flags_of(tiny_policy, data, save)
+    # After those of the training pairs, before those of the test pairs.
+    assert run_ranks(machine, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STATUS, STATUS], said(
+        log
+    )
+    assert "stopped by SIGUSR1 before the first step; the same command starts with it" in said(log)
+    kept = {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")}
+    assert sorted(kept) == ["reference_test.safetensors", "reference_train.safetensors"]
+    assert run_ranks(machine, flags, log) == [0, 0], said(log)
+    assert {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")} == kept
+
+
+@pytest.mark.slow
 def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(machine, tiny_policy, tmp_path):
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
     flags = flags_of(tiny_policy, data, tmp_path / "out", save_resume=False)

@@ -88,9 +88,18 @@ def test_wandb_is_refused_without_a_key_and_taken_with_one(wandb, monkeypatch):
         check_trackers(config("wandb"))
     (wandb / "netrc").write_text("machine api.wandb.ai login user password abc\n")
     check_trackers(config("wandb"))
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
     with pytest.raises(UsageError, match="no key"):
         check_trackers(config("wandb"))
+    (wandb / "netrc").write_text("machine wandb.example.org:8080 login user password abc\n")
+    check_trackers(config("wandb"))
+    monkeypatch.delenv("WANDB_BASE_URL")
+    with pytest.raises(UsageError, match="no key"):
+        check_trackers(config("wandb"))
+    # What `wandb login` of the pinned version writes.
+    (wandb / "netrc").write_text("machine api.forge.coreweave.com\n  login user\n  password abc\n")
+    check_trackers(config("wandb"))
+    (wandb / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "abc")
     check_trackers(config("wandb"))
     monkeypatch.delenv("WANDB_API_KEY")
@@ -116,6 +125,27 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(wandb, tmp_path, monkeypatc
     assert [row["exit"] for row in rows if "exit" in row] == [0, 0]
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 8))
     assert all("secret" not in path.read_text() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_outlives_wandb(wandb, tmp_path, monkeypatch, capsys):
+    """As when wandb's own process is killed: every call of it raises from then on."""
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    metrics = MetricsLog(tmp_path, 0, config("wandb", tmp_path))
+    metrics.write({"step": 1, "loss": 1.0})
+    run = metrics._trackers[0]._run
+
+    def gone(*_, **__):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(run, "log", gone)
+    monkeypatch.setattr(run, "finish", gone)
+    for step in (2, 3):
+        metrics.write({"step": step, "loss": 1 / step})
+    metrics.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: wandb takes no more figures") and "reset by peer" in first
+    assert second.startswith("warning: wandb did not take the last figures")
 
 
 def test_what_the_server_lacks_is_sent_at_a_resume(wandb, tmp_path, monkeypatch):

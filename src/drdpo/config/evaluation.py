@@ -65,7 +65,7 @@ class LeaderboardConfig:
     num_fewshot: int | None = flag("few-shot examples, in place of each task's own number unless that is 0", None)
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)
     fewshot_as_multiturn: bool = flag("few-shot examples as turns of a conversation", True)
-    tensor_parallel_size: int = flag("GPUs that one vLLM engine spans (backend vllm)", 1)
+    tensor_parallel_size: int = flag("GPUs that one vLLM engine spans (backend vllm); one engine for every so many", 1)
     seed: int = flag("seed of the few-shot sampling", 42)
     overwrite: bool = flag("replace results that other flags or another model made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)

@@ -38,27 +38,35 @@ def draw_heatmap(folder: Path, groups: dict[str, list[LeaderboardRun]], publishe
     shown = {name: runs for name, runs in groups.items() if any(run.benchmarks for run in runs)}
     if not shown:
         return False
-    columns = 3 if any(published[name] for name in shown) else 2
-    heights = [max(len(runs), len(published[name])) * _ROW + 1.25 for name, runs in shown.items()]
     with rc_context(RC):
-        canvas = Canvas(figsize=(_PANEL * columns, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.14))
-        grid = canvas.subplots(len(shown), columns, squeeze=False, height_ratios=heights)
-        for axes, (name, runs) in zip(grid, shown.items(), strict=True):
-            title = f"{name}: " if name else ""
-            names = [run.name for run in runs]
-            _panel(axes[0], f"{title}raw values, ours", names, COLUMNS, _values(runs, "raw"), "{:.3f}")
-            if columns == 3 and published[name]:
-                theirs = np.array(list(published[name].values()))
-                _panel(axes[1], f"{title}raw values, published", list(published[name]), COLUMNS, theirs, "{:.2f}")
-            elif columns == 3:
-                axes[1].set_axis_off()
-            averages = np.array([[np.nan if (mean := average(run.benchmarks)) is None else mean] for run in runs])
-            scores = np.concatenate([_values(runs, "normalised"), averages], axis=1)
-            _panel(axes[-1], f"{title}normalised scores, ours", names, [*COLUMNS, "Average"], scores, "{:.1f}")
+        canvas = heatmap(shown, published)
         for suffix in ("png", "svg"):
             with atomic_file(folder / f"heatmap.{suffix}", "wb") as stream:
                 canvas.savefig(stream, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else None)
     return True
+
+
+def heatmap(shown: dict[str, list[LeaderboardRun]], published: dict[str, Published]) -> Canvas:
+    """The picture, for groups that have runs with benchmarks."""
+    columns = 3 if any(published[name] for name in shown) else 2
+    heights = [max(len(runs), len(published[name])) * _ROW + 1.25 for name, runs in shown.items()]
+    canvas = Canvas(figsize=(_PANEL * columns, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.14))
+    # By their numbers of columns.
+    widths = [len(COLUMNS)] * (columns - 1) + [len(COLUMNS) + 1]
+    grid = canvas.subplots(len(shown), columns, squeeze=False, height_ratios=heights, width_ratios=widths)
+    for axes, (name, runs) in zip(grid, shown.items(), strict=True):
+        title = f"{name}: " if name else ""
+        names = [run.name for run in runs]
+        _panel(axes[0], f"{title}raw values, ours", names, COLUMNS, _values(runs, "raw"), "{:.3f}")
+        if columns == 3 and published[name]:
+            theirs = np.array(list(published[name].values()))
+            _panel(axes[1], f"{title}raw values, published", list(published[name]), COLUMNS, theirs, "{:.2f}")
+        elif columns == 3:
+            axes[1].set_axis_off()
+        averages = np.array([[np.nan if (mean := average(run.benchmarks)) is None else mean] for run in runs])
+        scores = np.concatenate([_values(runs, "normalised"), averages], axis=1)
+        _panel(axes[-1], f"{title}normalised scores, ours", names, [*COLUMNS, "Average"], scores, "{:.1f}")
+    return canvas
 
 
 def _values(runs: list[LeaderboardRun], name: str) -> Array:
@@ -81,7 +89,7 @@ def shades(values: Array) -> Array:
 def _panel(axes: Any, title: str, rows: Sequence[str], columns: Sequence[str], values: Array, form: str) -> None:
     shaded = shades(values)
     axes.imshow(np.ma.masked_invalid(shaded), cmap="YlGnBu", vmin=-0.1, vmax=1.3, aspect="auto")
-    axes.set_xticks(range(len(columns)), labels=columns)
+    axes.set_xticks(range(len(columns)), labels=columns, fontsize=9)
     axes.set_yticks(range(len(rows)), labels=rows)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_title(title, fontsize=11)

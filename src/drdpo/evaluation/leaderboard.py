@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -14,8 +15,9 @@ from drdpo.distributed import is_main, world_size
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, terminal
 from drdpo.evaluation.leaderboard_tasks import check_data, find_tasks, split_tasks
-from drdpo.files import atomic_file
+from drdpo.files import atomic_file, sweep
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import already_made, fingerprint, write_manifest
 from drdpo.models import check_model_folder
 
@@ -34,7 +36,8 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
 
     Raises:
         UsageError: an unknown task, a missing --include_path, a back end that is not installed, a GPU count that
-            --tensor_parallel_size does not divide, results of other flags in the output folder.
+            --tensor_parallel_size does not divide, results of other flags in the output folder, or another run that is
+            writing there.
         DataError: the model folder cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
@@ -46,8 +49,12 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         if is_main():
             print(f"{output / RESULTS} is there, made by the same flags and model; nothing to do")
         return
+    if output.exists() and not output.is_dir():
+        raise DataError(f"{output}: --output_path is a file, not a folder")
     model_args = _model_args(config)
     manager, leaves = find_tasks(names, config.include_path, model_args)
+    if is_main():
+        refuse_if_locked(output)
     if config.check_only:
         return
     if is_main():
@@ -56,9 +63,13 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
             load_tokenizer(config.model_path)
         check_data(manager, leaves)
     model_args |= _parallelism(config) | _context(config)
-    results = _evaluate(config, names, manager, model_args)
-    if results is not None:
-        _write(config, output, made_by, results, model_args.get("max_length"))
+    # Where the first rank is refused, the launcher ends the others.
+    with lock_folder(output) if is_main() else nullcontext():
+        if is_main():
+            sweep(output)
+        results = _evaluate(config, names, manager, model_args)
+        if results is not None:
+            _write(config, output, made_by, results, model_args.get("max_length"))
 
 
 def output_folder(config: LeaderboardConfig) -> Path:
@@ -138,7 +149,7 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
     if engines > 1 and not find_spec("ray"):
         raise UsageError(
             f"--backend=vllm on {gpus} GPUs: lm-eval runs {engines} engines through ray, which is not installed; "
-            f"pip install ray, give --tensor_parallel_size={gpus}, or give --backend=hf"
+            f"run: bash setup.sh, or give --tensor_parallel_size={gpus} or --backend=hf"
         )
     return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": engines, "seed": config.seed}
 
@@ -181,8 +192,6 @@ def _write(
     config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any], max_length: int | None
 ) -> None:
     """`max_length`: the context that the back end was given, None for its own choice."""
-    if output.exists() and not output.is_dir():
-        raise DataError(f"{output}: --output_path is a file, not a folder")
     whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
     with atomic_file(output / TABLE) as stream:
         stream.write(markdown(config, results))

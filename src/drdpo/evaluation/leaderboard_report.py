@@ -12,8 +12,9 @@ from drdpo.evaluation.leaderboard_scores import COLUMNS, Benchmark, average, ave
 from drdpo.evaluation.leaderboard_tables import RAW_HEADER, raw_rows
 from drdpo.evaluation.published import LEADERBOARD
 from drdpo.evaluation.tables import markdown_table
-from drdpo.files import atomic_file, atomic_folder
+from drdpo.files import atomic_file, atomic_folder, sweep
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint, write_manifest
 
 _CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "raw_unweighted", "normalised", "normalised_stderr")
@@ -27,7 +28,8 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
         config: the flags.
 
     Raises:
-        UsageError: a --runs word that is not NAME=FOLDER, or a name given twice.
+        UsageError: a --runs word that is not NAME=FOLDER, a name given twice, or another run that is writing to the
+            output folder.
         DataError: a folder without results, or with broken ones.
     """
     runs = read_runs(config.runs)
@@ -37,23 +39,26 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
     output = Path(config.output_path)
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: --output_path is a file, not a folder")
-    # Drawn aside as a whole first: an error leaves an earlier report as it was.
-    with atomic_folder(output / ".report.tmp") as aside:
-        from drdpo.evaluation.heatmap import draw_heatmap
+    refuse_if_locked(output)
+    with lock_folder(output):
+        sweep(output)
+        # Drawn aside as a whole first: an error leaves an earlier report as it was.
+        with atomic_folder(output / ".report.tmp") as aside:
+            from drdpo.evaluation.heatmap import draw_heatmap
 
-        pictured = draw_heatmap(aside, groups, {name: published(config, name) for name in groups})
-        with atomic_file(aside / "leaderboard.csv") as stream:
-            _write_csv(stream, runs)
-        with atomic_file(aside / "report.md") as stream:
-            stream.write(report(config, groups, pictured))
-    if not pictured:
-        for name in ("heatmap.png", "heatmap.svg"):
-            (output / name).unlink(missing_ok=True)
-    for path in sorted((output / ".report.tmp").iterdir()):
-        os.replace(path, output / path.name)
-    (output / ".report.tmp").rmdir()
-    inputs = {f"{run.group}/{run.name}": fingerprint(run.folder / "results.json") for run in runs}
-    write_manifest(output, "compare_openllm", as_dict(config) | {"inputs": inputs})
+            pictured = draw_heatmap(aside, groups, {name: published(config, name) for name in groups})
+            with atomic_file(aside / "leaderboard.csv") as stream:
+                _write_csv(stream, runs)
+            with atomic_file(aside / "report.md") as stream:
+                stream.write(report(config, groups, pictured))
+        if not pictured:
+            for name in ("heatmap.png", "heatmap.svg"):
+                (output / name).unlink(missing_ok=True)
+        for path in sorted((output / ".report.tmp").iterdir()):
+            os.replace(path, output / path.name)
+        (output / ".report.tmp").rmdir()
+        inputs = {f"{run.group}/{run.name}": fingerprint(run.folder / "results.json") for run in runs}
+        write_manifest(output, "compare_openllm", as_dict(config) | {"inputs": inputs})
     print(f"report: {output / 'report.md'}")
 
 

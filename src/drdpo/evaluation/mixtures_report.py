@@ -13,8 +13,9 @@ from drdpo.evaluation.report_sections import interval
 from drdpo.evaluation.resampling import Figure
 from drdpo.evaluation.runs import parse_runs, sort_objectives
 from drdpo.evaluation.tables import markdown_table
-from drdpo.files import atomic_file, atomic_folder
+from drdpo.files import atomic_file, atomic_folder, sweep
 from drdpo.flags import as_dict
+from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint, read_manifest, write_manifest
 from drdpo.objectives import flag_name
 
@@ -49,28 +50,32 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
         config: the flags.
 
     Raises:
-        UsageError: a --reports word that is not NAME=FOLDER, or a name given twice.
+        UsageError: a --reports word that is not NAME=FOLDER, a name given twice, or another run that is writing to the
+            output folder.
         DataError: a folder without a scores.csv of evaluate_armorm, or with one of a single run.
     """
     results = [_read(name, folders, config.published) for name, folders in parse_runs(config.reports).items()]
     output = Path(config.output_path)
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: --output_path is a file, not a folder")
-    # Drawn aside as a whole first: an error leaves an earlier report as it was.
-    with atomic_folder(output / ".report.tmp") as aside:
-        from drdpo.evaluation.spiders import draw_spiders
+    refuse_if_locked(output)
+    with lock_folder(output):
+        sweep(output)
+        # Drawn aside as a whole first: an error leaves an earlier report as it was.
+        with atomic_folder(output / ".report.tmp") as aside:
+            from drdpo.evaluation.spiders import draw_spiders
 
-        pictured = draw_spiders(aside, results)
-        with atomic_file(aside / "report.md") as stream:
-            stream.write(report(results, output, pictured))
-    if not pictured:
-        for name in ("spiders.png", "spiders.svg"):
-            (output / name).unlink(missing_ok=True)
-    for path in sorted((output / ".report.tmp").iterdir()):
-        os.replace(path, output / path.name)
-    (output / ".report.tmp").rmdir()
-    inputs = {result.name: fingerprint(result.folder / "scores.csv") for result in results}
-    write_manifest(output, "compare_mixtures", as_dict(config) | {"inputs": inputs})
+            pictured = draw_spiders(aside, results)
+            with atomic_file(aside / "report.md") as stream:
+                stream.write(report(results, output, pictured))
+        if not pictured:
+            for name in ("spiders.png", "spiders.svg"):
+                (output / name).unlink(missing_ok=True)
+        for path in sorted((output / ".report.tmp").iterdir()):
+            os.replace(path, output / path.name)
+        (output / ".report.tmp").rmdir()
+        inputs = {result.name: fingerprint(result.folder / "scores.csv") for result in results}
+        write_manifest(output, "compare_mixtures", as_dict(config) | {"inputs": inputs})
     print(f"report: {output / 'report.md'}")
 
 

@@ -17,9 +17,11 @@ PICTURE = "training.png"
 _STEPS = {
     "sample": ("sampled completions", "sampled/{split}.jsonl"),
     "score": ("scored completions", "{split}.jsonl"),
-    "generate_preferences": ("preference pairs", "train.jsonl test.jsonl"),
+    "preferences": ("preference pairs", "train.jsonl test.jsonl"),
     "evaluate_armorm": ("a comparison of runs", "report.md scores.csv"),
-    "evaluate_openllm": ("Open LLM Leaderboard results", "results.json"),
+    "compare_mixtures": ("a comparison of training mixtures", "report.md"),
+    "evaluate_openllm": ("Open LLM Leaderboard results", "results.json table.md"),
+    "compare_openllm": ("a comparison of leaderboard results", "report.md leaderboard.csv"),
     "inspect_data": ("pictures of a look at data", ""),
     "assets": ("a model or prompts that setup.sh put in place", ""),
 }

@@ -17,8 +17,11 @@ from drdpo.files import atomic_file
 if TYPE_CHECKING:
     from drdpo.evaluation.mixtures_report import MixtureResult
 
-_PANEL = 4.9
-"""Inches."""
+_PANEL, _ROW, _DISC, _BELOW, _FOOT = 5.3, 4.8, 2.95, 0.7, 0.6
+"""Inches: a panel's width and height, its disc, room for words below the disc, and for the legend."""
+
+_LEAST_RIM = 0.05
+"""Standard deviations: a rim nearer than that would show gains of nothing as large."""
 
 Values = Mapping[str, Sequence[float]]
 """{method: one value a spoke}"""
@@ -38,40 +41,55 @@ def draw_spiders(folder: Path, results: "list[MixtureResult]") -> bool:
     """
     if any(len(result.spokes) < 3 for result in results):
         return False
-    ours = [{run: [result.gains[run, name].value for name in result.spokes] for run in result.runs} for result in results]
-    theirs: list[Values] = [result.published for result in results]
-    rows = 2 if any(theirs) else 1
-    names = list(dict.fromkeys(name for values in ours for name in values))
-    looks = run_styles(["base", *names])
-    by_upper = {name.upper(): style for name, style in looks.items()}
     with rc_context(RC):
-        canvas = Canvas(figsize=(_PANEL * len(results), _PANEL * rows + 0.5))
-        for column, result in enumerate(results):
-            axes = canvas.add_subplot(rows, len(results), column + 1, projection="polar")
-            title = result.name.replace("_", " + ")
-            _spider(axes, f"{title}\nours: gain in sd of the base", result.spokes, ours[column], looks, _limits(ours))
-            if theirs[column]:
-                axes = canvas.add_subplot(rows, len(results), len(results) + column + 1, projection="polar")
-                styles = {name: by_upper.get(name.upper(), BASE_STYLE) for name in theirs[column]}
-                _spider(axes, f"{title}\npublished", list(SPOKES), theirs[column], styles, _limits(theirs))
-        handles = [
-            Line2D([], [], color=looks[name].color, linestyle=looks[name].line, marker=looks[name].marker)
-            for name in ("base", *names)
-        ]
-        canvas.legend(handles, ["base (0)", *names], loc="lower center", ncols=len(names) + 1, frameon=False, fontsize=12)
-        canvas.subplots_adjust(left=0.09, right=0.91, top=0.86 if rows == 2 else 0.74, bottom=0.1 if rows == 2 else 0.2)
-        canvas.subplots_adjust(hspace=0.62, wspace=0.7)
+        canvas = spiders(results)
         for suffix in ("png", "svg"):
             with atomic_file(folder / f"spiders.{suffix}", "wb") as stream:
                 canvas.savefig(stream, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else None)
     return True
 
 
+def spiders(results: "list[MixtureResult]") -> Canvas:
+    """The picture, for mixtures of three spokes or more.
+
+    A published method has the style of our run of that name in any case; one that was not run has a style of its own.
+    """
+    ours = [{run: [result.gains[run, name].value for name in result.spokes] for run in result.runs} for result in results]
+    theirs: list[Values] = [result.published for result in results]
+    rows, columns = 2 if any(theirs) else 1, len(results)
+    names = {name.upper(): name for values in [*theirs, *ours] for name in values}
+    # Ours first, in their order.
+    order = list(dict.fromkeys(name.upper() for values in [*ours, *theirs] for name in values))
+    looks = run_styles(["base", *order])
+    canvas = Canvas(figsize=(_PANEL * columns, _ROW * rows + _FOOT))
+    for column, result in enumerate(results):
+        title = result.name.replace("_", " + ")
+        axes = _panel(canvas, rows - 1, column, columns)
+        _spider(axes, f"{title}\nours: gain in sd of the base", result.spokes, ours[column], looks, _limits(ours))
+        if theirs[column]:
+            axes = _panel(canvas, 0, column, columns)
+            _spider(axes, f"{title}\npublished", list(SPOKES), theirs[column], looks, _limits(theirs))
+    handles = [
+        Line2D([], [], color=looks[name].color, linestyle=looks[name].line, marker=looks[name].marker)
+        for name in ("base", *order)
+    ]
+    labels = ["base (0)", *(names[name] for name in order)]
+    canvas.legend(handles, labels, loc="lower center", ncols=min(len(labels), 2 * columns + 1), frameon=False, fontsize=12)
+    return canvas
+
+
+def _panel(canvas: Canvas, above: int, column: int, columns: int) -> Any:
+    """Axes with `above` rows of panels below them; words around a disc fit into its panel."""
+    width, height = canvas.get_size_inches()
+    left, bottom = (column + 0.5) * _PANEL - _DISC / 2, _FOOT + above * _ROW + _BELOW
+    return canvas.add_axes((left / width, bottom / height, _DISC / width, _DISC / height), projection="polar")
+
+
 def _limits(panels: Sequence[Values]) -> tuple[float, float]:
     """Centre and rim of every panel; negative gains lie inside the base's ring."""
     values = [value for panel in panels for row in panel.values() for value in row]
-    low, high = min(0.0, *values), max(0.0, *values)
-    reach = max(high - low, 1e-3)
+    low, high = min(0.0, *values), max(_LEAST_RIM, *values)
+    reach = high - low
     return (low - 0.25 * reach if low < 0 else 0.0), high + 0.08 * reach
 
 
@@ -93,7 +111,7 @@ def _spider(
         circle = np.linspace(0, 2 * np.pi, 361)
         axes.plot(circle, np.zeros_like(circle), color=BASE_STYLE.color, linestyle=BASE_STYLE.line, linewidth=1.2)
     for name, row in values.items():
-        look = styles[name]
+        look = styles[name.upper()]
         closed_angles, closed = [*angles, angles[0]], [*row, row[0]]
         axes.plot(closed_angles, closed, color=look.color, marker=look.marker, markersize=4.5, linewidth=1.8)
         axes.fill(closed_angles, closed, color=look.color, alpha=0.08)

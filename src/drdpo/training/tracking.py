@@ -29,6 +29,8 @@ Metrics = dict[str, float]
 
 _OFFLINE = ("offline", "dryrun")
 _PROJECT = "drdpo"
+_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
+"""wandb's public server: the name under which WANDB_PIN looks for a key, and the older one, which it tries next."""
 
 
 class Tracker(Protocol):
@@ -120,6 +122,7 @@ class Wandb:
         import wandb
 
         self._folder = folder
+        self._lost = False
         run = _wandb_identity(folder)
         try:
             self._run: Any = wandb.init(
@@ -142,8 +145,15 @@ class Wandb:
 
     def write(self, metrics: Metrics) -> None:
         step = int(metrics["step"])
-        if step >= self._next:
+        if step < self._next or self._lost:
+            return
+        try:
             self._run.log(grouped(metrics), step=step)
+        except Exception as error:
+            # Such as wandb's own process having been killed. Training goes on; metrics.jsonl has the figures.
+            self._lost = True
+            print(f"warning: wandb takes no more figures ({one_line(str(error), 200)}); metrics.jsonl goes on",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
     def close(self) -> None:
         # A run that ends by an exception is shown as failed.
@@ -180,13 +190,16 @@ def _has_wandb_key() -> bool:
     """Would wandb find a key without asking? In its variables, or where `wandb login` puts it: the netrc file."""
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    # With its port, as wandb names a machine.
+    given = urlsplit(os.environ.get("WANDB_BASE_URL") or "").netloc
+    hosts = _HOSTS if given in ("", _HOSTS[0]) else (given,)
     named = os.environ.get("NETRC")
     for path in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         try:
-            found = netrc.netrc(path).hosts.get(host)
+            known = netrc.netrc(path)
         except (OSError, netrc.NetrcParseError):
             continue
-        if found and found[2]:
+        # As wandb reads it: an entry `default` serves every host.
+        if any(found[2] for host in hosts if (found := known.authenticators(host))):
             return True
     return False
