@@ -25,6 +25,8 @@ def draw_gains(results: dict[str, Any]) -> Figure:
     for axis, (arm, found) in zip(axes, arms.items(), strict=True):
         for row, method in enumerate(methods):
             for place, name in enumerate(SHOWN):
+                if name not in found["figures"][method]["gain"]:
+                    continue
                 value, low, high = found["figures"][method]["gain"][name]
                 height = row + (place - 1.5) * 0.2
                 axis.plot([low, high], [height, height], color=COLORS[place + 1], linewidth=2)
