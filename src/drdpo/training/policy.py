@@ -68,6 +68,12 @@ class Policy(nn.Module):
         """Looks at every gradient for the embeddings that this policy gives out."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
 
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """Of attention in packed rows: float32 where first tokens are, as rounded to bfloat16 their keys shift the weights of
+        all later queries alike; but flash attention takes no float32."""
+        return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
+
     def forward(self, batch: Batch | PackedBatch, twice: bool = False, run: Callable[["Policy"], Any] | None = None) -> Any:
         """Log-probabilities of the answers of a batch.
 
@@ -109,7 +115,7 @@ class Policy(nn.Module):
         """
         if isinstance(batch, PackedBatch):
             plan = PrefixPlan(
-                batch.groups, embeds.device, self.language_model.dtype, self.plain_attention, twice, self.flash_attention
+                batch.groups, embeds.device, self.attention_dtype, self.plain_attention, twice, self.flash_attention
             )
             options = {}
             if self.wide_first:
