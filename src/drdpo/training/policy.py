@@ -70,8 +70,7 @@ class Policy(nn.Module):
 
     @property
     def attention_dtype(self) -> torch.dtype:
-        """Of attention in packed rows: float32 where first tokens are, as rounded to bfloat16 their keys shift the weights of
-        all later queries alike; but flash attention takes no float32."""
+        """float32 where first tokens are: their rounded keys shift all queries' weights alike. Flash attention takes none."""
         return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
 
     def forward(self, batch: Batch | PackedBatch, twice: bool = False, run: Callable[["Policy"], Any] | None = None) -> Any:
@@ -114,9 +113,8 @@ class Policy(nn.Module):
         `frozen`: the gradient for the embeddings alone will be asked for.
         """
         if isinstance(batch, PackedBatch):
-            plan = PrefixPlan(
-                batch.groups, embeds.device, self.attention_dtype, self.plain_attention, twice, self.flash_attention
-            )
+            kernel = (self.attention_dtype, self.plain_attention, twice, self.flash_attention)
+            plan = PrefixPlan(batch.groups, embeds.device, *kernel)
             options = {}
             if self.wide_first:
                 embeds, options["wide_rows"] = embeds.float(), WideRows(first_rows(batch.groups, embeds.device), frozen)
