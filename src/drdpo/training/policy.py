@@ -70,7 +70,7 @@ class Policy(nn.Module):
 
     @property
     def attention_dtype(self) -> torch.dtype:
-        """float32 where first tokens are: their rounded keys shift all queries' weights alike. Flash attention takes none."""
+        """float32 where first tokens are: their keys, rounded, shift all weights alike; flash attention takes none."""
         return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
 
     def forward(self, batch: Batch | PackedBatch, twice: bool = False, run: Callable[["Policy"], Any] | None = None) -> Any:
