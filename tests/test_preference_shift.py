@@ -161,6 +161,17 @@ def test_wrong_words_end_before_anything_runs(tmp_path: Path, word: str, says: s
     assert not (tmp_path / "out").exists()
 
 
+def test_the_page_shows_the_stored_figures() -> None:
+    stored = json.loads((ROOT / "docs" / "preference_shift.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "preference_shift.md").read_text(encoding="utf-8")
+    assert len(stored["settings"]["seeds"].split()) >= 3
+    assert set(stored["arms"]) == {"objectives", "noise", "populations"}
+    assert shift_report.choice_table(stored) in page
+    assert shift_report.weight_table(stored) in page
+    for arm in stored["arms"]:
+        assert shift_report.arm_table(stored, arm) in page
+
+
 @pytest.mark.slow
 def test_a_small_run_of_the_whole_chain(tiny_policy: Path, tmp_path: Path) -> None:
     """--tiny with fewer methods on a random policy, two parts at a time; then once more: nothing is repeated."""
