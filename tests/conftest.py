@@ -1,14 +1,23 @@
 """Fixtures that several rooms share: small models in real Hugging Face folders, with the embedded model's tokenizer."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as src/env.sh; must be there before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests/run.sh starts a worker a core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+DEAREST = (
+    "test_experiments.py", "test_readme_run.py",
+)  # fmt: skip
+"""Files of which one takes minutes, the dearest first: begun last, one would keep a worker busy while the other has none."""
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +50,36 @@ def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def vllm_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny policy with heads as wide as vLLM's attention on a CPU wants them, with random weights of its own."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    settings = AutoConfig.from_pretrained(tiny_policy)
+    settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim = 64, 2, 1, 32
+    path = tmp_path_factory.mktemp("models") / "vllm policy"
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def forks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Scripts of the pipeline without the wait for their libraries."""
+    forks = Forks(root, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where workers share the tests, the dearest files come first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: number for number, name in enumerate(DEAREST)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
