@@ -1,25 +1,39 @@
-"""Runs commands of the pipeline one after the other, each in a fork of a process that has imported the heavy libraries once.
+"""Runs scripts of the pipeline, each in a fork of a process that has imported the heavy libraries; forks.py speaks to it.
 
-usage: fork_server.py, then one JSON object a line on stdin: {"script": ..., "arguments": [...], "out": FILE, "err": FILE};
-answers with the exit status, a line each. The script runs as __main__, as `python SCRIPT ARGUMENTS` would.
+usage: fork_server.py, then one JSON object a line on stdin, each answered by one JSON value:
+    {"script": FILE, "arguments": [...], "environment": {...}, "cwd": FOLDER, "out": FILE, "err": FILE}
+        starts `python SCRIPT ARGUMENTS`, with this environment and no other; answers with its process id
+    {"wait": process id, "seconds": s}
+        answers with its exit status, minus the number of a signal that ended it, or null if it still runs after s seconds
 """
 
+import importlib
 import json
 import os
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import deepspeed  # noqa: F401
-import torch  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import torch
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup  # noqa: F401
+
+MODULES = (
+    "training.loop", "generation.sampling", "rewards.scoring", "rewards.scorer", "rewards.pairing", "evaluation.spider",
+)  # fmt: skip
 
 
 def run(task: dict) -> None:
     """In the child: never returns."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.clear()
+    os.environ.update(task["environment"])
+    os.chdir(task["cwd"])
+    torch.set_num_threads(1)
     sys.argv = [task["script"], *task["arguments"]]
     sys.path[0] = str(Path(task["script"]).parent)
     status = 0
@@ -35,9 +49,30 @@ def run(task: dict) -> None:
     os._exit(status)
 
 
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        run(json.loads(line))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def status_of(child: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while True:
+        found, code = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(code)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.005)
+
+
+def main() -> None:
+    for module in MODULES:
+        importlib.import_module(f"drdpo.{module}")
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        if "wait" in task:
+            print(json.dumps(status_of(task["wait"], task["seconds"])), flush=True)
+            continue
+        child = os.fork()
+        if child == 0:
+            run(task)
+        print(json.dumps(child), flush=True)
+
+
+main()
