@@ -16,8 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests/run.sh starts a worker a core: 
 
 DEAREST = (
     "test_experiments.py", "test_readme_run.py", "test_preference_shift.py", "test_vllm_engine.py", "test_two_hosts.py",
-    "test_train_alignment.py", "test_resume.py", "test_engine.py", "test_equality.py", "test_lora.py", "test_engine_processes.py",
-    "test_sample_completions.py", "test_fitting.py", "test_wide_rows.py",
+    "test_train_alignment.py", "test_resume.py", "test_engine.py", "test_equality.py", "test_lora.py",
+    "test_engine_processes.py", "test_sample_completions.py", "test_fitting.py", "test_wide_rows.py",
 )  # fmt: skip
 """Files of which one takes minutes, the dearest first: begun last, one would keep a worker busy while the other has none."""
 
@@ -75,6 +75,19 @@ def forks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork
     forks = Forks(root, tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
+
+
+@pytest.fixture
+def clone(root: Path, forks: Forks, tmp_path: Path) -> Path:
+    """Our tree, but with the environment of `forks`, and a setup.sh that says what it was asked."""
+    tree = tmp_path / "my clone"
+    tree.mkdir()
+    for entry in root.iterdir():
+        if entry.name not in (".environment", ".git", "outputs", "setup.sh"):
+            (tree / entry.name).symlink_to(entry)
+    (tree / ".environment").write_text(str(forks.environment(tmp_path / "an environment")))
+    (tree / "setup.sh").write_text('echo "setup.sh $*"\n')
+    return tree
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ gives, is for tests/test_readme_run.py.
 import itertools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -91,6 +92,32 @@ class Forks:
             subprocess.CompletedProcess(list(command), rank.wait(), *texts) for rank, texts in zip(ranks, said, strict=True)
         ]
 
+    def environment(self, folder: Path) -> Path:
+        """An environment for src/env.sh, made in `folder`: its python runs our scripts here, its launcher starts one rank.
+
+        For whole chains of commands, which would spend most of their time on imports. All other words go to the real python.
+        """
+        client = Path(__file__).parent / "fork_client.py"
+        scripts = {
+            "python": f"""case "${{1:-}}" in */src/*.py | */experiments/*.py)
+    exec {shlex.join([sys.executable, "-IS", str(client), str(self.socket)])} "$@" ;;
+esac
+exec {shlex.quote(sys.executable)} "$@\"""",
+            "deepspeed": """while [[ "$1" != *.py ]]; do shift; done
+exec "$(dirname "$0")/python" "$@\"""",
+        }
+        (folder / "bin").mkdir(parents=True)
+        for name, script in scripts.items():
+            (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+            (folder / "bin" / name).chmod(0o755)
+        return folder
+
+    @property
+    def socket(self) -> Path:
+        """Where the server listens; asking for it starts the server."""
+        self._server = self._server or self._started()
+        return self._folder / "socket"
+
     def ask(self, task: dict[str, Any]) -> Any:
         server = self._server = self._server or self._started()
         assert server.stdin is not None
@@ -106,7 +133,7 @@ class Forks:
     def _started(self) -> "subprocess.Popen[str]":
         kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         environment = {**kept, "PYTHONPATH": str(self._root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).parent / "fork_server.py")]
+        command = [sys.executable, str(Path(__file__).parent / "fork_server.py"), str(self._folder / "socket")]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         while self._answer(server) != "ready":
             pass
