@@ -13,18 +13,18 @@ usage: bash experiments/preference_shift.sh [--tiny] [--slurm] [--NAME=VALUE ...
   --first=ultrafeedback_overall_score --second=helpsteer_complexity   the objectives that training sees
   --arms="objectives noise populations"    labels by half of each; the same, a share of them flipped; most by the first alone, few by the second
   --flipped=0.25 --minority=0.15   these shares of the training pairs
-  --methods="DPO=0.05,0.1,0.2 cDPO=0.1,0.2,0.3 IPO=0.05,0.1,0.2 DrDPO=0.5,1,2 KLDPO=0.05,0.2,1 WDPO=0.001,0.003,0.01 WDPO-root=0.01,0.03,0.1"
-                                   each with the strengths to choose from, by accuracy on validation pairs of the arm `objectives`:
-                                   beta, smoothing, beta, temperature, tau, rho, rho
+  --methods="DPO=0.05,0.2 cDPO=0.1,0.3 IPO=0.05,0.2 DrDPO=0.5,2 KLDPO=0.05,0.5 WDPO=0.002,0.01 WDPO-root=0.02,0.1"
+                                   each with the strengths to choose from, by the gain in both objectives of the answers to validation
+                                   prompts, after training in the arm `objectives`: beta, smoothing, beta, temperature, tau, rho, rho
   --seeds="1 2 3"                  of the training, the flips and the minority; the choice uses the first
-  --validation=0.3333              share of the training prompts whose pairs choose and are not trained on
+  --validation=0.3333              share of the training prompts that choose and are not trained on
   --prompts=144                    sample so many prompts of each split
-  --best_of_n=4 --temperature=1.0 --max_new_tokens=24 --prompt_max_len=256
+  --best_of_n=4 --temperature=1.0 --max_new_tokens=32 --prompt_max_len=256
   --beta=0.1                       of all methods but DPO and IPO, which choose it
   --wdpo_prompt=once --wdpo_solver=exact   the paper's penalty, and the faster solver for sequences as short as these
-  --learning_rate=5e-5 --train_batch_size=8 --micro_batch_size=8 --max_epochs=1 --max_len=512
+  --learning_rate=1.5e-4 --train_batch_size=8 --micro_batch_size=8 --max_epochs=1 --max_len=512
   --keep_models=false              delete the checkpoints once their answers are scored
-  --tiny=false                     a smaller version: one seed, one strength a method, 16 prompts of each split
+  --tiny=false                     a smaller version: three methods of one strength, one seed, 16 prompts of each split
   --jobs=1                         so many parts at a time, which share the cores
   --slurm=false                    one job a part (data, every choice, every run, report), each after those that it needs
   --sbatch="--gres=gpu:1 --cpus-per-task=8 --time=02:00:00"
@@ -34,10 +34,10 @@ USAGE
 names=(output_path model_path reward_model dataset first second arms flipped minority methods seeds validation prompts best_of_n temperature
     max_new_tokens prompt_max_len beta wdpo_prompt wdpo_solver learning_rate train_batch_size micro_batch_size max_epochs max_len keep_models tiny jobs slurm sbatch)
 output_path=outputs/preference_shift first=ultrafeedback_overall_score second=helpsteer_complexity arms="objectives noise populations"
-flipped=0.25 minority=0.15 seeds="1 2 3" validation=0.3333 prompts=144 best_of_n=4 temperature=1.0 max_new_tokens=24 prompt_max_len=256 beta=0.1
+flipped=0.25 minority=0.15 seeds="1 2 3" validation=0.3333 prompts=144 best_of_n=4 temperature=1.0 max_new_tokens=32 prompt_max_len=256 beta=0.1
 wdpo_prompt=once wdpo_solver=exact
-methods="DPO=0.05,0.1,0.2 cDPO=0.1,0.2,0.3 IPO=0.05,0.1,0.2 DrDPO=0.5,1,2 KLDPO=0.05,0.2,1 WDPO=0.001,0.003,0.01 WDPO-root=0.01,0.03,0.1"
-learning_rate=5e-5 train_batch_size=8 micro_batch_size=8 max_epochs=1 max_len=512 keep_models=false tiny=false jobs=1 slurm=false
+methods="DPO=0.05,0.2 cDPO=0.1,0.3 IPO=0.05,0.2 DrDPO=0.5,2 KLDPO=0.05,0.5 WDPO=0.002,0.01 WDPO-root=0.02,0.1"
+learning_rate=1.5e-4 train_batch_size=8 micro_batch_size=8 max_epochs=1 max_len=512 keep_models=false tiny=false jobs=1 slurm=false
 sbatch="--gres=gpu:1 --cpus-per-task=8 --time=02:00:00" part=""
 # shellcheck source=experiments/parts.sh
 source "$(dirname "$script")/parts.sh"
@@ -101,7 +101,7 @@ do_part() {
     IFS=/ read -r kind method value <<<"$1"
     case "$kind" in
         data) make_data ;;
-        choice) train "$output_path/choice/${method}_$value" "$output_path/data/objectives" "$method" "$value" "${seeds%% *}" ;;
+        choice) try_strength "$output_path/choice/${method}_$value" "$method" "$value" ;;
         report) make_report ;;
         *) align "$kind" "$method" "$value" ;;
     esac
@@ -109,16 +109,22 @@ do_part() {
 
 make_data() {
     local data="$output_path/data" seed
-    step bash "$ROOT/generate_completions.sh" --save_path="$output_path/base" --model_path="$model_path" "${sampling[@]}"
+    step bash "$ROOT/generate_completions.sh" --save_path="$output_path/base" --model_path="$model_path" --dataset="$dataset" \
+        "${sampling[@]}"
     step python "$ROOT/experiments/shift_data.py" split "$output_path/base" "$data/completions" --share="$validation" --seed=0
-    label "$data/objectives" "--$first=0.5" "--$second=0.5"
+    label "$data/both" "--$first=0.5" "--$second=0.5"
     label "$data/first" "--$first=1"
     label "$data/second" "--$second=1"
+    shift_pairs flip "$data/both" "$data/objectives" --share=0 --seed=0
     for seed in $seeds; do
-        step python "$ROOT/experiments/shift_data.py" flip "$data/objectives" "$data/noise_$seed" --share="$flipped" --seed="$seed"
-        step python "$ROOT/experiments/shift_data.py" mix "$data/first" "$data/second" "$data/populations_$seed" --share="$minority" \
-            --seed="$seed"
+        shift_pairs flip "$data/both" "$data/noise_$seed" --share="$flipped" --seed="$seed"
+        shift_pairs mix "$data/first" "$data/second" "$data/populations_$seed" --share="$minority" --seed="$seed"
     done
+}
+
+# shift_pairs WORD...: make the pairs of an arm. Few test pairs: the trainer's evaluation of them is for show here.
+shift_pairs() {
+    step python "$ROOT/experiments/shift_data.py" "$@" --test_pairs=16
 }
 
 # label FOLDER FLAG...: pairs by a mixture of objectives.
@@ -136,12 +142,25 @@ train() {
     : >"$1/finished"
 }
 
+# try_strength FOLDER METHOD VALUE: train as in the arm `objectives`, then answer the validation prompts.
+try_strength() {
+    [[ ! -f "$1/validation/test.jsonl" ]] || return 0
+    train "$1" "$output_path/data/objectives" "$2" "$3" "${seeds%% *}"
+    answer "$1" validation "$output_path/data/completions/prompts"
+}
+
+# answer FOLDER NAME PROMPTS: sample and score with the folder's checkpoint, into FOLDER/NAME.
+answer() {
+    step bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$1/$2" --model_path="$(checkpoint "$1/." last)" \
+        --dataset="$3" "${sampling[@]}"
+}
+
 # align ARM METHOD SEED: train with the strength that was chosen, then sample and score the test prompts.
 align() {
     local folder="$output_path/$1/$2_seed_$3" value pairs="$output_path/data/$1_$3"
     [[ ! -f "$folder/completions/test.jsonl" ]] || return 0
     read -ra candidates < <(strengths "$2")
-    value="$(python "$ROOT/experiments/shift_choice.py" "$output_path/choice" "$2" "${candidates[@]}")"
+    value="$(python "$ROOT/experiments/shift_choice.py" "$output_path" "$2" "${candidates[@]}")"
     echo "$2: chosen strength $value"
     [[ "$1" != objectives ]] || pairs="$output_path/data/objectives"
     if [[ "$1/$3" == "objectives/${seeds%% *}" && ! -e "$folder" ]]; then
@@ -150,8 +169,7 @@ align() {
         ln -s "../choice/$2_$value" "$folder"
     fi
     train "$folder" "$pairs" "$2" "$value" "$3"
-    step bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$folder/completions" \
-        --model_path="$(checkpoint "$folder/." last)" "${sampling[@]}"
+    answer "$folder" completions "$dataset"
     if [[ "$keep_models" == false ]]; then
         rm -rf "$folder"/global_step_*
         # The choices of this method have been made into runs.
@@ -179,7 +197,7 @@ parse_flags "$@"
 [[ "$jobs" =~ ^[1-9][0-9]*$ ]] || refuse_command "--jobs=$jobs is not a number from 1"
 if [[ "$tiny" == true ]]; then
     default output_path outputs/preference_shift_tiny
-    default methods "DPO=0.1 cDPO=0.2 IPO=0.1 DrDPO=1 KLDPO=0.2 WDPO=0.003 WDPO-root=0.03"
+    default methods "DPO=0.1 KLDPO=0.2 WDPO=0.003"
     for pair in seeds=1 prompts=16 best_of_n=2 max_new_tokens=16 train_batch_size=4 micro_batch_size=2 max_epochs=1; do
         default "${pair%%=*}" "${pair#*=}"
     done
@@ -195,7 +213,7 @@ done
 settle
 training=(--learning_rate="$learning_rate" --train_batch_size="$train_batch_size" --micro_batch_size="$micro_batch_size"
     --max_epochs="$max_epochs" --max_len="$max_len" --eval_steps=0 --save_steps=0 --gradient_checkpointing=false --save_resume=false --log=none)
-sampling=(--dataset="$dataset" --reward_model="$reward_model" --best_of_n="$best_of_n" --temperature="$temperature"
+sampling=(--reward_model="$reward_model" --best_of_n="$best_of_n" --temperature="$temperature"
     --max_new_tokens="$max_new_tokens" --prompt_max_len="$prompt_max_len" ${prompts:+--max_prompts="$prompts"})
 if [[ -z "$part" && "$slurm" == false && "$dataset" == "$ROOT/datasets/embedded_prompts" ]]; then
     bash "$ROOT/setup.sh" --models=embedded --datasets=embedded

@@ -1,48 +1,60 @@
-"""Which strength of a method preference_shift.sh goes on with: that of the highest accuracy on validation pairs.
+"""Which strength of a method preference_shift.sh goes on with: that of the largest gain on the validation prompts.
 
-    python experiments/shift_choice.py FOLDER METHOD VALUE...
+    python experiments/shift_choice.py OUTPUT_PATH METHOD VALUE...
 
-reads metrics.jsonl and config.json in FOLDER/METHOD_VALUE of every value and prints the chosen one. Validation accuracy
-is the one figure that means the same under every loss and beta. Where two runs have the same, the larger mean margin in
-nats counts, h = (reward of chosen - reward of rejected) / beta, then the first of the values given.
+compares the answers of OUTPUT_PATH/choice/METHOD_VALUE to the validation prompts, for every value, with the base model's,
+and prints the value of the largest gain in the training objective: the mean over --first and --second of the mean over
+prompts of (score - the base's), in standard deviations of the base's scores. The first of equals. No other objective is
+looked at.
 """
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from drdpo.errors import DataError, UsageError, one_line_errors
-from drdpo.records import read_rows
+from drdpo.evaluation.runs import choose_objectives, common_prompts, load_run
+from drdpo.evaluation.statistics import scores, spread
 
 
-def validation(folder: Path) -> tuple[float, float]:
-    """Accuracy on the validation pairs at the end of a run, and their mean margin in nats.
+def read_settings(folder: Path) -> dict[str, str]:
+    """{flag: value} of the file that the script writes.
 
     Raises:
-        DataError: the run was not evaluated at its end, or has no config.json.
+        DataError: it is missing.
     """
-    rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
-    last: dict[str, Any] = rows[-1] if rows else {}
-    if "eval_accuracy" not in last:
-        raise DataError(f"{folder / 'metrics.jsonl'}: the last row has no eval_accuracy; did the run end?")
-    try:
-        beta = json.loads((folder / "config.json").read_text(encoding="utf-8"))["beta"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / 'config.json'}: no beta to be read ({error})") from error
-    return float(last["eval_accuracy"]), float(last["eval_margin"]) / float(beta)
+    path = folder / "settings"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give the --output_path of preference_shift.sh")
+    return dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
+
+
+def validation(folder: Path, run: str, trained_on: list[str]) -> float:
+    """Gain of a run in the training objective on the validation prompts, in standard deviations of the base's scores.
+
+    Args:
+        folder: the script's output folder.
+        run: name of the run's folder in choice/.
+        trained_on: the objectives that training saw, of equal weight.
+    """
+    base = load_run("base", folder / "data" / "completions", "test")
+    trained = load_run(run, folder / "choice" / run / "validation", "test")
+    common = common_prompts([base, trained])
+    names = choose_objectives([base, trained], trained_on)
+    gains = [(scores(trained, name, common) - scores(base, name, common)).mean() / spread(base, name) for name in names]
+    return float(sum(gains) / len(gains))
 
 
 def choose(folder: Path, method: str, values: list[str]) -> str:
     """The value whose run is best by `validation`; the first of equals."""
-    return max(values, key=lambda value: validation(folder / f"{method}_{value}"))
+    settings = read_settings(folder)
+    return max(values, key=lambda value: validation(folder, f"{method}_{value}", [settings["first"], settings["second"]]))
 
 
 def main() -> None:
     if len(sys.argv) < 4:
-        raise UsageError("give FOLDER METHOD VALUE...")
+        raise UsageError("give OUTPUT_PATH METHOD VALUE...")
     print(choose(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
 
 

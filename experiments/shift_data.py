@@ -1,14 +1,15 @@
 """The data of preference_shift.sh: prompts for training and for choosing, flipped labels, two populations of raters.
 
     python experiments/shift_data.py split COMPLETIONS OUTPUT --share=0.5 --seed=1
-    python experiments/shift_data.py flip PAIRS OUTPUT --share=0.25 --seed=1
-    python experiments/shift_data.py mix MANY FEW OUTPUT --share=0.15 --seed=1
+    python experiments/shift_data.py flip PAIRS OUTPUT --share=0.25 --seed=1 --test_pairs=16
+    python experiments/shift_data.py mix MANY FEW OUTPUT --share=0.15 --seed=1 --test_pairs=16
 
 `split` deals the prompts of COMPLETIONS/train.jsonl to OUTPUT/train.jsonl and, a share of them, to OUTPUT/test.jsonl:
 step 2 then makes training pairs and validation pairs of them. `flip` swaps chosen and rejected in a share of the training
 pairs. `mix` takes a share of the training pairs from FEW and the others from MANY, the same prompts labelled by other
-objectives. Validation pairs are those of the target: as they are after `flip`, half from either after `mix`. OUTPUT
-appears whole or not at all.
+objectives. The test pairs, which the trainer evaluates on, are those of the target, the first so many of them: as they are
+after `flip`, half from either after `mix`. `split` also writes the held-out prompts to OUTPUT/prompts. OUTPUT appears whole
+or not at all.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from drdpo.errors import DataError, UsageError, one_line_errors
 from drdpo.files import atomic_folder
 from drdpo.manifest import fingerprint, write_manifest
-from drdpo.records import SPLITS, Completion, Preference, read_records, write_records
+from drdpo.records import SPLITS, Completion, Preference, Prompt, read_records, write_records
 
 Pairs = dict[str, list[Preference]]
 
@@ -91,11 +92,11 @@ def make(words: argparse.Namespace) -> dict[str, list[Completion]] | Pairs:
         return split_prompts(completions, words.share, words.seed)
     first = _pairs(words.inputs[0])
     if words.command == "flip":
-        return {"train": flip_pairs(first["train"], words.share, words.seed), "test": first["test"]}
+        return {"train": flip_pairs(first["train"], words.share, words.seed), "test": first["test"][: words.test_pairs]}
     second = _pairs(words.inputs[1])
     return {
         "train": mix_pairs(first["train"], second["train"], words.share, words.seed),
-        "test": mix_pairs(first["test"], second["test"], 0.5, words.seed),
+        "test": mix_pairs(first["test"], second["test"], 0.5, words.seed)[: words.test_pairs],
     }
 
 
@@ -108,19 +109,25 @@ def main() -> None:
         command.add_argument("output")
         command.add_argument("--share", type=float, required=True)
         command.add_argument("--seed", type=int, required=True)
+        if name != "split":
+            command.add_argument("--test_pairs", type=int, required=True)
     words = parser.parse_args()
     if not 0 <= words.share <= 1:
         raise UsageError(f"--share={words.share:g} must lie in [0, 1]")
-    if words.seed < 0:
-        raise UsageError(f"--seed={words.seed} must not be negative")
+    for name, least in (("seed", 0), ("test_pairs", 1)):
+        if getattr(words, name, least) < least:
+            raise UsageError(f"--{name}={getattr(words, name)} must be at least {least}")
     output = Path(words.output)
     files = [Path(folder, f"{split}.jsonl") for folder in words.inputs for split in SPLITS]
-    made_by = {"command": words.command, "share": words.share, "seed": words.seed} | {
-        "inputs": [fingerprint(file) for file in files if file.is_file()]
-    }
+    flags = {name: value for name, value in vars(words).items() if name not in ("inputs", "output")}
+    made_by = flags | {"inputs": [fingerprint(file) for file in files if file.is_file()]}
     records = make(words)
     with atomic_folder(output) as aside:
         counts = {split: write_records(aside / f"{split}.jsonl", rows) for split, rows in records.items()}
+        if words.command == "split":
+            prompts = {row.prompt_id: Prompt(row.prompt_id, row.prompt) for row in records["test"]}
+            (aside / "prompts").mkdir()
+            write_records(aside / "prompts" / "test.jsonl", prompts.values())
         write_manifest(aside, "shift_data", made_by, counts=counts)
     print(f"{output}: {counts['train']} train, {counts['test']} test")
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#777777")
 """Okabe and Ito's, one a method."""
@@ -25,6 +27,8 @@ def draw_gains(results: dict[str, Any]) -> Figure:
     for axis, (arm, found) in zip(axes, arms.items(), strict=True):
         for row, method in enumerate(methods):
             for place, name in enumerate(SHOWN):
+                if name not in found["figures"][method]["gain"]:
+                    continue
                 value, low, high = found["figures"][method]["gain"][name]
                 height = row + (place - 1.5) * 0.2
                 axis.plot([low, high], [height, height], color=COLORS[place + 1], linewidth=2)
@@ -35,17 +39,20 @@ def draw_gains(results: dict[str, Any]) -> Figure:
         )
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=8, loc="best")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN), fontsize=9)
     return figure
 
 
 def draw_curves(results: dict[str, Any]) -> Figure:
-    """A row a shift: loss, margin and effective sample size over the steps, mean over the seeds."""
+    """A row a shift: loss, margin and effective sample size over the steps, mean over the seeds; what no method has is left
+    out."""
     arms = results["arms"]
-    figure = Figure(figsize=(12, 2.7 * len(arms) + 0.6), layout="constrained")
-    grid = np.atleast_2d(figure.subplots(len(arms), len(PANELS)))
+    known = {name for found in arms.values() for curve in found["curves"].values() for name in curve}
+    panels = [panel for panel in PANELS if panel[0] in known]
+    figure = Figure(figsize=(4 * len(panels), 2.7 * len(arms) + 0.6), layout="constrained")
+    grid = figure.subplots(len(arms), len(panels), squeeze=False)
     for axes, (arm, found) in zip(grid, arms.items(), strict=True):
-        for axis, (name, title) in zip(axes, PANELS, strict=True):
+        for axis, (name, title) in zip(axes, panels, strict=True):
             for (method, curve), color in zip(found["curves"].items(), COLORS, strict=False):
                 # IPO's loss has another scale.
                 if name in curve and not (name == "loss" and method == "IPO"):
@@ -53,5 +60,8 @@ def draw_curves(results: dict[str, Any]) -> Figure:
             axis.set(title=f"{arm}: {title}", xlabel="optimizer step")
             axis.title.set_fontsize(9.5)
             axis.grid(alpha=0.3)
-    grid[0, 1].legend(fontsize=7.5, ncols=2)
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    methods = list(results["choices"])
+    lines = [Line2D([], [], color=color) for _, color in zip(methods, COLORS, strict=False)]
+    figure.legend(lines, methods, loc="outside lower center", ncols=len(methods), fontsize=9)
     return figure

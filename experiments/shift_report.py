@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shift_choice import choose, validation
-from shift_pictures import draw_curves, draw_gains
+from shift_choice import choose, read_settings, validation
+from shift_pictures import SHOWN, draw_curves, draw_gains
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from drdpo.errors import DataError, UsageError, one_line_errors
+from drdpo.errors import UsageError, one_line_errors
 from drdpo.evaluation.resampling import Figure, Resampled, Table, resample, worst
 from drdpo.evaluation.runs import Run, common_prompts, load_run, pool_seeds, sort_objectives
 from drdpo.evaluation.statistics import scores, spread
@@ -36,23 +36,12 @@ DRAWS = 4000
 BASELINE = "DPO"
 
 
-def read_settings(folder: Path) -> dict[str, str]:
-    """{flag: value} of the file that the script writes.
-
-    Raises:
-        DataError: it is missing.
-    """
-    path = folder / "settings"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give the --output_path of preference_shift.sh")
-    return dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
-
-
 def groups(objectives: list[str], trained_on: list[str]) -> dict[str, list[str]]:
-    """{summary: its objectives}: the gated score, itself a mixture, is in none."""
+    """{summary: its objectives, at least one}: the gated score, itself a mixture, is in none."""
     single = [name for name in objectives if name != GATED_SCORE]
     seen = [name for name in single if flag_name(name) in trained_on]
-    return {"all": single, "trained": seen, "unseen": [name for name in single if name not in seen]}
+    found = {"all": single, "trained": seen, "unseen": [name for name in single if name not in seen]}
+    return {label: names for label, names in found.items() if names}
 
 
 def summaries(gains: dict[str, Resampled], of: dict[str, list[str]]) -> dict[str, Resampled]:
@@ -106,10 +95,10 @@ def collect(folder: Path) -> dict[str, Any]:
     values = {word.split("=")[0]: word.split("=")[1].split(",") for word in settings["methods"].split()}
     if BASELINE not in values:
         raise UsageError(f"{folder}: no {BASELINE} among the methods {' '.join(values)}; every method is compared with it")
-    seeds = settings["seeds"].split()
+    seeds, trained_on = settings["seeds"].split(), [settings["first"], settings["second"]]
     choices = {
-        method: {"chosen": choose(folder / "choice", method, of_method)}
-        | {"validation": {value: validation(folder / "choice" / f"{method}_{value}") for value in of_method}}
+        method: {"chosen": choose(folder, method, of_method)}
+        | {"validation": {value: validation(folder, f"{method}_{value}", trained_on) for value in of_method}}
         for method, of_method in values.items()
     }
     base = load_run("base", folder / "base", "test")
@@ -120,7 +109,7 @@ def collect(folder: Path) -> dict[str, Any]:
             pool_seeds(method, [load_run(method, place / "completions", "test") for place in of_method])
             for method, of_method in places.items()
         ]
-        figures = arm_figures(base, runs, [settings["first"], settings["second"]])
+        figures = arm_figures(base, runs, trained_on)
         arms[arm] = {
             "figures": {
                 method: {kind: {name: [f.value, f.low, f.high] for name, f in row.items()} for kind, row in kinds.items()}
@@ -141,20 +130,21 @@ def interval(figure: list[float]) -> str:
 
 
 def choice_table(results: dict[str, Any]) -> str:
-    """Validation accuracy of every strength, the chosen one in bold."""
+    """Validation gain of every strength, the chosen one in bold."""
     rows = []
     for method, choice in results["choices"].items():
         cells = [
-            f"**{value}: {accuracy:.3f}**" if value == choice["chosen"] else f"{value}: {accuracy:.3f}"
-            for value, (accuracy, _) in choice["validation"].items()
+            f"**{value}: {gain:+.2f}**" if value == choice["chosen"] else f"{value}: {gain:+.2f}"
+            for value, gain in choice["validation"].items()
         ]
         rows.append([method, ", ".join(cells)])
-    return markdown_table(["method", "strength: validation accuracy"], rows, left=2)
+    return markdown_table(["method", "strength: gain on the validation prompts [sd]"], rows, left=2)
 
 
 def arm_table(results: dict[str, Any], arm: str) -> str:
     """Gains of every method under one shift, and their differences from DPO's."""
-    names = ["worst of all", "mean of all", "worst of trained", "worst of unseen"]
+    of_baseline = results["arms"][arm]["figures"][BASELINE]["gain"]
+    names = [name for name in SHOWN if name in of_baseline]
     header = ["method", *names, *(f"{name} - {BASELINE}'s" for name in names[:2])]
     rows = []
     for method, kinds in results["arms"][arm]["figures"].items():

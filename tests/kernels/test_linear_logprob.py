@@ -135,3 +135,18 @@ def test_no_tokens_give_no_log_probs():
 def test_shapes_that_do_not_fit_are_refused(hidden, weight, targets, message):
     with pytest.raises(ValueError, match=message):
         linear_logprob(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.int64))
+
+
+def test_large_logits_keep_their_differences_in_bfloat16(block_elements):
+    """All logits are shifted by 40, where bfloat16's steps are a quarter; their differences reach 8, where they are 1/32."""
+    torch.manual_seed(0)
+    hidden_ND, weight_VD, targets_N = torch.randn(50, 16) / 2, torch.randn(257, 16), torch.randint(257, (50,))
+    hidden_ND[:, 0], weight_VD[:, 0] = 8, 5
+    hidden_ND, weight_VD = hidden_ND.bfloat16().requires_grad_(), weight_VD.bfloat16()
+    wide_ND = hidden_ND.detach().double().requires_grad_()
+    exact_N = plain(wide_ND, weight_VD.double(), targets_N)
+    rough_N = plain(hidden_ND, weight_VD, targets_N)
+    ours_N = linear_logprob(hidden_ND, weight_VD, targets_N)
+    assert (ours_N.double() - exact_N).abs().max() < 0.02 < (rough_N.double() - exact_N).abs().max()
+    ours, exact = (torch.autograd.grad(x_N.sum(), h_ND)[0] for x_N, h_ND in ((ours_N, hidden_ND), (exact_N, wide_ND)))
+    assert (ours.double() - exact).norm() / exact.norm() < 0.01

@@ -48,7 +48,9 @@ def test_gradients_of_given_rows_are_those_of_float32(layer):
     with rows_in_float32(torch.arange(3)):
         found = torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], grad)
     rows_x, rows_grad = x.detach().double().flatten(0, 1), grad.double().flatten(0, 1)
-    expected = [grad.double() @ layer.weight.double(), rows_grad.T @ rows_x, rows_grad.sum(dim=0)]
+    # Sums over rows are of what bfloat16 keeps of their terms.
+    products = rows_grad.bfloat16().double().T @ rows_x.bfloat16().double()
+    expected = [grad.double() @ layer.weight.double(), products, rows_grad.sum(dim=0)]
     for ours, theirs, tolerance in zip(found, expected, (1e-5, 1e-2, 1e-2), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
     assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
@@ -59,13 +61,13 @@ def test_frozen_weights_get_no_gradient(layer):
     with rows_in_float32(torch.arange(3), frozen=True):
         layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.float().sum(dim=0).expand(3, -1))
-    assert not layer.weight.grad.any() and not layer.bias.grad.any()
+    assert layer.weight.grad is None and layer.bias.grad is None
 
 
 def test_first_rows_are_those_of_every_sequence():
-    long, short = PrefixGroup(20, (3, 17)), PrefixGroup(14, (1, 9))
+    long, short = PrefixGroup(20, (3, 17)), PrefixGroup(2, (1, 9))
     rows = first_rows([long, short], torch.device("cpu")).tolist()
-    assert rows == [*range(16), *range(40, 54), 54, *range(55, 57)]
+    assert rows == [*range(4), *range(40, 42), 42, *range(43, 45)]
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ from drdpo.kernels.shared_prefix import PrefixGroup
 
 _BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 26}
 """Attention weights held at once, of which six copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
+_BLOCK_QUERIES = {True: 64, False: 1 << 10}
+"""Queries of a block at most: what a block's first query must not see of the block's own keys is computed for nothing."""
 
 
 def tangent_attention(
@@ -60,8 +62,8 @@ class _Block(NamedTuple):
         total_2NKE[:, self.own] += part_2TKE[:, prefix:]
 
 
-def _blocks(groups: Sequence[PrefixGroup], heads: int, elements: int) -> Iterator[_Block]:
-    start = 0
+def _blocks(groups: Sequence[PrefixGroup], query_2NHE: Tensor) -> Iterator[_Block]:
+    start, heads, small = 0, query_2NHE.shape[2], in_pieces(query_2NHE)
     for group in groups:
         shared, none = slice(start, start + group.prefix), slice(start, start)
         segments = [(none, shared)] if group.prefix else []
@@ -71,7 +73,7 @@ def _blocks(groups: Sequence[PrefixGroup], heads: int, elements: int) -> Iterato
             start += length
         for prefix, own in segments:
             seen = own.stop - own.start + prefix.stop - prefix.start
-            size = max(16, elements // (heads * seen))
+            size = min(max(16, _BLOCK_ELEMENTS[small] // (heads * seen)), _BLOCK_QUERIES[small])
             for first in range(own.start, own.stop, size):
                 last = min(first + size, own.stop)
                 yield _Block(slice(first, last), prefix, slice(own.start, last))
@@ -121,8 +123,8 @@ class _Attention(Function):
         ctx.save_for_backward(query_2NHE, key_2NKE, value_2NKE)
         ctx.groups, ctx.scale = groups, scale
         out_2NHE = torch.empty_like(query_2NHE)
-        heads, kv_heads = query_2NHE.shape[2], key_2NKE.shape[2]
-        for block in _blocks(groups, heads, _BLOCK_ELEMENTS[in_pieces(query_2NHE)]):
+        kv_heads = key_2NKE.shape[2]
+        for block in _blocks(groups, query_2NHE):
             query_2KQE = _by_key(query_2NHE[:, block.queries], kv_heads)
             rows = block.queries.stop - block.queries.start
             weights_KQT, slope_KQT = _weights(query_2KQE, block.keys(key_2NKE), rows, scale)
@@ -150,7 +152,7 @@ class _Attention(Function):
         kv_heads, scale, dtype = key_2NKE.shape[2], ctx.scale, query_2NHE.dtype
         grad_query_2NHE = torch.empty_like(query_2NHE)
         grad_key_2NKE, grad_value_2NKE = torch.zeros_like(wide(key_2NKE)), torch.zeros_like(wide(value_2NKE))
-        for block in _blocks(ctx.groups, query_2NHE.shape[2], _BLOCK_ELEMENTS[in_pieces(query_2NHE)]):
+        for block in _blocks(ctx.groups, query_2NHE):
             rows = block.queries.stop - block.queries.start
             query_2KQE, grad_2KQE = (_by_key(part[:, block.queries], kv_heads) for part in (query_2NHE, grad_2NHE))
             key_2KTE, value_2KTE = block.keys(key_2NKE), block.keys(value_2NKE)

@@ -5,6 +5,9 @@ sums inside, where blocks of tokens would add up [V, D] matrices; what adds up, 
 input's dtype, all else in float32 (float64 for float64 inputs). On CUDA, for all but float64, log-sum-exp and logit
 gradients come from drdpo.kernels.triton_logprob.
 
+Near a logit of 30 bfloat16 is 6% of a probability off. So no logit is rounded as it is: from each product a number near the
+token's largest logits is taken off inside, in the units' float32 sums, and only the small difference is rounded.
+
 Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
 """
 
@@ -52,32 +55,32 @@ def triton_kernels(hidden_ND: Tensor) -> Any:
 
 
 class _LogSumExp:
-    """Log-sum-exp of logits and the targets' logits, from blocks that come one after the other.
+    """Log-sum-exp of logits, from blocks that come one after the other.
 
     Args:
-        targets_N: [N] token ids.
-        like: of the dtype and device of the sums.
+        hidden_ND, weight_VD, targets_N: as in logprob_and_slope.
     """
 
-    def __init__(self, targets_N: Tensor, like: Tensor) -> None:
-        self.targets_N = targets_N
-        self.most_N = like.new_full(targets_N.shape, float("-inf"))
-        self.rest_N = like.new_zeros(targets_N.shape)
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+        self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
+        self.picked_N = (wide(hidden_ND) * wide(weight_VD[targets_N])).sum(dim=1)
+        """The targets' logits."""
+        self.most_N = torch.full_like(self.picked_N, float("-inf"))
+        self.rest_N = torch.zeros_like(self.picked_N)
         """Sum of exp(logit - most) over all but the target."""
-        self.picked_N = like.new_zeros(targets_N.shape)
 
-    def add(self, logits_NK: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Take a block in; `logits_NK` is overwritten.
+    def add(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """Take a block in.
 
         Returns:
             exp(logit - most) [N, K], zero at the target, and the factor [N] by which earlier sums are to be scaled.
         """
-        local_N1, inside_N1 = place(self.targets_N, start, logits_NK.shape[1])
-        picked_N = logits_NK.gather(1, local_N1)[:, 0]
-        self.picked_N = torch.where(inside_N1[:, 0], picked_N, self.picked_N)
-        higher_N = torch.maximum(self.most_N, logits_NK.amax(dim=1))
-        powers_NK = logits_NK.sub_(higher_N[:, None]).exp_()
-        kept_N1 = torch.where(inside_N1, torch.zeros_like(picked_N)[:, None], powers_NK.gather(1, local_N1))
+        near_N = torch.maximum(self.most_N, self.picked_N)
+        logits_NK, less_N = _logits_less(self.hidden_ND, self.weight_VD[columns], near_N)
+        local_N1, inside_N1 = place(self.targets_N, columns.start, logits_NK.shape[1])
+        higher_N = torch.maximum(self.most_N, logits_NK.amax(dim=1) + less_N)
+        powers_NK = logits_NK.sub_((higher_N - less_N)[:, None]).exp_()
+        kept_N1 = powers_NK.gather(1, local_N1).masked_fill_(inside_N1, 0)
         powers_NK.scatter_(1, local_N1, kept_N1)
         scale_N = (self.most_N - higher_N).exp_()
         self.rest_N = self.rest_N.mul_(scale_N).add_(powers_NK.sum(dim=1))
@@ -99,9 +102,9 @@ def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     """Log-probability of every target [N] and log-sum-exp of its logits [N], without a graph."""
     if (kernels := triton_kernels(hidden_ND)) is not None:
         return kernels.logprob_and_lse(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous())
-    sums = _LogSumExp(targets_N, wide(hidden_ND[:0]))
+    sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
     for columns in blocks(hidden_ND, weight_VD):
-        sums.add(wide(hidden_ND @ weight_VD[columns].T), columns.start)
+        sums.add(columns)
     log_total_N = sums.total().log_()
     # The logit less the largest first: both may be large, and float32 has 24 bits.
     return (sums.picked_N - sums.most_N) - log_total_N, sums.most_N + log_total_N
@@ -129,10 +132,10 @@ def logprob_and_slope(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -
     # Softmax and its product with the head in one pass, as in attention: earlier sums are scaled as the largest logit
     # grows. The target is left out of them, W_t - W^T p = (1 - p_t) W_t - sum over the others, as p_t near 1 would round
     # away what is left.
-    sums = _LogSumExp(targets_N, wide(hidden_ND[:0]))
+    sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
     others_ND = torch.zeros_like(wide(hidden_ND))
     for columns in blocks(hidden_ND, weight_VD):
-        powers_NK, scale_N = sums.add(wide(hidden_ND @ weight_VD[columns].T), columns.start)
+        powers_NK, scale_N = sums.add(columns)
         others_ND.mul_(scale_N[:, None]).add_(powers_NK.to(hidden_ND.dtype) @ weight_VD[columns])
     total_N = sums.total()
     slope_ND = wide(weight_VD[targets_N]).mul_(sums.rest_N[:, None]).sub_(others_ND).div_(total_N[:, None])
@@ -154,18 +157,21 @@ def logit_gradient(
 
 
 def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor:
-    """[N, K] softmax over the vocabulary, a block of it; logits rounded as those of the log-sum-exp were."""
-    return _logits(hidden_ND, weight_KD).sub_(lse_N[:, None]).exp_()
-
-
-def _logits(hidden_ND: Tensor, weight_KD: Tensor) -> Tensor:
-    """[N, K] in float32. The Triton kernels round no logit, so none is rounded where their log-sum-exp is used: near a
-    logit of 30 bfloat16 is 6% of a probability off."""
+    """[N, K] softmax over the vocabulary, a block of it."""
     if triton_kernels(hidden_ND) is None:
-        return wide(hidden_ND @ weight_KD.T)
+        logits_NK, less_N = _logits_less(hidden_ND, weight_KD, lse_N)
+        return logits_NK.sub_((lse_N - less_N)[:, None]).exp_()
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float32:
-        return torch.mm(hidden_ND, weight_KD.T, out_dtype=torch.float32)
-    return wide(hidden_ND) @ wide(weight_KD).T
+        logits_NK = torch.mm(hidden_ND, weight_KD.T, out_dtype=torch.float32)
+    else:
+        logits_NK = wide(hidden_ND) @ wide(weight_KD).T
+    return logits_NK.sub_(lse_N[:, None]).exp_()
+
+
+def _logits_less(hidden_ND: Tensor, weight_KD: Tensor, near_N: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] logits less a number of each token, in float32, and that number [N]: near_N, rounded to the input's dtype."""
+    less_N = near_N.to(hidden_ND.dtype)
+    return wide(torch.addmm(-less_N[:, None], hidden_ND, weight_KD.T)), wide(less_N)
 
 
 def scaled_onehot_less(probs_NK: Tensor, grad_N: Tensor, targets_N: Tensor, start: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drdpo.config import TrainConfig
-from drdpo.kernels.vocabulary import Known, logprob_and_slope
+from drdpo.kernels.vocabulary import logprob_and_slope
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, sum_by_sequence
 from drdpo.training.values import AnyBatch, PairValues, losses_of, values_of
@@ -32,8 +32,6 @@ class InputGradient(NamedTuple):
     """[B] l'(m) |q|, the loss's slope along the direction; its square is the penalty |grad_e l|^2."""
     embeds_norm_B: Tensor
     """[B] norm of the pair's embeddings."""
-    known: Known
-    """Of the answers' tokens: log-probabilities and their gradients for the hidden states."""
 
 
 def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> InputGradient:
@@ -60,7 +58,7 @@ def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config
     direction, norm_B = _directions(margin_grad.to(logprob_N.dtype), batch, config)
     embeds_norm_B = _squares(embeds.detach().to(logprob_N.dtype), batch).sqrt()
     slopes_B = _loss_slopes(values.margins_B, config) * norm_B
-    return InputGradient(values, direction, norm_B, slopes_B, embeds_norm_B, known)
+    return InputGradient(values, direction, norm_B, slopes_B, embeds_norm_B)
 
 
 def _loss_slopes(margins_B: Tensor, config: TrainConfig) -> Tensor:

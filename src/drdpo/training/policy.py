@@ -68,6 +68,11 @@ class Policy(nn.Module):
         """Looks at every gradient for the embeddings that this policy gives out."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
 
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """float32 where first tokens are: their keys, rounded, shift all weights alike; flash attention takes none."""
+        return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
+
     def forward(self, batch: Batch | PackedBatch, twice: bool = False, run: Callable[["Policy"], Any] | None = None) -> Any:
         """Log-probabilities of the answers of a batch.
 
@@ -108,9 +113,8 @@ class Policy(nn.Module):
         `frozen`: the gradient for the embeddings alone will be asked for.
         """
         if isinstance(batch, PackedBatch):
-            plan = PrefixPlan(
-                batch.groups, embeds.device, self.language_model.dtype, self.plain_attention, twice, self.flash_attention
-            )
+            kernel = (self.attention_dtype, self.plain_attention, twice, self.flash_attention)
+            plan = PrefixPlan(batch.groups, embeds.device, *kernel)
             options = {}
             if self.wide_first:
                 embeds, options["wide_rows"] = embeds.float(), WideRows(first_rows(batch.groups, embeds.device), frozen)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from drdpo.kernels.tangent_attention import tangent_attention
 from drdpo.kernels.tangent_layers import rms_norm, silu_gate
 from drdpo.kernels.tangent_logprob import tangent_logprob
+from drdpo.kernels.vocabulary import logprob_and_slope
 from drdpo.training.input_gradient import InputGradient
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy, decoder_of, sum_by_sequence
@@ -39,14 +40,17 @@ def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) ->
         found: what input_gradient says of it.
     """
     pair_2AD = answer_pairs(policy, batch, policy.embed(batch), found.direction)
-    logprob_A, moved_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, found.known)
+    # Of these states, not of the first pass's, which rounding sets apart: with their log-sum-exp these states' probabilities
+    # do not sum to one. On SmolLM2-135M in bfloat16 a pair's penalty gradient was 14% off with theirs, 7% with these.
+    known = policy.head(logprob_and_slope, pair_2AD[0].detach(), batch.targets_A)
+    logprob_A, moved_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, known)
     return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(moved_A, batch.sequence_A, batch)
 
 
 def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, direction_1ND: Tensor) -> Tensor:
     """[2, A, D] hidden states that predict the answers' tokens, after the final norm, and their tangents."""
     decoder = decoder_of(policy)
-    dtype, rows = policy.head.weight.dtype, None
+    dtype, rows = policy.attention_dtype, None
     if policy.wide_first:
         embeds_1ND = embeds_1ND.float()
         rows = first_rows(batch.groups, embeds_1ND.device)
@@ -58,7 +62,7 @@ def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, directi
             pair_2ND = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             pair_2ND = _layer(*arguments)
-    return _norm(decoder.norm, pair_2ND[:, batch.states_A]).to(dtype)
+    return _norm(decoder.norm, pair_2ND[:, batch.states_A]).to(policy.head.weight.dtype)
 
 
 def _layer(

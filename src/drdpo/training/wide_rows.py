@@ -2,8 +2,10 @@
 
 A model's activations at a sequence's first tokens grow a thousandfold, and all later tokens attend to them. What rounding
 does there is most of what separates the penalty's gradient in bfloat16 from float32's, and these rows are few: their
-products are taken in float32, and sums over layers in float32 for all rows. Products of the other rows stay in bfloat16, as
-do attention and adapters; NF4Linear, whose weights are widened in any case, multiplies all rows in float32.
+products are taken in float32, and for all rows sums over layers and attention (Policy.attention_dtype). Products of the
+other rows stay in bfloat16, as do adapters; NF4Linear, whose weights are widened in any case, multiplies all rows in
+float32. Over six pairs of 2 x 256 tokens on SmolLM2-135M the worst error is 8% so; with attention in bfloat16 it was 27% on
+one of them, without any row in float32 72%.
 
 Shape suffixes: N rows, I inputs, O outputs.
 """
@@ -19,7 +21,7 @@ from torch.autograd import Function
 
 from drdpo.kernels.shared_prefix import PrefixGroup
 
-POSITIONS = 16
+POSITIONS = 4
 """Tokens of a sequence that count as its first."""
 
 
@@ -32,27 +34,34 @@ class WideRows(NamedTuple):
     """No gradient of a parameter is wanted."""
 
 
-class _WideLinear(Function):
-    """x W^T + b with x and the result in float32; keeps W as it is stored, not its widened copy."""
+class _LinearOfRows(Function):
+    """x W^T + b in float32, of which the product of the given rows is taken in float32, and that of the others in the
+    weight's dtype; so for the gradient of x. Sums over rows are taken of what that dtype keeps of their terms."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, frozen: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_R: Tensor, frozen: bool) -> Tensor:
         ctx.frozen = frozen
-        ctx.save_for_backward(x, weight_OI)
+        narrow_NI = x.to(weight_OI.dtype).flatten(0, -2)
+        ctx.save_for_backward(narrow_NI, weight_OI, rows_R)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         # Not by nn.functional.linear, which the tangent pass replaces where there is a bias.
-        out = x @ weight_OI.to(x.dtype).T
-        return out if bias_O is None else out + bias_O.to(x.dtype)
+        rough_NO = narrow_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, narrow_NI, weight_OI.T)
+        out = rough_NO.to(x.dtype).view(*x.shape[:-1], -1)
+        fine = x.index_select(-2, rows_R) @ weight_OI.to(x.dtype).T
+        return out.index_copy_(-2, rows_R, fine if bias_O is None else fine + bias_O.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight_OI = ctx.saved_tensors
-        rows_NO = grad.flatten(0, -2)
-        grad_x = grad @ weight_OI.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        _, weight, bias, _ = (needed and not ctx.frozen for needed in ctx.needs_input_grad)
-        grad_weight_OI = (rows_NO.T @ x.flatten(0, -2)).to(weight_OI.dtype) if weight else None
-        grad_bias_O = rows_NO.sum(dim=0).to(ctx.bias_dtype) if bias else None
-        return grad_x, grad_weight_OI, grad_bias_O, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        narrow_NI, weight_OI, rows_R = ctx.saved_tensors
+        narrow_NO = grad.to(weight_OI.dtype).flatten(0, -2)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (narrow_NO @ weight_OI).to(grad.dtype).view(*grad.shape[:-1], -1)
+            grad_x.index_copy_(-2, rows_R, grad.index_select(-2, rows_R) @ weight_OI.to(grad.dtype))
+        weight, bias = (needed and not ctx.frozen for needed in ctx.needs_input_grad[1:3])
+        grad_weight_OI = narrow_NO.T @ narrow_NI if weight else None
+        grad_bias_O = grad.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype) if bias else None
+        return grad_x, grad_weight_OI, grad_bias_O, None, None
 
 
 def first_rows(groups: Sequence[PrefixGroup], device: torch.device) -> Tensor:
@@ -93,16 +102,15 @@ def rows_in_float32(rows_R: Tensor, frozen: bool = False) -> Iterator[None]:
 
     Args:
         rows_R: indices in [0, N).
-        frozen: weights are taken for constants: autograd would have the float32 product compute their gradients, and throw
-            them away, wherever they are trained at all.
+        frozen: weights are taken for constants: autograd would have their gradients computed, and thrown away, wherever
+            they are trained at all.
     """
     linear = nn.functional.linear
 
     def linear_of_rows(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if x.dtype == weight_OI.dtype:
             return linear(x, weight_OI, bias_O)
-        rough = linear(x.to(weight_OI.dtype), weight_OI, bias_O).to(x.dtype)
-        return rough.index_copy(-2, rows_R, _WideLinear.apply(x.index_select(-2, rows_R), weight_OI, bias_O, frozen))
+        return _LinearOfRows.apply(x, weight_OI, bias_O, rows_R, frozen)
 
     nn.functional.linear = linear_of_rows
     try:
