@@ -27,32 +27,26 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(root: Path, vllm_policy: Path, folder: Path, forks: Forks):
+def run(root: Path, vllm_policy: Path, folder: Path, forks: Forks, tmp_path_factory):
     """Run the README's command that has these words, from another folder, with the small policy for Llama's.
 
-    `quick` leaves out the launcher, which costs more than such a training, and runs what it would start.
+    A script that has started from nothing once is `quick` after that: in a fork, without DeepSpeed's launcher.
     """
     text = (root / "README.md").read_text(encoding="utf-8")
+    forked = forks.environment(tmp_path_factory.mktemp("an environment") / "of forks")
 
-    def command(*start: str, quick: str = "", **replace: str) -> subprocess.CompletedProcess[str]:
+    def command(*start: str, quick: bool = False, **replace: str) -> subprocess.CompletedProcess[str]:
         (words,) = [words for words in readme.commands(text) if set(start) <= set(words)]
         program, script, *flags = words
         flags = [word.replace("models/Llama1b", str(vllm_policy)) for word in flags]
         for old, new in replace.items():
             flags = [word.replace(old, new) for word in flags]
-        flags += SMALLER.get(script, [])
-        environment = {**os.environ, "DRDPO_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-        if quick:
-            done = forks.run([sys.executable, root / quick, *flags], environment | {"DS_ACCELERATOR": "cpu"}, folder)
-        else:
-            done = subprocess.run(
-                [program, str(root / script), *flags],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
+        prefix = str(forked) if quick else sys.prefix
+        environment = {**os.environ, "DRDPO_ENV": prefix, "PATH": f"{prefix}/bin:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [program, str(root / script), *flags, *SMALLER.get(script, [])],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done
 
@@ -70,8 +64,7 @@ def pairs(run, folder) -> Path:
 def checkpoints(run, folder, pairs) -> dict[str, Path]:
     outputs = folder / "outputs"
     for method in ("dpo", "kldpo", "wdpo", "drdpo"):
-        quick = "" if method == "wdpo" else "src/train_alignment.py"
-        run("train_alignment.sh", f"--save_path=outputs/llama1b_{method}", quick=quick)
+        run("train_alignment.sh", f"--save_path=outputs/llama1b_{method}", quick=method != "wdpo")
     return {method: outputs / f"llama1b_{method}" / "global_step_1" for method in ("dpo", "kldpo", "wdpo", "drdpo")}
 
 
@@ -107,11 +100,11 @@ def test_step_4_samples_from_the_checkpoint_and_compares(checkpoints, run, folde
     assert len((checkpoint / "test.jsonl").read_text().splitlines()) == 40, "4 prompts, 10 completions each"
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "llama", "the model's own file stays"
     assert (checkpoint / "scores.csv").is_file()
-    run("generate.sh", global_step_316="global_step_1", llama1b_wdpo="llama1b_dpo")
+    run("generate.sh", quick=True, global_step_316="global_step_1", llama1b_wdpo="llama1b_dpo")
     done = run("src/evaluate_armorm.py", global_step_316="global_step_1")
     assert "wdpo" in done.stdout
     assert {"scores.csv", "report.md", "spider.png", "spider.svg"} <= {
         f.name for f in (folder / "outputs/comparison").iterdir()
     }
-    again = run("generate.sh", global_step_316="global_step_1")
+    again = run("generate.sh", quick=True, global_step_316="global_step_1")
     assert "skipped" in again.stdout, "results beside the model do not make it another model"
