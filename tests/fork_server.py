@@ -32,7 +32,7 @@ MODULES = (
 
 def run(task: dict, streams: list[int]) -> None:
     """In the child, with its stdout and stderr: never returns."""
-    for number, stream in enumerate(streams, start=1):
+    for number, stream in enumerate([os.open(os.devnull, os.O_RDONLY), *streams]):
         os.dup2(stream, number)
     os.environ.clear()
     os.environ.update(task["environment"])
@@ -89,6 +89,7 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen()
+    served: list[int] = []
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
     # Without a buffer, of which the selector would not know.
@@ -99,13 +100,15 @@ def main() -> None:
         for key, _ in waiting.select():
             if key.fileobj is listener:
                 client, _ = listener.accept()
-                if os.fork() == 0:
+                child = os.fork()
+                if child == 0:
                     serve(client)
                 client.close()
+                served = [pid for pid in [*served, child] if os.waitpid(pid, os.WNOHANG)[0] == 0]
                 continue
             line = orders.readline()
             if not line:
-                return
+                os._exit(0)  # at once: there is nothing to put away
             obey(json.loads(line))
 
 

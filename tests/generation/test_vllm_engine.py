@@ -36,6 +36,8 @@ def requests(smollm: Path) -> list[Request]:
 def engine(settings: EngineSettings) -> Iterator[Pool]:
     pool = Pool(settings, [{"DS_ACCELERATOR": "cpu"}])
     yield pool
+    # vLLM's process may take longer to end than close waits.
+    pool._processes[0].kill()
     pool.close()
 
 
