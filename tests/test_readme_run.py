@@ -55,7 +55,8 @@ def run(root: Path, vllm_policy: Path, folder: Path, forks: Forks, tmp_path_fact
 
 @pytest.fixture(scope="module")
 def pairs(run, folder) -> Path:
-    run("generate_completions.sh", "--best_of_n=2")
+    done = run("generate_completions.sh", "--best_of_n=2")
+    assert "into vllm ..." in done.stdout, done.stderr
     run("src/generate_preferences.py", "--ArmoRM=1.0")
     return folder / "datasets" / "helpsteer2_preferences"
 
