@@ -147,6 +147,8 @@ try_strength() {
     [[ ! -f "$1/validation/test.jsonl" ]] || return 0
     train "$1" "$output_path/data/objectives" "$2" "$3" "${seeds%% *}"
     answer "$1" validation "$output_path/data/completions/prompts"
+    # Only the arm `objectives` makes a choice into a run.
+    [[ "$keep_models" == true || " $arms " == *" objectives "* ]] || rm -rf "$1"/global_step_*
 }
 
 # answer FOLDER NAME PROMPTS: sample and score with the folder's checkpoint, into FOLDER/NAME.

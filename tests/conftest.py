@@ -1,14 +1,28 @@
 """Fixtures that several rooms share: small models in real Hugging Face folders, with the embedded model's tokenizer."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as src/env.sh; must be there before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests/run.sh starts a worker a core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+DEAREST = (
+    "test_resume.py", "test_readme_run.py", "test_engine.py", "test_two_hosts.py", "test_wide_rows.py",
+    "test_embedded_policy.py", "test_preflight.py", "test_equality.py", "test_preemption.py",
+    "test_train_alignment.py", "test_disks.py",
+    "test_sample_completions.py", "test_preference_shift.py", "test_lora.py", "test_experiments.py", "test_openllm_run.py",
+    "test_vllm_engine.py", "test_wdpo_solvers.py", "test_fitting.py", "test_retention.py", "test_engine_processes.py",
+    "test_own_method.py",
+)  # fmt: skip
+"""Files that take longest, the dearest first: begun last, one would keep a worker busy while the other has none."""
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +55,49 @@ def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def vllm_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny policy with heads as wide as vLLM's attention on a CPU wants them, with random weights of its own."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    settings = AutoConfig.from_pretrained(tiny_policy)
+    settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim = 64, 2, 1, 32
+    path = tmp_path_factory.mktemp("models") / "vllm policy"
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def forks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Scripts of the pipeline without the wait for their libraries."""
+    forks = Forks(root, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def clone(root: Path, forks: Forks, tmp_path: Path) -> Path:
+    """Our tree, but with the environment of `forks`, and a setup.sh that says what it was asked."""
+    tree = tmp_path / "my clone"
+    tree.mkdir()
+    for entry in root.iterdir():
+        if entry.name not in (".environment", ".git", "outputs", "setup.sh"):
+            (tree / entry.name).symlink_to(entry)
+    (tree / ".environment").write_text(str(forks.environment(tmp_path / "an environment")))
+    (tree / "setup.sh").write_text('echo "setup.sh $*"\n')
+    return tree
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where workers share the tests, the dearest files come first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: number for number, name in enumerate(DEAREST)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -30,4 +30,5 @@ part "ruff check" ruff check "${python_folders[@]}"
 part "ruff format" ruff format --check "${python_folders[@]}"
 part shellcheck shellcheck --external-sources "${bash_files[@]}"
 part mypy mypy
-part pytest python -m pytest "$@"
+# Two workers, a file at a time, in the order of tests/conftest.py; -n 0 after it is one process.
+part pytest python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,6 +1,7 @@
 """experiments/preference_shift.sh: its data, choice and figures by hand; and, marked slow, a small run of the chain."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,9 @@ import shift_report
 SCRIPT = "preference_shift.sh"
 
 
-def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "experiments" / SCRIPT), *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def start(folder: Path, *words: str, root: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(root / "experiments" / SCRIPT), *words]
+    return subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True)
 
 
 def said(text: str, role: str = "assistant") -> list[dict[str, str]]:
@@ -173,14 +174,15 @@ def test_the_page_shows_the_stored_figures() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_run_of_the_whole_chain(tiny_policy: Path, tmp_path: Path) -> None:
+def test_a_small_run_of_the_whole_chain(clone: Path, tiny_policy: Path, tmp_path: Path) -> None:
     """--tiny with fewer methods on a random policy, two parts at a time; then once more: nothing is repeated."""
+    (tmp_path / "vllm.py").write_text("raise ImportError('not in this test')\n")
     output = tmp_path / "my out"
     words = [
         "--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--methods=DPO=0.1 WDPO=0.001,0.003",
         "--arms=noise populations", "--prompts=12", "--max_new_tokens=8", "--jobs=2",
     ]  # fmt: skip
-    done = start(tmp_path, *words)
+    done = start(tmp_path, *words, root=clone, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((output / "results.json").read_text())
     assert results["choices"]["WDPO"]["chosen"] in ("0.001", "0.003")
@@ -196,6 +198,6 @@ def test_a_small_run_of_the_whole_chain(tiny_policy: Path, tmp_path: Path) -> No
     assert not list(output.rglob("global_step_*")), "--keep_models=false"
     answers = output / "noise" / "WDPO_seed_1" / "completions" / "test.jsonl"
     made = answers.stat().st_mtime_ns
-    again = start(tmp_path, *words)
+    again = start(tmp_path, *words, root=clone, PYTHONPATH=str(tmp_path))
     assert again.returncode == 0, again.stderr[-3000:]
     assert answers.stat().st_mtime_ns == made

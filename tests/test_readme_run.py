@@ -1,4 +1,4 @@
-"""The README's own commands of steps 1 to 4, run for real on the embedded models, smaller by added flags only."""
+"""The README's own commands of steps 1 to 4, run for real with a small random policy, smaller by added flags only."""
 
 import json
 import math
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import readme
+from forks import Forks
 
 pytestmark = pytest.mark.slow
 
 SMALLER = {
     "generate_completions.sh": ["--max_prompts=4", "--max_new_tokens=8"],
-    "generate.sh": ["--max_prompts=4", "--max_new_tokens=8"],
+    # Step 1 has started vLLM, which is what auto means, in the way that README's commands do.
+    "generate.sh": ["--max_prompts=4", "--max_new_tokens=8", "--engine=transformers"],
     "train_alignment.sh": ["--train_batch_size=2", "--micro_batch_size=1", "--max_steps=1", "--max_len=128"],
 }
 
@@ -25,17 +27,22 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(root: Path, smollm: Path, folder: Path):
-    """Run the README's command that starts with these words, from another folder, with the embedded model for Llama's."""
-    text = (root / "README.md").read_text(encoding="utf-8")
+def run(root: Path, vllm_policy: Path, folder: Path, forks: Forks, tmp_path_factory):
+    """Run the README's command that has these words, from another folder, with the small policy for Llama's.
 
-    def command(*start: str, **replace: str) -> subprocess.CompletedProcess[str]:
+    A script that has started from nothing once is `quick` after that: in a fork, without DeepSpeed's launcher.
+    """
+    text = (root / "README.md").read_text(encoding="utf-8")
+    forked = forks.environment(tmp_path_factory.mktemp("an environment") / "of forks")
+
+    def command(*start: str, quick: bool = False, **replace: str) -> subprocess.CompletedProcess[str]:
         (words,) = [words for words in readme.commands(text) if set(start) <= set(words)]
         program, script, *flags = words
-        flags = [word.replace("models/Llama1b", str(smollm)) for word in flags]
+        flags = [word.replace("models/Llama1b", str(vllm_policy)) for word in flags]
         for old, new in replace.items():
             flags = [word.replace(old, new) for word in flags]
-        environment = {**os.environ, "DRDPO_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+        prefix = str(forked) if quick else sys.prefix
+        environment = {**os.environ, "DRDPO_ENV": prefix, "PATH": f"{prefix}/bin:{os.environ['PATH']}"}
         done = subprocess.run(
             [program, str(root / script), *flags, *SMALLER.get(script, [])],
             cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
@@ -48,7 +55,8 @@ def run(root: Path, smollm: Path, folder: Path):
 
 @pytest.fixture(scope="module")
 def pairs(run, folder) -> Path:
-    run("generate_completions.sh", "--best_of_n=2")
+    done = run("generate_completions.sh", "--best_of_n=2")
+    assert "into vllm ..." in done.stdout, done.stderr
     run("src/generate_preferences.py", "--ArmoRM=1.0")
     return folder / "datasets" / "helpsteer2_preferences"
 
@@ -57,7 +65,7 @@ def pairs(run, folder) -> Path:
 def checkpoints(run, folder, pairs) -> dict[str, Path]:
     outputs = folder / "outputs"
     for method in ("dpo", "kldpo", "wdpo", "drdpo"):
-        run("train_alignment.sh", f"--save_path=outputs/llama1b_{method}")
+        run("train_alignment.sh", f"--save_path=outputs/llama1b_{method}", quick=method != "wdpo")
     return {method: outputs / f"llama1b_{method}" / "global_step_1" for method in ("dpo", "kldpo", "wdpo", "drdpo")}
 
 
@@ -93,11 +101,11 @@ def test_step_4_samples_from_the_checkpoint_and_compares(checkpoints, run, folde
     assert len((checkpoint / "test.jsonl").read_text().splitlines()) == 40, "4 prompts, 10 completions each"
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "llama", "the model's own file stays"
     assert (checkpoint / "scores.csv").is_file()
-    run("generate.sh", global_step_316="global_step_1", llama1b_wdpo="llama1b_dpo")
+    run("generate.sh", quick=True, global_step_316="global_step_1", llama1b_wdpo="llama1b_dpo")
     done = run("src/evaluate_armorm.py", global_step_316="global_step_1")
     assert "wdpo" in done.stdout
     assert {"scores.csv", "report.md", "spider.png", "spider.svg"} <= {
         f.name for f in (folder / "outputs/comparison").iterdir()
     }
-    again = run("generate.sh", global_step_316="global_step_1")
+    again = run("generate.sh", quick=True, global_step_316="global_step_1")
     assert "skipped" in again.stdout, "results beside the model do not make it another model"

@@ -3,11 +3,11 @@
 import ast
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 from drdpo.assets.hub import wanted
 
@@ -90,7 +90,7 @@ def files_under(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "/escaped-from-drdpo", "a/../../b", "..", "x\u202ey"])
-def test_names_in_data_make_no_paths_and_tokens_stay_out(tmp_path: Path, name: str) -> None:
+def test_names_in_data_make_no_paths_and_tokens_stay_out(forks: Forks, tmp_path: Path, name: str) -> None:
     """Objective names that look like paths, through pairing, evaluation with its pictures, and inspection."""
     work = tmp_path / "in" / "work"
     work.mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_names_in_data_make_no_paths_and_tokens_stay_out(tmp_path: Path, name: s
     before, said = files_under(tmp_path), ""
     for script, *words in commands:
         call = [sys.executable, str(ROOT / "src" / f"{script}.py"), *words]
-        done = subprocess.run(call, capture_output=True, text=True, env=os.environ | SECRETS, cwd=work)
+        done = forks.run(call, env=os.environ | SECRETS, cwd=work)
         said += done.stdout + done.stderr
         assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, done.stderr
     new = files_under(tmp_path) - before

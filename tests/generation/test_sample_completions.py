@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 from drdpo import chat
 from drdpo.config import CompletionsConfig
@@ -264,7 +264,7 @@ def command(root: Path, config: CompletionsConfig) -> list[str]:
 
 @pytest.mark.parametrize("case", ["no model", "pickle", "cut line", "no field", "empty"])
 def test_bad_input_is_one_line_and_status_1(
-    root: Path, flags: Flags, prompts: Path, tmp_path: Path, tiny_policy: Path, case: str
+    root: Path, forks: Forks, flags: Flags, prompts: Path, tmp_path: Path, tiny_policy: Path, case: str
 ) -> None:
     config, expected = flags(), f"{prompts / 'test.jsonl'}, row 11"
     if case == "no model":
@@ -279,7 +279,7 @@ def test_bad_input_is_one_line_and_status_1(
     else:
         with (prompts / "test.jsonl").open("a") as stream:
             stream.write('{"prompt_id": 77, "prompt": [{"ro' if case == "cut line" else '{"prompt_id": 77}\n')
-    ended = subprocess.run(command(root, config), capture_output=True, text=True, check=False)
+    ended = forks.run(command(root, config))
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.strip()]
     assert line.startswith("error: ")
@@ -288,12 +288,14 @@ def test_bad_input_is_one_line_and_status_1(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_file(root: Path, flags: Flags, prompts: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_file(
+    root: Path, forks: Forks, flags: Flags, prompts: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(96)]
     (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = flags(best_of_n=4, max_new_tokens=8)
     part = sampled(config) / ".test.part.jsonl"
-    run = subprocess.Popen(command(root, config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = forks.start(command(root, config))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (part.is_file() and part.read_bytes().count(b"\n") >= 2):
         assert run.poll() is None, "it ended before it could be killed"
@@ -301,8 +303,9 @@ def test_a_killed_run_goes_on_to_the_same_file(root: Path, flags: Flags, prompts
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (sampled(config) / "test.jsonl").exists()
-    ended = subprocess.run(command(root, config), capture_output=True, text=True, check=True)
+    ended = forks.run(command(root, config))
+    assert ended.returncode == 0, ended.stderr
     assert "completions are there from a run that was broken off" in ended.stdout
     whole = flags(best_of_n=4, max_new_tokens=8, save_path=str(tmp_path / "whole"))
-    subprocess.run(command(root, whole), capture_output=True, check=True)
+    assert forks.run(command(root, whole)).returncode == 0
     assert (sampled(config) / "test.jsonl").read_bytes() == (sampled(whole) / "test.jsonl").read_bytes()

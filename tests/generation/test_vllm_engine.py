@@ -1,14 +1,14 @@
 """vLLM on the embedded model, in a process of its own as with several GPUs, in float32."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from drdpo import chat
+from drdpo.config import CompletionsConfig
+from drdpo.generation import sampling as step
 from drdpo.generation.engines.base import EngineSettings, Request, Sample, Sampling, stream_seed
 from drdpo.generation.engines.pool import Pool
 from drdpo.generation.engines.transformers_engine import TransformersEngine
@@ -36,6 +36,8 @@ def requests(smollm: Path) -> list[Request]:
 def engine(settings: EngineSettings) -> Iterator[Pool]:
     pool = Pool(settings, [{"DS_ACCELERATOR": "cpu"}])
     yield pool
+    # vLLM's process may take longer to end than close waits.
+    pool._processes[0].kill()
     pool.close()
 
 
@@ -84,18 +86,35 @@ def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requ
     assert all(len(samples) == 2 for samples in run(engine, long, Sampling(2, 1.0, 1.0, 2, (2,))))
 
 
-def test_the_step_with_vllm(root: Path, smollm: Path, tmp_path: Path) -> None:
+class Kept:
+    """The engine of the other tests, which does not end with the step that it is lent to."""
+
+    def __init__(self, engine: Pool) -> None:
+        self.run = engine.run
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the step starts vLLM itself, in its own process, is for tests/test_readme_run.py."""
+
+    def opened(asked: EngineSettings, plan: list[dict[str, str]]) -> Kept:
+        assert (asked, len(plan)) == (settings, 1)
+        return Kept(engine)
+
+    monkeypatch.setattr(step, "choose_engine", lambda name: name)
+    monkeypatch.setattr(step, "open_engines", opened)
     prompts = tmp_path / "my prompts" / "test.jsonl"
     prompts.parent.mkdir()
     rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(QUESTIONS)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        sys.executable, str(root / "src" / "generate_completions.py"), f"--save_path={tmp_path / 'out put'}",
-        f"--model_path={smollm}", f"--dataset={prompts.parent}", "--only_test=true", "--engine=vllm", "--max_new_tokens=12",
-        "--prompt_max_len=100",
-    ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    step.sample_completions(
+        CompletionsConfig(
+            save_path=str(tmp_path / "out put"), model_path=settings.model_path, dataset=str(prompts.parent), only_test=True,
+            engine="vllm", dtype="float32", max_new_tokens=12, prompt_max_len=116,
+        )
+    )  # fmt: skip
     completions = [json.loads(line) for line in (tmp_path / "out put" / "sampled" / "test.jsonl").read_text().splitlines()]
     assert [(row["prompt_id"], row["sample_id"]) for row in completions] == [(n, k) for n in range(6) for k in range(2)]
     assert all((row["finish_reason"] == "stop") == (row["token_ids"][-1] == 2) for row in completions)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Fork, Forks
 
 from drdpo.config import CompletionsConfig
 from drdpo.errors import UsageError
@@ -126,28 +126,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(root: Path, folder: Path, reward_model: Path, ranks: int) -> list[subprocess.Popen[str]]:
+def run(forks: Forks, root: Path, folder: Path, reward_model: Path, ranks: int) -> list[Fork]:
     flags = [f"--save_path={folder}", "--model_path=x", f"--reward_model={reward_model}", "--dtype=float32"]
     flags += ["--score_max_len=90", "--score_batch_tokens=90"]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     return [
-        subprocess.Popen(
-            [sys.executable, str(root / "src" / "score_completions.py"), *flags],
+        forks.start(
+            [sys.executable, root / "src" / "score_completions.py", *flags],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_after", [1, 2])
 def test_sigkill_in_the_middle_then_the_same_command(
-    ranks_after: int, config: Callable[..., CompletionsConfig], tmp_path: Path, root: Path, embedded_like: Path
+    ranks_after: int,
+    config: Callable[..., CompletionsConfig],
+    tmp_path: Path,
+    root: Path,
+    forks: Forks,
+    embedded_like: Path,
 ) -> None:
     config("whole"), config("killed")
-    (whole,) = run(root, tmp_path / "whole", embedded_like, 1)
-    (killed,) = run(root, tmp_path / "killed", embedded_like, 1)
+    (whole,) = run(forks, root, tmp_path / "whole", embedded_like, 1)
+    (killed,) = run(forks, root, tmp_path / "killed", embedded_like, 1)
     part = tmp_path / "killed" / ".score_parts" / "train" / "0.jsonl"
     deadline = time.monotonic() + 240
     while not (part.is_file() and part.stat().st_size > 0):
@@ -156,9 +160,8 @@ def test_sigkill_in_the_middle_then_the_same_command(
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert whole.wait(240) == 0, whole.communicate()
-    whole.communicate()
     assert not (tmp_path / "killed" / "test.jsonl").exists(), "it was killed in the middle"
-    again = run(root, tmp_path / "killed", embedded_like, ranks_after)
+    again = run(forks, root, tmp_path / "killed", embedded_like, ranks_after)
     outputs = [process.communicate(timeout=240) for process in again]
     assert [process.returncode for process in again] == [0] * ranks_after, outputs
     assert "scored already, by a run that was broken off" in outputs[0][0]

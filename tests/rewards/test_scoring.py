@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
@@ -98,29 +98,18 @@ def test_scores_do_not_depend_on_the_batches(config: Callable[..., CompletionsCo
 
 
 def test_two_processes_score_as_one_does(
-    config: Callable[..., CompletionsConfig], save_path: Path, root: Path, embedded_like: Path
+    config: Callable[..., CompletionsConfig], save_path: Path, root: Path, forks: Forks, embedded_like: Path
 ) -> None:
     score_completions(config())
     alone = scores_of(save_path / "train.jsonl")
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
     flags = ["--model_path=x", f"--save_path={save_path}", f"--reward_model={embedded_like}", "--dtype=float32"]
     command = [sys.executable, str(root / "src" / "score_completions.py"), *flags, "--score_max_len=40", "--overwrite=true"]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    ranks = forks.ranks(command, 2)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     for one, other in zip(scores_of(save_path / "train.jsonl"), alone, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-    assert "train: 5 completions" in outputs[0][0]
-    assert outputs[1][0] == ""
+    assert "train: 5 completions" in ranks[0].stdout
+    assert ranks[1].stdout == ""
     assert not (save_path / ".score_parts").exists()
 
 

@@ -1,4 +1,4 @@
-"""Started by DeepSpeed's launcher from test_lora.py on two ranks: LoRA, resuming, saving and NaN under the real engine.
+"""Started on two ranks, with the launcher's variables, by test_lora.py: LoRA, resuming, saving, NaN under the real engine.
 
 usage: engine_worker.py CASES.json PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
 """

@@ -1,4 +1,4 @@
-"""Started by DeepSpeed's launcher, or alone, from test_equality.py and test_engine.py: real optimizer steps per case,
+"""Started, with the launcher's variables, from test_equality.py and test_engine.py: real optimizer steps per case,
 weights and figures to files.
 
 usage: equality_worker.py CASES.json RANKED_PAIRS.json MODEL_FOLDER OUTPUT_FOLDER

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import Forks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,30 +43,20 @@ GOOD = [row(70 + number, f"blue {number}", f"the sky is green, {number} times") 
 
 
 @pytest.fixture(scope="module")
-def command(root, tmp_path_factory) -> Iterator[Command]:
+def command(root, forks: Forks) -> Command:
     """src/train_alignment.py on one process, in a fork that has the libraries already."""
-    folder = tmp_path_factory.mktemp("commands")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         environment.pop(name, None)
-    server = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fork_server.py")], text=True, env=environment,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    while (line := server.stdout.readline()) and line != "ready\n":
-        pass
 
     def run(model: Path, data: Path, save: Path, *flags: str) -> SimpleNamespace:
-        out, err = folder / "out", folder / "err"
         common = ["--dtype=float32", "--train_batch_size=2", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.5",
                   "--max_steps=2", "--save_steps=1", "--warmup_ratio=0"]  # fmt: skip
         arguments = [f"--model_path={model}", f"--dataset_path={data}", f"--save_path={save}", *common, *flags]
-        script = str(root / "src/train_alignment.py")
-        server.stdin.write(json.dumps({"script": script, "arguments": arguments, "out": str(out), "err": str(err)}) + "\n")
-        server.stdin.flush()
-        return SimpleNamespace(status=int(server.stdout.readline()), out=out.read_text(), err=err.read_text())
+        done = forks.run([sys.executable, root / "src/train_alignment.py", *arguments], environment)
+        return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
-    yield run
-    server.stdin.close()
-    server.wait(timeout=30)
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,23 +96,17 @@ def untied(tiny_policy, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def work(pairs, tiny_policy, root, tmp_path_factory) -> Callable[[dict, int], Path]:
-    """Run cases in one start of DeepSpeed; the folder of their results."""
+def work(pairs, tiny_policy, forks, tmp_path_factory) -> Callable[[dict, int], Path]:
+    """Run cases in one start of so many ranks; the folder of their results."""
 
     def run(cases: dict, ranks: int) -> Path:
         folder = tmp_path_factory.mktemp("engine")
         (folder / "cases.json").write_text(json.dumps(cases))
         (folder / "pairs.json").write_text(json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]))
-        environment = {**os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                       "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-        launcher = [sys.executable]
-        if ranks > 1:
-            port = str(20000 + (os.getpid() + 7919) % 20000)
-            launcher = ["deepspeed", "--num_gpus", str(ranks), "--no_local_rank", "--master_port", port]
-        command = [*launcher, str(Path(__file__).parent / "equality_worker.py"), str(folder / "cases.json"),
-                   str(folder / "pairs.json"), str(tiny_policy), str(folder)]  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        worker = Path(__file__).parent / "equality_worker.py"
+        command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
+        for done in forks.ranks(command, ranks, timeout=600):
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return folder
 
     return run

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -67,18 +66,14 @@ def pairs() -> list[list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, root: Path) -> Path:
+def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, forks: Forks) -> Path:
     folder = tmp_path_factory.mktemp("deep speed")
     (folder / "cases.json").write_text(json.dumps(CASES))
     (folder / "pairs.json").write_text(json.dumps(pairs))
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     worker = Path(__file__).parent / "equality_worker.py"
-    command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(20000 + os.getpid() % 20000),
-               str(worker), str(folder / "cases.json"), str(folder / "pairs.json"), str(tiny_policy),
-               str(folder)]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
+    for done in forks.ranks(command, 2, timeout=600):
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
 

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import Forks
 from safetensors.torch import load_file
 from test_equality import BATCH, BETA, CLIP, answer_logprobs
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -89,18 +88,15 @@ def biased(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine_folder(pairs, tiny_policy: Path, biased: Path, tmp_path_factory, root: Path) -> Path:
+def engine_folder(pairs, tiny_policy: Path, biased: Path, tmp_path_factory, forks: Forks) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     cases = {name: {**case, "model": str(biased if "model" in case else tiny_policy)} for name, case in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "pairs.json").write_text(json.dumps(pairs))
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-    command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(22000 + os.getpid() % 20000),
-               str(Path(__file__).parent / "engine_worker.py"), str(folder / "cases.json"), str(folder / "pairs.json"),
-               str(tiny_policy), str(folder)]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    worker = Path(__file__).parent / "engine_worker.py"
+    command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
+    for done in forks.ranks(command, 2, timeout=600):
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 
 

@@ -118,7 +118,7 @@ def test_refusals(flags, words):
 
 
 @pytest.mark.slow
-def test_it_trains_by_its_wrapper(tiny_policy, tmp_path):
+def test_it_trains_by_its_wrapper(tiny_policy, forks, tmp_path):
     numbers, words = random.Random(0), "the cat sat on a mat while it rained over hills".split()
 
     def said(role: str) -> list[dict[str, str]]:
@@ -127,7 +127,7 @@ def test_it_trains_by_its_wrapper(tiny_policy, tmp_path):
     for split, rows in (("train", 8), ("test", 2)):
         pairs = [Preference(row, said("user"), said("assistant"), said("assistant"), 1.0, 0.0) for row in range(rows)]
         write_records(tmp_path / "data" / f"{split}.jsonl", pairs)
-    environment = {**os.environ, "DRDPO_PROCESSES": "1", "OMP_NUM_THREADS": "1", "DRDPO_ENV": sys.prefix}
+    environment = {**os.environ, "DRDPO_PROCESSES": "1", "DRDPO_ENV": str(forks.environment(tmp_path / "an environment"))}
     command = ["bash", str(ROOT / "experiments" / "own_method.sh"), f"--model_path={tiny_policy}",
                f"--dataset_path={tmp_path / 'data'}", f"--save_path={tmp_path / 'a run'}", "--cvar_share=0.25",
                "--train_batch_size=4", "--micro_batch_size=2", "--max_epochs=2", "--dtype=float32", "--beta=0.1",

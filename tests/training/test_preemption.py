@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machines import Machine, check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
+from machines import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
 
 from drdpo.training.newest import states
 from drdpo.training.preemption import STATUS, stop_on_signal
@@ -194,13 +194,6 @@ def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
     assert following["--master_addr"] == ["first", "first"] and following["--master_port"] == ["12007", "12007"]
     assert words.count("--no_ssh") == 2
     assert {"--ntasks-per-node=1", "cpus=7"} <= set(notes[".srun"].splitlines())
-
-
-@pytest.fixture(scope="module")
-def machine(root):
-    machine = Machine(root)
-    yield machine
-    machine.close()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from machines import Machine, check_equal, fault, flags_of, run_ranks, said, write_pairs
+from machines import check_equal, fault, flags_of, run_ranks, said, write_pairs
 
 from drdpo.training.newest import states
 
@@ -21,13 +21,6 @@ CASES = {
     "wdpo zero3": ({"wdpo_rho": 0.01, "zero_stage": 3}, [fault(STEP, 2, rank=1)]),
     "dpo lora bfloat16": ({"lora_rank": 4, "dtype": "bfloat16"}, [fault(PLACE, 2), fault(STEP, 1)]),
 }
-
-
-@pytest.fixture(scope="module")
-def machine(root):
-    machine = Machine(root)
-    yield machine
-    machine.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What the trainer refuses, through its command line: one line, the right exit status, nothing written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.run import open_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +27,10 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def train(root: Path, model: Path, data: Path, save: Path, *flags: str, world: int = 1):
-    command = [sys.executable, str(root / "src/train_alignment.py"), f"--model_path={model}", f"--dataset_path={data}",
+def train(forks: Forks, model: Path, data: Path, save: Path, *flags: str, world: int = 1):
+    command = [sys.executable, ROOT / "src/train_alignment.py", f"--model_path={model}", f"--dataset_path={data}",
                f"--save_path={save}", "--train_batch_size=4", "--check_only=true", *flags]  # fmt: skip
-    import os
-
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world)}
-    )
+    return forks.run(command, {**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world)})
 
 
 def refuse(done, status: int, *words: str) -> None:
@@ -76,8 +76,8 @@ def refuse(done, status: int, *words: str) -> None:
         (["--comm_timeout=0"], ["--comm_timeout=0"]),
     ],
 )  # fmt: skip
-def test_a_wrong_command_ends_with_status_2(flags, words, root, tiny_policy, data, tmp_path):
-    refuse(train(root, tiny_policy, data, tmp_path / "out", *flags), 2, *words)
+def test_a_wrong_command_ends_with_status_2(flags, words, forks, tiny_policy, data, tmp_path):
+    refuse(train(forks, tiny_policy, data, tmp_path / "out", *flags), 2, *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -89,8 +89,8 @@ def test_a_checkpoint_to_keep_must_be_one_that_is_saved(tiny_policy, data, tmp_p
         open_run(replace(config, keep_steps=[12]))
 
 
-def test_processes_count_in_the_batch(root, tiny_policy, data, tmp_path):
-    refuse(train(root, tiny_policy, data, tmp_path / "out", "--micro_batch_size=1", world=3), 2, "3 processes")
+def test_processes_count_in_the_batch(forks, tiny_policy, data, tmp_path):
+    refuse(train(forks, tiny_policy, data, tmp_path / "out", "--micro_batch_size=1", world=3), 2, "3 processes")
 
 
 def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | None = None) -> Path:
@@ -103,13 +103,14 @@ def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | No
     return model
 
 
-def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(root, tiny_policy, data, tmp_path):
-    refuse(train(root, tiny_policy, data, tmp_path / "out", "--train_batch_size=8"), 1, "4 usable train pairs, fewer than 8")
-    (tmp_path / "out").write_text("")
-    refuse(train(root, tiny_policy, data, tmp_path / "out"), 1, "is a file, not a folder")
+def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(forks, tiny_policy, data, tmp_path):
+    out = tmp_path / "out"
+    refuse(train(forks, tiny_policy, data, out, "--train_batch_size=8"), 1, "4 usable train pairs, fewer than 8")
+    out.write_text("")
+    refuse(train(forks, tiny_policy, data, out), 1, "is a file, not a folder")
 
 
-def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(root, tiny_policy, data, tmp_path):
+def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(forks, tiny_policy, data, tmp_path):
     from drdpo.config import TrainConfig
     from drdpo.manifest import write_manifest
     from drdpo.training.newest import write_index
@@ -118,35 +119,35 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(root
     out = tmp_path / "out"
     config = TrainConfig(str(tiny_policy), str(data), str(out), train_batch_size=4)
     write_manifest(out, "train", {**_made_by(config), "pairs": "x"})
-    assert train(root, tiny_policy, data, out).returncode == 0
-    refuse(train(root, tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
-    assert train(root, tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
+    assert train(forks, tiny_policy, data, out).returncode == 0
+    refuse(train(forks, tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
+    assert train(forks, tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
     (out / "resume" / "step_1").mkdir(parents=True)
     write_index(out / "resume" / "step_1", 1, 2, {})
-    refuse(train(root, tiny_policy, data, out), 2, "2 processes", "by 1")
+    refuse(train(forks, tiny_policy, data, out), 2, "2 processes", "by 1")
     (out / "resume" / "step_1" / "state.json").unlink()
-    assert train(root, tiny_policy, data, out).returncode == 0, "a state that is not whole hinders no run"
+    assert train(forks, tiny_policy, data, out).returncode == 0, "a state that is not whole hinders no run"
 
 
-def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(root, tiny_policy, data, tmp_path):
+def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(forks, tiny_policy, data, tmp_path):
     from drdpo.lock import lock_folder
 
     out = tmp_path / "out"
     with lock_folder(out):
-        refuse(train(root, tiny_policy, data, out), 2, "is being written by process", str(out))
-    assert train(root, tiny_policy, data, out).returncode == 0
+        refuse(train(forks, tiny_policy, data, out), 2, "is being written by process", str(out))
+    assert train(forks, tiny_policy, data, out).returncode == 0
 
 
-def test_bad_models_end_with_status_1(root, tiny_policy, data, tmp_path):
+def test_bad_models_end_with_status_1(forks, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
-    refuse(train(root, Path("models/none"), data, out), 1, "models/none", "no such model folder")
-    refuse(train(root, broken_model(tiny_policy, tmp_path / "a", "tokenizer.json"), data, out), 1, "tokenizer")
+    refuse(train(forks, Path("models/none"), data, out), 1, "models/none", "no such model folder")
+    refuse(train(forks, broken_model(tiny_policy, tmp_path / "a", "tokenizer.json"), data, out), 1, "tokenizer")
     pickled = broken_model(tiny_policy, tmp_path / "b", "model.safetensors", add="pytorch_model.bin")
-    refuse(train(root, pickled, data, out), 1, "pickle", "safetensors")
+    refuse(train(forks, pickled, data, out), 1, "pickle", "safetensors")
     assert not out.exists()
 
 
-def test_bad_data_ends_with_status_1(root, tiny_policy, data, tmp_path):
+def test_bad_data_ends_with_status_1(forks, tiny_policy, data, tmp_path):
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
     out = tmp_path / "out"
@@ -157,10 +158,10 @@ def test_bad_data_ends_with_status_1(root, tiny_policy, data, tmp_path):
         ("", ["train.jsonl", "no rows"]),
     ]:
         (broken / "train.jsonl").write_text(text)
-        refuse(train(root, tiny_policy, broken, out), 1, *words)
+        refuse(train(forks, tiny_policy, broken, out), 1, *words)
     (broken / "train.jsonl").write_text(rows)
     (broken / "test.jsonl").unlink()
-    refuse(train(root, tiny_policy, broken, out), 1, "test.jsonl: no such file")
+    refuse(train(forks, tiny_policy, broken, out), 1, "test.jsonl: no such file")
     assert not out.exists()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from safetensors.torch import load_file
 
 from drdpo.records import Preference, write_records
@@ -127,15 +128,23 @@ def test_checkpoint_loads_and_generates_and_keeps_the_tokenizer(run, tiny_policy
     assert ids.shape[1] > 3
 
 
-def test_a_finished_run_is_not_repeated(run, root, tiny_policy, data):
+def two_ranks(forks: Forks, root: Path, model: Path, data: Path, save: Path, *flags: str) -> str:
+    """What the first of the two ranks says that the launcher would start."""
+    command = [sys.executable, root / "src/train_alignment.py", f"--model_path={model}", f"--dataset_path={data}",
+               f"--save_path={save}", *flags]  # fmt: skip
+    done = forks.ranks(command, 2)
+    assert [rank.returncode for rank in done] == [0, 0], done
+    return done[0].stdout
+
+
+def test_a_finished_run_is_not_repeated(run, root, forks, tiny_policy, data):
     before = (run / "metrics.jsonl").stat().st_mtime_ns
-    done = train(root, tiny_policy, data, run, *FLAGS, "--dtype=float32", "--wdpo_rho=0.01", "--save_steps=2", processes=2)
-    assert done.returncode == 0
-    assert "is complete" in done.stdout
+    said = two_ranks(forks, root, tiny_policy, data, run, *FLAGS, "--dtype=float32", "--wdpo_rho=0.01", "--save_steps=2")
+    assert "is complete" in said
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_resume_after_sigkill_equals_uninterrupted(run, root, tiny_policy, data, tmp_path):
+def test_resume_after_sigkill_equals_uninterrupted(run, root, forks, tiny_policy, data, tmp_path):
     again, flags = tmp_path / "again", [*FLAGS, "--dtype=float32", "--wdpo_rho=0.01", "--save_steps=1"]
     environment = {**os.environ, "DRDPO_PROCESSES": "2", "OMP_NUM_THREADS": "1", "DRDPO_ENV": sys.prefix}
     command = ["bash", str(root / "train_alignment.sh"), f"--model_path={tiny_policy}", f"--dataset_path={data}",
@@ -148,9 +157,7 @@ def test_resume_after_sigkill_equals_uninterrupted(run, root, tiny_policy, data,
         time.sleep(0.05)
     kill_tree(started.pid)
     assert len(metrics_of(again)) < 4 or not (again / "global_step_4").is_dir(), "the kill must interrupt the run"
-    done = train(root, tiny_policy, data, again, *flags, processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "continuing after step" in done.stdout
+    assert "continuing after step" in two_ranks(forks, root, tiny_policy, data, again, *flags)
     ours, theirs = (load_file(folder / "global_step_4" / "model.safetensors") for folder in (again, run))
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name

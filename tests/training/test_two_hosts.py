@@ -123,34 +123,32 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
     check_equal(save, undisturbed)
 
 
-def test_the_wrapper_on_both_hosts_is_stopped_and_queued_again(network, root, undisturbed, tiny_policy, data, tmp_path):
-    """train_alignment.sh with DeepSpeed's launcher on either host; SIGUSR1 reaches one of them."""
+def test_the_wrapper_on_both_hosts_is_stopped_and_goes_on(network, hosts, root, undisturbed, tiny_policy, data, tmp_path):
+    """train_alignment.sh with DeepSpeed's launcher on either host; SIGUSR1 reaches one of them.
+
+    The ranks that go on are the other tests': what they know of the first start lies in the folder.
+    """
     save = tmp_path / "a run"
     given = flags_of(tiny_policy, data, save, save_steps=0)
     words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
 
-    def start(port: int) -> list[subprocess.Popen]:
-        started = []
-        for rank, (name, interface) in enumerate(network):
-            environment = {
-                **os.environ, "DRDPO_ENV": sys.prefix,
-                "DRDPO_NODES": "2", "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST,
-                "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                "DRDPO_PROCESSES": "1",
-            }  # fmt: skip
-            command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words]
-            output = (tmp_path / f"wrapper.{rank}").open("w")
-            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-        return started
-
-    first = start(next(PORTS))
+    port, started = str(next(PORTS)), []
+    for rank, (name, interface) in enumerate(network):
+        environment = {
+            **os.environ, "DRDPO_ENV": sys.prefix, "DRDPO_NODES": "2", "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST,
+            "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            "DRDPO_PROCESSES": "1",
+        }  # fmt: skip
+        command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words]
+        output = (tmp_path / f"wrapper.{rank}").open("w")
+        started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
     deadline = time.monotonic() + 300
     while not (save / "metrics.jsonl").is_file() or not (save / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline and first[0].poll() is None, said(tmp_path / "wrapper")
+        assert time.monotonic() < deadline and started[0].poll() is None, said(tmp_path / "wrapper")
         time.sleep(0.02)
-    first[1].send_signal(signal.SIGUSR1)
-    assert [process.wait(timeout=200) for process in first] == [75, 75], said(tmp_path / "wrapper")
+    started[1].send_signal(signal.SIGUSR1)
+    assert [process.wait(timeout=200) for process in started] == [75, 75], said(tmp_path / "wrapper")
     assert "stopped by SIGUSR1 after step" in said(tmp_path / "wrapper")
-    assert [process.wait(timeout=300) for process in start(next(PORTS))] == [0, 0], said(tmp_path / "wrapper")
-    assert "continuing after step" in said(tmp_path / "wrapper")
+    assert run_on(hosts, given, tmp_path / "log") == [0, 0], said(tmp_path / "log")
+    assert "continuing after step" in said(tmp_path / "log")
     check_equal(save, undisturbed)
