@@ -185,6 +185,16 @@ has_torch() {
     "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "$1" >/dev/null 2>&1
 }
 
+# has_cuda_torch: is the torch that is there built for CUDA?
+has_cuda_torch() {
+    "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' >/dev/null 2>&1
+}
+
+# note_kept_torch: say that --torch_index is not followed.
+note_kept_torch() {
+    echo "note: torch is installed already; --torch_index changes nothing. To change the build, remove $environment first"
+}
+
 # install_torch FILE VERSION: the build of torch that pip prefers as it is set up on this machine, checked against the
 # lock. From a list with digests pip would take the ordinary build, whose digest the index states, also where a CPU build
 # lies in a folder that PIP_FIND_LINKS names.
@@ -206,7 +216,14 @@ install_lock() {
     torch="$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")"
     rm -f "$environment"/.drdpo_*
     echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
-    if [[ -n "$torch_index" ]]; then
+    rm -rf "$environment/.torch_aside"
+    if [[ "$(basename "$lock")" == gpu.txt ]] && has_torch "$torch" && ! has_cuda_torch; then
+        # The same version, so pip would leave it there, and everything would run on the CPU.
+        "$environment/bin/python" -m pip uninstall --quiet --yes torch
+    fi
+    if [[ -n "$torch_index" ]] && has_torch "$torch"; then
+        note_kept_torch
+    elif [[ -n "$torch_index" ]]; then
         pip_install --no-deps --index-url "$torch_index" "torch==$torch"
     elif [[ "$(basename "$lock")" == cpu.txt ]] && ! has_torch "$torch"; then
         install_torch "$lock" "$torch"
@@ -217,7 +234,10 @@ install_lock() {
     sed -n 's/^\([^ #]*==[^ ]*\).*/\1/p' "$lock" >"$environment/.drdpo_constraint.txt"
     pip_install --constraint "$environment/.drdpo_constraint.txt" "torch==$torch"
     repair_shebangs
-    has_torch "$torch" || die "torch was installed, but cannot be imported"
+    has_torch "$torch" || {
+        "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)' || true # It says why.
+        die "torch $torch was installed, but is not what python imports"
+    }
     key "$lock" >"$environment/.drdpo_$(basename "$lock")"
 }
 
@@ -245,7 +265,7 @@ fi
 if ! installed "$lock"; then
     install_lock "$lock"
 elif [[ -n "$torch_index" ]]; then
-    echo "note: torch is installed already; --torch_index changes nothing. To change the build, remove $environment first"
+    note_kept_torch
 fi
 if [[ "$dev" == true ]] && ! installed "$ROOT/requirements/dev.txt"; then
     pip_install --no-deps --require-hashes -r "$ROOT/requirements/dev.txt"

@@ -151,13 +151,15 @@ run_at_once() {
     cores="$(getconf _NPROCESSORS_ONLN)"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > count ? cores / count : 1))}"
     mkdir -p "$output_path/logs"
-    # Each part leads a process group, so that it ends whole.
-    trap 'for pid in "${!part_of[@]}"; do kill -- "-$pid" 2>/dev/null || true; done; exit 130' INT TERM
+    trap 'stop_parts 130' INT
+    trap 'stop_parts 143' TERM
+    trap 'stop_parts 129' HUP
     while ((${#waiting[@]})) && [[ -z "$failed" ]]; do
         ready=() left=()
         for part in "${waiting[@]}"; do
             if is_ready "$part"; then ready+=("$part"); else left+=("$part"); fi
         done
+        ((${#ready[@]})) || refuse_command "these parts wait for each other: ${waiting[*]}"
         for part in "${ready[@]}"; do
             ((${#part_of[@]} < count)) || await_part
             [[ -z "$failed" ]] || break
@@ -169,8 +171,21 @@ run_at_once() {
         while ((${#part_of[@]})); do await_part; done
         waiting=(${left[@]+"${left[@]}"})
     done
-    trap - INT TERM
+    trap - INT TERM HUP
     [[ -z "$failed" ]]
+}
+
+# stop_parts STATUS: end the parts that run, and wait until they have: one that saves must not meet the next start. Each
+# leads a process group, so that it ends whole.
+# shellcheck disable=SC2329 # the traps call it
+stop_parts() {
+    local pid
+    trap '' INT TERM HUP
+    for pid in "${!part_of[@]}"; do kill -- "-$pid" 2>/dev/null || true; done
+    for pid in "${!part_of[@]}"; do
+        while kill -0 -- "-$pid" 2>/dev/null; do sleep 0.2; done
+    done
+    exit "$1"
 }
 
 # is_ready PART: have those that it needs ended?
@@ -188,7 +203,7 @@ await_part() {
     while true; do
         for pid in "${!part_of[@]}"; do
             # Not `wait -n`, which tells no process before bash 5.1.
-            kill -0 "$pid" 2>/dev/null || break 2
+            [[ $'\n'"$(jobs -rp)"$'\n' == *$'\n'"$pid"$'\n'* ]] || break 2
         done
         sleep 1
     done
@@ -218,9 +233,11 @@ run_experiment() {
         fi
         all=("$part")
     elif [[ "$slurm" == true ]]; then
+        ((${jobs:-1} == 1)) || refuse_command "--jobs=$jobs with --slurm: the cluster decides how many jobs run at once; leave it out"
         submit_parts "${all[@]}"
         return
     elif ((${jobs:-1} > 1)); then
+        ! has_gpu || refuse_command "--jobs=$jobs: every part takes all GPUs; leave it out, or submit the parts with --slurm"
         run_at_once "$jobs" "${all[@]}"
         all=()
     fi

@@ -144,23 +144,37 @@ train() {
 
 # try_strength FOLDER METHOD VALUE: train as in the arm `objectives`, then answer the validation prompts.
 try_strength() {
-    [[ ! -f "$1/validation/test.jsonl" ]] || return 0
-    train "$1" "$output_path/data/objectives" "$2" "$3" "${seeds%% *}"
-    answer "$1" validation "$output_path/data/completions/prompts"
+    if [[ ! -f "$1/validation/test.jsonl" ]]; then
+        train "$1" "$output_path/data/objectives" "$2" "$3" "${seeds%% *}"
+        answer "$1" validation "$output_path/data/completions/prompts"
+    fi
     # Only the arm `objectives` makes a choice into a run.
     [[ "$keep_models" == true || " $arms " == *" objectives "* ]] || rm -rf "$1"/global_step_*
 }
 
 # answer FOLDER NAME PROMPTS: sample and score with the folder's checkpoint, into FOLDER/NAME.
 answer() {
-    step bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$1/$2" --model_path="$(checkpoint "$1/." last)" \
-        --dataset="$3" "${sampling[@]}"
+    local model
+    model="$(checkpoint "$1/." last)"
+    step bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$1/$2" --model_path="$model" --dataset="$3" \
+        "${sampling[@]}"
 }
 
 # align ARM METHOD SEED: train with the strength that was chosen, then sample and score the test prompts.
 align() {
-    local folder="$output_path/$1/$2_seed_$3" value pairs="$output_path/data/$1_$3"
-    [[ ! -f "$folder/completions/test.jsonl" ]] || return 0
+    local folder="$output_path/$1/$2_seed_$3"
+    [[ -f "$folder/completions/test.jsonl" ]] || make_run "$@" "$folder"
+    # Also after a kill between the two.
+    if [[ "$keep_models" == false ]]; then
+        rm -rf "$folder"/global_step_*
+        # The choices of this method have been made into runs.
+        [[ "$1/$3" != "objectives/${seeds%% *}" ]] || rm -rf "$output_path/choice/$2"_*/global_step_*
+    fi
+}
+
+# make_run ARM METHOD SEED FOLDER
+make_run() {
+    local folder="$4" value pairs="$output_path/data/$1_$3"
     read -ra candidates < <(strengths "$2")
     value="$(python "$ROOT/experiments/shift_choice.py" "$output_path" "$2" "${candidates[@]}")"
     echo "$2: chosen strength $value"
@@ -172,11 +186,6 @@ align() {
     fi
     train "$folder" "$pairs" "$2" "$value" "$3"
     answer "$folder" completions "$dataset"
-    if [[ "$keep_models" == false ]]; then
-        rm -rf "$folder"/global_step_*
-        # The choices of this method have been made into runs.
-        [[ "$1/$3" != "objectives/${seeds%% *}" ]] || rm -rf "$output_path/choice/$2"_*/global_step_*
-    fi
 }
 
 make_report() {
@@ -205,6 +214,16 @@ if [[ "$tiny" == true ]]; then
     done
 fi
 # A wrong word ends here, before anything is made.
+# once NAME WORD...: refuse a flag without words, and one word twice, whose parts would share a folder.
+once() {
+    (($# > 1)) || refuse_command "--$1 is empty"
+    [[ -z "$(printf '%s\n' "${@:2}" | sort | uniq -d)" ]] || refuse_command "--$1: $(printf '%s\n' "${@:2}" | sort | uniq -d | head -n 1) is given twice"
+}
+read -ra words <<<"$arms" && once arms "${words[@]}"
+read -ra words <<<"$seeds" && once seeds "${words[@]}"
+read -ra words <<<"$methods" && once methods "${words[@]%%=*}"
+[[ " ${words[*]%%=*} " == *" DPO "* ]] || refuse_command "--methods has no DPO, with which the others are compared; add e.g. DPO=0.1"
+[[ "$first" != "$second" ]] || refuse_command "--first and --second are both $first; give two objectives"
 for arm in $arms; do
     [[ " objectives noise populations " == *" $arm "* ]] || refuse_command "arm $arm: give of objectives noise populations"
 done

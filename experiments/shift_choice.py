@@ -42,6 +42,9 @@ def validation(folder: Path, run: str, trained_on: list[str]) -> float:
     trained = load_run(run, folder / "choice" / run / "validation", "test")
     common = common_prompts([base, trained])
     names = choose_objectives([base, trained], trained_on)
+    for name in names:
+        if spread(base, name) == 0:
+            raise DataError(f"{base.folder}: all scores of {name} are equal, so there is no gain in it; sample more prompts")
     gains = [(scores(trained, name, common) - scores(base, name, common)).mean() / spread(base, name) for name in names]
     return float(sum(gains) / len(gains))
 

@@ -22,7 +22,7 @@ from shift_pictures import SHOWN, draw_curves, draw_gains
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from drdpo.errors import UsageError, one_line_errors
+from drdpo.errors import DataError, UsageError, one_line_errors
 from drdpo.evaluation.resampling import Figure, Resampled, Table, resample, worst
 from drdpo.evaluation.runs import Run, common_prompts, load_run, pool_seeds, sort_objectives
 from drdpo.evaluation.statistics import scores, spread
@@ -32,6 +32,7 @@ from drdpo.manifest import git_commit, versions
 from drdpo.objectives import GATED_SCORE, flag_name
 from drdpo.records import read_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 DRAWS = 4000
 BASELINE = "DPO"
 
@@ -39,7 +40,7 @@ BASELINE = "DPO"
 def groups(objectives: list[str], trained_on: list[str]) -> dict[str, list[str]]:
     """{summary: its objectives, at least one}: the gated score, itself a mixture, is in none."""
     single = [name for name in objectives if name != GATED_SCORE]
-    seen = [name for name in single if flag_name(name) in trained_on]
+    seen = [name for name in single if flag_name(name) in map(flag_name, trained_on)]
     found = {"all": single, "trained": seen, "unseen": [name for name in single if name not in seen]}
     return {label: names for label, names in found.items() if names}
 
@@ -60,6 +61,9 @@ def arm_figures(base: Run, runs: list[Run], trained_on: list[str]) -> dict[str, 
     """{method: {"gain": {summary or objective: figure}, "over DPO": {the same: figure}}} of one arm."""
     common = common_prompts([base, *runs])
     objectives = sort_objectives(set.intersection(*(set(run.scores_P) for run in [base, *runs])))
+    objectives = [name for name in objectives if spread(base, name) > 0]
+    if len(common) < 2 or not objectives:
+        raise DataError(f"{base.folder}: {len(common)} prompts in all runs; an interval needs two, and scores that differ")
     tables = {
         (run.name, name): Table(scores(run, name, common), (run.name,)) for run in [base, *runs] for name in objectives
     }
@@ -79,7 +83,7 @@ def arm_figures(base: Run, runs: list[Run], trained_on: list[str]) -> dict[str, 
 
 
 def curves(folders: list[Path]) -> dict[str, list[float]]:
-    """{figure of metrics.jsonl: [N] its mean over the runs}, of the figures that every row has."""
+    """{figure of metrics.jsonl: [N] its mean over the runs}, of the figures that their first rows have."""
     runs = [[row for _, row in read_rows(folder / "metrics.jsonl")] for folder in folders]
     names = [
         name
@@ -119,6 +123,8 @@ def collect(folder: Path) -> dict[str, Any]:
             "tokens": {run.name: float(run.tokens_P.mean()) for run in [base, *runs]},
         }
     made_by = {"commit": git_commit(), "versions": versions(), "prompts": len(base.prompts)}
+    # Where the clone lies is nobody's business.
+    settings = {name: value.removeprefix(f"{ROOT}/") for name, value in settings.items()}
     return {"settings": settings, "made_by": made_by, "choices": choices, "arms": arms}
 
 

@@ -103,7 +103,7 @@ class Forks:
     exec {shlex.join([sys.executable, "-IS", str(client), str(self.socket)])} "$@" ;;
 esac
 exec {shlex.quote(sys.executable)} "$@\"""",
-            "deepspeed": """while [[ "$1" != *.py ]]; do shift; done
+            "deepspeed": """while (($#)) && [[ "$1" != *.py ]]; do shift; done
 exec "$(dirname "$0")/python" "$@\"""",
         }
         (folder / "bin").mkdir(parents=True)

@@ -21,7 +21,9 @@ case "$*" in
         : >"$0.torch"
         exit 0 ;;
     "-m pip download"*) exit "${{PIP_STATUS:-0}}" ;;
+    "-c import sys, torch; sys.exit(torch.version.cuda"*) [[ -n "${{CUDA_TORCH:-}}" ]]; exit ;;
     "-c import sys, torch;"*) [[ -f "$0.torch" ]]; exit ;;
+    "-m pip uninstall"*) rm -f "$0.torch"; exit 0 ;;
     *download_assets.py*) exit 0 ;;
     "-m venv --clear "*)
         rm -rf "$4"

@@ -149,8 +149,13 @@ def test_groups_leave_the_gated_score_out() -> None:
     ("word", "says"),
     [
         ("--arms=objectives weather", "arm weather"),
-        ("--methods=PPO=1", "method PPO"),
+        ("--methods=DPO=0.1 PPO=1", "method PPO"),
         ("--methods=DPO", "method DPO: give its strengths"),
+        ("--methods=KLDPO=0.1", "no DPO"),
+        ("--methods=DPO=0.1 DPO=0.2", "DPO is given twice"),
+        ("--seeds=1 2 1", "1 is given twice"),
+        ("--arms=", "--arms is empty"),
+        ("--first=helpsteer_complexity", "--first and --second are both helpsteer_complexity"),
         ("--jobs=none", "--jobs=none is not a number from 1"),
         ("--keep_models=perhaps", "--keep_models=perhaps: give true or false"),
     ],
@@ -167,6 +172,7 @@ def test_the_page_shows_the_stored_figures() -> None:
     page = (ROOT / "docs" / "preference_shift.md").read_text(encoding="utf-8")
     assert len(stored["settings"]["seeds"].split()) >= 3
     assert set(stored["arms"]) == {"objectives", "noise", "populations"}
+    assert not any(value.startswith("/") for value in stored["settings"].values())
     assert shift_report.choice_table(stored) in page
     assert shift_report.weight_table(stored) in page
     for arm in stored["arms"]:

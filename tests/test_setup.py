@@ -126,8 +126,31 @@ def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
     done = machine.setup()
     assert done.returncode == 0, done.stderr
     assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/gpu.txt"
-    machine.setup(CUDA_VISIBLE_DEVICES="")
+    assert "pip uninstall" not in machine.calls.read_text()
+    machine.setup(CUDA_VISIBLE_DEVICES="", CUDA_TORCH="1")
     assert f"--no-deps --require-hashes -r {machine.tree}/requirements/cpu.txt" in machine.pip(), "a hidden GPU is none"
+
+
+def test_a_gpu_replaces_the_cpu_build_of_torch(machine: Machine) -> None:
+    """Its version is the locked one, so pip would keep it, and a cluster's login node and GPU node share an environment."""
+    machine.setup()
+    machine.add("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA (UUID: x)'\n")
+    done = machine.setup()
+    assert done.returncode == 0, done.stderr
+    calls = machine.calls.read_text()
+    assert calls.index("pip uninstall --quiet --yes torch") < calls.index("gpu.txt\n")
+    (machine.tree / ".venv" / ".drdpo_gpu.txt").unlink()
+    machine.setup(CUDA_TORCH="1")
+    assert "pip uninstall" not in machine.calls.read_text()
+
+
+def test_a_torch_that_is_there_is_kept_and_said_so(machine: Machine) -> None:
+    machine.setup()
+    with (machine.tree / "requirements" / "cpu.txt").open("a") as lock:
+        lock.write("zzz==1.0\n")
+    done = machine.setup("--torch_index=https://index.example/cpu")
+    assert "--torch_index changes nothing" in done.stdout
+    assert not any("index.example" in call for call in machine.pip())
 
 
 def test_conda_makes_drdpo_env_once(machine: Machine) -> None:

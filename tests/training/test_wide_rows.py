@@ -64,6 +64,17 @@ def test_frozen_weights_get_no_gradient(layer):
     assert layer.weight.grad is None and layer.bias.grad is None
 
 
+def test_a_second_derivative_is_refused(layer):
+    """Its backward pass is written by hand: autograd would take the result for a constant."""
+    x = torch.randn(6, 48, requires_grad=True)
+    with rows_in_float32(torch.arange(2)):
+        out = layer(x).square().sum()
+    (slope,) = torch.autograd.grad(out, x, retain_graph=True)
+    assert slope.isfinite().all()
+    with pytest.raises(RuntimeError, match="differentiable once only"):
+        torch.autograd.grad(out, x, create_graph=True)
+
+
 def test_first_rows_are_those_of_every_sequence():
     long, short = PrefixGroup(20, (3, 17)), PrefixGroup(2, (1, 9))
     rows = first_rows([long, short], torch.device("cpu")).tolist()

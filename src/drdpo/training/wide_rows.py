@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from drdpo.kernels.hand_written import refuse_graph
 from drdpo.kernels.shared_prefix import PrefixGroup
 
 POSITIONS = 4
@@ -42,7 +43,7 @@ class _LinearOfRows(Function):
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_R: Tensor, frozen: bool) -> Tensor:
         ctx.frozen = frozen
         narrow_NI = x.to(weight_OI.dtype).flatten(0, -2)
-        ctx.save_for_backward(narrow_NI, weight_OI, rows_R)
+        ctx.save_for_backward(None if frozen else narrow_NI, weight_OI, rows_R)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         # Not by nn.functional.linear, which the tangent pass replaces where there is a bias.
         rough_NO = narrow_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, narrow_NI, weight_OI.T)
@@ -52,6 +53,7 @@ class _LinearOfRows(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        refuse_graph("linear layers with rows in float32 are differentiable once only")
         narrow_NI, weight_OI, rows_R = ctx.saved_tensors
         narrow_NO = grad.to(weight_OI.dtype).flatten(0, -2)
         grad_x = None
