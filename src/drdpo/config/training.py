@@ -112,8 +112,8 @@ class TrainConfig:
         "against sdpa at the start, for padded ones transformers' flash_attention_2, both with a backward pass that adds in "
         "no fixed order: two runs, or a resumed one, differ in the last bits; 'flex' transformers' flex_attention, "
         "on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is eager for padded rows with "
-        "--wdpo_solver=exact, else sdpa. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, and in "
-        "bfloat16 its runs attend in float32, but under 'flash'",
+        "--wdpo_solver=exact, else sdpa. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, and "
+        "in bfloat16 its runs attend in float32, but under 'flash'",
         "auto",
     )
     optimizer_offload: bool = flag(
