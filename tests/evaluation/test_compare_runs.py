@@ -134,17 +134,46 @@ def test_worst_of_several() -> None:
     assert (least.value, least.figure.low, least.figure.high) == (2.0, 1.0, 2.5)
 
 
-def test_unseen_objectives_are_marked_from_the_manifests(tmp_path: Path) -> None:
-    base = write_run(tmp_path / "base", {H: [-1.0, 1.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]})
-    run = write_run(tmp_path / "run", {H: [0.0, 2.0], C: [1.0, 3.0], "ArmoRM": [1.0, 1.0]})
-    pairs, trained = tmp_path / "pairs", tmp_path / "trained"
-    for folder, name, content in (
-        (pairs, "manifest.json", {"preferences": {"made_by": {"weights": {H: 1.0}}}}),
+def record_training(folder: Path, run: Path, weights: dict[str, float]) -> None:
+    """Manifests of a run that was sampled from a policy trained on pairs of these weights."""
+    pairs, trained = folder / f"{run.name}_pairs", folder / f"{run.name}_trained"
+    for place, name, content in (
+        (pairs, "manifest.json", {"preferences": {"made_by": {"weights": weights}}}),
         (trained, "config.json", {"dataset_path": str(pairs), "kldpo_tau": None, "beta": 0.1, "seed": 1}),
         (run / "sampled", "manifest.json", {"sample_test": {"made_by": {"model_path": str(trained / "global_step_1")}}}),
     ):
-        folder.mkdir()
-        (folder / name).write_text(json.dumps(content))
+        place.mkdir()
+        (place / name).write_text(json.dumps(content))
+
+
+def test_the_gain_in_the_mixture_that_was_trained_on(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", {H: [-2.0, 2.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]})
+    # Gains by prompt, in the base's sd (2 and 1): 1 and 2 in H, 4 and -2 in C; 0.75 H + 0.25 C is 1.75 and 1.
+    run = write_run(tmp_path / "run", {H: [0.0, 6.0], C: [3.0, -1.0], "ArmoRM": [1.0, 1.0]})
+    record_training(tmp_path, run, {H: 0.75, C: 0.25})
+    output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
+    text = (output / "report.md").read_text(encoding="utf-8")
+    table = text[text.index("## Gain over base") :]
+    assert table.index("| **trained mixture** | +1.375 [+1.000, +1.750] |") < table.index("| `helpsteer_helpfulness` |")
+    assert "The trained mixture is 0.75 `helpsteer_helpfulness` + 0.25 `helpsteer_coherence`" in text
+    recorded = json.loads((output / "manifest.json").read_text())["evaluate_armorm"]["trained_mixture"]
+    assert recorded["weights"] == {H: 0.75, C: 0.25}
+    assert recorded["gains_sd"] == {"run": pytest.approx({"value": 1.375, "low": 1.0, "high": 1.75})}
+
+
+def test_runs_of_two_mixtures_have_no_gain_in_one(tmp_path: Path) -> None:
+    base, *runs = (write_run(tmp_path / name, {H: [-1.0, 1.0], C: [0.0, 2.0]}) for name in ("base", "one", "other"))
+    for run, weights in zip(runs, ({H: 1.0}, {H: 0.5, C: 0.5}), strict=True):
+        record_training(tmp_path, run, weights)
+    output = evaluate(tmp_path, [f"{run.name}={run}" for run in (base, *runs)])
+    assert "trained mixture" not in (output / "report.md").read_text(encoding="utf-8")
+    assert "trained_mixture" not in json.loads((output / "manifest.json").read_text())["evaluate_armorm"]
+
+
+def test_unseen_objectives_are_marked_from_the_manifests(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", {H: [-1.0, 1.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]})
+    run = write_run(tmp_path / "run", {H: [0.0, 2.0], C: [1.0, 3.0], "ArmoRM": [1.0, 1.0]})
+    record_training(tmp_path, run, {H: 1.0})
     text = (evaluate(tmp_path, [f"base={base}", f"run={run}"]) / "report.md").read_text(encoding="utf-8")
     assert "| `helpsteer_coherence` *unseen* | +2.000 [+2.000, +2.000] |" in text
     assert "| `helpsteer_helpfulness` | +1.000 [+1.000, +1.000] |" in text

@@ -10,7 +10,7 @@ import torch
 
 from drdpo import chat
 from drdpo.generation.engines.base import EngineSettings, Request, Sample, Sampling, copies, stream_seed
-from drdpo.generation.engines.transformers_engine import TransformersEngine, processors
+from drdpo.generation.engines.transformers_engine import Draw, TransformersEngine
 
 QUESTIONS = [
     "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.",
@@ -39,8 +39,8 @@ def sampling(
 
 
 def draws(logits_V: torch.Tensor, how: Sampling, rows: int) -> list[float]:
-    chain = processors(how, list(range(rows)), torch.device("cpu"))
-    chosen_R = chain(torch.zeros(rows, 1, dtype=torch.long), logits_V.repeat(rows, 1)).argmax(-1)
+    draw = Draw(how, list(range(rows)), torch.device("cpu"))
+    chosen_R = draw(logits_V.repeat(rows, 1), list(range(rows)))
     counts = Counter(chosen_R.tolist())
     return [counts[token] / rows for token in range(len(logits_V))]
 

@@ -1,6 +1,7 @@
 """Step 4a: averages of the reward model's objectives over one or more runs, with gains over the first."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from drdpo.config.evaluation import EvaluateConfig
@@ -9,7 +10,7 @@ from drdpo.evaluation.csv_files import write_answers, write_pairs, write_scores,
 from drdpo.evaluation.provenance import Provenance, differences, read_provenance
 from drdpo.evaluation.report import report, terminal_table
 from drdpo.evaluation.runs import Run, choose_objectives, common_prompts, load_run, parse_runs, pool_seeds
-from drdpo.evaluation.statistics import Comparison, compare, spread
+from drdpo.evaluation.statistics import MIXTURE, Comparison, compare, spread
 from drdpo.files import atomic_file, atomic_folder, sweep
 from drdpo.flags import as_dict, require
 from drdpo.lock import lock_folder, refuse_if_locked
@@ -45,7 +46,10 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
         for number, place in enumerate(places, start=1)
     }
     trained_on = _trained_on(config, runs, provenances)
-    comparison = compare(runs, objectives, common_prompts(runs), config.bootstrap, config.seed, trained_on, swept or None)
+    mixture = _mixture(provenances)
+    comparison = compare(
+        runs, objectives, common_prompts(runs), config.bootstrap, config.seed, trained_on, swept or None, mixture
+    )
     output = Path(config.output_path)
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: --output_path is a file, not a folder")
@@ -58,8 +62,11 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     counts = {run.name: {"completions": run.completions, "prompts": len(run.prompts)} for run in runs}
     with lock_folder(output):
         sweep(output)
-        _write(config, output, runs, comparison, provenances, trained_on)
-        write_manifest(output, "evaluate_armorm", made_by, counts=counts, paired_prompts=len(comparison.common))
+        _write(config, output, runs, comparison, provenances, trained_on, mixture)
+        facts = {"counts": counts, "paired_prompts": len(comparison.common)}
+        if gains := {run: asdict(figures[MIXTURE]) for run, figures in comparison.summaries.items() if MIXTURE in figures}:
+            facts["trained_mixture"] = {"weights": mixture, "gains_sd": gains}
+        write_manifest(output, "evaluate_armorm", made_by, **facts)
     print(terminal_table(runs, comparison))
     for line in [*differences(provenances), *(note for p in provenances.values() for note in p.notes)]:
         print(f"note: {line}")
@@ -73,6 +80,7 @@ def _write(
     comparison: Comparison,
     provenances: dict[str, Provenance],
     trained_on: list[str],
+    mixture: dict[str, float],
 ) -> None:
     """Drawn aside as a whole first: an error leaves an earlier report as it was."""
     with atomic_folder(output / ".report.tmp") as aside:
@@ -90,7 +98,7 @@ def _write(
             with atomic_file(aside / name) as stream:
                 write(stream, runs, comparison)
         with atomic_file(aside / "report.md") as stream:
-            stream.write(report(config, runs, comparison, provenances, trained_on))
+            stream.write(report(config, runs, comparison, provenances, trained_on, mixture))
     made = sorted((output / ".report.tmp").iterdir())
     for name in MAY_BE_LEFT_OUT - {path.name for path in made}:
         (output / name).unlink(missing_ok=True)
@@ -121,4 +129,10 @@ def _trained_on(config: EvaluateConfig, runs: list[Run], provenances: dict[str, 
     if config.trained_on:
         known = {flag_name(name): name for run in runs for name in run.scores_P}
         return [known.get(flag_name(word)) or objective_from_flag(word) for word in config.trained_on]
-    return list(dict.fromkeys(name for p in provenances.values() for name in p.trained_on))
+    return list(dict.fromkeys(name for p in provenances.values() for name in p.mixture))
+
+
+def _mixture(provenances: dict[str, Provenance]) -> dict[str, float]:
+    """The {objective: weight} that the runs were trained on; empty where none is recorded or they differ."""
+    found = [p.mixture for p in provenances.values() if p.mixture]
+    return found[0] if found and all(mixture == found[0] for mixture in found) else {}

@@ -37,8 +37,8 @@ class Provenance:
     scoring: Step | None
     training: dict[str, str] | None
     """The flags of the training that wrote the policy."""
-    trained_on: tuple[str, ...]
-    """The objectives that its pairs were mixed from; none where that is not recorded."""
+    mixture: dict[str, float]
+    """{objective: weight} that its pairs were mixed by; empty where that is not recorded."""
     notes: list[str]
 
     @property
@@ -78,7 +78,7 @@ def read_provenance(folder: Path, split: str) -> Provenance:
     notes = [f"{places[name] / 'manifest.json'} has no record of {name}" for name, step in steps.items() if step is None]
     sampling, scoring = steps[f"sample_{split}"], steps[f"score_{split}"]
     training = _training_flags(_policy(sampling))
-    return Provenance(sampling, scoring, training, _objectives(training), notes)
+    return Provenance(sampling, scoring, training, _mixture(training), notes)
 
 
 def method_line(flags: dict[str, str]) -> str:
@@ -141,14 +141,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _objectives(training: dict[str, str] | None) -> tuple[str, ...]:
-    """The objectives with a weight in the manifest of the pairs that a training used."""
+def _mixture(training: dict[str, str] | None) -> dict[str, float]:
+    """The weights in the manifest of the pairs that a training used."""
     if not training or not Path(folder := training["dataset_path"]).is_dir():
-        return ()
+        return {}
     record = read_manifest(Path(folder)).get("preferences")
     made_by = record.get("made_by") if isinstance(record, dict) else None
     weights = made_by.get("weights") if isinstance(made_by, dict) else None
-    return tuple(str(name) for name in weights) if isinstance(weights, dict) else ()
+    return {str(name): float(weight) for name, weight in weights.items()} if isinstance(weights, dict) else {}
 
 
 def _training_flags(model_path: str | None) -> dict[str, str] | None:

@@ -6,12 +6,13 @@ from drdpo.evaluation.report_sections import (
     answer_sections,
     gain,
     gain_sections,
+    interval,
     pair_sections,
     seed_sections,
     sweep_sections,
 )
 from drdpo.evaluation.runs import Run
-from drdpo.evaluation.statistics import Comparison, mean, spread
+from drdpo.evaluation.statistics import MIXTURE, Comparison, mean, spread
 from drdpo.evaluation.tables import markdown_table, text_table
 from drdpo.manifest import git_commit, versions
 from drdpo.objectives import flag_name
@@ -25,6 +26,9 @@ def terminal_table(runs: list[Run], comparison: Comparison) -> str:
         [flag_name(name), *_means(runs, name), *(gain(comparison, run.name, name) for run in others)]
         for name in comparison.objectives
     ]
+    if others and MIXTURE in comparison.summaries[others[0].name]:
+        gains = [interval(comparison.summaries[run.name][MIXTURE], "{:+.3f}") for run in others]
+        rows.append([MIXTURE, *[""] * len(runs), *gains])
     return text_table(header, rows)
 
 
@@ -34,6 +38,7 @@ def report(
     comparison: Comparison,
     provenances: dict[str, Provenance],
     trained_on: list[str],
+    mixture: dict[str, float],
 ) -> str:
     """The Markdown report, with spider.png beside it.
 
@@ -43,6 +48,7 @@ def report(
         comparison: from statistics.compare.
         provenances: {run, or run and seed: what made it}, in the order of the runs.
         trained_on: the objectives that training saw; empty where that is not known.
+        mixture: {objective: weight} of the training pairs; empty where that is not known.
     """
     base, *others = runs
     title = f"# {', '.join(run.name for run in others)} against {base.name}" if others else f"# {base.name}"
@@ -50,7 +56,7 @@ def report(
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in differences(provenances)]
     parts += ["![Mean scores and gains](spider.png)", "## Runs", _runs_table(runs, comparison, provenances)]
     if others:
-        parts += gain_sections(base, others, comparison, trained_on)
+        parts += gain_sections(base, others, comparison, trained_on, mixture)
         parts += pair_sections(runs, comparison)
     if comparison.sweep:
         parts += sweep_sections(config, comparison, base.name)

@@ -5,7 +5,7 @@ from itertools import combinations
 from drdpo.config.evaluation import EvaluateConfig
 from drdpo.evaluation.resampling import Figure
 from drdpo.evaluation.runs import Run
-from drdpo.evaluation.statistics import ALPHAS, ANSWERS, Comparison, mean
+from drdpo.evaluation.statistics import ALPHAS, ANSWERS, MIXTURE, Comparison, mean
 from drdpo.evaluation.tables import markdown_table
 from drdpo.objectives import GATED_SCORE, flag_name
 
@@ -13,7 +13,9 @@ _PAIR_COLUMNS = 6
 """So many pairs of runs fit a table; more are left to pairs.csv."""
 
 
-def gain_sections(base: Run, others: list[Run], comparison: Comparison, trained_on: list[str]) -> list[str]:
+def gain_sections(
+    base: Run, others: list[Run], comparison: Comparison, trained_on: list[str], mixture: dict[str, float]
+) -> list[str]:
     """Gains over the base, their means over the objectives, and win rates against it.
 
     Args:
@@ -21,14 +23,20 @@ def gain_sections(base: Run, others: list[Run], comparison: Comparison, trained_
         others: at least one.
         comparison: of them all.
         trained_on: the objectives that training saw; empty where that is not known.
+        mixture: {objective: weight} of the training pairs; empty where that is not known.
     """
     header = ["objective", *(run.name for run in others)]
     rows = [
         [f"`{flag_name(name)}`{mark(name, trained_on)}", *(gain(comparison, run.name, name) for run in others)]
         for name in comparison.objectives
     ]
-    for label in comparison.summaries[others[0].name]:
-        rows.append([label, *(interval(comparison.summaries[run.name][label], "{:+.3f}") for run in others)])
+    summaries = {
+        label: [interval(comparison.summaries[run.name][label], "{:+.3f}") for run in others]
+        for label in comparison.summaries[others[0].name]
+    }
+    # What training optimised comes first.
+    rows[:0] = [[f"**{MIXTURE}**", *summaries.pop(MIXTURE)]] if MIXTURE in summaries else []
+    rows += [[label, *figures] for label, figures in summaries.items()]
     text = (
         f"Mean over the paired prompts of (run - {base.name}), divided by the standard deviation of {base.name}'s "
         "completion scores; in brackets the 95% percentile interval of the paired bootstrap over prompts"
@@ -36,8 +44,11 @@ def gain_sections(base: Run, others: list[Run], comparison: Comparison, trained_
         + ". The standard deviation is held fixed, as the unit. Each interval stands for itself: of twenty, one leaves out "
         "its true value."
     )
-    if comparison.summaries[others[0].name]:
+    if summaries:
         text += f" The means and the worst are over single objectives, without the gated score ({GATED_SCORE})."
+    if mixture:
+        terms = " + ".join(f"{weight:g} `{flag_name(name)}`" for name, weight in mixture.items())
+        text += f" The {MIXTURE} is {terms}, of the gains below it."
     if trained_on:
         names = ", ".join(f"`{flag_name(name)}`" for name in trained_on)
         text += f" Training saw {names}; the objectives marked *unseen* took no part in its pairs."

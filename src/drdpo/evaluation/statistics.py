@@ -23,6 +23,9 @@ from drdpo.objectives import GATED_SCORE
 ALPHAS = tuple(step / 10 for step in range(11))
 """Where the sweep of a mixture is evaluated."""
 
+MIXTURE = "trained mixture"
+"""Name of the summary that weighs the gains as the training pairs weighed the objectives."""
+
 ANSWERS = ("tokens", "repeated", "cut")
 """Figures of the answers themselves: see Run.tokens_P, repeated_P, cut_P."""
 
@@ -51,7 +54,8 @@ class Comparison:
     pairs: dict[tuple[str, str], dict[str, Pair]] = field(default_factory=dict)
     """{(run, against): {objective: }}, every two runs once, the later of them first."""
     summaries: dict[str, dict[str, Figure]] = field(default_factory=dict)
-    """{run: {"mean of ...": mean gain over those objectives, "worst of ...": the least}}, without the gated score."""
+    """{run: {"mean of ...": mean gain over those objectives, "worst of ...": the least}}, without the gated score; and
+    MIXTURE: the gain in the mixture that training saw, of z-scores (mean and sd of the first run)."""
     answers: dict[str, dict[str, Figure]] = field(default_factory=dict)
     """{run: {name in ANSWERS: difference from the first run, in its own unit}}."""
     sweep: dict[str, list[Figure]] = field(default_factory=dict)
@@ -77,6 +81,7 @@ def compare(
     seed: int,
     trained_on: list[str] | None = None,
     sweep: list[str] | None = None,
+    mixture: dict[str, float] | None = None,
 ) -> Comparison:
     """Compare every run with the first one, and every two runs, on the prompts they share.
 
@@ -88,6 +93,7 @@ def compare(
         seed: of the bootstrap.
         trained_on: the objectives that training saw, where that is known.
         sweep: two of `objectives`, r1 and r2, whose base scores differ among themselves; None for no sweep.
+        mixture: {objective: weight} that training saw, where that is known.
     """
     base, *others = runs
     pairs = [(run, against) for place, run in enumerate(runs) for against in runs[:place]]
@@ -115,7 +121,7 @@ def compare(
             }
             for run, against in pairs
         },
-        {run: _summaries(by_name, trained_on or []) for run, by_name in gains.items()},
+        {run: _summaries(by_name, trained_on or [], mixture or {}) for run, by_name in gains.items()},
         {
             run.name: {name: (found[run.name, "", name] - found[base.name, "", name]).figure for name in ANSWERS}
             for run in others
@@ -154,8 +160,9 @@ def _wins(run_PS: Array, against_PS: Array) -> Array:
     return wins_PK
 
 
-def _summaries(gains: dict[str, Resampled], trained_on: list[str]) -> dict[str, Figure]:
-    """Mean and worst gain over all objectives but the gated score, which is itself a mixture, and over the unseen ones."""
+def _summaries(gains: dict[str, Resampled], trained_on: list[str], mixture: dict[str, float]) -> dict[str, Figure]:
+    """The gain in the mixture that training saw, where all of it has gains; mean and worst gain over all objectives but the
+    gated score, which is itself a mixture, and over the unseen ones."""
     single = [name for name in gains if name != GATED_SCORE]
     groups = {"all": single}
     if trained_on:
@@ -164,17 +171,23 @@ def _summaries(gains: dict[str, Resampled], trained_on: list[str]) -> dict[str, 
             "unseen": [name for name in single if name not in trained_on],
         }
     found: dict[str, Figure] = {}
+    if mixture and all(name in gains for name in mixture):
+        found[MIXTURE] = weighted({name: gains[name] for name in mixture}, mixture).figure
     for label, names in groups.items():
         if len(names) < 2:
             continue
-        total = gains[names[0]]
-        for name in names[1:]:
-            total = total + gains[name]
-        found[f"mean of {label} ({len(names)})"] = (total * (1 / len(names))).figure
+        equal = dict.fromkeys(names, 1 / len(names))
+        found[f"mean of {label} ({len(names)})"] = weighted({name: gains[name] for name in names}, equal).figure
         found[f"worst of {label} ({len(names)})"] = worst([gains[name] for name in names]).figure
     return found
 
 
 def mixtures(first: Resampled, second: Resampled) -> list[Figure]:
     """[A]: alpha r1 + (1 - alpha) r2 for every one of ALPHAS; gains in sd units are means of z-scores and mix linearly."""
-    return [(first * alpha + second * (1 - alpha)).figure for alpha in ALPHAS]
+    return [weighted({"1": first, "2": second}, {"1": alpha, "2": 1 - alpha}).figure for alpha in ALPHAS]
+
+
+def weighted(gains: dict[str, Resampled], weights: dict[str, float]) -> Resampled:
+    """The weighted sum of gains, at least one."""
+    first, *others = (gain * weights[name] for name, gain in gains.items())
+    return sum(others, start=first)

@@ -52,72 +52,95 @@ class TransformersEngine:
         del self._model
 
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """Samples of a batch, prompt after prompt; R = prompts * distinct samples rows, padded on the left to T tokens."""
+        """Samples of a batch, prompt after prompt: P prompts, padded on the left to T tokens, then R = P * distinct rows.
+
+        A prompt is read once for its samples, and a row that has ended is computed no longer.
+        """
         import torch
 
-        rows = [request for request in requests for _ in range(sampling.distinct)]
-        width = max(len(request.prompt_token_ids) for request in rows)
+        width = max(len(request.prompt_token_ids) for request in requests)
+        padding = [width - len(request.prompt_token_ids) for request in requests]
         pad = sampling.stop_token_ids[0]  # any id: the mask hides it
-        input_ids_RT = torch.tensor(
-            [[pad] * (width - len(request.prompt_token_ids)) + request.prompt_token_ids for request in rows]
-        )
-        mask_RT = torch.tensor(
-            [[0] * (width - len(request.prompt_token_ids)) + [1] * len(request.prompt_token_ids) for request in rows]
-        )
-        seeds = [request.seed + sample for request in requests for sample in range(sampling.distinct)]
+        input_ids = torch.tensor(
+            [[pad] * left + request.prompt_token_ids for left, request in zip(padding, requests, strict=True)],
+            device=self._device,
+        )  # [P, T]
+        mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(self._device)
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        draw = Draw(sampling, [request.seed + k for request in requests for k in range(sampling.distinct)], self._device)
+        drawn: list[list[int]] = [[] for _ in range(len(requests) * sampling.distinct)]
+        rows = list(range(len(drawn)))
         with torch.inference_mode():
-            output_RT = self._model.generate(
-                input_ids=input_ids_RT.to(self._device),
-                attention_mask=mask_RT.to(self._device),
-                logits_processor=processors(sampling, seeds, self._device),
-                do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=list(sampling.stop_token_ids),
-                pad_token_id=pad,
+            output = self._model(
+                input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
             )
-        return [_cut(tokens, sampling.stop_token_ids) for tokens in output_RT[:, width:].tolist()]
+            cache, logits_RV = output.past_key_values, output.logits[:, -1].repeat_interleave(sampling.distinct, 0)
+            cache.batch_repeat_interleave(sampling.distinct)
+            mask, positions = (table.repeat_interleave(sampling.distinct, 0) for table in (mask, positions[:, -1:]))
+            while True:
+                tokens = draw(logits_RV, rows)
+                for row, token in zip(rows, tokens.tolist(), strict=True):
+                    drawn[row].append(token)
+                open_rows = [
+                    place
+                    for place, row in enumerate(rows)
+                    if drawn[row][-1] not in sampling.stop_token_ids and len(drawn[row]) < sampling.max_new_tokens
+                ]
+                if not open_rows:
+                    break
+                if len(open_rows) < len(rows):
+                    kept = torch.tensor(open_rows, device=self._device)
+                    cache.batch_select_indices(kept)
+                    tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+                    rows = [rows[place] for place in open_rows]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                positions = positions + 1
+                output = self._model(
+                    input_ids=tokens[:, None],
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                logits_RV = output.logits[:, -1]
+        stops = sampling.stop_token_ids
+        return [Sample(tokens, "stop" if tokens[-1] in stops else "length") for tokens in drawn]
 
 
-def _cut(tokens: list[int], stop_token_ids: tuple[int, ...]) -> Sample:
-    """A row up to and with its first stop token; what follows is padding."""
-    for place, token in enumerate(tokens):
-        if token in stop_token_ids:
-            return Sample(tokens[: place + 1], "stop")
-    return Sample(tokens, "length")
+class Draw:
+    """Draws a token of every row from its logits by one uniform number of the row's own stream.
 
-
-def processors(sampling: Sampling, seeds: list[int], device: "torch.device") -> Any:
-    """What greedy decoding must do to the logits so that it samples: temperature, nucleus, Gumbel noise.
-
-    argmax(logits + Gumbel noise) is a draw from softmax(logits) (the Gumbel-max trick), and noise can come from one
-    generator per row, which transformers' own sampling cannot: so a row depends on its seed and not on its batch.
-
-    Args:
-        sampling: temperature (0: none of this, greedy decoding) and top_p.
-        seeds: one per row.
-        device: where the logits are.
-
-    Returns:
-        A transformers LogitsProcessorList for logits [R, V].
+    So a row depends on its seed and not on its batch. Temperature 0 is the argmax.
     """
-    import torch
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    chain = LogitsProcessorList()
-    if sampling.temperature == 0:
-        return chain
-    if sampling.temperature != 1.0:
-        chain.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_p < 1.0:
-        chain.append(TopPLogitsWarper(sampling.top_p))
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, sampling: Sampling, seeds: list[int], device: "torch.device") -> None:
+        """Make a stream of every seed.
 
-    def add_noise(_: "torch.Tensor", logits_RV: "torch.Tensor") -> "torch.Tensor":
-        noise_RV = torch.empty_like(logits_RV, dtype=torch.float32)
-        for row, generator in zip(noise_RV, generators, strict=True):
-            row.exponential_(generator=generator)
-        # -log(E) of an exponential E is Gumbel noise; E = 0 would be infinite.
-        return logits_RV.float() - noise_RV.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+        Args:
+            sampling: temperature and top_p.
+            seeds: one per row.
+            device: where the logits are.
+        """
+        import torch
 
-    chain.append(add_noise)
-    return chain
+        self._temperature, self._top_p = sampling.temperature, sampling.top_p
+        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits_RV: "torch.Tensor", rows: list[int]) -> "torch.Tensor":
+        """[R] tokens for logits [R, V] of these rows."""
+        import torch
+
+        if self._temperature == 0:
+            return logits_RV.argmax(dim=-1)
+        logits_RV = logits_RV.float() / self._temperature
+        if self._top_p < 1.0:
+            from transformers import TopPLogitsWarper
+
+            logits_RV = TopPLogitsWarper(self._top_p)(torch.empty(0), logits_RV)
+        # In float64, or the last of 100,000 summands would be rounded away.
+        below_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        uniform_R1 = torch.cat(
+            [torch.rand(1, 1, generator=self._streams[row], device=logits_RV.device, dtype=torch.float64) for row in rows]
+        )
+        # The first token whose cumulative probability is over the number: never one of probability 0.
+        return torch.searchsorted(below_RV, uniform_R1 * below_RV[:, -1:], right=True).squeeze(1)
