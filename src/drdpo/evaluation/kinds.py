@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from drdpo.display import one_line
 from drdpo.errors import DataError
 from drdpo.helpsteer import split_helpsteer_turns
+from drdpo.progress import progress
 from drdpo.records import Completion, Message, Preference, Prompt, read_rows
 from drdpo.trl import own_form
 
@@ -152,7 +151,7 @@ def checked_rows(path: Path, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]
         DataError: as read_file.
     """
     lines = _count_lines(path)
-    for number, row in tqdm(read_rows(path), desc=path.name, total=lines, unit="row", leave=False, delay=2, disable=None):
+    for number, row in progress(read_rows(path), desc=path.name, total=lines, unit="row", leave=False, delay=2):
         found = _known(path, number, row)
         if found is not kind:
             raise DataError(

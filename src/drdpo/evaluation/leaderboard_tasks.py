@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drdpo.errors import DataError, UsageError
+from drdpo.progress import progress
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -103,12 +104,10 @@ def check_data(manager: "TaskManager", leaves: list[str]) -> None:
     Raises:
         DataError: naming the task whose data or helper could not be loaded, and what to do.
     """
-    from tqdm import tqdm
-
     for leaf in leaves:
         if "ifeval" in leaf:
             _check_punkt(leaf)
-    for leaf in tqdm(leaves, desc="loading the tasks' data", unit="task", disable=len(leaves) < 2):
+    for leaf in progress(leaves, desc="loading the tasks' data", unit="task", disable=len(leaves) < 2):
         try:
             manager.load([leaf])
         except Exception as cause:  # whatever the harness or the task's own code raises

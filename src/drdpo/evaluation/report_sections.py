@@ -46,7 +46,7 @@ def gain_sections(
     )
     if summaries:
         text += f" The means and the worst are over single objectives, without the gated score ({GATED_SCORE})."
-    if mixture:
+    if MIXTURE in comparison.summaries[others[0].name]:
         terms = " + ".join(f"{weight:g} `{flag_name(name)}`" for name, weight in mixture.items())
         text += f" The {MIXTURE} is {terms}, of the gains below it."
     if trained_on:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from drdpo import chat
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
@@ -33,6 +31,7 @@ from drdpo.generation.results import Blocks, Split, finished, write_results
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint
 from drdpo.models import check_model_folder
+from drdpo.progress import progress
 from drdpo.records import Prompt
 
 CPU_BLOCK = 128
@@ -166,7 +165,7 @@ def _run_blocks(
     running = engines.start().run(left, sampling)
     collected: dict[int, dict[int, list[Sample]]] = {number: {} for number in left}
     tokens, started = 0, time.monotonic()
-    with tqdm(total=total, initial=done, desc=f"sample {split.name}", unit="completion", mininterval=1.0) as bar:
+    with progress(total=total, initial=done, desc=f"sample {split.name}", unit="completion", mininterval=1.0) as bar:
         for number, index, samples in running:
             collected[number][blocks[number][index].prompt.prompt_id] = samples
             tokens += sum(len(sample.token_ids) for sample in samples[: sampling.distinct])

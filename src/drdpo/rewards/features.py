@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from drdpo.chat import Tokenizer, prompt_token_ids
 from drdpo.errors import DataError
 from drdpo.files import atomic_folder
+from drdpo.progress import progress
 from drdpo.rewards.armorm import last_hidden_states
 from drdpo.rewards.batching import Span, batches_by_length, find_span, pad_right
 from drdpo.rewards.layout import POOLINGS
@@ -80,15 +80,15 @@ def layer_features(
     spans = [_span(sequence, pattern) for sequence in sequences]
     device = next(backbone.parameters()).device
     rows: dict[int, list[Features | None]] = {layer: [None] * len(sequences) for layer in layers}
-    progress = tqdm(total=sum(map(len, sequences)), unit="tokens", unit_scale=True, desc="features")
+    bar = progress(total=sum(map(len, sequences)), unit="token", unit_scale=True, desc="features")
     with _captured(backbone, layers) as captured, torch.inference_mode():
         for batch in batches_by_length([len(sequence) for sequence in sequences], batch_tokens):
             last_hidden_states(backbone, *pad_right([sequences[index] for index in batch], 0, device))
             for layer, hidden_BTD in captured.items():
                 for place, index in enumerate(batch):
                     rows[layer][index] = _read(hidden_BTD[place], spans[index])
-            progress.update(sum(len(sequences[index]) for index in batch))
-    progress.close()
+            bar.update(sum(len(sequences[index]) for index in batch))
+    bar.close()
     found = {}
     for layer, parts in rows.items():
         features = Features(*(torch.stack(tensors) for tensors in zip(*(part for part in parts if part), strict=True)))

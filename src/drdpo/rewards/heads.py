@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
+from drdpo.progress import progress
 from drdpo.rewards.armorm import GatingNetwork
 from drdpo.rewards.scores import Floats
 from drdpo.rewards.statistics import spearman
@@ -137,7 +137,7 @@ def choose_gate_steps(
         The steps, the held-out loss there, and that of the unfitted gate.
     """
     total_S = np.zeros(steps + 1)
-    for fold in tqdm(np.unique(fold_P), desc="gate", unit="fold"):
+    for fold in progress(np.unique(fold_P), desc="gate", unit="fold"):
         held_out = fold_P == fold
         curve = fit_gate(new_gate(), pairs.take(~held_out), steps, steps, pairs.take(held_out))
         total_S += np.array(curve) * held_out.sum()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from drdpo.config import PreferencesConfig
 from drdpo.errors import DataError, UsageError
@@ -15,6 +14,7 @@ from drdpo.files import atomic_files, sweep
 from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import already_made, fingerprint, write_manifest
+from drdpo.progress import progress
 from drdpo.records import SPLITS, Completion, Preference, write_records
 from drdpo.rewards import pair_report
 from drdpo.rewards.by_prompt import group_by_prompt, read_completions, score_matrices
@@ -24,9 +24,6 @@ from drdpo.rewards.scores import best_and_worst, mean_and_sd, mix, standardise
 from drdpo.rewards.selection import REASONS, Rule, select
 
 STEP = "preferences"
-
-_NO_TERMINAL = None
-"""tqdm's word for: no bar where nobody watches. Most runs take seconds; all_pairs of ten thousand prompts takes minutes."""
 
 Statistics = dict[str, tuple[float, float]]
 """{objective: (mean, population sd)} of the raw scores of the weighted objectives."""
@@ -134,7 +131,7 @@ def pair_completions(
     counts: Counter[str] = Counter(prompts=len(groups), completions=len(completions))
     pairs, largest_margin = [], 0.0
     rows = zip(groups, mixed_Mn, *best_and_worst(mixed_Mn), strict=True)
-    for group, mixed_n, best, worst, _ in tqdm(rows, f"pair {split}", len(groups), unit="prompt", disable=_NO_TERMINAL):
+    for group, mixed_n, best, worst, _ in progress(rows, desc=f"pair {split}", total=len(groups), unit="prompt", delay=2):
         if len(group) < 2:
             counts.update(prompts_without_pair=1, dropped_one_completion=1)
             continue
@@ -185,7 +182,7 @@ def _write(
     }
     with atomic_files(*outputs.values()) as asides:
         for aside, (split, made) in zip(asides, splits.items(), strict=True):
-            write_records(aside, tqdm(made.pairs, f"write {split}", unit="pair", disable=_NO_TERMINAL))
+            write_records(aside, progress(made.pairs, desc=f"write {split}", unit="pair", delay=2))
         # Old pairs go and new ones come last, so that pairs never stand beside a manifest of other flags.
         for path in outputs.values():
             path.unlink(missing_ok=True)

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from drdpo import distributed
 from drdpo.config import CompletionsConfig
 from drdpo.errors import UsageError
@@ -21,6 +19,7 @@ from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked, sole_writer
 from drdpo.manifest import already_made, fingerprint
 from drdpo.objectives import GATED_SCORE
+from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records
 from drdpo.rewards.layout import check_folder
 from drdpo.rewards.score_parts import ScoreParts
@@ -174,13 +173,13 @@ def _score_split(scorer: "Scorer", split: str, completions: list[Completion], pa
         say(f"{split}: {there} of {len(completions)} completions are scored already, by a run that was broken off")
     started, tokens = time.perf_counter(), 0
     total = sum(map(reading.completions, share))
-    with tqdm(total=total, desc=f"score {split}", unit=" completions", disable=not distributed.is_main()) as progress:
+    with progress(total=total, desc=f"score {split}", unit="completion", disable=not distributed.is_main()) as bar:
         for number in share:
             results = scorer.score(reading, number)
             parts.add(number, [row(index, result) for index, result in results.items()])
             tokens += reading.tokens(number)
-            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-            progress.update(len(results))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+            bar.update(len(results))
     return [row(index, {"reason": reason}) for index, reason in reading.refused.items()]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from tqdm import tqdm
 
 from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
+from drdpo.progress import progress
 from drdpo.records import Message, Preference, read_rows
 from drdpo.trl import own_form
 
@@ -79,7 +79,7 @@ def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: 
         refuses", "empty answer" and "equal answers" were left out, "answer cut" and "text encoded" were not.
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
-    for preference in tqdm(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main()):
+    for preference in progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main()):
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
         except (TemplateError, ValueError):

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.lock import sole_writer
 from drdpo.manifest import write_manifest
+from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.batches import step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
@@ -146,7 +146,7 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
     shards = batches_of_test(run)
     tables = []
     with evaluating(engine) as policy:
-        for indices in tqdm(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
+        for indices in progress(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
             batch, reference_B2 = _on_device(engine, run, run.test, indices, reference_M2)
             table_B4 = pair_table(pair_values(policy, batch, reference_B2, run.config), run.config.beta)
             tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4], dim=1))
@@ -159,7 +159,7 @@ def _steps(
     engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: StopRequest
 ) -> None:
     config, saved = run.config, done
-    bar = tqdm(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
+    bar = progress(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
                disable=not distributed.is_main())  # fmt: skip
     for step in bar:
         if (name := stop.agreed(engine.device)) is not None:

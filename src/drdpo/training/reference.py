@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.files import atomic_file
+from drdpo.progress import progress
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.packing import form_batch
@@ -80,7 +80,9 @@ def reference_logprobs(
     device = engine.device
     rows = []
     with evaluating(engine) as policy:
-        for indices in tqdm(batches, desc=f"reference log-probs, {label}", unit="batch", disable=not distributed.is_main()):
+        for indices in progress(
+            batches, desc=f"reference log-probs, {label}", unit="batch", disable=not distributed.is_main()
+        ):
             batch = form_batch(pairs, indices, config, pad_token_id).to(device)
             logprob_S = policy(batch).logprob_S.float()
             rows.append(torch.stack([batch.indices_B.float(), *logprob_S.view(2, -1)], dim=1))

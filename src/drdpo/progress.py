@@ -1,0 +1,85 @@
+"""Progress: a bar on a terminal, and in a file a line every ten percent."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+QUIET_SECONDS = 2.0
+"""Between two lines, and before the first one: what is done sooner needs none."""
+
+
+class Lines(Iterable[Item]):
+    """The part of tqdm's interface that drdpo uses, in lines on stderr."""
+
+    def __init__(self, items: Iterable[Item], desc: str, total: int | None, unit: str, initial: int) -> None:
+        self._items, self._desc, self._total, self._unit = items, desc, total, unit
+        self._done, self._postfix = initial, ""
+        self._started = self._printed = time.monotonic()
+        self._tenth = self._tenths()
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._items:
+            yield item
+            self.update()
+
+    def __enter__(self) -> "Lines[Item]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        """Count, and print a line where another tenth is done."""
+        self._done += count
+        now, tenth = time.monotonic(), self._tenths()
+        if tenth > self._tenth and now - self._printed >= QUIET_SECONDS:
+            self._tenth, self._printed = tenth, now
+            what = f"{self._unit} {self._done} of {self._total}, {now - self._started:.0f} s{self._postfix}"
+            print(f"{self._desc}: {10 * tenth}% ({what})", file=sys.stderr, flush=True)
+
+    def set_postfix(self, figures: dict[str, Any]) -> None:
+        """What the next line says besides."""
+        self._postfix = "".join(f", {name}={value}" for name, value in figures.items())
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """What the next line says besides."""
+        self._postfix = f", {text}"
+
+    def close(self) -> None:
+        """Nothing: every line is whole."""
+
+    def _tenths(self) -> int:
+        return 10 * self._done // self._total if self._total else 0
+
+
+def progress(
+    items: Iterable[Item] | None = None,
+    *,
+    desc: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
+    disable: bool = False,
+    **of_a_bar: Any,
+) -> "Lines[Item] | tqdm[Item]":
+    """Show how far a loop is.
+
+    Args:
+        items: what it goes through; none where `update` counts.
+        desc: name of the work.
+        unit: singular.
+        total: number of units; the length of `items` unless it is given.
+        initial: units that are done already.
+        disable: show nothing, e.g. on other ranks.
+        of_a_bar: further arguments of tqdm.
+    """
+    if total is None:
+        total = len(items) if hasattr(items, "__len__") else None
+    if disable or sys.stderr.isatty():
+        return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, disable=disable, **of_a_bar)
+    return Lines(() if items is None else items, desc, total, unit, initial)

@@ -1,0 +1,63 @@
+"""A bar on a terminal; in a file a line every ten percent, none for what takes no time."""
+
+import sys
+import time
+
+import pytest
+from tqdm import tqdm
+
+from drdpo.progress import Lines, progress
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock with one hand, which tests move."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    return text.splitlines()
+
+
+def test_a_line_every_ten_percent(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for item in progress(range(1000), desc="score", unit="completion"):
+        assert 0 <= item < 1000
+        seconds[0] += 1.0
+    lines = lines_of(capsys)
+    assert lines[0] == "score: 10% (completion 100 of 1000, 100 s)"
+    assert [line.split()[1] for line in lines] == [f"{tenth}0%" for tenth in range(1, 11)]
+
+
+def test_what_was_done_before_is_not_told_again(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(desc="sample", unit="completion", total=10, initial=4) as bar:
+        for count in (2, 4):
+            seconds[0] += 60.0
+            bar.set_postfix_str("70 tokens/s", refresh=False)
+            bar.update(count)
+    assert lines_of(capsys) == [
+        "sample: 60% (completion 6 of 10, 60 s, 70 tokens/s)", "sample: 100% (completion 10 of 10, 120 s, 70 tokens/s)",
+    ]  # fmt: skip
+
+
+def test_quick_work_is_silent_and_quick_tenths_share_a_line(
+    seconds: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = progress(range(10), desc="tokenise", unit="pair")
+    assert list(bar) == list(range(10)) and lines_of(capsys) == []
+    for _ in progress(range(10), desc="dpo", unit="step"):
+        seconds[0] += 0.5
+    assert [line.split("(")[0] for line in lines_of(capsys)] == ["dpo: 40% ", "dpo: 80% "]
+
+
+def test_a_terminal_has_a_bar_and_other_ranks_have_nothing(
+    seconds: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = progress(range(3), desc="dpo", unit="step", disable=True)
+    assert list(hidden) == [0, 1, 2] and lines_of(capsys) == []
+    assert isinstance(progress(range(3), desc="dpo", unit="step"), Lines)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert isinstance(progress(range(3), desc="dpo", unit="step"), tqdm)
