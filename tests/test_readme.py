@@ -27,7 +27,7 @@ SCRIPTS = {
 }
 OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["bash", "setup.sh"], ["bash", "quickstart.sh"],
           ["bash", "tests/run.sh"], ["bash", "experiments/armorm_multi_objective.sh"],
-          ["bash", "experiments/openllm_leaderboard.sh"], ["bash", "experiments/preference_shift.sh"])  # fmt: skip
+          ["bash", "experiments/openllm_leaderboard.sh"])  # fmt: skip
 
 
 def test_flag_tables_are_those_of_the_config_classes():

@@ -4,10 +4,9 @@ from drdpo.config.assets import AssembleConfig, AssetsConfig
 from drdpo.config.comparison import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.config.completions import CompletionsConfig
 from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
-from drdpo.config.inspection import InspectConfig
+from drdpo.config.inspection import InspectConfig, ShowRunConfig
 from drdpo.config.preferences import PreferencesConfig
 from drdpo.config.reward_heads import FitHeadsConfig
-from drdpo.config.show_run import ShowRunConfig
 from drdpo.config.training import TrainConfig
 
 __all__ = [

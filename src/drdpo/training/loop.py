@@ -16,17 +16,15 @@ from drdpo.lock import sole_writer
 from drdpo.manifest import write_manifest
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.first_loss import check_first_step
-from drdpo.training.fraction import penalised_pairs
 from drdpo.training.logs import RankLog, rank_log
 from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
-from drdpo.training.objective import Objective, needs_population, objective, survey
+from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import attend_by_flash, load_policy, widen_first_tokens
 from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
@@ -105,7 +103,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
 
 
 def train_step(
-    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, penalised: frozenset[int] | None = None
+    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, step: int = 0
 ) -> list[Objective]:
     """One optimizer step.
 
@@ -114,7 +112,7 @@ def train_step(
         batches: this rank's micro-batches with their reference log-probs [B, 2], as many as every other rank's; over the
             ranks they hold config.train_batch_size pairs, each batch any number of them.
         config: of the run.
-        penalised: the pairs that carry WDPO's penalty; None where all do.
+        step: optimizer steps done before this one; --wdpo_fraction draws by it.
 
     Returns:
         What every micro-batch contributed, detached from its graph.
@@ -128,9 +126,10 @@ def train_step(
     policy = engine if config.zero_stage == 3 else engine.module
     watch = engine.module.watch = FiniteWatch(engine.device)
     parts = []
+    scales = penalty_scales(len(batches), config, step)
     for number, (batch, reference_B2) in enumerate(batches, start=1):
         watch.next_batch()
-        part = objective(policy, batch, reference_B2, config, population, penalised)
+        part = objective(policy, batch, reference_B2, config, population, scales[number - 1])
         watch.look(part.total)
         # Micro-batches count by their pairs; DeepSpeed takes the mean over the ranks.
         share = len(batch.indices_B) * distributed.world_size() / config.train_batch_size
@@ -168,8 +167,7 @@ def _steps(
         dealt = batches_of_step(run, step)
         batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        drawn = step_indices(len(run.train), config.train_batch_size, config.seed, step)
-        parts = train_step(engine, batches, config, penalised_pairs(drawn, config, step))
+        parts = train_step(engine, batches, config, step)
         metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch, **step_metrics(parts, config)}
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
         metrics |= throughput([batch for batch, _ in batches], shape, config, time.perf_counter() - started)

@@ -52,7 +52,7 @@ class TransformersEngine:
         del self._model
 
     def _attend_by(self, implementation: str) -> None:
-        """On a CPU the fused kernel is for prompts: for one token a row, matrix products take a quarter of its time."""
+        """On a CPU the fused kernel is for prompts; for one token a row, matrix products are faster."""
         if self._device.type == "cpu":
             self._model.set_attn_implementation(implementation)
 
