@@ -8,85 +8,108 @@ usage() {
     cat <<'USAGE'
 usage: bash quickstart.sh [--NAME=VALUE ...]
   --output_path=outputs/quickstart   where everything goes
-  --prompts=32         prompts per split that are sampled (192 train and 48 test are there)
-  --best_of_n=2        completions per prompt
-  --max_new_tokens=48  longest completion
-  --train_batch_size=4 pairs per optimizer step, a multiple of 4
-  --max_epochs=1       passes over the pairs
-  --learning_rate=2e-5
-  --beta=0.1           strength of the KL leash (the paper's 0.01 needs far more steps to show)
-  --kldpo_tau=0.05
-  --wdpo_rho=0.01
-  --seed=42
+  --prompts=80          train prompts to sample, of 192; all 48 test prompts are used (longer than --prompt_max_len: neither)
+  --prompt_max_len=64   longest prompt in tokens
+  --best_of_n=4         completions of each prompt
+  --max_new_tokens=24   longest completion in tokens
+  --temperature=1.2     of the sampling, before training and after
+  --pairs_per_prompt=2  preference pairs of each prompt, those of the largest margins
+  --train_batch_size=8  pairs per optimizer step, a multiple of 8
+  --max_steps=12        optimizer steps
+  --learning_rate=1e-3  of the LoRA adapters
+  --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
+  --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
+  --kldpo_tau=0.5
+  --wdpo_rho=0.001
+  --seed=42             of the sampling, the pairs' order and the adapters
 USAGE
 }
 
-output_path=outputs/quickstart prompts=32 best_of_n=2 max_new_tokens=48 train_batch_size=4 max_epochs=1
-learning_rate=2e-5 beta=0.1 kldpo_tau=0.05 wdpo_rho=0.01 seed=42
+output_path=outputs/quickstart prompts=80 prompt_max_len=64 best_of_n=4 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
+train_batch_size=8 max_steps=12 learning_rate=1e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.001 seed=42
+names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
+    learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
 for word in "$@"; do
-    case "$word" in
-        -h | --help)
-            usage
-            exit
-            ;;
-        --output_path=* | --prompts=* | --best_of_n=* | --max_new_tokens=* | --train_batch_size=* | --max_epochs=* | \
-            --learning_rate=* | --beta=* | --kldpo_tau=* | --wdpo_rho=* | --seed=*)
-            name="${word%%=*}"
-            printf -v "${name#--}" '%s' "${word#*=}"
-            ;;
-        *)
-            usage >&2
-            echo "error: unknown flag: $word" >&2
-            exit 2
-            ;;
-    esac
+    name="${word%%=*}" name="${name#--}"
+    if [[ "$word" == -h || "$word" == --help ]]; then
+        usage
+        exit
+    elif [[ "$word" == --*=* && " ${names[*]} " == *" $name "* ]]; then
+        printf -v "$name" '%s' "${word#*=}"
+    else
+        usage >&2
+        echo "error: unknown flag: $word" >&2
+        exit 2
+    fi
 done
 
-# One folder, one set of sizes: steps of another set would be refused halfway.
-sizes="$prompts $best_of_n $max_new_tokens $train_batch_size $max_epochs $learning_rate $beta $kldpo_tau $wdpo_rho $seed"
-if [[ -f "$output_path/sizes" && "$(<"$output_path/sizes")" != "$sizes" ]]; then
-    echo "error: $output_path was made with other sizes ($(<"$output_path/sizes")); give another --output_path" >&2
+# One folder, one set of flags: steps of another set would be refused halfway.
+flags=""
+for name in "${names[@]:1}"; do
+    flags+="--$name=${!name} "
+done
+if [[ -f "$output_path/flags" && "$(<"$output_path/flags")" != "$flags" ]]; then
+    echo "error: $output_path was made by other flags ($(<"$output_path/flags")); give another --output_path" >&2
     exit 2
 fi
 mkdir -p "$output_path"
-printf '%s\n' "$sizes" >"$output_path/sizes"
+printf '%s\n' "$flags" >"$output_path/flags"
 
+# say TITLE: head a step, and note when it began.
 began=$SECONDS
-say() { printf '\n== %s (%d s)\n' "$1" "$((SECONDS - began))"; }
+say() {
+    printf '\n== %s (%d s)\n' "$1" "$((SECONDS - began))"
+    printf '%d\t%s\n' "$((SECONDS - began))" "$1" >>"$output_path/times.tsv"
+}
+: >"$output_path/times.tsv"
 
 say "environment, embedded models and prompts"
 bash "$ROOT/setup.sh" --models=embedded --datasets=embedded
 # shellcheck source=src/env.sh
 source "$ROOT/src/env.sh"
 
+cat <<PLAN
+
+SmolLM2-135M answers $prompts train prompts and 48 test prompts, $best_of_n times each; a small reward model scores the answers; the
+mixture of two scores, coherence and correctness, makes preference pairs; DPO, KLDPO and WDPO train on the same pairs; each
+trained model answers the test prompts, and the report compares them with the untrained one. Rerunning skips finished steps.
+PLAN
+python "$ROOT/benchmarks/quickstart.py" --estimate=true
+
 policy="$ROOT/models/SmolLM2-135M"
 sampling=(--dataset="$ROOT/datasets/embedded_prompts" --reward_model="$ROOT/models/ArmoRM-SmolLM2"
-    --best_of_n="$best_of_n" --temperature=0.7 --max_new_tokens="$max_new_tokens" --prompt_max_len=256
+    --best_of_n="$best_of_n" --temperature="$temperature" --max_new_tokens="$max_new_tokens" --prompt_max_len="$prompt_max_len"
     --max_prompts="$prompts" --seed="$seed")
 
-say "step 1: sample and score completions of the base model"
+say "step 1: sample and score answers of the untrained model"
 bash "$ROOT/generate_completions.sh" --save_path="$output_path/base" --model_path="$policy" "${sampling[@]}"
 
 say "step 2: mix two objectives into preference pairs"
 run python "$ROOT/src/generate_preferences.py" --completions="$output_path/base" --output_path="$output_path/preferences" \
-    --helpsteer_correctness=0.5 --helpsteer_helpfulness=0.5
+    --selection=all_pairs --max_pairs_per_prompt="$pairs_per_prompt" --min_margin=0.5 \
+    --helpsteer_coherence=0.5 --helpsteer_correctness=0.5
 
 runs=("base=$output_path/base")
 for method in dpo kldpo wdpo; do
-    flags=() micro_batch_size=4
+    # WDPO's penalty, a gradient's gradient, is put on one micro-batch of four in each step.
     case "$method" in
-        kldpo) flags=(--kldpo_tau="$kldpo_tau") ;;
-        wdpo) flags=(--wdpo_rho="$wdpo_rho") micro_batch_size=2 ;;
+        dpo) own=(--micro_batch_size=8) ;;
+        kldpo) own=(--micro_batch_size=8 --kldpo_tau="$kldpo_tau") ;;
+        wdpo) own=(--micro_batch_size=2 --wdpo_rho="$wdpo_rho" --wdpo_fraction=0.25) ;;
     esac
-    say "step 3: align by $method"
+    say "step 3: train by $method"
+    if [[ "$method" != dpo && ! -d "$output_path/$method" ]]; then
+        # The same frozen model on the same pairs: its log-probs are computed once. A file that does not fit is ignored.
+        mkdir "$output_path/$method"
+        cp "$output_path/dpo/"reference_*.safetensors "$output_path/$method"
+    fi
     bash "$ROOT/train_alignment.sh" --model_path="$policy" --dataset_path="$output_path/preferences" \
-        --save_path="$output_path/$method" "${flags[@]}" --beta="$beta" --learning_rate="$learning_rate" \
-        --train_batch_size="$train_batch_size" --micro_batch_size="$micro_batch_size" --max_epochs="$max_epochs" --max_len=512 \
-        --gradient_checkpointing=false --save_resume=false --seed="$seed"
-    checkpoint="$(find "$output_path/$method" -maxdepth 1 -name 'global_step_*' | sort -V | tail -n 1)"
-    say "step 4: sample and score with the $method checkpoint"
-    bash "$ROOT/generate.sh" --only_test=true --save_path="$output_path/$method/completions" --model_path="$checkpoint" \
-        "${sampling[@]}"
+        --save_path="$output_path/$method" "${own[@]}" --beta="$beta" --learning_rate="$learning_rate" \
+        --lora_rank="$lora_rank" --train_batch_size="$train_batch_size" --max_steps="$max_steps" --max_len=256 \
+        --max_test_pairs=8 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"
+    say "step 4: sample and score answers of the $method model"
+    bash "$ROOT/generate.sh" --only_test=true --save_path="$output_path/$method/completions" \
+        --model_path="$output_path/$method/global_step_$max_steps" "${sampling[@]}"
     runs+=("$method=$output_path/$method/completions")
 done
 

@@ -20,6 +20,8 @@ fi
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}"
 export PYTHONUNBUFFERED=1
+# Bars of transformers and the hub are drawn anew on one line, which a log file shows as a hundred.
+[[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # Threads that wait sleep, in place of spinning: on cores that anything else uses too, spinning made vLLM ten times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 

@@ -14,8 +14,8 @@ from forks import Forks
 pytestmark = pytest.mark.slow
 
 SMALLER = {
-    "generate_completions.sh": ["--max_prompts=4", "--max_new_tokens=8"],
-    # Step 1 has started vLLM, which is what auto means, in the way that README's commands do.
+    # What auto is for longer answers.
+    "generate_completions.sh": ["--max_prompts=4", "--max_new_tokens=8", "--engine=vllm"],
     "generate.sh": ["--max_prompts=4", "--max_new_tokens=8", "--engine=transformers"],
     "train_alignment.sh": ["--train_batch_size=2", "--micro_batch_size=1", "--max_steps=1", "--max_len=128"],
 }

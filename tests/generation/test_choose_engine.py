@@ -6,7 +6,7 @@ import pytest
 
 from drdpo.errors import UsageError
 from drdpo.generation.engines import choose, vllm_engine
-from drdpo.generation.engines.choose import choose_engine, plan_engines
+from drdpo.generation.engines.choose import SHORT_ANSWERS, choose_engine, plan_engines
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +17,14 @@ def _no_engine_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vllm_that_is_missing_is_an_error_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--engine=vllm: the package vllm is not installed; .*--engine=transformers"):
-        choose_engine("vllm")
+        choose_engine("vllm", 1024, on_gpu=False)
 
 
 def test_auto_without_vllm_is_transformers_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
-    assert choose_engine("auto") == "transformers"
+    assert choose_engine("auto", 1024, on_gpu=False) == "transformers"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("WARNING: sampling with transformers")
@@ -32,7 +32,18 @@ def test_auto_without_vllm_is_transformers_and_says_so(
 
 def test_auto_with_vllm_is_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "vllm_problem", lambda: None)
-    assert choose_engine("auto") == "vllm"
+    assert choose_engine("auto", 1024, on_gpu=False) == "vllm"
+
+
+def test_auto_for_short_answers_is_transformers_on_a_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm_engine, "vllm_problem", lambda: None)
+    assert choose_engine("auto", SHORT_ANSWERS, on_gpu=False) == "transformers"
+    assert "answers of at most 64 tokens" in capsys.readouterr().out
+    assert choose_engine("auto", SHORT_ANSWERS + 1, on_gpu=False) == "vllm"
+    assert choose_engine("auto", SHORT_ANSWERS, on_gpu=True) == "vllm"
+    assert choose_engine("vllm", SHORT_ANSWERS, on_gpu=False) == "vllm", "a flag wins"
 
 
 def test_a_broken_vllm_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

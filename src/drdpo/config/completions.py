@@ -23,7 +23,9 @@ class CompletionsConfig:
     prompt_max_len: int = flag("a longer prompt, in tokens, is set aside in rejects.jsonl", 1024)
     max_prompts: int | None = flag("use only the first so many prompts of each split", None)
     seed: int = flag("seed of the sampling; every (prompt, sample) has its own stream", 42)
-    engine: Literal["auto", "vllm", "transformers"] = flag("'auto' is vllm where it can be imported", "auto")
+    engine: Literal["auto", "vllm", "transformers"] = flag(
+        "'auto' is vllm where it can be imported, but transformers on a CPU for answers of at most 64 tokens", "auto"
+    )
     tensor_parallel_size: int = flag("GPUs that one vLLM engine spans; the others run data-parallel engines", 1)
     gpu_memory_utilization: float = flag("share of a GPU's memory that vLLM may take", 0.9)
     dtype: Literal["bfloat16", "float32"] = flag(

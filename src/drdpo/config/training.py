@@ -71,6 +71,7 @@ class TrainConfig:
     max_len: int = flag(
         "longest prompt + answer in tokens; a longer answer is cut, a longer prompt sets the pair aside", 2048
     )
+    max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None)
     eval_steps: int = flag("evaluate on the test pairs every so many steps; 0 is at the end only", 79)
     save_steps: int = flag("save a checkpoint every so many steps; 0 is at the end only", 158)
     keep_checkpoints: int = flag(

@@ -13,7 +13,15 @@ def check_training(config: "TrainConfig") -> None:
     _check_method(config)
     for name in ("beta", "learning_rate", "max_grad_norm", "kldpo_cap"):
         require(getattr(config, name) > 0, f"--{name}={getattr(config, name)} must be positive")
-    for name in ("max_epochs", "train_batch_size", "max_len", "max_steps", "micro_batch_size", "micro_batch_tokens"):
+    for name in (
+        "max_epochs",
+        "train_batch_size",
+        "max_len",
+        "max_steps",
+        "max_test_pairs",
+        "micro_batch_size",
+        "micro_batch_tokens",
+    ):
         value = getattr(config, name)
         require(value is None or value >= 1, f"--{name}={value} must be at least 1")
     for name in ("warmup_ratio", "min_lr_ratio"):

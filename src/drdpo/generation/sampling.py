@@ -76,8 +76,8 @@ def sample_completions(config: CompletionsConfig) -> None:
     tokenizer = chat.load_tokenizer(config.model_path)
     if config.check_only:
         return
-    engine = choose_engine(config.engine)
     gpus = visible_gpus()
+    engine = choose_engine(config.engine, config.max_new_tokens, on_gpu=bool(gpus))
     plan = plan_engines(engine, config.tensor_parallel_size, gpus)
     stops = stop_token_ids(config.model_path, tokenizer)
     sampling = Sampling(config.best_of_n, config.temperature, config.top_p, config.max_new_tokens, stops)

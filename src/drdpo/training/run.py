@@ -129,6 +129,8 @@ def open_run(config: TrainConfig) -> Run:
     pairs, counts = {}, {}
     for split in ("train", "test"):
         preferences = load_preferences(config.dataset_path, split)
+        if split == "test":
+            preferences = preferences[: config.max_test_pairs]
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
         told = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)

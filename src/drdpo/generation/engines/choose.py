@@ -7,15 +7,34 @@ from drdpo.errors import UsageError
 from drdpo.generation.engines.base import EngineSettings
 from drdpo.generation.engines.pool import Engines, InProcess, Pool
 
+SHORT_ANSWERS = 64
+"""Tokens of an answer up to which `auto` is transformers on a CPU.
 
-def choose_engine(name: str) -> str:
-    """The engine that --engine names; `auto` is vLLM where it works, else transformers, which is said loudly.
+There vLLM 0.32 takes 14 s of a core to start, transformers less than 1; and 3,000 tokens in answers of 24 took vLLM 18 s and
+transformers 15 in bfloat16, 31 and 25 in float32 by AVX2 (one busy core of an AVX-512 machine, AVX2 by oneDNN's and MKL's
+variables). Longer answers are vLLM's: transformers copies its key-value cache for every token.
+"""
+
+
+def choose_engine(name: str, max_new_tokens: int, on_gpu: bool) -> str:
+    """The engine that --engine names; `auto` is vLLM where it works, else transformers, which is said loudly; and
+    transformers for short answers on a CPU.
+
+    Args:
+        name: "auto", "vllm" or "transformers".
+        max_new_tokens: longest answer.
+        on_gpu: is there a GPU to sample on?
 
     Raises:
         UsageError: vLLM is asked for and cannot be used here.
     """
     if name == "transformers":
         return name
+    if name == "auto" and not on_gpu and max_new_tokens <= SHORT_ANSWERS:
+        print(
+            f"--engine=auto is transformers: answers of at most {SHORT_ANSWERS} tokens on a CPU end before vllm's start pays"
+        )
+        return "transformers"
     from drdpo.generation.engines.vllm_engine import vllm_problem
 
     problem = vllm_problem()

@@ -1,0 +1,112 @@
+"""The quickstart's claim, checked: each method's gain in the mixture it was trained on, with its interval, by seed.
+
+Runs quickstart.sh once a seed and writes gains, seconds by step and the largest process's peak memory into the results,
+beside those of the other kinds of CPU that are there. Status 1 where an interval does not lie above zero. `--cpu=avx2` limits
+torch's libraries to what a CPU with AVX2 alone has, where --dtype=auto is float32; a real one is slower. The seconds are those
+after setup; other work on the cores makes them more, so the load before is recorded.
+
+    python benchmarks/quickstart.py [--seeds 42 43 44] [--cpu=avx2] [--output=benchmarks/results/quickstart.json]
+    python benchmarks/quickstart.py --estimate=true          how long the quickstart should take on this machine
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quickstart.json"
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def speed(dtype: str) -> float:
+    """GFLOP/s of this machine in products of the policy's shapes, all threads: the best of half a second."""
+    import torch
+
+    rows_NI, weight_OI = (torch.ones(size, dtype=getattr(torch, dtype)) for size in ((512, 576), (1536, 576)))
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        torch.nn.functional.linear(rows_NI, weight_OI)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512 * 576 * 1536 / best / 1e9
+
+
+def dtype_here() -> str:
+    """What --dtype=auto is on this machine."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from drdpo.machine import resolve_dtype
+
+    return resolve_dtype("auto").dtype
+
+
+def estimate(results: dict) -> str:
+    """A line for a user: the seconds that were measured, scaled by this machine's speed; starting programs is not scaled."""
+    dtype = dtype_here()
+    known = [entry for entry in results.values() if entry["dtype"] == dtype]
+    if not known:
+        return f"How long it takes in {dtype} has not been measured."
+    here, entry = speed(dtype), known[0]
+    minutes = entry["seconds"] * entry["gflops"] / here / 60
+    return (
+        f"Estimate for this machine, with the default flags: {minutes:.0f} minutes. It took {entry['seconds'] / 60:.0f} on "
+        f"{entry['machine']} at {entry['gflops']:.0f} GFLOP/s ({dtype}); here a matrix product runs at {here:.0f} GFLOP/s."
+    )
+
+
+def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) -> dict:
+    """One quickstart: {"gains_sd": {method: {value, low, high}}, "seconds": {step: }, "peak_gib": }."""
+    command = ["bash", str(ROOT / "quickstart.sh"), f"--seed={seed}", f"--output_path={folder}", *flags]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+    lines = [line.split("\t") for line in (folder / "times.tsv").read_text(encoding="utf-8").splitlines()]
+    starts = [int(seconds) for seconds, _ in lines]
+    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["evaluate_armorm"]["trained_mixture"]
+    return {
+        **record,
+        "seconds": {name: after - at for (_, name), at, after in zip(lines, starts, starts[1:], strict=False)},
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+    }
+
+
+def main() -> None:
+    """Run the seeds, print every interval, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--cpu", choices=("native", "avx2"), default="native")
+    parser.add_argument("--output_path", type=Path, default=ROOT / "outputs" / "quickstart_check", help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--estimate", default="false", choices=("true", "false"))
+    parser.add_argument("--flags", nargs="*", default=[], help="further words for quickstart.sh, without their dashes")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
+    if arguments.estimate == "true":
+        print(estimate(results))
+        return
+    environment, load = AVX2 if arguments.cpu == "avx2" else {}, os.getloadavg()[0]
+    os.environ.update(environment)  # before torch is imported, for dtype_here and speed
+    flags = [f"--{word}" for word in arguments.flags]
+    runs = {
+        seed: run(seed, arguments.output_path / f"{arguments.cpu}_{seed}", environment, flags) for seed in arguments.seeds
+    }
+    setup = "environment, embedded models and prompts"
+    totals = [sum(found["seconds"].values()) - found["seconds"].get(setup, 0) for found in runs.values()]
+    results[arguments.cpu] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "load_before": round(load, 2), "dtype": dtype_here(),
+        "gflops": round(speed(dtype_here()), 1), "seconds": sum(totals) / len(totals), "seeds": runs,
+    }  # fmt: skip
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    failed = []
+    for seed, found in runs.items():
+        for method, gain in found["gains_sd"].items():
+            print(f"{arguments.cpu} seed {seed} {method}: {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+            failed += [f"{method}, seed {seed}"] if not gain["low"] > 0 else []
+    sys.exit(f"error: no gain for sure: {'; '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
