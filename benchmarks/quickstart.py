@@ -1,8 +1,8 @@
 """The quickstart's claim, checked: each method's gain in the mixture it was trained on, with its interval, by seed.
 
 Runs quickstart.sh once a seed and writes gains, seconds by step and the largest process's peak memory into the results,
-beside those of the other kinds of CPU that are there. Status 1 where an interval does not lie above zero. `--cpu=avx2` limits
-torch's libraries to what a CPU with AVX2 alone has, where --dtype=auto is float32; a real one is slower. The seconds are those
+beside those of the other kind of CPU. Status 1 where an interval does not lie above zero. `--cpu=avx2` limits torch's
+libraries to what a CPU with AVX2 alone has, where --dtype=auto is float32; a real one is slower. The seconds are those
 after setup; other work on the cores makes them more, so the load before is recorded.
 
     python benchmarks/quickstart.py [--seeds 42 43 44] [--cpu=avx2] [--output=benchmarks/results/quickstart.json]

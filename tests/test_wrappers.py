@@ -1,6 +1,7 @@
 """The wrappers with a stand-in for the launcher: flags go through whole, from any directory, with spaces in paths."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,22 @@ def test_quickstart_refuses_an_unknown_flag(root, environment, tmp_path):
     done = subprocess.run(["bash", str(root / "quickstart.sh"), "--size=1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--size=1" in done.stderr
+
+
+def test_quickstart_refuses_a_folder_that_other_flags_made(root, environment, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "flags").write_text("--prompts=1 \n")
+    command = ["bash", str(root / "quickstart.sh"), f"--output_path={tmp_path / 'run'}", "--prompts=2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'run'} was made by other flags (--prompts=1 ); give another --output_path" in done.stderr
+
+
+def test_quickstarts_help_names_every_flag_with_its_default(root, environment):
+    text = (root / "quickstart.sh").read_text()
+    names = text[text.index("names=(") + 7 : text.index(")\nfor word")].split()
+    defaults = dict(re.findall(r"(\w+)=(\S+)", text[text.index("\noutput_path=") : text.index("names=(")]))
+    done = subprocess.run(["bash", str(root / "quickstart.sh"), "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert dict(re.findall(r"--([a-z]\w*)=(\S+)", done.stdout)) == defaults
+    assert list(defaults) == names

@@ -88,6 +88,14 @@ def test_a_checkpoint_to_keep_must_be_one_that_is_saved(tiny_policy, data, tmp_p
         open_run(replace(config, keep_steps=[12]))
 
 
+def test_the_first_test_pairs_alone_are_evaluated(tiny_policy, data, tmp_path):
+    config = TrainConfig(str(tiny_policy), str(data), str(tmp_path / "run"), train_batch_size=4, max_test_pairs=3)
+    run = open_run(config)
+    assert (len(run.train), len(run.test)) == (4, 3)
+    with pytest.raises(UsageError, match="--max_test_pairs=0 must be at least 1"):
+        replace(config, max_test_pairs=0)
+
+
 def test_processes_count_in_the_batch(forks, tiny_policy, data, tmp_path):
     refuse(train(forks, tiny_policy, data, tmp_path / "out", "--micro_batch_size=1", world=3), 2, "3 processes")
 
