@@ -106,7 +106,7 @@ for method in dpo kldpo wdpo; do
     bash "$ROOT/train_alignment.sh" --model_path="$policy" --dataset_path="$output_path/preferences" \
         --save_path="$output_path/$method" "${own[@]}" --beta="$beta" --learning_rate="$learning_rate" \
         --lora_rank="$lora_rank" --train_batch_size="$train_batch_size" --max_steps="$max_steps" --max_len=256 \
-        --max_test_pairs=8 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"
+        --max_test_pairs=8 --warmup_ratio=0 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"
     say "step 4: sample and score answers of the $method model"
     bash "$ROOT/generate.sh" --only_test=true --save_path="$output_path/$method/completions" \
         --model_path="$output_path/$method/global_step_$max_steps" "${sampling[@]}"
