@@ -8,25 +8,25 @@ usage() {
     cat <<'USAGE'
 usage: bash quickstart.sh [--NAME=VALUE ...]
   --output_path=outputs/quickstart   where everything goes
-  --prompts=80          train prompts to sample, of 192; all 48 test prompts are used (longer than --prompt_max_len: neither)
+  --prompts=60          train prompts to sample, of 192; all 48 test prompts are used (longer than --prompt_max_len: neither)
   --prompt_max_len=64   longest prompt in tokens
   --best_of_n=4         completions of each prompt
   --max_new_tokens=24   longest completion in tokens
   --temperature=1.2     of the sampling, before training and after
   --pairs_per_prompt=2  preference pairs of each prompt, those of the largest margins
   --train_batch_size=8  pairs per optimizer step, a multiple of 8
-  --max_steps=12        optimizer steps
-  --learning_rate=1e-3  of the LoRA adapters
+  --max_steps=10        optimizer steps
+  --learning_rate=3e-3  of the LoRA adapters
   --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
   --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
   --kldpo_tau=0.5
-  --wdpo_rho=0.001
+  --wdpo_rho=0.002
   --seed=42             of the sampling, the pairs' order and the adapters
 USAGE
 }
 
-output_path=outputs/quickstart prompts=80 prompt_max_len=64 best_of_n=4 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
-train_batch_size=8 max_steps=12 learning_rate=1e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.001 seed=42
+output_path=outputs/quickstart prompts=60 prompt_max_len=64 best_of_n=4 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
+train_batch_size=8 max_steps=10 learning_rate=3e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.002 seed=42
 names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
     learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
 for word in "$@"; do
