@@ -1,6 +1,7 @@
 """What the tests know of the README: its flag tables and its commands. `python tests/readme.py` writes the tables anew."""
 
 import dataclasses
+import json
 import re
 import shlex
 import sys
@@ -13,6 +14,8 @@ from drdpo import config as configs  # noqa: E402
 from drdpo.flags import spelled  # noqa: E402
 
 _TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+_MEASURED = re.compile(r"<!-- quickstart -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def flag_table(class_name: str) -> str:
@@ -31,8 +34,24 @@ def flag_table(class_name: str) -> str:
     return "\n".join(lines)
 
 
+def quickstart_table() -> str:
+    """A markdown table of what benchmarks/quickstart.py measured."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    methods = ("dpo", "kldpo", "wdpo")
+    lines = ["| CPU | seed | DPO | KLDPO | WDPO | minutes | memory |", "|---|---|---|---|---|---|---|"]
+    for cpu, entry in results.items():
+        kind = f"{'AVX2 only' if cpu == 'avx2' else 'AVX-512'}, {entry['dtype']}"
+        for seed, run in entry["seeds"].items():
+            gains = [run["gains_sd"][method] for method in methods]
+            cells = [f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" for gain in gains]
+            minutes = sum(run["seconds"].values()) / 60
+            lines.append(f"| {kind} | {seed} | {' | '.join(cells)} | {minutes:.1f} | {run['peak_gib']:.1f} GiB |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
-    """The README with its tables made from the config classes."""
+    """The README with its tables made from the config classes and from measured results."""
+    text = _MEASURED.sub(lambda match: f"<!-- quickstart -->\n{quickstart_table()}\n<!-- end -->", text)
     return _TABLE.sub(lambda match: f"<!-- flags: {match[1]} -->\n{flag_table(match[1])}\n<!-- end -->", text)
 
 
