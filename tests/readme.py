@@ -36,7 +36,8 @@ def flag_table(class_name: str) -> str:
 
 def quickstart_table() -> str:
     """A markdown table of what benchmarks/quickstart.py measured."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    measured = ROOT / "benchmarks" / "results" / "quickstart.json"
+    results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     methods = ("dpo", "kldpo", "wdpo")
     lines = ["| CPU | seed | DPO | KLDPO | WDPO | minutes | memory |", "|---|---|---|---|---|---|---|"]
     for cpu, entry in results.items():
