@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -58,7 +58,7 @@ class Lines(Iterable[Item]):
 
 
 def progress(
-    items: Iterable[Item] | None = None,
+    items: Iterable[Any] | None = None,
     *,
     desc: str,
     unit: str,
@@ -66,7 +66,7 @@ def progress(
     initial: int = 0,
     disable: bool = False,
     **of_a_bar: Any,
-) -> "Lines[Item] | tqdm[Item]":
+) -> Any:
     """Show how far a loop is.
 
     Args:
@@ -77,9 +77,12 @@ def progress(
         initial: units that are done already.
         disable: show nothing, e.g. on other ranks.
         of_a_bar: further arguments of tqdm.
+
+    Returns:
+        A tqdm or Lines of the items: an iterable, a context manager, and `update`.
     """
     if total is None:
-        total = len(items) if hasattr(items, "__len__") else None
+        total = len(items) if isinstance(items, Sized) else None
     if disable or sys.stderr.isatty():
         return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, disable=disable, **of_a_bar)
     return Lines(() if items is None else items, desc, total, unit, initial)
