@@ -217,7 +217,7 @@ started_as_rank() {
 
 # prepare_launch SCRIPT FLAG...: check, and set the array `launcher`, the first words of the command.
 prepare_launch() {
-    local processes port where cores hostfile node
+    local processes port where level cores hostfile node
     if ! has_gpu; then
         # Set here as well as for the ranks: DeepSpeed would look for other accelerators and say so.
         export DS_ACCELERATOR=cpu
@@ -227,9 +227,10 @@ prepare_launch() {
     check "$@"
     processes="$(process_count)"
     port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-    where=(--num_gpus "$processes")
+    # On one machine the launcher's only warning is that there is no list of machines; ranks have loggers of their own.
+    where=(--num_gpus "$processes") level=error
     if [[ -n "${DRDPO_HOSTFILE:-}" ]]; then
-        where=(--hostfile "$DRDPO_HOSTFILE")
+        where=(--hostfile "$DRDPO_HOSTFILE") level=warning
     elif (($(node_count) > 1)); then
         # Names stand for numbers: without ssh nobody looks them up.
         hostfile="$(mktemp)"
@@ -246,7 +247,7 @@ prepare_launch() {
         cores="$(getconf _NPROCESSORS_ONLN)"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
     fi
-    launcher=(deepspeed "${where[@]}" --no_local_rank --master_port "$port" --log_level warning)
+    launcher=(deepspeed "${where[@]}" --no_local_rank --master_port "$port" --log_level "$level")
 }
 
 # launch_if_several SCRIPT FLAG...: as `launch`, but a single process needs no launcher.
