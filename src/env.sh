@@ -227,10 +227,9 @@ prepare_launch() {
     check "$@"
     processes="$(process_count)"
     port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-    # On one machine the launcher's only warning is that there is no list of machines; ranks have loggers of their own.
-    where=(--num_gpus "$processes") level=error
+    where=(--num_gpus "$processes")
     if [[ -n "${DRDPO_HOSTFILE:-}" ]]; then
-        where=(--hostfile "$DRDPO_HOSTFILE") level=warning
+        where=(--hostfile "$DRDPO_HOSTFILE")
     elif (($(node_count) > 1)); then
         # Names stand for numbers: without ssh nobody looks them up.
         hostfile="$(mktemp)"
@@ -247,6 +246,9 @@ prepare_launch() {
         cores="$(getconf _NPROCESSORS_ONLN)"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
     fi
+    # On one machine the launcher's only warning is that there is no list of machines; ranks have loggers of their own.
+    level=warning
+    [[ "${where[0]}" == --hostfile ]] || level=error
     launcher=(deepspeed "${where[@]}" --no_local_rank --master_port "$port" --log_level "$level")
 }
 
