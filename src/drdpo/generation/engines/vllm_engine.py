@@ -146,8 +146,11 @@ def _silence() -> None:
     deprecated = r"`torch\.distributed\.reduce_op` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     # On a CPU vLLM has kernels of its own; Triton is here for CUDA.
-    triton = logging.getLogger("vllm.triton_utils.importing")
-    triton.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
+    logging.getLogger("vllm.triton_utils.importing").addFilter(_of_no_cpu_backend)
+
+
+def _of_no_cpu_backend(record: logging.LogRecord) -> bool:
+    return "doesn't include CPU backend" not in record.getMessage()
 
 
 def _bind_no_single_node() -> None:
