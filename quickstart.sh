@@ -8,14 +8,14 @@ usage() {
     cat <<'USAGE'
 usage: bash quickstart.sh [--NAME=VALUE ...]
   --output_path=outputs/quickstart   where everything goes
-  --prompts=60          train prompts to sample, of 192; all 48 test prompts are used (longer than --prompt_max_len: neither)
+  --prompts=48          prompts to sample, train and test each; those longer than --prompt_max_len are left out
   --prompt_max_len=64   longest prompt in tokens
   --best_of_n=4         completions of each prompt
   --max_new_tokens=24   longest completion in tokens
   --temperature=1.2     of the sampling, before training and after
   --pairs_per_prompt=2  preference pairs of each prompt, those of the largest margins
   --train_batch_size=8  pairs per optimizer step, a multiple of 8
-  --max_steps=10        optimizer steps
+  --max_steps=8         optimizer steps
   --learning_rate=3e-3  of the LoRA adapters
   --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
   --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
@@ -25,8 +25,8 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
 USAGE
 }
 
-output_path=outputs/quickstart prompts=60 prompt_max_len=64 best_of_n=4 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
-train_batch_size=8 max_steps=10 learning_rate=3e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.002 seed=42
+output_path=outputs/quickstart prompts=48 prompt_max_len=64 best_of_n=4 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
+train_batch_size=8 max_steps=8 learning_rate=3e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.002 seed=42
 names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
     learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
 for word in "$@"; do
@@ -70,12 +70,13 @@ source "$ROOT/src/env.sh"
 
 cat <<PLAN
 
-SmolLM2-135M answers $prompts train prompts and 48 test prompts, $best_of_n times each; a small reward model scores the answers; the
+SmolLM2-135M answers $prompts train and $prompts test prompts, $best_of_n times each; a small reward model scores the answers; the
 mixture of two scores, coherence and correctness, makes preference pairs; DPO, KLDPO and WDPO train on the same pairs; each
 trained model answers the test prompts, and the report compares them with the untrained one. Rerunning skips finished steps.
 PLAN
 python "$ROOT/benchmarks/quickstart.py" --estimate=true
 
+has_gpu || export DS_ACCELERATOR=cpu # DeepSpeed looks for other accelerators otherwise, and says so
 policy="$ROOT/models/SmolLM2-135M"
 sampling=(--dataset="$ROOT/datasets/embedded_prompts" --reward_model="$ROOT/models/ArmoRM-SmolLM2"
     --best_of_n="$best_of_n" --temperature="$temperature" --max_new_tokens="$max_new_tokens" --prompt_max_len="$prompt_max_len"
@@ -103,12 +104,13 @@ for method in dpo kldpo wdpo; do
         mkdir "$output_path/$method"
         cp "$output_path/dpo/"reference_*.safetensors "$output_path/$method"
     fi
-    bash "$ROOT/train_alignment.sh" --model_path="$policy" --dataset_path="$output_path/preferences" \
+    # As train_alignment.sh, which starts DeepSpeed's launcher for one process too: ten seconds.
+    launch_if_several "$ROOT/src/train_alignment.py" --model_path="$policy" --dataset_path="$output_path/preferences" \
         --save_path="$output_path/$method" "${own[@]}" --beta="$beta" --learning_rate="$learning_rate" \
         --lora_rank="$lora_rank" --train_batch_size="$train_batch_size" --max_steps="$max_steps" --max_len=256 \
-        --max_test_pairs=8 --warmup_ratio=0 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"
+        --max_test_pairs=4 --warmup_ratio=0 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"
     say "step 4: sample and score answers of the $method model"
-    bash "$ROOT/generate.sh" --only_test=true --save_path="$output_path/$method/completions" \
+    bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$output_path/$method/completions" \
         --model_path="$output_path/$method/global_step_$max_steps" "${sampling[@]}"
     runs+=("$method=$output_path/$method/completions")
 done
