@@ -103,7 +103,7 @@ def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Pa
         assert (asked, len(plan)) == (settings, 1)
         return Kept(engine)
 
-    monkeypatch.setattr(step, "choose_engine", lambda name: name)
+    monkeypatch.setattr(step, "choose_engine", lambda name, *_, **__: name)
     monkeypatch.setattr(step, "open_engines", opened)
     prompts = tmp_path / "my prompts" / "test.jsonl"
     prompts.parent.mkdir()
