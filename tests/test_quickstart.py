@@ -1,0 +1,52 @@
+"""The check of the quickstart's claim: what it refuses, what it writes, what it expects of another machine."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def check(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/quickstart.py on a machine of bfloat16 and 100 GFLOP/s."""
+    spec = importlib.util.spec_from_file_location("quickstart_check", root / "benchmarks" / "quickstart.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "dtype_here", lambda: "bfloat16")
+    monkeypatch.setattr(module, "speed", lambda dtype: 100.0)
+    return module
+
+
+def gains(**low: float) -> dict[str, Any]:
+    found = {method: {"value": 0.5, "low": value, "high": 0.9} for method, value in low.items()}
+    return {"weights": {"a": 1.0}, "gains_sd": found, "seconds": {"train": 240, "sample": 60}, "peak_gib": 2.0}
+
+
+@pytest.mark.parametrize(("low", "status"), [(0.1, 0), (0.0, "error: no gain for sure: wdpo, seed 8"), (-0.1, None)])
+def test_an_interval_that_is_not_above_zero_fails(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, low: float, status: Any
+) -> None:
+    output = tmp_path / "results.json"
+    output.write_text(json.dumps({"avx2": {"dtype": "float32"}}))
+    monkeypatch.setattr(check, "run", lambda seed, *_: gains(dpo=0.2, wdpo=low if seed == 8 else 0.2))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--seeds", "7", "8", f"--output={output}"])
+    with pytest.raises(SystemExit) as ended:
+        check.main()
+    assert ended.value.code == (status if status is not None else "error: no gain for sure: wdpo, seed 8")
+    written = json.loads(output.read_text())
+    assert written["avx2"] == {"dtype": "float32"}, "another kind of CPU stays"
+    assert written["native"]["seconds"] == 300 and set(written["native"]["seeds"]) == {"7", "8"}
+
+
+def test_the_estimate_scales_what_was_measured_in_the_same_precision(check: ModuleType) -> None:
+    entry = {"machine": "2 cores", "dtype": "bfloat16", "gflops": 200.0, "seconds": 300.0}
+    other = entry | {"dtype": "float32", "seconds": 9000.0}
+    line = check.estimate({"avx2": other, "native": entry})
+    # Half the speed, twice five minutes.
+    assert "10 minutes" in line and "It took 5 on 2 cores at 200 GFLOP/s (bfloat16); here" in line
+    assert check.estimate({"avx2": other}) == "How long it takes in bfloat16 has not been measured."
