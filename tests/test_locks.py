@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LOCKS = ("cpu", "gpu", "dev")
+LOCKS = ("cpu", "gpu", "gpu-cu12", "dev")
 
 FIXED = {
     "torch": "2.13.0", "transformers": "5.19.0", "datasets": "5.2.0", "accelerate": "1.15.0", "deepspeed": "0.19.8",

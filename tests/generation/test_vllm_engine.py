@@ -145,9 +145,7 @@ def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
     assert started["max_num_batched_tokens"] == (2048 if cpu else None)
 
 
-def test_an_engine_that_cannot_start_is_told_in_vllms_words(
-    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
     def fail(*_: Any, **__: Any) -> None:

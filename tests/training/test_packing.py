@@ -139,7 +139,7 @@ def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
 
 
 def test_the_check_gives_its_tokens_where_the_model_is():
-    """Weights that nf4 quantizes are on the GPU when they are checked; a meta device, on which nothing else is, stands for it."""
+    """nf4's weights are on the GPU when they are checked; a meta device, on which nothing else is, stands for it."""
     given = []
 
     def base_model(**tensors):
