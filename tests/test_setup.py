@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,6 +201,29 @@ def test_a_container_without_nvidia_smi_has_the_gpus_that_cuda_sees(machine: Mac
     done = machine.setup(CUDA=cuda)
     assert lock_of(done) == lock
     assert ("note: driver 550.54.15 runs CUDA 12" in done.stdout) == (lock == "gpu-cu12")
+
+
+LIBCUDA = """
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+int cuInit(unsigned flags) { return STATUS; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+"""
+
+
+@pytest.mark.parametrize(("status", "said"), [("0", "2 12080\n"), ("100", "0 12080\n"), (None, "")])
+def test_cuda_is_asked_for_devices_and_version(machine: Machine, status: str | None, said: str) -> None:
+    """By its own library, here one of three functions; 100 is CUDA's error for no device."""
+    (machine.move_devices() / "nvidiactl").touch()
+    folder = machine.tree.parent
+    if status is not None:
+        compiler = shutil.which("cc") or pytest.skip("no C compiler")
+        command = [compiler, "-shared", "-fPIC", f"-DSTATUS={status}", "-x", "c", "-", "-o", str(folder / "libcuda.so.1")]
+        subprocess.run(command, input=LIBCUDA, text=True, check=True)
+    machine.add("python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    words = ["bash", "-c", 'source "$1"; ask_cuda', "bash", str(machine.tree / "src" / "env.sh")]
+    environment = {"PATH": str(machine.standins), "LD_LIBRARY_PATH": str(folder)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 
 
 @pytest.mark.parametrize(("cuda", "lock"), [("1 13000", "gpu"), ("0 0", "cpu"), ("", "cpu")])
