@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,30 @@ def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_pat
     words = [sys.executable, "-c", code, str(tiny_policy), str(tasks)]
     subprocess.run(words, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "src")})
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_vllm_back_end_needs_no_nvcc_and_has_the_defaults_of_vllms_offline_class(
+    tiny_policy: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval starts vllm.LLM and sets no number of sequences; FlashInfer's sampler, made by nvcc, is off."""
+    from vllm import LLMEngine, envs
+
+    def start(engine_args: Any, usage_context: Any, **_: Any) -> None:
+        assert envs.VLLM_USE_FLASHINFER_SAMPLER is False
+        raise RuntimeError(usage_context.value, engine_args.max_num_seqs, engine_args.max_num_batched_tokens)
+
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.32.0+cpu" if name == "vllm" else version(name))
+    monkeypatch.setattr(LLMEngine, "from_engine_args", start)
+    # Left empty first, so that what the step sets is taken back.
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "")
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
+    config = LeaderboardConfig(str(tiny_policy), tasks="tiny", backend="vllm", include_path=str(tasks), dtype="float32")
+    model_args = leaderboard._model_args(config)
+    manager, _ = find_tasks(["tiny"], str(tasks), model_args)
+    with pytest.raises(RuntimeError) as started:
+        leaderboard._evaluate(config, ["tiny"], manager, model_args | leaderboard._parallelism(config))
+    assert started.value.args == ("LLM_CLASS", None, None)
 
 
 def test_the_templates_date_is_pinned(tiny_policy: Path, tmp_path: Path) -> None:

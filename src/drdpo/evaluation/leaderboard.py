@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib import metadata
@@ -161,6 +162,8 @@ def _evaluate(
     import lm_eval
     import torch
 
+    # vLLM would compile its other sampler by nvcc when it starts; greedy answers and log-likelihoods do not use it.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     batch_size = config.batch_size
     if config.backend == "hf" and batch_size.startswith("auto") and not torch.cuda.is_available():
         # lm-eval's search starts at 64 sequences of the full context and goes down when a GPU is full; a CPU's
