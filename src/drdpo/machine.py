@@ -20,10 +20,11 @@ Config = TypeVar("Config")
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version -> the first driver branch that runs it. Source: NVIDIA's CUDA compatibility guide."""
-
 SMI_TIMEOUT = 10.0  # seconds; with a broken driver nvidia-smi can hang
 
 _TO_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+
+_ASKED = "asked for by --dtype"
 
 _LIST_GPUS = """
 import json, torch
@@ -41,7 +42,7 @@ class Gpu(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """What --dtype stands for here: "bfloat16" or "float32", why, and what is wrong with an explicit choice, if anything."""
+    """What --dtype stands for here, "bfloat16" or "float32", why, and what is to be said against an explicit choice."""
 
     dtype: str
     reason: str
@@ -69,11 +70,13 @@ def agree(config: Config, precision: Precision) -> tuple[Config, Precision]:
 
 
 def announce(precision: Precision) -> None:
-    """Print the precision on rank 0; the check that src/env.sh makes before a launch leaves that to the run."""
-    if distributed.is_main() and ("RANK" in os.environ or "WORLD_SIZE" not in os.environ):
-        print(f"dtype: {precision.dtype} ({precision.reason})", flush=True)
-        if precision.warning:
-            print(f"WARNING: {precision.warning}", file=sys.stderr, flush=True)
+    """Print what auto is, or a warning, on rank 0; the check of src/env.sh before a launch leaves that to the run."""
+    if not distributed.is_main() or ("WORLD_SIZE" in os.environ and "RANK" not in os.environ):
+        return
+    if precision.reason != _ASKED:
+        print(f"--dtype=auto is {precision.dtype}: {precision.reason}", flush=True)
+    if precision.warning:
+        print(f"WARNING: {precision.warning}", file=sys.stderr, flush=True)
 
 
 def _with(config: Any, precision: Precision) -> Any:
@@ -90,7 +93,7 @@ def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
         slow = asked == "bfloat16" and not found and not _claims_bfloat16() and bfloat16_speed() < 1
         times = f"{1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
         warning = f"this CPU multiplies {asked} {times}; --dtype=float32, or leaving out --dtype, is faster" if slow else ""
-        return Precision(asked, "as --dtype asks", warning)
+        return Precision(asked, _ASKED, warning)
     if found:
         names = dict.fromkeys(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}" for gpu in found)
         return Precision("bfloat16", ", ".join(names))
@@ -128,9 +131,8 @@ def _claims_bfloat16() -> bool:
     """Does this CPU say that it has bfloat16 products, and may oneDNN, which a variable can limit, use them?"""
     import torch
 
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    used = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(used and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
 
 
 def gpus(untouched: bool = False) -> list[Gpu]:
@@ -173,9 +175,8 @@ def check_device(kernels: bool = False, untouched: bool = False) -> list[Gpu]:
             )
     if found and kernels:
         check_compiler()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
-    # Slurm's word for a job without a GPU.
-    if not found and hidden and not hidden.startswith("-") and hidden != "NoDevFiles":
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    if not found and visible and not visible.startswith("-") and visible != "NoDevFiles":  # Slurm's word for none
         _check_unseen()
     return found
 
@@ -208,11 +209,13 @@ def _check_unseen() -> None:
 @lru_cache
 def _nvidia_smi(*words: str) -> str:
     """What nvidia-smi prints; nothing where it is missing, fails or hangs: then torch decides alone."""
+    command = ["nvidia-smi", *words]
     try:
-        done = subprocess.run(["nvidia-smi", *words], capture_output=True, timeout=SMI_TIMEOUT, check=True)
+        return subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True).stdout.decode(
+            "utf-8", "replace"
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.decode("utf-8", "replace")
 
 
 def check_compiler() -> None:
@@ -242,7 +245,7 @@ def main() -> int:
         except UsageError as error:
             problems.append(str(error))
     precision = resolve_dtype("auto")
-    print("\n".join(problems) or f"--dtype=auto is {precision.dtype} here: {precision.reason}")
+    print("\n".join(problems) or f"--dtype=auto is {precision.dtype}: {precision.reason}")
     return 1 if problems else 0
 
 
