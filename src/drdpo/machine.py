@@ -21,11 +21,8 @@ Config = TypeVar("Config")
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version -> the first driver branch that runs it. Source: NVIDIA's CUDA compatibility guide."""
 SMI_TIMEOUT = 10.0  # seconds; with a broken driver nvidia-smi can hang
-
 _TO_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
-
 _ASKED = "asked for by --dtype"
-
 _LIST_GPUS = """
 import json, torch
 found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
