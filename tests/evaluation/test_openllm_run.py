@@ -262,7 +262,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
 
     command = [
         "bash", str(root / "openllm_eval.slurm"), f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}",
-        "--max_gen_toks=8", "--batch_size=4", "--limit=3",
+        "--max_gen_toks=8", "--batch_size=4", "--limit=3", "--dtype=float32",
     ]  # fmt: skip
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -271,7 +271,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
     direct = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(smollm), "dtype": "bfloat16", "chat_template_args": {"date_string": DATE_STRING}},
+        model_args={"pretrained": str(smollm), "dtype": "float32", "chat_template_args": {"date_string": DATE_STRING}},
         tasks=["tiny"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=4,
@@ -293,6 +293,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
     assert manifest["made_by"]["max_gen_toks"] == 8
     assert manifest["max_length"] == 8192
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout

@@ -84,7 +84,9 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     assert f"{mean:.4f}" in next(line for line in printed.splitlines() if line.strip().startswith("right"))
     assert sorted(file.name for file in save_path.iterdir()) == ["manifest.json", "sampled", "test.jsonl", "train.jsonl"]
     assert [one for _, one in read_rows(save_path / "sampled" / "train.jsonl")] == ROWS
-    counts = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]
+    manifest = json.loads((save_path / "manifest.json").read_text())["score_train"]
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
+    counts = manifest["counts"]
     assert counts == {"in": 5, "out": 5, "dropped": 0, "why": {}}
 
 
