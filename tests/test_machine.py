@@ -24,6 +24,7 @@ from drdpo.training.run import _made_by, check_inputs
 from drdpo.training.throughput import peak_flops
 
 H100, T4 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla T4", (7, 5))
+ASK_ANOTHER = machine._gpus_of_another_process
 SEES_NO_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 """On any CPU, these keep oneDNN and torch from bfloat16 instructions."""
 
@@ -31,7 +32,7 @@ SEES_NO_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing remembered, and a CPU that no variable chooses."""
-    for cached in (machine._nvidia_smi, machine._gpus_of_another_process):
+    for cached in (machine._nvidia_smi, ASK_ANOTHER):
         cached.cache_clear()
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "CC"):
         monkeypatch.delenv(name, raising=False)
@@ -350,6 +351,20 @@ def test_an_engine_finds_cuda_untouched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this initialises the driver"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: pytest.fail("this initialises CUDA"))
     assert machine.check_device(untouched=True) == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
+
+
+def test_gpus_that_torch_cannot_initialise_are_refused_in_torchs_words(monkeypatch, tmp_path):
+    def fail(_: int) -> None:
+        raise RuntimeError("CUDA unknown error\n- this may be due to")
+
+    see(monkeypatch, H100)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    with pytest.raises(UsageError, match=r"CUDA unknown error - this may be due to\); set CUDA_VISIBLE_DEVICES="):
+        machine.check_device()
+    monkeypatch.setattr(machine, "_gpus_of_another_process", ASK_ANOTHER)
+    monkeypatch.setattr(machine, "_LIST_GPUS", "import sys; sys.exit('RuntimeError: it fell off the bus')")
+    with pytest.raises(UsageError, match="it fell off the bus"):
+        machine.check_device(untouched=True)
 
 
 def test_another_process_tells_of_the_gpus(monkeypatch):

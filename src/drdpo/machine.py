@@ -133,7 +133,11 @@ def _claims_bfloat16() -> bool:
 
 
 def gpus(untouched: bool = False) -> list[Gpu]:
-    """The GPUs that torch sees, unless DS_ACCELERATOR=cpu; `untouched` as for check_device."""
+    """The GPUs that torch sees, unless DS_ACCELERATOR=cpu; `untouched` as for check_device.
+
+    Raises:
+        UsageError: torch sees some and cannot initialise CUDA.
+    """
     import torch
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -141,12 +145,21 @@ def gpus(untouched: bool = False) -> list[Gpu]:
     if untouched:
         return _gpus_of_another_process() if torch.cuda.device_count() else []
     found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return [Gpu(torch.cuda.get_device_name(k), *torch.cuda.get_device_capability(k)) for k in found]
+    try:
+        return [Gpu(torch.cuda.get_device_name(k), *torch.cuda.get_device_capability(k)) for k in found]
+    except RuntimeError as error:
+        raise _unusable(str(error)) from error
+
+
+def _unusable(reason: str) -> UsageError:
+    return UsageError(f"torch cannot use the GPUs that it sees ({' '.join(reason.split())[:300]}); {_TO_CPU}")
 
 
 @lru_cache
 def _gpus_of_another_process() -> list[Gpu]:
-    done = subprocess.run([sys.executable, "-c", _LIST_GPUS], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", _LIST_GPUS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise _unusable("".join(done.stderr.splitlines()[-1:]) or f"status {done.returncode}")
     return [Gpu(*gpu) for gpu in json.loads(done.stdout.splitlines()[-1])]
 
 
@@ -241,9 +254,12 @@ def main() -> int:
             check()
         except UsageError as error:
             problems.append(str(error))
+    if problems:
+        print("\n".join(dict.fromkeys(problems)))
+        return 1
     precision = resolve_dtype("auto")
-    print("\n".join(problems) or f"--dtype=auto is {precision.dtype}: {precision.reason}")
-    return 1 if problems else 0
+    print(f"--dtype=auto is {precision.dtype}: {precision.reason}")
+    return 0
 
 
 if __name__ == "__main__":
