@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from drdpo.records import Preference, write_records
 
@@ -81,6 +82,23 @@ def launched(environment: dict[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def pass_the_check(environment: dict[str, str]) -> None:
+    """The check of the flags would refuse GPUs that nvidia-smi lists and this torch does not see."""
+    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
+    first, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{first}\n[[ "$*" != *--check_only=true ]] || exit 0\n{rest}')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_gpus_that_torch_does_not_see_are_refused_before_the_launcher(root, environment, flags, tmp_path):
+    with_gpus(environment)
+    del environment["CUDA_VISIBLE_DEVICES"]
+    done = train(root, environment, tmp_path, *flags)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: nvidia-smi lists 4 GPUs (NVIDIA), driver of unknown version")
+    assert launched(environment) == []
+
+
 def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment, tmp_path):
     """torchrun --no-python starts the wrapper once a rank: the rank's process takes its place, with the rank's variables."""
     python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
@@ -121,6 +139,7 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 )
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
+    pass_the_check(environment)
     del environment["CUDA_VISIBLE_DEVICES"]
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible

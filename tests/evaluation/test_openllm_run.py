@@ -228,12 +228,12 @@ def test_a_folder_that_another_run_writes_to_is_refused_before_the_launcher(
 
 
 def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    """--check_only=true finds a wrong task and imports no torch."""
+    """--check_only=true finds a wrong task and loads no model, nor what loads one."""
     code = (
         "import sys; from drdpo.config import LeaderboardConfig; from drdpo.evaluation.leaderboard import evaluate_openllm;"
         "m, t = sys.argv[1:];"
         "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
-        "assert 'torch' not in sys.modules; assert 'matplotlib' not in sys.modules"
+        "assert not {'transformers.modeling_utils', 'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"
     )
     words = [sys.executable, "-c", code, str(tiny_policy), str(tasks)]
     subprocess.run(words, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "src")})
@@ -287,7 +287,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
 
     command = [
         "bash", str(root / "openllm_eval.slurm"), f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}",
-        "--max_gen_toks=8", "--batch_size=4", "--limit=3",
+        "--max_gen_toks=8", "--batch_size=4", "--limit=3", "--dtype=float32",
     ]  # fmt: skip
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -296,7 +296,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
     direct = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(smollm), "dtype": "bfloat16", "chat_template_args": {"date_string": DATE_STRING}},
+        model_args={"pretrained": str(smollm), "dtype": "float32", "chat_template_args": {"date_string": DATE_STRING}},
         tasks=["tiny"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=4,
@@ -318,6 +318,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
     assert manifest["made_by"]["max_gen_toks"] == 8
     assert manifest["max_length"] == 8192
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout

@@ -84,7 +84,9 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     assert f"{mean:.4f}" in next(line for line in printed.splitlines() if line.strip().startswith("right"))
     assert sorted(file.name for file in save_path.iterdir()) == ["manifest.json", "sampled", "test.jsonl", "train.jsonl"]
     assert [one for _, one in read_rows(save_path / "sampled" / "train.jsonl")] == ROWS
-    counts = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]
+    manifest = json.loads((save_path / "manifest.json").read_text())["score_train"]
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
+    counts = manifest["counts"]
     assert counts == {"in": 5, "out": 5, "dropped": 0, "why": {}}
 
 
@@ -249,9 +251,10 @@ def test_check_only_needs_no_samples_but_checks_those_there(
         score_completions(config(check_only=True))
 
 
-def test_check_only_imports_no_torch_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
+def test_check_only_loads_no_model_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
     code = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "import runpy, sys; sys.modules |= dict.fromkeys(('transformers.modeling_utils', 'drdpo.rewards.armorm')); "
+        "sys.argv = sys.argv[1:]; "
         "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     flags = [f"--save_path={save_path}", "--model_path=x", f"--reward_model={embedded_like}", "--check_only=true"]

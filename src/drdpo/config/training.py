@@ -77,8 +77,10 @@ class TrainConfig:
         "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0
     )
     keep_steps: list[int] = flag("with --keep_checkpoints: steps whose checkpoints stay as well, e.g. 158 316", [])
-    dtype: Literal["bfloat16", "float32"] = flag(
-        "precision of the forward and backward pass; optimizer states are float32", "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of the forward and backward pass; optimizer states are float32; 'auto' is bfloat16 on GPUs and on CPUs "
+        "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
+        "auto",
     )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)

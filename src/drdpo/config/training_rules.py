@@ -82,7 +82,7 @@ def _check_attention(config: "TrainConfig") -> None:
         f"--attn={config.attn}: packed rows attend by sdpa, flash or eager; give --attn=sdpa, or --packing=false as well",
     )
     require(
-        config.attn == "flex" or config.dtype == "bfloat16",
+        config.attn == "flex" or config.dtype != "float32",
         "--attn=flash with --dtype=float32: flash attention knows 16-bit numbers only; give --attn=sdpa",
     )
 
