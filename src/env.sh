@@ -75,7 +75,7 @@ find_gpus() {
         count="$(ask_cuda)"
         count="$((${count% *}))"
         if ((count == 0)) && command -v nvidia-smi >/dev/null; then
-            listed="$(nvidia-smi --list-gpus 2>&1)" || echo "note: nvidia-smi fails: ${listed%%$'\n'*}" >&2
+            listed="$(timeout 10 nvidia-smi --list-gpus 2>&1)" || echo "note: nvidia-smi fails: ${listed%%$'\n'*}" >&2
             count="$(grep -c '^GPU' <<<"$listed" || true)"
             # CUDA stops at the first number that is negative or that no GPU has; NoDevFiles is how Slurm says none.
             if ((count > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
@@ -243,13 +243,13 @@ started_as_rank() {
 # prepare_launch SCRIPT FLAG...: check, and set the array `launcher`, the first words of the command.
 prepare_launch() {
     local processes port where cores hostfile node
+    check_processes
+    check_nodes
+    check "$@"
     if ! has_gpu; then
         # Set here as well as for the ranks: DeepSpeed would look for other accelerators and say so.
         export DS_ACCELERATOR=cpu
     fi
-    check_processes
-    check_nodes
-    check "$@"
     processes="$(process_count)"
     port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
     where=(--num_gpus "$processes")

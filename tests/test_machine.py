@@ -343,6 +343,16 @@ def test_a_broken_nvidia_smi_says_nothing(monkeypatch, tmp_path, script):
     assert machine.check_device() == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
 
 
+def test_a_gpu_that_only_the_driver_counts_is_no_reason_for_the_cpu(monkeypatch, tmp_path):
+    """A container without nvidia-smi under a driver that torch's build cannot use."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "_driver_count", lambda: 2)
+    with pytest.raises(UsageError, match="the driver lists 2 GPUs .* but none is visible to torch"):
+        machine.check_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.check_device() == []
+
+
 def test_an_engine_finds_cuda_untouched(monkeypatch):
     see(monkeypatch, H100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this initialises the driver"))

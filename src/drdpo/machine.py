@@ -1,5 +1,6 @@
 """What this machine can do: its GPUs, and what --dtype=auto is here. `python -m drdpo.machine` prints what is wrong."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -196,6 +197,8 @@ def _check_unseen() -> None:
     import torch
 
     names = re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus"), re.MULTILINE)
+    asked = "nvidia-smi" if names else "the driver"
+    names = names or ["of unknown name"] * _driver_count()  # a container without nvidia-smi
     if not names:
         return
     told = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
@@ -211,9 +214,18 @@ def _check_unseen() -> None:
     else:
         why = f"whose CUDA {build} needs driver {needed or 'unknown'}; python -c 'import torch; torch.cuda.init()' says why"
     raise UsageError(
-        f"nvidia-smi lists {len(names)} GPU{'s' * (len(names) > 1)} ({names[0]}), driver {driver}, but none is visible to "
+        f"{asked} lists {len(names)} GPU{'s' * (len(names) > 1)} ({names[0]}), driver {driver}, but none is visible to "
         f"torch {torch.__version__}, {why}, or {_TO_CPU}"
     )
+
+
+def _driver_count() -> int:
+    """How many GPUs the driver's library counts; 0 where there is none. Asked only where torch sees no GPU."""
+    try:
+        cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    except (OSError, AttributeError):
+        return 0
 
 
 @lru_cache
