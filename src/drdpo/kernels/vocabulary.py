@@ -24,6 +24,9 @@ _BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
 """Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
 _NARROWEST = 256
 """Columns of a block at least: narrower products waste the units that multiply."""
+_MULTIPLE = 128
+"""Of which the columns of a block are a multiple: a GPU writes and reads 16 bytes at a time only where rows begin at a
+multiple of them, and its matrix products take tiles of 128 columns."""
 
 
 class Known(NamedTuple):
@@ -36,9 +39,10 @@ class Known(NamedTuple):
 
 
 def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
-    """Columns of the blocks; their number times N stays below a fixed size for all but very many tokens."""
+    """Columns of the blocks, a multiple of 128 in every block but the last; their number times N stays below a fixed size
+    for all but very many tokens."""
     tokens, vocabulary = len(hidden_ND), len(weight_VD)
-    width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens))
+    width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens) // _MULTIPLE * _MULTIPLE)
     for start in range(0, vocabulary, width):
         yield slice(start, min(start + width, vocabulary))
 
