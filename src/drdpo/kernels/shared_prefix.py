@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from drdpo.distributed import send
+from drdpo.kernels.hand_written import on_cuda
 
 if TYPE_CHECKING:
     from drdpo.kernels.varlen_attention import Segments
@@ -169,9 +173,11 @@ def _sdpa(query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, mask_AT: T
     """torch's fused attention, causal where there is no mask; on CUDA never cuDNN's, which compiles a plan for all sizes and
     strides of its inputs: a packed row's lengths hardly ever come again."""
     heads, kv_heads = query_1HAE.shape[1], keys_1KTE.shape[1]
-    if query_1HAE.is_cuda and repeats_heads(heads != kv_heads, mask_AT is not None, query_1HAE.dtype):
+    if on_cuda(query_1HAE) and repeats_heads(heads != kv_heads, mask_AT is not None, query_1HAE.dtype):
         keys_1KTE, values_1KTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
         kv_heads = heads
+    if query_1HAE.is_meta:
+        return _Shapes.apply(query_1HAE, keys_1KTE, values_1KTE, mask_AT)
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -181,6 +187,21 @@ def _sdpa(query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, mask_AT: T
         )  # fmt: skip
     finally:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+class _Shapes(Function):
+    """On the meta device torch would take its plain kernel: this holds what a fused one does, whatever it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, keys, values, mask, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, keys, values, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values), None
 
 
 def _attention_of_transformers(
@@ -249,12 +270,13 @@ def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
         backbone.set_attn_implementation(before)
 
 
-def hidden_states(backbone: nn.Module, row: PackedRow) -> Tensor:
+def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> Tensor:
     """Last hidden states of a packed row.
 
     Args:
         backbone: a transformers decoder without a head, each of whose layers attends causally to everything before.
         row: the groups.
+        flash: attend by drdpo.kernels.varlen_attention, which drdpo.kernels.varlen_attention.refusal has passed.
 
     Returns:
         [N, D]
@@ -263,7 +285,7 @@ def hidden_states(backbone: nn.Module, row: PackedRow) -> Tensor:
         ValueError: the model's attention is of another kind (a sliding window, capped or with sinks).
     """
     parameter = next(backbone.parameters())
-    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype)
-    ids_1N, position_1N = (torch.tensor([values], device=parameter.device) for values in (row.token_ids, row.positions))
+    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype, flash=flash)
+    ids_1N, position_1N = (send(torch.tensor([values]), parameter.device) for values in (row.token_ids, row.positions))
     with shared_prefixes(backbone):
         return backbone(input_ids=ids_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan).last_hidden_state[0]

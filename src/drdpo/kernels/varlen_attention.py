@@ -98,6 +98,24 @@ def varlen_attention(
     return out_NHE.transpose(0, 1)[None]
 
 
+def refusal(settings: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a transformers model cannot attend by varlen_attention, or None.
+
+    Args:
+        settings: its config.
+        device, dtype: of its weights.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "flash attention takes 16-bit numbers only"
+    settings = settings.get_text_config()
+    heads = getattr(settings, "num_attention_heads", None)
+    if not heads:
+        return "the model's config.json gives no number of attention heads"
+    kv_heads = getattr(settings, "num_key_value_heads", None) or heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    return check_varlen(device, dtype, heads, kv_heads, width)
+
+
 def check_varlen(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> str | None:
     """Why this machine's flash attention cannot be used, found by comparing a small row with the other kernels; or None."""
     generator = torch.Generator().manual_seed(0)

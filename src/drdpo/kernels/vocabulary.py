@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drdpo.kernels.hand_written import in_pieces, wide
+from drdpo.kernels.hand_written import in_pieces, on_cuda, wide
 
 _BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
 """Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
@@ -47,10 +47,24 @@ def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + width, vocabulary))
 
 
+class _Shapes:
+    """What the Triton kernels hold, for tensors without content."""
+
+    @staticmethod
+    def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.empty_like(targets_N, dtype=torch.float32) for _ in range(2))
+
+    @staticmethod
+    def logit_gradient(hidden_ND: Tensor, weight_KD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
+        return hidden_ND.new_empty(len(hidden_ND), len(weight_KD))
+
+
 def triton_kernels(hidden_ND: Tensor) -> Any:
     """The Triton kernels where they can run: on CUDA, or anywhere under Triton's interpreter; else None."""
     if hidden_ND.dtype == torch.float64 or not len(hidden_ND):
         return None
+    if hidden_ND.is_meta:
+        return _Shapes if on_cuda(hidden_ND) else None
     if not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     from drdpo.kernels import triton_logprob
@@ -165,7 +179,7 @@ def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor
     if triton_kernels(hidden_ND) is None:
         logits_NK, less_N = _logits_less(hidden_ND, weight_KD, lse_N)
         return logits_NK.sub_((lse_N - less_N)[:, None]).exp_()
-    if hidden_ND.is_cuda and hidden_ND.dtype != torch.float32:
+    if on_cuda(hidden_ND) and hidden_ND.dtype != torch.float32:
         logits_NK = torch.mm(hidden_ND, weight_KD.T, out_dtype=torch.float32)
     else:
         logits_NK = wide(hidden_ND) @ wide(weight_KD).T

@@ -156,6 +156,7 @@ def _score_and_write(
         scored, rejects, counts = merge(files, completions, [*rows, *refused])
         facts: dict[str, Any] = {"counts": counts, "objectives": [*scorer.objectives, GATED_SCORE]}
         facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
+        facts["attention"] = scorer.attention
         write_scored(files, scored, rejects, made_by, facts)
         parts[files.split].remove()
 
@@ -167,7 +168,8 @@ def _score_split(scorer: "Scorer", split: str, completions: list[Completion], pa
         return {"prompt_id": completions[index].prompt_id, "sample_id": completions[index].sample_id, **result}
 
     reading = scorer.read(completions)
-    done = parts.open(reading.batches)
+    # What is scored already stays only if the same kernel attended.
+    done = parts.open([scorer.attention, reading.batches])
     share = distributed.shard([number for number in range(len(reading.batches)) if number not in done])
     if done:
         there = sum(map(len, done.values()))

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Function
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface
 
 from drdpo.config import TrainConfig
 from drdpo.kernels import vocabulary
-from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
+from drdpo.kernels.shared_prefix import PrefixGroup
 from drdpo.training.batches import Batch
 from drdpo.training.engine import BUCKET
 from drdpo.training.nf4 import weight_bytes
@@ -29,8 +27,6 @@ from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
 from drdpo.training.values import AnyBatch
 
-ATTENTION = "drdpo_dry_run"
-"""What transformers calls the attention of the dry run."""
 HEAD_KERNELS = frozenset(
     str(Path(vocabulary.__file__).with_name(f"{name}.py")) for name in ("vocabulary", "linear_logprob", "tangent_logprob")
 )
@@ -111,7 +107,7 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
     Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
 
     Args:
-        policy: on the meta device, its attention ATTENTION.
+        policy: on the meta device, as drdpo.training.preflight.meta_policy makes it.
         batch: the largest of the run.
         config: of the run.
 
@@ -181,38 +177,6 @@ def _called_by(files: frozenset[str]) -> bool:
     while frame is not None and frame.f_code.co_filename not in files:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
-
-
-class _FusedAttention(Function):
-    """Holds what a fused attention kernel holds: queries, keys and values, its result and a log-sum-exp a row."""
-
-    @staticmethod
-    def forward(ctx: Any, query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, copied: int) -> Tensor:
-        parts, copies = torch.empty_like(query_1HNE), query_1HNE.new_empty(copied)
-        lse_1HN = query_1HNE.new_empty(query_1HNE.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query_1HNE, key_1KNE, value_1KNE, parts, copies, lse_1HN)
-        return torch.empty_like(query_1HNE)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    plan: PrefixPlan = options["prefix_plan"]
-    if plan.plain:
-        out = shared_prefix_attention(query, key, value, plan, options.get("scaling"))
-    else:
-        # A prefix's keys and values are copied in front of every suffix's own.
-        rows = sum(group.prefix + length for group in plan.groups if group.prefix for length in group.suffixes)
-        out = _FusedAttention.apply(query, key, value, 2 * rows * key.shape[1] * key.shape[3])
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
 
 
 def _as_packed(batch: Batch) -> PackedBatch:
