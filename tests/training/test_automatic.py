@@ -1,6 +1,6 @@
 """What the machine decides where flags leave it open: attention, rows, recomputation; and what depends on it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from drdpo.errors import UsageError
 from drdpo.flags import parse
 from drdpo.kernels import varlen_attention
 from drdpo.training import automatic, engine, preflight, run
-from drdpo.training.automatic import predicted, resolve_attention, rows_that_fit
-from drdpo.training.data import Pair
+from drdpo.training.automatic import resolve_attention, rows_that_fit
+from drdpo.training.data import Pair, row_tokens
 from drdpo.training.objective import Population, objective
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
@@ -87,26 +87,40 @@ def test_what_is_left_open_does_not_stop_a_run_that_resumes(on_cuda, monkeypatch
     assert run._made_by(config_of("no such folder", deterministic=True))["deterministic"]
 
 
-def test_rows_hold_what_fits_and_always_the_longest_pair(tiny_policy):
-    config = config_of(tiny_policy, max_len=512)
-    policy = preflight.shapes(config)
+@dataclass
+class _Need:
+    total: float
 
-    def need(tokens: int, recompute: bool) -> int:
-        return predicted(config, policy, automatic._row_of(tokens, config), recompute).total
 
-    assert sum(map(len, (pair.prompt + pair.chosen + pair.rejected for pair in automatic._row_of(4096, config)))) > 4000
-    assert rows_that_fit(config, policy, 10**12) == 16_384
-    assert rows_that_fit(config, policy, 0) == 1024
-    assert rows_that_fit(replace(config, max_len=20_000), policy, 10**12) == 40_000
-    # 8,192 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
-    between = int(need(8_192, False) / automatic.MARGIN) + 1
-    assert need(8_192, False) < need(16_384, False) and need(16_384, True) < need(16_384, False)
-    assert rows_that_fit(config, policy, between) == 8_192
-    assert rows_that_fit(replace(config, gradient_checkpointing="false"), policy, between) == 8_192
-    enough = int(need(16_384, True) / automatic.MARGIN) + 1
-    assert rows_that_fit(replace(config, gradient_checkpointing="true"), policy, enough) == 16_384
-    sizes = [rows_that_fit(config, policy, memory) for memory in range(between // 8, 2 * between, between // 8)]
-    assert sizes == sorted(sizes) and len(set(sizes)) > 1
+def test_rows_hold_what_fits_and_always_the_longest_pair(monkeypatch):
+    """A token takes one byte with recomputation and four without."""
+    config = config_of(max_len=512)
+    monkeypatch.setattr(
+        automatic, "predicted",
+        lambda config, policy, pairs, recompute: _Need(config.micro_batch_tokens * (1 if recompute else 4)),
+    )  # fmt: skip
+
+    def rows(memory: float, **flags) -> int:
+        return rows_that_fit(replace(config, **flags), None, int(memory / automatic.MARGIN) + 1)
+
+    assert [rows(4 * 16_384), rows(4 * 16_384 - 10), rows(16_384)] == [16_384, 8_192, 4_096]
+    # 4,096 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
+    assert rows(16_384, gradient_checkpointing="true") == 16_384
+    assert rows(16_384, gradient_checkpointing="false") == 4_096
+    assert [rows(1024), rows(0), rows(0, max_len=20_000), rows(10**9, max_len=20_000)] == [1024, 1024, 40_000, 40_000]
+    # Short rows do not keep a GPU busy: better longer ones with recomputation.
+    assert [rows(4 * 2_048), rows(4 * 2_048, gradient_checkpointing="false")] == [8_192, 2_048]
+    for asked in ("true", "false"):
+        sizes = [rows(memory, gradient_checkpointing=asked) for memory in range(0, 10**5, 500)]
+        assert sizes == sorted(sizes) and set(sizes) == set(automatic.ROWS)
+
+
+@pytest.mark.parametrize("flags", [{}, {"wdpo_rho": 0.1}, {"wdpo_rho": 0.1, "wdpo_prompt": "once"}], ids=str)
+def test_the_row_that_is_predicted_is_full(flags):
+    config = config_of(**flags)
+    for tokens in automatic.ROWS:
+        pairs = automatic._row_of(tokens, config)
+        assert 0.95 * tokens < sum(row_tokens(pair, config) for pair in pairs) <= tokens
 
 
 class _Tokenizer:

@@ -19,6 +19,8 @@ CPU_SHARE = 0.5
 """Of a CPU's: the machine stays usable."""
 ROWS = (16_384, 8_192, 4_096, 2_048, 1_024)
 """Tokens of a row from which CUDA's default is chosen: beyond the largest a GPU is no busier."""
+BUSY = 4_096
+"""Tokens of a row that keep a GPU busy: shorter ones wait for their kernels to be launched."""
 
 
 def resolve_attention(config: TrainConfig) -> TrainConfig:
@@ -61,8 +63,8 @@ def resolve_rows(config: TrainConfig, policy: Policy) -> TrainConfig:
     """The flags with --micro_batch_tokens, where deals_by_tokens says so: a function of the model, the flags, the number of
     ranks and the GPUs' memory as they are sold, so that a resumed run has the same rows. Every rank must call.
 
-    The most of ROWS that fit without recomputation, if the flags allow that; else with it. A row must hold the longest pair
-    that --max_len allows.
+    The most of ROWS that fit: without recomputation down to BUSY tokens, if the flags allow that, else with it. A row must
+    hold the longest pair that --max_len allows.
 
     Args:
         config: with the kernel of resolve_attention.
@@ -76,15 +78,16 @@ def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
     """--micro_batch_tokens for a GPU of that many bytes; see resolve_rows."""
     least = 2 * config.max_len
     choices = [tokens for tokens in ROWS if tokens >= least] or [least]
-    recomputing = {"auto": (False, True), "true": (True,), "false": (False,)}[config.gradient_checkpointing]
-    for recompute in recomputing:
-        for tokens in choices:
-            try:
-                need = predicted(replace(config, micro_batch_tokens=tokens), policy, _row_of(tokens, config), recompute)
-            except RuntimeError:  # the model's forward pass looks at values: nothing is known
-                return choices[-1]
-            if need.total <= MARGIN * memory:
-                return tokens
+    tried = [(tokens, config.recompute) for tokens in choices]
+    if config.gradient_checkpointing == "auto":
+        tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
+    for tokens, recompute in tried:
+        try:
+            need = predicted(replace(config, micro_batch_tokens=tokens), policy, _row_of(tokens, config), recompute)
+        except RuntimeError:  # the model's forward pass looks at values: nothing is known
+            return choices[-1]
+        if need.total <= MARGIN * memory:
+            return tokens
     return choices[-1]
 
 
