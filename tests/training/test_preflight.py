@@ -83,6 +83,9 @@ def test_shares_of_zero_by_hand(tiny_policy):
         assert (found.weights, found.gradients, found.optimizer, found.copies) == expected, (stage, dtype)
         assert (found.activations, found.head, found.process) == (1000, 500, 77)
         assert found.total == sum(expected) + 1577
+    # A second micro-batch has its gradients in bfloat16 and as the float32 copy that is added to the sum.
+    config = config_of(tiny_policy, zero_stage=2, dtype="bfloat16", train_batch_size=8)
+    assert predict(meta_policy(config), config, 4, 0, 0, None).copies == (4 + 2) * (size // 4)
     # On a GPU the larger of activations and copies counts: they are alive one after the other.
     config = config_of(tiny_policy, zero_stage=2)
     small, large = (predict(meta_policy(config), config, 4, activations, 0, None) for activations in (1, 10**9))

@@ -67,7 +67,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
         optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
         gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
                      reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
-        copies       the optimizer step makes its share of the gradients flat, 4 T/W at z > 0
+        copies       the optimizer step makes its share of the gradients flat, 4 T/W at z > 0; in bfloat16 at z = 1, 2 every
+                     micro-batch after a step's first adds a float32 copy of its gradients to their sum, (4 + b) T/W
         activations and head   from dry_run
 
     Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both:
@@ -92,6 +93,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
     optimizer, copies = (12 if stage else 8) * share, 4 * share if stage else 0
+    if size == 2 and stage in (1, 2) and config.train_batch_size > config.micro_batch * world:
+        copies += size * share
     if config.optimizer_offload and process is None:
         optimizer, copies = 0, 0
     if process is None and copies > activations + head:
