@@ -141,7 +141,7 @@ def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> list[tuple[str, str
         f"{parts}process{'es' if world > 1 else ''}"
     )
     return [
-        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}"),
+        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
         ("data", data),
         ("work", work),
     ]
