@@ -116,9 +116,7 @@ class Scorer:
         reason = refusal(self.model.model.config, self.device, dtype)
         if any(distributed.gather_floats([float(reason is not None)])):
             if distributed.is_main():
-                print(
-                    f"packed rows attend by sdpa instead of flash, because {reason or 'another process cannot'}", flush=True
-                )
+                print(f"attention: sdpa instead of flash, because {reason or 'another process cannot'}", flush=True)
             return "sdpa"
         self.model.flash_attention = True
         return "flash"
