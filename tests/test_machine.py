@@ -347,7 +347,7 @@ def test_a_gpu_that_only_the_driver_counts_is_no_reason_for_the_cpu(monkeypatch,
     """A container without nvidia-smi under a driver that torch's build cannot use."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(machine, "_driver_count", lambda: 2)
-    with pytest.raises(UsageError, match="the driver lists 2 GPUs .* but none is visible to torch"):
+    with pytest.raises(UsageError, match=r"the driver lists 2 GPUs .* but none is visible to torch"):
         machine.check_device()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.check_device() == []

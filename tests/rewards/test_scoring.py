@@ -17,8 +17,10 @@ from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
+from drdpo.rewards import scorer
 from drdpo.rewards.armorm import load_armorm
 from drdpo.rewards.batching import batches_by_length, pad_right
+from drdpo.rewards.scorer import Scorer
 from drdpo.rewards.scoring import score_completions
 
 Row = dict[str, Any]
@@ -283,6 +285,21 @@ def test_a_backbone_that_cannot_be_packed_is_named(
     (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(DataError, match=r"cannot be scored in packed rows .*sliding_window"):
         score_completions(config(reward_model=str(folder)))
+
+
+def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recorded(
+    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, monkeypatch, capsys
+) -> None:
+    score_completions(config(only_test=True))
+    assert json.loads((save_path / "manifest.json").read_text())["score_test"]["attention"] == "sdpa"
+    loaded = Scorer(embedded_like, "float32", 100, 100)
+    assert loaded.attention == "sdpa" and not loaded.model.flash_attention
+    loaded.device = torch.device("cuda")
+    capsys.readouterr()
+    assert loaded._attend(torch.float32) == "sdpa" and not loaded.model.flash_attention
+    assert capsys.readouterr().out == "attention: sdpa instead of flash, because flash attention takes 16-bit numbers only\n"
+    monkeypatch.setattr(scorer, "refusal", lambda settings, device, dtype: None)
+    assert loaded._attend(torch.bfloat16) == "flash" and loaded.model.flash_attention
 
 
 def test_parts_that_a_kill_left_beside_finished_scores_go(config: Callable[..., CompletionsConfig], save_path: Path) -> None:

@@ -75,6 +75,11 @@ def _check_tokens(config: "TrainConfig") -> None:
 
 
 def _check_attention(config: "TrainConfig") -> None:
+    require(
+        not config.deterministic or config.packing or config.attn not in ("flex", "flash"),
+        f"--deterministic=true with --attn={config.attn} and --packing=false: transformers' kernels do not follow torch's "
+        "switch; pass --attn=sdpa",
+    )
     if config.attn not in ("flex", "flash"):
         return
     require(

@@ -171,7 +171,8 @@ def _score_and_write(
     if distributed.is_main():
         rows = [row for rows in parts[files.split].read().values() for row in rows]
         scored, rejects, counts = merge(files, completions, [*rows, *refused])
-        write_scored(files, scored, rejects, made_by, facts | {"counts": counts})
+        facts = facts | {"counts": counts, "attention": scorer.attention}
+        write_scored(files, scored, rejects, made_by, facts)
         parts[files.split].remove()
 
 
@@ -182,7 +183,8 @@ def _score_split(scorer: "Scorer", split: str, completions: list[Completion], pa
         return {"prompt_id": completions[index].prompt_id, "sample_id": completions[index].sample_id, **result}
 
     reading = scorer.read(completions)
-    done = parts.open(reading.batches)
+    # What is scored already stays only if the same kernel attended.
+    done = parts.open([scorer.attention, reading.batches])
     share = distributed.shard([number for number in range(len(reading.batches)) if number not in done])
     if done:
         there = sum(map(len, done.values()))

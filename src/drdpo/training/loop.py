@@ -16,6 +16,7 @@ from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.lock import sole_writer
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.training import engine as deepspeed_engine
+from drdpo.training.automatic import resolve_attention, resolve_rows
 from drdpo.training.checkpoint import load_state, save_model, save_state
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
@@ -26,12 +27,12 @@ from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
 from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import attend_by_flash, load_policy, widen_first_tokens
+from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
-from drdpo.training.preflight import preflight
+from drdpo.training.preflight import preflight, shapes
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.retention import remove_old_checkpoints
-from drdpo.training.run import Run, claim_folder, is_complete, is_saved, note_run, open_run
+from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, note_run, open_run
 from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
 from drdpo.training.summary import summary
 from drdpo.training.tangent_support import check_architecture, check_tangent
@@ -44,6 +45,8 @@ def train_alignment(config: TrainConfig) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
     config, precision = settle(config, kernels=True)
     with rank_log() as output, stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
+        if config.deterministic:
+            deepspeed_engine.be_deterministic()
         if not config.dry_run:
             deepspeed_engine.initialise(timedelta(seconds=config.comm_timeout))
         try:
@@ -59,11 +62,14 @@ def train_alignment(config: TrainConfig) -> None:
 
 
 def _align(config: TrainConfig, stop: StopRequest, output: RankLog, precision: Precision) -> None:
+    config = resolve_attention(config)
+    if deals_by_tokens(config):
+        config = resolve_rows(config, shapes(config))
     run = open_run(config, precision.reason)
     if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return
-    shape = preflight(run)
+    run, shape = preflight(run)
     if config.dry_run:
         return
     with sole_writer(run.folder):
@@ -76,7 +82,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     """Everything after the checks, in a folder that is ours."""
     config = run.config
     policy = load_policy(
-        config.model_path, getattr(torch, config.dtype), config.attention, config.gradient_checkpointing,
+        config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.plain_attention, config.lora_quantize,
     )  # fmt: skip
     if config.lora_rank:
@@ -86,8 +92,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         widen_first_tokens(policy, config)
         check_tangent(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
-    if config.packing and config.attention_kernel == "flash":
-        attend_by_flash(engine.module)
+    engine.module.flash_attention = config.packed_flash
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
     done = load_state(engine, run.folder / "resume")
     if done:
@@ -234,7 +239,7 @@ def _on_device(
     engine: Engine, run: Run, pairs: list[Pair], indices: list[int], reference_M2: Tensor
 ) -> tuple[AnyBatch, Tensor]:
     batch = form_batch(pairs, indices, run.config, run.pad_token_id)
-    return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
+    return batch.to(engine.device), distributed.send(reference_M2[batch.indices_B], engine.device)
 
 
 def _say(message: str) -> None:

@@ -25,7 +25,7 @@ from drdpo.training.tracking import WANDB_ID, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "keep_steps", "comm_timeout", "log",
+    "keep_steps", "comm_timeout", "log", "gradient_checkpointing",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
@@ -71,6 +71,8 @@ def check_inputs(config: TrainConfig) -> None:
         DataError: model folder or data set are not usable.
     """
     world, micro = distributed.world_size(), config.micro_batch
+    if config.train_batch_size % (micro * world) and deals_by_tokens(config):
+        micro = 1
     if config.train_batch_size % (micro * world):
         times = f"--micro_batch_size={micro} times " if config.micro_batch_tokens is None else ""
         raise UsageError(
@@ -99,13 +101,26 @@ def check_inputs(config: TrainConfig) -> None:
     refuse_if_locked(folder)
     before = read_manifest(folder).get("train")
     if before is not None and config.resume == "auto":
-        now = _made_by(config)
+        now = {name: value for name, value in _made_by(config).items() if name not in _left_open(config)}
         if asked == "auto" and world > 1:
             del now["dtype"]  # settled when the ranks meet
         _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
         check_world(folder / "resume")
     if config.check_only:
         announce(precision)
+
+
+def deals_by_tokens(config: TrainConfig) -> bool:
+    """Does the machine choose --micro_batch_tokens? On CUDA, for packed rows, unless a flag says how many pairs or tokens,
+    or --robust_scope=micro makes the population a micro-batch."""
+    given = config.micro_batch_size is not None or config.micro_batch_tokens is not None
+    return not given and config.packing and config.robust_scope == "step" and distributed.use_cuda()
+
+
+def _left_open(config: TrainConfig) -> set[str]:
+    """Flags that drdpo.training.automatic will replace by what the machine needs."""
+    rows = {"micro_batch_size", "micro_batch_tokens"} if deals_by_tokens(config) else set()
+    return rows | ({"attn"} if config.attn == "auto" else set())
 
 
 def _check_machine(config: TrainConfig) -> None:
