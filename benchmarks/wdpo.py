@@ -136,7 +136,9 @@ def measure(arguments) -> dict[str, float]:
     import torch
 
     flush_denormals()
-    config, policy, device = prepare(arguments.way, arguments.dtype, arguments.checkpointing, arguments.model, arguments.rho)
+    config, policy, device = prepare(
+        arguments.way, arguments.dtype[0], arguments.checkpointing, arguments.model, arguments.rho
+    )
     step = step_of(arguments.way, config, policy, device, real_pairs(arguments.model, arguments.tokens[0], 1)[0])
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter).fill_(0)
@@ -177,7 +179,7 @@ def errors(arguments) -> dict[str, dict[str, float]]:
         truths = {
             once: penalty_gradient("exact once" if once else "exact", "float32", pair, arguments) for once in (False, True)
         }
-        for dtype in arguments.dtypes:
+        for dtype in arguments.dtype:
             for way in WAYS:
                 if way == "dpo" or (dtype == "float32" and number > 0):
                     continue
@@ -289,7 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024], help="of each sequence")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["auto"], choices=("auto", "bfloat16", "float32"), help="one or two, each measured"
+    )
     parser.add_argument("--only_checkpointing", action="store_true", help="leave out the steps without it")
     parser.add_argument("--rho", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process; the fastest counts")
@@ -299,7 +303,6 @@ def main() -> None:
     parser.add_argument("--longest_double_backward", type=int, default=1024, help="longest of the original and exact")
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
     parser.add_argument("--way", choices=[*WAYS, "errors"], help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
@@ -307,6 +310,9 @@ def main() -> None:
         return
     import torch
 
+    from drdpo.machine import resolve_dtype
+
+    arguments.dtype = [resolve_dtype(dtype).dtype for dtype in arguments.dtype]
     heading = (
         f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6} {'resident GiB':>12}"
     )
@@ -315,11 +321,11 @@ def main() -> None:
     for tokens in arguments.tokens:
         told = {}
         if tokens <= arguments.longest_errors:
-            told = told_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtypes=arguments.dtypes)
+            told = told_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtype=arguments.dtype)
         for name, figures in told.items():
             print(f"{tokens:>6} {name:<28} error {figures['error']:.2%}, worst {figures['worst']:.2%}, lowest cosine "
                   f"{figures['cosine']:.5f}, {figures['pairs']} pairs", flush=True)  # fmt: skip
-        for dtype in arguments.dtypes:
+        for dtype in arguments.dtype:
             for checkpointing in (True,) if arguments.only_checkpointing else (False, True):
                 rows += table_of(arguments, tokens, dtype, checkpointing, told)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"

@@ -55,7 +55,7 @@ def test_the_rule_can_fail(tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250 or room(path) == "kernels"
+    assert len(text.splitlines()) <= 600 or room(path) == "kernels"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and room(path) != "kernels":
             assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

@@ -47,7 +47,7 @@ def templates(source: str) -> set[str]:
 def sources() -> list[str]:
     """Texts of the package, and the wrappers' lines with their variables as <>."""
     python = [text for path in (ROOT / "src").rglob("*.py") for text in templates(path.read_text(encoding="utf-8"))]
-    bash = (ROOT / "src" / "env.sh").read_text(encoding="utf-8")
+    bash = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("src/env.sh", "setup.sh"))
     return [*python, *re.sub(r"\$(\{[^}]*\}|\w+)", "<>", bash).splitlines()]
 
 

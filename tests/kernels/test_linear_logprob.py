@@ -35,6 +35,19 @@ def test_two_tokens_by_hand():
     assert torch.allclose(logprob_N.exp(), torch.tensor([0.25, 0.75]))
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_blocks_of_the_vocabulary_begin_at_multiples_of_128(on_cpu, monkeypatch):
+    """An odd width has a GPU store two bytes at a time, and its products read rows that are not aligned."""
+    monkeypatch.setattr(vocabulary, "in_pieces", lambda tensor: on_cpu)
+    for tokens in (1, 37, 653, 1000, 2482, 10_034, 40_000, 600_000):
+        for size in (100, 256, 32_003, 49_152, 128_256, 151_936):
+            found = list(vocabulary.blocks(torch.empty(tokens, 0), torch.empty(size, 0)))
+            assert [0, *(part.stop for part in found)] == [*(part.start for part in found), size]
+            widths = [part.stop - part.start for part in found]
+            assert all(width % 128 == 0 for width in widths[:-1])
+            assert max(widths) * tokens <= vocabulary._BLOCK_ELEMENTS[on_cpu] or max(widths) <= vocabulary._NARROWEST
+
+
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradients_equal_the_plain_form(shape, twice, block_elements):

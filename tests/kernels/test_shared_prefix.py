@@ -3,9 +3,18 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from drdpo.kernels.shared_prefix import PackedRow, PrefixGroup, PrefixPlan, hidden_states, shared_prefix_attention
+from drdpo.kernels import shared_prefix
+from drdpo.kernels.shared_prefix import (
+    PackedRow,
+    PrefixGroup,
+    PrefixPlan,
+    hidden_states,
+    repeats_heads,
+    shared_prefix_attention,
+)
 
 SIZES = {
     "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 90,
@@ -90,6 +99,59 @@ def test_the_mask_by_hand() -> None:
     visible = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     assert torch.equal(plan.mask(1, 4) == 0, visible)
     assert torch.equal(plan.mask(3, 2) == 0, torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool())
+
+
+class _Elements(TorchDispatchMode):
+    """Elements that operations read and write, the attention kernels apart."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "scaled_dot_product" not in func.__name__ and not func.is_view:
+            given = [out, *args]
+            lists = [part if isinstance(part, list | tuple) else [part] for part in given]
+            self.total += sum(part.numel() for parts in lists for part in parts if isinstance(part, torch.Tensor))
+        return out
+
+
+def test_a_group_costs_the_same_beside_any_number_of_others() -> None:
+    """A gradient of a slice is as long as the row: work that grew with the square of the groups."""
+
+    def elements(groups: int) -> int:
+        plan = PrefixPlan([PrefixGroup(8, (6, 5))] * groups, torch.device("cpu"), torch.float32)
+        query, key, value = (torch.randn(1, heads, 19 * groups, 8, requires_grad=True) for heads in (6, 2, 2))
+        out = shared_prefix_attention(query, key, value, plan, None)
+        with _Elements() as counted:
+            torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+        return counted.total
+
+    assert 0 < elements(16) <= 8.1 * elements(2)
+
+
+def test_key_heads_are_repeated_where_no_fused_kernel_takes_fewer() -> None:
+    half, single = torch.bfloat16, torch.float32
+    assert repeats_heads(True, True, half) and repeats_heads(True, False, single) and repeats_heads(True, True, single)
+    assert not repeats_heads(True, False, half), "flash attention takes them as they are"
+    assert not any(repeats_heads(False, masked, dtype) for masked in (True, False) for dtype in (half, single))
+
+
+def test_cudnn_never_attends_to_packed_rows_and_is_left_as_it_was(monkeypatch) -> None:
+    """It builds a plan for all sizes and strides of its inputs, which hardly ever come again."""
+    allowed, original = [], shared_prefix.scaled_dot_product_attention
+
+    def watched(*inputs, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*inputs, **options)
+
+    monkeypatch.setattr(shared_prefix, "scaled_dot_product_attention", watched)
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "torch's default"
+    model = model_of(num_key_value_heads=2)
+    hidden_states(model, PackedRow(GROUPS)).sum().backward()
+    with shared_prefix.shared_prefixes(model):
+        model(input_ids=torch.arange(9)[None])
+    assert len(allowed) > 20 and not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_sliding_window_is_refused() -> None:

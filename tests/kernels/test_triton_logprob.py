@@ -87,6 +87,25 @@ def split_vocabulary() -> None:
     torch.testing.assert_close(logprob_N.double(), picked_N - logits_NV.logsumexp(dim=1), atol=1e-4, rtol=1e-5)
 
 
+def test_the_log_sum_exp_fills_a_gpu_of_any_size() -> None:
+    """Its programs run in as many waves as must be, and no cut of the vocabulary would end sooner."""
+    pytest.importorskip("triton")
+    from drdpo.kernels.triton_logprob import splits_of
+
+    def steps(token_blocks: int, blocks: int, processors: int, parts: int) -> int:
+        return -(-token_blocks * parts // processors) * -(-blocks // parts)
+
+    for processors in (1, 8, 84, 108, 132, 148):
+        for token_blocks in (1, 5, 6, 10, 79, 500):
+            for blocks in (1, 3, 384, 1002):
+                parts = splits_of(token_blocks, blocks, processors)
+                assert 1 <= parts <= min(blocks, processors)
+                ours = steps(token_blocks, blocks, processors, parts)
+                assert all(ours <= steps(token_blocks, blocks, processors, n) for n in range(1, min(blocks, processors) + 1))
+    # 653 tokens are 6 blocks: 22 parts fill an H100's 132 SMs exactly, 18 an A100's 108.
+    assert (splits_of(6, 1002, 132), splits_of(6, 1002, 108)) == (22, 18)
+
+
 def test_the_kernels_under_the_interpreter(root: Path) -> None:
     pytest.importorskip("triton")
     code = "import test_triton_logprob; test_triton_logprob.interpreted()"

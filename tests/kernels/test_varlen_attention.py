@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+from transformers import LlamaConfig, LlamaModel
 
 from drdpo.kernels import varlen_attention
-from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
-from drdpo.kernels.varlen_attention import check_varlen
+from drdpo.kernels.shared_prefix import PackedRow, PrefixGroup, PrefixPlan, hidden_states, shared_prefix_attention
+from drdpo.kernels.varlen_attention import check_varlen, refusal
 
 GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1, 2)), PrefixGroup(2, (1, 40))]
 TOKENS = sum(group.tokens for group in GROUPS)
@@ -70,6 +71,27 @@ def test_what_a_row_needs_is_made_once_for_all_layers_and_no_mask_for_flash(monk
     fused = PrefixPlan(GROUPS, torch.device("cpu"), torch.float32)
     shared_prefix_attention(query, key, value, fused, None)
     assert "_mask" in vars(fused) and "segments" not in vars(fused)
+
+
+def test_a_model_is_refused_by_its_shape_before_the_device_is_asked(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(varlen_attention, "check_varlen", lambda *given: asked.append(given))
+    device, settings = torch.device("cuda"), LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    assert refusal(settings, device, torch.float32) == "flash attention takes 16-bit numbers only" and not asked
+    assert refusal(settings, device, torch.bfloat16) is None
+    settings.head_dim = 32
+    assert refusal(settings, device, torch.float16) is None
+    assert [given[2:] for given in asked] == [(4, 2, 16), (4, 2, 32)]
+
+
+def test_scoring_may_attend_by_flash(monkeypatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 90}
+    model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    row = PackedRow([(2, [[1, 2, 3], [1, 2, 4, 5]]), (0, [[6, 7]])])
+    with torch.no_grad():
+        assert torch.allclose(hidden_states(model, row, flash=True), hidden_states(model, row), atol=1e-5)
 
 
 def test_the_check_finds_wrong_numbers_and_missing_kernels(monkeypatch) -> None:

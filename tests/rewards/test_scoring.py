@@ -17,8 +17,10 @@ from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
+from drdpo.rewards import scorer
 from drdpo.rewards.armorm import load_armorm
 from drdpo.rewards.batching import batches_by_length, pad_right
+from drdpo.rewards.scorer import Scorer
 from drdpo.rewards.scoring import score_completions
 
 Row = dict[str, Any]
@@ -84,7 +86,9 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     assert f"{mean:.4f}" in next(line for line in printed.splitlines() if line.strip().startswith("right"))
     assert sorted(file.name for file in save_path.iterdir()) == ["manifest.json", "sampled", "test.jsonl", "train.jsonl"]
     assert [one for _, one in read_rows(save_path / "sampled" / "train.jsonl")] == ROWS
-    counts = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]
+    manifest = json.loads((save_path / "manifest.json").read_text())["score_train"]
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
+    counts = manifest["counts"]
     assert counts == {"in": 5, "out": 5, "dropped": 0, "why": {}}
 
 
@@ -249,9 +253,10 @@ def test_check_only_needs_no_samples_but_checks_those_there(
         score_completions(config(check_only=True))
 
 
-def test_check_only_imports_no_torch_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
+def test_check_only_loads_no_model_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
     code = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "import runpy, sys; sys.modules |= dict.fromkeys(('transformers.modeling_utils', 'drdpo.rewards.armorm')); "
+        "sys.argv = sys.argv[1:]; "
         "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     flags = [f"--save_path={save_path}", "--model_path=x", f"--reward_model={embedded_like}", "--check_only=true"]
@@ -280,6 +285,21 @@ def test_a_backbone_that_cannot_be_packed_is_named(
     (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(DataError, match=r"cannot be scored in packed rows .*sliding_window"):
         score_completions(config(reward_model=str(folder)))
+
+
+def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recorded(
+    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, monkeypatch, capsys
+) -> None:
+    score_completions(config(only_test=True))
+    assert json.loads((save_path / "manifest.json").read_text())["score_test"]["attention"] == "sdpa"
+    loaded = Scorer(embedded_like, "float32", 100, 100)
+    assert loaded.attention == "sdpa" and not loaded.model.flash_attention
+    loaded.device = torch.device("cuda")
+    capsys.readouterr()
+    assert loaded._attend(torch.float32) == "sdpa" and not loaded.model.flash_attention
+    assert capsys.readouterr().out == "attention: sdpa instead of flash, because flash attention takes 16-bit numbers only\n"
+    monkeypatch.setattr(scorer, "refusal", lambda settings, device, dtype: None)
+    assert loaded._attend(torch.bfloat16) == "flash" and loaded.model.flash_attention
 
 
 def test_parts_that_a_kill_left_beside_finished_scores_go(config: Callable[..., CompletionsConfig], save_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
             vocab_size=16, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, architectures=["LlamaForCausalLM"],
         ).save_pretrained(tmp_path)  # fmt: skip
-        config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3)
+        config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3, dtype="bfloat16")
         policy = meta_policy(config)
         assert largest_vector(policy) == width
         settings = engine_config(config, 1, 10**9, largest_vector(policy))["zero_optimization"]
@@ -310,7 +310,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
 def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
     shares = []
     for offload in (True, False):
-        config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload)
+        config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
         policy: Policy = meta_policy(config)
         shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
     assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0

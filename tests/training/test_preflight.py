@@ -50,7 +50,7 @@ def test_preflight_by_hand(tiny_policy, tmp_path, capsys):
     pairs = pairs_of((4, 2, 1), (6, 1, 1), (2, 3, 5), (1, 1, 1), (2, 2, 2))
     config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1, lora_targets=["q_proj"])
     run = Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 2}}, {})
-    shape = preflight(run)
+    _, shape = preflight(run)
     told = capsys.readouterr().out
     trained = 2 * (32 + 32)
     assert shape.trained == trained
@@ -83,6 +83,9 @@ def test_shares_of_zero_by_hand(tiny_policy):
         assert (found.weights, found.gradients, found.optimizer, found.copies) == expected, (stage, dtype)
         assert (found.activations, found.head, found.process) == (1000, 500, 77)
         assert found.total == sum(expected) + 1577
+    # A second micro-batch has its gradients in bfloat16 and as the float32 copy that is added to the sum.
+    config = config_of(tiny_policy, zero_stage=2, dtype="bfloat16", train_batch_size=8)
+    assert predict(meta_policy(config), config, 4, 0, 0, None).copies == (4 + 2) * (size // 4)
     # On a GPU the larger of activations and copies counts: they are alive one after the other.
     config = config_of(tiny_policy, zero_stage=2)
     small, large = (predict(meta_policy(config), config, 4, activations, 0, None) for activations in (1, 10**9))
@@ -157,7 +160,7 @@ def test_a_model_with_attentions_of_its_own_passes_the_preflight(tmp_path, capsy
     FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
     pairs = pairs_of(*[(4, 2, 1)] * 4)
     config = config_of(tmp_path, packing=False)
-    shape = preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+    _, shape = preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
     assert shape.head == 300 * 32
     assert "predicted peak" in capsys.readouterr().out
 
@@ -165,7 +168,7 @@ def test_a_model_with_attentions_of_its_own_passes_the_preflight(tmp_path, capsy
 def test_a_model_that_does_not_fit_is_warned_of(tiny_policy, tmp_path, capsys, monkeypatch):
     from drdpo.training import preflight as module
 
-    monkeypatch.setattr(module, "_free", lambda cuda: (1000, 2))
+    monkeypatch.setattr(module, "_free", lambda: (1000, 2))
     pairs = pairs_of(*[(4, 2, 1)] * 4)
     preflight(Run(config_of(tiny_policy), tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
     assert re.search(r"warning +2 processes need \d.*, but 0\.00 GiB is free", capsys.readouterr().out)
@@ -179,7 +182,7 @@ def test_offload_is_told_where_the_optimizer_is_what_does_not_fit(tiny_policy, t
     told = []
     for short, offload in ((1, False), (12 * PARAMETERS + 1, False), (1, True)):
         config = config_of(tiny_policy, optimizer_offload=offload)
-        monkeypatch.setattr(module, "_free", lambda cuda: (10**15, 1))
+        monkeypatch.setattr(module, "_free", lambda: (10**15, 1))
         sizes = []
         real = predict
 
@@ -187,10 +190,10 @@ def test_offload_is_told_where_the_optimizer_is_what_does_not_fit(tiny_policy, t
             sizes.append(real(*given))
             return sizes[-1]
 
-        monkeypatch.setattr(module, "predict", seen)
+        monkeypatch.setattr("drdpo.training.automatic.predict", seen)
         run = Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
         preflight(run)
-        monkeypatch.setattr(module, "_free", lambda cuda, need=sizes[0], short=short: (need.total - short, 1))
+        monkeypatch.setattr(module, "_free", lambda need=sizes[0], short=short: (need.total - short, 1))
         preflight(run)
         (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
         told.append("--optimizer_offload=true moves 0.02 GiB of it to the CPU's memory" in warning)

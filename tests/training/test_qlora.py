@@ -96,7 +96,7 @@ def config_of(path: Path | str = "-", **flags) -> TrainConfig:
 def policy_of(config: TrainConfig, moved: bool = True):
     """With adapters that do something, unless not `moved`."""
     policy = load_policy(
-        config.model_path, getattr(torch, config.dtype), config.attention, config.gradient_checkpointing,
+        config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.plain_attention, config.lora_quantize,
     )  # fmt: skip
     add_lora(policy, config)

@@ -55,7 +55,11 @@ class FitHeadsConfig:
     )
     max_len: int = flag("a longer conversation, in tokens, is left out and counted", 2048)
     batch_tokens: int = flag("tokens, padding included, in one batch", 4096)
-    dtype: Literal["bfloat16", "float32"] = flag("precision of the backbone; heads are float32", "bfloat16")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of the backbone; heads are float32; 'auto' is bfloat16 on GPUs and on CPUs with fast bfloat16 products "
+        "(AVX512_BF16, AMX), else float32",
+        "auto",
+    )
     gating_hidden_dim: int = flag("width of the gate's hidden layers", 64)
     gating_n_hidden: int = flag("hidden layers of the gate", 1)
     gating_temperature: float = flag("temperature of the gate's softmax", 10.0)

@@ -62,10 +62,15 @@ class TrainConfig:
     max_epochs: int = flag("passes over the pairs", 8)
     max_steps: int | None = flag("stop after so many optimizer steps; the schedule spans them", None)
     train_batch_size: int = flag("pairs per optimizer step, over all processes", 128)
-    micro_batch_size: int | None = flag("pairs per process and forward pass (default 1 for WDPO, else 4)", None)
+    micro_batch_size: int | None = flag(
+        "pairs per process and forward pass (default 1 for WDPO, else 4; for packed rows on CUDA --micro_batch_tokens is "
+        "the default instead)",
+        None,
+    )
     micro_batch_tokens: int | None = flag(
-        "in place of --micro_batch_size: as many pairs per process and forward pass as fit a packed row of so many tokens, "
-        "rows of about equal length",
+        "instead of --micro_batch_size: as many pairs per process and forward pass as fit a packed row of this many tokens, "
+        "rows of about equal length (default on CUDA: what the GPU's memory holds by the preflight's prediction, at most "
+        "16,384, and at least twice --max_len)",
         None,
     )
     max_len: int = flag(
@@ -78,11 +83,22 @@ class TrainConfig:
         "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0
     )
     keep_steps: list[int] = flag("with --keep_checkpoints: steps whose checkpoints stay as well, e.g. 158 316", [])
-    dtype: Literal["bfloat16", "float32"] = flag(
-        "precision of the forward and backward pass; optimizer states are float32", "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of the forward and backward pass; optimizer states are float32; 'auto' is bfloat16 on GPUs and on CPUs "
+        "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
+        "auto",
     )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
-    gradient_checkpointing: bool = flag("recompute activations in the backward pass", True)
+    gradient_checkpointing: Literal["auto", "true", "false"] = flag(
+        "recompute activations in the backward pass, which gives the same results in less memory and a third more time; "
+        "'auto' keeps them where the predicted peak fits 90% of the free memory of a GPU, or half of a CPU's",
+        "auto",
+    )
+    deterministic: bool = flag(
+        "on CUDA use torch's deterministic kernels, so that two runs, or a resumed one, are bit-identical; slower. A kernel "
+        "without a deterministic form is an error. On a CPU runs are so in any case",
+        False,
+    )
     lora_rank: int = flag(
         "train LoRA adapters of this rank in place of the weights; 0 trains the weights. LoRA usually wants about ten times "
         "the --learning_rate",
@@ -109,12 +125,13 @@ class TrainConfig:
     )
     attn: Literal["auto", "sdpa", "flex", "flash", "eager"] = flag(
         "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group (with a second derivative of our "
-        "own for --wdpo_solver=exact); 'flash' on CUDA, for packed rows torch's variable-length flash attention, checked "
-        "against sdpa at the start, for padded ones transformers' flash_attention_2, both with a backward pass that adds in "
-        "no fixed order: two runs, or a resumed one, differ in the last bits; 'flex' transformers' flex_attention, "
-        "on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is eager for padded rows with "
-        "--wdpo_solver=exact, else sdpa. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, and "
-        "in bfloat16 its runs attend in float32, but under 'flash'",
+        "own for --wdpo_solver=exact); 'flash' on CUDA, for packed rows torch's variable-length flash attention, one call a "
+        "layer, checked against sdpa at the start, for padded ones transformers' flash_attention_2; 'flex' transformers' "
+        "flex_attention, on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is flash for "
+        "packed bfloat16 rows on CUDA where it serves the model, except for WDPO's exact and tangent solvers, eager for "
+        "padded rows with --wdpo_solver=exact, else sdpa. On CUDA backward passes add in no fixed order without "
+        "--deterministic. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, and in bfloat16 its "
+        "runs attend in float32 unless 'flash' is passed",
         "auto",
     )
     optimizer_offload: bool = flag(
@@ -200,7 +217,8 @@ class TrainConfig:
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
-        """The kernel that the flags choose; for padded rows sdpa, flex and flash have no second derivative."""
+        """The kernel that the flags choose, without a look at the machine: drdpo.training.automatic puts flash in place of
+        auto. For padded rows sdpa, flex and flash have no second derivative."""
         if self.attn == "auto":
             return "eager" if self.second_derivative and not self.packing else "sdpa"
         return self.attn
@@ -213,9 +231,19 @@ class TrainConfig:
         return {"flex": "flex_attention", "flash": "flash_attention_2"}.get(self.attention_kernel, self.attention_kernel)
 
     @property
+    def packed_flash(self) -> bool:
+        """Do packed rows attend by drdpo.kernels.varlen_attention?"""
+        return self.packing and self.attention_kernel == "flash"
+
+    @property
     def plain_attention(self) -> bool:
         """Attend by matrix products and a softmax, which are differentiable any number of times?"""
         return self.attention_kernel == "eager"
+
+    @property
+    def recompute(self) -> bool:
+        """Recompute activations? Where --gradient_checkpointing=auto is still to be resolved: yes."""
+        return self.gradient_checkpointing != "false"
 
     @property
     def micro_batch(self) -> int:
@@ -225,4 +253,6 @@ class TrainConfig:
         return self.micro_batch_size or (1 if self.method == "wdpo" else 4)
 
     def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):
+            object.__setattr__(self, "gradient_checkpointing", str(self.gradient_checkpointing).lower())
         check_training(self)

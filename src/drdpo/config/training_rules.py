@@ -83,6 +83,11 @@ def _check_tokens(config: "TrainConfig") -> None:
 
 
 def _check_attention(config: "TrainConfig") -> None:
+    require(
+        not config.deterministic or config.packing or config.attn not in ("flex", "flash"),
+        f"--deterministic=true with --attn={config.attn} and --packing=false: transformers' kernels do not follow torch's "
+        "switch; pass --attn=sdpa",
+    )
     if config.attn not in ("flex", "flash"):
         return
     require(
@@ -90,7 +95,7 @@ def _check_attention(config: "TrainConfig") -> None:
         f"--attn={config.attn}: packed rows attend by sdpa, flash or eager; give --attn=sdpa, or --packing=false as well",
     )
     require(
-        config.attn == "flex" or config.dtype == "bfloat16",
+        config.attn == "flex" or config.dtype != "float32",
         "--attn=flash with --dtype=float32: flash attention knows 16-bit numbers only; give --attn=sdpa",
     )
 

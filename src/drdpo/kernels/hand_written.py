@@ -21,6 +21,11 @@ def refuse_graph(message: str = "the tangent kernels are differentiable once onl
         raise RuntimeError(message)
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Does CUDA do the work? For tensors without content: will it?"""
+    return tensor.is_cuda or (tensor.is_meta and use_cuda())
+
+
 def in_pieces(tensor: Tensor) -> bool:
     """Is the work to be cut to the size of a cache? On a CPU, and for tensors without content where a CPU will do it."""
-    return tensor.device.type == "cpu" or (tensor.is_meta and not use_cuda())
+    return not on_cuda(tensor)

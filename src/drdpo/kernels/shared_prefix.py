@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from drdpo.distributed import send
+from drdpo.kernels.hand_written import on_cuda
 
 if TYPE_CHECKING:
     from drdpo.kernels.varlen_attention import Segments
@@ -31,6 +35,11 @@ class PrefixGroup:
 
     prefix: int
     suffixes: tuple[int, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of its pieces: the prefix, where there is one, and the suffixes."""
+        return [self.prefix, *self.suffixes] if self.prefix else list(self.suffixes)
 
     @property
     def tokens(self) -> int:
@@ -61,6 +70,8 @@ class PrefixPlan:
         flash: bool = False,
     ) -> None:
         self.groups = list(groups)
+        self.lengths = [length for group in self.groups for length in group.lengths]
+        """Of the row's pieces, the prefixes and suffixes in their order."""
         self.dtype = dtype
         self.plain, self.twice, self.flash = plain, twice and not plain, flash
         self._device, self._dtype = device, dtype
@@ -121,20 +132,20 @@ def fused_attention(
     query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
 ) -> Tensor:
     """shared_prefix_attention group by group, differentiable as often as the plan's kernels are."""
-    parts, start = [], 0
+    # Split, not sliced: the gradient of a slice is a tensor of the whole row, and their sum quadratic in the groups.
+    queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query_1HNE, key_1KNE, value_1KNE))
+    parts, piece = [], 0
     for group in plan.groups:
-        shared = slice(start, start + group.prefix)
+        prefix: list[int] = []
         if group.prefix:
-            parts.append(_attend(query_1HNE[:, :, shared], key_1KNE[:, :, shared], value_1KNE[:, :, shared], plan, 0, scale))
-        start = shared.stop
-        for length in group.suffixes:
-            own = slice(start, start + length)
-            keys, values = key_1KNE[:, :, own], value_1KNE[:, :, own]
-            if group.prefix:
-                keys = torch.cat([key_1KNE[:, :, shared], keys], dim=2)
-                values = torch.cat([value_1KNE[:, :, shared], values], dim=2)
-            parts.append(_attend(query_1HNE[:, :, own], keys, values, plan, group.prefix, scale))
-            start = own.stop
+            prefix = [piece]
+            parts.append(_attend(queries[piece], keys[piece], values[piece], plan, 0, scale))
+        for own in range(piece + len(prefix), piece + len(prefix) + len(group.suffixes)):
+            seen, known = keys[own], values[own]
+            if prefix:
+                seen, known = (torch.cat([part[piece], part[own]], dim=2) for part in (keys, values))
+            parts.append(_attend(queries[own], seen, known, plan, group.prefix, scale))
+        piece += len(prefix) + len(group.suffixes)
     return torch.cat(parts, dim=2)
 
 
@@ -144,19 +155,53 @@ def _attend(
     """[1, H, A, E] of A tokens that come after `prefix` ones, T = prefix + A."""
     heads, kv_heads, length = query_1HAE.shape[1], keys_1KTE.shape[1], query_1HAE.shape[2]
     if not plan.plain:
-        mask = plan.mask(prefix, length) if prefix else None
-        if query_1HAE.is_cuda and mask is not None and heads != kv_heads:
-            # Of CUDA's fused kernels none takes both a mask and fewer key heads than query heads.
-            keys_1KTE, values_1KTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
-            kv_heads = heads
-        return scaled_dot_product_attention(
-            query_1HAE, keys_1KTE, values_1KTE, mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
-        )
+        return _sdpa(query_1HAE, keys_1KTE, values_1KTE, plan.mask(prefix, length) if prefix else None, scale)
     scale = query_1HAE.shape[-1] ** -0.5 if scale is None else scale
     keys_1HTE, values_1HTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
     logits_1HAT = query_1HAE @ keys_1HTE.transpose(2, 3) * scale + plan.mask(prefix, length)
     wide = torch.float64 if logits_1HAT.dtype == torch.float64 else torch.float32
     return torch.softmax(logits_1HAT, dim=-1, dtype=wide).to(values_1HTE.dtype) @ values_1HTE
+
+
+def repeats_heads(grouped: bool, masked: bool, dtype: torch.dtype) -> bool:
+    """Must key heads be repeated for CUDA's fused kernels? Flash attention alone takes fewer of them than query heads, and
+    takes neither a mask nor float32: torch would fall to its plain kernel, which is slow and quadratic in memory."""
+    return grouped and (masked or dtype not in (torch.bfloat16, torch.float16))
+
+
+def _sdpa(query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, mask_AT: Tensor | None, scale: float | None) -> Tensor:
+    """torch's fused attention, causal where there is no mask; on CUDA never cuDNN's, which compiles a plan for all sizes and
+    strides of its inputs: a packed row's lengths hardly ever come again."""
+    heads, kv_heads = query_1HAE.shape[1], keys_1KTE.shape[1]
+    if on_cuda(query_1HAE) and repeats_heads(heads != kv_heads, mask_AT is not None, query_1HAE.dtype):
+        keys_1KTE, values_1KTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
+        kv_heads = heads
+    if query_1HAE.is_meta:
+        return _Shapes.apply(query_1HAE, keys_1KTE, values_1KTE, mask_AT)
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return scaled_dot_product_attention(
+            query_1HAE, keys_1KTE, values_1KTE, mask_AT, is_causal=mask_AT is None, scale=scale,
+            enable_gqa=heads != kv_heads,
+        )  # fmt: skip
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+class _Shapes(Function):
+    """On the meta device torch would take its plain kernel: this holds what a fused one does, whatever it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, keys, values, mask, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, keys, values, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values), None
 
 
 def _attention_of_transformers(
@@ -178,8 +223,7 @@ def _attention_of_transformers(
         query, key, value = (part.to(plan.dtype) for part in (query, key, value))
         out = shared_prefix_attention(query, key, value, plan, scale).to(dtype)
     else:
-        grouped = query.shape[1] != key.shape[1]
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = _sdpa(query, key, value, None, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -226,12 +270,13 @@ def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
         backbone.set_attn_implementation(before)
 
 
-def hidden_states(backbone: nn.Module, row: PackedRow) -> Tensor:
+def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> Tensor:
     """Last hidden states of a packed row.
 
     Args:
         backbone: a transformers decoder without a head, each of whose layers attends causally to everything before.
         row: the groups.
+        flash: attend by drdpo.kernels.varlen_attention, which drdpo.kernels.varlen_attention.refusal has passed.
 
     Returns:
         [N, D]
@@ -240,7 +285,7 @@ def hidden_states(backbone: nn.Module, row: PackedRow) -> Tensor:
         ValueError: the model's attention is of another kind (a sliding window, capped or with sinks).
     """
     parameter = next(backbone.parameters())
-    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype)
-    ids_1N, position_1N = (torch.tensor([values], device=parameter.device) for values in (row.token_ids, row.positions))
+    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype, flash=flash)
+    ids_1N, position_1N = (send(torch.tensor([values]), parameter.device) for values in (row.token_ids, row.positions))
     with shared_prefixes(backbone):
         return backbone(input_ids=ids_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan).last_hidden_state[0]

@@ -8,6 +8,7 @@ Imported only where a GPU, or Triton's interpreter (TRITON_INTERPRET=1, for test
 """
 
 import os
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,8 +18,35 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton decides this when a kernel is defined, that is when this module is imported."""
 
-_SPLITS = 16
-"""Most parts into which the vocabulary is cut, so that few tokens still fill a GPU."""
+_PROCESSORS = 132
+"""Streaming multiprocessors (SMs) of an H100: taken where no GPU can be asked, as under the interpreter."""
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """SMs of a device; its registers let each run one program of the log-sum-exp at a time."""
+    if not torch.cuda.is_available() or device.type != "cuda":
+        return _PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=1 << 12)
+def splits_of(token_blocks: int, blocks: int, processors: int) -> int:
+    """Parts into which the log-sum-exp cuts the vocabulary, so that few tokens fill a GPU and its last wave is not empty.
+
+    Args:
+        token_blocks: blocks of tokens, each a program for every part.
+        blocks: blocks of the vocabulary, dealt to the parts; a program takes its own one after the other.
+        processors: programs that run at a time.
+
+    Returns:
+        The fewest parts of those that take the least time, in blocks that a processor takes one after the other.
+    """
+
+    def steps(parts: int) -> int:
+        return triton.cdiv(token_blocks * parts, processors) * triton.cdiv(blocks, parts)
+
+    return min(range(1, min(blocks, processors) + 1), key=lambda parts: (steps(parts), parts))
 
 
 def _tiles(dtype: torch.dtype) -> dict[str, int]:
@@ -121,7 +149,7 @@ def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     tiles = _tiles(hidden_ND.dtype)
     token_blocks = triton.cdiv(tokens, tiles["BLOCK_N"])
     blocks = triton.cdiv(vocabulary, tiles["BLOCK_V"])
-    splits = max(1, min(_SPLITS, blocks, triton.cdiv(512, max(1, token_blocks))))
+    splits = splits_of(token_blocks, blocks, _processors(hidden_ND.device))
     share = triton.cdiv(blocks, splits) * tiles["BLOCK_V"]
     splits = triton.cdiv(vocabulary, share)
     most_SN, sum_SN, picked_SN = (

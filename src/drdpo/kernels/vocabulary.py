@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drdpo.kernels.hand_written import in_pieces, wide
+from drdpo.kernels.hand_written import in_pieces, on_cuda, wide
 
 _BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
 """Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
 _NARROWEST = 256
 """Columns of a block at least: narrower products waste the units that multiply."""
+_MULTIPLE = 128
+"""Of which the columns of a block are a multiple: a GPU writes and reads 16 bytes at a time only where rows begin at a
+multiple of them, and its matrix products take tiles of 128 columns."""
 
 
 class Known(NamedTuple):
@@ -36,17 +39,32 @@ class Known(NamedTuple):
 
 
 def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
-    """Columns of the blocks; their number times N stays below a fixed size for all but very many tokens."""
+    """Columns of the blocks, a multiple of 128 in every block but the last; their number times N stays below a fixed size
+    for all but very many tokens."""
     tokens, vocabulary = len(hidden_ND), len(weight_VD)
-    width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens))
+    width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens) // _MULTIPLE * _MULTIPLE)
     for start in range(0, vocabulary, width):
         yield slice(start, min(start + width, vocabulary))
+
+
+class _Shapes:
+    """What the Triton kernels hold, for tensors without content."""
+
+    @staticmethod
+    def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.empty_like(targets_N, dtype=torch.float32) for _ in range(2))
+
+    @staticmethod
+    def logit_gradient(hidden_ND: Tensor, weight_KD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
+        return hidden_ND.new_empty(len(hidden_ND), len(weight_KD))
 
 
 def triton_kernels(hidden_ND: Tensor) -> Any:
     """The Triton kernels where they can run: on CUDA, or anywhere under Triton's interpreter; else None."""
     if hidden_ND.dtype == torch.float64 or not len(hidden_ND):
         return None
+    if hidden_ND.is_meta:
+        return _Shapes if on_cuda(hidden_ND) else None
     if not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     from drdpo.kernels import triton_logprob
@@ -161,7 +179,7 @@ def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor
     if triton_kernels(hidden_ND) is None:
         logits_NK, less_N = _logits_less(hidden_ND, weight_KD, lse_N)
         return logits_NK.sub_((lse_N - less_N)[:, None]).exp_()
-    if hidden_ND.is_cuda and hidden_ND.dtype != torch.float32:
+    if on_cuda(hidden_ND) and hidden_ND.dtype != torch.float32:
         logits_NK = torch.mm(hidden_ND, weight_KD.T, out_dtype=torch.float32)
     else:
         logits_NK = wide(hidden_ND) @ wide(weight_KD).T

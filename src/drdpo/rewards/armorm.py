@@ -65,6 +65,8 @@ class ArmoRM(nn.Module):
         super().__init__()
         heads = len(layout.objectives)
         self.layout = layout
+        self.flash_attention = False
+        """Do packed rows attend by drdpo.kernels.varlen_attention, which runs on CUDA only?"""
         self.objectives = layout.objectives
         self.model = backbone
         self.regression_layer = nn.Linear(layout.hidden_size, heads, bias=False)
@@ -103,7 +105,7 @@ class ArmoRM(nn.Module):
             row: groups of conversations.
             spans: where each is read, in the order of the row.
         """
-        hidden_ND = hidden_states(self.model, row)
+        hidden_ND = hidden_states(self.model, row, self.flash_attention)
         gate_BD = hidden_ND[[row.index(number, span.gate) for number, span in enumerate(spans)]]
         if self.layout.pooling == "last":
             return self.heads(hidden_ND[[row.index(number, span.last) for number, span in enumerate(spans)]], gate_BD)

@@ -16,6 +16,7 @@ from drdpo.chat import load_tokenizer
 from drdpo.config import FitHeadsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_files
+from drdpo.machine import announce, settle
 from drdpo.manifest import fingerprint
 from drdpo.rewards.baselines import baselines, compare
 from drdpo.rewards.card import Report, model_card
@@ -45,6 +46,8 @@ def fit_reward_heads(config: FitHeadsConfig) -> None:
         raise UsageError(
             f"--output_path={target} holds a model, whose config.json would be overwritten; give another folder"
         )
+    config, precision = settle(config)
+    announce(precision)
     tokenizer = load_tokenizer(config.backbone)
     if config.chat_template is not None:
         tokenizer.chat_template = _read_text(Path(config.chat_template))

@@ -13,6 +13,7 @@ from drdpo import distributed
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.errors import DataError
 from drdpo.kernels.shared_prefix import PackedRow
+from drdpo.kernels.varlen_attention import refusal
 from drdpo.objectives import GATED_SCORE
 from drdpo.records import Completion
 from drdpo.rewards.armorm import load_armorm
@@ -65,6 +66,8 @@ class Scorer:
         self.tokenizer = load_tokenizer(str(folder))
         self.model = load_armorm(folder, self.device, DTYPES[dtype])
         self.objectives = self.model.objectives
+        self.attention = self._attend(DTYPES[dtype])
+        """Kernel of packed rows: "flash" on CUDA where it serves the backbone, else "sdpa"."""
         check_tokenizer(folder, self.tokenizer, self.model.layout.gating_token_pattern, self.model.layout.vocab_size)
         self._check_backbone(folder)
 
@@ -106,6 +109,17 @@ class Scorer:
         rewards = self.model.score_packed(row, [span for span in spans if span is not None])
         scores = zip(indices, rewards.stage1.tolist(), rewards.stage2.tolist(), strict=True)
         return {index: self._result(stage1, stage2) for index, stage1, stage2 in scores}
+
+    def _attend(self, dtype: torch.dtype) -> str:
+        if self.device.type != "cuda":
+            return "sdpa"
+        reason = refusal(self.model.model.config, self.device, dtype)
+        if any(distributed.gather_floats([float(reason is not None)])):
+            if distributed.is_main():
+                print(f"attention: sdpa instead of flash, because {reason or 'another process cannot'}", flush=True)
+            return "sdpa"
+        self.model.flash_attention = True
+        return "flash"
 
     @torch.inference_mode()
     def _check_backbone(self, folder: Path) -> None:

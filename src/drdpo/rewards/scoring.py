@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from drdpo import distributed
 from drdpo.config import CompletionsConfig
-from drdpo.errors import UsageError
+from drdpo.errors import DataError, UsageError
 from drdpo.files import sweep
 from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked, sole_writer
+from drdpo.machine import agree, announce, settle
 from drdpo.manifest import already_made, fingerprint
 from drdpo.objectives import GATED_SCORE
 from drdpo.progress import progress
@@ -47,11 +48,27 @@ def score_completions(config: CompletionsConfig) -> None:
     if config.score_max_len > layout.max_positions:
         raise UsageError(f"--score_max_len={config.score_max_len}: {folder} reads at most {layout.max_positions} tokens")
     splits = split_files(config)
+    config, precision = settle(config)
     if config.check_only:
+        announce(precision)
         for files in splits:
             if files.sampled.exists():
                 read_sampled(files.sampled)
         return
+    distributed.initialise()
+    try:
+        config, precision = agree(config, precision)
+        announce(precision)
+        _score(config, folder, splits, precision.reason)
+    except (UsageError, DataError, SystemExit):
+        # These end every rank. A rank that is lost is another matter: it would be waited for.
+        distributed.leave()
+        raise
+    distributed.leave()
+
+
+def _score(config: CompletionsConfig, folder: Path, splits: list[SplitFiles], dtype_reason: str) -> None:
+    """Score what is not scored; the settings are the same on every rank."""
     completions = {files.split: read_sampled(files.sampled) for files in splits}
     made_by = {files.split: _made_by(config, folder, files) for files in splits}
     todo = [
@@ -69,7 +86,7 @@ def score_completions(config: CompletionsConfig) -> None:
         if files not in todo:
             say(f"{files.scored}: scored already with the same model and flags; skipped")
     if todo:
-        _score_splits(config, folder, todo, completions, made_by, parts)
+        _score_splits(config, folder, todo, completions, made_by, parts, dtype_reason)
     if distributed.is_main():
         for files in splits:
             leftover = _parts(config, files, made_by[files.split])
@@ -123,29 +140,29 @@ def _score_splits(
     completions: dict[str, list[Completion]],
     made_by: dict[str, dict[str, Any]],
     parts: dict[str, ScoreParts],
+    dtype_reason: str,
 ) -> None:
     """Load the model once, score this rank's share of every split, merge on rank 0."""
     from drdpo.rewards.scorer import Scorer
 
-    distributed.initialise()
     scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
     with sole_writer(Path(config.save_path)):
         if distributed.is_main():
             sweep(Path(config.save_path))
         for files in todo:
-            _score_and_write(config, folder, scorer, files, completions[files.split], made_by[files.split], parts)
+            facts: dict[str, Any] = {"objectives": [*scorer.objectives, GATED_SCORE], "dtype_reason": dtype_reason}
+            facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
+            _score_and_write(scorer, files, completions[files.split], made_by[files.split], parts, facts)
     distributed.barrier()
-    distributed.leave()
 
 
 def _score_and_write(
-    config: CompletionsConfig,
-    folder: Path,
     scorer: "Scorer",
     files: SplitFiles,
     completions: list[Completion],
     made_by: dict[str, Any],
     parts: dict[str, ScoreParts],
+    facts: dict[str, Any],
 ) -> None:
     """Score this rank's share of a split; rank 0 merges all shares."""
     refused = _score_split(scorer, files.split, completions, parts[files.split])
@@ -153,8 +170,7 @@ def _score_and_write(
     if distributed.is_main():
         rows = [row for rows in parts[files.split].read().values() for row in rows]
         scored, rejects, counts = merge(files, completions, [*rows, *refused])
-        facts: dict[str, Any] = {"counts": counts, "objectives": [*scorer.objectives, GATED_SCORE]}
-        facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
+        facts = facts | {"counts": counts, "attention": scorer.attention}
         write_scored(files, scored, rejects, made_by, facts)
         parts[files.split].remove()
 
@@ -166,7 +182,8 @@ def _score_split(scorer: "Scorer", split: str, completions: list[Completion], pa
         return {"prompt_id": completions[index].prompt_id, "sample_id": completions[index].sample_id, **result}
 
     reading = scorer.read(completions)
-    done = parts.open(reading.batches)
+    # What is scored already stays only if the same kernel attended.
+    done = parts.open([scorer.attention, reading.batches])
     share = distributed.shard([number for number in range(len(reading.batches)) if number not in done])
     if done:
         there = sum(map(len, done.values()))

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from drdpo.distributed import send
 from drdpo.training.data import Pair
 
 
@@ -38,7 +39,7 @@ class Batch:
         return int(self.attention_mask_ST.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Batch(*(send(getattr(self, name), device) for name in self.__dataclass_fields__))
 
 
 def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:

@@ -52,6 +52,18 @@ def initialise(timeout: timedelta = distributed.TIMEOUT) -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout)
 
 
+def be_deterministic() -> None:
+    """Let torch choose deterministic kernels from here on, and raise RuntimeError where there is none; before CUDA starts.
+
+    Flash and memory-efficient attention sum their gradients in a fixed order then (torch's attention_backward.cu asks
+    deterministicAlgorithms()), as do index_add and the embedding's gradient; drdpo's own kernels have no atomic additions.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # It would also fill every new tensor, for code that reads what it never wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
     """Wrap a policy for training.
 
@@ -112,7 +124,7 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector
         trained: parameters that the run trains.
         vector: elements of the policy's largest_vector.
     """
-    bfloat16, offload = config.dtype == "bfloat16", config.optimizer_offload
+    bfloat16, offload = getattr(torch, config.dtype) is torch.bfloat16, config.optimizer_offload
     return {
         "train_batch_size": config.train_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch,

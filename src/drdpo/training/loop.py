@@ -13,9 +13,10 @@ from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.lock import sole_writer
-from drdpo.manifest import write_manifest
+from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
+from drdpo.training.automatic import resolve_attention, resolve_rows
 from drdpo.training.checkpoint import load_state, save_model, save_state
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
@@ -26,12 +27,12 @@ from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
 from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
 from drdpo.training.packing import form_batch
-from drdpo.training.policy import attend_by_flash, load_policy, widen_first_tokens
+from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
-from drdpo.training.preflight import preflight
+from drdpo.training.preflight import preflight, shapes
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.retention import remove_old_checkpoints
-from drdpo.training.run import Run, claim_folder, is_complete, is_saved, open_run
+from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, note_run, open_run
 from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
 from drdpo.training.summary import summary
 from drdpo.training.tangent_support import check_architecture, check_tangent
@@ -42,11 +43,17 @@ from drdpo.training.waiting import lost_rank_in_one_line
 
 def train_alignment(config: TrainConfig) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
+    config, precision = settle(config, kernels=True)
     with rank_log() as output, stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
+        if config.deterministic:
+            deepspeed_engine.be_deterministic()
         if not config.dry_run:
             deepspeed_engine.initialise(timedelta(seconds=config.comm_timeout))
         try:
-            _align(config, stop, output)
+            if not config.dry_run:
+                config, precision = agree(config, precision)
+            announce(precision)
+            _align(config, stop, output, precision)
         except (UsageError, DataError, ProcessError, SystemExit):
             # These end every rank. A rank that is lost is another matter: it would be waited for.
             distributed.leave()
@@ -54,12 +61,15 @@ def train_alignment(config: TrainConfig) -> None:
         distributed.leave()
 
 
-def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
-    run = open_run(config)
+def _align(config: TrainConfig, stop: StopRequest, output: RankLog, precision: Precision) -> None:
+    config = resolve_attention(config)
+    if deals_by_tokens(config):
+        config = resolve_rows(config, shapes(config))
+    run = open_run(config, precision.reason)
     if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return
-    shape = preflight(run)
+    run, shape = preflight(run)
     if config.dry_run:
         return
     with sole_writer(run.folder):
@@ -71,10 +81,9 @@ def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
 def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     """Everything after the checks, in a folder that is ours."""
     config = run.config
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = load_policy(
-        config.model_path, dtype, config.attention, config.gradient_checkpointing, config.plain_attention,
-        config.lora_quantize,
+        config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
+        config.plain_attention, config.lora_quantize,
     )  # fmt: skip
     if config.lora_rank:
         add_lora(policy, config)
@@ -83,8 +92,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         widen_first_tokens(policy, config)
         check_tangent(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
-    if config.packing and config.attention_kernel == "flash":
-        attend_by_flash(engine.module)
+    engine.module.flash_attention = config.packed_flash
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
     done = load_state(engine, run.folder / "resume")
     if done:
@@ -98,7 +106,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     if not is_saved(last):
         save_model(engine, run.tokenizer, last, config)
     if distributed.is_main():
-        write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=True)
+        note_run(run, complete=True)
         print(summary(config, run.folder, run.steps), flush=True)
 
 
@@ -231,7 +239,7 @@ def _on_device(
     engine: Engine, run: Run, pairs: list[Pair], indices: list[int], reference_M2: Tensor
 ) -> tuple[AnyBatch, Tensor]:
     batch = form_batch(pairs, indices, run.config, run.pad_token_id)
-    return batch.to(engine.device), reference_M2[batch.indices_B].to(engine.device)
+    return batch.to(engine.device), distributed.send(reference_M2[batch.indices_B], engine.device)
 
 
 def _say(message: str) -> None:

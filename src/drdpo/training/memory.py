@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Function
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface
 
 from drdpo.config import TrainConfig
 from drdpo.kernels import vocabulary
-from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
+from drdpo.kernels.shared_prefix import PrefixGroup
 from drdpo.training.batches import Batch
 from drdpo.training.engine import BUCKET
 from drdpo.training.nf4 import weight_bytes
@@ -29,8 +27,6 @@ from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
 from drdpo.training.values import AnyBatch
 
-ATTENTION = "drdpo_dry_run"
-"""What transformers calls the attention of the dry run."""
 HEAD_KERNELS = frozenset(
     str(Path(vocabulary.__file__).with_name(f"{name}.py")) for name in ("vocabulary", "linear_logprob", "tangent_logprob")
 )
@@ -71,7 +67,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
         optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
         gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
                      reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
-        copies       the optimizer step makes its share of the gradients flat, 4 T/W at z > 0
+        copies       the optimizer step makes its share of the gradients flat, 4 T/W at z > 0; in bfloat16 at z = 1, 2 every
+                     micro-batch after a step's first adds a float32 copy of its gradients to their sum, (4 + b) T/W
         activations and head   from dry_run
 
     Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both:
@@ -86,7 +83,7 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
         activations, head: bytes.
         process: bytes of the process before a model is loaded, where the device is a CPU; else None.
     """
-    size = 2 if config.dtype == "bfloat16" else 4
+    size = getattr(torch, config.dtype).itemsize
     stage, parameters = config.zero_stage, list(policy.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -96,6 +93,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
     optimizer, copies = (12 if stage else 8) * share, 4 * share if stage else 0
+    if size == 2 and stage in (1, 2) and config.train_batch_size > config.micro_batch * world:
+        copies += size * share
     if config.optimizer_offload and process is None:
         optimizer, copies = 0, 0
     if process is None and copies > activations + head:
@@ -111,7 +110,7 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
     Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
 
     Args:
-        policy: on the meta device, its attention ATTENTION.
+        policy: on the meta device, as drdpo.training.preflight.meta_policy makes it.
         batch: the largest of the run.
         config: of the run.
 
@@ -181,38 +180,6 @@ def _called_by(files: frozenset[str]) -> bool:
     while frame is not None and frame.f_code.co_filename not in files:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
-
-
-class _FusedAttention(Function):
-    """Holds what a fused attention kernel holds: queries, keys and values, its result and a log-sum-exp a row."""
-
-    @staticmethod
-    def forward(ctx: Any, query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, copied: int) -> Tensor:
-        parts, copies = torch.empty_like(query_1HNE), query_1HNE.new_empty(copied)
-        lse_1HN = query_1HNE.new_empty(query_1HNE.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query_1HNE, key_1KNE, value_1KNE, parts, copies, lse_1HN)
-        return torch.empty_like(query_1HNE)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    plan: PrefixPlan = options["prefix_plan"]
-    if plan.plain:
-        out = shared_prefix_attention(query, key, value, plan, options.get("scaling"))
-    else:
-        # A prefix's keys and values are copied in front of every suffix's own.
-        rows = sum(group.prefix + length for group in plan.groups if group.prefix for length in group.suffixes)
-        out = _FusedAttention.apply(query, key, value, 2 * rows * key.shape[1] * key.shape[3])
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
 
 
 def _as_packed(batch: Batch) -> PackedBatch:

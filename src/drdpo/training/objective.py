@@ -156,7 +156,8 @@ def _factor(penalties_B: Tensor, config: TrainConfig, population: Population | N
     # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
     mean = population.mean_penalty if population else None
     mean = distributed.gather(penalties_B).mean() if mean is None else mean
-    return config.wdpo_rho / (2 * mean.sqrt()) if mean > 0 else torch.zeros_like(mean)
+    # Chosen on the device: a question here would wait for it.
+    return torch.where(mean > 0, config.wdpo_rho / (2 * mean.sqrt()), torch.zeros_like(mean))
 
 
 def _surveyed(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drdpo.config import TrainConfig
+from drdpo.distributed import send
 from drdpo.kernels.shared_prefix import PackedRow, PrefixGroup
 from drdpo.training.batches import Batch, batch_pairs, collate
 from drdpo.training.data import Pair
@@ -38,7 +39,7 @@ class PackedBatch:
         return self.input_ids_1N.numel()
 
     def to(self, device: torch.device) -> "PackedBatch":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: send(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
 

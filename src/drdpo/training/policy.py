@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
 from drdpo.kernels.shared_prefix import PrefixPlan
-from drdpo.kernels.varlen_attention import check_varlen
 from drdpo.training import nf4
 from drdpo.training.batches import Batch
 from drdpo.training.finite import FiniteWatch
@@ -62,6 +61,7 @@ class Policy(nn.Module):
         self.language_model = language_model
         self.plain_attention = plain_attention
         self.flash_attention = False
+        """Do packed rows attend by drdpo.kernels.varlen_attention, which runs on CUDA only?"""
         self.wide_first = False
         """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
         self.watch: FiniteWatch | None = None
@@ -156,25 +156,6 @@ def widen_first_tokens(policy: Policy, config: TrainConfig) -> None:
         policy.wide_first = True
 
 
-def attend_by_flash(policy: Policy) -> None:
-    """Let packed rows attend by drdpo.kernels.varlen_attention, where that gives the other kernels' numbers on this machine.
-
-    Args:
-        policy: on its device.
-
-    Raises:
-        UsageError: it does not.
-    """
-    settings = policy.language_model.config.get_text_config()
-    heads = settings.num_attention_heads
-    kv_heads = getattr(settings, "num_key_value_heads", None) or heads
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    reason = check_varlen(policy.head.weight.device, policy.language_model.dtype, heads, kv_heads, width)
-    if reason is not None:
-        raise UsageError(f"--attn=flash: torch's flash attention does not serve this model here: {reason}; give --attn=sdpa")
-    policy.flash_attention = True
-
-
 def sum_by_sequence(values_N: Tensor, sequence_N: Tensor, batch: Batch | PackedBatch) -> Tensor:
     """[S] sums of answer tokens' values [N] over each sequence."""
     zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=values_N.dtype, device=values_N.device)
@@ -205,7 +186,7 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
-    # The checks run on the CPU, which CUDA's attention kernels do not know.
+    # The checks run on the CPU, which CUDA's attention kernels do not know, or with nf4 where the weights are.
     checked = "sdpa" if attention in CUDA_ATTENTION else attention
     quantized = nf4.loading(dtype, distributed.device()) if quantize == "nf4" else {}
     try:

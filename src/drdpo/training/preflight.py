@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
+from drdpo.kernels.shared_prefix import NAME as PACKED
+from drdpo.training.automatic import CPU_SHARE, MARGIN, of_all, of_main, predicted, set_recomputation
 from drdpo.training.batches import step_indices
 from drdpo.training.data import Pair, row_tokens
 from drdpo.training.dealing import step_batches
 from drdpo.training.lora import add_lora
-from drdpo.training.memory import ATTENTION, GATHERED, Memory, dry_run, predict
+from drdpo.training.memory import GATHERED, Memory
 from drdpo.training.nf4 import use_nf4
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy, widen_first_tokens
 from drdpo.training.rotary import check_rotary, fix_rotary
 from drdpo.training.run import Run
@@ -28,26 +30,38 @@ PERCENTILES = (50, 90, 99, 100)
 _GIB = 2**30
 
 
-def preflight(run: Run) -> Shape:
-    """Print, on rank 0, what the run will do and the memory it will need.
+def preflight(run: Run) -> tuple[Run, Shape]:
+    """Print, on rank 0, what the run will do and the memory it will need. Every rank must call.
+
+    Returns:
+        The run, in whose flags --gradient_checkpointing=auto is resolved, and what a step's work depends on.
 
     Raises:
         DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
         UsageError: --lora_targets names no linear layer of the model, or pairs are too long for its rotary positions.
     """
-    policy = meta_policy(run.config)
-    check_rotary(policy, [*run.train, *run.test], run.config)
-    fix_rotary(policy)
-    if run.config.method == "wdpo" and run.config.solver == "tangent":
-        check_architecture(policy, run.config)
-        widen_first_tokens(policy, run.config)
+    policy = shapes(run.config, [*run.train, *run.test])
     shape = shape_of(policy)
+    memory = _free()
+    recompute = run.config.recompute
     if distributed.is_main():
         dealt = _dealt(run)
         largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
-        lines = [*_work(run, shape, dealt), *_lengths(run), *_memory(run, policy, largest)]
+        recompute, told = _memory(run, policy, [run.train[row] for row in largest], *memory)
+        lines = [*_work(run, shape, dealt), *_lengths(run), *told]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
-    return shape
+    return replace(run, config=_checkpointing(run.config, of_main(float(recompute)) > 0)), shape
+
+
+def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
+    """The policy of a run without its weights, as a dry run needs it. Raises as preflight does."""
+    policy = meta_policy(config)
+    check_rotary(policy, list(pairs), config)
+    fix_rotary(policy)
+    if config.method == "wdpo" and config.solver == "tangent":
+        check_architecture(policy, config)
+        widen_first_tokens(policy, config)
+    return policy
 
 
 def meta_policy(config: TrainConfig) -> Policy:
@@ -59,20 +73,19 @@ def meta_policy(config: TrainConfig) -> Policy:
     """
     from transformers import AutoConfig
 
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     try:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        model = _without_weights(settings, dtype)
+        model = _without_weights(settings, getattr(torch, config.dtype))
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_quantize == "nf4":
         use_nf4(model, config.model_path)
     policy = Policy(model, plain_attention=config.plain_attention).train()
+    policy.flash_attention = config.packed_flash
     if config.lora_rank:
         add_lora(policy, config)
+    set_recomputation(policy, config.recompute)
     return policy
 
 
@@ -86,7 +99,7 @@ def _without_weights(settings: Any, dtype: torch.dtype) -> Any:
             )
 
     try:
-        return build(ATTENTION)
+        return build(PACKED)
     except KeyError:
         # A model whose attentions are its own (Falcon): predicted with one over the whole row, which takes more.
         return build("eager")
@@ -127,7 +140,7 @@ def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> list[tuple[str, str
         f"{parts}process{'es' if world > 1 else ''}"
     )
     return [
-        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}"),
+        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
         ("data", data),
         ("work", work),
     ]
@@ -147,24 +160,46 @@ def _lengths(run: Run) -> list[tuple[str, str]]:
     return [("tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(told))]
 
 
-def _memory(run: Run, policy: Policy, largest: list[int]) -> list[tuple[str, str]]:
-    config, world = run.config, distributed.world_size()
-    batch = form_batch(run.train, largest, config, run.pad_token_id)
-    cuda = distributed.use_cuda()
+def _checkpointing(config: TrainConfig, recompute: bool) -> TrainConfig:
+    return replace(config, gradient_checkpointing="true" if recompute else "false")
+
+
+def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, list[tuple[str, str]]]:
+    """Are activations recomputed, and what is to be told of memory.
+
+    Args:
+        run: with its flags.
+        policy: on the meta device.
+        pairs: of the largest micro-batch.
+        free, sharers: from _free.
+    """
+    config, world, cuda = run.config, distributed.world_size(), distributed.use_cuda()
+    process = None if cuda else _resident()
+    lines = []
     try:
-        activations, head = dry_run(policy, batch, config)
+        need = predicted(config, policy, pairs, config.gradient_checkpointing == "true", process)
+        if config.gradient_checkpointing == "auto":
+            limit = int(MARGIN * free) if cuda else int(CPU_SHARE * free) // sharers
+            config = _checkpointing(config, need.total > limit)
+            what = f"{MARGIN:.0%} of a GPU's" if cuda else f"{CPU_SHARE:.0%} of the memory's"
+            what += f" {_gib(free)} that are free"
+            lines = [
+                ("recompute", f"{'on' if config.recompute else 'off'}: without recomputation the predicted peak of "
+                              f"{_gib(need.total)} {'exceeds' if config.recompute else 'fits'} {_gib(limit)}, {what}"
+                              f"{f', for each of {sharers} processes' if sharers > 1 else ''}")
+            ]  # fmt: skip
+            if config.recompute:
+                need = predicted(config, policy, pairs, True, process)
     except RuntimeError as error:
         # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
         reason = " ".join(str(error).split())[:100]
-        return [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
-    need = predict(policy, config, world, activations, head, None if cuda else _resident())
+        return config.recompute, [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
     parts = {name: size for name, size in vars(need).items() if size}
     where = "device" if cuda else "process"
-    lines = [
+    lines += [
         ("memory", f"predicted peak {_gib(need.total)} a {where}: " + ", ".join(f"{k} {_gib(v)}" for k, v in parts.items())),
         ("", advice(need, config, world)),
     ]
-    free, sharers = _free(cuda)
     if need.total * sharers > free:
         moved = need.optimizer + need.copies
         offload = config.zero_stage and not config.optimizer_offload and need.total - moved <= free
@@ -173,7 +208,7 @@ def _memory(run: Run, policy: Policy, largest: list[int]) -> list[tuple[str, str
         lines.append(("warning", f"{of}, but {_gib(free)} is free: the run may end for lack of memory{helps}"))
     else:
         lines.append(("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else "")))
-    return lines
+    return config.recompute, lines
 
 
 def advice(need: Memory, config: TrainConfig, world: int) -> str:
@@ -183,7 +218,7 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
     flags: list[tuple[bool, str]]
     if part in ("activations", "head"):
         flags = [
-            (part == "activations" and not config.gradient_checkpointing, "--gradient_checkpointing=true"),
+            (part == "activations" and not config.recompute, "--gradient_checkpointing=true"),
             (not config.packing, "--packing=true"),
             (config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
             (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
@@ -195,7 +230,7 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
         on_gpu = not need.process
         offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
         # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
-        element = 2 if config.dtype == "bfloat16" else 4
+        element = getattr(torch, config.dtype).itemsize
         gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
         flags = [
             (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),
@@ -220,10 +255,10 @@ def _resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _free(cuda: bool) -> tuple[int, int]:
-    """Bytes that are free for training, and how many processes share them."""
-    if cuda:
-        return int(torch.cuda.mem_get_info(distributed.device())[0]), 1
+def _free() -> tuple[int, int]:
+    """Bytes that are free for training, on the fullest of the ranks' GPUs, and how many processes share them."""
+    if distributed.use_cuda():
+        return int(min(of_all(float(torch.cuda.mem_get_info(distributed.device())[0])))), 1
     import psutil
 
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))

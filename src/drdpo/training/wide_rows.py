@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from drdpo.distributed import send
 from drdpo.kernels.hand_written import refuse_graph
 from drdpo.kernels.shared_prefix import PrefixGroup
 
@@ -76,7 +77,7 @@ def first_rows(groups: Sequence[PrefixGroup], device: torch.device) -> Tensor:
         for length in group.suffixes:
             rows += range(start, start + max(0, min(length, POSITIONS - group.prefix)))
             start += length
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    return send(torch.tensor(rows, dtype=torch.int64), device)
 
 
 def widen(layers: Sequence[nn.Module]) -> None:
