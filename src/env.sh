@@ -245,6 +245,7 @@ started_as_rank() {
 # prepare_launch SCRIPT FLAG...: check, and set the array `launcher`, the first words of the command.
 prepare_launch() {
     local processes port where level cores hostfile node
+    has_gpu || true # Asked once: the subshells below do not pass the answer on.
     check_processes
     check_nodes
     check "$@"
