@@ -54,6 +54,8 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
         objective_from_flag(PHANTOM_FLAG)
     parser = _Parser([config_class], description=description, allow_abbrev=False)
+    for action in parser._actions:
+        action.help = action.help and action.help.replace("%", "%%")  # argparse fills what follows a %
     _check_values(config_class, vars(parser.parse_known_args(arguments)[0]))
     config, unknown = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
