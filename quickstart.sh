@@ -16,7 +16,7 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
   --pairs_per_prompt=2  preference pairs of each prompt, those of the largest margins
   --train_batch_size=8  pairs per optimizer step, a multiple of 8
   --max_steps=8         optimizer steps
-  --learning_rate=3e-3  of the LoRA adapters
+  --learning_rate=2e-3  of the LoRA adapters
   --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
   --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
   --kldpo_tau=0.5
@@ -25,8 +25,8 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
 USAGE
 }
 
-output_path=outputs/quickstart prompts=48 prompt_max_len=64 best_of_n=4 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
-train_batch_size=8 max_steps=8 learning_rate=3e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.002 seed=42
+output_path=outputs/quickstart prompts=48 prompt_max_len=64 best_of_n=6 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
+train_batch_size=8 max_steps=8 learning_rate=2e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.002 seed=42
 names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
     learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
 for word in "$@"; do
@@ -87,7 +87,7 @@ bash "$ROOT/generate_completions.sh" --save_path="$output_path/base" --model_pat
 
 say "step 2: mix two objectives into preference pairs"
 run python "$ROOT/src/generate_preferences.py" --completions="$output_path/base" --output_path="$output_path/preferences" \
-    --selection=all_pairs --max_pairs_per_prompt="$pairs_per_prompt" --min_margin=0.5 \
+    --selection=all_pairs --max_pairs_per_prompt="$pairs_per_prompt" --min_margin=1 \
     --helpsteer_coherence=0.5 --helpsteer_correctness=0.5
 
 runs=("base=$output_path/base")
