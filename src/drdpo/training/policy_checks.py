@@ -44,14 +44,15 @@ def check_packing(model: Any, path: str) -> None:
     sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
     row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
     plan = PrefixPlan(row.groups, model.device, model.dtype)
+    packed_1N, position_1N, *alone_1T = (
+        torch.tensor([values], device=model.device) for values in (row.token_ids, row.positions, *sequences)
+    )
     try:
         with torch.no_grad():
             packed_ND = model.base_model(
-                input_ids=torch.tensor([row.token_ids]), position_ids=torch.tensor([row.positions]), use_cache=False,
-                prefix_plan=plan,
+                input_ids=packed_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan
             ).last_hidden_state[0].float()  # fmt: skip
-            alone = [model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0].float()
-                     for ids in sequences]  # fmt: skip
+            alone = [model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float() for ids_1T in alone_1T]
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
     tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
