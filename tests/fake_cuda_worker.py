@@ -97,7 +97,7 @@ def evaluation(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     return told(counts)
 
 
-def scoring(pooling: str) -> dict[str, Any]:
+def scoring(pooling: str, flash: bool) -> dict[str, Any]:
     """ArmoRM on a packed row of two prompts with two answers each."""
     layout = RewardLayout(("a", "b", "c"), (7, 8), 10.0, 16, 1, 64, 512, 2048, pooling)
     with torch.device("meta"):
@@ -105,6 +105,7 @@ def scoring(pooling: str) -> dict[str, Any]:
     sequences = [[[1] * 5 + [7, 8] + [2] * (3 + number), [1] * 5 + [7, 8] + [3] * 4] for number in range(2)]
     with FakeTensors(), torch.no_grad(), Counts() as counts:
         fake_cuda.to_cuda(model)
+        model.flash_attention = flash
         rewards = model.score_packed(PackedRow([(7, pair) for pair in sequences]), [Span(5, 7, 10)] * 4)
         assert rewards.stage1.is_cuda and rewards.stage1.shape == (4, 3) and rewards.stage2.dtype == torch.float32
     return told(counts)
@@ -180,8 +181,8 @@ def everything() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     for name in ("dpo", "wdpo"):
         for form in ({}, {"packing": False}) if name == "dpo" else ({},):
             yield f"evaluation {name}{' padded' * bool(form)}", evaluation, (folder, {**METHODS[name], **form})
-    for pooling in ("last", "mean"):
-        yield f"scoring {pooling}", scoring, (pooling,)
+    yield "scoring", scoring, ("last", True)
+    yield "scoring mean sdpa", scoring, ("mean", False)
     yield "checks", checks, ()
     yield "planted", planted, (folder,)
     for name, given in MEMORY.items():

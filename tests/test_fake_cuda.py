@@ -58,6 +58,7 @@ def test_the_attention_of_packed_rows(runs: dict[str, dict[str, Any]]) -> None:
         passes = 1 if method == "dpo" else 2  # the survey of the population is the other
         assert runs[f"{method} bfloat16 auto"]["attention"] == {}
         assert runs[f"{method} bfloat16 auto"]["varlen"] == passes
+    assert runs["scoring"]["varlen"] == 1 and runs["scoring"]["attention"] == {}
     for name, run in runs.items():
         if "attention" in run and "padded" not in name:
             assert {kind.split()[0] for kind in run["attention"]} <= {"flash", "efficient"}, name
