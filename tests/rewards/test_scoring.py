@@ -18,7 +18,7 @@ from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.rewards.armorm import load_armorm
-from drdpo.rewards.batching import batches_by_length, pad_right
+from drdpo.rewards.batching import pad_right
 from drdpo.rewards.scoring import score_completions
 
 Row = dict[str, Any]
@@ -259,16 +259,6 @@ def test_check_only_imports_no_torch_and_writes_nothing(save_path: Path, embedde
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "8"})
     assert done.returncode == 0, done.stderr
     assert [file.name for file in save_path.iterdir()] == ["sampled"]
-
-
-def test_batches_hold_every_index_once_within_the_budget() -> None:
-    lengths = [5, 1, 9, 9, 3, 30, 2]
-    batches = batches_by_length(lengths, 20)
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [5]  # over the budget: alone
-    for batch in batches[1:]:
-        assert max(lengths[index] for index in batch) * len(batch) <= 20
-    assert batches == [[5], [2, 3], [0, 4, 6, 1]]
 
 
 def test_a_backbone_that_cannot_be_packed_is_named(
