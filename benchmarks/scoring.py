@@ -197,7 +197,7 @@ def draw(facts: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "ArmoRM-SmolLM2"))
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of the backbone")
     parser.add_argument("--completions", type=int, default=80, help="of each case, about")
     parser.add_argument("--short_answers", type=int, default=64, help="longest answer of the second kind of case")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="--score_batch_tokens of the packed way")
@@ -212,6 +212,9 @@ def main() -> None:
         return
     import torch
 
+    from drdpo.machine import resolve_dtype
+
+    arguments.dtype = resolve_dtype(arguments.dtype).dtype
     cases = [compare(n, short, arguments) for short in (0, arguments.short_answers) for n in (2, 10)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = {

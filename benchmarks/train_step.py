@@ -1,6 +1,6 @@
 """A DPO step: pairs per second and peak memory, ours beside TRL's DPOTrainer and the authors' formulation.
 
-    trl        TRL's DPOTrainer, reference log-probs precomputed, bf16 weights, its own collator and fused head
+    trl        TRL's DPOTrainer, reference log-probs precomputed, weights in --dtype, its own collator and fused head
     authors    two padded rows a pair, whole logits in float32, the reference model run beside the policy at every step
     padded     ours with --packing=false
     packed     ours as it is by default
@@ -71,7 +71,7 @@ def trl_step(arguments):
         max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=device == "cpu", report_to=[],
         precompute_ref_log_probs=True, optim="adamw_torch_fused",
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     told = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)  # only to build the trainer
     trainer = DPOTrainer(model, args=config, train_dataset=told, processing_class=tokenizer)
@@ -103,7 +103,10 @@ def authors_step(arguments):
     from drdpo.training.batches import collate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).to(device) for _ in range(2)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
+        for _ in range(2)
+    ]
     policy, reference = models[0].train(), models[1].eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, fused=True)
 
@@ -141,8 +144,9 @@ def our_step(arguments):
     config = TrainConfig(
         model_path=arguments.model, dataset_path="-", save_path="-", train_batch_size=arguments.pairs, learning_rate=RATE,
         micro_batch_size=arguments.micro_batch, gradient_checkpointing=False, packing=arguments.way == "packed", beta=BETA,
+        dtype=arguments.dtype,
     )  # fmt: skip
-    policy = load_policy(arguments.model, torch.bfloat16, config.attention, False)
+    policy = load_policy(arguments.model, getattr(torch, arguments.dtype), config.attention, False)
     engine = deepspeed_engine.start_engine(policy, config, steps=100)
 
     def step(pairs) -> None:
@@ -193,7 +197,7 @@ def peak_gib() -> float:
 def run(way: str, arguments) -> dict:
     """`measure` in a process of its own."""
     words = [sys.executable, __file__, f"--way={way}", *(
-        f"--{name}={getattr(arguments, name)}" for name in ("model", "pairs", "micro_batch", "max_len", "steps")
+        f"--{name}={getattr(arguments, name)}" for name in ("model", "dtype", "pairs", "micro_batch", "max_len", "steps")
     )]  # fmt: skip
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -214,13 +218,14 @@ def draw(facts: dict, path: Path) -> None:
         axes.set_xticks(range(len(WAYS)), [LABELS[way].replace(" ", "\n", 1) for way in WAYS], fontsize=9)
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"DPO step, {facts['model']}, bf16, {facts['device']}, {facts['pairs']} pairs", fontsize=10)
+    figure.suptitle(f"DPO step, {facts['model']}, {facts['dtype']}, {facts['device']}, {facts['pairs']} pairs", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--pairs", type=int, default=8, help="of an optimizer step, a multiple of --micro_batch")
     parser.add_argument("--micro_batch", type=int, default=2)
     parser.add_argument("--max_len", type=int, default=1024)
@@ -234,6 +239,9 @@ def main() -> None:
         return
     import torch
 
+    from drdpo.machine import resolve_dtype
+
+    arguments.dtype = resolve_dtype(arguments.dtype).dtype
     rounds = [{way: run(way, arguments) for way in WAYS} for _ in range(arguments.rounds)]
     ways = {}
     for way in WAYS:
@@ -244,7 +252,7 @@ def main() -> None:
             "peak_gib_over_weights_and_optimizer": max(over),
         }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
-    facts = {"device": device, "model": Path(arguments.model).name, "pairs": arguments.pairs,
+    facts = {"device": device, "model": Path(arguments.model).name, "dtype": arguments.dtype, "pairs": arguments.pairs,
              "micro_batch": arguments.micro_batch, "max_len": arguments.max_len, "rounds": arguments.rounds,
              "packed_tokens": rounds[0]["packed"]["packed_tokens"], "ways": ways}  # fmt: skip
     print(f"{'way':<20} {'pairs/s':>8} {'x TRL':>6} {'peak GiB over weights and optimizer':>36}")

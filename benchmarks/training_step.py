@@ -47,7 +47,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
         **flags,
     )  # fmt: skip
     policy = load_policy(
-        model_path, torch.bfloat16, config.attention, config.recompute, plain_attention=config.plain_attention
+        model_path, getattr(torch, config.dtype), config.attention, config.recompute, plain_attention=config.plain_attention
     )
     widen_first_tokens(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
@@ -68,6 +68,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", default=str(ROOT / "models" / "SmolLM2-135M"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--tokens", type=int, default=256, help="of each sequence, half of them answer")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
@@ -76,14 +77,22 @@ def main() -> None:
     parser.add_argument("--method", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.method:
-        flags = {**METHODS[arguments.method], "gradient_checkpointing": arguments.gradient_checkpointing}
+        flags = {
+            **METHODS[arguments.method],
+            "gradient_checkpointing": arguments.gradient_checkpointing,
+            "dtype": arguments.dtype,
+        }
         print(json.dumps(measure(flags, arguments.model_path, arguments.tokens, arguments.steps)))
         return
+    from drdpo.machine import resolve_dtype
+
+    arguments.dtype = resolve_dtype(arguments.dtype).dtype
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(arguments.rounds):
         rounds.append({})
         for method in METHODS:
             words = [sys.executable, __file__, f"--method={method}", f"--model_path={arguments.model_path}",
+                     f"--dtype={arguments.dtype}",
                      f"--tokens={arguments.tokens}", f"--steps={arguments.steps}",
                      *(["--gradient_checkpointing"] if arguments.gradient_checkpointing else [])]  # fmt: skip
             done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -99,7 +108,8 @@ def main() -> None:
     checkpointing = "with" if arguments.gradient_checkpointing else "without"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
     print(
-        f"{device}; two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, bf16, {checkpointing} checkpointing"
+        f"{device}; two pairs a step, 2 x {arguments.tokens} tokens each, one at a time, {arguments.dtype}, {checkpointing} "
+        "checkpointing"
     )
     print(f"{'method':<18} {'s/step':>8} {'x DPO':>7} {'peak GiB':>9}")
     for method, row in table.items():
@@ -108,6 +118,7 @@ def main() -> None:
         facts = {
             "device": device,
             "model": Path(arguments.model_path).name,
+            "dtype": arguments.dtype,
             "tokens": arguments.tokens,
             "gradient_checkpointing": arguments.gradient_checkpointing,
             "table": table,

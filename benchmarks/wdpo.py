@@ -3,7 +3,7 @@
     dpo          ours: packed, prompt once
     original     the authors' formulation: two padded rows, eager attention, double backward, whole float32 logits, and the
                  reference model run beside the policy
-    exact, tangent, finite_difference, adversarial
+    exact, tangent
                  --wdpo_solver, packed, the prompt per sequence; "once": --wdpo_prompt=once
 
 A step is forward and backward of one pair, half of each sequence answer, of real text (the repository's own documents);
@@ -13,7 +13,7 @@ one round, their median reported. On a CPU the time is that of the cores (wall t
 OMP_NUM_THREADS=1 it hardly depends on what else the machine does. Memory is the peak over weights and gradients. Errors are
 those of the gradient of mean |grad l|^2 for all parameters against exact in float32 on the same weights; a cosine beside
 each. In bfloat16 they differ from pair to pair: the median over --pairs pairs, the worst, and the lowest cosine are told. In
-float32 they are those of the first pair, the adversarial one at --rho, on which it depends.
+float32 they are those of the first pair.
 
     python benchmarks/wdpo.py [--model=models/SmolLM2-135M] [--tokens 256 512 1024] [--output=benchmarks/results/wdpo]
 """
@@ -40,12 +40,9 @@ WAYS = {
     "exact once": {"wdpo_solver": "exact", "wdpo_prompt": "once"},
     "tangent": {"wdpo_solver": "tangent"},
     "tangent once": {"wdpo_solver": "tangent", "wdpo_prompt": "once"},
-    "finite_difference": {"wdpo_solver": "finite_difference"},
-    "adversarial": {"wdpo_solver": "adversarial"},
 }
-PALETTE = ("#000000", "#999999", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
+PALETTE = ("#000000", "#999999", "#0072B2", "#56B4E9", "#D55E00", "#E69F00")
 COLORS = dict(zip(WAYS, PALETTE, strict=True))
-FLOAT32_ONLY = ("finite_difference", "adversarial")
 BETA = 0.01
 
 
@@ -139,7 +136,9 @@ def measure(arguments) -> dict[str, float]:
     import torch
 
     flush_denormals()
-    config, policy, device = prepare(arguments.way, arguments.dtype, arguments.checkpointing, arguments.model, arguments.rho)
+    config, policy, device = prepare(
+        arguments.way, arguments.dtype[0], arguments.checkpointing, arguments.model, arguments.rho
+    )
     step = step_of(arguments.way, config, policy, device, real_pairs(arguments.model, arguments.tokens[0], 1)[0])
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter).fill_(0)
@@ -164,18 +163,10 @@ def penalty_gradient(way: str, dtype: str, pair, arguments):
     """The gradient of mean |grad l|^2 for all parameters."""
     import torch
 
-    # A radius beside which the loss itself counts for nothing; the adversarial one less the loss's gradient.
-    rho = arguments.rho if way == "adversarial" else 1e12
+    rho = 1e12  # beside this radius the loss itself counts for nothing
     config, policy, device = prepare(way, dtype, True, arguments.model, rho)
-
-    def gradient(config):
-        parts = torch.autograd.grad(step_of(way, config, policy, device, pair)(), list(policy.parameters()))
-        return torch.cat([part.flatten().float().cpu() for part in parts]).double() / rho
-
-    found = gradient(config)
-    if way == "adversarial":
-        found -= gradient(prepare("dpo", dtype, True, arguments.model, rho)[0])
-    return found
+    parts = torch.autograd.grad(step_of(way, config, policy, device, pair)(), list(policy.parameters()))
+    return torch.cat([part.flatten().float().cpu() for part in parts]).double() / rho
 
 
 def errors(arguments) -> dict[str, dict[str, float]]:
@@ -188,9 +179,9 @@ def errors(arguments) -> dict[str, dict[str, float]]:
         truths = {
             once: penalty_gradient("exact once" if once else "exact", "float32", pair, arguments) for once in (False, True)
         }
-        for dtype in arguments.dtypes:
+        for dtype in arguments.dtype:
             for way in WAYS:
-                if way == "dpo" or (dtype == "float32" and number > 0) or (way in FLOAT32_ONLY and dtype != "float32"):
+                if way == "dpo" or (dtype == "float32" and number > 0):
                     continue
                 ours, truth = penalty_gradient(way, dtype, pair, arguments), truths[way.endswith("once")]
                 cosine = torch.nn.functional.cosine_similarity(ours, truth, dim=0)
@@ -229,7 +220,7 @@ def allocated(arguments, way: str, setting: dict) -> float:
 
 def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict) -> list[dict]:
     """Rows of one setting."""
-    ways = [way for way in WAYS if dtype == "float32" or way not in FLOAT32_ONLY]
+    ways = list(WAYS)
     if tokens > arguments.longest_double_backward:
         ways = [way for way in ways if way != "original" and not way.startswith("exact")]
     setting = {"tokens": [tokens], "dtype": [dtype], "checkpointing": checkpointing}
@@ -300,7 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024], help="of each sequence")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["auto"], choices=("auto", "bfloat16", "float32"), help="one or two, each measured"
+    )
     parser.add_argument("--only_checkpointing", action="store_true", help="leave out the steps without it")
     parser.add_argument("--rho", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process; the fastest counts")
@@ -310,7 +303,6 @@ def main() -> None:
     parser.add_argument("--longest_double_backward", type=int, default=1024, help="longest of the original and exact")
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
     parser.add_argument("--way", choices=[*WAYS, "errors"], help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
@@ -318,6 +310,9 @@ def main() -> None:
         return
     import torch
 
+    from drdpo.machine import resolve_dtype
+
+    arguments.dtype = [resolve_dtype(dtype).dtype for dtype in arguments.dtype]
     heading = (
         f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6} {'resident GiB':>12}"
     )
@@ -326,11 +321,11 @@ def main() -> None:
     for tokens in arguments.tokens:
         told = {}
         if tokens <= arguments.longest_errors:
-            told = told_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtypes=arguments.dtypes)
+            told = told_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtype=arguments.dtype)
         for name, figures in told.items():
             print(f"{tokens:>6} {name:<28} error {figures['error']:.2%}, worst {figures['worst']:.2%}, lowest cosine "
                   f"{figures['cosine']:.5f}, {figures['pairs']} pairs", flush=True)  # fmt: skip
-        for dtype in arguments.dtypes:
+        for dtype in arguments.dtype:
             for checkpointing in (True,) if arguments.only_checkpointing else (False, True):
                 rows += table_of(arguments, tokens, dtype, checkpointing, told)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"

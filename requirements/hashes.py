@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-LOCKS = ("cpu", "gpu", "dev")
+LOCKS = ("cpu", "gpu", "gpu-cu12", "dev")
 
 OTHER_INDEXES = {
     ("cpu", "torch==2.13.0"): (

@@ -20,6 +20,7 @@ fi
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}"
 export PYTHONUNBUFFERED=1
+unset gpus_found # See has_gpu.
 # Threads that wait sleep, in place of spinning: on cores that anything else uses too, spinning made vLLM ten times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
@@ -55,22 +56,48 @@ flag_value() {
     printf '%s' "$value"
 }
 
-# visible_gpus: how many NVIDIA GPUs CUDA would see here.
-visible_gpus() {
-    local count=0
-    if command -v nvidia-smi >/dev/null; then
-        count="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
-    fi
-    # CUDA takes the numbers up to the first one that is negative; an empty list hides all.
-    if ((count > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        count="$(awk -F, '{for (k = 1; k <= NF && $k !~ /^ *-/; k++); print k - 1}' <<<"$CUDA_VISIBLE_DEVICES")"
-    fi
-    printf '%s' "${count:-0}"
+# ask_cuda: how many GPUs CUDA sees, and the CUDA version of the driver, e.g. "8 12040" for 12.4; nothing where there is no
+# driver. It needs no nvidia-smi, which containers may lack, and no torch, which setup.sh has yet to install.
+ask_cuda() {
+    [[ -e /dev/nvidiactl || -e /dev/dxg ]] || return 0
+    python -c 'import ctypes
+cuda, count, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+cuda.cuDriverGetVersion(ctypes.byref(version))
+seen = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+print(count.value if seen else 0, version.value)' 2>/dev/null || true
 }
 
-# has_gpu: is an NVIDIA GPU visible?
+# find_gpus: how many GPUs CUDA sees. Where it sees none, how many nvidia-smi lists: the steps then say what keeps CUDA from
+# them. An empty CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu, hides all.
+find_gpus() {
+    local count=0 listed
+    if [[ "${DS_ACCELERATOR:-}" != cpu && -n "${CUDA_VISIBLE_DEVICES-unset}" ]]; then
+        count="$(ask_cuda)"
+        count="$((${count% *}))"
+        if ((count == 0)) && command -v nvidia-smi >/dev/null; then
+            listed="$(timeout 10 nvidia-smi --list-gpus 2>&1)" || echo "note: nvidia-smi fails: ${listed%%$'\n'*}" >&2
+            count="$(grep -c '^GPU' <<<"$listed" || true)"
+            # CUDA stops at the first number that is negative or that no GPU has; NoDevFiles is how Slurm says none.
+            if ((count > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+                count="$(awk -v RS=, -v count="$count" '
+                    NF == 0 || $1 ~ /^(-|NoDevFiles)/ || ($1 ~ /^[0-9]+$/ && $1 >= count) { exit }
+                    { visible++ }
+                    END { print visible + 0 }' <<<"$CUDA_VISIBLE_DEVICES")"
+            fi
+        fi
+    fi
+    printf '%s' "$count"
+}
+
+# visible_gpus: how many GPUs are visible. has_gpu notes the number, so that later calls need not ask again.
+visible_gpus() {
+    printf '%s' "${gpus_found:-$(find_gpus)}"
+}
+
+# has_gpu: is a GPU visible?
 has_gpu() {
-    (($(visible_gpus) > 0))
+    : "${gpus_found:=$(find_gpus)}"
+    ((gpus_found > 0))
 }
 
 # process_count: processes on this machine, $DRDPO_PROCESSES or the number of visible GPUs, at least 1.
@@ -216,13 +243,13 @@ started_as_rank() {
 # prepare_launch SCRIPT FLAG...: check, and set the array `launcher`, the first words of the command.
 prepare_launch() {
     local processes port where cores hostfile node
+    check_processes
+    check_nodes
+    check "$@"
     if ! has_gpu; then
         # Set here as well as for the ranks: DeepSpeed would look for other accelerators and say so.
         export DS_ACCELERATOR=cpu
     fi
-    check_processes
-    check_nodes
-    check "$@"
     processes="$(process_count)"
     port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
     where=(--num_gpus "$processes")

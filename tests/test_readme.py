@@ -21,13 +21,11 @@ SCRIPTS = {
     "train_alignment.sh": config.TrainConfig,
     "src/evaluate_armorm.py": config.EvaluateConfig,
     "src/compare_openllm.py": config.CompareOpenllmConfig,
-    "src/fit_reward_heads.py": config.FitHeadsConfig,
-    "src/assemble_reward_model.py": config.AssembleConfig,
     "openllm_eval.slurm": config.LeaderboardConfig,
 }
 OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["bash", "setup.sh"], ["bash", "quickstart.sh"],
           ["bash", "tests/run.sh"], ["bash", "experiments/armorm_multi_objective.sh"],
-          ["bash", "experiments/openllm_leaderboard.sh"], ["bash", "experiments/preference_shift.sh"])  # fmt: skip
+          ["bash", "experiments/openllm_leaderboard.sh"])  # fmt: skip
 
 
 def test_flag_tables_are_those_of_the_config_classes():

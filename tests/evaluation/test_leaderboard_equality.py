@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from drdpo.chat import DATE_STRING
+from drdpo.machine import resolve_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -103,7 +104,7 @@ def test_real_questions_equal_the_harness(smollm: Path, hub: Path) -> None:
         "--max_gen_toks=16", "--max_length=2048", "--batch_size=1", "--output_path=ours",
     ]  # fmt: skip
     arguments = {
-        "pretrained": str(smollm), "dtype": "bfloat16", "max_length": 2048,
+        "pretrained": str(smollm), "dtype": resolve_dtype("auto", []).dtype, "max_length": 2048,
         "chat_template_args": {"date_string": DATE_STRING},
     }  # fmt: skip
     theirs = [

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -227,16 +228,40 @@ def test_a_folder_that_another_run_writes_to_is_refused_before_the_launcher(
 
 
 def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    """--check_only=true finds a wrong task and imports no torch."""
+    """--check_only=true finds a wrong task and loads no model, nor what loads one."""
     code = (
         "import sys; from drdpo.config import LeaderboardConfig; from drdpo.evaluation.leaderboard import evaluate_openllm;"
         "m, t = sys.argv[1:];"
         "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
-        "assert 'torch' not in sys.modules; assert 'matplotlib' not in sys.modules"
+        "assert not {'transformers.modeling_utils', 'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"
     )
     words = [sys.executable, "-c", code, str(tiny_policy), str(tasks)]
     subprocess.run(words, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "src")})
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_vllm_back_end_needs_no_nvcc_and_has_the_defaults_of_vllms_offline_class(
+    tiny_policy: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval starts vllm.LLM and sets no number of sequences; FlashInfer's sampler, made by nvcc, is off."""
+    from vllm import LLMEngine, envs
+
+    def start(engine_args: Any, usage_context: Any, **_: Any) -> None:
+        assert envs.VLLM_USE_FLASHINFER_SAMPLER is False
+        raise RuntimeError(usage_context.value, engine_args.max_num_seqs, engine_args.max_num_batched_tokens)
+
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.32.0+cpu" if name == "vllm" else version(name))
+    monkeypatch.setattr(LLMEngine, "from_engine_args", start)
+    # Left empty first, so that what the step sets is taken back.
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "")
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
+    config = LeaderboardConfig(str(tiny_policy), tasks="tiny", backend="vllm", include_path=str(tasks), dtype="float32")
+    model_args = leaderboard._model_args(config)
+    manager, _ = find_tasks(["tiny"], str(tasks), model_args)
+    with pytest.raises(RuntimeError) as started:
+        leaderboard._evaluate(config, ["tiny"], manager, model_args | leaderboard._parallelism(config))
+    assert started.value.args == ("LLM_CLASS", None, None)
 
 
 def test_the_templates_date_is_pinned(tiny_policy: Path, tmp_path: Path) -> None:
@@ -262,7 +287,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
 
     command = [
         "bash", str(root / "openllm_eval.slurm"), f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}",
-        "--max_gen_toks=8", "--batch_size=4", "--limit=3",
+        "--max_gen_toks=8", "--batch_size=4", "--limit=3", "--dtype=float32",
     ]  # fmt: skip
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -271,7 +296,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
     direct = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(smollm), "dtype": "bfloat16", "chat_template_args": {"date_string": DATE_STRING}},
+        model_args={"pretrained": str(smollm), "dtype": "float32", "chat_template_args": {"date_string": DATE_STRING}},
         tasks=["tiny"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         batch_size=4,
@@ -293,6 +318,7 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
     assert manifest["made_by"]["max_gen_toks"] == 8
     assert manifest["max_length"] == 8192
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 FAKE = """#!/usr/bin/env bash
+[[ "$*" != *libcuda.so.1* ]] || exit 1
 printf '%s' "$(basename "$0")"
 printf ' [%s]' "$@"
 printf ' WORLD_SIZE=%s\\n' "${WORLD_SIZE:-}"

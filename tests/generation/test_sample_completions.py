@@ -20,6 +20,7 @@ from drdpo.generation import sampling as step
 from drdpo.generation.engines import transformers_engine
 from drdpo.generation.engines.base import Sample
 from drdpo.generation.sampling import sample_completions
+from drdpo.machine import resolve_dtype
 from drdpo.records import Completion, read_records
 
 Flags = Callable[..., CompletionsConfig]
@@ -70,6 +71,20 @@ def test_only_test_leaves_train_alone_and_both_splits_add_up(flags: Flags) -> No
     assert rows_of(sampled(config) / "rejects.jsonl") == [reject]
     assert {row["prompt_id"] for row in rows_of(sampled(config) / "test.jsonl")} == set(range(9))
     assert len(rows_of(sampled(config) / "train.jsonl")) == 12
+
+
+def test_auto_and_the_precision_that_it_is_are_the_same_run(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    sample_completions(config := flags(only_test=True, dtype="auto"))
+    found = resolve_dtype("auto")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--dtype=")]
+    assert said == [f"--dtype=auto is {found.dtype}: {found.reason}"]
+    manifest = json.loads((sampled(config) / "manifest.json").read_text())["sample test"]
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == (found.dtype, found.reason)
+    sample_completions(flags(only_test=True, dtype=found.dtype))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("skipped")
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[found.dtype]
+    with pytest.raises(UsageError, match=rf"dtype \({found.dtype} -> {other}\)"):
+        sample_completions(flags(only_test=True, dtype=other))
 
 
 def test_a_finished_step_is_skipped_with_a_line(

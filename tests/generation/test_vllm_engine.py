@@ -3,15 +3,18 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from drdpo import chat
 from drdpo.config import CompletionsConfig
+from drdpo.errors import DataError
 from drdpo.generation import sampling as step
 from drdpo.generation.engines.base import EngineSettings, Request, Sample, Sampling, stream_seed
 from drdpo.generation.engines.pool import Pool
 from drdpo.generation.engines.transformers_engine import TransformersEngine
+from drdpo.generation.engines.vllm_engine import VllmEngine, vllm_problem
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +122,47 @@ def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Pa
     assert [(row["prompt_id"], row["sample_id"]) for row in completions] == [(n, k) for n in range(6) for k in range(2)]
     assert all((row["finish_reason"] == "stop") == (row["token_ids"][-1] == 2) for row in completions)
     assert any("rain" in row["completion"][0]["content"].lower() for row in completions[:2])
+
+
+@pytest.mark.parametrize(("cpu", "context"), [(False, "LLM_CLASS"), (True, "ENGINE_CONTEXT")])
+def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
+    cpu: bool, context: str, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,024 sequences and 16,384 tokens a step on an H100, as vllm.LLM has; the engine's own are 128 and 2,048."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    started = {}
+
+    def start(arguments: Any, usage_context: Any = None) -> None:
+        started.update(vars(arguments), context=usage_context.value)
+
+    monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", start)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
+    VllmEngine(settings)
+    assert started["context"] == context
+    assert (started["max_num_seqs"], started["enforce_eager"]) == (None, cpu)
+    assert started["max_num_batched_tokens"] == (2048 if cpu else None)
+
+
+def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", fail)
+    with pytest.raises(DataError, match="SmolLM2-135M: vLLM cannot load this model: CUDA out of memory"):
+        VllmEngine(settings)
+
+
+def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be compiled by nvcc, which a machine with a driver alone lacks; our requests have seeds and never use it."""
+    from vllm import envs
+
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    assert vllm_problem() is None
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER is False
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert vllm_problem() is None
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER is True

@@ -19,7 +19,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.rewards import scorer
 from drdpo.rewards.armorm import load_armorm
-from drdpo.rewards.batching import batches_by_length, pad_right
+from drdpo.rewards.batching import pad_right
 from drdpo.rewards.scorer import Scorer
 from drdpo.rewards.scoring import score_completions
 
@@ -86,7 +86,9 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     assert f"{mean:.4f}" in next(line for line in printed.splitlines() if line.strip().startswith("right"))
     assert sorted(file.name for file in save_path.iterdir()) == ["manifest.json", "sampled", "test.jsonl", "train.jsonl"]
     assert [one for _, one in read_rows(save_path / "sampled" / "train.jsonl")] == ROWS
-    counts = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]
+    manifest = json.loads((save_path / "manifest.json").read_text())["score_train"]
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
+    counts = manifest["counts"]
     assert counts == {"in": 5, "out": 5, "dropped": 0, "why": {}}
 
 
@@ -251,9 +253,10 @@ def test_check_only_needs_no_samples_but_checks_those_there(
         score_completions(config(check_only=True))
 
 
-def test_check_only_imports_no_torch_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
+def test_check_only_loads_no_model_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
     code = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "import runpy, sys; sys.modules |= dict.fromkeys(('transformers.modeling_utils', 'drdpo.rewards.armorm')); "
+        "sys.argv = sys.argv[1:]; "
         "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     flags = [f"--save_path={save_path}", "--model_path=x", f"--reward_model={embedded_like}", "--check_only=true"]
@@ -261,16 +264,6 @@ def test_check_only_imports_no_torch_and_writes_nothing(save_path: Path, embedde
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "8"})
     assert done.returncode == 0, done.stderr
     assert [file.name for file in save_path.iterdir()] == ["sampled"]
-
-
-def test_batches_hold_every_index_once_within_the_budget() -> None:
-    lengths = [5, 1, 9, 9, 3, 30, 2]
-    batches = batches_by_length(lengths, 20)
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [5]  # over the budget: alone
-    for batch in batches[1:]:
-        assert max(lengths[index] for index in batch) * len(batch) <= 20
-    assert batches == [[5], [2, 3], [0, 4, 6, 1]]
 
 
 def test_a_backbone_that_cannot_be_packed_is_named(

@@ -20,7 +20,6 @@ from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, save_model
 from drdpo.training.data import Pair, dealt_lengths
 from drdpo.training.dealing import evaluation_batches, step_batches
-from drdpo.training.fraction import penalised_pairs
 from drdpo.training.loop import train_step
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
@@ -56,7 +55,7 @@ def main() -> None:
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
             dealt = step_batches(indices, lengths, config, *ranks)
             batches = [(form_batch(pairs, rows, config, 2), reference_M2[rows]) for rows in dealt]
-            parts = train_step(engine, batches, config, penalised_pairs(indices, config, step))
+            parts = train_step(engine, batches, config, step)
             facts["losses"].append(float(distributed.gather(torch.cat([part.values.losses_B for part in parts])).mean()))
             facts["norms"].append(float(engine.get_global_grad_norm()))
             facts["sizes"] += distributed.gather(torch.tensor([float(len(rows)) for rows in dealt])).tolist()

@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tiny_policy, tmp_path, monkeypatc
 
     monkeypatch.setattr(policy.language_model, "save_pretrained", full)
     with pytest.raises(DataError, match=r"global_step_2: the checkpoint could not be written .*No space left"):
-        save_model(engine_around(policy), None, tmp_path / "global_step_2", TrainConfig("m", "d", "s"))
+        save_model(engine_around(policy), None, tmp_path / "global_step_2", TrainConfig("m", "d", "s", dtype="float32"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,7 +54,7 @@ def test_weights_that_are_not_finite_leave_the_checkpoint_before_as_it_was(value
     with torch.no_grad():
         policy.language_model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(DataError, match=r"global_step_2: not written, as model.layers.1.mlp.up_proj.weight holds"):
-        save_model(engine_around(policy), None, tmp_path / "global_step_2", TrainConfig("m", "d", "s"))
+        save_model(engine_around(policy), None, tmp_path / "global_step_2", TrainConfig("m", "d", "s", dtype="float32"))
     assert [path.name for path in (tmp_path / "global_step_2").iterdir()] == ["config.json"]
     assert (tmp_path / "global_step_2" / "config.json").read_text() == "old"
 

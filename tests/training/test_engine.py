@@ -150,17 +150,23 @@ def test_parameters_do_not_depend_on_micro_batches_ranks_or_packing(method, one_
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [f"{kind} zero{stage}" for kind in ("float32", "bfloat16", "float32 rows")
                                   for stage in (1, 2, 3)])  # fmt: skip
-def test_offloaded_optimizer_states_change_no_number(case, one_rank):
+def test_offloaded_optimizer_states_change_no_number(case, one_rank, tiny_policy):
     kept, offloaded = (figures(one_rank, f"{case} {how}") for how in ("kept", "offloaded"))
     steps = len(kept["losses"])
     assert len(offloaded["sizes"]) == len(kept["sizes"]) > 2 * steps, "several micro-batches a step"
-    # Stage 1 in bfloat16 sums and rounds in another order without offload: another optimizer class of DeepSpeed.
-    same = case != "bfloat16 zero1"
-    assert offloaded["losses"] == pytest.approx(kept["losses"], abs=1e-6 if same else 5e-3)
-    assert offloaded["norms"] == pytest.approx(kept["norms"], rel=1e-5 if same else 1e-2)
-    expected = flat(one_rank / f"{case} kept.safetensors")
-    apart = (flat(one_rank / f"{case} offloaded.safetensors") - expected).norm() / expected.norm()
-    assert float(apart) < (1e-6 if same else 2e-3)
+    assert offloaded["losses"][0] == kept["losses"][0], "the same weights make the first step's losses"
+    assert offloaded["norms"] == pytest.approx(kept["norms"], rel=1e-5)
+    weights, expected = flat(one_rank / f"{case} offloaded.safetensors"), flat(one_rank / f"{case} kept.safetensors")
+    if case.startswith("float32"):
+        assert offloaded["losses"] == pytest.approx(kept["losses"], abs=1e-6)
+        assert float((weights - expected).norm() / expected.norm()) < 1e-6
+        return
+    # The same sums in another order: their float32 results, a last bit apart, seldom round to different bfloat16 numbers.
+    # How many do depends on the CPU; other gradients would change about half of the weights that were trained.
+    start = flat(tiny_policy / "model.safetensors").bfloat16().double()
+    trained = (expected != start) | (weights != start)
+    assert int(trained.sum()) > 10_000
+    assert float((weights != expected)[trained].double().mean()) < 1e-2
 
 
 @pytest.mark.slow
@@ -292,7 +298,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
             vocab_size=16, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, architectures=["LlamaForCausalLM"],
         ).save_pretrained(tmp_path)  # fmt: skip
-        config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3)
+        config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3, dtype="bfloat16")
         policy = meta_policy(config)
         assert largest_vector(policy) == width
         settings = engine_config(config, 1, 10**9, largest_vector(policy))["zero_optimization"]
@@ -304,7 +310,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
 def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
     shares = []
     for offload in (True, False):
-        config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload)
+        config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
         policy: Policy = meta_policy(config)
         shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
     assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0

@@ -25,6 +25,7 @@ METHODS = {
     "wdpo": {"wdpo_rho": 0.05},
     "wdpo_root": {"wdpo_rho": 0.05, "wdpo_penalty": "root"},
     "wdpo_once": {"wdpo_rho": 0.05, "wdpo_prompt": "once"},
+    # Two micro-batches a step, of two pairs over the ranks: the one that the seed and the step say carries the penalty.
     "wdpo_half": {"wdpo_rho": 0.05, "wdpo_fraction": 0.5},
 }
 # Two ranks: one pair each and forward pass (two micro-batches), or two (one micro-batch holds the local step).
@@ -43,14 +44,11 @@ for name in ("wdpo", "wdpo_root", "wdpo_once"):
 CASES["wdpo_root-zero1-whole"] = {**CASES["wdpo_root-zero0-whole"], "zero_stage": 1}
 CASES["wdpo-zero3"] = {**CASES["wdpo-zero2"], "zero_stage": 3}
 CASES["wdpo_half-zero2-exact"] = {**CASES["wdpo_half-zero2"], "wdpo_solver": "exact"}
-CASES["wdpo_half-zero1-whole"] = {**CASES["wdpo_half-zero2"], "zero_stage": 1, "micro_batch_size": 2}
+CASES["wdpo_half-zero3"] = {**CASES["wdpo_half-zero2"], "zero_stage": 3}
 # Rows of at most so many tokens: micro-batches of unequal numbers of pairs.
 for name, stage in (("kldpo", 2), ("drdpo", 1), ("wdpo_root", 2), ("dpo", 3), ("dpo", 0)):
     CASES[f"{name}-zero{stage}-tokens"] = {**COMMON, **METHODS[name], "zero_stage": stage, "micro_batch_tokens": 30}
 FLOAT32_CASES = list(CASES)
-FINITE_CASES = [f"wdpo-zero{stage}-finite" for stage in (2, 3)]
-for name in FINITE_CASES:
-    CASES[name] = {**CASES["wdpo-zero2"], "wdpo_solver": "finite_difference", "zero_stage": int(name[9])}
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 CASES |= {f"dpo_bfloat16-zero{stage}": {**BFLOAT16, "zero_stage": stage} for stage in (1, 2)}
 
@@ -86,9 +84,11 @@ def answer_logprobs(model, embeds, ids, prompt: int):
 def plain_step(model, batch, reference, flags, step):
     """Objective of one optimizer step, written out pair by pair from the paper's formulas."""
     losses, penalties = [], []
-    drawn = range(step * BATCH, (step + 1) * BATCH)
-    if "wdpo_fraction" in flags:  # two pairs of four, the draw being what the seed and the step say
-        drawn = random.Random(f"42/penalty/{step}").sample(drawn, BATCH // 2)
+    drawn = range(BATCH)
+    if "wdpo_fraction" in flags:
+        micro_batch = random.Random(f"42/penalty/{step}").sample(range(2), 1)[0]
+        by_length = sorted(drawn, key=lambda number: len(batch[number][0]) + max(map(len, batch[number][1:])))
+        drawn = by_length[2 * micro_batch :][:2]
     for number, ((prompt, chosen, rejected), (ref_chosen, ref_rejected)) in enumerate(zip(batch, reference, strict=True)):
         rows = [torch.tensor(prompt + answer) for answer in (chosen, rejected)]
         embeds = [model.get_input_embeddings()(row) for row in rows]
@@ -102,7 +102,7 @@ def plain_step(model, batch, reference, flags, step):
             if flags.get("wdpo_prompt") == "once":
                 shared = sum(gradient[: len(prompt)] for gradient in gradients)
                 gradients = [shared, *(gradient[len(prompt) :] for gradient in gradients)]
-            weight = (step * BATCH + number in drawn) * BATCH / len(drawn)
+            weight = (number in drawn) * BATCH / len(drawn)
             penalties.append(weight * sum(gradient.square().sum() for gradient in gradients))
     losses = torch.stack(losses)
     if "wdpo_rho" in flags:
@@ -172,18 +172,6 @@ def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(deepspeed_weights)
     sizes = {size for case in FLOAT32_CASES if case.endswith("tokens")
              for size in json.loads((deepspeed_weights / f"{case}.json").read_text())["sizes"]}  # fmt: skip
     assert len(sizes) > 1, sizes
-
-
-@pytest.mark.parametrize("case", FINITE_CASES)
-def test_finite_differences_take_nearly_the_same_steps(case, deepspeed_weights, plain_weights, tiny_policy):
-    """Adam divides by the gradient's size, so an error of 0.1% of the whole can be all of a small element: take the norm."""
-    ours, theirs = load_file(deepspeed_weights / f"{case}.safetensors"), plain_weights("wdpo")
-    start = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
-    moved, expected, dpo = (
-        torch.cat([(weights[name] - start[name]).flatten() for name in theirs])
-        for weights in (ours, theirs, plain_weights("dpo"))
-    )
-    assert (moved - expected).norm() < 0.03 * expected.norm() < 0.3 * (dpo - expected).norm()
 
 
 @pytest.mark.slow

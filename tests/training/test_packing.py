@@ -1,6 +1,7 @@
 """Packed micro-batches equal the padded two-row form: losses and parameter gradients, for every method."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from drdpo.training.data import Pair
 from drdpo.training.objective import objective, survey
 from drdpo.training.packing import form_batch, pack
 from drdpo.training.policy import Policy, load_policy
+from drdpo.training.policy_checks import check_packing
 
 METHODS = {
     "dpo": {},
@@ -134,6 +136,20 @@ def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"sliding_window.*--packing=false"):
         load_policy(str(tmp_path), torch.float32, PACKED_ATTENTION, False)
+
+
+def test_the_check_gives_its_tokens_where_the_model_is():
+    """nf4's weights are on the GPU when they are checked; a meta device, on which nothing else is, stands for it."""
+    given = []
+
+    def base_model(**tensors):
+        given.extend(value.device.type for value in tensors.values() if isinstance(value, torch.Tensor))
+        return SimpleNamespace(last_hidden_state=torch.zeros(*tensors["input_ids"].shape, 4))
+
+    config = SimpleNamespace(vocab_size=100)
+    model = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32, config=config, base_model=base_model)
+    check_packing(model, "a model")
+    assert given == ["meta"] * 5, "a packed row with its positions, and three sequences"
 
 
 def test_flags_of_attention_and_packing():

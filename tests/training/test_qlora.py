@@ -43,8 +43,7 @@ CODES = [
 METHODS = {
     "dpo": {}, "kldpo": {"kldpo_tau": 0.1}, "padded": {"packing": False, "micro_batch_size": 4},
     "exact": {"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "tangent": {"wdpo_rho": 0.1, "wdpo_solver": "tangent"},
-    "eager": {"wdpo_rho": 0.1, "packing": False}, "finite": {"wdpo_rho": 0.1, "wdpo_solver": "finite_difference"},
-    "adversarial": {"wdpo_rho": 0.1, "wdpo_solver": "adversarial"},
+    "eager": {"wdpo_rho": 0.1, "packing": False},
 }  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def test_the_folder_holds_what_the_contract_names(run):
     assert json.loads((run / "config.json").read_text())["wdpo_rho"] == 0.01
     manifest = json.loads((run / "manifest.json").read_text())["train"]
     assert manifest["complete"]
+    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
     assert manifest["counts"]["train"]["out"] == 10
     assert "deepspeed" in manifest["versions"]
 

@@ -26,8 +26,10 @@ class CompletionsConfig:
     engine: Literal["auto", "vllm", "transformers"] = flag("'auto' is vllm where it can be imported", "auto")
     tensor_parallel_size: int = flag("GPUs that one vLLM engine spans; the others run data-parallel engines", 1)
     gpu_memory_utilization: float = flag("share of a GPU's memory that vLLM may take", 0.9)
-    dtype: Literal["bfloat16", "float32"] = flag(
-        "precision of policy and reward backbone (reward heads are always float32)", "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of policy and reward backbone (reward heads are always float32); 'auto' is bfloat16 on GPUs and on CPUs "
+        "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
+        "auto",
     )
     reward_model: str = flag(
         "folder of a reward model in ArmoRM's layout; 'auto' is models/ArmoRM where it exists, else models/ArmoRM-SmolLM2",

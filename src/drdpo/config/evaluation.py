@@ -57,7 +57,11 @@ class LeaderboardConfig:
     include_path: str | None = flag("folder of further task yaml files", None)
     backend: Literal["hf", "vllm"] = flag("lm-eval back end", "hf")
     batch_size: str = flag("sequences at a time, or 'auto': what fits a GPU, and 1 on a CPU", "auto")
-    dtype: Literal["bfloat16", "float32"] = flag("precision of the model", "bfloat16")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of the model; 'auto' is bfloat16 on GPUs and on CPUs with fast bfloat16 products (AVX512_BF16, AMX), "
+        "else float32",
+        "auto",
+    )
     max_length: int | None = flag(
         f"context length; the authors used 2048 (default: the model's own, with backend hf at most {HF_MAX_LENGTH})", None
     )

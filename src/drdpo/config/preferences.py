@@ -18,9 +18,9 @@ class PreferencesConfig:
 
     completions: str = flag("folder of scored completions", "datasets/helpsteer2_completions")
     output_path: str = flag("folder for train.jsonl and test.jsonl of pairs", "datasets/helpsteer2_preferences")
-    selection: Literal["top_bottom", "top_random", "all_pairs", "threshold"] = flag(
-        "pairs of a prompt: top_bottom is the best against the worst completion; top_random the best against one drawn "
-        "from the lower ones that no filter drops; all_pairs every two; threshold every two, with a --min_margin over 0",
+    selection: Literal["top_bottom", "top_random", "all_pairs"] = flag(
+        "pairs of each prompt: top_bottom is the best against the worst completion; top_random the best against one drawn "
+        "from the lower ones that no filter drops; all_pairs every two",
         "top_bottom",
     )
     min_margin: float = flag(
@@ -29,13 +29,7 @@ class PreferencesConfig:
         0.0,
     )
     max_pairs_per_prompt: int | None = flag(
-        "for all_pairs and threshold: keep so many pairs of a prompt, those of the largest margins", None
-    )
-    max_similarity: float = flag(
-        "drop a pair whose two texts are more alike than this, from 0 to 1: the Jaccard index of their word pairs, case, "
-        "white space and punctuation aside; 0.9 drops answers that differ in fewer than about one word of 40, 1 drops "
-        "equal texts only",
-        1.0,
+        "for all_pairs: keep this many pairs of each prompt, those of the largest margins", None
     )
     seed: int = flag("seed of top_random's draws; a prompt's draw depends on it, the split and prompt_id only", 42)
     standardize: bool = flag("z-score every objective before mixing", True)
@@ -44,9 +38,7 @@ class PreferencesConfig:
         "scores in train and test",
         "split",
     )
-    dry_run: bool = flag(
-        "print the report and three pairs (smallest, median and largest margin of train), write nothing", False
-    )
+    dry_run: bool = flag("print the report, write nothing", False)
     overwrite: bool = flag("replace pairs that other flags or inputs made", False)
     helpsteer_helpfulness: float = _weight()
     helpsteer_correctness: float = _weight()
@@ -97,22 +89,16 @@ class PreferencesConfig:
 
     def __post_init__(self) -> None:
         self.objective_weights()
-        several = self.selection in ("all_pairs", "threshold")
         require(self.min_margin >= 0, f"--min_margin={self.min_margin:g} must not be negative; chosen scores above rejected")
         require(
-            self.selection != "threshold" or self.min_margin > 0,
-            "--selection=threshold needs --min_margin over 0, e.g. --min_margin=0.5; every pair is --selection=all_pairs",
-        )
-        require(
-            self.max_pairs_per_prompt is None or several,
-            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} goes with --selection=all_pairs or threshold; "
+            self.max_pairs_per_prompt is None or self.selection == "all_pairs",
+            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} goes with --selection=all_pairs; "
             f"{self.selection} makes one pair of a prompt",
         )
         require(
             self.max_pairs_per_prompt is None or self.max_pairs_per_prompt >= 1,
             f"--max_pairs_per_prompt={self.max_pairs_per_prompt} must be at least 1",
         )
-        require(0 < self.max_similarity <= 1, f"--max_similarity={self.max_similarity:g} must lie in (0, 1]")
         require(
             self.standardize or self.standardize_by == "split",
             f"--standardize_by={self.standardize_by} goes with --standardize=true only",

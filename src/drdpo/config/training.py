@@ -33,15 +33,15 @@ class TrainConfig:
         "as the paper's z",
         "per_sequence",
     )
-    wdpo_solver: Literal["auto", "exact", "tangent", "finite_difference", "adversarial"] = flag(
-        "the penalty's parameter gradient by: 'exact' a double backward; 'tangent' the same numbers by a forward pass along "
-        "the gradient and an ordinary backward pass, for Llama, Mistral, Qwen2 and Qwen3; 'finite_difference' two "
-        "passes beside the point (float32 only); 'adversarial' one pass at the embeddings moved by 2 rho grad, right to "
-        "first order in rho only (float32 only); 'auto' is tangent for packed rows and exact for padded ones",
+    wdpo_solver: Literal["auto", "exact", "tangent"] = flag(
+        "the penalty's parameter gradient by: 'tangent' a forward pass along the gradient and an ordinary backward pass, "
+        "for packed rows of Llama, Mistral, Qwen2 and Qwen3; 'exact' a double backward, for any architecture; 'auto' is "
+        "tangent for packed rows and exact for padded ones",
         "auto",
     )
     wdpo_fraction: float = flag(
-        "share of a step's pairs, drawn anew each step, that carry the penalty, scaled up so that it is right on average",
+        "share of a step's micro-batches (at least one) that carry the penalty, drawn again each step and rescaled to stay "
+        "unbiased",
         1.0,
     )
     robust_scope: Literal["step", "micro"] = flag(
@@ -82,8 +82,10 @@ class TrainConfig:
         "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0
     )
     keep_steps: list[int] = flag("with --keep_checkpoints: steps whose checkpoints stay as well, e.g. 158 316", [])
-    dtype: Literal["bfloat16", "float32"] = flag(
-        "precision of the forward and backward pass; optimizer states are float32", "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of the forward and backward pass; optimizer states are float32; 'auto' is bfloat16 on GPUs and on CPUs "
+        "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
+        "auto",
     )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
     gradient_checkpointing: Literal["auto", "true", "false"] = flag(
@@ -201,7 +203,7 @@ class TrainConfig:
         return self.method == "wdpo" and self.solver == "exact"
 
     @property
-    def solver(self) -> Literal["exact", "tangent", "finite_difference", "adversarial"]:
+    def solver(self) -> Literal["exact", "tangent"]:
         """WDPO's solver that the flags choose."""
         if self.wdpo_solver == "auto":
             return "tangent" if self.packing else "exact"
@@ -211,16 +213,6 @@ class TrainConfig:
     def wide_first_tokens(self) -> bool:
         """Are sequences' first tokens computed in float32? See drdpo.training.wide_rows."""
         return self.method == "wdpo" and self.solver == "tangent" and self.dtype == "bfloat16"
-
-    @property
-    def penalised(self) -> int:
-        """Pairs of a step that carry WDPO's penalty."""
-        return max(1, round(self.wdpo_fraction * self.train_batch_size))
-
-    @property
-    def penalty_scale(self) -> float:
-        """The inverse of the chance that a pair carries the penalty."""
-        return self.train_batch_size / self.penalised
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:

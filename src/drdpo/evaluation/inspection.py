@@ -1,188 +1,208 @@
-"""A look at the data: what a file or folder of any step holds, in words, tables and histograms. Needs no torch."""
+"""Tables, samples and histograms of prompts, completions, preference pairs and rejected rows. Needs no torch."""
 
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drdpo import chat
-from drdpo.config import InspectConfig
-from drdpo.display import one_line
-from drdpo.errors import DataError
-from drdpo.evaluation import inspection_tables as tables
-from drdpo.evaluation.dropped import count_reasons, describe_part, is_part, manifest_counts, unfinished
-from drdpo.evaluation.excerpts import excerpt
-from drdpo.evaluation.kinds import METRICS, PREFERENCES, REJECTS, Kind, kind_of_file
-from drdpo.evaluation.tally import Group, tally_file
-from drdpo.files import atomic_file
-from drdpo.flags import as_dict
-from drdpo.manifest import fingerprint, read_manifest, write_manifest
-from drdpo.records import SPLITS
+import numpy as np
+import pandas as pd
 
-STEP = "inspect_data"
+from drdpo.config import InspectConfig
+from drdpo.display import one_line, shortened
+from drdpo.errors import DataError
+from drdpo.files import atomic_file
+from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
+from drdpo.trl import own_form
+
+_WIDTH, _LINES = 100, 14
+"""Columns and most lines of a printed message."""
+
+Read = Callable[[int, dict[str, Any]], dict[str, Any]]
+"""(row number, JSON object) -> the columns of a table; raises ValueError naming the field."""
 
 
 def inspect_data(config: InspectConfig) -> None:
-    """Print what a file or folder holds and draw its histograms.
+    """Print counts, quantiles and samples of every file of a path, and draw histograms of lengths and scores.
 
     Args:
         config: the flags.
 
     Raises:
-        DataError: no such path, no JSON-lines file in it, rows of an unknown or of another kind, a bad row (names file, row
-            and field), or an unfinished part file in place of a result.
+        DataError: no such path, no JSON-lines file there, or a row that is of no known kind or malformed (names file, row
+            and field).
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show all of Unicode
     path = Path(config.path)
-    files = find_files(path)
-    kinds = {name: kind_of_file(file) for name, file in files.items()}
-    for name, file in files.items():
-        if kinds[name] is None and file.name != "rejects.jsonl":
-            raise DataError(f"{file}: the file has no rows")
-    tokenizer = chat.load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-    found = list(dict.fromkeys(kind for kind in kinds.values() if kind is not None and kind is not REJECTS))
-    pictures: dict[str, Any] = {}
-    for kind in found:
-        of_kind = {name: file for name, file in files.items() if kinds[name] is kind}
-        prefix = f"{kind.name.replace(' ', '_')}_" if len(found) > 1 else ""
-        print(f"{path}: {kind.name} in {', '.join(one_line(file.name) for file in of_kind.values())} ({_seen_by(kind)})")
-        drawn = _look_at_metrics(of_kind) if kind is METRICS else _look_at_records(config, kind, of_kind, tokenizer)
-        pictures |= {f"{prefix}{name}": picture for name, picture in drawn}
-    rejects = [file for name, file in files.items() if kinds[name] in (None, REJECTS)]
-    beside = path.parent / "rejects.jsonl"
-    if pictures:
-        _write_pictures(config, files, pictures)
-    _print_dropped(path, rejects)
-    if found and path.is_file() and beside.is_file():
-        try:
-            _print_rejects(beside)
-        except DataError as error:  # of a neighbour that nobody asked for
-            print(f"note: {one_line(str(error))}")
+    tables = {file: read_table(file) for file in find_files(path)}
+    with pd.option_context("display.width", None, "display.max_columns", None, "display.precision", 4):
+        for file, table in tables.items():
+            print(f"\n== {file}: {len(table):,} {table.attrs['kind']}")
+            print("\n".join(_facts(table)))
+            numbers = _numbers(table)
+            if len(numbers.columns):
+                print(numbers.describe(percentiles=[0.1, 0.5, 0.9, 0.99]).T.drop(columns="count").to_string())
+            for _, row in table.sample(min(config.samples, len(table)), random_state=config.seed).sort_index().iterrows():
+                print(_excerpt(file, row))
+    for line in _shared_prompts(tables):
+        print(f"note: {line}")
+    if any(len(_numbers(table).columns) for table in tables.values()):
+        picture = Path(config.output_path) if config.output_path else Path("outputs/inspection") / f"{_name(path)}.png"
+        with atomic_file(picture, "wb") as stream:
+            _histograms(tables).savefig(stream, format="png", dpi=120)
+        print(f"histograms: {picture}")
 
 
-def find_files(path: Path) -> dict[str, Path]:
-    """{how to call it: file} of a path: train and test first; of a folder, what is in its sampled/ where that is all.
+def find_files(path: Path) -> list[Path]:
+    """The JSON-lines files of a path, train and test first; those in sampled/ where nothing is scored yet."""
+    if path.is_file():
+        return [path]
+    for folder in (path, path / "sampled"):
+        files = [file for file in folder.glob("*.jsonl") if not file.name.startswith(".") and file.name != "metrics.jsonl"]
+        if files:
+            order = [f"{split}.jsonl" for split in SPLITS]
+            return sorted(files, key=lambda file: (order.index(file.name) if file.name in order else 9, file.name))
+    raise DataError(f"{path}: no JSON-lines file (*.jsonl) there; pass a file or a folder of one of the steps")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """One line a row; `attrs["kind"]` names what they are. Texts are messages, lengths and scores numbers.
 
     Raises:
-        DataError: no such path, or nothing to look at in it.
+        DataError: naming file, row and field.
     """
-    if path.is_file():
-        if is_part(path.absolute()):
-            raise DataError(f"{path}: {describe_part(path)}, then look at its result")
-        return {one_line(path.stem, 30): path}
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    found = _results(path)
-    sampled = path / "sampled"
-    if sampled.is_dir():
-        # Once scored, they are the same completions; until then, or where nobody has looked yet, these are the ones.
-        names = {file.name for file in found}
-        found += [file for file in _results(sampled) if file.name == "rejects.jsonl" or file.name not in names]
-    if not found:
-        lines = [f"{line.removeprefix(f'{path}/')}" for folder in (path, sampled) for line in unfinished(folder)]
-        there = ", ".join(sorted(file.name for file in path.iterdir())[:12]) or "nothing"
-        hint = "; a data set saved by datasets.save_to_disk is written as JSON lines by its to_json" * (
-            (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
-        )
-        raise DataError(f"{path}: no JSON-lines file (*.jsonl) in the folder; it has {'; '.join(lines) or there}{hint}")
-    return {one_line(file.relative_to(path).with_suffix("").as_posix(), 30): file for file in found}
+    rows: list[dict[str, Any]] = []
+    kind: tuple[str, Read] | None = None
+    for number, row in read_rows(path):
+        found = next((known for fields, known in _KINDS.items() if set(fields) <= row.keys()), None)
+        if found is None or (kind is not None and found is not kind):
+            what = "rows of two kinds in one file" if found else "a row of no known kind"
+            raise DataError(f"{path}, row {number}: {what}; its fields are {one_line(', '.join(row), 200) or 'none'}")
+        kind = found
+        try:
+            rows.append({"row": number, **kind[1](number, row)})
+        except ValueError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+    table = pd.DataFrame(rows)
+    table.attrs["kind"] = kind[0] if kind else "rows"
+    return table
 
 
-def _results(folder: Path) -> list[Path]:
-    order = {f"{split}.jsonl": place for place, split in enumerate(SPLITS)}
-    files = [file for file in folder.glob("*.jsonl") if file.is_file() and not file.name.startswith(".")]
-    return sorted(files, key=lambda file: (order.get(file.name, len(order)), not file.name.startswith("train"), file.name))
+def _prompt(_: int, row: dict[str, Any]) -> dict[str, Any]:
+    record = Prompt.from_row(row)
+    return {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt)}
 
 
-def _seen_by(kind: Kind) -> str:
-    return f"recognised by the fields {kind.fields}"
+def _completion(_: int, row: dict[str, Any]) -> dict[str, Any]:
+    record = Completion.from_row(row)
+    answer = record.completion[-1]["content"]
+    columns = {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt), "answer": answer}
+    columns |= {"answer tokens": len(record.token_ids), "finish_reason": record.finish_reason}
+    return columns | {f"score {one_line(name, 50)}": score for name, score in record.scores.items()}
 
 
-def _look_at_records(
-    config: InspectConfig, kind: Kind, files: dict[str, Path], tokenizer: chat.Tokenizer | None
-) -> Iterator[tuple[str, Any]]:
-    """Print tables, notes and samples of files of one kind; yields the names of the pictures, and the pictures."""
-    group = Group(
-        kind, [tally_file(name, file, kind, config.samples, config.seed, tokenizer) for name, file in files.items()]
-    )
-    for table in (tables.counts_table(group), tables.lengths_table(group), tables.scores_table(group)):
-        if table:
-            print(f"\n{table}")
-    if found := tables.notes(group):
-        print("\n" + "\n".join(f"note: {line}" for line in found))
-    for tally in group.tallies:
-        for row in tally.sample.rows:
-            print(f"\n{excerpt(row, tally.path.name, config.width)}")
-    print()
-    from drdpo.evaluation import histograms
-
-    yield "lengths.png", histograms.draw_lengths(group, config.path)
-    if kind is PREFERENCES:
-        yield "margins.png", histograms.draw_margins(group, config.path)
-    elif objectives := group.objectives():
-        if len(objectives) > histograms.MOST_PANELS:
-            print(f"note: scores.png shows the first {histograms.MOST_PANELS} of {len(objectives)} objectives")
-        yield "scores.png", histograms.draw_scores(group, config.path)
+def _preference(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    record = Preference.from_row(own_form(row, number))
+    columns = {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt)}
+    for name in ("chosen", "rejected"):
+        text, ids = getattr(record, name)[-1]["content"], getattr(record, f"{name}_token_ids")
+        columns |= {name: text, f"{name} characters": len(text.strip())}
+        columns |= {} if ids is None else {f"{name} tokens": len(ids)}
+    if record.chosen_score is not None and record.rejected_score is not None:
+        columns["score margin"] = record.chosen_score - record.rejected_score
+    return columns
 
 
-def _look_at_metrics(files: dict[str, Path]) -> Iterator[tuple[str, Any]]:
-    from drdpo.evaluation.metrics_table import draw_metrics, metrics_table, read_metrics
-
-    for name, file in files.items():
-        metrics = read_metrics(file)
-        print(f"\n{metrics_table(metrics)}\n")
-        if metrics:
-            yield f"{_file_name(name)}.png", draw_metrics(metrics, str(file))
+def _rejected(_: int, row: dict[str, Any]) -> dict[str, Any]:
+    return {"reason": one_line(str(row["reason"]), 160)}
 
 
-def _print_dropped(path: Path, rejects: list[Path]) -> None:
-    """Rows that steps set aside, and why; the manifests' counts; part files."""
-    for file in rejects:
-        _print_rejects(file)
-    for place in (path, path / "sampled") if path.is_dir() else (path.parent,):
-        if counts := manifest_counts(place):
-            print(f"counts in {place / 'manifest.json'}:")
-            print("\n".join(f"  {line}" for line in counts))
-        if path.is_dir():
-            for line in unfinished(place):
-                print(f"note: {line}")
+_KINDS: dict[tuple[str, ...], tuple[str, Read]] = {
+    ("chosen", "rejected"): ("preference pairs", _preference),
+    ("prompt", "completion"): ("completions", _completion),
+    ("row", "reason"): ("rejected rows", _rejected),
+    ("prompt_id", "prompt"): ("prompts", _prompt),
+}
+"""{fields that a row must have: (what it is, its reader)}; the first that fits counts."""
 
 
-def _print_rejects(file: Path) -> None:
-    found = count_reasons(file)
-    print(f"set aside in {file}: {sum(reason.rows for reason in found) or 'no'} rows")
-    if found:
-        print(f"{tables.set_aside_table(found)}\n")
+def _prompt_columns(prompt: list[Message]) -> dict[str, Any]:
+    texts = [f"{message['role']}: {' '.join(message['content'].split())}" for message in prompt]
+    return {"prompt": "\n".join(texts), "turns": len(prompt), "prompt characters": sum(map(len, texts))}
 
 
-def _write_pictures(config: InspectConfig, files: dict[str, Path], pictures: dict[str, Any]) -> None:
-    """Write the pictures and what they show; those that an earlier look drew and this one did not are removed."""
-    folder = output_folder(config)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: --output_path is a file, not a folder")
-    before = read_manifest(folder).get(STEP, {}).get("pictures", [])
-    for name in before:
-        if name not in pictures and re.fullmatch(r"[\w-]+\.png", str(name)):
-            (folder / name).unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        with atomic_file(folder / name, "wb") as stream:
-            picture.savefig(stream, format="png", dpi=150)
-    made_by = as_dict(config) | {"inputs": {str(file): fingerprint(file) for file in files.values()}}
-    write_manifest(folder, STEP, made_by, pictures=sorted(pictures))
-    print("pictures: " + ", ".join(str(folder / name) for name in pictures))
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns of lengths and scores."""
+    kept = [name for name in table if str(name).endswith(("characters", "tokens")) or str(name).startswith("score ")]
+    return table[kept].astype(np.float64)
 
 
-def output_folder(config: InspectConfig) -> Path:
-    """--output_path, or outputs/inspection/<the path, with _ for />; a path outside the current folder counts whole."""
-    if config.output_path is not None:
-        return Path(config.output_path)
-    path = Path(config.path).resolve()
-    here = Path.cwd()
-    parts = path.relative_to(here).parts if path.is_relative_to(here) else path.parts[1:]
-    return Path("outputs") / "inspection" / (_file_name("_".join(parts))[-120:] or "here")
+def _facts(table: pd.DataFrame) -> list[str]:
+    lines = []
+    if "reason" in table:
+        return [f"{count:>8,}  {reason}" for reason, count in table["reason"].value_counts().items()]
+    if "prompt" in table:
+        per_prompt = table["prompt"].value_counts()
+        spread = f"{per_prompt.min()} / {per_prompt.median():g} / {per_prompt.max()}"
+        lines.append(f"{len(per_prompt):,} distinct prompts; rows of each, min / median / max: {spread}")
+        lines.append(f"{(table['turns'] > 1).mean():.1%} have a system message or several turns")
+    if "finish_reason" in table:
+        lines.append("finish_reason: " + ", ".join(f"{k} {v:,}" for k, v in table["finish_reason"].value_counts().items()))
+        lines.append(f"empty answers: {(table['answer'].str.strip() == '').sum():,}")
+    if "chosen" in table:
+        ids = table.filter(regex="^(chosen|rejected) tokens$")
+        unit = "tokens" if len(ids.columns) == 2 and ids.notna().all(axis=None) else "characters"
+        longer = table[f"chosen {unit}"] > table[f"rejected {unit}"]
+        lines.append(f"chosen is longer in {longer.mean():.1%} of the pairs (in {unit})")
+        lines.append(f"equal texts: {(table['chosen'].str.strip() == table['rejected'].str.strip()).sum():,}")
+        if "score margin" in table:
+            lines.append(f"chosen scored lower: {(table['score margin'] < 0).sum():,}")
+    return lines
 
 
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w .=-]", "_", text)
+def _shared_prompts(tables: dict[Path, pd.DataFrame]) -> list[str]:
+    """Prompts that two files share: what is trained on one cannot be judged by the other."""
+    known = [(file, set(table["prompt"])) for file, table in tables.items() if "prompt" in table]
+    found = []
+    for place, (file, prompts) in enumerate(known):
+        for other, earlier in known[:place]:
+            if shared := len(prompts & earlier):
+                found.append(f"{other.name} and {file.name} share {shared:,} prompts")
+    return found
+
+
+def _excerpt(file: Path, row: "pd.Series[Any]") -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if str(name).startswith("score "))
+    lines = [f"--- {file.name}, row {row['row']}" + (f": {numbers}" if numbers else "")]
+    for name in ("prompt", "answer", "chosen", "rejected", "reason"):
+        if name in row:
+            text = [f"    {line}" for line in shortened(str(row[name]), _WIDTH - 4, _LINES)]
+            lines += [name.upper(), *text]
+    return "\n".join(lines)
+
+
+def _histograms(tables: dict[Path, pd.DataFrame]) -> Any:
+    from matplotlib.figure import Figure
+
+    numbers = {file: _numbers(table) for file, table in tables.items()}
+    names = list(dict.fromkeys(name for frame in numbers.values() for name in frame))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    canvas = Figure(figsize=(4.5 * columns, 3.2 * rows))
+    for place, name in enumerate(names):
+        axes = canvas.add_subplot(rows, columns, place + 1)
+        for file, frame in numbers.items():
+            if name in frame:
+                axes.hist(frame[name].dropna(), bins=40, alpha=0.6, density=True, label=file.stem)
+        axes.set_title(str(name).replace("$", r"\$"), fontsize=9)
+        axes.set_yticks([])
+        axes.legend(fontsize=8, frameon=False)
+    canvas.tight_layout()
+    return canvas
+
+
+def _name(path: Path) -> str:
+    here, whole = Path.cwd(), path.resolve()
+    parts = whole.relative_to(here).parts if whole.is_relative_to(here) else whole.parts[1:]
+    return "_".join(parts)[-120:] or "here"

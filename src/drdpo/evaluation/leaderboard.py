@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,6 +19,7 @@ from drdpo.evaluation.leaderboard_tasks import check_data, find_tasks, split_tas
 from drdpo.files import atomic_file, sweep
 from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked
+from drdpo.machine import announce, settle
 from drdpo.manifest import already_made, fingerprint, write_manifest
 from drdpo.models import check_model_folder
 
@@ -44,6 +46,8 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     check_model_folder(config.model_path)
     _check_backend(config)
     output = output_folder(config)
+    config, precision = settle(config, untouched=config.backend == "vllm")
+    announce(precision)
     made_by = _made_by(config)
     if already_made(output, STEP, made_by, [output / RESULTS, output / TABLE], config.overwrite):
         if is_main():
@@ -69,7 +73,8 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
             sweep(output)
         results = _evaluate(config, names, manager, model_args)
         if results is not None:
-            _write(config, output, made_by, results, model_args.get("max_length"))
+            facts = {"max_length": model_args.get("max_length"), "dtype_reason": precision.reason}
+            _write(config, output, made_by, results, facts)
 
 
 def output_folder(config: LeaderboardConfig) -> Path:
@@ -161,6 +166,8 @@ def _evaluate(
     import lm_eval
     import torch
 
+    # vLLM would compile its other sampler by nvcc when it starts; greedy answers and log-likelihoods do not use it.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     batch_size = config.batch_size
     if config.backend == "hf" and batch_size.startswith("auto") and not torch.cuda.is_available():
         # lm-eval's search starts at 64 sequences of the full context and goes down when a GPU is full; a CPU's
@@ -189,9 +196,9 @@ def _evaluate(
 
 
 def _write(
-    config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any], max_length: int | None
+    config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    """`max_length`: the context that the back end was given, None for its own choice."""
+    """`facts`: max_length, the context that the back end was given, None for its own choice; and others for the manifest."""
     whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
     with atomic_file(output / TABLE) as stream:
         stream.write(markdown(config, results))
@@ -204,7 +211,7 @@ def _write(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         chat_template_sha256=_template_digest(config),
         task_versions=json_safe(results.get("versions", {})),
-        max_length=max_length,
+        **facts,
         samples=json_safe(results.get("n-samples", {})),
     )
     with atomic_file(output / RESULTS) as stream:

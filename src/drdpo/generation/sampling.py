@@ -31,6 +31,7 @@ from drdpo.generation.prompts import (
 )
 from drdpo.generation.results import Blocks, Split, finished, write_results
 from drdpo.lock import lock_folder, refuse_if_locked
+from drdpo.machine import announce, settle
 from drdpo.manifest import fingerprint
 from drdpo.models import check_model_folder
 from drdpo.records import Prompt
@@ -69,6 +70,8 @@ def sample_completions(config: CompletionsConfig) -> None:
         f"--save_path={save_path}: completions would overwrite the prompts of --dataset={dataset}; give another folder",
     )
     prompts = read_prompts(dataset, config.only_test, config.max_prompts)
+    config, precision = settle(config, untouched=True)
+    announce(precision)
     left = [split for split in _splits(config, dataset, prompts) if not finished(split, config.overwrite)]
     if not left:
         return
@@ -92,7 +95,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         with lock_folder(save_path / "sampled"):
             sweep(save_path / "sampled")
             for split in left:
-                _sample_split(config, split.with_engine(engine), tokenizer, sampling, engines)
+                _sample_split(config, split.with_engine(engine), tokenizer, sampling, engines, precision.reason)
     finally:
         engines.close()
 
@@ -136,7 +139,7 @@ def _splits(config: CompletionsConfig, dataset: Path, prompts: dict[str, list[Pr
 
 
 def _sample_split(
-    config: CompletionsConfig, split: Split, tokenizer: Any, sampling: Sampling, engines: _LazyEngines
+    config: CompletionsConfig, split: Split, tokenizer: Any, sampling: Sampling, engines: _LazyEngines, dtype_reason: str
 ) -> None:
     rendered, rejects = render(tokenizer, split.prompts, split.file, config.prompt_max_len)
     prompts_per_block = max(1, engines.block_size(len(rendered) * sampling.n) // sampling.n)
@@ -144,7 +147,7 @@ def _sample_split(
     blocks = dict(enumerate(_chunks(rendered, part.prompts_per_block)))
     seconds = _run_blocks(config, split, blocks, part, sampling, engines)
     facts = {"model_path": config.model_path, "dataset": str(split.file.parent), "engines": engines.count}
-    facts["seconds"] = round(seconds, 1)
+    facts |= {"seconds": round(seconds, 1), "dtype_reason": dtype_reason}
     write_results(split, blocks, part, rejects, sampling, tokenizer, facts)
 
 

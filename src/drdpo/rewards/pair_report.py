@@ -1,7 +1,7 @@
 """What step 2 prints of one split."""
 
 from drdpo.rewards.length_bias import Lengths
-from drdpo.rewards.selection import NEAR_EQUAL, REASONS, Rule
+from drdpo.rewards.selection import REASONS, Rule
 
 
 def objectives(
@@ -30,7 +30,7 @@ def objectives(
 
 
 def pairs(split: str, counts: dict[str, int], margins: dict[str, float], rule: Rule) -> list[str]:
-    """How many pairs, what was dropped and why, how large the margins are, and how many texts are nearly equal."""
+    """How many pairs, what was dropped and why, and how large the margins are."""
     lines = [f"{split}: {counts['pairs']} pairs from {counts['prompts']} prompts; dropped: {_dropped(counts) or 'none'}"]
     if rule.selection != "top_bottom":
         drawn = f", {counts['not_drawn']} of them not drawn" if rule.selection == "top_random" else ""
@@ -39,11 +39,6 @@ def pairs(split: str, counts: dict[str, int], margins: dict[str, float], rule: R
             f"{counts['prompts_without_pair']} prompts without a pair"
         )
     lines.append(f"{split}: margin: " + ", ".join(f"{name} {value:.4f}" for name, value in margins.items()))
-    if counts["near_equal_texts_kept"]:
-        lines.append(
-            f"{split}: {counts['near_equal_texts_kept']} pairs have nearly equal texts, of a similarity over {NEAR_EQUAL}; "
-            f"--max_similarity={NEAR_EQUAL} drops them"
-        )
     return lines
 
 
@@ -66,8 +61,6 @@ def why_none(counts: dict[str, int], rule: Rule, largest_margin: float) -> str:
     words = _dropped(counts)
     if counts["dropped_small_margin"]:
         words += f"; --min_margin={rule.min_margin:g}, but the largest margin is {largest_margin:.4g}"
-    if counts["dropped_near_equal_texts"]:
-        words += f"; --max_similarity={rule.max_similarity:g}"
     return words
 
 

@@ -1,7 +1,6 @@
 """Step 2: mix scored objectives into preference pairs. Needs neither a GPU nor torch."""
 
 import dataclasses
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from drdpo.records import SPLITS, Completion, Preference, write_records
 from drdpo.rewards import pair_report
 from drdpo.rewards.by_prompt import group_by_prompt, read_completions, score_matrices
 from drdpo.rewards.length_bias import Lengths, lengths
-from drdpo.rewards.preview import preview
 from drdpo.rewards.scores import best_and_worst, mean_and_sd, mix, standardise
 from drdpo.rewards.selection import REASONS, Rule, select
 
@@ -43,7 +41,7 @@ class SplitPairs:
     """What the scores were standardised by; None where they were not."""
     counts: dict[str, int]
     """prompts, completions, candidates (two completions that the selection puts together), pairs, prompts_without_pair,
-    dropped_one_completion (prompts), dropped_* (candidates, by reason), not_drawn, near_equal_texts_kept (pairs)."""
+    dropped_one_completion (prompts), dropped_* (candidates, by reason), not_drawn."""
     margins: dict[str, float]
     """min, median, mean and max of the pairs' margins, in units of the mixed score."""
     lengths: Lengths
@@ -91,10 +89,7 @@ def generate_preferences(config: PreferencesConfig) -> None:
     for split, made in splits.items():
         print(report(split, made, weights, config))
     if config.dry_run:
-        text = f"{preview(splits['train'].pairs)}\n\ndry run: nothing was written"
-        # A terminal that cannot show a character gets its number: looking at data must not end in a traceback.
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        print("dry run: nothing was written")
 
 
 def rule_of(config: PreferencesConfig) -> Rule:
@@ -198,7 +193,7 @@ def _counts(counts: Counter[str], pairs: int) -> dict[str, int]:
     found = {name: counts[name] for name in first} | {"pairs": pairs}
     found |= {name: counts[name] for name in ("prompts_without_pair", "dropped_one_completion")}
     found |= {f"dropped_{reason}": counts[reason] for reason in REASONS}
-    return found | {name: counts[name] for name in ("not_drawn", "near_equal_texts_kept")}
+    return found | {"not_drawn": counts["not_drawn"]}
 
 
 def _margins(pairs: list[Preference]) -> dict[str, float]:

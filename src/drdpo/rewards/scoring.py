@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from drdpo import distributed
 from drdpo.config import CompletionsConfig
-from drdpo.errors import UsageError
+from drdpo.errors import DataError, UsageError
 from drdpo.files import sweep
 from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked, sole_writer
+from drdpo.machine import agree, announce, settle
 from drdpo.manifest import already_made, fingerprint
 from drdpo.objectives import GATED_SCORE
 from drdpo.records import Completion, check_unique, read_records
@@ -48,11 +49,27 @@ def score_completions(config: CompletionsConfig) -> None:
     if config.score_max_len > layout.max_positions:
         raise UsageError(f"--score_max_len={config.score_max_len}: {folder} reads at most {layout.max_positions} tokens")
     splits = split_files(config)
+    config, precision = settle(config)
     if config.check_only:
+        announce(precision)
         for files in splits:
             if files.sampled.exists():
                 read_sampled(files.sampled)
         return
+    distributed.initialise()
+    try:
+        config, precision = agree(config, precision)
+        announce(precision)
+        _score(config, folder, splits, precision.reason)
+    except (UsageError, DataError, SystemExit):
+        # These end every rank. A rank that is lost is another matter: it would be waited for.
+        distributed.leave()
+        raise
+    distributed.leave()
+
+
+def _score(config: CompletionsConfig, folder: Path, splits: list[SplitFiles], dtype_reason: str) -> None:
+    """Score what is not scored; the settings are the same on every rank."""
     completions = {files.split: read_sampled(files.sampled) for files in splits}
     made_by = {files.split: _made_by(config, folder, files) for files in splits}
     todo = [
@@ -70,7 +87,7 @@ def score_completions(config: CompletionsConfig) -> None:
         if files not in todo:
             say(f"{files.scored}: scored already with the same model and flags; skipped")
     if todo:
-        _score_splits(config, folder, todo, completions, made_by, parts)
+        _score_splits(config, folder, todo, completions, made_by, parts, dtype_reason)
     if distributed.is_main():
         for files in splits:
             leftover = _parts(config, files, made_by[files.split])
@@ -124,29 +141,29 @@ def _score_splits(
     completions: dict[str, list[Completion]],
     made_by: dict[str, dict[str, Any]],
     parts: dict[str, ScoreParts],
+    dtype_reason: str,
 ) -> None:
     """Load the model once, score this rank's share of every split, merge on rank 0."""
     from drdpo.rewards.scorer import Scorer
 
-    distributed.initialise()
     scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
     with sole_writer(Path(config.save_path)):
         if distributed.is_main():
             sweep(Path(config.save_path))
         for files in todo:
-            _score_and_write(config, folder, scorer, files, completions[files.split], made_by[files.split], parts)
+            facts: dict[str, Any] = {"objectives": [*scorer.objectives, GATED_SCORE], "dtype_reason": dtype_reason}
+            facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
+            _score_and_write(scorer, files, completions[files.split], made_by[files.split], parts, facts)
     distributed.barrier()
-    distributed.leave()
 
 
 def _score_and_write(
-    config: CompletionsConfig,
-    folder: Path,
     scorer: "Scorer",
     files: SplitFiles,
     completions: list[Completion],
     made_by: dict[str, Any],
     parts: dict[str, ScoreParts],
+    facts: dict[str, Any],
 ) -> None:
     """Score this rank's share of a split; rank 0 merges all shares."""
     refused = _score_split(scorer, files.split, completions, parts[files.split])
@@ -154,9 +171,7 @@ def _score_and_write(
     if distributed.is_main():
         rows = [row for rows in parts[files.split].read().values() for row in rows]
         scored, rejects, counts = merge(files, completions, [*rows, *refused])
-        facts: dict[str, Any] = {"counts": counts, "objectives": [*scorer.objectives, GATED_SCORE]}
-        facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
-        facts["attention"] = scorer.attention
+        facts = facts | {"counts": counts, "attention": scorer.attention}
         write_scored(files, scored, rejects, made_by, facts)
         parts[files.split].remove()
 

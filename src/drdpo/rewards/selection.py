@@ -10,16 +10,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from drdpo.rewards.near_equal import Answer, alike
 from drdpo.rewards.scores import DECIMALS
 
-Selection = Literal["top_bottom", "top_random", "all_pairs", "threshold"]
+Selection = Literal["top_bottom", "top_random", "all_pairs"]
 
-REASONS = ("zero_margin", "small_margin", "equal_texts", "near_equal_texts", "over_max_pairs_per_prompt")
+REASONS = ("zero_margin", "small_margin", "equal_texts", "over_max_pairs_per_prompt")
 """Why a candidate, two completions that the selection puts together, is dropped; the first that holds is counted."""
-
-NEAR_EQUAL = 0.9
-"""Pairs of a similarity over this are counted where they are kept, so that nobody trains on them unawares."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +25,11 @@ class Rule:
     selection: Selection = "top_bottom"
     min_margin: float = 0.0
     max_pairs_per_prompt: int | None = None
-    max_similarity: float = 1.0
     seed: int = 42
 
     def made_by(self) -> dict[str, object]:
         """What the pairs depend on; the seed only where something is drawn."""
-        facts = {name: getattr(self, name) for name in ("selection", "min_margin", "max_pairs_per_prompt", "max_similarity")}
+        facts = {name: getattr(self, name) for name in ("selection", "min_margin", "max_pairs_per_prompt")}
         return facts | {"seed": self.seed if self.selection == "top_random" else None}
 
 
@@ -45,8 +40,7 @@ class Chosen:
     pairs: list[tuple[int, int]]
     """(chosen, rejected) positions among the completions, the largest margin first, on ties the lowest positions."""
     counts: Counter[str]
-    """"candidates"; of each reason how many of them are dropped; "not_drawn"; and "near_equal_texts_kept" among the pairs.
-    candidates = pairs + all reasons + not_drawn."""
+    """"candidates"; how many of them each reason dropped; "not_drawn". candidates = pairs + all reasons + not_drawn."""
     largest_margin: float
     """Of all candidates."""
 
@@ -62,7 +56,7 @@ def select(mixed_n: npt.ArrayLike, texts: Sequence[str], best: int, worst: int, 
         key: names split and prompt; a random draw depends on the rule's seed and on this.
     """
     scores = np.round(np.asarray(mixed_n, dtype=np.float64)[: len(texts)], DECIMALS).tolist()
-    answers = [Answer(text) for text in texts]
+    answers = [text.strip() for text in texts]
     counts: Counter[str] = Counter()
     eligible: list[tuple[float, int, int]] = []
     largest = 0.0
@@ -86,8 +80,6 @@ def select(mixed_n: npt.ArrayLike, texts: Sequence[str], best: int, worst: int, 
     kept = eligible[: rule.max_pairs_per_prompt]
     counts["over_max_pairs_per_prompt"] = len(eligible) - len(kept)
     pairs = [(chosen, rejected) for _, chosen, rejected in kept]
-    if rule.max_similarity > NEAR_EQUAL:
-        counts["near_equal_texts_kept"] = sum(alike(answers[one], answers[other], NEAR_EQUAL) for one, other in pairs)
     return Chosen(pairs, counts, largest)
 
 
@@ -100,12 +92,10 @@ def _candidates(scores: list[float], best: int, worst: int, selection: Selection
     return [(i, j) if scores[i] >= scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
 
 
-def _reason(margin: float, chosen: Answer, rejected: Answer, rule: Rule) -> str:
+def _reason(margin: float, chosen: str, rejected: str, rule: Rule) -> str:
     """Why two completions are no pair; empty where they are one."""
     if margin <= 0:
         return "zero_margin"
     if margin < rule.min_margin:
         return "small_margin"
-    if chosen.text == rejected.text:
-        return "equal_texts"
-    return "near_equal_texts" if alike(chosen, rejected, rule.max_similarity) else ""
+    return "equal_texts" if chosen == rejected else ""

@@ -85,7 +85,7 @@ def written_bytes(model: Any, weights: dict[str, torch.Tensor], config: TrainCon
     if config.lora_rank and not config.lora_merge:
         return adapters
     # Quantized weights, which are not among `weights`, are written in full.
-    element = 2 if config.dtype == "bfloat16" else 4
+    element = getattr(torch, config.dtype).itemsize
     quantized = sum(part.in_features * part.out_features for part in model.modules() if isinstance(part, NF4Linear))
     return sum(weight.nbytes for weight in _untied(model, weights).values()) + element * quantized
 

@@ -124,7 +124,7 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector
         trained: parameters that the run trains.
         vector: elements of the policy's largest_vector.
     """
-    bfloat16, offload = config.dtype == "bfloat16", config.optimizer_offload
+    bfloat16, offload = getattr(torch, config.dtype) is torch.bfloat16, config.optimizer_offload
     return {
         "train_batch_size": config.train_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch,

@@ -14,27 +14,25 @@ from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.lock import sole_writer
-from drdpo.manifest import write_manifest
+from drdpo.machine import Precision, agree, announce, settle
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.automatic import resolve_attention, resolve_rows
-from drdpo.training.batches import step_indices
 from drdpo.training.checkpoint import load_state, save_model, save_state
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.first_loss import check_first_step
-from drdpo.training.fraction import penalised_pairs
 from drdpo.training.logs import RankLog, rank_log
 from drdpo.training.lora import add_lora
 from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
-from drdpo.training.objective import Objective, needs_population, objective, survey
+from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
 from drdpo.training.preflight import preflight, shapes
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.retention import remove_old_checkpoints
-from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, open_run
+from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, note_run, open_run
 from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
 from drdpo.training.summary import summary
 from drdpo.training.tangent_support import check_architecture, check_tangent
@@ -45,13 +43,17 @@ from drdpo.training.waiting import lost_rank_in_one_line
 
 def train_alignment(config: TrainConfig) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
+    config, precision = settle(config, kernels=True)
     with rank_log() as output, stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
         if config.deterministic:
             deepspeed_engine.be_deterministic()
         if not config.dry_run:
             deepspeed_engine.initialise(timedelta(seconds=config.comm_timeout))
         try:
-            _align(config, stop, output)
+            if not config.dry_run:
+                config, precision = agree(config, precision)
+            announce(precision)
+            _align(config, stop, output, precision)
         except (UsageError, DataError, ProcessError, SystemExit):
             # These end every rank. A rank that is lost is another matter: it would be waited for.
             distributed.leave()
@@ -59,11 +61,11 @@ def train_alignment(config: TrainConfig) -> None:
         distributed.leave()
 
 
-def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
+def _align(config: TrainConfig, stop: StopRequest, output: RankLog, precision: Precision) -> None:
     config = resolve_attention(config)
     if deals_by_tokens(config):
         config = resolve_rows(config, shapes(config))
-    run = open_run(config)
+    run = open_run(config, precision.reason)
     if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return
@@ -79,10 +81,9 @@ def _align(config: TrainConfig, stop: StopRequest, output: RankLog) -> None:
 def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     """Everything after the checks, in a folder that is ours."""
     config = run.config
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = load_policy(
-        config.model_path, dtype, config.attention, config.recompute, config.plain_attention,
-        config.lora_quantize,
+        config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
+        config.plain_attention, config.lora_quantize,
     )  # fmt: skip
     if config.lora_rank:
         add_lora(policy, config)
@@ -105,12 +106,12 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     if not is_saved(last):
         save_model(engine, run.tokenizer, last, config)
     if distributed.is_main():
-        write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=True)
+        note_run(run, complete=True)
         print(summary(config, run.folder, run.steps), flush=True)
 
 
 def train_step(
-    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, penalised: frozenset[int] | None = None
+    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, step: int = 0
 ) -> list[Objective]:
     """One optimizer step.
 
@@ -119,7 +120,7 @@ def train_step(
         batches: this rank's micro-batches with their reference log-probs [B, 2], as many as every other rank's; over the
             ranks they hold config.train_batch_size pairs, each batch any number of them.
         config: of the run.
-        penalised: the pairs that carry WDPO's penalty; None where all do.
+        step: optimizer steps done before this one; --wdpo_fraction draws by it.
 
     Returns:
         What every micro-batch contributed, detached from its graph.
@@ -133,9 +134,10 @@ def train_step(
     policy = engine if config.zero_stage == 3 else engine.module
     watch = engine.module.watch = FiniteWatch(engine.device)
     parts = []
+    scales = penalty_scales(len(batches), config, step)
     for number, (batch, reference_B2) in enumerate(batches, start=1):
         watch.next_batch()
-        part = objective(policy, batch, reference_B2, config, population, penalised)
+        part = objective(policy, batch, reference_B2, config, population, scales[number - 1])
         watch.look(part.total)
         # Micro-batches count by their pairs; DeepSpeed takes the mean over the ranks.
         share = len(batch.indices_B) * distributed.world_size() / config.train_batch_size
@@ -173,8 +175,7 @@ def _steps(
         dealt = batches_of_step(run, step)
         batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        drawn = step_indices(len(run.train), config.train_batch_size, config.seed, step)
-        parts = train_step(engine, batches, config, penalised_pairs(drawn, config, step))
+        parts = train_step(engine, batches, config, step)
         metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch, **step_metrics(parts, config)}
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
         metrics |= throughput([batch for batch, _ in batches], shape, config, time.perf_counter() - started)

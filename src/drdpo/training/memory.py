@@ -83,7 +83,7 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
         activations, head: bytes.
         process: bytes of the process before a model is loaded, where the device is a CPU; else None.
     """
-    size = 2 if config.dtype == "bfloat16" else 4
+    size = getattr(torch, config.dtype).itemsize
     stage, parameters = config.zero_stage, list(policy.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -56,14 +56,13 @@ def step_metrics(parts: list[Objective], config: TrainConfig) -> dict[str, float
         metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
     if config.method == "wdpo":
         assert config.wdpo_rho is not None
+        # Over the pairs that carry the penalty.
         penalties_P = distributed.gather(torch.cat([part.penalties_B for part in parts if part.penalties_B is not None]))
         metrics["penalty"] = penalty = float(penalties_P.mean())
-        # Means over the pairs that carry the penalty; the others' figures are zero.
-        carry = config.penalised / config.train_batch_size
-        metrics["input_gradient_norm"] = float((penalties_P / config.penalty_scale).sqrt().mean()) / carry
+        metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
         errors = [part.errors_B for part in parts if part.errors_B is not None]
-        if errors and config.solver != "exact":
-            metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean()) / carry
+        if errors:
+            metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
         root = config.wdpo_penalty == "root"
         metrics["objective"] += config.wdpo_rho * (_mean_root(parts, config) if root else penalty)
     return metrics

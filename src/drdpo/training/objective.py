@@ -3,6 +3,7 @@
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, T tokens, D width.
 """
 
+import random
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.training import losses
-from drdpo.training.fraction import select
 from drdpo.training.input_gradient import input_gradient
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
-from drdpo.training.solvers import solve
-from drdpo.training.values import AnyBatch, PairValues, pair_values
+from drdpo.training.tangent_pass import tangent_answers
+from drdpo.training.values import AnyBatch, PairValues, pair_values, values_of
 
 
 class Population(NamedTuple):
@@ -34,9 +34,10 @@ class Objective(NamedTuple):
     values: PairValues
     weights_B: Tensor
     penalties_B: Tensor | None = None
-    """[B] |grad l|^2, WDPO only; under --wdpo_fraction zero for a pair without penalty and scaled up for the others."""
+    """[B] |grad l|^2 where the micro-batch carries WDPO's penalty."""
     errors_B: Tensor | None = None
-    """[B] relative error of the solver, for those that can tell; zero for a pair without penalty."""
+    """[B] with the tangent solver: relative difference between two estimates of the margin's slope along the gradient, zero
+    without rounding."""
 
     def detached(self) -> "Objective":
         """The figures alone: neither graph nor embeddings stay in memory."""
@@ -64,13 +65,27 @@ def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], config: Train
     return Population(losses_P=distributed.gather(torch.cat(local)))
 
 
+def penalty_scales(count: int, config: TrainConfig, step: int) -> list[float]:
+    """What multiplies the penalty of each of a step's micro-batches under --wdpo_fraction: zero, or the inverse of the
+    chance that a micro-batch carries it, so that the gradient's expectation is the whole penalty's.
+
+    Args:
+        count: micro-batches of this rank; all ranks have as many and draw alike.
+        config: wdpo_fraction and seed.
+        step: optimizer steps done before this one.
+    """
+    carrying = max(1, round(config.wdpo_fraction * count))
+    drawn = random.Random(f"{config.seed}/penalty/{step}").sample(range(count), carrying)
+    return [count / carrying if number in drawn else 0.0 for number in range(count)]
+
+
 def objective(
     policy: Policy,
     batch: AnyBatch,
     reference_B2: Tensor,
     config: TrainConfig,
     population: Population | None,
-    penalised: frozenset[int] | None = None,
+    penalty_scale: float = 1.0,
 ) -> Objective:
     """The differentiable objective of one micro-batch.
 
@@ -80,13 +95,11 @@ def objective(
         reference_B2: [B, 2] reference log-probs.
         config: of the run.
         population: from `survey`; None where this micro-batch, over all ranks, is the population.
-        penalised: from `fraction.penalised_pairs`; None where every pair carries WDPO's penalty.
+        penalty_scale: from `penalty_scales`.
     """
-    if config.method == "wdpo":
-        if penalised is None:
-            return _penalised(policy, batch, reference_B2, config, population)
-        keep_B = torch.tensor([index in penalised for index in batch.indices_B.tolist()], device=batch.indices_B.device)
-        return _partly_penalised(policy, batch, reference_B2, config, keep_B)
+    if config.method == "wdpo" and penalty_scale > 0:
+        solve = _exact if config.solver == "exact" else _tangent
+        return solve(policy, batch, reference_B2, config, population, penalty_scale)
     values = pair_values(policy, batch, reference_B2, config)
     weights_B = torch.ones_like(values.losses_B)
     if config.weighted:
@@ -95,64 +108,51 @@ def objective(
     return Objective((weights_B * values.losses_B).mean(), values, weights_B)
 
 
-def _penalised(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None
+def _exact(
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None, scale: float
 ) -> Objective:
-    """WDPO's objective of pairs that all carry the penalty."""
-    if config.solver == "exact":
-        values = pair_values(policy, batch, reference_B2, config, twice=True)
-        penalties_B = _penalties(values, batch, config, create_graph=True)
-        factor = _factor(penalties_B, config, population)
-        total = values.losses_B.mean() + factor * penalties_B.mean()
-        return Objective(total, values, torch.ones_like(values.losses_B), penalties_B.detach() * config.penalty_scale)
+    """WDPO by a double backward."""
+    values = pair_values(policy, batch, reference_B2, config, twice=True)
+    penalties_B = _penalties(values, batch, config, create_graph=True)
+    total = values.losses_B.mean() + _factor(penalties_B, config, population, scale) * penalties_B.mean()
+    return Objective(total, values, torch.ones_like(values.losses_B), penalties_B.detach())
+
+
+def _tangent(
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None, scale: float
+) -> Objective:
+    """WDPO by a pass along the gradient: l + c D^2 with D = l'(m) dm, dm the margin's derivative along the unit gradient v,
+    which is held fixed.
+
+    |g|^2 is the largest (g . v)^2 of all unit v, so its gradient at that v is the gradient of D^2. What rounding does to v
+    changes D to second order only, where |g| from the backward pass bears all of it.
+    """
+    assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # The gradient for the embeddings is taken outside the engine, which would take it for the backward pass of the step.
     bare = policy if isinstance(policy, Policy) else policy.module
     found = input_gradient(bare, batch, reference_B2, config)
-    factor = _factor(found.loss_slopes_B.square(), config, population)
-    solved = solve(policy, batch, found, reference_B2, config, factor)
+    factor = _factor(found.loss_slopes_B.square(), config, population, scale)
+    logprob_S, moved_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, found))
+    values = values_of(logprob_S, found.values.embeds, reference_B2, config)
+    (loss_slopes_B,) = torch.autograd.grad(values.losses_B.sum(), values.margins_B, create_graph=True)
+    chosen_B, rejected_B = moved_S.chunk(2)
+    moved_B = chosen_B - rejected_B
+    penalties_B = (loss_slopes_B * moved_B).square()
+    total = (values.losses_B + factor * penalties_B).mean()
+    # The figures are those of the first pass, whose losses are the plain ones.
+    value = (found.values.losses_B + factor * penalties_B.detach()).mean()
+    expected_B = found.margin_slopes_B
+    errors_B = (moved_B.detach() - expected_B).abs() / expected_B
+    errors_B = torch.where(expected_B > 0, errors_B, torch.zeros_like(expected_B))
     ones_B = torch.ones_like(found.values.losses_B)
-    return Objective(solved.total, found.values, ones_B, solved.penalties_B * config.penalty_scale, solved.errors_B)
+    return Objective(total - total.detach() + value, found.values, ones_B, penalties_B.detach(), errors_B)
 
 
-def _partly_penalised(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, keep_B: Tensor
-) -> Objective:
-    """WDPO's objective where some pairs carry the penalty: these apart, as pairs do not attend to each other."""
-    parts: list[Objective] = []
-    shares = []
-    for rows_B in (keep_B, ~keep_B):
-        if not rows_B.any():
-            continue
-        few, reference_K2 = (batch, reference_B2) if rows_B.all() else (select(batch, rows_B), reference_B2[rows_B])
-        if rows_B is keep_B:
-            parts.append(_penalised(policy, few, reference_K2, config, None))
-        else:
-            values = pair_values(policy, few, reference_K2, config)
-            zeros_K = torch.zeros_like(values.losses_B.detach())
-            parts.append(Objective(values.losses_B.mean(), values, zeros_K + 1, zeros_K))
-        shares.append(float(rows_B.float().mean()))
-    order_B = torch.cat([rows_B.nonzero()[:, 0] for rows_B in (keep_B, ~keep_B)]).argsort()
-
-    def joined(figures: list[Tensor]) -> Tensor:
-        return torch.cat(figures)[order_B]
-
-    values = PairValues(
-        joined([part.values.losses_B for part in parts]),
-        joined([part.values.margins_B for part in parts]),
-        torch.cat([part.values.log_ratios_S.view(2, -1) for part in parts], dim=1)[:, order_B].flatten(),
-        parts[0].values.embeds,
-    )
-    total = torch.stack([part.total * share for part, share in zip(parts, shares, strict=True)]).sum()
-    errors = [torch.zeros_like(part.weights_B) if part.errors_B is None else part.errors_B for part in parts]
-    penalties_B = joined([part.penalties_B for part in parts if part.penalties_B is not None])
-    return Objective(total, values, torch.ones_like(penalties_B), penalties_B, joined(errors))
-
-
-def _factor(penalties_B: Tensor, config: TrainConfig, population: Population | None) -> Tensor:
+def _factor(penalties_B: Tensor, config: TrainConfig, population: Population | None, scale: float) -> Tensor:
     """What multiplies the mean of |grad l|^2."""
     assert config.wdpo_rho is not None
     if config.wdpo_penalty == "squared":
-        return torch.tensor(config.wdpo_rho * config.penalty_scale, dtype=penalties_B.dtype)
+        return torch.tensor(config.wdpo_rho * scale, dtype=penalties_B.dtype)
     # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
     mean = population.mean_penalty if population else None
     mean = distributed.gather(penalties_B).mean() if mean is None else mean
@@ -165,6 +165,7 @@ def _surveyed(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: Tra
     if config.solver == "exact":
         values = pair_values(policy, batch, reference_B2, config, twice=True)
         return _penalties(values, batch, config, create_graph=False)
+    assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     return input_gradient(policy, batch, reference_B2, config).loss_slopes_B.square()
 
 

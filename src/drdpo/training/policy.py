@@ -186,7 +186,7 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
-    # The checks run on the CPU, which CUDA's attention kernels do not know.
+    # The checks run on the CPU, which CUDA's attention kernels do not know, or with nf4 where the weights are.
     checked = "sdpa" if attention in CUDA_ATTENTION else attention
     quantized = nf4.loading(dtype, distributed.device()) if quantize == "nf4" else {}
     try:

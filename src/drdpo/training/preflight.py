@@ -73,10 +73,9 @@ def meta_policy(config: TrainConfig) -> Policy:
     """
     from transformers import AutoConfig
 
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     try:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        model = _without_weights(settings, dtype)
+        model = _without_weights(settings, getattr(torch, config.dtype))
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
@@ -231,7 +230,7 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
         on_gpu = not need.process
         offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
         # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
-        element = 2 if config.dtype == "bfloat16" else 4
+        element = getattr(torch, config.dtype).itemsize
         gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
         flags = [
             (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),

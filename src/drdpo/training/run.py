@@ -16,6 +16,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_file, remove_tree, sweep
 from drdpo.flags import as_dict
 from drdpo.lock import refuse_if_locked
+from drdpo.machine import announce, check_device, settle
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
 from drdpo.models import check_model_folder
 from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
@@ -40,6 +41,7 @@ class Run:
     test: list[Pair]
     counts: dict[str, Any]
     made_by: dict[str, Any]
+    dtype_reason: str = ""
 
     @property
     def pad_token_id(self) -> int:
@@ -62,11 +64,10 @@ class Run:
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Refuse what cannot be trained, without torch (but where a flag asks for it) and before any model is loaded.
+    """Refuse what cannot be trained, before any model is loaded; --check_only prints what --dtype=auto is.
 
     Raises:
-        UsageError: batch, micro-batch and processes do not divide, a robust population of one pair, or a flag that asks for
-            what this machine has not.
+        UsageError: batch, micro-batch and processes do not divide, a robust population of one pair, or as settle.
         DataError: model folder or data set are not usable.
     """
     world, micro = distributed.world_size(), config.micro_batch
@@ -84,7 +85,9 @@ def check_inputs(config: TrainConfig) -> None:
             "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
             "--micro_batch_size under --robust_scope=micro"
         )
+    check_device(kernels=True)
     _check_machine(config)
+    asked, (config, precision) = config.dtype, settle(config)
     check_trackers(config)
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
@@ -99,8 +102,12 @@ def check_inputs(config: TrainConfig) -> None:
     before = read_manifest(folder).get("train")
     if before is not None and config.resume == "auto":
         now = {name: value for name, value in _made_by(config).items() if name not in _left_open(config)}
+        if asked == "auto" and world > 1:
+            del now["dtype"]  # settled when the ranks meet
         _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
         check_world(folder / "resume")
+    if config.check_only:
+        announce(precision)
 
 
 def deals_by_tokens(config: TrainConfig) -> bool:
@@ -133,8 +140,8 @@ def _check_machine(config: TrainConfig) -> None:
             )
 
 
-def open_run(config: TrainConfig) -> Run:
-    """Read and tokenise the pairs; writes nothing.
+def open_run(config: TrainConfig, dtype_reason: str = "") -> Run:
+    """Read and tokenise the pairs; writes nothing. `dtype_reason`: why --dtype is what it is, for the manifest.
 
     Raises:
         UsageError: the folder holds a run with other flags, model or pairs.
@@ -152,7 +159,7 @@ def open_run(config: TrainConfig) -> Run:
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({told})' if told else ''}")
     made_by = {**_made_by(config), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
-    run = Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by)
+    run = Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
     _check_kept(run)
     return run
 
@@ -242,7 +249,13 @@ def _claim(run: Run) -> None:
         remove_tree(removed)
     with atomic_file(run.folder / "config.json") as stream:
         json.dump(as_dict(run.config), stream, indent=2)
-    write_manifest(run.folder, "train", run.made_by, counts=run.counts, steps=run.steps, complete=False)
+    note_run(run, complete=False)
+
+
+def note_run(run: Run, complete: bool) -> None:
+    """Write the run's manifest."""
+    facts = {"counts": run.counts, "steps": run.steps, "complete": complete, "dtype_reason": run.dtype_reason}
+    write_manifest(run.folder, "train", run.made_by, **facts)
 
 
 def _clear(folder: Path) -> None:

@@ -32,14 +32,14 @@ positions of some layers), which numbers in bfloat16 on a short row need not sho
 
 
 def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [S] of the answers, and their derivatives [S] along found.direction; both with a graph.
+    """Log-probabilities [S] of the answers, and their derivatives [S] along found.direction_1ND; both with a graph.
 
     Args:
         policy: that check_tangent has passed.
         batch: B pairs.
         found: what input_gradient says of it.
     """
-    pair_2AD = answer_pairs(policy, batch, policy.embed(batch), found.direction)
+    pair_2AD = answer_pairs(policy, batch, policy.embed(batch), found.direction_1ND)
     # Of these states, not of the first pass's, which rounding sets apart: with their log-sum-exp these states' probabilities
     # do not sum to one. On SmolLM2-135M in bfloat16 a pair's penalty gradient was 14% off with theirs, 7% with these.
     known = policy.head(logprob_and_slope, pair_2AD[0].detach(), batch.targets_A)

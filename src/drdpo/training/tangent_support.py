@@ -60,10 +60,7 @@ def check_tangent(policy: Policy, config: TrainConfig) -> None:
 def _refusal(error: DataError, config: TrainConfig) -> DataError:
     solver = "auto, which is tangent for packed rows," if config.wdpo_solver == "auto" else "tangent"
     exact = "--wdpo_solver=exact" + (" with --zero_stage=2" if config.zero_stage == 3 else "")
-    return DataError(
-        f"{config.model_path}: --wdpo_solver={solver} cannot differentiate this model: {error}; give {exact}, or "
-        "finite_difference with --dtype=float32"
-    )
+    return DataError(f"{config.model_path}: --wdpo_solver={solver} cannot differentiate this model: {error}; give {exact}")
 
 
 def _check_linear(module: nn.Module, name: str) -> None:
@@ -91,7 +88,7 @@ def _check_numbers(policy: Policy, config: TrainConfig) -> None:
     with torch.no_grad():
         embeds_1ND = policy.embed(batch)
         own_AD = policy.answer_states(batch, embeds_1ND)[0]
-        ours_AD = answer_pairs(policy, batch, embeds_1ND, found.direction)[0]
+        ours_AD = answer_pairs(policy, batch, embeds_1ND, found.direction_1ND)[0]
         chosen, rejected = tangent_answers(policy, batch, found)[1]
     tolerance = 0.1 if embeds_1ND.dtype == torch.bfloat16 else 1e-3
     if not _apart(ours_AD, own_AD) <= tolerance:

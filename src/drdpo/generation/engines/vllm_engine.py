@@ -39,14 +39,19 @@ class VllmEngine:
         """Load the model.
 
         Raises:
-            DataError: vLLM refuses the model; its own message is passed on.
+            DataError: vLLM refuses the model or cannot start; its own message is passed on.
         """
         _set_environment()
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
 
         on_cpu: dict[str, Any] = {}
+        # On GPUs the defaults of vllm.LLM, for lists of prompts: up to 1,024 sequences and 16,384 tokens a step. Those of a
+        # bare engine are 128 and 2,048 on any GPU.
+        context = UsageContext.LLM_CLASS
         if current_platform.is_cpu():
+            context = UsageContext.ENGINE_CONTEXT
             on_cpu = {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
@@ -70,9 +75,10 @@ class VllmEngine:
                     use_tqdm_on_load=False,
                     seed=0,
                     **on_cpu,
-                )
+                ),
+                usage_context=context,
             )
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             raise DataError(f"{settings.model_path}: vLLM cannot load this model: {error}") from error
         self._calls = 0
 
@@ -129,6 +135,8 @@ def _set_environment() -> None:
     # Threads that are bound to cores wait for each other whenever something else runs there: measured with two threads on
     # two busy cores, 84 tokens/s bound and 142 not.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # vLLM's other sampler is compiled by nvcc when the engine starts, and requests with seeds never use it.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

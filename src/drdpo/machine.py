@@ -1,0 +1,278 @@
+"""What this machine can do: its GPUs, and what --dtype=auto is here. `python -m drdpo.machine` prints what is wrong."""
+
+import ctypes
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from drdpo import distributed
+from drdpo.errors import UsageError
+
+Config = TypeVar("Config")
+
+DRIVERS = {11: 450, 12: 525, 13: 580}
+"""CUDA's major version -> the first driver branch that runs it. Source: NVIDIA's CUDA compatibility guide."""
+SMI_TIMEOUT = 10.0  # seconds; with a broken driver nvidia-smi can hang
+_TO_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+_ASKED = "asked for by --dtype"
+_LIST_GPUS = """
+import json, torch
+found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+print(json.dumps([[torch.cuda.get_device_name(k), *torch.cuda.get_device_capability(k)] for k in found]))
+"""
+
+
+class Gpu(NamedTuple):
+    """A GPU by torch's name of it, and its compute capability."""
+
+    name: str
+    major: int
+    minor: int
+
+
+class Precision(NamedTuple):
+    """What --dtype stands for here, "bfloat16" or "float32", why, and what is to be said against an explicit choice."""
+
+    dtype: str
+    reason: str
+    warning: str = ""
+
+
+def settle(config: Config, kernels: bool = False, untouched: bool = False) -> tuple[Config, Precision]:
+    """Check the device, then replace a config's --dtype=auto by what it stands for here. Every step with a model calls this.
+
+    Raises:
+        UsageError: as check_device; or the config's other flags do not go with the resolved --dtype.
+    """
+    found = check_device(kernels, untouched)
+    precision = resolve_dtype(config.dtype, found)  # type: ignore[attr-defined]
+    return _with(config, precision), precision
+
+
+def agree(config: Config, precision: Precision) -> tuple[Config, Precision]:
+    """As settle returned them, but float32 where ranks differ. Every rank must call, in the process group."""
+    votes = distributed.gather_floats([float(precision.dtype == "bfloat16")])
+    if len(set(votes)) == 1:
+        return config, precision
+    precision = Precision("float32", f"{votes.count(0.0)} of {len(votes)} processes have no fast bfloat16")
+    return _with(config, precision), precision
+
+
+def announce(precision: Precision) -> None:
+    """Print what auto is, or a warning, on rank 0; the check of src/env.sh before a launch leaves that to the run."""
+    if not distributed.is_main() or ("WORLD_SIZE" in os.environ and "RANK" not in os.environ):
+        return
+    if precision.reason != _ASKED:
+        print(f"--dtype=auto is {precision.dtype}: {precision.reason}", flush=True)
+    if precision.warning:
+        print(f"WARNING: {precision.warning}", file=sys.stderr, flush=True)
+
+
+def _with(config: Any, precision: Precision) -> Any:
+    try:
+        return dataclasses.replace(config, dtype=precision.dtype)
+    except UsageError as error:
+        raise UsageError(f"{error} (--dtype={config.dtype} is {precision.dtype} here: {precision.reason})") from error
+
+
+def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
+    """What --dtype, "auto", "bfloat16" or "float32", stands for on this machine with these GPUs."""
+    found = gpus() if found is None else found
+    if asked != "auto":
+        slow = asked == "bfloat16" and not found and not _claims_bfloat16() and bfloat16_speed() < 1
+        times = f"{1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
+        warning = f"this CPU multiplies {asked} {times}; --dtype=float32, or leaving out --dtype, is faster" if slow else ""
+        return Precision(asked, _ASKED, warning)
+    if found:
+        names = dict.fromkeys(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}" for gpu in found)
+        return Precision("bfloat16", ", ".join(names))
+    if not _claims_bfloat16():
+        return Precision("float32", "this CPU has no bfloat16 products (AVX512_BF16 or AMX), or they are switched off")
+    if (speed := bfloat16_speed()) < 1:
+        return Precision("float32", f"this CPU multiplies bfloat16 {1 / speed:.1f} times slower than float32")
+    return Precision("bfloat16", f"this CPU multiplies bfloat16 {speed:.1f} times as fast as float32")
+
+
+@lru_cache
+def bfloat16_speed() -> float:
+    """How many times as fast as float32 this CPU multiplies bfloat16 matrices, measured on one thread in about 50 ms.
+
+    The fastest product of each counts: other work on the same core can only slow one down.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # also starts no threads, which a later fork would miss
+    shapes, dtypes = ((128, 512), (512, 512)), (torch.float32, torch.bfloat16)
+    sides = [[torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes] for dtype in dtypes]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + 0.05
+    while time.perf_counter() < end or len(seconds[1]) < 4:
+        for (x_NI, weight_OI), spent in zip(sides, seconds, strict=True):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x_NI, weight_OI)
+            spent.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return min(seconds[0]) / min(seconds[1])
+
+
+def _claims_bfloat16() -> bool:
+    """Does this CPU say that it has bfloat16 products, and may oneDNN, which a variable can limit, use them?"""
+    import torch
+
+    used = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(used and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+
+
+def gpus(untouched: bool = False) -> list[Gpu]:
+    """The GPUs that torch sees, unless DS_ACCELERATOR=cpu; `untouched` as for check_device.
+
+    Raises:
+        UsageError: torch sees some and cannot initialise CUDA.
+    """
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    if untouched:
+        return _gpus_of_another_process() if torch.cuda.device_count() else []
+    found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    try:
+        return [Gpu(torch.cuda.get_device_name(k), *torch.cuda.get_device_capability(k)) for k in found]
+    except RuntimeError as error:
+        raise _unusable(str(error)) from error
+
+
+def _unusable(reason: str) -> UsageError:
+    return UsageError(f"torch cannot use the GPUs that it sees ({' '.join(reason.split())[:300]}); {_TO_CPU}")
+
+
+@lru_cache
+def _gpus_of_another_process() -> list[Gpu]:
+    done = subprocess.run([sys.executable, "-c", _LIST_GPUS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise _unusable("".join(done.stderr.splitlines()[-1:]) or f"status {done.returncode}")
+    return [Gpu(*gpu) for gpu in json.loads(done.stdout.splitlines()[-1])]
+
+
+def check_device(kernels: bool = False, untouched: bool = False) -> list[Gpu]:
+    """The GPUs to use, none for the CPU, after refusing what cannot work here.
+
+    Args:
+        kernels: does the step launch Triton kernels of our own on GPUs?
+        untouched: ask in another process and do not initialise CUDA in this one, where an engine will, or its children.
+
+    Raises:
+        UsageError: a GPU of too low a compute capability; a GPU that nvidia-smi lists and torch does not see, unless
+            CUDA_VISIBLE_DEVICES or DS_ACCELERATOR=cpu hides it; with `kernels`, as check_compiler.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # vLLM and lm-eval do not know DeepSpeed's switch
+    found = gpus(untouched)
+    for number, gpu in enumerate(found):
+        if gpu.major < 8:
+            raise UsageError(
+                f"GPU {number} ({gpu.name}) has compute capability {gpu.major}.{gpu.minor}, and bfloat16 needs 8.0 or "
+                f"above; choose a newer GPU (A100, RTX 30 or later) by CUDA_VISIBLE_DEVICES, or {_TO_CPU}"
+            )
+    if found and kernels:
+        check_compiler()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    if not found and visible and not visible.startswith("-") and visible != "NoDevFiles":  # Slurm's word for none
+        _check_unseen()
+    return found
+
+
+def _check_unseen() -> None:
+    """Refuse the CPU on a machine whose driver lists GPUs that torch does not see."""
+    import torch
+
+    names = re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus"), re.MULTILINE)
+    asked = "nvidia-smi" if names else "the driver"
+    names = names or ["of unknown name"] * _driver_count()  # a container without nvidia-smi
+    if not names:
+        return
+    told = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    driver = next(iter(re.findall(r"^(\d+(?:\.\d+)+)\s*$", told, re.MULTILINE)), "of unknown version")
+    build, visible = torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES")
+    needed = DRIVERS.get(int(build.split(".")[0])) if build else None
+    if build is None:
+        why = "which is a build for CPUs; run bash setup.sh, which installs the one for this driver"
+    elif needed and driver[0].isdigit() and int(driver.split(".")[0]) < needed:
+        why = f"whose CUDA {build} needs driver {needed} or newer; update it, or run bash setup.sh for an older CUDA"
+    elif visible is not None:
+        why = f"as CUDA_VISIBLE_DEVICES={visible} may name others; unset it"
+    else:
+        why = f"whose CUDA {build} needs driver {needed or 'unknown'}; python -c 'import torch; torch.cuda.init()' says why"
+    raise UsageError(
+        f"{asked} lists {len(names)} GPU{'s' * (len(names) > 1)} ({names[0]}), driver {driver}, but none is visible to "
+        f"torch {torch.__version__}, {why}, or {_TO_CPU}"
+    )
+
+
+def _driver_count() -> int:
+    """How many GPUs the driver's library counts; 0 where there is none. Asked only where torch sees no GPU."""
+    try:
+        cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    except (OSError, AttributeError):
+        return 0
+
+
+@lru_cache
+def _nvidia_smi(*words: str) -> str:
+    """What nvidia-smi prints; nothing where it is missing, fails or hangs: then torch decides alone."""
+    command = ["nvidia-smi", *words]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True).stdout.decode(
+            "utf-8", "replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def check_compiler() -> None:
+    """Refuse a machine on which Triton cannot compile the launchers of its kernels, as it does when they first run.
+
+    Raises:
+        UsageError: a C compiler or Python.h is missing.
+    """
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    missing = [] if any(map(shutil.which, compilers)) else [f"a C compiler ({' or '.join(compilers)})"]
+    missing += [] if header.is_file() else [str(header)]
+    if missing:
+        raise UsageError(
+            f"Triton's kernels need {' and '.join(missing)}, which this machine lacks; install gcc and python3-dev (Debian, "
+            f"Ubuntu) or gcc and python3-devel (RHEL, Rocky), or {_TO_CPU}"
+        )
+
+
+def main() -> int:
+    """Print what --dtype=auto is here, or every problem on a line of its own; the exit status is 1 where there is one."""
+    problems = []
+    for check in (check_device, lambda: check_compiler() if gpus() else None):
+        try:
+            check()
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        print("\n".join(dict.fromkeys(problems)))
+        return 1
+    precision = resolve_dtype("auto")
+    print(f"--dtype=auto is {precision.dtype}: {precision.reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""What --dtype=auto is on which machine, and which machines are refused: stand-ins for torch's view and for nvidia-smi."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forks import Forks
+
+from drdpo import distributed, machine
+from drdpo.config import CompletionsConfig, LeaderboardConfig, TrainConfig
+from drdpo.errors import UsageError
+from drdpo.evaluation.leaderboard import evaluate_openllm
+from drdpo.generation.sampling import sample_completions
+from drdpo.rewards.scoring import score_completions
+from drdpo.training.run import _made_by, check_inputs
+from drdpo.training.throughput import peak_flops
+
+H100, T4 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla T4", (7, 5))
+ASK_ANOTHER = machine._gpus_of_another_process
+SEES_NO_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+"""On any CPU, these keep oneDNN and torch from bfloat16 instructions."""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing remembered, and a CPU that no variable chooses."""
+    for cached in (machine._nvidia_smi, ASK_ANOTHER):
+        cached.cache_clear()
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    see(monkeypatch)
+
+
+def see(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, tuple[int, int]]) -> None:
+    """Let torch see these GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: gpus[number][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: gpus[number][1])
+    monkeypatch.setattr(machine, "_gpus_of_another_process", lambda: [machine.Gpu(name, *number) for name, number in gpus])
+
+
+def cpu(monkeypatch: pytest.MonkeyPatch, claims: bool, speed: float | None) -> None:
+    """Let the CPU say that it has bfloat16 products, or not, and the probe measure this; None: it must not run."""
+    monkeypatch.setattr(machine, "_claims_bfloat16", lambda: claims)
+    monkeypatch.setattr(machine, "bfloat16_speed", lambda: pytest.fail("the probe ran") if speed is None else speed)
+
+
+def smi(folder: Path, script: str) -> Path:
+    """A folder with a nvidia-smi."""
+    folder.mkdir(exist_ok=True)
+    (folder / "nvidia-smi").write_text(f"#!/bin/bash\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return folder
+
+
+LISTS = """case "$1" in
+    --list-gpus) echo 'GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)'; echo '  MIG 1g.5gb Device 0: (UUID: MIG-2)' ;;
+    *) echo 535.104.05 ;;
+esac"""
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An nvidia-smi on the path that lists an A100, which torch does not see."""
+    folder = smi(tmp_path / "driver", LISTS)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+# What auto is
+
+
+@pytest.mark.parametrize(
+    ("claims", "speed", "dtype", "reason"),
+    [
+        (True, 2.0, "bfloat16", "2.0 times as fast as float32"),
+        (True, 0.2, "float32", "5.0 times slower than float32"),
+        (False, None, "float32", "no bfloat16 products"),
+    ],
+)
+def test_auto_on_a_cpu_goes_by_its_flags_and_then_by_the_probe(monkeypatch, claims, speed, dtype, reason):
+    cpu(monkeypatch, claims, speed)
+    found = machine.resolve_dtype("auto")
+    assert found.dtype == dtype
+    assert reason in found.reason
+
+
+def test_auto_on_any_gpu_from_8_0_is_bfloat16_also_where_nobody_knows_it(monkeypatch, tmp_path):
+    cpu(monkeypatch, False, None)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi, as in many containers
+    for gpu in [H100, ("NVIDIA A100-SXM4-40GB", (8, 0)), ("Graphics Device, (odd)", (12, 1))]:
+        see(monkeypatch, gpu)
+        config, found = machine.settle(CompletionsConfig("out", "model"))
+        assert config.dtype == found.dtype == "bfloat16"
+        assert gpu[0] in found.reason
+    assert peak_flops(gpu[0], "bfloat16") is None
+
+
+def test_the_probe_agrees_with_the_choice_on_this_cpu():
+    found, speed = machine.resolve_dtype("auto"), machine.bfloat16_speed()
+    assert found.dtype == ("bfloat16" if machine._claims_bfloat16() and speed >= 1 else "float32")
+    assert 0.01 < speed < 100
+    threads = torch.get_num_threads()
+    machine.bfloat16_speed.__wrapped__()
+    assert torch.get_num_threads() == threads
+
+
+def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_why(root):
+    """In a process of its own: oneDNN reads its variable once."""
+    program = """if True:
+        import torch
+        from drdpo import machine
+        torch.cuda.is_available = lambda: False
+        machine.announce(machine.resolve_dtype("auto"))
+        machine.announce(machine.resolve_dtype("bfloat16"))
+        machine._claims_bfloat16 = lambda: True  # a flag that is wrong
+        machine.announce(machine.resolve_dtype("auto"))
+        print(machine.bfloat16_speed())"""
+    environment = {**os.environ, **SEES_NO_BFLOAT16, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    flags, probe, speed = done.stdout.splitlines()
+    assert float(speed) < 1
+    factor = f"{1 / float(speed):.1f} times slower than float32"
+    assert flags.startswith("--dtype=auto is float32: this CPU has no bfloat16 products")
+    assert probe == f"--dtype=auto is float32: this CPU multiplies bfloat16 {factor}"
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith(f"WARNING: this CPU multiplies bfloat16 {factor}")
+
+
+def test_an_explicit_flag_wins_and_is_probed_only_to_warn(monkeypatch):
+    cpu(monkeypatch, True, None)
+    assert machine.resolve_dtype("float32") == ("float32", "asked for by --dtype", "")
+    assert machine.resolve_dtype("bfloat16") == ("bfloat16", "asked for by --dtype", "")
+    cpu(monkeypatch, False, None)
+    assert machine.resolve_dtype("float32").dtype == "float32"
+    cpu(monkeypatch, False, 0.125)
+    assert machine.resolve_dtype("bfloat16").dtype == "bfloat16"
+    assert "8.0 times slower" in machine.resolve_dtype("bfloat16").warning
+    see(monkeypatch, H100)
+    assert not machine.resolve_dtype("bfloat16").warning
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"), [({}, 1), ({"RANK": "0", "WORLD_SIZE": "2"}, 1), ({"RANK": "1", "WORLD_SIZE": "2"}, 0),
+                              ({"WORLD_SIZE": "2"}, 0)]
+)  # fmt: skip
+def test_the_choice_is_said_once(monkeypatch, capsys, environment, said):
+    """Not by other ranks, nor by the wrapper's check before them."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    machine.announce(machine.Precision("float32", "a reason"))
+    machine.announce(machine.Precision("bfloat16", machine._ASKED, "slow"))
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["--dtype=auto is float32: a reason"] * said
+    assert err.splitlines() == ["WARNING: slow"] * said
+
+
+# Flags that go with one precision only
+
+
+def train_config(tiny_policy: Path, tmp_path: Path, **flags: Any) -> TrainConfig:
+    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(row * 4)
+    return TrainConfig(str(tiny_policy), str(tmp_path), str(tmp_path / "out"), train_batch_size=4, **flags)
+
+
+def test_a_flag_that_needs_float32_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
+    config = train_config(tiny_policy, tmp_path, zero_stage=0)
+    cpu(monkeypatch, True, 0.2)
+    check_inputs(config)
+    cpu(monkeypatch, True, 2.0)
+    with pytest.raises(UsageError, match=r"bfloat16.*\(--dtype=auto is bfloat16 here: .*2\.0 times as fast as float32\)"):
+        check_inputs(config)
+    check_inputs(dataclasses.replace(config, dtype="float32"))
+    with pytest.raises(UsageError, match="bfloat16"):
+        dataclasses.replace(config, dtype="bfloat16")
+
+
+def test_flash_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
+    config = train_config(tiny_policy, tmp_path, attn="flash")
+    cpu(monkeypatch, True, 0.2)
+    with pytest.raises(UsageError, match="--attn=flash needs a CUDA device"):
+        check_inputs(config)
+    with pytest.raises(UsageError, match=r"--attn=flash with --dtype=float32.*--dtype=auto is float32 here"):
+        machine.settle(config)
+    see(monkeypatch, H100)
+    monkeypatch.setattr(machine, "check_compiler", lambda: None)
+    check_inputs(config)
+
+
+def test_wide_first_tokens_follow_the_resolved_precision(monkeypatch, tiny_policy, tmp_path):
+    config = train_config(tiny_policy, tmp_path, wdpo_rho=0.1)
+    for speed, wide in ((2.0, True), (0.2, False)):
+        cpu(monkeypatch, True, speed)
+        assert machine.settle(config)[0].wide_first_tokens == wide
+
+
+def test_auto_and_what_it_is_make_the_same_run(monkeypatch, tiny_policy, tmp_path):
+    cpu(monkeypatch, True, 0.2)
+    config = train_config(tiny_policy, tmp_path)
+    explicit = dataclasses.replace(config, dtype="float32")
+    assert _made_by(machine.settle(config)[0]) == _made_by(machine.settle(explicit)[0])
+    assert _made_by(machine.settle(config)[0])["dtype"] == "float32"
+
+
+def test_the_dry_run_and_the_check_show_the_precision(monkeypatch, forks: Forks, root, tiny_policy, tmp_path):
+    config = train_config(tiny_policy, tmp_path)
+    command = [sys.executable, root / "src/train_alignment.py", f"--model_path={tiny_policy}", "--train_batch_size=4",
+               f"--dataset_path={tmp_path}", f"--save_path={config.save_path}"]  # fmt: skip
+    here = machine.resolve_dtype("auto").dtype
+    for words in (["--check_only=true"], ["--dry_run=true"], ["--dry_run=true", "--dtype=float32"]):
+        done = forks.run([*command, *words], {**os.environ, "DS_ACCELERATOR": "cpu"})
+        assert done.returncode == 0, done.stderr
+        auto = [line for line in done.stdout.splitlines() if line.startswith("--dtype=auto is")]
+        assert [line.split(":")[0] for line in auto] == ([f"--dtype=auto is {here}"] if len(words) == 1 else [])
+        dtype = here if len(words) == 1 else "float32"
+        assert "--check_only=true" in words or f"all trained, in {dtype}" in done.stdout
+
+
+# Ranks
+
+
+def test_ranks_that_differ_take_float32(monkeypatch):
+    config, found = CompletionsConfig("out", "model", dtype="bfloat16"), machine.Precision("bfloat16", "fast")
+    monkeypatch.setattr(distributed, "gather_floats", lambda values: [*values, 1.0])
+    assert machine.agree(config, found) == (config, found)
+    monkeypatch.setattr(distributed, "gather_floats", lambda values: [*values, 0.0])
+    config, found = machine.agree(config, found)
+    assert config.dtype == found.dtype == "float32"
+    assert "1 of 2 processes" in found.reason
+
+
+def test_two_real_ranks_agree(forks: Forks, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "from drdpo import distributed, machine\n"
+        "from drdpo.config import CompletionsConfig\n"
+        "distributed.initialise()\n"
+        "found = machine.Precision(['bfloat16', 'float32'][distributed.rank()], 'here')\n"
+        "print(machine.agree(CompletionsConfig('out', 'model', dtype=found.dtype), found)[0].dtype)\n"
+        "distributed.leave()\n"
+    )
+    assert [done.stdout for done in forks.ranks([sys.executable, script], 2)] == ["float32\n"] * 2
+
+
+# Which machines are refused
+
+
+def steps(root: Path, model: Path, out: Path) -> dict[str, Callable[[], object]]:
+    """Every step with a model."""
+    prompts, rewards = str(root / "datasets/embedded_prompts"), str(root / "models/ArmoRM-SmolLM2")
+    completions = CompletionsConfig(str(out), str(model), dataset=prompts, reward_model=rewards, engine="transformers")
+    return {
+        "sampling": lambda: sample_completions(completions),
+        "scoring": lambda: score_completions(completions),
+        "training": lambda: check_inputs(train_config(model, out)),
+        "leaderboard": lambda: evaluate_openllm(LeaderboardConfig(str(model), str(out / "leaderboard"))),
+        "leaderboard by vllm": lambda: machine.settle(LeaderboardConfig(str(model)), untouched=True),
+    }
+
+
+STEPS = list(steps(Path(), Path(), Path()))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_refuses_an_old_gpu_by_name(monkeypatch, root, tiny_policy, tmp_path, step):
+    see(monkeypatch, H100, T4)
+    monkeypatch.setattr(machine, "check_compiler", lambda: None)
+    with pytest.raises(
+        UsageError, match=r"GPU 1 \(Tesla T4\) has compute capability 7\.5.*newer GPU.*CUDA_VISIBLE_DEVICES="
+    ):
+        steps(root, tiny_policy, tmp_path)[step]()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_refuses_the_cpu_where_the_driver_lists_a_gpu(monkeypatch, unseen, root, tiny_policy, tmp_path, step):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UsageError) as refused:
+        steps(root, tiny_policy, tmp_path)[step]()
+    for word in (
+        "NVIDIA A100-SXM4-40GB",
+        "driver 535.104.05",
+        "CUDA 13.0 needs driver 580",
+        "setup.sh",
+        "CUDA_VISIBLE_DEVICES=",
+    ):
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "visible", "says"),
+    [(None, None, "build for CPUs; run bash setup.sh"), ("12.8", None, "CUDA 12.8 needs driver 525; python -c 'import"),
+     ("14.2", None, "CUDA 14.2 needs driver unknown"), ("12.8", "7", "CUDA_VISIBLE_DEVICES=7 may name others; unset it")],
+)  # fmt: skip
+def test_an_unseen_gpu_has_several_reasons(monkeypatch, unseen, build, visible, says):
+    monkeypatch.setattr(torch.version, "cuda", build)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError) as refused:
+        machine.check_device()
+    assert says in str(refused.value)
+    assert "lists 1 GPU (NVIDIA A100-SXM4-40GB), driver 535.104.05," in str(refused.value)
+
+
+def test_a_driver_that_lists_gpus_and_tells_no_version_is_refused_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{smi(tmp_path, 'echo GPU 0: NVIDIA H100')}:{os.environ['PATH']}")
+    with pytest.raises(UsageError, match=r"\(NVIDIA H100\), driver of unknown version"):
+        machine.check_device()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", " "), ("CUDA_VISIBLE_DEVICES", "-1"),
+     ("CUDA_VISIBLE_DEVICES", "NoDevFiles"), ("DS_ACCELERATOR", "cpu")],
+)  # fmt: skip
+def test_hidden_gpus_leave_the_cpu(monkeypatch, unseen, name, value):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv(name, value)
+    assert machine.check_device() == []
+    assert name != "DS_ACCELERATOR" or os.environ["CUDA_VISIBLE_DEVICES"] == "", "for vLLM and lm-eval"
+
+
+@pytest.mark.parametrize(
+    "script", [f"{LISTS}\nexit 9", "echo NVIDIA-SMI has failed because it could not communicate with the driver", "sleep 60",
+               r"printf '\xff\xfe\x00GPU'", "kill -11 $$"]
+)  # fmt: skip
+def test_a_broken_nvidia_smi_says_nothing(monkeypatch, tmp_path, script):
+    monkeypatch.setattr(machine, "SMI_TIMEOUT", 0.3 if "sleep" in script else 10)
+    monkeypatch.setenv("PATH", f"{smi(tmp_path, script)}:{os.environ['PATH']}")
+    assert machine.check_device() == []
+    see(monkeypatch, H100)
+    assert machine.check_device() == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
+
+
+def test_a_gpu_that_only_the_driver_counts_is_no_reason_for_the_cpu(monkeypatch, tmp_path):
+    """A container without nvidia-smi under a driver that torch's build cannot use."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "_driver_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"the driver lists 2 GPUs .* but none is visible to torch"):
+        machine.check_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.check_device() == []
+
+
+def test_an_engine_finds_cuda_untouched(monkeypatch):
+    see(monkeypatch, H100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this initialises the driver"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: pytest.fail("this initialises CUDA"))
+    assert machine.check_device(untouched=True) == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
+
+
+def test_gpus_that_torch_cannot_initialise_are_refused_in_torchs_words(monkeypatch, tmp_path):
+    def fail(_: int) -> None:
+        raise RuntimeError("CUDA unknown error\n- this may be due to")
+
+    see(monkeypatch, H100)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    with pytest.raises(UsageError, match=r"CUDA unknown error - this may be due to\); set CUDA_VISIBLE_DEVICES="):
+        machine.check_device()
+    monkeypatch.setattr(machine, "_gpus_of_another_process", ASK_ANOTHER)
+    monkeypatch.setattr(machine, "_LIST_GPUS", "import sys; sys.exit('RuntimeError: it fell off the bus')")
+    with pytest.raises(UsageError, match="it fell off the bus"):
+        machine.check_device(untouched=True)
+
+
+def test_another_process_tells_of_the_gpus(monkeypatch):
+    monkeypatch.undo()  # torch's own view, whatever is here
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert machine._gpus_of_another_process() == machine.gpus()
+
+
+def test_triton_needs_a_compiler_and_python_h(monkeypatch, tmp_path):
+    see(monkeypatch, H100)
+    header = tmp_path / "include" / "Python.h"
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda *_: str(header.parent))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    packages = r"gcc and python3-dev \(Debian, Ubuntu\) or gcc and python3-devel \(RHEL, Rocky\)"
+    with pytest.raises(UsageError, match=rf"a C compiler \(gcc or clang\) and {header}.*{packages}"):
+        machine.check_device(kernels=True)
+    machine.check_device()  # vLLM compiles for itself
+    header.parent.mkdir()
+    header.write_text("")
+    (tmp_path / "clang").write_text("")
+    (tmp_path / "clang").chmod(0o755)
+    machine.check_device(kernels=True)
+    monkeypatch.setenv("CC", "my-cc")
+    with pytest.raises(UsageError, match=r"a C compiler \(my-cc\), which"):
+        machine.check_device(kernels=True)
+    see(monkeypatch)
+    machine.check_device(kernels=True)
+
+
+# By the real commands
+
+
+def test_commands_refuse_an_unseen_gpu_in_one_line(forks: Forks, root, unseen, tiny_policy, tmp_path):
+    row = json.dumps({"prompt_id": 0, "prompt": [{"role": "user", "content": "Hi"}]})
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "test.jsonl").write_text(row + "\n")
+    out, model = tmp_path / "out", f"--model_path={tiny_policy}"
+    sampling = [model, f"--save_path={out}", f"--dataset={tmp_path / 'prompts'}", "--only_test=true", "--dtype=float32"]
+    rewards = f"--reward_model={root / 'models/ArmoRM-SmolLM2'}"
+    train_config(tiny_policy, tmp_path)
+    commands = {
+        "generate_completions.py": sampling, "score_completions.py": [*sampling, rewards],
+        "train_alignment.py": [model, f"--dataset_path={tmp_path}", f"--save_path={out}", "--train_batch_size=4"],
+    }  # fmt: skip
+    for script, words in commands.items():
+        done = forks.run([sys.executable, root / "src" / script, *words])
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(
+            "error: nvidia-smi lists 1 GPU (NVIDIA A100-SXM4-40GB), driver 535.104.05"
+        )
+        assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_setup_can_ask(root, unseen):
+    def ask(**variables: str) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "PYTHONPATH": str(root / "src"), **variables}
+        return subprocess.run([sys.executable, "-m", "drdpo.machine"], env=environment, capture_output=True, text=True)
+
+    if not torch.version.cuda:
+        refused = ask()
+        assert refused.returncode == 1
+        assert len(refused.stdout.splitlines()) == 1 and "driver 535.104.05" in refused.stdout
+    fine = ask(CUDA_VISIBLE_DEVICES="", **SEES_NO_BFLOAT16)
+    assert (fine.returncode, fine.stdout[:26]) == (0, "--dtype=auto is float32: t")
