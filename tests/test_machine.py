@@ -14,11 +14,10 @@ import torch
 from forks import Forks
 
 from drdpo import distributed, machine
-from drdpo.config import CompletionsConfig, FitHeadsConfig, LeaderboardConfig, TrainConfig
+from drdpo.config import CompletionsConfig, LeaderboardConfig, TrainConfig
 from drdpo.errors import UsageError
 from drdpo.evaluation.leaderboard import evaluate_openllm
 from drdpo.generation.sampling import sample_completions
-from drdpo.rewards.fitting import fit_reward_heads
 from drdpo.rewards.scoring import score_completions
 from drdpo.training.run import _made_by, check_inputs
 from drdpo.training.throughput import peak_flops
@@ -266,7 +265,6 @@ def steps(root: Path, model: Path, out: Path) -> dict[str, Callable[[], object]]
         "training": lambda: check_inputs(train_config(model, out)),
         "leaderboard": lambda: evaluate_openllm(LeaderboardConfig(str(model), str(out / "leaderboard"))),
         "leaderboard by vllm": lambda: machine.settle(LeaderboardConfig(str(model)), untouched=True),
-        "fitting": lambda: fit_reward_heads(FitHeadsConfig("none", "none", "none", str(out / "heads"))),
     }
 
 

@@ -21,8 +21,6 @@ SCRIPTS = {
     "train_alignment.sh": config.TrainConfig,
     "src/evaluate_armorm.py": config.EvaluateConfig,
     "src/compare_openllm.py": config.CompareOpenllmConfig,
-    "src/fit_reward_heads.py": config.FitHeadsConfig,
-    "src/assemble_reward_model.py": config.AssembleConfig,
     "openllm_eval.slurm": config.LeaderboardConfig,
 }
 OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["bash", "setup.sh"], ["bash", "quickstart.sh"],

@@ -47,7 +47,7 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     Raises:
         SystemExit: status 2 after a usage line for an unknown or abbreviated flag or a value of the wrong type; status 0
             after --help.
-        UsageError: a text flag that is empty (unless the dataclass lists it in MAY_BE_EMPTY), a number that is not finite, a
+        UsageError: a text flag that is empty, a number that is not finite, a
             value or a combination that the dataclass refuses.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -66,11 +66,10 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
 
 def _check_values(config_class: type[Any], values: dict[str, Any]) -> None:
     """Refuse what no flag means: an empty path would be the current folder, and no comparison refuses a NaN."""
-    may_be_empty = getattr(config_class, "MAY_BE_EMPTY", ())
     for name, value in values.items():
         shown = spelled(config_class, name)
         for word in value if isinstance(value, list) else [value]:
-            empty = isinstance(word, str) and not word.strip() and name not in may_be_empty
+            empty = isinstance(word, str) and not word.strip()
             require(not empty, f"{shown} is empty; give it a value (is a shell variable unset?)")
             require(not isinstance(word, str) or is_text(word), f"{shown} holds bytes that are not UTF-8 text")
             require(

@@ -1,6 +1,5 @@
 """The embedded reward model's folder: ArmoRM's layout out of a policy and committed heads."""
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -12,10 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from drdpo.assets import reward_model
-from drdpo.assets.reward_model import assemble_reward_model, make_reward_model, reward_model_is_made
-from drdpo.config import AssembleConfig
-from drdpo.errors import DataError, UsageError
-from drdpo.manifest import fingerprint
+from drdpo.assets.reward_model import make_reward_model, reward_model_is_made
+from drdpo.errors import DataError
 from drdpo.rewards.armorm import load_armorm
 from drdpo.rewards.layout import check_folder, read_shapes
 
@@ -197,41 +194,9 @@ def test_a_sharded_backbone_with_a_head_of_its_own_is_assembled(tmp_path: Path, 
         shutil.copyfile(smollm / name, backbone / name)
     added = json.loads((committed / "config.json").read_text()) | {"num_hidden_layers": 1}
     (committed / "config.json").write_text(json.dumps(added))
-    config = AssembleConfig(backbone=str(backbone), heads=str(committed), output_path=str(folder))
-    assemble_reward_model(config)
+    make_reward_model(folder, backbone, committed)
     model = load_armorm(folder, "cpu", torch.float32)
     assert len(model.model.layers) == 1
     embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
     assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
     assert not any("lm_head" in name for name in read_shapes(folder))
-    assemble_reward_model(config)  # again, over its own result
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match="holds something else"):
-        assemble_reward_model(dataclasses.replace(config, output_path=str(tmp_path / "notes")))
-    with pytest.raises(UsageError, match="one of the inputs"):
-        assemble_reward_model(dataclasses.replace(config, output_path=str(backbone)))
-    for name in ("model.safetensors", "train.jsonl"):  # a downloaded model with results beside it
-        (tmp_path / "notes" / name).write_text("keep")
-    (tmp_path / "notes" / "manifest.json").write_text(json.dumps({"assets": {"made_by": {"repository": "x/y"}}}))
-    with pytest.raises(UsageError, match="holds something else"):
-        assemble_reward_model(dataclasses.replace(config, output_path=str(tmp_path / "notes")))
-    (folder / "train.jsonl").write_text("results")
-    with pytest.raises(UsageError, match="holds something else"):
-        assemble_reward_model(config)
-    assert (folder / "train.jsonl").read_text() == "results"
-
-
-def test_heads_go_on_the_backbone_they_were_fitted_on(
-    tiny_policy: Path, smollm: Path, committed: Path, tmp_path: Path
-) -> None:
-    config = AssembleConfig(backbone=str(tiny_policy), heads=str(committed), output_path=str(tmp_path / "model"))
-    with pytest.raises(DataError, match="another width than"):
-        assemble_reward_model(dataclasses.replace(config, backbone=str(smollm)))
-    added = json.loads((committed / "config.json").read_text())
-    (committed / "config.json").write_text(json.dumps(added | {"backbone_fingerprint": fingerprint(smollm)}))
-    with pytest.raises(DataError, match="fitted on another backbone"):
-        assemble_reward_model(config)
-    (committed / "config.json").write_text(json.dumps(added | {"backbone_fingerprint": fingerprint(tiny_policy)}))
-    assemble_reward_model(config)
-    assert not (tmp_path / "model" / "train.jsonl").exists()

@@ -19,7 +19,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.rewards import scorer
 from drdpo.rewards.armorm import load_armorm
-from drdpo.rewards.batching import batches_by_length, pad_right
+from drdpo.rewards.batching import pad_right
 from drdpo.rewards.scorer import Scorer
 from drdpo.rewards.scoring import score_completions
 
@@ -264,16 +264,6 @@ def test_check_only_loads_no_model_and_writes_nothing(save_path: Path, embedded_
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "8"})
     assert done.returncode == 0, done.stderr
     assert [file.name for file in save_path.iterdir()] == ["sampled"]
-
-
-def test_batches_hold_every_index_once_within_the_budget() -> None:
-    lengths = [5, 1, 9, 9, 3, 30, 2]
-    batches = batches_by_length(lengths, 20)
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [5]  # over the budget: alone
-    for batch in batches[1:]:
-        assert max(lengths[index] for index in batch) * len(batch) <= 20
-    assert batches == [[5], [2, 3], [0, 4, 6, 1]]
 
 
 def test_a_backbone_that_cannot_be_packed_is_named(

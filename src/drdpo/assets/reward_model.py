@@ -14,11 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from drdpo.config import AssembleConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError
 from drdpo.files import atomic_folder, read_json_object
 from drdpo.manifest import fingerprint, read_manifest, write_manifest
-from drdpo.models import check_model_folder
 
 COMMITTED = Path(__file__).parent / "armorm_smollm2"
 HEADS, CONFIG, CARD, TEMPLATE = "heads.safetensors", "config.json", "README.md", "chat_template.jinja"
@@ -53,7 +51,7 @@ def make_reward_model(folder: Path, policy: Path, committed: Path = COMMITTED) -
     """
     for name in (HEADS, CONFIG, CARD, TEMPLATE):
         if not (committed / name).is_file():
-            raise DataError(f"{committed / name}: no such file; src/fit_reward_heads.py writes it with the others")
+            raise DataError(f"{committed / name}: no such file; experiments/fit_reward_heads.py writes it with the others")
     with atomic_folder(folder) as aside:
         _write_config(policy / "config.json", committed / CONFIG, aside / CONFIG)
         shards = _write_backbone(policy, aside)
@@ -65,48 +63,6 @@ def make_reward_model(folder: Path, policy: Path, committed: Path = COMMITTED) -
         shutil.copyfile(committed / TEMPLATE, aside / TEMPLATE)
         shutil.copyfile(committed / CARD, aside / CARD)
         write_manifest(aside, "assets", _made_by(policy, committed))
-
-
-def assemble_reward_model(config: AssembleConfig) -> None:
-    """Put fitted heads on their backbone; see AssembleConfig.
-
-    Raises:
-        DataError: as make_reward_model.
-        UsageError: the output folder is one of the inputs, or holds something else than an assembled reward model.
-    """
-    target, backbone, heads = Path(config.output_path), Path(config.backbone), Path(config.heads)
-    check_model_folder(config.backbone)
-    if target.resolve() in (backbone.resolve(), heads.resolve()):
-        raise UsageError(f"--output_path={target} is one of the inputs; give another folder")
-    if target.exists() and not _is_ours(target):
-        raise UsageError(f"--output_path={target} holds something else than an assembled reward model; give another folder")
-    _check_match(backbone, heads)
-    make_reward_model(target, backbone, heads)
-    print(f"{target}: {heads} on {backbone}; use it by --reward_model={target}")
-
-
-def _is_ours(folder: Path) -> bool:
-    """Is a folder empty, or an assembled reward model without any file that was not assembled?"""
-    if not folder.is_dir():
-        return False
-    names = {file.name for file in folder.iterdir()}
-    if not names:
-        return True
-    made_by = read_manifest(folder).get("assets", {}).get("made_by", {})
-    if not {"policy", "committed", "layout"} <= set(made_by) or INDEX not in names:
-        return False
-    shards = set(read_json_object(folder / INDEX).get("weight_map", {}).values())
-    return names <= {*shards, INDEX, CONFIG, CARD, TEMPLATE, "tokenizer.json", "tokenizer_config.json", "manifest.json"}
-
-
-def _check_match(backbone: Path, heads: Path) -> None:
-    """Raise DataError where the heads were fitted on another backbone: they would score, and mean nothing."""
-    fitted = read_json_object(heads / CONFIG).get("backbone_fingerprint")
-    if fitted is not None and fitted != fingerprint(backbone):
-        raise DataError(f"{heads}: the heads were fitted on another backbone than {backbone}; fit them on this one")
-    width, shapes = read_json_object(backbone / CONFIG).get("hidden_size"), _shapes(heads / HEADS)
-    if shapes.get("regression_layer.weight", [0, 0])[1] != width:
-        raise DataError(f"{heads / HEADS}: regression_layer.weight has another width than {backbone} ({width})")
 
 
 def _made_by(policy: Path, committed: Path) -> dict[str, Any]:
@@ -174,16 +130,6 @@ def _write_index(folder: Path, shards: list[str]) -> None:
             total += size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DataError(f"{path}: not whole safetensors ({error})") from error
 
 
 def _tensors(path: Path) -> dict[str, tuple[str, int]]:

@@ -1,22 +1,19 @@
 """One frozen dataclass per step IS the command line of that step."""
 
-from drdpo.config.assets import AssembleConfig, AssetsConfig
+from drdpo.config.assets import AssetsConfig
 from drdpo.config.comparison import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.config.completions import CompletionsConfig
 from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
 from drdpo.config.inspection import InspectConfig, ShowRunConfig
 from drdpo.config.preferences import PreferencesConfig
-from drdpo.config.reward_heads import FitHeadsConfig
 from drdpo.config.training import TrainConfig
 
 __all__ = [
-    "AssembleConfig",
     "AssetsConfig",
     "CompareMixturesConfig",
     "CompareOpenllmConfig",
     "CompletionsConfig",
     "EvaluateConfig",
-    "FitHeadsConfig",
     "InspectConfig",
     "LeaderboardConfig",
     "PreferencesConfig",

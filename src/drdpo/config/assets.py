@@ -1,4 +1,4 @@
-"""Flags of src/download_assets.py, which setup.sh passes on, and of src/assemble_reward_model.py."""
+"""Flags of src/download_assets.py, which setup.sh passes on."""
 
 from dataclasses import dataclass
 
@@ -18,12 +18,3 @@ class AssetsConfig:
     def __post_init__(self) -> None:
         select_models(self.models)
         select_datasets(self.datasets)
-
-
-@dataclass(frozen=True)
-class AssembleConfig:
-    """Put the heads that src/fit_reward_heads.py wrote on their backbone."""
-
-    backbone: str = flag("Hugging Face folder that the heads were fitted on")
-    heads: str = flag("output folder of src/fit_reward_heads.py")
-    output_path: str = flag("folder for the reward model, in ArmoRM's layout")

@@ -1,1 +1,1 @@
-"""Steps 1b and 2: ArmoRM, scoring, the arithmetic of scores, preference pairs, and the fitting of reward heads."""
+"""Steps 1b and 2: ArmoRM, scoring, the arithmetic of scores, preference pairs."""

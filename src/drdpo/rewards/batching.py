@@ -7,25 +7,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group sequences of like length, longest first, so that little is padded and memory peaks at once.
-
-    Args:
-        lengths: tokens of each sequence.
-        budget: most tokens of a batch, padding included. A single sequence over it makes a batch of its own.
-
-    Returns:
-        Indices into `lengths`, each exactly once.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
 def pad_right(
     sequences: Sequence[Sequence[int]], pad_id: int, device: "torch.device"
 ) -> tuple["torch.Tensor", "torch.Tensor"]:

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 
 from drdpo.records import Preference
-from drdpo.rewards.statistics import pearson
 
 Unit = Literal["tokens", "characters"]
 
@@ -76,7 +75,7 @@ def lengths(pairs: Sequence[Preference]) -> Lengths:
         chosen_longer_share=share,
         chosen_longer_low=low,
         chosen_longer_high=high,
-        margin_correlation=pearson(margin_P, difference_P) if varies else None,
+        margin_correlation=float(np.corrcoef(margin_P, difference_P)[0, 1]) if varies else None,
     )
 
 

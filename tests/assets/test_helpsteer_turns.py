@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from drdpo.helpsteer import split_helpsteer_turns
+from drdpo.assets.helpsteer2 import split_helpsteer_turns
 
 
 def test_one_turn_is_kept_whole() -> None:

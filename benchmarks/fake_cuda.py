@@ -1,0 +1,356 @@
+"""A GPU that is not there: the trainer's own code on fake CUDA tensors, and what it would launch, move and hold on a GPU.
+
+FakeTensorMode gives every operation's shapes, dtypes and devices without computing a number. With fake_cuda.cpp, which
+answers for the missing driver, forward and backward passes run as on a GPU: `is_cuda` is true, tensors on two devices that
+meet are an error, the attention kernel is the one that torch would choose, and Triton launches are recorded.
+
+Import this module before torch: it builds the library (once, with g++, a few seconds) and loads it. The process then has a
+GPU in name, for good. It takes a CPU build of torch on Linux.
+"""
+# ruff: noqa: E402 - torch comes after the library
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+SRC = Path(__file__).resolve().parents[1] / "src"
+
+
+def why_not() -> str | None:
+    """Why this machine cannot pretend, or None."""
+    version = importlib.metadata.version("torch")
+    if not version.endswith("+cpu"):
+        return f"torch {version} is not a CPU build"
+    return None if shutil.which("g++") else "there is no g++ (Debian: apt install g++; RHEL: dnf install gcc-c++)"
+
+
+def _load() -> None:
+    """Build the library, if this source and this torch have none yet, and load it.
+
+    Raises:
+        ImportError: it cannot be.
+    """
+    if reason := why_not():
+        raise ImportError(f"fake CUDA: {reason}")
+    if "torch" in sys.modules:
+        raise ImportError("fake CUDA: import fake_cuda before torch, which looks for devices only once")
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    torch_folder = Path(spec.origin).parent
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch_folder} {importlib.metadata.version('torch')}".encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drdpo"
+    library = cache / f"fake_cuda_{key[:12]}.so"
+    if not library.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+        include = torch_folder / "include"
+        words = [
+            "g++", "-O1", "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", unfinished, f"-I{include}",
+            f"-I{include}/torch/csrc/api/include", f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu",
+            f"-Wl,-rpath,{torch_folder}/lib",
+        ]  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise ImportError(f"fake CUDA: {SOURCE.name} does not compile: {done.stderr.strip()[-1500:]}")
+        unfinished.replace(library)
+    for path in (torch_folder / "lib" / "libtorch_global_deps.so", library):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+_load()
+sys.path.insert(0, str(SRC))
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+DEVICE = torch.device("cuda", 0)
+CAPABILITY = (9, 0)
+"""Of the GPU that is not there: an H100 of 80 GB."""
+_PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32
+)
+_FREE = ("_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+"""Operations that launch no kernel, beside views."""
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_VALUES = ("_local_scalar_dense", "equal", "allclose")
+"""Operations that tell the host a value."""
+
+
+class Counts(TorchDispatchMode):
+    """Counts what a GPU would do within the block.
+
+    Args:
+        known: tensors that are there before, which do not count as memory.
+        rates: {GPU: Rates}, for `seconds`.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = (), rates: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        """Of operations by name; each counts as one kernel, though a few run several."""
+        self.bytes = 0
+        """Of all operands and results of every launch: more than memory moves where a cache holds them."""
+        self.flops: Counter[str] = Counter()
+        """Of matrix products by dtype, and of Triton's under "triton"; attention kernels are not counted."""
+        self.launches_at: Counter[str] = Counter()
+        """By file of ours or of the model; a backward operation counts where its forward operation was called."""
+        self.bytes_at: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
+        """What makes the host wait for the device: operation and line of ours."""
+        self.attention: Counter[tuple[str, str]] = Counter()
+        """(kernel, dtype) of scaled_dot_product_attention's calls."""
+        self.on_cpu: Counter[str] = Counter()
+        """Operations between tensors of the CPU."""
+        self.seconds: Counter[str] = Counter()
+        """By GPU: each launch takes the longer of its arithmetic and its bytes."""
+        self.peak = 0
+        """Most bytes held at once."""
+        self._rates = rates or {}
+        self._alive = 0
+        self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self._place_of_node: dict[int, str] = {}
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> "Counts":
+        _ACTIVE.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.remove(self)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        space, name = func._schema.name.split("::")
+        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        place = self._place()
+        out = func(*args, **kwargs)
+        made = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor)]
+        if space != "prim" and made and not _is_view(func) and name not in _FREE:
+            if any(tensor.is_cuda for tensor in given + made):
+                if name == "_to_copy" and given[0].is_cuda != made[0].is_cuda and not kwargs.get("non_blocking"):
+                    _waited("copy")
+                self.launched(name, place, given + made, _arithmetic(name, args, made))
+            else:
+                self.on_cpu[name] += 1
+        tree_map_only(Tensor, self._hold, out)
+        return out
+
+    def launched(self, name: str, place: str, tensors: Sequence[Tensor], arithmetic: tuple[str, int]) -> None:
+        """Count a launch on these operands and results, with its arithmetic as (kind, FLOPs)."""
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.launches[name] += 1
+        self.launches_at[place] += 1
+        self.bytes += moved
+        self.bytes_at[place] += moved
+        kind, flops = arithmetic
+        if flops:
+            self.flops[kind] += flops
+        for gpu, rates in self._rates.items():
+            self.seconds[gpu] += rates.seconds(kind, flops, moved)
+
+    def _place(self) -> str:
+        """The file of ours, or of a model of transformers, that the innermost such function stands in; in a backward pass
+        that of the forward operation."""
+        frame: Any = sys._getframe(2)
+        while frame is not None and (found := _file(frame.f_code.co_filename)) is None:
+            frame = frame.f_back
+        if frame is not None:
+            if threading.get_ident() == self._thread:
+                # Autograd numbers its nodes, and has made this operation's before it runs it.
+                self._place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, found or "")
+            return found or ""
+        node = torch._C._current_autograd_node()
+        return self._place_of_node.get(node._sequence_nr(), "autograd") if node is not None else "torch"
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        where = storage._cdata
+        if tensor.is_cuda and where not in self._seen:
+            size = storage.nbytes()
+            self._seen[where] = weakref.finalize(storage, self._forget, where, size)
+            self._alive += size
+            self.peak = max(self.peak, self._alive)
+        return tensor
+
+    def _forget(self, where: int, size: int) -> None:
+        del self._seen[where]
+        self._alive -= size
+
+
+_ACTIVE: list[Counts] = []
+
+
+@lru_cache
+def _file(path: str) -> str | None:
+    for folder in (f"{SRC / 'drdpo'}{os.sep}", f"{os.sep}transformers{os.sep}models{os.sep}"):
+        if folder in path:
+            return path.partition(folder)[2]
+    return None
+
+
+def _line() -> str:
+    """Where ours is being run."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.startswith(str(SRC)):
+        frame = frame.f_back
+    return "" if frame is None else f"{_file(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _zero(dtype: torch.dtype) -> Any:
+    return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+
+
+def _is_view(func: Any) -> bool:
+    return any(part.alias_info is not None and not part.alias_info.is_write for part in func._schema.returns)
+
+
+def _arithmetic(name: str, args: Any, made: list[Tensor]) -> tuple[str, int]:
+    """(dtype, FLOPs) of a matrix product."""
+    if name not in _PRODUCTS:
+        return "", 0
+    left = args[0] if name in ("mm", "bmm") else args[1]
+    return str(left.dtype).removeprefix("torch."), 2 * made[0].numel() * left.shape[-1]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """torch's scaled_dot_product_attention with the kernel that torch 2.13 with cuDNN 9.15 or later chooses on CUDA."""
+    if not query.is_cuda:
+        return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    cuda, grouped = torch.backends.cuda, query.shape[1] != key.shape[1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if half and CAPABILITY[0] in (9, 10) and key.shape[2] != 1 and cuda.cudnn_sdp_enabled():
+        kernel = "cudnn"
+    elif half and attn_mask is None and cuda.flash_sdp_enabled():
+        kernel = "flash"
+    elif not grouped and cuda.mem_efficient_sdp_enabled():
+        kernel = "efficient"
+    else:
+        kernel = "math"
+    for counts in _ACTIVE:
+        counts.attention[kernel, str(query.dtype).removeprefix("torch.")] += 1
+    aten, inputs = torch.ops.aten, (query, key, value)
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention(*inputs, dropout_p, is_causal, False, scale=scale)[0]
+    if kernel == "math":
+        shared = {"scale": scale, "enable_gqa": enable_gqa}
+        return aten._scaled_dot_product_attention_math(*inputs, attn_mask, dropout_p, is_causal, **shared)[0]
+    mask = None if attn_mask is None else attn_mask.expand(query.shape[0], query.shape[1], -1, -1)
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(*inputs, mask, True, dropout_p, is_causal, False, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(*inputs, mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _triton_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    """In place of triton.runtime.jit.JITFunction.run: no kernel runs; what it would do is counted."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    if not all(tensor.is_cuda for tensor in tensors):
+        raise ValueError(f"{kernel.__name__} is launched on {[str(tensor.device) for tensor in tensors]}")
+    named = dict(zip(kernel.arg_names, args, strict=False))
+    hidden_ND, weight_VD = named.get("hidden_ptr"), named.get("weight_ptr")
+    flops = 0 if hidden_ND is None else 2 * hidden_ND.numel() * len(weight_VD)
+    for counts in _ACTIVE:
+        counts.launched(kernel.__name__, counts._place(), tensors, ("triton", flops))
+
+
+def _never(*_: Any) -> None:
+    raise AssertionError("fake tensors have no kernels")
+
+
+_torch_attention = torch.nn.functional.scaled_dot_product_attention
+_KERNELS = torch.library.Library("aten", "IMPL")
+"""Of CUDA builds: without a kernel of its own torch would put a formula of several operations in its place."""
+
+
+def _install() -> None:
+    """Answer for the device where torch would ask the driver; before any module of ours takes a function by its name."""
+    from triton.runtime.jit import JITFunction
+
+    _KERNELS.impl("silu_backward", _never, "CUDA")
+    torch.nn.functional.scaled_dot_product_attention = _attention
+    JITFunction.run = _triton_launch
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    torch.cuda.get_device_properties = lambda device=None: _PROPERTIES
+    torch.cuda.get_device_name = lambda device=None: _PROPERTIES.name
+    torch.cuda.mem_get_info = lambda device=None: (_PROPERTIES.total_memory, _PROPERTIES.total_memory)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+
+
+_install()
+
+
+class FakeTensors(FakeTensorMode):
+    """Within it every new tensor is fake, and one that is not is an error. All values are zero, and so is what is asked of
+    them; a boolean mask selects `selected` elements."""
+
+    avoid_device_init = True  # torch would copy small constants to a device that it believes to be there
+
+    def __init__(self, selected: int = 0) -> None:
+        super().__init__(allow_non_fake_inputs=False)
+        self.selected = selected
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in (*_VALUES, "nonzero") and getattr(args[0], "constant", None) is None:
+            if args[0].is_cuda:
+                _waited(name)
+            if name == "nonzero":
+                return args[0].new_empty(self.selected, args[0].dim(), dtype=torch.int64)
+            return _zero(args[0].dtype) if name == "_local_scalar_dense" else True
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            args = (args[0], self._numbered(args[1]), *args[2:])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _numbered(self, indices: Sequence[Any]) -> list[Any]:
+        """Indices with numbers in the place of boolean masks on the device."""
+        found: list[Any] = []
+        for index in indices:
+            if isinstance(index, Tensor) and index.is_cuda and index.dtype == torch.bool:
+                _waited("mask")
+                found += [index.new_empty(self.selected, dtype=torch.int64) for _ in range(index.dim())]
+            else:
+                found.append(index)
+        return found
+
+
+def _waited(operation: str) -> None:
+    for counts in _ACTIVE:
+        counts.syncs[f"{operation} {_line()}"] += 1
+
+
+def to_cuda(whole: nn.Module) -> None:
+    """Move a module from the meta device to the fake one, in FakeTensors; tied weights stay tied."""
+    moved: dict[int, Any] = {}
+    for module in whole.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            own = module._parameters if name in module._parameters else module._buffers
+            if id(tensor) not in moved:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+                moved[id(tensor)] = fake if own is module._buffers else nn.Parameter(fake, tensor.requires_grad)
+            own[name] = moved[id(tensor)]

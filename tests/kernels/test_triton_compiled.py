@@ -1,0 +1,97 @@
+"""The Triton kernels compiled, as a launch would, for GPUs that are not here: their code is read, nothing runs."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a block may have by compute capability: A100; A10 and RTX 30; H100; B200; RTX 50. Source:
+CUDA C++ programming guide, technical specifications per compute capability."""
+PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
+"""What multiplies on tensor cores; else mma.sync."""
+SPILLED = {(120, "logsumexp"): 16}
+"""Bytes of registers a thread that may go to memory where it is not none: of 128 by 128 sums in 255 registers."""
+
+
+class NoDriver:
+    """In the place of a driver: says which GPU it would be."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Compiles a kernel for 2,048 tokens, width 2,048 and a block of the vocabulary."""
+    from triton.runtime.driver import driver
+
+    from drdpo.kernels import triton_logprob as kernels
+
+    if kernels.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def build(capability: int, dtype: torch.dtype, kernel: str, vocabulary: int) -> Any:
+        monkeypatch.setattr(driver, "_active", NoDriver(capability))
+        matrix, ids, floats = torch.empty(1, dtype=dtype), torch.empty(1, dtype=torch.int64), torch.empty(1)
+        options = {**kernels._products(dtype), **kernels._tiles(dtype), "grid": (1,)}
+        tokens = width = 2048
+        if kernel == "logsumexp":
+            return kernels._logsumexp_kernel.warmup(
+                matrix, matrix, ids, floats, floats, floats, tokens, width, vocabulary, 8064, width, width, **options
+            )
+        return kernels._logit_gradient_kernel.warmup(
+            matrix, matrix, ids, floats, floats, matrix, tokens, width, vocabulary, width, width, vocabulary, **options
+        )
+
+    return build
+
+
+def spilled(cubin: bytes, folder: Path) -> int:
+    """Bytes of a thread's registers that the machine code keeps in memory."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    told = subprocess.run([reader, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    (stack,), (local,) = (re.findall(rf"{name}:(\d+)", told) for name in ("STACK", "LOCAL"))
+    return int(stack) + int(local)
+
+
+@pytest.mark.parametrize("kernel", ["logsumexp", "gradient"])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [*((capability, torch.bfloat16) for capability in SHARED), (80, torch.float32), (90, torch.float32)],
+)
+def test_the_kernels_compiled_for_gpus(
+    compiled: Any, tmp_path: Path, capability: int, dtype: torch.dtype, kernel: str
+) -> None:
+    built = compiled(capability, dtype, kernel, 32768)
+    ptx = built.asm["ptx"]
+    assert built.metadata.shared <= SHARED[capability]
+    assert spilled(built.asm["cubin"], tmp_path) <= SPILLED.get((capability, kernel), 0)
+    assert "cp.async.c" in ptx, "tiles are loaded while others are multiplied"
+    assert (PRODUCTS.get(capability, "mma.sync") in ptx) == (dtype == torch.bfloat16), "float32 is not cut to TF32"
+    if kernel == "gradient":
+        assert re.search(r"st\.global[.\w]*\.v4", ptx) and "st.global.b16" not in ptx, "16 bytes are stored at a time"
+
+
+def test_a_gradient_block_of_odd_width_is_stored_two_bytes_at_a_time(compiled: Any) -> None:
+    """Why the blocks of drdpo.kernels.vocabulary are multiples of 128 wide."""
+    ptx = compiled(80, torch.bfloat16, "gradient", 44739).asm["ptx"]
+    assert "st.global.b16" in ptx and not re.search(r"st\.global[.\w]*\.v4", ptx)

@@ -1,0 +1,110 @@
+"""The GPU path without a GPU: our own code on fake CUDA tensors (benchmarks/fake_cuda.py), run by fake_cuda_worker.py.
+
+Held are that no tensor is on the wrong device (which is an error there), what waits for the device, which kernels and
+precisions are taken, what a default step launches and moves, and that the preflight predicts what it holds.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results" / "gpu_counts.json"
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, dict[str, Any]]:
+    """What every run of the worker told, by name."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(BENCHMARKS)])
+    words = [sys.executable, root / "tests" / "fake_cuda_worker.py"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1200)
+    if "ImportError: fake CUDA: " in done.stderr and "does not compile" not in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+def of(runs: dict[str, dict[str, Any]], *words: str) -> dict[str, dict[str, Any]]:
+    """The runs whose names hold all these words; there must be some."""
+    found = {name: run for name, run in runs.items() if set(words) <= set(name.split())}
+    assert found, words
+    return found
+
+
+def test_every_run_ends(runs: dict[str, dict[str, Any]]) -> None:
+    assert {name: run["where"] for name, run in runs.items() if "error" in run and name != "planted"} == {}
+    assert len(runs) > 45
+
+
+def test_a_tensor_on_the_wrong_device_is_an_error(runs: dict[str, dict[str, Any]]) -> None:
+    assert "cuda:0 and cpu" in runs["planted"]["error"]
+
+
+def test_no_step_of_packed_rows_waits_for_the_device(runs: dict[str, dict[str, Any]]) -> None:
+    for name, run in runs.items():
+        if "syncs" in run and not {"padded", "scoring", "checks"} & set(name.split()):
+            assert run["syncs"] == run["on_cpu"] == {}, name
+
+
+def test_the_attention_of_packed_rows(runs: dict[str, dict[str, Any]]) -> None:
+    """One call a layer by default, never a kernel that makes a plan for every length, nor one with whole matrices."""
+    for method in ("dpo", "kldpo", "drdpo"):
+        passes = 1 if method == "dpo" else 2  # the survey of the population is the other
+        assert runs[f"{method} bfloat16 auto"]["attention"] == {}
+        assert runs[f"{method} bfloat16 auto"]["varlen"] == passes
+    assert runs["scoring"]["varlen"] == 1 and runs["scoring"]["attention"] == {}
+    for name, run in runs.items():
+        if "attention" in run and "padded" not in name:
+            assert {kind.split()[0] for kind in run["attention"]} <= {"flash", "efficient"}, name
+    assert all(run["attention"] and not run["varlen"] for name, run in of(runs, "sdpa").items() if "memory" not in name)
+
+
+def test_the_precision_of_products(runs: dict[str, dict[str, Any]]) -> None:
+    """float32 multiplies in float32 throughout, bfloat16 in float32 only where WDPO's tangents ask for it."""
+    for name, run in of(runs, "float32").items():
+        assert set(run["flops"]) == {"float32", "triton"}, name
+    for name, run in of(runs, "bfloat16").items():
+        wide = name.startswith("wdpo bfloat16")
+        assert set(run["flops"]) == {"bfloat16", "triton"} | ({"float32"} if wide else set()), name
+        assert run["flops"].get("float32", 0) < run["flops"]["bfloat16"]
+
+
+def test_adapters_and_recomputation_cost_what_they_should(runs: dict[str, dict[str, Any]]) -> None:
+    plain, recomputed, lora = (runs[f"dpo {name}"] for name in ("bfloat16 auto", "recomputed", "bfloat16 lora"))
+    assert recomputed["varlen"] == 2 * plain["varlen"]
+    # A third of the products, those of the weights' gradients, are not needed; forward passes are a third.
+    assert lora["flops"]["bfloat16"] < 0.75 * plain["flops"]["bfloat16"] < plain["flops"]["bfloat16"]
+    assert plain["flops"]["bfloat16"] < recomputed["flops"]["bfloat16"] < 1.34 * plain["flops"]["bfloat16"]
+
+
+def test_a_default_step_of_llama_1b(runs: dict[str, dict[str, Any]]) -> None:
+    """The committed counts are those of today's code, and within what a GPU is kept busy by."""
+    committed = {row["pairs"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+                 if (row["model"], row["method"], row["default"]) == ("Llama-3.2-1B", "dpo", True)}  # fmt: skip
+    for pairs in (1, 16):
+        counted = {key: runs[f"counts {pairs}"].get(key) for key in committed[pairs]}
+        assert counted == committed[pairs], "run: python benchmarks/gpu_counts.py"
+    assert committed[16]["launches"] <= 4500 and committed[16]["gib_moved"] <= 380
+    assert committed[1]["launches"] <= 2500
+
+
+def test_memory_is_predicted(runs: dict[str, dict[str, Any]]) -> None:
+    asked = {name: run for name, run in runs.items() if "predicted" in run}
+    assert len(asked) == 6
+    for name, run in asked.items():
+        assert run["predicted"] == pytest.approx(run["counted"], rel=0.1), name
+
+
+def test_without_what_it_takes(tmp_path: Path) -> None:
+    """No compiler, or torch imported first: one line that says so."""
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)}
+    for code, words in (("import fake_cuda", "there is no g++"), ("import torch, fake_cuda", "fake_cuda")):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode and done.stderr.strip().splitlines()[-1].startswith("ImportError: fake CUDA: ")
+        assert words in done.stderr
