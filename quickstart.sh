@@ -19,14 +19,14 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
   --learning_rate=2e-3  of the LoRA adapters
   --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
   --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
-  --kldpo_tau=0.5
+  --kldpo_tau=1
   --wdpo_rho=0.002
   --seed=42             of the sampling, the pairs' order and the adapters
 USAGE
 }
 
 output_path=outputs/quickstart prompts=48 prompt_max_len=64 best_of_n=6 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
-train_batch_size=8 max_steps=12 learning_rate=2e-3 lora_rank=16 beta=0.1 kldpo_tau=0.5 wdpo_rho=0.002 seed=42
+train_batch_size=8 max_steps=12 learning_rate=2e-3 lora_rank=16 beta=0.1 kldpo_tau=1 wdpo_rho=0.002 seed=42
 names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
     learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
 for word in "$@"; do
