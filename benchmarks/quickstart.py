@@ -60,7 +60,8 @@ def estimate(results: dict) -> str:
 
 
 def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) -> dict:
-    """One quickstart: {"gains_sd": {method: {value, low, high}}, "seconds": {step: }, "peak_gib": }."""
+    """One quickstart: {"gains_sd": {method: {value, low, high}}, "seconds": {step: }, "peak_gib": , "load_before": }."""
+    load = os.getloadavg()[0]
     command = ["bash", str(ROOT / "quickstart.sh"), f"--seed={seed}", f"--output_path={folder}", *flags]
     subprocess.run(command, check=True, env={**os.environ, **environment})
     lines = [line.split("\t") for line in (folder / "times.tsv").read_text(encoding="utf-8").splitlines()]
@@ -71,6 +72,7 @@ def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) 
         # The first line is the setup's.
         "seconds": {name: after - at for (_, name), at, after in zip(lines[1:], starts[1:], starts[2:], strict=False)},
         "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "load_before": round(load, 2),
     }
 
 
@@ -88,16 +90,20 @@ def main() -> None:
     if arguments.estimate == "true":
         print(estimate(results))
         return
-    environment, load = AVX2 if arguments.cpu == "avx2" else {}, os.getloadavg()[0]
+    environment = AVX2 if arguments.cpu == "avx2" else {}
     os.environ.update(environment)  # before torch is imported, for dtype_here and speed
     flags = [f"--{word}" for word in arguments.flags]
     runs = {
         seed: run(seed, arguments.output_path / f"{arguments.cpu}_{seed}", environment, flags) for seed in arguments.seeds
     }
-    totals = [sum(found["seconds"].values()) for found in runs.values()]
+    # Of other seeds' runs on the same kind of CPU, those with the same flags stay.
+    before = results.get(arguments.cpu, {})
+    kept = before.get("seeds", {}) if before.get("flags") == flags else {}
+    seeds = dict(sorted({**kept, **{str(seed): found for seed, found in runs.items()}}.items()))
     results[arguments.cpu] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "load_before": round(load, 2), "dtype": dtype_here(),
-        "gflops": round(speed(dtype_here()), 1), "seconds": sum(totals) / len(totals), "seeds": runs,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "flags": flags, "dtype": dtype_here(),
+        "gflops": round(speed(dtype_here()), 1),
+        "seconds": round(sum(sum(found["seconds"].values()) for found in seeds.values()) / len(seeds)), "seeds": seeds,
     }  # fmt: skip
     arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     failed = []
