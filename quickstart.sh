@@ -15,7 +15,7 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
   --temperature=1.2     of the sampling, before training and after
   --pairs_per_prompt=2  preference pairs of each prompt, those of the largest margins
   --train_batch_size=8  pairs per optimizer step, a multiple of 8
-  --max_steps=12        optimizer steps
+  --max_steps=10        optimizer steps
   --learning_rate=2e-3  of the LoRA adapters
   --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
   --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
@@ -26,7 +26,7 @@ USAGE
 }
 
 output_path=outputs/quickstart prompts=48 prompt_max_len=64 best_of_n=6 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
-train_batch_size=8 max_steps=12 learning_rate=2e-3 lora_rank=16 beta=0.1 kldpo_tau=1 wdpo_rho=0.002 seed=42
+train_batch_size=8 max_steps=10 learning_rate=2e-3 lora_rank=16 beta=0.1 kldpo_tau=1 wdpo_rho=0.002 seed=42
 names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
     learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
 for word in "$@"; do
@@ -67,6 +67,7 @@ say "environment, embedded models and prompts"
 bash "$ROOT/setup.sh" --models=embedded --datasets=embedded
 # shellcheck source=src/env.sh
 source "$ROOT/src/env.sh"
+export DRDPO_PROCESSES="${DRDPO_PROCESSES:-1}" # These sizes are one process's, also where there are several GPUs.
 
 cat <<PLAN
 
@@ -92,11 +93,11 @@ run python "$ROOT/src/generate_preferences.py" --completions="$output_path/base"
 
 runs=("base=$output_path/base")
 for method in dpo kldpo wdpo; do
-    # WDPO's penalty, a gradient's gradient, is put on one micro-batch of four in each step.
+    # WDPO with the prompt counted once, as in the paper's formula: a third fewer tokens.
     case "$method" in
-        dpo) own=(--micro_batch_size=8) ;;
-        kldpo) own=(--micro_batch_size=8 --kldpo_tau="$kldpo_tau") ;;
-        wdpo) own=(--micro_batch_size=2 --wdpo_rho="$wdpo_rho" --wdpo_fraction=0.25) ;;
+        dpo) own=() ;;
+        kldpo) own=(--kldpo_tau="$kldpo_tau") ;;
+        wdpo) own=(--wdpo_rho="$wdpo_rho" --wdpo_prompt=once) ;;
     esac
     say "step 3: train by $method"
     if [[ "$method" != dpo && ! -d "$output_path/$method" ]]; then
@@ -107,7 +108,7 @@ for method in dpo kldpo wdpo; do
     # As train_alignment.sh, which starts DeepSpeed's launcher for one process too: ten seconds.
     launch_if_several "$ROOT/src/train_alignment.py" --model_path="$policy" --dataset_path="$output_path/preferences" \
         --save_path="$output_path/$method" "${own[@]}" --beta="$beta" --learning_rate="$learning_rate" \
-        --lora_rank="$lora_rank" --train_batch_size="$train_batch_size" --max_steps="$max_steps" --max_len=256 \
+        --lora_rank="$lora_rank" --train_batch_size="$train_batch_size" --micro_batch_size=8 --max_steps="$max_steps" --max_len=256 \
         --max_test_pairs=4 --warmup_ratio=0 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"
     say "step 4: sample and score answers of the $method model"
     bash "$ROOT/generate_completions.sh" --only_test=true --save_path="$output_path/$method/completions" \

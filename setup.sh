@@ -184,7 +184,7 @@ PYTHON
 # driver_version: of the NVIDIA driver, e.g. 550.54.15; nothing where neither nvidia-smi nor the kernel knows it.
 driver_version() {
     {
-        nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
+        timeout 10 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
         cat /proc/driver/nvidia/version 2>/dev/null
     } | sed -nE '/(^| )[0-9]{3}\.[0-9]/ { s/^(.* )?([0-9]{3}\.[0-9.]+).*/\2/; p; q }' || true
 }

@@ -55,7 +55,10 @@ def _load() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drdpo"
     library = cache / f"fake_cuda_{key[:12]}.so"
     if not library.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ImportError(f"fake CUDA: {cache}: {error.strerror}; XDG_CACHE_HOME names another place") from error
         unfinished = library.with_suffix(f".{os.getpid()}.tmp")
         include = torch_folder / "include"
         words = [

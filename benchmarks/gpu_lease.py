@@ -22,6 +22,7 @@ import argparse
 import gc
 import inspect
 import json
+import os
 import random
 import re
 import statistics
@@ -452,6 +453,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=520, help="after which no part begins")
     parser.add_argument("--output", type=Path, help="file of results")
     arguments = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; read at the process's first one
+    if arguments.tiny:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # resolve_attention asks whether there is a GPU
     if not arguments.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --tiny runs the same parts on a CPU")
     output = arguments.output

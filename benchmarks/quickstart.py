@@ -45,8 +45,18 @@ def dtype_here() -> str:
     return resolve_dtype("auto").dtype
 
 
+def gpus() -> bool:
+    """Does a GPU do the work here?"""
+    sys.path.insert(0, str(ROOT / "src"))
+    from drdpo.distributed import use_cuda
+
+    return use_cuda()
+
+
 def estimate(results: dict) -> str:
-    """A line for a user: the seconds that were measured, scaled by this machine's speed; starting programs is not scaled."""
+    """A line for a user: the seconds that were measured on a CPU, scaled by this machine's speed in matrix products."""
+    if gpus():
+        return "How long it takes on a GPU has not been measured."
     dtype = dtype_here()
     known = [entry for entry in results.values() if entry["dtype"] == dtype]
     if not known:
@@ -62,6 +72,8 @@ def estimate(results: dict) -> str:
 def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) -> dict:
     """One quickstart: {"gains_sd": {method: {value, low, high}}, "seconds": {step: }, "peak_gib": , "load_before": }."""
     load = os.getloadavg()[0]
+    if folder.exists():
+        sys.exit(f"error: {folder} is there, and its steps would take no time; remove it or pass another --output_path")
     command = ["bash", str(ROOT / "quickstart.sh"), f"--seed={seed}", f"--output_path={folder}", *flags]
     subprocess.run(command, check=True, env={**os.environ, **environment})
     lines = [line.split("\t") for line in (folder / "times.tsv").read_text(encoding="utf-8").splitlines()]
@@ -69,6 +81,7 @@ def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) 
     record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["evaluate_armorm"]["trained_mixture"]
     return {
         **record,
+        "flags": (folder / "flags").read_text(encoding="utf-8").replace(f"--seed={seed} ", "").strip(),
         # The first line is the setup's.
         "seconds": {name: after - at for (_, name), at, after in zip(lines[1:], starts[1:], starts[2:], strict=False)},
         "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
@@ -96,12 +109,13 @@ def main() -> None:
     runs = {
         seed: run(seed, arguments.output_path / f"{arguments.cpu}_{seed}", environment, flags) for seed in arguments.seeds
     }
-    # Of other seeds' runs on the same kind of CPU, those with the same flags stay.
-    before = results.get(arguments.cpu, {})
-    kept = before.get("seeds", {}) if before.get("flags") == flags else {}
+    # Runs of other seeds stay where they had the same flags.
+    flags_of = next(iter(runs.values()))["flags"]
+    before = results.get(arguments.cpu, {}).get("seeds", {})
+    kept = {seed: found for seed, found in before.items() if found["flags"] == flags_of}
     seeds = dict(sorted({**kept, **{str(seed): found for seed, found in runs.items()}}.items()))
     results[arguments.cpu] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "flags": flags, "dtype": dtype_here(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "dtype": dtype_here(),
         "gflops": round(speed(dtype_here()), 1),
         "seconds": round(sum(sum(found["seconds"].values()) for found in seeds.values()) / len(seeds)), "seeds": seeds,
     }  # fmt: skip

@@ -41,7 +41,7 @@ def quickstart_table() -> str:
     methods = ("dpo", "kldpo", "wdpo")
     lines = ["| CPU | seed | DPO | KLDPO | WDPO | minutes | memory |", "|---|---|---|---|---|---|---|"]
     for cpu, entry in results.items():
-        kind = f"{'AVX2 only' if cpu == 'avx2' else 'AVX-512'}, {entry['dtype']}"
+        kind = f"{entry['dtype']}{', limited to AVX2' if cpu == 'avx2' else ''}"
         for seed, run in entry["seeds"].items():
             gains = [run["gains_sd"][method] for method in methods]
             cells = [f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" for gain in gains]

@@ -18,9 +18,10 @@ RESULTS = BENCHMARKS / "results" / "gpu_counts.json"
 
 
 @pytest.fixture(scope="module")
-def runs(root: Path) -> dict[str, dict[str, Any]]:
+def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What every run of the worker told, by name."""
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
+    environment["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(BENCHMARKS)])
     words = [sys.executable, root / "tests" / "fake_cuda_worker.py"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1200)
@@ -102,9 +103,11 @@ def test_memory_is_predicted(runs: dict[str, dict[str, Any]]) -> None:
 
 
 def test_without_what_it_takes(tmp_path: Path) -> None:
-    """No compiler, or torch imported first: one line that says so."""
-    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)}
-    for code, words in (("import fake_cuda", "there is no g++"), ("import torch, fake_cuda", "fake_cuda")):
+    """No compiler, torch imported first, or a build of torch for CUDA: one line that says so."""
+    paths = {"import fake_cuda": str(tmp_path), "import torch, fake_cuda": os.environ["PATH"]}
+    for (code, path), reason in zip(paths.items(), ("there is no g++", "before torch"), strict=True):
+        environment = {"PATH": path, "PYTHONPATH": str(BENCHMARKS)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode and done.stderr.strip().splitlines()[-1].startswith("ImportError: fake CUDA: ")
-        assert words in done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert done.returncode and line.startswith("ImportError: fake CUDA: ")
+        assert reason in line or "is not a CPU build" in line or "there is no g++" in line

@@ -19,12 +19,19 @@ def check(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "dtype_here", lambda: "bfloat16")
     monkeypatch.setattr(module, "speed", lambda dtype: 100.0)
+    monkeypatch.setattr(module, "gpus", lambda: False)
     return module
 
 
 def gains(**low: float) -> dict[str, Any]:
     found = {method: {"value": 0.5, "low": value, "high": 0.9} for method, value in low.items()}
-    return {"weights": {"a": 1.0}, "gains_sd": found, "seconds": {"train": 240, "sample": 60}, "peak_gib": 2.0}
+    return {
+        "weights": {"a": 1.0},
+        "gains_sd": found,
+        "flags": "--a=1",
+        "seconds": {"train": 240, "sample": 60},
+        "peak_gib": 2.0,
+    }
 
 
 @pytest.mark.parametrize(("low", "status"), [(0.1, 0), (0.0, "error: no gain for sure: wdpo, seed 8"), (-0.1, None)])
@@ -41,6 +48,22 @@ def test_an_interval_that_is_not_above_zero_fails(
     written = json.loads(output.read_text())
     assert written["avx2"] == {"dtype": "float32"}, "another kind of CPU stays"
     assert written["native"]["seconds"] == 300 and set(written["native"]["seeds"]) == {"7", "8"}
+
+
+def test_runs_of_other_flags_do_not_stay(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    kept, old = gains(dpo=0.1), gains(dpo=0.1) | {"flags": "--a=2"}
+    output.write_text(json.dumps({"native": {"seeds": {"3": kept, "4": old}}}))
+    monkeypatch.setattr(check, "run", lambda seed, *_: gains(dpo=0.2))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--seeds", "7", f"--output={output}"])
+    with pytest.raises(SystemExit):
+        check.main()
+    assert set(json.loads(output.read_text())["native"]["seeds"]) == {"3", "7"}
+
+
+def test_a_finished_run_is_not_timed_again(check: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is there"):
+        check.run(7, tmp_path, {}, [])
 
 
 def test_the_estimate_scales_what_was_measured_in_the_same_precision(check: ModuleType) -> None:

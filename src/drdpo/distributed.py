@@ -54,10 +54,11 @@ def device() -> "torch.device":
     return torch.device("cuda", local_rank()) if use_cuda() else torch.device("cpu")
 
 
-def send(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
     """A tensor of the CPU on a device. On CUDA from page-locked memory, so that nobody waits for what the GPU does now."""
     import torch
 
+    device = torch.device(device)
     pinned = device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
     return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 

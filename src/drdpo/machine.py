@@ -88,7 +88,7 @@ def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
     """What --dtype, "auto", "bfloat16" or "float32", stands for on this machine with these GPUs."""
     found = gpus() if found is None else found
     if asked != "auto":
-        slow = asked == "bfloat16" and not found and not _claims_bfloat16() and bfloat16_speed() < 1
+        slow = asked == "bfloat16" and not found and bfloat16_speed() < 1
         times = f"{1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
         warning = f"this CPU multiplies {asked} {times}; --dtype=float32, or leaving out --dtype, is faster" if slow else ""
         return Precision(asked, _ASKED, warning)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drdpo.config import InspectConfig
-from drdpo.errors import DataError
+from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.inspection import inspect_data, read_table
 
 Rows = list[dict[str, Any]]
@@ -104,6 +104,12 @@ def test_shared_prompts_and_rejected_rows(tmp_path: Path, capsys: pytest.Capture
 def test_bad_rows_are_named(rows: Rows, tail: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         read_table(write(tmp_path / "data.jsonl", rows, tail))
+
+
+@pytest.mark.parametrize("flags", [{"samples": -1}, {"seed": -1}, {"seed": 2**32}])
+def test_flags_that_mean_nothing(flags: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(flags))}="):
+        InspectConfig("x", **flags)  # type: ignore[arg-type]
 
 
 def test_the_command(root: Path, tmp_path: Path) -> None:

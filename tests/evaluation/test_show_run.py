@@ -68,6 +68,16 @@ def test_steps_that_were_logged_twice_count_once(folder):
     assert table["loss"].tolist() == [0.7, 0.5] and table["lr"].isna().all()
 
 
+def test_damaged_files_are_no_traceback(folder, capsys):
+    whole = (folder / "metrics.jsonl").read_text().splitlines()[0]
+    for line in ('{"step": "x"}', '{"step": null}', '{"step": 1e400}', '{"step": true}', '{"loss": 1}'):
+        (folder / "metrics.jsonl").write_text(f"{whole}\n{line}\n")
+        assert "step 1 of 10" in shown(folder, capsys)
+    for record in ([1], {"made_by": [], "steps": "8"}, {"made_by": {"train_batch_size": "many"}, "steps": -1}):
+        (folder / "manifest.json").write_text(json.dumps({"train": record}))
+        assert "step 1" in shown(folder, capsys)
+
+
 def test_other_steps_folders(tmp_path, capsys):
     write_manifest(tmp_path, "score_train", {}, counts={"in": 4, "out": 3})
     text = shown(tmp_path, capsys)

@@ -155,10 +155,11 @@ def test_offloaded_optimizer_states_change_no_number(case, one_rank, tiny_policy
     steps = len(kept["losses"])
     assert len(offloaded["sizes"]) == len(kept["sizes"]) > 2 * steps, "several micro-batches a step"
     assert offloaded["losses"][0] == kept["losses"][0], "the same weights make the first step's losses"
-    assert offloaded["norms"] == pytest.approx(kept["norms"], rel=1e-5)
+    assert offloaded["norms"][0] == pytest.approx(kept["norms"][0], rel=1e-5), "the same gradients, summed in another order"
     weights, expected = flat(one_rank / f"{case} offloaded.safetensors"), flat(one_rank / f"{case} kept.safetensors")
     if case.startswith("float32"):
         assert offloaded["losses"] == pytest.approx(kept["losses"], abs=1e-6)
+        assert offloaded["norms"] == pytest.approx(kept["norms"], rel=1e-5)
         assert float((weights - expected).norm() / expected.norm()) < 1e-6
         return
     # The same sums in another order: their float32 results, a last bit apart, seldom round to different bfloat16 numbers.

@@ -16,7 +16,7 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, f"--samples={self.samples} must not be negative")
-        require(self.seed >= 0, f"--seed={self.seed} must not be negative")
+        require(0 <= self.seed < 2**32, f"--seed={self.seed} must lie in [0, 2^32)")
 
 
 @dataclass(frozen=True)

@@ -60,36 +60,45 @@ def show_run(config: ShowRunConfig) -> None:
 
 def read_metrics(path: Path) -> pd.DataFrame:
     """The whole lines of a metrics.jsonl, by step; of a step that was logged twice, the later line."""
-    table = pd.DataFrame([line for _, line in whole_lines(path) if "step" in line])
-    if not len(table):
-        return table
+    rows = [line for _, line in whole_lines(path) if _is_count(line.get("step"))]
+    table = pd.DataFrame(rows, columns=None if rows else ["step"])
     return table.apply(pd.to_numeric, errors="coerce").drop_duplicates("step", keep="last").set_index("step").sort_index()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**53
 
 
 def _state(folder: Path, manifest: dict[str, Any]) -> str:
     owner = owner_of(folder)
     if owner is not None:
         return f"running: {one_line(owner)}"
-    train = manifest.get("train")
+    train = _object(manifest.get("train"))
     if not train:
         return "output of " + ", ".join(one_line(step, 40) for step in manifest)
     if train.get("complete") is True:
         return "training, finished"
-    saved = [int(path.parent.name.removeprefix("step_")) for path in folder.glob("resume/step_*/state.json")]
+    names = [path.parent.name.removeprefix("step_") for path in folder.glob("resume/step_*/state.json")]
+    saved = [int(name) for name in names if name.isdigit()]
     return "training, stopped; the same command " + (f"resumes after step {max(saved)}" if saved else "starts it again")
 
 
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _training(folder: Path, manifest: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
-    record = manifest.get("train", {})
-    flags, steps = record.get("made_by", {}), record.get("steps")
+    record = _object(manifest.get("train"))
+    flags = _object(record.get("made_by"))
+    steps, pairs = (value if _is_count(value) else None for value in (record.get("steps"), flags.get("train_batch_size")))
     methods = ("kldpo_tau", "wdpo_rho", "drdpo_beta")
     facts = {"method": ", ".join(f"--{name}={flags[name]}" for name in methods if flags.get(name) is not None) or "DPO"}
     if not len(table):
         return facts | {"progress": "no step yet"}
     done, last = int(table.index[-1]), table.iloc[-1].dropna()
     facts["progress"] = f"step {done:,}" + (f" of {steps:,} ({done / steps:.0%})" if steps else "")
-    if "pairs_per_second" in table and flags.get("train_batch_size"):
-        seconds = flags["train_batch_size"] / float(table["pairs_per_second"].tail(_RECENT).median())
+    if "pairs_per_second" in table and pairs and (speed := float(table["pairs_per_second"].tail(_RECENT).median())) > 0:
+        seconds = pairs / speed
         facts["speed"] = f"{duration(seconds)} a step, {last.get('tokens_per_second', float('nan')):,.0f} tokens/s"
         if steps and done < steps:
             facts["time to go"] = f"{duration(seconds * (steps - done))}, without evaluations and saving"
