@@ -67,6 +67,7 @@ def refuse(done, status: int, *words: str) -> None:
         (["--optimizer_offload=true", "--zero_stage=0", "--dtype=float32"], ["--optimizer_offload=true", "--zero_stage=1"]),
         (["--torch_compile=true", "--zero_stage=3"], ["--torch_compile=true", "--zero_stage=2"]),
         (["--wdpo_rho=0.1", "--wdpo_solver=exact", "--zero_stage=3"], ["--zero_stage=3", "--zero_stage=2"]),
+        (["--wdpo_rho=0.1", "--wdpo_fraction=0.1", "--micro_batch_size=1"], ["--wdpo_fraction=0.1 of 4", "0.25 or more"]),
         (["--zero_stage=0", "--dtype=bfloat16"], ["--zero_stage=0", "bfloat16"]),
         (["--loss_type=ipo", "--label_smoothing=0.1"], ["--label_smoothing"]),
         (["--label_smoothing=0.5"], ["--label_smoothing"]),

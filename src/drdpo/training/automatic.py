@@ -84,7 +84,7 @@ def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
     for tokens, recompute in tried:
         try:
             need = predicted(replace(config, micro_batch_tokens=tokens), policy, _row_of(tokens, config), recompute)
-        except RuntimeError:  # the model's forward pass looks at values: nothing is known
+        except Exception:  # the model's forward pass looks at values: nothing is known
             return choices[-1]
         if need.total <= MARGIN * memory:
             return tokens

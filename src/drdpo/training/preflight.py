@@ -190,7 +190,7 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
             ]  # fmt: skip
             if config.recompute:
                 need = predicted(config, policy, pairs, True, process)
-    except RuntimeError as error:
+    except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
         # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
         reason = " ".join(str(error).split())[:100]
         return config.recompute, [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]

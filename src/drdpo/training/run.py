@@ -67,7 +67,8 @@ def check_inputs(config: TrainConfig) -> None:
     """Refuse what cannot be trained, before any model is loaded; --check_only prints what --dtype=auto is.
 
     Raises:
-        UsageError: batch, micro-batch and processes do not divide, a robust population of one pair, or as settle.
+        UsageError: batch, micro-batch and processes do not divide, a robust population of one pair, a --wdpo_fraction of
+            less than one micro-batch, or as settle.
         DataError: model folder or data set are not usable.
     """
     world, micro = distributed.world_size(), config.micro_batch
@@ -85,6 +86,13 @@ def check_inputs(config: TrainConfig) -> None:
             "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
             "--micro_batch_size under --robust_scope=micro"
         )
+    if config.wdpo_fraction < 1 and config.micro_batch_tokens is None and not deals_by_tokens(config):
+        count = config.train_batch_size // (micro * world)
+        if config.wdpo_fraction * count < 1:
+            raise UsageError(
+                f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than one; pass "
+                f"--wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
+            )
     check_device(kernels=True)
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
