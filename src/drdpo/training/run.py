@@ -90,8 +90,8 @@ def check_inputs(config: TrainConfig) -> None:
         count = config.train_batch_size // (micro * world)
         if config.wdpo_fraction * count < 1:
             raise UsageError(
-                f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than one; pass "
-                f"--wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
+                f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than 1; "
+                f"pass --wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
             )
     check_device(kernels=True)
     _check_machine(config)
