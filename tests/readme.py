@@ -15,7 +15,7 @@ from drdpo.flags import spelled  # noqa: E402
 
 _TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
-_MEASURED = re.compile(r"<!-- quickstart -->\n.*?<!-- end -->", re.DOTALL)
+_MEASURED = re.compile(r"<!-- (quickstart|gpu_counts) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def flag_table(class_name: str) -> str:
@@ -50,9 +50,23 @@ def quickstart_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_table() -> str:
+    """A markdown table of what benchmarks/gpu_counts.py counted of the 1B model's steps under default flags."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_counts.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| method | pairs | launches | bytes moved | peak | time by the model, H100 |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row["model"] == "Llama-3.2-1B" and row["default"]:
+            figures = (
+                f"{row['launches']:,} | {row['gib_moved']:.0f} GiB | {row['peak_gib']:.1f} GiB | {row['h100_ms']:.0f} ms"
+            )
+            lines.append(f"| {row['method'].upper()} | {row['pairs']} | {figures} |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
     """The README with its tables made from the config classes and from measured results."""
-    text = _MEASURED.sub(lambda match: f"<!-- quickstart -->\n{quickstart_table()}\n<!-- end -->", text)
+    tables = {"quickstart": quickstart_table, "gpu_counts": gpu_table}
+    text = _MEASURED.sub(lambda match: f"<!-- {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->", text)
     return _TABLE.sub(lambda match: f"<!-- flags: {match[1]} -->\n{flag_table(match[1])}\n<!-- end -->", text)
 
 
