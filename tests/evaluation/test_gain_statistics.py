@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from drdpo.evaluation.resampling import bootstrap_means
+from drdpo.evaluation.resampling import Figure, Table, resample
+
+
+def bootstrap_means(values_PK: np.ndarray, draws: int, seed: int) -> list[Figure]:
+    """Means over P of K columns of one run with one seed."""
+    tables = {column: Table(values_PK[:, column : column + 1], ()) for column in range(values_PK.shape[1])}
+    return [resampled.figure for resampled in resample(tables, {}, draws, seed).values()]
 
 
 def test_two_prompts_by_hand() -> None:

@@ -115,21 +115,6 @@ def resample(tables: Mapping[Key, Table], seeds: Mapping[str, int], draws: int, 
     return found
 
 
-def bootstrap_means(values_PK: Array, draws: int, seed: int) -> list[Figure]:
-    """Means over P of K columns, with the 95% percentile interval of the bootstrap over P.
-
-    Args:
-        values_PK: [P, K]; a row is one prompt and is drawn as a whole.
-        draws: bootstrap samples.
-        seed: the same seed gives the same intervals.
-
-    Returns:
-        K figures.
-    """
-    tables = {column: Table(values_PK[:, column : column + 1], ()) for column in range(values_PK.shape[1])}
-    return [resampled.figure for resampled in resample(tables, {}, draws, seed).values()]
-
-
 def _prompt_draws(centred_PK: Array, draws: int, seed: int) -> Array:
     """[B, K]: means of the centred columns over prompts drawn with replacement; no row from a single prompt."""
     prompts = len(centred_PK)
