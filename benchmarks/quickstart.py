@@ -69,13 +69,29 @@ def estimate(results: dict) -> str:
     )
 
 
+def noise_in(lines: list[str]) -> list[str]:
+    """Library warnings, and progress bars drawn over each other, in the output of a run that is no terminal's."""
+    return [line for line in lines if "\r" in line or "warning" in line.lower() or "deprecated" in line.lower()]
+
+
 def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) -> dict:
     """One quickstart: {"gains_sd": {method: {value, low, high}}, "seconds": {step: }, "peak_gib": , "load_before": }."""
     load = os.getloadavg()[0]
     if folder.exists():
         sys.exit(f"error: {folder} is there, and its steps would take no time; remove it or pass another --output_path")
     command = ["bash", str(ROOT / "quickstart.sh"), f"--seed={seed}", f"--output_path={folder}", *flags]
-    subprocess.run(command, check=True, env={**os.environ, **environment})
+    output = []
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, newline="\n"
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        output.append(line)
+    if process.wait():
+        sys.exit(f"error: quickstart.sh ended with status {process.returncode}")
+    if noise := noise_in(output):
+        sys.exit(f"error: the quickstart prints what no user should read: {noise[0].strip()}")
     lines = [line.split("\t") for line in (folder / "times.tsv").read_text(encoding="utf-8").splitlines()]
     starts = [int(seconds) for seconds, _ in lines]
     record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["evaluate_armorm"]["trained_mixture"]
