@@ -39,7 +39,7 @@ def quickstart_table() -> str:
     measured = ROOT / "benchmarks" / "results" / "quickstart.json"
     results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     methods = ("dpo", "kldpo", "wdpo")
-    lines = ["| CPU | seed | DPO | KLDPO | WDPO | minutes | memory |", "|---|---|---|---|---|---|---|"]
+    lines = ["| CPU | seed | DPO | KLDPO | WDPO | minutes on one core | memory |", "|---|---|---|---|---|---|---|"]
     for cpu, entry in results.items():
         kind = f"{entry['dtype']}{', limited to AVX2' if cpu == 'avx2' else ''}"
         for seed, run in entry["seeds"].items():

@@ -72,9 +72,9 @@ def test_a_finished_run_is_not_timed_again(check: ModuleType, tmp_path: Path) ->
 
 
 def test_the_estimate_scales_what_was_measured_in_the_same_precision(check: ModuleType) -> None:
-    entry = {"machine": "2 cores", "dtype": "bfloat16", "gflops": 200.0, "seconds": 300.0}
+    entry = {"machine": "2 cores", "dtype": "bfloat16", "gflops": 200.0, "seconds": 600.0}
     other = entry | {"dtype": "float32", "seconds": 9000.0}
     line = check.estimate({"avx2": other, "native": entry})
-    # Half the speed, twice five minutes.
-    assert "10 minutes" in line and "It took 5 on 2 cores at 200 GFLOP/s (bfloat16); here" in line
+    # Half the speed: of ten minutes, five of them matrix products, fifteen.
+    assert "15 minutes" in line and "It took 10 on 2 cores with products at 200 GFLOP/s (bfloat16); here" in line
     assert check.estimate({"avx2": other}) == "How long it takes in bfloat16 has not been measured."
