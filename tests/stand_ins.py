@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOLS = ("bash", "sed", "grep", "cat", "rm", "dirname", "basename", "awk", "mkdir", "cp", "chmod", "find", "sort")
+TOOLS = ("bash", "sed", "grep", "cat", "rm", "dirname", "basename", "awk", "mkdir", "cp", "chmod", "find", "sort", "timeout")
 
 PYTHON = f"""#!/bin/bash
 printf 'python %s\\n' "$*" >>"$CALLS"

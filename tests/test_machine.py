@@ -136,14 +136,14 @@ def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_wh
 
 
 def test_an_explicit_flag_wins_and_is_probed_only_to_warn(monkeypatch):
-    cpu(monkeypatch, True, None)
-    assert machine.resolve_dtype("float32") == ("float32", "asked for by --dtype", "")
-    assert machine.resolve_dtype("bfloat16") == ("bfloat16", "asked for by --dtype", "")
-    cpu(monkeypatch, False, None)
-    assert machine.resolve_dtype("float32").dtype == "float32"
-    cpu(monkeypatch, False, 0.125)
-    assert machine.resolve_dtype("bfloat16").dtype == "bfloat16"
-    assert "8.0 times slower" in machine.resolve_dtype("bfloat16").warning
+    for claims in (True, False):  # a flag of the CPU that is wrong warns too
+        cpu(monkeypatch, claims, None)
+        assert machine.resolve_dtype("float32") == ("float32", "asked for by --dtype", "")
+        cpu(monkeypatch, claims, 2.0)
+        assert machine.resolve_dtype("bfloat16") == ("bfloat16", "asked for by --dtype", "")
+        cpu(monkeypatch, claims, 0.125)
+        assert machine.resolve_dtype("bfloat16").dtype == "bfloat16"
+        assert "8.0 times slower" in machine.resolve_dtype("bfloat16").warning
     see(monkeypatch, H100)
     assert not machine.resolve_dtype("bfloat16").warning
 

@@ -12,6 +12,7 @@ from drdpo.errors import DataError
 from drdpo.generation.engines.base import Sample, Sampling
 from drdpo.generation.part import PartFile
 from drdpo.generation.prompts import Reject, RenderedPrompt
+from drdpo.lock import owner_of
 from drdpo.manifest import already_made, read_manifest, write_manifest
 from drdpo.records import Completion, Prompt, read_rows, write_records, write_rows
 
@@ -55,6 +56,8 @@ def finished(split: Split, overwrite: bool) -> bool:
         split = split.with_engine(before.get("engine", "auto"))
     if not already_made(split.result.parent, split.step, split.made_by, [split.result], overwrite):
         return False
+    if owner_of(split.result.parent) is None:
+        split.part.unlink(missing_ok=True)  # of a run that was killed after the split's file was there
     print(f"{split.result} is there already, made with these flags, model and prompts; skipped", flush=True)
     return True
 
