@@ -94,7 +94,10 @@ def test_a_finished_step_is_skipped_with_a_line(
     capsys.readouterr()
     monkeypatch.setattr(step, "open_engines", lambda *_: pytest.fail("an engine was started"))
     for same in (flags(only_test=True), flags(only_test=True, engine="auto")):
+        part = sampled(same) / ".test.part.jsonl"  # of a run that was killed just before it removed this
+        part.write_text("{}\n")
         sample_completions(same)
+        assert not part.exists()
         assert capsys.readouterr().out.splitlines() == [
             f"{sampled(same) / 'test.jsonl'} is there already, made with these flags, model and prompts; skipped"
         ]
