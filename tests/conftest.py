@@ -25,6 +25,13 @@ DEAREST = (
 """Files that take longest, the dearest first: begun last, one would keep a worker busy while the other has none."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """torch.compile keeps its code in this run's own folder: what another kind of CPU, or ATEN_CPU_CAPABILITY, has left in
+    the shared one is taken as it is and gave numbers that are not finite."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
