@@ -54,7 +54,6 @@ from drdpo.rewards.armorm import GatingNetwork
 from drdpo.rewards.batching import find_span, packed_batches
 from drdpo.rewards.layout import POOLINGS
 from drdpo.rewards.scorer import DTYPES, UNRENDERABLE, use_cpu_well
-from drdpo.trl import own_form
 
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 OBJECTIVES = (*(f"helpsteer-{column}" for column in RATINGS), "ultrafeedback-overall_score")
@@ -153,7 +152,7 @@ def read_preferences(path: Path) -> list[Answer]:
     answers = []
     for number, row in read_rows(path):
         try:
-            pair = Preference.from_row(own_form(row, number) | {"chosen_score": None, "rejected_score": None})
+            pair = Preference.from_trl({**row, "chosen_score": None, "rejected_score": None}, number)
             fields = {**row["metadata"], **row} if isinstance(row.get("metadata"), dict) else row
             scores = [_number(fields, f"score_{side}", 10) for side in ("chosen", "rejected")]
         except ValueError as error:

@@ -15,7 +15,6 @@ from drdpo import config
 from drdpo.flags import parse
 from drdpo.records import Preference, Prompt
 from drdpo.training.losses import drdpo_weights, kl_weights, pair_losses
-from drdpo.trl import own_form
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -188,7 +187,7 @@ def test_the_example_is_the_file():
 
 def test_the_rows_of_own_md_are_read():
     (block,) = re.findall(r"```json\n(.*?)```", page("own.md"), re.DOTALL)
-    pairs = [Preference.from_row(own_form(json.loads(line), 1)) for line in block.splitlines()]
+    pairs = [Preference.from_trl(json.loads(line), 1) for line in block.splitlines()]
     assert len(pairs) == 3
     assert pairs[0] == pairs[1] == pairs[2]
     (prompt,) = re.findall(r'`(\{"prompt_id".*?\})`', page("own.md"))

@@ -79,7 +79,7 @@ def test_a_bad_row_is_named_by_file_row_and_field(tmp_path: Path, changes: dict[
 def test_the_score_of_a_pair_is_a_finite_number_or_absent(tmp_path: Path, name: str, value: Any) -> None:
     row = {"prompt_id": 1, "prompt": USER, "chosen": ANSWER, "rejected": ANSWER}
     path = written(tmp_path / "train.jsonl", {**row, name: 2}, {**row, name: None}, row, {**row, name: value})
-    with pytest.raises(DataError, match=f'row 4: field "{name}" is .*, not a finite number'):
+    with pytest.raises(DataError, match=f'row 4: field "{name}"'):
         read_records(path, Preference.from_row)
     written(path, {**row, name: 2}, {**row, name: None}, row)
     assert [getattr(pair, name) for pair in read_records(path, Preference.from_row)] == [2.0, None, None]

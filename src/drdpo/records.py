@@ -3,94 +3,136 @@
     prompt      prompt_id int, prompt [{role, content}, ...] ending in a user turn
     completion  prompt_id, sample_id int, prompt, completion [{role: assistant, content}], token_ids [int] as sampled,
                 finish_reason "stop" or "length", scores {objective: float} once scored
-    preference  prompt_id, prompt, chosen, rejected (message lists), chosen_score, rejected_score, and, where the pair
+    preference  prompt_id, prompt, chosen, rejected (message lists), chosen_score, rejected_score, and, if the pair
                 was sampled here, chosen_token_ids and rejected_token_ids
 
-Records carry their key: they are joined by (prompt_id, sample_id), never by their position in a file.
+Records are joined by (prompt_id, sample_id), never by their position in a file.
 """
 
-import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypedDict, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from drdpo.errors import DataError
 from drdpo.files import atomic_file
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    Message = dict[str, str]
+else:
+
+    class Message(TypedDict):
+        """A plain dict, as chat templates take it; other keys are dropped when a record is read."""
+
+        role: Literal["system", "user", "assistant"]
+        content: str
+
+
 Record = TypeVar("Record", "Prompt", "Completion", "Preference")
 
-ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "test")
 
-_HALF = "half of a surrogate pair (\\ud800 to \\udfff), no text"
+_Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Messages = Annotated[list[Message], Meta(min_length=1)]
+_TokenIds = list[Annotated[int, Meta(ge=0, lt=2**31)]]
+_Score = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # neither infinite nor NaN
 
 
-@dataclass(frozen=True)
-class Prompt:
-    prompt_id: int
-    prompt: list[Message]
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Prompt":
-        return cls(_integer(row, "prompt_id"), _messages(row, "prompt", last_role="user"))
-
-
-@dataclass(frozen=True)
-class Completion:
-    prompt_id: int
-    sample_id: int
-    prompt: list[Message]
-    completion: list[Message]
-    token_ids: list[int]
-    finish_reason: str
-    scores: dict[str, float] = field(default_factory=dict)
+class _Record(msgspec.Struct, frozen=True):
+    LAST_ROLES: ClassVar[dict[str, str]]
+    """{field of messages: role of its last turn}"""
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Completion":
-        reason = _required(row, "finish_reason")
-        if reason not in ("stop", "length"):
-            raise ValueError(f'field "finish_reason" is {reason!r}, not "stop" or "length"')
-        scores = row.get("scores") or {}
-        if not isinstance(scores, dict) or not all(map(is_text, scores)) or not all(map(_is_finite, scores.values())):
-            raise ValueError('field "scores" must map objectives to finite numbers')
-        return cls(
-            _integer(row, "prompt_id"),
-            _integer(row, "sample_id"),
-            _messages(row, "prompt", last_role="user"),
-            _messages(row, "completion", last_role="assistant"),
-            _token_ids(row, "token_ids"),
-            reason,
-            {str(name): float(value) for name, value in scores.items()},
-        )
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """Check a JSON object and convert it; null counts as missing.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        row = {name: value for name, value in row.items() if value is not None}
+        try:
+            record = msgspec.convert(row, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(_in_words(error, row)) from error
+        for name, last_role in cls.LAST_ROLES.items():
+            messages = getattr(record, name)
+            if messages[-1]["role"] != last_role:
+                raise ValueError(f'field "{name}" ends in a turn of {messages[-1]["role"]!r}, not of {last_role!r}')
+            if any(list(message) != ["role", "content"] for message in messages):
+                ordered = [{"role": message["role"], "content": message["content"]} for message in messages]
+                msgspec.structs.force_setattr(record, name, ordered)
+        return record
 
 
-@dataclass(frozen=True)
-class Preference:
-    prompt_id: int
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    chosen_score: float | None = None
-    rejected_score: float | None = None
-    chosen_token_ids: list[int] | None = None
-    rejected_token_ids: list[int] | None = None
+class Prompt(_Record, frozen=True):
+    LAST_ROLES = {"prompt": "user"}
+
+    prompt_id: _Id
+    prompt: _Messages
+
+
+class Completion(_Record, frozen=True):
+    LAST_ROLES = {"prompt": "user", "completion": "assistant"}
+
+    prompt_id: _Id
+    sample_id: _Id
+    prompt: _Messages
+    completion: _Messages
+    token_ids: _TokenIds
+    finish_reason: Literal["stop", "length"]
+    scores: dict[str, _Score] = {}
+
+
+class Preference(_Record, frozen=True):
+    LAST_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+    prompt_id: _Id
+    prompt: _Messages
+    chosen: _Messages
+    rejected: _Messages
+    chosen_score: _Score | None = None
+    rejected_score: _Score | None = None
+    chosen_token_ids: _TokenIds | None = None
+    rejected_token_ids: _TokenIds | None = None
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Preference":
-        return cls(
-            _integer(row, "prompt_id"),
-            _messages(row, "prompt", last_role="user"),
-            _messages(row, "chosen", last_role="assistant"),
-            _messages(row, "rejected", last_role="assistant"),
-            _score(row, "chosen_score"),
-            _score(row, "rejected_score"),
-            _token_ids(row, "chosen_token_ids") if row.get("chosen_token_ids") is not None else None,
-            _token_ids(row, "rejected_token_ids") if row.get("rejected_token_ids") is not None else None,
-        )
+    def from_trl(cls, row: dict[str, Any], number: int) -> Self:
+        """A preference from any of TRL's forms, conversational or plain, with the prompt apart or inside.
+
+        Args:
+            row: prompt, chosen and rejected as message lists or texts, or chosen and rejected that both begin with the
+                prompt. Our own records are of this form too.
+            number: the prompt_id of a row that has none.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        for name in ("chosen", "rejected"):
+            if row.get(name) is None:
+                raise ValueError(_missing(name, row))
+        prompt, chosen, rejected = row.get("prompt"), _turns(row["chosen"]), _turns(row["rejected"])
+        if prompt is None:
+            if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
+                raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not hold it')
+            shared = 0
+            while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+                shared += 1
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        elif isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        answers = {"chosen": chosen, "rejected": rejected}
+        for name, answer in answers.items():
+            if isinstance(answer, list) and isinstance(prompt, list) and answer[:-1] == prompt:
+                answers[name] = answer = answer[-1:]  # Some data sets repeat the given prompt before each answer.
+            if isinstance(answer, list) and len(answer) != 1:
+                raise ValueError(f'field "{name}" must hold one assistant turn after the prompt, not {len(answer)}')
+        prompt_id = row["prompt_id"] if isinstance(row.get("prompt_id"), int) else number
+        return cls.from_row({**row, **answers, "prompt": prompt, "prompt_id": prompt_id})
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -103,13 +145,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: no such file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                # Line by line, so that the message can name the row; Windows' editors put a byte-order mark at the start.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-            if text.strip():
-                yield number, _parse(path, number, text)
+            # Windows' editors put a byte-order mark at the start.
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, _parse(path, number, line)
 
 
 def row_number(path: Path, index: int) -> int:
@@ -151,9 +190,8 @@ def read_records(path: Path, from_row: Callable[[dict[str, Any]], Record]) -> li
 
 
 def to_row(record: "Prompt | Completion | Preference") -> dict[str, Any]:
-    """The JSON object of a record; optional fields that are not set are left out."""
-    # Not dataclasses.asdict: it copies every token id, which takes longer than writing them.
-    row = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    """The JSON object of a record, without optional fields that are not set."""
+    row = {name: getattr(record, name) for name in record.__struct_fields__}
     return {name: value for name, value in row.items() if value is not None and not (name == "scores" and not value)}
 
 
@@ -183,68 +221,45 @@ def check_unique(path: Path, keys: Iterable[tuple[int, ...]], fields: str) -> No
         seen.add(key)
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError also: an integer of more digits than Python reads
-        raise DataError(f"{path}, row {number}: not a whole JSON object ({error})") from error
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        row = _parse_leniently(path, number, line)
     if not isinstance(row, dict):
         raise DataError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
     return row
 
 
-def _required(row: dict[str, Any], name: str) -> Any:
-    if name not in row or row[name] is None:
-        raise ValueError(f'field "{name}" is missing (the row has {", ".join(sorted(map(str, row))) or "no fields"})')
-    return row[name]
+def _parse_leniently(path: Path, number: int, line: bytes) -> Any:
+    """Python also reads NaN, which is an error only in a field that a record has, and half a surrogate pair."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (ValueError, RecursionError) as error:  # ValueError also: an integer of more digits than Python reads
+        raise DataError(f"{path}, row {number}: not a whole JSON object ({error})") from error
+    for name, value in row.items() if isinstance(row, dict) else ():
+        if not is_text(json.dumps([name, value], ensure_ascii=False)):
+            raise DataError(f'{path}, row {number}: field "{name}" holds half of a surrogate pair (\\ud800 to \\udfff)')
+    return row
 
 
-def _integer(row: dict[str, Any], name: str) -> int:
-    value = _required(row, name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f'field "{name}" is {value!r}, not an integer')
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f'field "{name}" is beyond 64 bits')
-    return value
+def _in_words(error: msgspec.ValidationError, row: dict[str, Any]) -> str:
+    """`Expected ... - at `$.prompt[0].role`` with the field first."""
+    reason, _, path = str(error).rpartition(" - at `$.")
+    if not reason:
+        return _missing(path.split("`")[1], row)
+    path = path.rstrip("`")
+    field = re.split(r"[.\[]", path)[0]
+    if "e+308" in reason or reason == "Number out of range":
+        reason = "not a finite number"
+    return f'field "{field}": {reason}' + (f" at {path}" if path != field else "")
 
 
-def _is_finite(value: Any) -> bool:
-    # Not math.isfinite: it raises OverflowError for an integer that no float holds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _missing(name: str, row: dict[str, Any]) -> str:
+    return f'field "{name}" is missing (the row has {", ".join(sorted(row)) or "no fields"})'
 
 
-def _score(row: dict[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    if value is not None and not _is_finite(value):
-        raise ValueError(f'field "{name}" is {value!r}, not a finite number')
-    return None if value is None else float(value)
-
-
-def _messages(row: dict[str, Any], name: str, last_role: str) -> list[Message]:
-    value = _required(row, name)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'field "{name}" must be a non-empty list of messages {{role, content}}')
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f'field "{name}" holds a message without text "content"')
-        if message.get("role") not in ROLES:
-            raise ValueError(f'field "{name}" holds the role {message.get("role")!r}, not one of {", ".join(ROLES)}')
-        if not is_text(message["content"]):
-            raise ValueError(f'field "{name}" holds {_HALF}')
-        messages.append({"role": message["role"], "content": message["content"]})
-    if messages[-1]["role"] != last_role:
-        raise ValueError(f'field "{name}" ends in a turn of {messages[-1]["role"]!r}, not of {last_role!r}')
-    return messages
-
-
-def _token_ids(row: dict[str, Any], name: str) -> list[int]:
-    value = _required(row, name)
-    # Types and smallest value apart, each in one pass of C: a file has tens of millions of token ids.
-    if (
-        not isinstance(value, list)
-        or not set(map(type, value)) <= {int}
-        or not 0 <= min(value, default=0) <= max(value, default=0) < 2**31
-    ):
-        raise ValueError(f'field "{name}" must be a list of token ids')
-    return value
+def _turns(answer: Any) -> Any:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer

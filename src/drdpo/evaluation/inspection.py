@@ -13,7 +13,6 @@ from drdpo.display import one_line, shortened
 from drdpo.errors import DataError
 from drdpo.files import atomic_file
 from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
-from drdpo.trl import own_form
 
 _WIDTH, _LINES = 100, 14
 """Columns and most lines of a printed message."""
@@ -103,7 +102,7 @@ def _completion(_: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preference(number: int, row: dict[str, Any]) -> dict[str, Any]:
-    record = Preference.from_row(own_form(row, number))
+    record = Preference.from_trl(row, number)
     columns = {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt)}
     for name in ("chosen", "rejected"):
         text, ids = getattr(record, name)[-1]["content"], getattr(record, f"{name}_token_ids")

@@ -12,7 +12,6 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.progress import progress
 from drdpo.records import Message, Preference, read_rows
-from drdpo.trl import own_form
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def load_preferences(dataset_path: str, split: str) -> list[Preference]:
     preferences = []
     for number, row in rows:
         try:
-            preferences.append(Preference.from_row(own_form(row, number)))
+            preferences.append(Preference.from_trl(row, number))
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
     if not preferences:
