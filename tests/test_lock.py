@@ -32,7 +32,7 @@ def owner(root, tmp_path):
 
 
 def test_the_second_is_refused_and_told_by_whom(owner, tmp_path):
-    words = rf"out is being written by process {owner.pid} on .+, since 20\d\d-"
+    words = rf"out is locked by process {owner.pid} on .+ \(-c .+\), since 20\d\d-"
     with pytest.raises(UsageError, match=words), lock_folder(tmp_path / "out"):
         pytest.fail("two writers")
     with pytest.raises(UsageError, match=words):
@@ -72,3 +72,12 @@ def test_a_file_system_without_locks_is_told_of_and_used(answer, tmp_path, monke
     with lock_folder(tmp_path / "out"):
         refuse_if_locked(tmp_path / "out")
     assert "file system has no locks, so nothing stops a second run there" in capsys.readouterr().err
+
+
+def test_a_fork_that_ends_takes_no_lock_with_it(tmp_path):
+    with lock_folder(tmp_path / "out"):
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"):
+            refuse_if_locked(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A folder that one run at a time may write into: a lock that the kernel drops when its owner dies, however it dies.
+"""One writer a folder: a lock that the kernel drops when its owner dies, however it dies.
 
 flock(2) on <folder>/.lock. On NFS it holds between hosts since Linux 2.6.12 with NFSv4, unless mounted with local_lock.
 The owner removes the file when it ends; one that was killed leaves it, and it then locks nothing.
@@ -10,11 +10,12 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from drdpo import distributed
 from drdpo.errors import UsageError
@@ -23,7 +24,7 @@ NAME = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
 _PATIENCE = 1.0
-"""Seconds that a lock is asked for: refuse_if_locked holds it for an instant."""
+"""Seconds to wait for a lock: owner_of holds it for an instant."""
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder's lock.
 
     Args:
-        folder: is made where it is not there.
+        folder: is made if missing.
 
     Raises:
         UsageError: another process holds it; the message names it.
@@ -39,23 +40,21 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    handle = _take(path)
+    lock = FileLock(path, timeout=_PATIENCE, fallback_to_soft=False, on_acquired=lambda handle: _sign(handle, path))
     try:
-        owner = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        try:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(owner).encode(), 0)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        lock.acquire()
+    except Timeout:
+        raise UsageError(_refusal(_owner(path), folder)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"warning: {folder}: its file system has no locks, so nothing stops a second run there", file=sys.stderr)
+    try:
         yield
     finally:
-        # While the lock is held: it is ours, and whoever waits for it looks again under its name.
+        # Before the release: the file is still ours, and whoever waits for it sees that its name is gone and asks again.
         path.unlink(missing_ok=True)
-        os.close(handle)
+        lock.release()
 
 
 @contextmanager
@@ -71,13 +70,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_locked(folder: Path) -> None:
-    """Raise UsageError, which names the owner, where another process holds a folder's lock. Writes nothing."""
+    """Raise UsageError, which names the owner, if another process holds a folder's lock. Writes nothing."""
     if (owner := owner_of(folder)) is not None:
         raise UsageError(_refusal(owner, folder))
 
 
 def owner_of(folder: Path) -> str | None:
-    """Who holds a folder's lock, in words; None where nobody does. Writes nothing."""
+    """Who holds a folder's lock, in words; None if nobody does. Writes nothing."""
     try:
         handle = os.open(folder / NAME, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -87,7 +86,7 @@ def owner_of(folder: Path) -> str | None:
         # Shared, and for an instant: it asks, it does not take.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _owner(handle)
+        return _owner(folder / NAME)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -96,47 +95,31 @@ def owner_of(folder: Path) -> str | None:
     return None
 
 
-def _take(path: Path) -> int:
-    """Lock the file; returns its handle."""
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        # Without O_TRUNC: it may be another's.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_there(handle, path):
-                return handle
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                owner = _owner(handle)
-                os.close(handle)
-                raise UsageError(_refusal(owner, path.parent)) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(handle)
-                raise
-            where = path.parent
-            print(f"warning: {where}: its file system has no locks, so nothing stops a second run there", file=sys.stderr)
-            return handle
-        os.close(handle)
-        time.sleep(0.05)
-
-
-def _is_there(handle: int, path: Path) -> bool:
-    """Does the path name the file that was opened? Its owner may have removed it in between."""
+def _sign(handle: int, path: Path) -> None:
+    """Write who holds the lock into its file."""
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": " ".join(sys.argv)[:500],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
+        # NFS keeps a removed file under another name, which filelock cannot see.
+        if not os.path.samestat(os.fstat(handle), path.stat()):
+            raise UsageError(f"{path.parent} was released by another run at this moment; run the command again")
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(owner).encode(), 0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _owner(handle: int) -> str:
+def _owner(path: Path) -> str:
     try:
-        owner = json.loads(os.pread(handle, 4096, 0))
-        return f"process {owner['pid']} on {owner['host']}, since {owner['started']}"
-    except (ValueError, KeyError, TypeError):
+        owner = json.loads(path.read_bytes())
+        return f"process {owner['pid']} on {owner['host']} ({owner['command']}), since {owner['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
 def _refusal(owner: str, folder: Path) -> str:
-    return f"{folder} is being written by {owner}; wait for it, end it, or give another folder"
+    return f"{folder} is locked by {owner}; wait, stop that process, or choose another folder"

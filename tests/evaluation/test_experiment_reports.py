@@ -240,7 +240,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: st
         write_results(tmp_path / "a", harness_results())
     else:
         write_scores(tmp_path / "a", SPOKES, 0.1)
-    with lock_folder(output), pytest.raises(UsageError, match="is being written by process"):
+    with lock_folder(output), pytest.raises(UsageError, match="is locked by process"):
         compare()
     assert list(output.iterdir()) == []
     # What a killed run left aside is removed by the next.

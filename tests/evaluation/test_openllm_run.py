@@ -222,7 +222,7 @@ def test_a_folder_that_another_run_writes_to_is_refused_before_the_launcher(
     config = LeaderboardConfig(
         str(tiny_policy), tasks="tiny", include_path=str(tasks), output_path=str(tmp_path / "out"), check_only=True
     )
-    with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="is being written by process"):
+    with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="is locked by process"):
         evaluate_openllm(config)
     evaluate_openllm(config)
 

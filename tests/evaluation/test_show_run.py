@@ -44,10 +44,10 @@ def test_a_dead_run(folder, capsys):
 
 def test_a_running_one_has_an_owner(folder, capsys):
     with (folder / ".lock").open("w") as lock:
-        json.dump({"pid": 4321, "host": "node7", "started": "2026-01-02T03:04:05+00:00"}, lock)
+        json.dump({"pid": 4321, "host": "node7", "command": "train.py", "started": "2026-01-02T03:04:05+00:00"}, lock)
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "running: process 4321 on node7, since 2026-01-02T03:04:05+00:00" in shown(folder, capsys)
+        assert "running: process 4321 on node7 (train.py), since 2026-01-02T03:04:05+00:00" in shown(folder, capsys)
     assert "stopped" in shown(folder, capsys), "the lock's file stays, its owner has gone"
 
 

@@ -20,7 +20,7 @@ def test_two_runs_into_one_folder(name, owner_ends, server, steps, undisturbed):
     status, said = server.run(step)
     assert status == 2, said
     (error,) = errors_of(said)
-    assert f"is being written by process {first} on " in error
+    assert f"is locked by process {first} on " in error
     os.kill(first, signal.SIGCONT if owner_ends == "by itself" else signal.SIGKILL)
     assert server.wait(first) == (0 if owner_ends == "by itself" else -9), server.said(first)
     if owner_ends == "by SIGKILL":

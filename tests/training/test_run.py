@@ -143,7 +143,7 @@ def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(forks, ti
 
     out = tmp_path / "out"
     with lock_folder(out):
-        refuse(train(forks, tiny_policy, data, out), 2, "is being written by process", str(out))
+        refuse(train(forks, tiny_policy, data, out), 2, "is locked by process", str(out))
     assert train(forks, tiny_policy, data, out).returncode == 0
 
 
