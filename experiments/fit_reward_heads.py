@@ -44,9 +44,9 @@ from drdpo import distributed
 from drdpo.assets.helpsteer2 import split_helpsteer_turns
 from drdpo.assets.reward_model import CARD, CONFIG, HEADS, TEMPLATE, make_reward_model
 from drdpo.chat import Tokenizer, conversation_token_ids, load_tokenizer, prompt_token_ids
+from drdpo.cli import check_bounds, flag, parse, require
 from drdpo.errors import DataError, one_line_errors
 from drdpo.files import atomic_folder
-from drdpo.flags import flag, parse, require
 from drdpo.kernels.shared_prefix import PackedRow, hidden_states
 from drdpo.machine import announce, settle
 from drdpo.records import Message, Preference, read_rows
@@ -80,22 +80,20 @@ class FitConfig:
     preferences: str = flag("JSON lines {prompt, chosen, rejected, score_chosen, score_rejected}, scores 0 to 10")
     preferences_validation: str = flag("held-out preferences, for the figures only")
     output_path: str = flag("new folder for heads/ and model/")
-    layers: list[int] = flag("candidate depths of the backbone, counted from 1 (default: its full depth)", [])
+    layers: list[int] = flag("candidate depths of the backbone, counted from 1 (default: its full depth)", [], at_least=1)
     chat_template: str | None = flag("file with the chat template of the reward model (default: the backbone's)", None)
-    max_len: int = flag("longest conversation in tokens; longer ones are omitted", 2048)
+    max_len: int = flag("longest conversation in tokens; longer ones are omitted", 2048, at_least=1)
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
         "precision of the backbone; heads are float32; 'auto' as in training", "auto"
     )
-    seed: int = flag("seed of the folds, the gate and the bootstrap", 42)
+    seed: int = flag("seed of the folds, the gate and the bootstrap", 42, at_least=0)
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         target = Path(self.output_path)
         require(
             not target.exists() or not any(target.iterdir()), f"--output_path={target} is not empty; choose another folder"
         )
-        require(all(layer >= 1 for layer in self.layers), "--layers: they are counted from 1")
-        require(self.max_len >= 1, f"--max_len={self.max_len} must be at least 1")
-        require(self.seed >= 0, f"--seed={self.seed} must not be negative")
 
 
 class Answer(NamedTuple):

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from drdpo.cli import flag, require
 from drdpo.config import TrainConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import flag, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class CvarConfig(TrainConfig):
     """Step 3 by CVaR of the hinge loss."""
 
-    cvar_share: float = flag("share of the step's pairs, the hardest, that count", 0.25)
+    cvar_share: float = flag("share of the step's pairs, the hardest, that count", 0.25, above=0, at_most=1)
 
     @property
     def method(self) -> str:
@@ -46,7 +46,6 @@ class CvarConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.cvar_share <= 1, f"--cvar_share={self.cvar_share} must lie in (0, 1]")
         for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta"):
             require(getattr(self, name) is None, f"--{name} chooses another method than CVaR; leave it out")
         for name in ("loss_type", "label_smoothing"):

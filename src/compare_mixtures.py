@@ -1,8 +1,8 @@
 """Step 4: the report of an experiment."""
 
+from drdpo.cli import parse
 from drdpo.config import CompareMixturesConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Step 0: models and prompts."""
 
+from drdpo.cli import parse
 from drdpo.config import AssetsConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Step 4a: per-objective averages."""
 
+from drdpo.cli import parse
 from drdpo.config import EvaluateConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

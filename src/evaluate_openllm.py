@@ -1,8 +1,8 @@
 """Step 4b: Open LLM Leaderboard v2."""
 
+from drdpo.cli import parse
 from drdpo.config import LeaderboardConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Step 1a: sample completions."""
 
+from drdpo.cli import parse
 from drdpo.config import CompletionsConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

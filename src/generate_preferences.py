@@ -1,8 +1,8 @@
 """Step 2: preference pairs."""
 
+from drdpo.cli import parse
 from drdpo.config import PreferencesConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """A look at the data, whichever step made it."""
 
+from drdpo.cli import parse
 from drdpo.config import InspectConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

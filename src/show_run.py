@@ -1,8 +1,8 @@
 """How far a run is, or how it ended."""
 
+from drdpo.cli import parse
 from drdpo.config import ShowRunConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Step 3: align a policy."""
 
+from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import one_line_errors
-from drdpo.flags import parse
 
 
 def main(config_class: type[TrainConfig] = TrainConfig) -> None:

@@ -292,7 +292,7 @@ def test_the_fitted_model_scores_as_it_was_fitted(
 def test_wrong_commands_are_refused(config: Callable[..., fit.FitConfig], tiny_policy: Path) -> None:
     with pytest.raises(UsageError, match="is not empty"):
         config(output_path=str(tiny_policy))
-    with pytest.raises(UsageError, match="counted from 1"):
+    with pytest.raises(UsageError, match="must be at least 1"):
         config(layers=[0])
     with pytest.raises(UsageError, match=r"--layers 3: .* has 2 layers"):
         fit.load_backbone(config(layers=[1, 3]))

@@ -12,7 +12,7 @@ import readme
 import torch
 
 from drdpo import config
-from drdpo.flags import parse
+from drdpo.cli import parse
 from drdpo.records import Preference, Prompt
 from drdpo.training.losses import drdpo_weights, kl_weights, pair_losses
 

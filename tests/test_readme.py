@@ -7,7 +7,7 @@ import pytest
 import readme
 
 from drdpo import config
-from drdpo.flags import parse
+from drdpo.cli import parse
 from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

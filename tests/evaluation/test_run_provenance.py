@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.provenance import method_line, read_provenance
-from drdpo.flags import as_dict
 from drdpo.manifest import write_manifest
 
 

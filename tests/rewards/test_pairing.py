@@ -363,7 +363,7 @@ def test_the_filter_that_left_no_pair_is_named(
     ("flags", "message"),
     [
         (("--ArmoRM=1.0", "--selection=best"), "invalid choice: 'best'"),
-        (("--ArmoRM=1.0", "--min_margin=-1"), "--min_margin=-1 must not be negative"),
+        (("--ArmoRM=1.0", "--min_margin=-1"), "--min_margin=-1.0 must not be negative"),
         (("--ArmoRM=1.0", "--min_margin=nan"), "--min_margin=nan is not a finite number"),
         (("--ArmoRM=1.0", "--max_pairs_per_prompt=3"), "top_bottom makes one pair of a prompt"),
         (

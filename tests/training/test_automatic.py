@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from drdpo import distributed
+from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.flags import parse
 from drdpo.kernels import varlen_attention
 from drdpo.training import automatic, engine, preflight, run
 from drdpo.training.automatic import resolve_attention, rows_that_fit

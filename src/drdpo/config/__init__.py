@@ -1,22 +1,36 @@
-"""One frozen dataclass per step IS the command line of that step."""
+"""One frozen dataclass per step IS the command line of that step. A step loads its own only."""
 
-from drdpo.config.assets import AssetsConfig
-from drdpo.config.comparison import CompareMixturesConfig, CompareOpenllmConfig
-from drdpo.config.completions import CompletionsConfig
-from drdpo.config.evaluation import EvaluateConfig, LeaderboardConfig
-from drdpo.config.inspection import InspectConfig, ShowRunConfig
-from drdpo.config.preferences import PreferencesConfig
-from drdpo.config.training import TrainConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AssetsConfig",
-    "CompareMixturesConfig",
-    "CompareOpenllmConfig",
-    "CompletionsConfig",
-    "EvaluateConfig",
-    "InspectConfig",
-    "LeaderboardConfig",
-    "PreferencesConfig",
-    "ShowRunConfig",
-    "TrainConfig",
-]
+if TYPE_CHECKING:
+    from drdpo.config.assets import AssetsConfig as AssetsConfig
+    from drdpo.config.comparison import CompareMixturesConfig as CompareMixturesConfig
+    from drdpo.config.comparison import CompareOpenllmConfig as CompareOpenllmConfig
+    from drdpo.config.completions import CompletionsConfig as CompletionsConfig
+    from drdpo.config.evaluation import EvaluateConfig as EvaluateConfig
+    from drdpo.config.evaluation import LeaderboardConfig as LeaderboardConfig
+    from drdpo.config.inspection import InspectConfig as InspectConfig
+    from drdpo.config.inspection import ShowRunConfig as ShowRunConfig
+    from drdpo.config.preferences import PreferencesConfig as PreferencesConfig
+    from drdpo.config.training import TrainConfig as TrainConfig
+
+_FILES = {
+    "AssetsConfig": "assets",
+    "CompareMixturesConfig": "comparison",
+    "CompareOpenllmConfig": "comparison",
+    "CompletionsConfig": "completions",
+    "EvaluateConfig": "evaluation",
+    "InspectConfig": "inspection",
+    "LeaderboardConfig": "evaluation",
+    "PreferencesConfig": "preferences",
+    "ShowRunConfig": "inspection",
+    "TrainConfig": "training",
+}
+__all__ = list(_FILES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from drdpo.asset_names import EMBEDDED_DATASETS, EMBEDDED_MODELS, HUB_DATASETS, HUB_MODELS, select_datasets, select_models
-from drdpo.flags import flag
+from drdpo.cli import flag
 
 _GROUPS = "or embedded (no hub, no login), all, none; auto is all where the hub answers, else embedded"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from drdpo.flags import flag
+from drdpo.cli import flag
 
 
 @dataclass(frozen=True)

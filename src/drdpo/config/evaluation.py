@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from drdpo.flags import flag, require
+from drdpo.cli import check_bounds, flag, require
 
 HF_MAX_LENGTH = 8192
 """Longest context that backend hf gets unless --max_length says otherwise. Without requests to look at, as for generation,
@@ -30,20 +30,18 @@ class EvaluateConfig:
         "alpha.png and alpha.svg",
         [],
     )
-    sweep_trained_at: float = flag("the alpha that training used, marked in the plot of --sweep", 0.5)
+    sweep_trained_at: float = flag("the alpha that training used, marked in the plot of --sweep", 0.5, at_least=0, at_most=1)
     split: Literal["test", "train"] = flag("split to average", "test")
-    bootstrap: int = flag("paired bootstrap samples of the confidence interval", 2000)
-    seed: int = flag("seed of the bootstrap", 42)
+    bootstrap: int = flag("paired bootstrap samples of the confidence interval", 2000, at_least=100)
+    seed: int = flag("seed of the bootstrap", 42, at_least=0)
 
     def __post_init__(self) -> None:
-        require(self.bootstrap >= 100, f"--bootstrap={self.bootstrap}: a 95% interval needs at least 100 samples")
-        require(self.seed >= 0, f"--seed={self.seed} must not be negative")
+        check_bounds(self)
         require(
             not self.sweep or len(set(self.sweep)) == len(self.sweep) == 2,
             f"--sweep {' '.join(self.sweep)}: give two different objectives, e.g. --sweep helpsteer_helpfulness "
             "helpsteer_coherence",
         )
-        require(0 <= self.sweep_trained_at <= 1, f"--sweep_trained_at={self.sweep_trained_at:g} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class LeaderboardConfig:
     model_path: str = flag("model to evaluate: a Hugging Face folder or hub id")
     output_path: str | None = flag("folder for results (default outputs/openllm/<model name>)", None)
     tasks: str = flag("comma-separated lm-eval tasks or groups", "leaderboard")
-    limit: float | None = flag("only so many samples per task (below 1: a share), for a trial", None)
+    limit: float | None = flag("only so many samples per task (below 1: a share), for a trial", None, above=0)
     include_path: str | None = flag("folder of further task yaml files", None)
     backend: Literal["hf", "vllm"] = flag("lm-eval back end", "hf")
     batch_size: str = flag("sequences at a time, or 'auto': what fits a GPU, and 1 on a CPU", "auto")
@@ -63,28 +61,29 @@ class LeaderboardConfig:
         "auto",
     )
     max_length: int | None = flag(
-        f"context length; the authors used 2048 (default: the model's own, with backend hf at most {HF_MAX_LENGTH})", None
+        f"context length; the authors used 2048 (default: the model's own, with backend hf at most {HF_MAX_LENGTH})",
+        None,
+        at_least=1,
     )
-    max_gen_toks: int | None = flag("longest generation; the authors used 1024", None)
-    num_fewshot: int | None = flag("few-shot examples, in place of each task's own number unless that is 0", None)
+    max_gen_toks: int | None = flag("longest generation; the authors used 1024", None, at_least=1)
+    num_fewshot: int | None = flag(
+        "few-shot examples, in place of each task's own number unless that is 0", None, at_least=0
+    )
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)
     fewshot_as_multiturn: bool = flag("few-shot examples as turns of a conversation", True)
-    tensor_parallel_size: int = flag("GPUs that one vLLM engine spans (backend vllm); one engine for every so many", 1)
-    seed: int = flag("seed of the few-shot sampling", 42)
+    tensor_parallel_size: int = flag(
+        "GPUs that one vLLM engine spans (backend vllm); one engine for every so many", 1, at_least=1
+    )
+    seed: int = flag("seed of the few-shot sampling", 42, at_least=0)
     overwrite: bool = flag("replace results that other flags or another model made", False)
     check_only: bool = flag("check the flags and the inputs, then stop", False)
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit > 0, f"--limit={self.limit} must be positive")
+        check_bounds(self)
         require(
             self.limit is None or self.limit < 1 or self.limit == int(self.limit),
             f"--limit={self.limit}: give a whole number of samples, or a share below 1",
         )
-        for name in ("max_length", "max_gen_toks", "tensor_parallel_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name}={value} must be at least 1")
-        require(self.num_fewshot is None or self.num_fewshot >= 0, f"--num_fewshot={self.num_fewshot} must not be negative")
-        require(self.seed >= 0, f"--seed={self.seed} must not be negative")
         require(
             self.batch_size == "auto"
             or (self.batch_size.isascii() and self.batch_size.isdigit() and 0 < len(self.batch_size.lstrip("0")) < 10),

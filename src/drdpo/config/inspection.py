@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drdpo.flags import flag, positional, require
+from drdpo.cli import check_bounds, flag, positional
 
 
 @dataclass(frozen=True)
@@ -10,13 +10,12 @@ class InspectConfig:
     """Tables, samples and histograms of data, whichever step made it."""
 
     path: str = positional("folder or JSON-lines file of prompts, completions, preference pairs or rejected rows")
-    samples: int = flag("rows of each file to print", 3)
-    seed: int = flag("seed of the choice of these rows", 42)
+    samples: int = flag("rows of each file to print", 3, at_least=0)
+    seed: int = flag("seed of the choice of these rows", 42, at_least=0, below=2**32)
     output_path: str | None = flag("PNG of the histograms (default: outputs/inspection/<path>.png)", None)
 
     def __post_init__(self) -> None:
-        require(self.samples >= 0, f"--samples={self.samples} must not be negative")
-        require(0 <= self.seed < 2**32, f"--seed={self.seed} must lie in [0, 2^32)")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)

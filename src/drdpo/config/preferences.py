@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from drdpo.flags import flag, require
+from drdpo.cli import check_bounds, flag, require
 from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 
@@ -27,9 +27,10 @@ class PreferencesConfig:
         "smallest margin of a pair, in units of the mixed score (of z-scores where --standardize is on), for every "
         "--selection; a margin of 0 is always dropped",
         0.0,
+        at_least=0,
     )
     max_pairs_per_prompt: int | None = flag(
-        "for all_pairs: keep this many pairs of each prompt, those of the largest margins", None
+        "for all_pairs: keep this many pairs of each prompt, those of the largest margins", None, at_least=1
     )
     seed: int = flag("seed of top_random's draws; a prompt's draw depends on it, the split and prompt_id only", 42)
     standardize: bool = flag("z-score every objective before mixing", True)
@@ -89,15 +90,11 @@ class PreferencesConfig:
 
     def __post_init__(self) -> None:
         self.objective_weights()
-        require(self.min_margin >= 0, f"--min_margin={self.min_margin:g} must not be negative; chosen scores above rejected")
+        check_bounds(self)
         require(
             self.max_pairs_per_prompt is None or self.selection == "all_pairs",
             f"--max_pairs_per_prompt={self.max_pairs_per_prompt} goes with --selection=all_pairs; "
             f"{self.selection} makes one pair of a prompt",
-        )
-        require(
-            self.max_pairs_per_prompt is None or self.max_pairs_per_prompt >= 1,
-            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} must be at least 1",
         )
         require(
             self.standardize or self.standardize_by == "split",

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from drdpo.config.training_rules import check_training
-from drdpo.flags import flag
+from drdpo.cli import check_bounds, flag, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +19,10 @@ class TrainConfig:
     model_path: str = flag("policy to align, also the frozen reference: a Hugging Face folder or hub id")
     dataset_path: str = flag("folder with train.jsonl and test.jsonl of preferences, or the hub id of a TRL-style data set")
     save_path: str = flag("folder for checkpoints global_step_<n>, metrics.jsonl and logs")
-    kldpo_tau: float | None = flag("KLDPO with this temperature", None)
-    wdpo_rho: float | None = flag("WDPO with this radius", None)
-    drdpo_beta: float | None = flag("Dr. DPO with this temperature", None)
-    kldpo_cap: float = flag("largest KLDPO weight", 10.0)
+    kldpo_tau: float | None = flag("KLDPO with this temperature", None, above=0)
+    wdpo_rho: float | None = flag("WDPO with this radius", None, above=0)
+    drdpo_beta: float | None = flag("Dr. DPO with this temperature", None, above=0)
+    kldpo_cap: float = flag("largest KLDPO weight", 10.0, above=0)
     kldpo_normalize: bool = flag("KLDPO weights as the paper's Algorithm 2: a softmax over the population", False)
     wdpo_penalty: Literal["squared", "root"] = flag(
         "'squared': mean of rho |grad|^2, as the authors' code; 'root': rho sqrt(mean |grad|^2), Algorithm 1", "squared"
@@ -43,6 +42,8 @@ class TrainConfig:
         "share of a step's micro-batches (at least one) that carry the penalty, drawn again each step and rescaled to stay "
         "unbiased",
         1.0,
+        above=0,
+        at_most=1,
     )
     robust_scope: Literal["step", "micro"] = flag(
         "population of the robust weights, and of WDPO's root: all pairs of the optimizer step, or of one micro-batch over "
@@ -50,37 +51,39 @@ class TrainConfig:
         "step",
     )
     loss_type: Literal["sigmoid", "ipo", "robust"] = flag("pointwise loss: DPO, IPO or rDPO", "sigmoid")
-    label_smoothing: float = flag("cDPO's smoothing (sigmoid) or rDPO's flip rate (robust)", 0.0)
-    beta: float = flag("strength of the KL leash to the reference", 0.01)
-    learning_rate: float = flag("peak learning rate", 5e-7)
-    warmup_ratio: float = flag("share of the steps that warm up linearly", 0.1)
-    min_lr_ratio: float = flag("the cosine ends at this share of the peak", 0.1)
-    adam_beta1: float = flag("AdamW", 0.9)
-    adam_beta2: float = flag("AdamW", 0.95)
-    weight_decay: float = flag("AdamW", 0.0)
-    max_grad_norm: float = flag("gradient clipping", 1.0)
-    max_epochs: int = flag("passes over the pairs", 8)
-    max_steps: int | None = flag("stop after so many optimizer steps; the schedule spans them", None)
-    train_batch_size: int = flag("pairs per optimizer step, over all processes", 128)
+    label_smoothing: float = flag("cDPO's smoothing (sigmoid) or rDPO's flip rate (robust)", 0.0, at_least=0, below=0.5)
+    beta: float = flag("strength of the KL leash to the reference", 0.01, above=0)
+    learning_rate: float = flag("peak learning rate", 5e-7, above=0)
+    warmup_ratio: float = flag("share of the steps that warm up linearly", 0.1, at_least=0, at_most=1)
+    min_lr_ratio: float = flag("the cosine ends at this share of the peak", 0.1, at_least=0, at_most=1)
+    adam_beta1: float = flag("AdamW", 0.9, at_least=0, below=1)
+    adam_beta2: float = flag("AdamW", 0.95, at_least=0, below=1)
+    weight_decay: float = flag("AdamW", 0.0, at_least=0)
+    max_grad_norm: float = flag("gradient clipping", 1.0, above=0)
+    max_epochs: int = flag("passes over the pairs", 8, at_least=1)
+    max_steps: int | None = flag("stop after so many optimizer steps; the schedule spans them", None, at_least=1)
+    train_batch_size: int = flag("pairs per optimizer step, over all processes", 128, at_least=1)
     micro_batch_size: int | None = flag(
         "pairs per process and forward pass (default 1 for WDPO, else 4; for packed rows on CUDA --micro_batch_tokens is "
         "the default instead)",
         None,
+        at_least=1,
     )
     micro_batch_tokens: int | None = flag(
         "instead of --micro_batch_size: as many pairs per process and forward pass as fit a packed row of this many tokens, "
         "rows of about equal length (default on CUDA: what the GPU's memory holds by the preflight's prediction, at most "
         "16,384, and at least twice --max_len)",
         None,
+        at_least=1,
     )
     max_len: int = flag(
-        "longest prompt + answer in tokens; a longer answer is cut, a longer prompt sets the pair aside", 2048
+        "longest prompt + answer in tokens; a longer answer is cut, a longer prompt sets the pair aside", 2048, at_least=1
     )
-    max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None)
-    eval_steps: int = flag("evaluate on the test pairs every so many steps; 0 is at the end only", 79)
-    save_steps: int = flag("save a checkpoint every so many steps; 0 is at the end only", 158)
+    max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None, at_least=1)
+    eval_steps: int = flag("evaluate on the test pairs every so many steps; 0 is at the end only", 79, at_least=0)
+    save_steps: int = flag("save a checkpoint every so many steps; 0 is at the end only", 158, at_least=0)
     keep_checkpoints: int = flag(
-        "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0
+        "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0, at_least=0
     )
     keep_steps: list[int] = flag("with --keep_checkpoints: steps whose checkpoints stay as well, e.g. 158 316", [])
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
@@ -88,7 +91,7 @@ class TrainConfig:
         "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
         "auto",
     )
-    zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2)
+    zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2, at_least=0, at_most=3)
     gradient_checkpointing: Literal["auto", "true", "false"] = flag(
         "recompute activations in the backward pass, which gives the same results in less memory and a third more time; "
         "'auto' keeps them where the predicted peak fits 90% of the free memory of a GPU, or half of a CPU's",
@@ -103,6 +106,7 @@ class TrainConfig:
         "train LoRA adapters of this rank in place of the weights; 0 trains the weights. LoRA usually wants about ten times "
         "the --learning_rate",
         0,
+        at_least=0,
     )
     lora_quantize: Literal["none", "nf4"] = flag(
         "'nf4' is QLoRA: with --lora_rank the linear layers of the decoder blocks, which are frozen, are held in 4 bits "
@@ -111,7 +115,7 @@ class TrainConfig:
         "the CPU for every checkpoint. Not for --zero_stage=3, nor --torch_compile",
         "none",
     )
-    lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32)
+    lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32, above=0)
     lora_targets: list[str] = flag(
         "last names of the linear layers that get adapters, e.g. q_proj v_proj (default: all of the decoder blocks)", []
     )
@@ -153,6 +157,7 @@ class TrainConfig:
         "seconds that processes wait for one that does not answer, before the run ends with an error; the waits for a "
         "checkpoint to be written are longer",
         1800,
+        at_least=1,
     )
     resume: Literal["auto", "never"] = flag(
         "'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto"
@@ -255,4 +260,187 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", str(self.gradient_checkpointing).lower())
-        check_training(self)
+        check_bounds(self)
+        _check_rules(self)
+
+
+def _check_rules(config: TrainConfig) -> None:
+    """Raise UsageError for flags that cannot be honoured together."""
+    _check_method(config)
+    require(
+        config.label_smoothing == 0 or config.loss_type != "ipo",
+        "--label_smoothing has no meaning for --loss_type=ipo; leave it out",
+    )
+    require(
+        not (config.zero_stage == 0 and config.dtype == "bfloat16"),
+        "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; give --zero_stage=1 or --dtype=float32",
+    )
+    _check_saving(config)
+    _check_lora(config)
+    _check_log(config)
+    _check_tokens(config)
+    _check_attention(config)
+    _check_speed(config)
+
+
+def _check_saving(config: TrainConfig) -> None:
+    require(
+        config.keep_checkpoints > 0 or not config.keep_steps,
+        "--keep_steps has no meaning without --keep_checkpoints, as all stay; give that too",
+    )
+    for step in config.keep_steps:
+        saved = config.save_steps and step % config.save_steps == 0
+        require(
+            step > 0 and (saved or step == config.max_steps or config.max_steps is None),
+            f"--keep_steps={step}: no checkpoint is saved after that step; --save_steps={config.save_steps}",
+        )
+
+
+def _check_log(config: TrainConfig) -> None:
+    names = [name.strip() for name in config.log.split(",")]
+    for name in names:
+        require(name in ("tensorboard", "wandb", "none"), f"--log={config.log}: '{name}' is not tensorboard, wandb or none")
+    require("none" not in names or len(names) == 1, f"--log={config.log}: none stands alone; leave it or the others out")
+
+
+def _check_tokens(config: TrainConfig) -> None:
+    if config.micro_batch_tokens is None:
+        return
+    require(config.micro_batch_size is None, "--micro_batch_tokens and --micro_batch_size exclude each other; give one")
+    require(config.packing, "--micro_batch_tokens counts the tokens of packed rows; leave out --packing=false")
+    require(
+        config.robust_scope == "step",
+        "--micro_batch_tokens with --robust_scope=micro: the population would change with the lengths; give "
+        "--micro_batch_size",
+    )
+
+
+def _check_attention(config: TrainConfig) -> None:
+    require(
+        not config.deterministic or config.packing or config.attn not in ("flex", "flash"),
+        f"--deterministic=true with --attn={config.attn} and --packing=false: transformers' kernels do not follow torch's "
+        "switch; pass --attn=sdpa",
+    )
+    if config.attn not in ("flex", "flash"):
+        return
+    require(
+        not config.packing or config.attn == "flash",
+        f"--attn={config.attn}: packed rows attend by sdpa, flash or eager; give --attn=sdpa, or --packing=false as well",
+    )
+    require(
+        config.attn == "flex" or config.dtype != "float32",
+        "--attn=flash with --dtype=float32: flash attention knows 16-bit numbers only; give --attn=sdpa",
+    )
+
+
+def _check_speed(config: TrainConfig) -> None:
+    require(
+        not (config.optimizer_offload and config.zero_stage == 0),
+        "--optimizer_offload=true with --zero_stage=0: DeepSpeed offloads what ZeRO holds; give --zero_stage=1, 2 or 3",
+    )
+    if not config.torch_compile:
+        return
+    require(
+        config.zero_stage <= 2,
+        "--torch_compile=true with --zero_stage=3: compiled layers do not fetch their weights; give --zero_stage=2",
+    )
+    require(
+        not config.second_derivative,
+        "--torch_compile=true with --wdpo_solver=exact: compiled layers have no second derivative; leave out "
+        "--torch_compile",
+    )
+    require(
+        config.method != "wdpo" or config.solver != "tangent",
+        "--torch_compile=true with --wdpo_solver=tangent: its pass along the gradient does not call the layers; leave out "
+        "--torch_compile",
+    )
+
+
+def _check_lora(config: TrainConfig) -> None:
+    if config.lora_rank:
+        require(
+            config.lora_quantize == "none" or config.zero_stage <= 2,
+            "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; give "
+            "--zero_stage=2",
+        )
+        require(
+            config.lora_quantize == "none" or not config.torch_compile,
+            "--lora_quantize=nf4 with --torch_compile=true: compiling 4-bit layers is not supported; leave out one of them",
+        )
+        return
+    given = {
+        "lora_alpha": config.lora_alpha != 32, "lora_targets": config.lora_targets, "lora_merge": not config.lora_merge,
+        "lora_quantize": config.lora_quantize != "none",
+    }  # fmt: skip
+    for name, changed in given.items():
+        require(not changed, f"--{name} has no meaning without --lora_rank; give that too")
+
+
+def _check_method(config: TrainConfig) -> None:
+    chosen = [name for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta") if getattr(config, name) is not None]
+    require(
+        len(chosen) <= 1,
+        f"{' and '.join(f'--{name}' for name in chosen)} choose different methods; give one of them",
+    )
+    _check_idle(config)
+    _check_scope(config)
+    if config.method != "wdpo":
+        return
+    require(
+        config.wdpo_fraction == 1 or config.wdpo_penalty == "squared",
+        f"--wdpo_fraction={config.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is not right on "
+        "average; give --wdpo_penalty=squared or --wdpo_fraction=1",
+    )
+    if config.second_derivative:
+        _check_exact(config)
+    else:
+        require(
+            config.packing,
+            "--packing=false with --wdpo_solver=tangent, which knows packed rows only; give --wdpo_solver=exact or "
+            "--packing=true",
+        )
+
+
+def _check_idle(config: TrainConfig) -> None:
+    """Refuse flags of a method that is not chosen, which would be without effect."""
+    owners = {
+        "wdpo_rho": ("wdpo_penalty", "wdpo_prompt", "wdpo_solver", "wdpo_fraction"),
+        "kldpo_tau": ("kldpo_cap", "kldpo_normalize"),
+    }
+    for strength, names in owners.items():
+        for name in names if getattr(config, strength) is None else ():
+            value = getattr(config, name)
+            require(
+                value == type(config).__dataclass_fields__[name].default,
+                f"--{name}={value} has no meaning without --{strength}; give that too",
+            )
+    require(
+        not config.kldpo_normalize or config.kldpo_cap == type(config).__dataclass_fields__["kldpo_cap"].default,
+        f"--kldpo_cap={config.kldpo_cap} with --kldpo_normalize=true: Algorithm 2's weights have no cap; leave one out",
+    )
+
+
+def _check_scope(config: TrainConfig) -> None:
+    """Refuse a population where no pair's term depends on the other pairs."""
+    if config.weighted or (config.method == "wdpo" and config.wdpo_penalty == "root"):
+        return
+    name = "WDPO with --wdpo_penalty=squared" if config.method == "wdpo" else "plain DPO"
+    require(
+        config.robust_scope == "step",
+        f"--robust_scope={config.robust_scope} has no meaning for {name}, where no pair's term depends on the other pairs; "
+        "leave it out, or choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root",
+    )
+
+
+def _check_exact(config: TrainConfig) -> None:
+    require(
+        config.plain_attention or (config.packing and config.attention_kernel == "sdpa"),
+        f"--attn={config.attn} with the exact solver of --wdpo_rho: its kernels have no second derivative, so the penalty "
+        "would be wrong or fail; give --attn=eager, or another --wdpo_solver",
+    )
+    require(
+        config.zero_stage <= 2,
+        f"--zero_stage=3 with --wdpo_solver={config.wdpo_solver}{', which is exact' * (config.wdpo_solver == 'auto')}: "
+        "DeepSpeed's stage 3 cannot run its double backward; give "
+        f"--wdpo_solver=tangent{'' if config.packing else ' and --packing=true'}, or --zero_stage=2",
+    )

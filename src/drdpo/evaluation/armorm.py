@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from drdpo.cli import as_dict, require
 from drdpo.config.evaluation import EvaluateConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.csv_files import write_answers, write_pairs, write_scores, write_sweep
@@ -12,7 +13,6 @@ from drdpo.evaluation.report import report, terminal_table
 from drdpo.evaluation.runs import Run, choose_objectives, common_prompts, load_run, parse_runs, pool_seeds
 from drdpo.evaluation.statistics import MIXTURE, Comparison, compare, spread
 from drdpo.files import atomic_file, atomic_folder, sweep
-from drdpo.flags import as_dict, require
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint, write_manifest
 from drdpo.objectives import flag_name, objective_from_flag

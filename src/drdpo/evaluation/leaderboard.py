@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.chat import DATE_STRING, load_tokenizer
+from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, world_size
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, terminal
 from drdpo.evaluation.leaderboard_tasks import check_data, find_tasks, split_tasks
 from drdpo.files import atomic_file, sweep
-from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.machine import announce, settle
 from drdpo.manifest import already_made, fingerprint, write_manifest

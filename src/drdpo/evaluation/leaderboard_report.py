@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from drdpo.cli import as_dict
 from drdpo.config.comparison import CompareOpenllmConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.leaderboard_runs import LeaderboardRun, differences, read_runs
@@ -13,7 +14,6 @@ from drdpo.evaluation.leaderboard_tables import RAW_HEADER, raw_rows
 from drdpo.evaluation.published import LEADERBOARD
 from drdpo.evaluation.tables import markdown_table
 from drdpo.files import atomic_file, atomic_folder, sweep
-from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint, write_manifest
 

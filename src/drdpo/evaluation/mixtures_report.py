@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from drdpo.cli import as_dict
 from drdpo.config.comparison import CompareMixturesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.csv_files import SCORES
@@ -14,7 +15,6 @@ from drdpo.evaluation.resampling import Figure
 from drdpo.evaluation.runs import parse_runs, sort_objectives
 from drdpo.evaluation.tables import markdown_table
 from drdpo.files import atomic_file, atomic_folder, sweep
-from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import fingerprint, read_manifest, write_manifest
 from drdpo.objectives import flag_name

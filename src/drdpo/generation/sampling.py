@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from drdpo import chat
+from drdpo.cli import require
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
 from drdpo.files import sweep
-from drdpo.flags import require
 from drdpo.generation.engines.base import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
 from drdpo.generation.engines.choose import choose_engine, open_engines, plan_engines, visible_gpus
 from drdpo.generation.engines.pool import Engines

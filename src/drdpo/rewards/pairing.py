@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from drdpo.cli import as_dict
 from drdpo.config import PreferencesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_files, sweep
-from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.manifest import already_made, fingerprint, write_manifest
 from drdpo.progress import progress

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drdpo import distributed
+from drdpo.cli import as_dict
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import sweep
-from drdpo.flags import as_dict
 from drdpo.lock import lock_folder, refuse_if_locked, sole_writer
 from drdpo.machine import agree, announce, settle
 from drdpo.manifest import already_made, fingerprint

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from drdpo import chat, distributed
+from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.files import atomic_file, remove_tree, sweep
-from drdpo.flags import as_dict
 from drdpo.lock import refuse_if_locked
 from drdpo.machine import announce, check_device, settle
 from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.display import one_line
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.files import atomic_file, read_json_object
-from drdpo.flags import as_dict
 
 WANDB_ID = "wandb.json"
 """{id, project}: the run of this folder. Never a key."""

@@ -1,0 +1,158 @@
+"""A command line from a dataclass: every field is a flag, spelled once, with its help, its default and its bounds."""
+
+import argparse
+import dataclasses
+import math
+import operator
+import sys
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from drdpo.display import one_line
+from drdpo.errors import UsageError
+from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
+from drdpo.records import is_text
+
+Config = TypeVar("Config")
+
+_BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+_TRUTH = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(("false", "no", "f", "n", "0"), False)
+
+
+def flag(help: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+    """A dataclass field that is a flag; without a default the flag is required.
+
+    Args:
+        help: for --help and the README's tables.
+        default: a list is copied.
+        bounds: `above` or `at_least`, then `below` or `at_most`, for the number or every number of a list.
+    """
+    metadata = {"help": help, "bounds": bounds}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def positional(help: str) -> Any:
+    """A required dataclass field that stands on the command line as a word without a name in front of it."""
+    return dataclasses.field(metadata={"help": help, "positional": True})
+
+
+def parse(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+    """Parse a command line into a frozen dataclass.
+
+    Args:
+        config_class: one of the classes of drdpo.config.
+        description: one sentence for --help.
+        arguments: the words of the command line, sys.argv without its first word by default.
+
+    Raises:
+        SystemExit: status 2 after one line for an unknown or abbreviated flag or a value of the wrong type; status 0
+            after --help.
+        UsageError: a text flag that is empty, a number that is not finite, a
+            value or a combination that the dataclass refuses.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
+        objective_from_flag(PHANTOM_FLAG)
+    parser = _Parser(description=description, allow_abbrev=False)
+    kinds = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        _add_flag(parser, field, kinds[field.name])
+    values = vars(parser.parse_args(arguments))
+    for name, value in values.items():
+        for word in value if isinstance(value, list) else [value]:
+            _check_word(spelled(config_class, name), word)
+    return config_class(**values)
+
+
+def check_bounds(config: Any) -> None:
+    """Raise UsageError for a flag whose value is out of its bounds; for the __post_init__ of a config class."""
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not all(_BOUNDS[name](number, bound) for name, bound in bounds.items()):
+                raise UsageError(f"--{field.name}={number} must {_in_words(bounds)}")
+
+
+def spelled(config_class: type[Any], name: str) -> str:
+    """How the command line spells a field: `--name`, or `name` if it is positional."""
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    return name if field.metadata.get("positional") else f"--{name}"
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved flags, for manifests."""
+    return dataclasses.asdict(config)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UsageError with `message` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message)}; --help lists the flags\n")
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
+    """Add --some_name, also spelled --some-name; for one that is true by default --no_some_name too."""
+    text = field.metadata["help"].replace("%", "%%")  # argparse fills in what follows a %
+    if field.metadata.get("positional"):
+        parser.add_argument(field.name, type=kind, help=text)
+        return
+    default = None if field.default is dataclasses.MISSING else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    required = default is None and field.default is dataclasses.MISSING
+    note = "" if default in (None, []) else f" (default: {str(default).lower() if kind is bool else default})"
+    settings: dict[str, Any] = {"default": default, "required": required, "help": text + note.replace("%", "%%")}
+    if NoneType in get_args(kind):
+        (kind,) = (part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    elif get_origin(kind) is list:
+        settings |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif kind is bool:
+        settings |= {"type": _truth, "nargs": "?", "const": True}
+    else:
+        settings["type"] = kind
+    parser.add_argument(*_spellings(field.name), **settings)
+    if default is True:
+        parser.add_argument(
+            *_spellings(f"no_{field.name}"), action="store_false", dest=field.name, default=argparse.SUPPRESS,
+            help=f"--{field.name}=false",
+        )  # fmt: skip
+
+
+def _spellings(name: str) -> dict[str, None]:
+    return dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in _TRUTH:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return _TRUTH[word.lower()]
+
+
+def _check_word(shown: str, word: Any) -> None:
+    """Refuse what no flag means: an empty path would be the current folder, and no comparison refuses a NaN."""
+    if isinstance(word, str):
+        require(bool(word.strip()), f"{shown} is empty; give it a value (is a shell variable unset?)")
+        require(is_text(word), f"{shown} holds bytes that are not UTF-8 text")
+    elif isinstance(word, int):
+        require(abs(word) < 2**63, f"{shown}={word} is beyond 64 bits")
+    elif isinstance(word, float):
+        require(math.isfinite(word), f"{shown}={word} is not a finite number")
+
+
+def _in_words(bounds: dict[str, float]) -> str:
+    (low_name, low), *rest = bounds.items()
+    if rest:
+        ((high_name, high),) = rest
+        return f"lie in {'(' if low_name == 'above' else '['}{low}, {high}{')' if high_name == 'below' else ']'}"
+    if low == 0 and low_name in ("above", "at_least"):
+        return "be positive" if low_name == "above" else "not be negative"
+    return f"be {low_name.replace('_', ' ')} {low}"

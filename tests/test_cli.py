@@ -1,0 +1,148 @@
+"""What every command line refuses, whichever step it is of."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from drdpo.cli import check_bounds, flag, parse, spelled
+from drdpo.config import CompletionsConfig, EvaluateConfig, InspectConfig, PreferencesConfig, TrainConfig
+from drdpo.errors import UsageError
+
+TRAIN = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "says"),
+    [
+        (TrainConfig, [*TRAIN, "--save_path="], "--save_path is empty"),
+        (TrainConfig, [*TRAIN, "--model_path", ""], "--model_path is empty"),
+        (TrainConfig, [*TRAIN, "--dataset-path= "], "--dataset_path is empty"),
+        (CompletionsConfig, ["--save_path=s", "--model_path=m", "--reward_model="], "--reward_model is empty"),
+        (PreferencesConfig, ["--ArmoRM=1.0", "--completions="], "--completions is empty"),
+        (EvaluateConfig, ["--runs", "a=b", "", "--output_path=o"], "--runs is empty"),
+        (TrainConfig, [*TRAIN, "--drdpo_beta=nan"], "--drdpo_beta=nan is not a finite number"),
+        (TrainConfig, [*TRAIN, "--kldpo_tau=inf"], "--kldpo_tau=inf is not a finite number"),
+        (TrainConfig, [*TRAIN, "--learning_rate=-inf"], "--learning_rate=-inf is not a finite number"),
+        (CompletionsConfig, ["--save_path=s", "--model_path=m", "--temperature=inf"], "--temperature=inf is not"),
+        (InspectConfig, [" "], "^path is empty"),
+    ],
+)
+def test_empty_words_and_numbers_that_are_none_are_named(config: type[Any], words: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(config, "A step.", words)
+
+
+def test_a_positional_word_stands_where_it_likes_and_is_named_without_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["a b", "--samples=0"], ["--samples", "0", "a b"], ["--samples=0", "--", "a b"]):
+        config = parse(InspectConfig, "A step.", words)
+        assert (config.path, config.samples) == ("a b", 0)
+    assert (spelled(InspectConfig, "path"), spelled(InspectConfig, "samples")) == ("path", "--samples")
+    with pytest.raises(SystemExit) as stop:
+        parse(InspectConfig, "A step.", ["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "positional arguments:\n  path " in printed
+    assert "--path" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [([], "required: path"), (["a", "b"], "unrecognized arguments: b"), (["--path=a"], "required: path")]
+)
+def test_a_missing_or_a_second_positional_word_ends_with_a_usage_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(InspectConfig, "A step.", words)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Every kind of flag."""
+
+    some_count: int = flag("at least one", 2, at_least=1)
+    share: float = flag("100% of it", 0.5, above=0, at_most=1)
+    steps: list[int] = flag("each of them", [], at_least=0)
+    limit: float | None = flag("none is no limit", None, above=0, below=8)
+    kind: Literal["a", "b"] = flag("which", "a")
+    on: bool = flag("is on", True)
+    off_now: bool = flag("is off", False)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ([], {}),
+        (["--some-count", "3", "--share=1"], {"some_count": 3, "share": 1.0}),
+        (["--steps", "4", "0", "--limit=0.5", "--kind=b"], {"steps": [4, 0], "limit": 0.5, "kind": "b"}),
+        (["--off_now", "--on=FALSE"], {"off_now": True, "on": False}),
+        (["--off-now", "yes", "--no_on"], {"off_now": True, "on": False}),
+        (["--off_now=0", "--no-on", "--on"], {}),
+    ],
+)
+def test_every_kind_of_flag(words: list[str], changes: dict[str, Any]) -> None:
+    assert parse(Odd, "A step.", words) == Odd(**changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--some_count=0"], "--some_count=0 must be at least 1"),
+        (["--share=0"], r"--share=0.0 must lie in \(0, 1\]"),
+        (["--limit=8"], r"--limit=8.0 must lie in \(0, 8\)"),
+        (["--steps", "3", "-1"], "--steps=-1 must not be negative"),
+    ],
+)
+def test_bounds(words: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(Odd, "A step.", words)
+    with pytest.raises(UsageError):
+        Odd(share=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "word", ["--some_coun=3", "--some_count=x", "--kind=c", "--on=maybe", "--steps", "--share", "--no_off_now", "y\nz"]
+)
+def test_what_argparse_refuses_is_one_line(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(Odd, "A step.", [word])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Odd, "A step.", ["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for text in ("at least one (default: 2)", "100% of it (default: 0.5)", "is on (default: true)", "--some-count"):
+        assert text in words
+
+
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0
+loaded = {name.partition(".")[0] for name in sys.modules}
+heavy = loaded - set(sys.stdlib_module_names) - {"drdpo", "msgspec", "runpy", "sitecustomize"}
+configs = [name for name in sys.modules if name.startswith("drdpo.config.")]
+print("loaded", *sorted(name for name in heavy if not name.startswith("_")), len(configs), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("script", sorted((Path(__file__).parents[1] / "src").glob("*.py")), ids=lambda path: path.name)
+def test_help_loads_no_library(script: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HELP, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    assert done.stderr.splitlines()[-1] == "loaded 1", "msgspec, and one config"
