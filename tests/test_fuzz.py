@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from drdpo import chat, config
 from drdpo.cli import parse
-from drdpo.display import one_line
+from drdpo.display import is_text, one_line
 from drdpo.errors import DataError, UsageError
 from drdpo.generation.prompts import read_prompts, render
-from drdpo.records import Completion, Preference, Prompt, is_text, read_records, write_records
+from drdpo.records import Completion, Preference, Prompt, read_records, write_records
 from drdpo.rewards.pairing import generate_preferences
 from drdpo.training.data import load_preferences, tokenise
 

@@ -7,6 +7,15 @@ _JOINERS = "\u200c\u200d"
 """Format characters that ordinary text needs: in Persian, in Indic scripts, in emoji."""
 
 
+def is_text(content: str) -> bool:
+    """JSON can spell half of a surrogate pair, which neither UTF-8 nor a tokenizer can."""
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def harmless(text: str) -> str:
     """Text that a terminal shows and does not obey.
 

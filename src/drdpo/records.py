@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Typed
 import msgspec
 from msgspec import Meta
 
+from drdpo.display import is_text
 from drdpo.errors import DataError
 from drdpo.files import atomic_file
 
@@ -157,15 +158,6 @@ def row_number(path: Path, index: int) -> int:
     if index < len(numbers):
         return numbers[index]
     raise DataError(f"{path}: has no row for record {index + 1}; was it changed meanwhile?")
-
-
-def is_text(content: str) -> bool:
-    """JSON can spell half of a surrogate pair, which neither UTF-8 nor a tokenizer can."""
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_records(path: Path, from_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
