@@ -46,7 +46,7 @@ from drdpo.assets.reward_model import CARD, CONFIG, HEADS, TEMPLATE, make_reward
 from drdpo.chat import Tokenizer, conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.cli import check_bounds, flag, parse, require
 from drdpo.errors import DataError, one_line_errors
-from drdpo.files import atomic_folder
+from drdpo.folder import atomic_folder
 from drdpo.kernels.shared_prefix import PackedRow, hidden_states
 from drdpo.machine import announce, settle
 from drdpo.records import Message, Preference, read_rows

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from drdpo.errors import UsageError, one_line_errors  # noqa: E402
-from drdpo.files import atomic_file  # noqa: E402
+from drdpo.folder import atomic_file  # noqa: E402
 
 SIZES = tuple(2**k for k in range(9, 18))
 DRAWS = 1000

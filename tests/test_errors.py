@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.errors import one_line_errors
-from drdpo.files import atomic_file, atomic_files, atomic_folder
+from drdpo.folder import atomic_file, atomic_files, atomic_folder
 
 
 def write_file(path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.errors import DataError
-from drdpo.manifest import fingerprint
-from drdpo.models import check_model_folder
+from drdpo.models import check_model_folder, fingerprint
 
 
 @pytest.fixture

@@ -1,14 +1,26 @@
 """Checks of a model folder that cost nothing: before a library is imported or a weight is read."""
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from drdpo.errors import DataError
-from drdpo.files import read_json_object
+from drdpo.folder import read_json_object
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _AGAIN = "copy or download it again, or give an earlier checkpoint"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+_BLOCK = 1 << 16
+_BLOCKS = 64
+_HEAD_BYTES = 1 << 26
+
+_MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+)  # fmt: skip
 
 
 def check_model_folder(path: str) -> None:
@@ -88,3 +100,51 @@ def _json_object(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise DataError(f"{path.parent}: no {path.name} in the model folder")
     return read_json_object(path)
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hash of a file, or of a model folder's own files, by name, size and content; a hub id is its own fingerprint.
+
+    A folder's results (completions, scores, pictures) may lie beside its model and do not count. Weights over 4 MiB are
+    read at 64 places spread over their length and at both ends: trained weights differ everywhere. Heads may be fitted
+    again on the same backbone, so the tensors of a safetensors file that are not the backbone's (`model.*`) are read
+    whole, up to 64 MiB each.
+    """
+    path = Path(path)
+    if not path.exists():
+        return f"hub:{path}"
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()[:32]
+    for file in sorted(file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= _BLOCK * _BLOCKS:
+                digest.update(stream.read())
+                continue
+            for number in range(_BLOCKS + 1):
+                stream.seek((size - _BLOCK) * number // _BLOCKS)
+                digest.update(stream.read(_BLOCK))
+            if file.suffix == ".safetensors":
+                for tensor in _head_tensors(stream, size):
+                    digest.update(tensor)
+    return digest.hexdigest()[:32]
+
+
+def _head_tensors(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The bytes of every tensor of a safetensors file that is not the backbone's; of a damaged header, none."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    try:
+        header = json.loads(stream.read(length)) if length < size else {}
+        places = [entry["data_offsets"] for name, entry in header.items() if not name.startswith(("model.", "__metadata__"))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    for start, end in places:
+        if end - start <= _HEAD_BYTES:
+            stream.seek(8 + length + start)
+            yield stream.read(end - start)

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from drdpo.display import is_text
 from drdpo.errors import DataError
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 
 if TYPE_CHECKING:
     Message = dict[str, str]

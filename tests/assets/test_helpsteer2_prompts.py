@@ -7,7 +7,7 @@ import pytest
 
 from drdpo.assets.helpsteer2 import FIRST_TEST_ID, convert_rows, parse_lines, write_prompts
 from drdpo.errors import DataError
-from drdpo.manifest import read_manifest
+from drdpo.folder import read_manifest
 from drdpo.records import Prompt, read_records, read_rows
 
 ASSISTANT, USER = "\n<extra_id_1>Assistant\n", "\n<extra_id_1>User\n"

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from drdpo.assets import hub
 from drdpo.errors import DataError
-from drdpo.manifest import read_manifest
+from drdpo.folder import read_manifest
 from drdpo.records import Prompt, read_records
 
 PAD = "<|finetune_right_pad_id|>"

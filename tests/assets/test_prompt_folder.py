@@ -7,7 +7,7 @@ import pytest
 
 from drdpo.assets.prompts import make_prompts, prompts_are_made
 from drdpo.errors import DataError
-from drdpo.manifest import read_manifest
+from drdpo.folder import read_manifest
 from drdpo.records import Prompt, read_records
 
 

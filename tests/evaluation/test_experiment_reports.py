@@ -14,7 +14,7 @@ from drdpo.evaluation.leaderboard_report import compare_openllm
 from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
 from drdpo.evaluation.mixtures_report import compare_mixtures
 from drdpo.evaluation.published import LEADERBOARD, MIXTURES, SPOKES
-from drdpo.lock import lock_folder
+from drdpo.folder import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 

@@ -16,7 +16,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, output_folder
 from drdpo.evaluation.leaderboard_tasks import find_tasks
-from drdpo.lock import lock_folder
+from drdpo.folder import lock_folder
 
 CHOICE = """
 task: tiny_choice

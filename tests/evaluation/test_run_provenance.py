@@ -9,7 +9,7 @@ from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.provenance import method_line, read_provenance
-from drdpo.manifest import write_manifest
+from drdpo.folder import write_manifest
 
 
 def test_nothing_recorded(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from drdpo.config import ShowRunConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.show_run import read_metrics, show_run
-from drdpo.manifest import write_manifest
+from drdpo.folder import write_manifest
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def test_a_cut_manifest_and_cut_rejects_are_named(fault_reward_model, tmp_path):
     rows = rows_of(*fields)
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (tmp_path / "manifest.json").write_text('{"score_test": {"made_')
-    with pytest.raises(DataError, match=r"manifest\.json: not JSON .*delete it to start anew"):
+    with pytest.raises(DataError, match=r"manifest\.json: not JSON .*delete it"):
         step(tmp_path, tmp_path, tmp_path, fault_reward_model)
     assert (tmp_path / "test.jsonl").read_text() == json.dumps(rows[0]) + "\n"
     (tmp_path / "manifest.json").unlink()

@@ -111,10 +111,10 @@ def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags: Flags
     other = tmp_path / "other model"
     shutil.copytree(config.model_path, other)
     (other / "generation_config.json").write_text('{"eos_token_id": 5}')
-    with pytest.raises(UsageError, match="made otherwise: model"):
+    with pytest.raises(UsageError, match="different configuration: model"):
         sample_completions(flags(only_test=True, model_path=str(other)))
     (prompts / "test.jsonl").write_text((prompts / "test.jsonl").read_text().replace("rain", "snow"))
-    with pytest.raises(UsageError, match="made otherwise: prompts"):
+    with pytest.raises(UsageError, match="different configuration: prompts"):
         sample_completions(flags(only_test=True))
     assert (sampled(config) / "test.jsonl").read_bytes() == before
     sample_completions(flags(only_test=True, overwrite=True))

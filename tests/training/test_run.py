@@ -120,8 +120,8 @@ def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(f
 
 def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(forks, tiny_policy, data, tmp_path):
     from drdpo.config import TrainConfig
+    from drdpo.folder import write_manifest
     from drdpo.machine import settle
-    from drdpo.manifest import write_manifest
     from drdpo.training.newest import write_index
     from drdpo.training.run import _made_by
 
@@ -139,7 +139,7 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(fork
 
 
 def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(forks, tiny_policy, data, tmp_path):
-    from drdpo.lock import lock_folder
+    from drdpo.folder import lock_folder
 
     out = tmp_path / "out"
     with lock_folder(out):

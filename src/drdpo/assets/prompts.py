@@ -5,8 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from drdpo.files import atomic_folder
-from drdpo.manifest import read_manifest, write_manifest
+from drdpo.folder import atomic_folder, read_manifest, write_manifest
 from drdpo.records import SPLITS, Prompt, check_unique, read_records, read_rows, write_records
 
 COMMITTED = Path(__file__).parent / "prompts"

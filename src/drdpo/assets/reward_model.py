@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.files import atomic_folder, read_json_object
-from drdpo.manifest import fingerprint, read_manifest, write_manifest
+from drdpo.folder import atomic_folder, read_json_object, read_manifest, write_manifest
+from drdpo.models import fingerprint
 
 COMMITTED = Path(__file__).parent / "armorm_smollm2"
 HEADS, CONFIG, CARD, TEMPLATE = "heads.safetensors", "config.json", "README.md", "chat_template.jinja"

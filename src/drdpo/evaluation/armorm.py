@@ -12,9 +12,8 @@ from drdpo.evaluation.provenance import Provenance, differences, read_provenance
 from drdpo.evaluation.report import report, terminal_table
 from drdpo.evaluation.runs import Run, choose_objectives, common_prompts, load_run, parse_runs, pool_seeds
 from drdpo.evaluation.statistics import MIXTURE, Comparison, compare, spread
-from drdpo.files import atomic_file, atomic_folder, sweep
-from drdpo.lock import lock_folder, refuse_if_locked
-from drdpo.manifest import fingerprint, write_manifest
+from drdpo.folder import atomic_file, atomic_folder, lock_folder, refuse_if_locked, sweep, write_manifest
+from drdpo.models import fingerprint
 from drdpo.objectives import flag_name, objective_from_flag
 
 MAY_BE_LEFT_OUT = {"pairs.csv", "alpha.csv", "alpha.png", "alpha.svg"}

@@ -13,7 +13,7 @@ from drdpo.evaluation.leaderboard_runs import LeaderboardRun
 from drdpo.evaluation.leaderboard_scores import COLUMNS, average
 from drdpo.evaluation.runs import Array
 from drdpo.evaluation.style import RC
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 
 _ROW, _PANEL = 0.36, 6.3
 """Inches."""

@@ -11,7 +11,7 @@ import pandas as pd
 from drdpo.config import InspectConfig
 from drdpo.display import one_line, shortened
 from drdpo.errors import DataError
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
 
 _WIDTH, _LINES = 100, 14

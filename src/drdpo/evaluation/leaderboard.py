@@ -17,11 +17,9 @@ from drdpo.distributed import is_main, world_size
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, terminal
 from drdpo.evaluation.leaderboard_tasks import check_data, find_tasks, split_tasks
-from drdpo.files import atomic_file, sweep
-from drdpo.lock import lock_folder, refuse_if_locked
+from drdpo.folder import already_made, atomic_file, lock_folder, refuse_if_locked, sweep, write_manifest
 from drdpo.machine import announce, settle
-from drdpo.manifest import already_made, fingerprint, write_manifest
-from drdpo.models import check_model_folder
+from drdpo.models import check_model_folder, fingerprint
 
 STEP = "evaluate_openllm"
 RESULTS, TABLE = "results.json", "table.md"

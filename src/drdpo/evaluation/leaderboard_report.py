@@ -13,9 +13,8 @@ from drdpo.evaluation.leaderboard_scores import COLUMNS, Benchmark, average, ave
 from drdpo.evaluation.leaderboard_tables import RAW_HEADER, raw_rows
 from drdpo.evaluation.published import LEADERBOARD
 from drdpo.evaluation.tables import markdown_table
-from drdpo.files import atomic_file, atomic_folder, sweep
-from drdpo.lock import lock_folder, refuse_if_locked
-from drdpo.manifest import fingerprint, write_manifest
+from drdpo.folder import atomic_file, atomic_folder, lock_folder, refuse_if_locked, sweep, write_manifest
+from drdpo.models import fingerprint
 
 _CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "raw_unweighted", "normalised", "normalised_stderr")
 Groups = dict[str, list[LeaderboardRun]]

@@ -7,8 +7,7 @@ from typing import Any
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_scores import Benchmark, benchmarks
 from drdpo.evaluation.runs import parse_runs
-from drdpo.files import read_json_object
-from drdpo.manifest import read_manifest
+from drdpo.folder import read_json_object, read_manifest
 
 _OWN = ("model_path", "model_fingerprint")
 """What rightly differs between two runs."""

@@ -14,9 +14,8 @@ from drdpo.evaluation.report_sections import interval
 from drdpo.evaluation.resampling import Figure
 from drdpo.evaluation.runs import parse_runs, sort_objectives
 from drdpo.evaluation.tables import markdown_table
-from drdpo.files import atomic_file, atomic_folder, sweep
-from drdpo.lock import lock_folder, refuse_if_locked
-from drdpo.manifest import fingerprint, read_manifest, write_manifest
+from drdpo.folder import atomic_file, atomic_folder, lock_folder, read_manifest, refuse_if_locked, sweep, write_manifest
+from drdpo.models import fingerprint
 from drdpo.objectives import flag_name
 
 

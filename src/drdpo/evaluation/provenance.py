@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drdpo.manifest import read_manifest
+from drdpo.folder import read_manifest
 
 _PLACES = ("save_path", "output_path", "overwrite", "check_only", "resume")
 """Flags that name places or ways of running: they do not shape a result."""

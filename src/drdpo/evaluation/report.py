@@ -14,7 +14,7 @@ from drdpo.evaluation.report_sections import (
 from drdpo.evaluation.runs import Run
 from drdpo.evaluation.statistics import MIXTURE, Comparison, mean, spread
 from drdpo.evaluation.tables import markdown_table, text_table
-from drdpo.manifest import git_commit, versions
+from drdpo.folder import git_commit, versions
 from drdpo.objectives import flag_name
 
 

@@ -8,9 +8,7 @@ import pandas as pd
 from drdpo.config import ShowRunConfig
 from drdpo.display import duration, one_line
 from drdpo.errors import DataError
-from drdpo.files import atomic_file, whole_lines
-from drdpo.lock import owner_of
-from drdpo.manifest import read_manifest
+from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines
 
 PICTURE = "training.png"
 

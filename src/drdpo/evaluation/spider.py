@@ -20,7 +20,7 @@ from drdpo.evaluation.bars import draw_gain_bars, draw_raw_bars
 from drdpo.evaluation.runs import Run
 from drdpo.evaluation.statistics import Comparison, mean
 from drdpo.evaluation.style import BASE_STYLE, RC, Style, axis_label, run_styles
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 from drdpo.objectives import GATED_SCORE
 
 _PANEL_WIDTH, _HEIGHT, _DISC = 7.6, 7.75, 4.8

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from drdpo.evaluation.published import SPOKES
 from drdpo.evaluation.spider import spoke_label
 from drdpo.evaluation.style import BASE_STYLE, RC, Style, axis_label, run_styles
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 
 if TYPE_CHECKING:
     from drdpo.evaluation.mixtures_report import MixtureResult

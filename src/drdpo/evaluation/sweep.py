@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from drdpo.evaluation.statistics import ALPHAS, Comparison
 from drdpo.evaluation.style import BASE_STYLE, RC, run_styles
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 from drdpo.objectives import flag_name
 
 

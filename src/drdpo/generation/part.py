@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import UsageError
-from drdpo.files import whole_lines
+from drdpo.folder import whole_lines
 from drdpo.generation.engines.base import Sample
 
 Block = dict[int, list[Sample]]

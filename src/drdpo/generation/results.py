@@ -9,11 +9,10 @@ from typing import Any
 
 from drdpo import chat
 from drdpo.errors import DataError
+from drdpo.folder import already_made, owner_of, read_manifest, write_manifest
 from drdpo.generation.engines.base import Sample, Sampling
 from drdpo.generation.part import PartFile
 from drdpo.generation.prompts import Reject, RenderedPrompt
-from drdpo.lock import owner_of
-from drdpo.manifest import already_made, read_manifest, write_manifest
 from drdpo.records import Completion, Prompt, read_rows, write_records, write_rows
 
 Blocks = dict[int, list[RenderedPrompt]]

@@ -14,7 +14,7 @@ from drdpo import chat
 from drdpo.cli import require
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
-from drdpo.files import sweep
+from drdpo.folder import lock_folder, refuse_if_locked, sweep
 from drdpo.generation.engines.base import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
 from drdpo.generation.engines.choose import choose_engine, open_engines, plan_engines, visible_gpus
 from drdpo.generation.engines.pool import Engines
@@ -28,10 +28,8 @@ from drdpo.generation.prompts import (
     stop_token_ids,
 )
 from drdpo.generation.results import Blocks, Split, finished, write_results
-from drdpo.lock import lock_folder, refuse_if_locked
 from drdpo.machine import announce, settle
-from drdpo.manifest import fingerprint
-from drdpo.models import check_model_folder
+from drdpo.models import check_model_folder, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Prompt
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.files import read_json_object
+from drdpo.folder import read_json_object
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)

@@ -10,9 +10,8 @@ import numpy as np
 from drdpo.cli import as_dict
 from drdpo.config import PreferencesConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_files, sweep
-from drdpo.lock import lock_folder, refuse_if_locked
-from drdpo.manifest import already_made, fingerprint, write_manifest
+from drdpo.folder import already_made, atomic_files, lock_folder, refuse_if_locked, sweep, write_manifest
+from drdpo.models import fingerprint
 from drdpo.progress import progress
 from drdpo.records import SPLITS, Completion, Preference, write_records
 from drdpo.rewards import pair_report

@@ -14,8 +14,7 @@ from typing import Any
 
 from drdpo import distributed
 from drdpo.errors import UsageError
-from drdpo.files import atomic_file, read_json_object, whole_lines
-from drdpo.manifest import changed
+from drdpo.folder import atomic_file, changed, read_json_object, whole_lines
 
 PLAN, DONE = "plan.json", "done.jsonl"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.manifest import write_manifest
+from drdpo.folder import write_manifest
 from drdpo.records import Completion, read_rows, to_row, write_rows
 from drdpo.rewards.scores import mean_and_sd
 

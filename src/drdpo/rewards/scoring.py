@@ -15,10 +15,9 @@ from drdpo import distributed
 from drdpo.cli import as_dict
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.files import sweep
-from drdpo.lock import lock_folder, refuse_if_locked, sole_writer
+from drdpo.folder import already_made, lock_folder, refuse_if_locked, sole_writer, sweep
 from drdpo.machine import agree, announce, settle
-from drdpo.manifest import already_made, fingerprint
+from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE
 from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records

@@ -12,7 +12,7 @@ from drdpo import distributed
 from drdpo.chat import Tokenizer
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.files import atomic_folder, flush
+from drdpo.folder import atomic_folder, flush
 from drdpo.training.disk import check_room
 from drdpo.training.engine import Engine
 from drdpo.training.lora import merged, on_stored_base, save_adapter

@@ -12,7 +12,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError
-from drdpo.lock import sole_writer
+from drdpo.folder import sole_writer
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine

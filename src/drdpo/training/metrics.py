@@ -16,7 +16,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.files import atomic_file, whole_lines
+from drdpo.folder import atomic_file, whole_lines
 from drdpo.training import losses
 from drdpo.training.objective import Objective
 from drdpo.training.tracking import Tracker, start_trackers

@@ -14,8 +14,7 @@ from typing import Any
 
 from drdpo import distributed
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_file, read_json_object, remove_tree
-from drdpo.lock import NAME
+from drdpo.folder import LOCK, atomic_file, read_json_object, remove_tree
 
 INDEX = "state.json"
 
@@ -108,7 +107,7 @@ def check_owner(place: Path) -> None:
     Raises:
         UsageError: somebody else owns it, or a file in it.
     """
-    lock = place.parent.parent / NAME
+    lock = place.parent.parent / LOCK
     trusted = {os.getuid(), 0, *([lock.stat().st_uid] if lock.is_file() else [])}
     for path in [place, *place.iterdir()]:
         owner = path.stat().st_uid

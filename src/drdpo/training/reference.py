@@ -16,7 +16,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.files import atomic_file
+from drdpo.folder import atomic_file
 from drdpo.progress import progress
 from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating

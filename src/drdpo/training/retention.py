@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drdpo.config import TrainConfig
-from drdpo.files import remove_tree, whole_lines
+from drdpo.folder import remove_tree, whole_lines
 
 
 def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int, named: Sequence[int]) -> set[int]:

@@ -14,11 +14,9 @@ from drdpo import chat, distributed
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.files import atomic_file, remove_tree, sweep
-from drdpo.lock import refuse_if_locked
+from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
-from drdpo.manifest import changed, fingerprint, read_manifest, write_manifest
-from drdpo.models import check_model_folder
+from drdpo.models import check_model_folder, fingerprint
 from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
 from drdpo.training.newest import check_world
 from drdpo.training.tracking import WANDB_ID, check_trackers

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from drdpo.config import TrainConfig
 from drdpo.display import duration
-from drdpo.files import whole_lines
+from drdpo.folder import whole_lines
 
 
 def summary(config: TrainConfig, folder: Path, steps: int) -> str:

@@ -17,7 +17,7 @@ from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.display import one_line
 from drdpo.errors import DataError, ProcessError, UsageError
-from drdpo.files import atomic_file, read_json_object
+from drdpo.folder import atomic_file, read_json_object
 
 WANDB_ID = "wandb.json"
 """{id, project}: the run of this folder. Never a key."""
