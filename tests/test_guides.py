@@ -76,7 +76,9 @@ def test_messages_are_read_from_the_source_and_a_wrong_one_is_noticed():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_exists(name):
-    known = {flag.name for cls in map(config.__dict__.get, config.__all__) for flag in cls.__dataclass_fields__.values()}
+    known = {
+        flag.name for cls in (getattr(config, name) for name in config.__all__) for flag in cls.__dataclass_fields__.values()
+    }
     known |= {"cvar_share", "help"} | set(FitConfig.__dataclass_fields__)
     for flag in re.findall(r"--([a-z]\w+)", page(name)):
         assert flag in known, f"docs/{name}: --{flag}"

@@ -85,7 +85,7 @@ class Completion(_Record, frozen=True):
     prompt: _Messages
     completion: _Messages
     token_ids: _TokenIds
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Annotated[str, Meta(pattern="^(stop|length)$")]
     scores: dict[str, _Score] = {}
 
 

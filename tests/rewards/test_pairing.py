@@ -294,13 +294,13 @@ BAD_DATA: dict[str, tuple[Any, Any, str]] = {
     "cut line": (good_rows(), json.dumps(good_rows()[0])[:-9], "test.jsonl, row 1: not a whole JSON object"),
     "missing objective": ([row(1, 0, "a", kind=1.0), row(1, 1, "b", kind=2.0)], good_rows(), "lacks ArmoRM; it has kind"),
     "unscored": ([row(1, 0, "a"), row(1, 1, "b")], good_rows(), "no scores at all"),
-    "NaN score": (good_rows(), nan_score(), 'test.jsonl, row 3: field "scores" must map objectives to finite numbers'),
+    "NaN score": (good_rows(), nan_score(), 'test.jsonl, row 3: field "scores": not a finite number'),
     "n = 1": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(2, 0, "b", ArmoRM=2.0)], "a pair needs best_of_n >= 2"),
     "duplicate key": (good_rows(), [*good_rows(), good_rows()[2]], 'row 5: field "prompt_id", "sample_id" repeats (7, 1)'),
     "infinite score": (
         good_rows(),
         nan_score().replace("NaN", "-Infinity"),
-        'test.jsonl, row 3: field "scores" must map objectives to finite numbers',
+        'test.jsonl, row 3: field "scores": not a finite number',
     ),
     "objective missing in one row": (
         good_rows(),
