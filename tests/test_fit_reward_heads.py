@@ -77,9 +77,9 @@ def test_folds_keep_a_prompt_together() -> None:
 
 def test_whole_prompts_are_resampled() -> None:
     x_N = np.random.default_rng(0).normal(size=50).repeat(2)
-    found = fit.resample(np.mean, [x_N], np.repeat(np.arange(50), 2), seed=1)
+    error, _ = fit.resample(np.mean, [x_N], np.repeat(np.arange(50), 2), seed=1)
     # The two rows of a prompt are equal, so these are 50 values, not 100.
-    assert found.standard_error == pytest.approx(x_N.std() / 50**0.5, rel=0.1)
+    assert error == pytest.approx(x_N.std() / 50**0.5, rel=0.1)
 
 
 def readings(noise: dict[tuple[int, str], float]) -> tuple[tuple[int, str], Any]:
@@ -123,20 +123,6 @@ def test_an_objective_that_length_predicts_or_nothing_predicts_is_dropped() -> N
         np.square(2.5 * (noise_N - other_N)).mean()
     )  # 5 rating points in a unit of a label
     assert table["constant's error"][0] == pytest.approx(25 * other_N.var(), rel=0.05)
-
-
-def test_the_transform_takes_verbosity_out() -> None:
-    g = np.random.default_rng(2)
-    verbose_N = g.normal(size=500)
-    rewards_NK = np.stack([g.normal(size=500) + verbose_N, g.normal(size=500) - verbose_N, verbose_N, 3 * verbose_N], axis=1)
-    transform_KK = fit.debiasing_transform(rewards_NK, 2)
-    after_NK = rewards_NK @ transform_KK
-    assert spearmanr(after_NK[:, 0], verbose_N).statistic == pytest.approx(0.03, abs=0.005)
-    np.testing.assert_array_equal(after_NK[:, 1], rewards_NK[:, 1])  # nothing to take out
-    np.testing.assert_array_equal(after_NK[:, 2], 0)  # verbosity itself
-    np.testing.assert_allclose(after_NK[:, 3], 0, atol=1e-6)
-    np.testing.assert_array_equal(transform_KK[[0, 1, 3]], np.eye(4)[[0, 1, 3]])
-    np.testing.assert_array_equal(fit.debiasing_transform(rewards_NK, None), np.eye(4))
 
 
 def test_margins_become_log_odds() -> None:
@@ -241,7 +227,7 @@ def test_answers_are_read_as_armorm_wants_them(
         fit.read_side((flags.ratings, flags.preferences), tokenizer, 10)
     for name, row, message in (
         ("ratings", {"prompt": "x", "response": "y", "helpfulness": 5}, r'row 1: field "helpfulness" is 5, not a number'),
-        ("ratings", {"prompt": "x"}, r"row 1: fields .* must be texts"),
+        ("ratings", {"prompt": "x"}, r"row 1: fields .* must be strings"),
         ("preferences", {"prompt": "x", "chosen": "y", "rejected": "z"}, r'row 1: field "score_chosen" is None'),
         ("preferences", {"prompt": "x", "chosen": "y"}, r'row 1: field "rejected" is missing'),
     ):
@@ -265,7 +251,9 @@ def test_the_fitted_model_scores_as_it_was_fitted(
     ]
     written = json.loads((heads / "config.json").read_text())
     assert {"helpsteer-helpfulness", "helpsteer-complexity", "ultrafeedback-overall_score"} <= set(written["objectives"])
-    assert not {"helpsteer-coherence", "helpsteer-verbosity"} & set(written["objectives"])  # chance; length says all of it
+    assert not {"helpsteer-coherence", "helpsteer-verbosity"} & set(
+        written["objectives"]
+    )  # chance; verbosity never gets a head
     model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
     assert (len(model.model.layers), model.layout.pooling) == (written["num_hidden_layers"], written["pooling"])
     held = fit.read_side((flags.validation, flags.preferences_validation), tokenizer, 400)
@@ -277,7 +265,7 @@ def test_the_fitted_model_scores_as_it_was_fitted(
     torch.testing.assert_close(rewards.stage1, expected.stage1, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rewards.stage2, expected.stage2, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(read[1, "last"], read[2, "last"], atol=0.1)
-    # Half a rating point of 4 from the truth, where a constant is 2 off.
+    # Within half a rating point of the truth; a constant is off by 2.
     rated_N = held.labels_NK[:40, 0]
     error_N = rewards.stage1[:40, written["objectives"].index("helpsteer-helpfulness")].numpy() - rated_N
     assert np.square(error_N).mean() < 0.5 * rated_N.var()
