@@ -1,4 +1,4 @@
-"""experiments/fit_reward_heads.py: each part on numbers whose answer is known, then the whole on a small random backbone."""
+"""experiments/fit_reward_heads.py: each part on data with a known answer, then the whole on a small random backbone."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_folds_keep_a_prompt_together() -> None:
 def test_whole_prompts_are_resampled() -> None:
     x_N = np.random.default_rng(0).normal(size=50).repeat(2)
     error, _ = fit.resample(np.mean, [x_N], np.repeat(np.arange(50), 2), seed=1)
-    # The two rows of a prompt are equal, so these are 50 values, not 100.
+    # Both rows of a prompt are equal, so there are 50 values, not 100.
     assert error == pytest.approx(x_N.std() / 50**0.5, rel=0.1)
 
 
@@ -108,7 +108,7 @@ def answers(labels_NK: np.ndarray, length_N: np.ndarray, pairs_P2: np.ndarray | 
     return fit.Answers([], [], labels_NK, length_N, np.arange(len(length_N)) // 2, [pairs_P2])
 
 
-def test_an_objective_that_length_predicts_or_nothing_predicts_is_dropped() -> None:
+def test_an_objective_without_signal_beyond_length_is_dropped() -> None:
     g = np.random.default_rng(5)
     length_N, other_N, noise_N = g.normal(size=(3, 200))
     labels_NK = np.stack([other_N, length_N + noise_N, noise_N, np.where(np.arange(200) < 50, np.nan, other_N)], axis=1)
@@ -132,7 +132,7 @@ def test_margins_become_log_odds() -> None:
     assert fit.log_odds_scale(np.array([0.1, 0.2])) == fit.LARGEST_SCALE  # nothing is wrong: no maximum
 
 
-def test_the_gate_prefers_the_objective_that_a_prompt_asks_for() -> None:
+def test_the_gate_weights_the_objective_that_a_prompt_asks_for() -> None:
     g = torch.Generator().manual_seed(0)
     prompt_PD = 5 * torch.randn(300, 6, generator=g)
     asks_second_P = prompt_PD[:, 0] > 0
@@ -205,7 +205,7 @@ def config(tmp_path: Path, tiny_policy: Path) -> Callable[..., fit.FitConfig]:
     return make
 
 
-def test_answers_are_read_as_armorm_wants_them(
+def test_answers_are_read_with_armorms_labels(
     config: Callable[..., fit.FitConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = config()
