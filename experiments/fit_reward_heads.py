@@ -1,11 +1,12 @@
 """Fit a reward model in ArmoRM's layout (Wang et al. 2024, arXiv 2406.12845) to human ratings, on a frozen backbone.
 
     stage 1   per objective a ridge regression without intercept on a hidden state of the answer
-    stage 2   a transform that takes verbosity out of the other objectives; a gate, fitted by Bradley-Terry on pairs
+    stage 2   a gate over the objectives, fitted by Bradley-Terry on pairs; the transform is the identity, since verbosity,
+              which ArmoRM's transform removes from the other objectives, gets no head
 
 Layer, pooling, penalties, objectives and gate steps are chosen by cross-validation over the training prompts. The gate and
-the comparison with the baselines see cross-fitted rewards, each by heads that never saw the prompt: rewards of answers that
-a head was fitted on are too good, and a gate would trust them. The held-out files are used for the figures only.
+the comparison with the baselines use cross-fitted rewards, each from heads that never saw the prompt: a head scores the
+answers it was fitted to too well, and a gate would trust it. The held-out files only serve to report metrics.
 
 Writes <output_path>/heads (heads.safetensors, config.json, README.md, chat_template.jinja) and <output_path>/model, the
 same heads on their backbone, for --reward_model. src/drdpo/assets/armorm_smollm2 was made this way.
@@ -41,10 +42,10 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 from drdpo import distributed
-from drdpo.assets.helpsteer2 import split_helpsteer_turns
-from drdpo.assets.reward_model import CARD, CONFIG, HEADS, TEMPLATE, make_reward_model
+from drdpo.assets.embedded import make_reward_model
+from drdpo.assets.hub import split_helpsteer_turns
 from drdpo.chat import Tokenizer, conversation_token_ids, load_tokenizer, prompt_token_ids
-from drdpo.cli import check_bounds, flag, parse, require
+from drdpo.cli import flag, parse, require
 from drdpo.errors import DataError, one_line_errors
 from drdpo.folder import atomic_folder
 from drdpo.kernels.shared_prefix import PackedRow, hidden_states
@@ -59,15 +60,13 @@ RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 OBJECTIVES = (*(f"helpsteer-{column}" for column in RATINGS), "ultrafeedback-overall_score")
 VERBOSITY = OBJECTIVES.index("helpsteer-verbosity")
 POINTS = (5.0, 5.0, 5.0, 5.0, 5.0, 10.0)
-"""Rating points in a unit of a label. ArmoRM's labels: (rating + 0.5) / 5 of HelpSteer, score / 10 of UltraFeedback."""
+"""Rating points per unit of a label. ArmoRM's labels: (rating + 0.5) / 5 for HelpSteer, score / 10 for UltraFeedback."""
 ALPHAS = np.logspace(-4, 4, 17)
 """The paper's ridge penalties."""
 FOLDS, BATCH_TOKENS = 5, 4096
 GATE, GATE_STEPS = {"hidden_dim": 64, "n_hidden": 1, "temperature": 10.0}, 300
 LARGEST_SCALE = 1000.0
 """Of the gated score: if every margin has the right sign, the likelihood has no maximum."""
-LARGEST_SPEARMAN = 0.03
-"""Rank correlation with verbosity that the transform leaves."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class FitConfig:
 
     backbone: str = flag("Hugging Face folder of a Llama-family model")
     ratings: str = flag(f"JSON lines {{prompt, response, {', '.join(RATINGS)}}}, ratings 0 to 4, as in HelpSteer2")
-    validation: str = flag("held-out ratings, for the figures only")
+    validation: str = flag("held-out ratings, for the reported metrics only")
     preferences: str = flag("JSON lines {prompt, chosen, rejected, score_chosen, score_rejected}, scores 0 to 10")
-    preferences_validation: str = flag("held-out preferences, for the figures only")
+    preferences_validation: str = flag("held-out preferences, for the reported metrics only")
     output_path: str = flag("new folder for heads/ and model/")
     layers: list[int] = flag("candidate depths of the backbone, counted from 1 (default: its full depth)", [], at_least=1)
     chat_template: str | None = flag("file with the chat template of the reward model (default: the backbone's)", None)
@@ -97,17 +96,17 @@ class FitConfig:
 
 
 class Answer(NamedTuple):
-    """A rated answer. Two answers of one group make a pair; the one of higher quality is the better."""
+    """A rated answer. Two answers of one group make a pair, in which the one of higher quality is better."""
 
     group: str
     messages: list[Message]
     labels_K: list[float]
-    """NaN where there is no rating."""
+    """NaN if not rated."""
     quality: float
 
     @property
     def prompt(self) -> str:
-        """Equal for equal prompts, apart from outer white space."""
+        """Equal for prompts that differ only in outer white space."""
         return json.dumps([[message["role"], message["content"].strip()] for message in self.messages[:-1]])
 
     @property
@@ -116,26 +115,26 @@ class Answer(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers of both files of one side, training or held out."""
+    """The answers of both files, training or held out."""
 
     token_ids: list[list[int]]
     prompts: list[str]
     labels_NK: np.ndarray
     length_N: np.ndarray
-    """Log of the answer's characters."""
+    """Log of the number of characters."""
     prompt_N: np.ndarray
-    """Number of the prompt."""
+    """Index of the prompt."""
     pairs: list[np.ndarray]
     """Per file [P, 2] (better, worse)."""
 
 
 def read_ratings(path: Path) -> list[Answer]:
-    """Answers of a file in HelpSteer2's form; helpfulness + correctness says which answer to a prompt is better."""
+    """Answers of a file in HelpSteer2's format; the answer with higher helpfulness + correctness is better."""
     answers = []
     for number, row in read_rows(path):
         try:
             if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
-                raise ValueError('fields "prompt" and "response" must be texts')
+                raise ValueError('fields "prompt" and "response" must be strings')
             messages = [*split_helpsteer_turns(row["prompt"]), {"role": "assistant", "content": row["response"]}]
             rated = [_number(row, column, 4) for column in RATINGS]
         except ValueError as error:
@@ -146,7 +145,7 @@ def read_ratings(path: Path) -> list[Answer]:
 
 
 def read_preferences(path: Path) -> list[Answer]:
-    """Two answers a row, the scores in the row or its metadata; a row with an empty answer is omitted."""
+    """Two answers per row, with scores in the row or its metadata; rows with an empty answer are omitted."""
     answers = []
     for number, row in read_rows(path):
         try:
@@ -203,20 +202,22 @@ def read_side(paths: Sequence[str], tokenizer: Tokenizer, max_len: int, seen: fr
 
 
 def gating_pattern(tokenizer: Tokenizer) -> list[int]:
-    """The template's token ids between a prompt and its answer: those in which two different prompts end alike."""
+    """The template's token ids between a prompt and its answer: the common ending of two different prompts."""
     first, second = (prompt_token_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("apple", "seven"))
     same = list(itertools.takewhile(lambda ids: ids[0] == ids[1], zip(reversed(first), reversed(second), strict=False)))
     if not same:
-        raise DataError("the chat template writes nothing between a prompt and its answer, so a gate has nowhere to read")
+        raise DataError(
+            "the chat template writes nothing between a prompt and its answer, so the gate has no position to read"
+        )
     return first[-len(same) :]
 
 
 def load_backbone(config: FitConfig) -> tuple[Any, list[int]]:
-    """The frozen backbone, cut to the deepest of the candidate layers, and these (default: the last).
+    """The frozen backbone, cut to the deepest candidate layer, and the candidates (default: the last layer).
 
     Raises:
-        DataError: it is not of the Llama family.
-        UsageError: it has fewer layers.
+        DataError: it is not a Llama-family model.
+        UsageError: it has fewer layers than --layers.
     """
     use_cpu_well(distributed.device())
     model: Any = AutoModel.from_pretrained(config.backbone, dtype=DTYPES[config.dtype], use_safetensors=True)
@@ -230,8 +231,8 @@ def load_backbone(config: FitConfig) -> tuple[Any, list[int]]:
 
 @torch.inference_mode()
 def read_features(model: Any, layers: list[int], answers: Answers, pattern: list[int]) -> dict[tuple[int, str], Tensor]:
-    """{(layer, "last", "mean" or "gate"): [N, D] float32}: hidden states of the last token, their mean over the answer, at
-    the gate position; after a layer and the FINAL norm, as a backbone cut to this depth has them."""
+    """{(layer, "last", "mean" or "gate"): [N, D] float32}: hidden states of the last token, averaged over the answer, and at
+    the gate position, after a layer and the FINAL norm, as in a backbone cut to this depth."""
     spans = [find_span(ids, pattern) for ids in answers.token_ids]
     size = len(spans), model.config.hidden_size
     found = {(layer, kind): torch.empty(size) for layer in layers for kind in (*POOLINGS, "gate")}
@@ -259,7 +260,7 @@ def read_features(model: Any, layers: list[int], answers: Answers, pattern: list
 
 
 def prompt_folds(prompt_N: np.ndarray, seed: int) -> np.ndarray:
-    """[N] fold of each row; the rows of a prompt share one. Folds hold equally many prompts, up to one."""
+    """[N] fold of each row. Rows of one prompt share a fold; the numbers of prompts differ by at most one."""
     prompts, inverse_N = np.unique(prompt_N, return_inverse=True)
     fold_of = np.empty(len(prompts), dtype=int)
     fold_of[np.random.default_rng(seed).permutation(len(prompts))] = np.arange(len(prompts)) % FOLDS
@@ -267,14 +268,14 @@ def prompt_folds(prompt_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def fit_ridges(x_ND: np.ndarray, labels_NK: np.ndarray, fold_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per objective a ridge regression on the rows that have its label, with the penalty of least error over the folds.
+    """Per objective a ridge regression on the rows with its label; the penalty has the lowest error over the folds.
 
     Returns:
-        weights [K, D]; penalties [K]; predictions [N, K] over the folds, NaN where there is no label.
+        weights [K, D]; penalties [K]; predictions [N, K] over the folds, NaN without a label.
     """
     weight_KD, alpha_K = np.empty((labels_NK.shape[1], x_ND.shape[1])), np.empty(labels_NK.shape[1])
     predicted_NK, there_NK = np.full(labels_NK.shape, np.nan), ~np.isnan(labels_NK)
-    for there_N in np.unique(there_NK, axis=1).T:  # One decomposition serves the objectives of these rows and all penalties.
+    for there_N in np.unique(there_NK, axis=1).T:  # One decomposition for all objectives of these rows and all penalties.
         columns = np.flatnonzero((there_NK == there_N[:, None]).all(axis=0))
         x_nD, y_nk, split = x_ND[there_N], labels_NK[np.ix_(there_N, columns)], PredefinedSplit(fold_N[there_N])
         path = Ridge(alpha=np.tile(ALPHAS, len(columns)), fit_intercept=False, solver="svd")
@@ -288,7 +289,7 @@ def fit_ridges(x_ND: np.ndarray, labels_NK: np.ndarray, fold_N: np.ndarray) -> t
 
 
 def cross_fit(x_ND: np.ndarray, labels_NK: np.ndarray, fold_N: np.ndarray) -> np.ndarray:
-    """[N, K] rewards, each by a head that never saw the row's prompt, and whose penalty was chosen without it."""
+    """[N, K] rewards, each from a head that was fitted, and its penalty chosen, without the row's prompt."""
     rewards_NK = np.empty(labels_NK.shape)
     for fold in tqdm(range(FOLDS), desc="cross-fitting", unit="fold"):
         rest = fold_N != fold
@@ -302,8 +303,9 @@ def spearman(x_N: np.ndarray, y_N: np.ndarray) -> float:
 
 def resample(
     statistic: Callable[..., float], arrays: Sequence[np.ndarray], prompt_N: np.ndarray, seed: int, samples: int = 1000
-) -> Any:
-    """scipy's percentile bootstrap of a statistic of [N, ...] arrays over whole prompts: their rows are not independent."""
+) -> tuple[float, str]:
+    """Standard error and 95% interval of a statistic of [N, ...] arrays, by scipy's percentile bootstrap over whole prompts,
+    since the rows of a prompt are not independent."""
     order_N = np.argsort(prompt_N, kind="stable")
     groups = np.split(order_N, np.flatnonzero(np.diff(prompt_N[order_N])) + 1)
 
@@ -312,15 +314,12 @@ def resample(
         return statistic(*(array[rows] for array in arrays))
 
     prompts = (np.arange(len(groups)),)
-    return bootstrap(prompts, of_prompts, vectorized=False, n_resamples=samples, method="percentile", rng=seed)
-
-
-def interval(found: Any) -> str:
-    return f"{found.confidence_interval.low:.3f} to {found.confidence_interval.high:.3f}"
+    found = bootstrap(prompts, of_prompts, vectorized=False, n_resamples=samples, method="percentile", rng=seed)
+    return float(found.standard_error), "{:.3f} to {:.3f}".format(*found.confidence_interval)
 
 
 def explained(predicted_NK: np.ndarray, labels_NK: np.ndarray) -> float:
-    """Mean over the objectives of the share of the labels' variance."""
+    """Explained share of the labels' variance, averaged over the objectives."""
     return float((1 - np.nanmean(np.square(predicted_NK - labels_NK), axis=0) / np.nanvar(labels_NK, axis=0)).mean())
 
 
@@ -329,8 +328,8 @@ def choose(
 ) -> tuple[tuple[int, str], pd.DataFrame]:
     """The (layer, pooling) for stage 1, and the table of candidates.
 
-    Of those whose `explained` is within one standard error of the best (of the difference, resampling prompts), the
-    shallowest costs least to score with; of its poolings the better one is chosen.
+    Among those whose `explained` is within one standard error (of the difference, resampling prompts) of the best, the
+    shallowest layer is chosen, which is cheapest to score with, and the better of its poolings.
     """
     predicted = {place: fit_ridges(x_ND, labels_NK, fold_N)[2] for place, x_ND in tqdm(features.items(), desc="candidates")}
     best_NK = max(predicted.values(), key=lambda predicted_NK: explained(predicted_NK, labels_NK))
@@ -341,7 +340,7 @@ def choose(
     rows = []
     for (layer, pooling), other_NK in predicted.items():
         arrays = best_NK, other_NK, labels_NK
-        error = resample(behind, arrays, prompt_N, seed, samples=200).standard_error
+        error, _ = resample(behind, arrays, prompt_N, seed, samples=200)
         rows.append((layer, pooling, explained(other_NK, labels_NK), behind(*arrays), error))
     table = pd.DataFrame(rows, columns=["layer", "pooling", "explained", "behind the best", "standard error"])
     chosen = table[table["behind the best"] <= table["standard error"]].sort_values(["layer", "behind the best"]).iloc[0]
@@ -351,7 +350,7 @@ def choose(
 def compare(
     objective: int, made_N: np.ndarray, label_N: np.ndarray, constant_N: np.ndarray, line_N: np.ndarray
 ) -> dict[str, Any]:
-    """An objective beside the baselines: rank correlations, and mean squares in rating points."""
+    """An objective and its baselines: rank correlations, and mean squared errors in rating points."""
     errors = [np.square(POINTS[objective] * (guess_N - label_N)).mean() for guess_N in (made_N, constant_N, line_N)]
     names = ("Spearman", "length's Spearman", "error", "constant's error", "length's error")
     figures = dict(zip(names, (spearman(made_N, label_N), spearman(line_N, label_N), *errors), strict=True))
@@ -359,8 +358,8 @@ def compare(
 
 
 def claims(train: Answers, rewards_NK: np.ndarray, fold_N: np.ndarray, seed: int) -> pd.DataFrame:
-    """Which objectives earn a head: over the folds they have a smaller error than a constant and than a line through the log
-    of the answer's length, and a rank correlation above length's by more than two standard errors."""
+    """Which objectives earn a head: over the folds, a smaller error than a constant and than a line through the log of the
+    answer's length, and a rank correlation above the line's by more than two standard errors. Verbosity never does."""
     rows = []
     for objective, label_N in enumerate(train.labels_NK.T):
         there = ~np.isnan(label_N)
@@ -368,60 +367,42 @@ def claims(train: Answers, rewards_NK: np.ndarray, fold_N: np.ndarray, seed: int
         split = PredefinedSplit(fold_N[there])
         trivial = [cross_val_predict(model, length, rated, cv=split) for model in (DummyRegressor(), LinearRegression())]
         row = compare(objective, made, rated, *trivial)
-        found = resample(
+        error, _ = resample(
             lambda made, rated, line: spearman(made, rated) - spearman(line, rated), (made, rated, trivial[1]),
             train.prompt_N[there], seed, samples=200,
         )  # fmt: skip
-        row |= {"lead": row["Spearman"] - row["length's Spearman"], "standard error": found.standard_error}
+        row |= {"lead": row["Spearman"] - row["length's Spearman"], "standard error": error}
         smaller = row["error"] < min(row["constant's error"], row["length's error"])
-        rows.append(row | {"earns a head": bool(smaller and row["lead"] > 2 * row["standard error"])})
+        earns = objective != VERBOSITY and smaller and row["lead"] > 2 * row["standard error"]
+        rows.append(row | {"earns a head": bool(earns)})
     return pd.DataFrame(rows)
 
 
-def debiasing_transform(rewards_NK: np.ndarray, verbosity: int | None) -> np.ndarray:
-    """[K, K] T: column j of rewards @ T is r_j - p_j r_verbosity with the smallest p_j >= 0 for which its rank correlation
-    with r_verbosity is at most LARGEST_SPEARMAN. Verbosity's own column is empty; without verbosity T is the identity."""
-    transform_KK = np.eye(rewards_NK.shape[1])
-    if verbosity is None:
-        return transform_KK
-    verbose_N = rewards_NK[:, verbosity]
-    for column, reward_N in enumerate(rewards_NK.T):
-
-        def excess(penalty: float, reward_N: np.ndarray = reward_N) -> float:
-            return spearman(reward_N - penalty * verbose_N, verbose_N) - LARGEST_SPEARMAN
-
-        if column == verbosity:
-            transform_KK[column, column] = 0.0
-        elif excess(0.0) > 0:
-            transform_KK[verbosity, column] = -brentq(excess, 0.0, 1000 * reward_N.std() / verbose_N.std())
-    return transform_KK
-
-
 def log_odds_scale(margin_P: np.ndarray) -> float:
-    """The most likely factor under which margins, score of the better answer less that of the worse, are log-odds."""
+    """The most likely factor that turns margins, the better answer's score minus the worse one's, into log-odds."""
 
     def slope(scale: float) -> float:  # Of the Bradley-Terry log-likelihood, which is concave in the scale.
         return float((margin_P * expit(-scale * margin_P)).mean())
 
     if slope(0.0) <= 0:
-        return 1.0  # The score prefers the worse answers; no scale helps.
+        return 1.0  # The score prefers the worse answers.
     return LARGEST_SCALE if slope(LARGEST_SCALE) > 0 else brentq(slope, 0.0, LARGEST_SCALE)
 
 
 def fit_gate(prompt_PD: Tensor, margin_PK: Tensor, fold_P: np.ndarray, seed: int) -> tuple[GatingNetwork, np.ndarray]:
-    """A gate fitted by Bradley-Terry on all pairs, stopped where the loss on held-out prompts is least.
+    """Fit a gate by Bradley-Terry on all pairs, stopped where the loss on held-out prompts is lowest.
 
-    The last layer starts at zero: an unfitted gate weighs all objectives alike. logit_scale is set to what makes that
-    score's margins log-odds, and stays: at 1 the margins, parts of a unit, would hardly move the loss.
+    The last layer starts at zero, so that an unfitted gate weighs all objectives equally. logit_scale is fixed at the value
+    that makes the margins of this score log-odds: at 1 the margins, fractions of a unit, would hardly change the loss.
 
     Args:
         prompt_PD: hidden states at the gate position.
-        margin_PK: transformed rewards of the better answer less those of the worse.
+        margin_PK: rewards of the better answer minus those of the worse one.
         fold_P: fold of each pair's prompt.
         seed: of the first layers.
 
     Returns:
-        The gate, and the held-out loss [S] from that of the unfitted gate on.
+        The gate, and the held-out loss [S], starting with the unfitted gate's.
     """
 
     def loss(gate: GatingNetwork, rows: np.ndarray) -> Tensor:
@@ -459,37 +440,35 @@ class Heads(NamedTuple):
     """[K] the objectives with a head, among OBJECTIVES."""
     weight_KD: np.ndarray
     alpha_K: np.ndarray
-    transform_KK: np.ndarray
     gate: GatingNetwork
 
 
 def fit_heads(
     train: Answers, answer_ND: np.ndarray, gate_ND: Tensor, fold_N: np.ndarray, seed: int
 ) -> tuple[Heads, pd.DataFrame]:
-    """Fit both stages to what they read of the training answers; the table is that of `claims`."""
+    """Fit both stages to the features of the training answers; also returns the table of `claims`."""
     crossed_NK = cross_fit(answer_ND, train.labels_NK, fold_N)
     table = claims(train, crossed_NK, fold_N, seed)
     kept = np.flatnonzero(table["earns a head"]).tolist()
     if not kept:
         raise DataError("no objective clearly beats a constant and the answer's length over the folds; add ratings")
-    transform_KK = debiasing_transform(crossed_NK[:, kept], kept.index(VERBOSITY) if VERBOSITY in kept else None)
     better_P, worse_P = np.concatenate(train.pairs).T
-    margin_PK = torch.from_numpy((crossed_NK[better_P] - crossed_NK[worse_P])[:, kept] @ transform_KK).float()
+    margin_PK = torch.from_numpy((crossed_NK[better_P] - crossed_NK[worse_P])[:, kept]).float()
     gate, loss_S = fit_gate(gate_ND[better_P], margin_PK, fold_N[better_P], seed)
     print(
         f"gate: {len(better_P)} pairs; held-out loss {loss_S[0]:.4f} unfitted, {loss_S.min():.4f} at step {loss_S.argmin()}"
     )
     weight_KD, alpha_K, _ = fit_ridges(answer_ND, train.labels_NK[:, kept], fold_N)
-    return Heads(kept, weight_KD, alpha_K, transform_KK, gate), table
+    return Heads(kept, weight_KD, alpha_K, gate), table
 
 
 def held_out_figures(
     heads: Heads, train: Answers, held: Answers, answer_ND: np.ndarray, gate_ND: Tensor, seed: int
 ) -> list[str]:
-    """Markdown: the objectives beside the baselines, then the pair accuracies in each file."""
+    """Markdown: the objectives and their baselines, then the pair accuracies on each file."""
     stage1_NK = answer_ND @ heads.weight_KD.T
     with torch.no_grad():
-        gated_N = (heads.gate(gate_ND).double().numpy() * (stage1_NK @ heads.transform_KK)).sum(axis=1)
+        gated_N = (heads.gate(gate_ND).double().numpy() * stage1_NK).sum(axis=1)
     rows = []
     for made_N, objective, alpha in zip(stage1_NK.T, heads.kept, heads.alpha_K, strict=True):
         there, seen = (~np.isnan(side.labels_NK[:, objective]) for side in (held, train))
@@ -498,8 +477,8 @@ def held_out_figures(
             model.fit(length, given).predict(held.length_N[there, None]) for model in (DummyRegressor(), LinearRegression())
         ]
         arrays = made_N[there], held.labels_NK[there, objective]
-        found = resample(spearman, arrays, held.prompt_N[there], seed)
-        rows.append(compare(objective, *arrays, *trivial) | {"95% interval of Spearman": interval(found), "alpha": alpha})
+        _, interval = resample(spearman, arrays, held.prompt_N[there], seed)
+        rows.append(compare(objective, *arrays, *trivial) | {"95% interval of Spearman": interval, "alpha": alpha})
     parts = ["## Held-out answers", markdown(rows)]
     named = zip([OBJECTIVES[objective] for objective in heads.kept], stage1_NK.T, strict=True)
     scores = {"ArmoRM (gated)": gated_N, **dict(named), "longer answer": held.length_N}
@@ -507,8 +486,8 @@ def held_out_figures(
         rows = []
         for score, score_N in scores.items():
             right_P = (np.sign(score_N[better_P] - score_N[worse_P]) + 1) / 2  # A tie counts half.
-            found = resample(np.mean, [right_P], held.prompt_N[better_P], seed)
-            rows.append({"score": score, "pair accuracy": right_P.mean(), "95% interval": interval(found)})
+            _, interval = resample(np.mean, [right_P], held.prompt_N[better_P], seed)
+            rows.append({"score": score, "pair accuracy": right_P.mean(), "95% interval": interval})
         loss = np.logaddexp(0.0, gated_N[worse_P] - gated_N[better_P]).mean()
         parts += [
             f"## Held-out {name}: {len(better_P)} pairs; loss of the gated score {loss:.3f} (guessing: 0.693)",
@@ -522,10 +501,10 @@ def markdown(rows: Any) -> str:
 
 
 def write(config: FitConfig, heads: Heads, place: tuple[int, str], pattern: list[int], template: str, card: str) -> None:
-    """Write heads/ and model/, both or none."""
+    """Write heads/ and model/, both or neither."""
     tensors = {
         "regression_layer.weight": torch.from_numpy(heads.weight_KD).float(),
-        "reward_transform_matrix": torch.from_numpy(heads.transform_KK).float(),
+        "reward_transform_matrix": torch.eye(len(heads.kept)),
         **{f"gating.{name}": tensor.detach().clone() for name, tensor in heads.gate.state_dict().items()},
     }
     fields = {
@@ -539,17 +518,18 @@ def write(config: FitConfig, heads: Heads, place: tuple[int, str], pattern: list
     with atomic_folder(Path(config.output_path)) as aside:
         folder = aside / "heads"
         folder.mkdir()
-        save_file(tensors, folder / HEADS)
-        for name, text in ((CONFIG, json.dumps(fields, indent=2) + "\n"), (CARD, card), (TEMPLATE, template)):
+        save_file(tensors, folder / "heads.safetensors")
+        config_text = json.dumps(fields, indent=2) + "\n"
+        for name, text in (("config.json", config_text), ("README.md", card), ("chat_template.jinja", template)):
             (folder / name).write_text(text, encoding="utf-8")
         make_reward_model(aside / "model", Path(config.backbone), folder)
 
 
 def fit_reward_heads(config: FitConfig) -> None:
-    """Fit, print the figures, write.
+    """Fit the heads, print the card, write both folders.
 
     Raises:
-        DataError: a file is missing or malformed, or nothing can be fitted to it.
+        DataError: a file is missing or malformed, or has too few usable rows.
         UsageError: the backbone has fewer layers than --layers.
     """
     config, precision = settle(config)
@@ -579,7 +559,7 @@ def fit_reward_heads(config: FitConfig) -> None:
     card = "\n\n".join(parts) + "\n"
     print(card, flush=True)
     write(config, heads, place, pattern, str(tokenizer.chat_template), card)
-    print(f"use it by --reward_model={config.output_path}/model")
+    print(f"use it with --reward_model={config.output_path}/model")
 
 
 if __name__ == "__main__":

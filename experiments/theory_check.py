@@ -67,7 +67,7 @@ def exponents(errors_PNR: np.ndarray) -> np.ndarray:
 def summarise(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Exponents, the ratio to the delta method at the largest n, and their 95% intervals over replicates (bootstrap).
 
-    The populations are given, not drawn anew: the intervals hold for their mean.
+    The populations are fixed: the intervals are for their mean.
     """
     base_PD = np.array(found["DPO"]["targets"])
     numbers, rows = np.random.default_rng(0), {}
@@ -75,7 +75,7 @@ def summarise(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         errors_PNR, constants_P = np.array(figures["errors"]), np.array(figures["constants"])
         slopes, ratios, rms = [], [], []
         for _ in range(DRAWS):
-            # Each size has samples of its own, so replicates are drawn anew for each size and population.
+            # Each size has its own samples, so replicates are resampled per size and population.
             rows_PNR = numbers.integers(0, errors_PNR.shape[2], size=errors_PNR.shape)
             drawn_PNR = np.take_along_axis(errors_PNR, rows_PNR, axis=2)
             slopes.append(exponents(drawn_PNR).mean())
@@ -154,14 +154,14 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "theory_check", help="without its ending")
-    parser.add_argument("--populations", type=int, default=5, help="each with features and annotators of its own")
-    parser.add_argument("--replicates", type=int, default=400, help="samples of each size from each population")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "theory_check", help="path without extension")
+    parser.add_argument("--populations", type=int, default=5, help="each with its own features and annotators")
+    parser.add_argument("--replicates", type=int, default=400, help="samples per size and population")
     given = parser.parse_args()
     if given.populations < 1:
         raise UsageError(f"--populations={given.populations} must be at least 1")
     if given.replicates < 2:
-        raise UsageError(f"--replicates={given.replicates} must be at least 2, for an interval")
+        raise UsageError(f"--replicates={given.replicates} must be at least 2 for an interval")
     if not given.output.parent.is_dir():
         raise UsageError(f"--output={given.output}: no folder {given.output.parent}")
     rows = summarise(measure(given.populations, given.replicates))

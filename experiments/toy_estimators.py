@@ -1,10 +1,10 @@
-"""DPO's robust estimators on a log-linear policy, solved to machine precision. Numpy only; theory_check.py measures them.
+"""DPO's robust estimators on a log-linear policy, solved to machine precision with numpy, for theory_check.py.
 
 The toy: pi(y|x) is proportional to ref(y|x) exp(<theta, psi(x, y)>), so that a pair's margin is h = <theta, z> with
 z = psi(chosen) - psi(rejected). A population is a finite set of pairs, each labelled by a mixture of two kinds of
 annotators; its expectations are finite sums. A sample of n labelled pairs is a vector of shares.
 
-The formulas are those of drdpo.training.losses, which tests/test_theory_check.py holds.
+tests/test_theory_check.py checks that the formulas are those of drdpo.training.losses.
 
 Shape suffixes: A atoms (signed pairs) of the population, D parameters, R problems solved at once.
 """
@@ -36,7 +36,7 @@ def dpo(shares_RA: Array, theta_RD: Array, features_AD: Array) -> tuple[Array, A
 
 
 def kldpo(shares_RA: Array, theta_RD: Array, features_AD: Array) -> tuple[Array, Array]:
-    """tau log mean exp(l / tau), the value whose gradient Algorithm 2's weights give."""
+    """tau log mean exp(l / tau), whose gradient is that of Algorithm 2's weights."""
     losses_RA, s_RA = pair_terms(theta_RD, features_AD)
     soft_R, weights_RA = _tilt(shares_RA, losses_RA, np.full((len(theta_RD), 1), TAU))
     return soft_R, -BETA * (weights_RA * s_RA) @ features_AD
@@ -45,7 +45,7 @@ def kldpo(shares_RA: Array, theta_RD: Array, features_AD: Array) -> tuple[Array,
 def kl_ball(shares_RA: Array, parameters_RD: Array, features_AD: Array) -> tuple[Array, Array]:
     """Largest mean loss over all Q with KL(Q || P) <= r, by its dual.
 
-    That is the least lambda (r + log mean exp(l / lambda)) over lambda > 0. The last parameter is log lambda; it is
+    That is the minimum of lambda (r + log mean exp(l / lambda)) over lambda > 0. The last parameter is log lambda, which is
     minimised together with theta.
     """
     theta_RD, lambda_R1 = parameters_RD[:, :-1], np.exp(parameters_RD[:, -1:])
@@ -114,14 +114,14 @@ ESTIMATORS: dict[str, Estimator] = {
 
 @dataclass(frozen=True)
 class Population:
-    """Every pair twice, once with each answer chosen, and the probability of each."""
+    """Every pair twice, once with each answer chosen, and their probabilities."""
 
     features_AD: Array
     shares_A: Array
 
 
 def draw_population(seed: int) -> Population:
-    """Normal features; labels are 70% of one Bradley-Terry model's and 30% of another's, so no policy of ours is true."""
+    """Normal features; labels from a 70:30 mixture of two Bradley-Terry models, which no policy of the class fits."""
     numbers = np.random.default_rng([seed, 0])
     pairs_KD = numbers.normal(size=(PAIRS, WIDTH))
     likes_2D = 2 * numbers.normal(size=WIDTH) + numbers.normal(size=(2, WIDTH))
@@ -134,7 +134,7 @@ def minimise(estimator: Estimator, shares_RA: Array, start_RD: Array, features_A
     """Damped Newton on R problems at once; Hessians by central differences of the gradient.
 
     Raises:
-        ArithmeticError: a gradient did not come below 1e-9.
+        ArithmeticError: a gradient stays above 1e-9.
     """
     point_RD = start_RD.copy()
     for _ in range(60):
@@ -153,7 +153,7 @@ def minimise(estimator: Estimator, shares_RA: Array, start_RD: Array, features_A
                 break
             length_R1[worse_R] /= 2
         point_RD -= length_R1 * move_RD
-    raise ArithmeticError(f"{estimator.__name__}: the largest gradient is still {np.abs(gradient_RD).max():.1e}")
+    raise ArithmeticError(f"{estimator.__name__}: the largest gradient is {np.abs(gradient_RD).max():.1e}")
 
 
 def _hessian(estimator: Estimator, shares_RA: Array, point_RD: Array, features_AD: Array) -> Array:
@@ -166,7 +166,7 @@ def _hessian(estimator: Estimator, shares_RA: Array, point_RD: Array, features_A
 
 
 def start_of(estimator: Estimator, replicates: int) -> Array:
-    """Small and not zero, where the root penalties have no gradient; lambda starts at tau."""
+    """Small but not zero, where the root penalties have no gradient; lambda starts at tau."""
     theta_RD = np.full((replicates, WIDTH), 0.1)
     return np.column_stack([theta_RD, np.full(replicates, math.log(TAU))]) if estimator is kl_ball else theta_RD
 

@@ -13,7 +13,7 @@ from drdpo.training.losses import drdpo_weights, effective_sample_size, kl_weigh
 CAP = 10.0
 TAUS = (0.005, 0.01, 0.05, 0.5)
 QUANTILES = 100_000
-"""Points that stand for a normal distribution of losses."""
+"""Quantiles that represent a normal distribution of losses."""
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -23,7 +23,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def margins() -> str:
-    """Loss and slope of a pair by its scaled margin beta h."""
+    """Loss and slope of a pair, by its scaled margin beta h."""
     rows = []
     for scaled in (-4.0, -1.0, 0.0, 1.0, 4.0):
         margin = torch.tensor([scaled], dtype=torch.float64, requires_grad=True)
@@ -35,7 +35,7 @@ def margins() -> str:
 
 
 def kldpo() -> str:
-    """What tau does to a pair above the mean, and to the answer."""
+    """Weight of a pair above the mean loss and shrinkage of the solution, by tau."""
     rows = []
     for tau in TAUS:
         mean = torch.tensor([math.log(2)], dtype=torch.float64)
@@ -53,13 +53,13 @@ def kldpo() -> str:
 
 
 def normal_losses(spread: float) -> torch.Tensor:
-    """[QUANTILES] losses with a normal distribution of this standard deviation."""
+    """[QUANTILES] losses, normal with this standard deviation."""
     places = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
     return 1 + spread * torch.special.ndtri(places)
 
 
 def sample_sizes() -> str:
-    """Effective sample size as a share of the population, for normal losses of standard deviation s."""
+    """Effective sample size as a share of the population, for normal losses with standard deviation s."""
     rows = []
     for ratio in (0.1, 0.3, 0.5, 1.0, 1.5, 2.0):
         losses_P = normal_losses(ratio)
@@ -77,7 +77,7 @@ def sample_sizes() -> str:
 
 
 def tables() -> dict[str, str]:
-    """All, by name."""
+    """All tables by name."""
     return {"margins": margins(), "kldpo": kldpo(), "sample sizes": sample_sizes()}
 
 

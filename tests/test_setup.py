@@ -51,7 +51,7 @@ def test_a_wrong_flag_ends_with_status_2(machine: Machine, flags: list[str], mes
 def test_a_wrong_model_name_is_refused_before_anything_is_installed(machine: Machine) -> None:
     done = machine.setup("--models=GPT")
     assert done.returncode == 2
-    assert "error: --models=GPT: 'GPT' is not known" in done.stderr
+    assert "error: --models=GPT: unknown name 'GPT'" in done.stderr
     assert machine.pip() == []
 
 

@@ -1,4 +1,4 @@
-"""The log-linear toy: its formulas are the trainer's, its minimisers are right, its measurement finds a known rate."""
+"""The log-linear toy: formulas as in the trainer, correct minimisers, and a measurement that finds a known rate."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def sample() -> tuple[np.ndarray, np.ndarray]:
 
 
 def trainers_value(name: str, chosen: np.ndarray, rejected: np.ndarray, theta: torch.Tensor) -> torch.Tensor:
-    """The same objective by drdpo.training.losses; a pair's embeddings are its answers' features, one position each."""
+    """The same objective from drdpo.training.losses; the embeddings are the answers' features, one position each."""
     embeds_STD = torch.tensor(np.concatenate([chosen, rejected]))[:, None].requires_grad_()
     scores_S = (embeds_STD @ theta)[:, 0]
     losses_B = losses.pair_losses(scores_S[:7] - scores_S[7:], toy.BETA)
@@ -50,7 +50,7 @@ def test_formulas_are_the_trainers(name, sample):
     (slope,) = torch.autograd.grad(theirs, theta)
     value_R, gradient_RD = toy.ESTIMATORS[name](np.full((1, 7), 1 / 7), theta.detach().numpy()[None], chosen - rejected)
     assert gradient_RD[0].tolist() == pytest.approx(slope.tolist(), abs=1e-12)
-    if name != "KLDPO, fixed tau":  # whose weights are constants: only the gradient is that of the value
+    if name != "KLDPO, fixed tau":  # its weights are constants: only the gradient matches
         assert value_R[0] == pytest.approx(theirs.item(), abs=1e-12)
 
 
@@ -79,7 +79,7 @@ def test_values_by_hand():
 
 
 def test_kl_ball_is_the_worst_distribution_of_the_ball(sample):
-    """The dual's minimum is the mean loss under a Q at distance r, and no random Q of the ball has a larger one."""
+    """The dual's minimum is an upper bound of the mean loss over random Q in the ball, and nearly reached."""
     chosen, rejected = sample
     theta, uniform = np.array([[0.4, -1.1, 0.3, 2.0]]), np.full((1, 7), 1 / 7)
     losses_A = toy.pair_terms(theta, chosen - rejected)[0][0]

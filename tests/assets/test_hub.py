@@ -1,4 +1,4 @@
-"""Hub downloads against a hub that lies in a folder: what is fetched, what is refused, what a break leaves behind."""
+"""Hub downloads against a fake hub: what is downloaded, refused and resumed; HelpSteer2's rows as prompts."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from drdpo.assets import hub
 from drdpo.errors import DataError
 from drdpo.folder import read_manifest
-from drdpo.records import Prompt, read_records
+from drdpo.records import Prompt, read_records, read_rows
 
 PAD = "<|finetune_right_pad_id|>"
 
@@ -87,7 +87,7 @@ def _llama_files() -> dict[str, bytes]:
     }
 
 
-def test_a_llama_arrives_whole_with_its_pad_token(fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_llama_is_downloaded_with_its_pad_token(fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake.files = _llama_files()
     folder = tmp_path / "models" / "Llama1b"
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
@@ -109,15 +109,15 @@ def test_other_models_keep_their_own_pad_token(fake: FakeHub, tmp_path: Path) ->
     assert b"pad" not in (tmp_path / "ArmoRM" / "tokenizer_config.json").read_bytes()
 
 
-def test_a_broken_download_shows_nothing_and_is_resumed(fake: FakeHub, tmp_path: Path) -> None:
+def test_an_interrupted_download_shows_nothing_and_resumes(fake: FakeHub, tmp_path: Path) -> None:
     fake.files = _llama_files()
     fake.fail, fake.fail_after = ConnectionError("connection reset\nby peer"), 2
     folder = tmp_path / "Llama1b"
-    with pytest.raises(DataError, match=r"Llama-3\.2-1B-Instruct: the download broke \(connection reset\); run the same"):
+    with pytest.raises(DataError, match=r"Llama-3\.2-1B-Instruct: the download failed \(connection reset\)"):
         hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert not folder.exists()
     aside = tmp_path / ".Llama1b.download"
-    assert (aside / "model-00001-of-00002.safetensors").is_file(), "what arrived is kept for the next run"
+    assert (aside / "model-00001-of-00002.safetensors").is_file(), "complete files are kept for the next run"
     fake.fail = None
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert (folder / "model-00002-of-00002.safetensors").is_file()
@@ -125,7 +125,7 @@ def test_a_broken_download_shows_nothing_and_is_resumed(fake: FakeHub, tmp_path:
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_file_that_does_not_arrive_whole_shows_nothing(
+def test_an_incomplete_file_shows_nothing(
     fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
 ) -> None:
     fake.files = _llama_files()
@@ -136,16 +136,14 @@ def test_a_file_that_does_not_arrive_whole_shows_nothing(
         spoil(local_dir / "model-00002-of-00002.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", careless)
-    with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors did not arrive whole"):
+    with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors is incomplete"):
         hub.download_model("owner/model", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 def test_a_gated_model_says_what_to_do(fake: FakeHub, tmp_path: Path) -> None:
     fake.files, fake.fail = _llama_files(), _http(GatedRepoError, 401)
-    with pytest.raises(
-        hub.NeedsLoginError, match=r"huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct, then `hf auth login`"
-    ):
+    with pytest.raises(hub.NeedsLoginError, match=r"huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct, run `hf auth login`"):
         hub.download_model("meta-llama/Llama-3.2-1B-Instruct", tmp_path / "Llama1b")
     assert not (tmp_path / "Llama1b").exists()
 
@@ -153,9 +151,9 @@ def test_a_gated_model_says_what_to_do(fake: FakeHub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (_http(RepositoryNotFoundError, 404), "the hub knows no such repository"),
-        (_http(HfHubHTTPError, 503), r"the download broke \(Cannot access it\.\)"),
-        (TimeoutError("timed out"), r"the download broke \(timed out\)"),
+        (_http(RepositoryNotFoundError, 404), "no such repository"),
+        (_http(HfHubHTTPError, 503), r"the download failed \(Cannot access it\.\)"),
+        (TimeoutError("timed out"), r"the download failed \(timed out\)"),
     ],
 )
 def test_hub_errors_are_one_line(fake: FakeHub, tmp_path: Path, error: Exception, message: str) -> None:
@@ -165,14 +163,14 @@ def test_hub_errors_are_one_line(fake: FakeHub, tmp_path: Path, error: Exception
     assert not list(tmp_path.iterdir())
 
 
-def test_pickled_weights_are_never_fetched(fake: FakeHub, tmp_path: Path) -> None:
+def test_pickled_weights_are_never_downloaded(fake: FakeHub, tmp_path: Path) -> None:
     fake.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}
-    with pytest.raises(DataError, match="holds no safetensors"):
+    with pytest.raises(DataError, match="no safetensors weights"):
         hub.download_model("owner/model", tmp_path / "model")
     assert fake.fetched == []
 
 
-def test_too_little_disk_space_is_said_before_the_download(
+def test_too_little_disk_space_is_reported_before_the_download(
     fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.files = {"model.safetensors": b"x" * 1000}
@@ -194,40 +192,114 @@ def test_the_probe(fake: FakeHub, error: Exception | None) -> None:
     assert hub.hub_answers() is (error is None)
 
 
-def test_offline_mode_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_fails_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert hub.hub_answers() is False
 
 
-@pytest.mark.parametrize(
-    ("ending", "write"), [(".jsonl", lambda text: text.encode()), (".jsonl.gz", lambda text: gzip.compress(text.encode()))]
-)
-def test_helpsteer2(
-    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, write: Callable[[str], bytes]
-) -> None:
-    lines = {"train": ["A", "A", "B", "B"], "validation": ["C", "C"]}
-    for split, texts in lines.items():
-        fake.files[split + ending] = write("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+@pytest.fixture
+def helpsteer2(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Serves both splits from lists of prompts and downloads them into a folder."""
 
     def fetch(repo: str, name: str, repo_type: str, revision: str) -> str:
         assert (repo, repo_type, revision) == ("nvidia/HelpSteer2", "dataset", "abc123")
         (tmp_path / name).write_bytes(fake.files[name])
         return str(tmp_path / name)
 
+    def download(cut: int = 0, **splits: list[str]) -> Path:
+        for split, texts in splits.items():
+            lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+            content = gzip.compress(lines.encode())
+            fake.files[f"{split}.jsonl.gz"] = content[: len(content) - cut]
+        hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "datasets" / "helpsteer2_prompts")
+        return tmp_path / "datasets" / "helpsteer2_prompts"
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    folder = tmp_path / "datasets" / "helpsteer2_prompts"
-    counts = hub.download_helpsteer2("nvidia/HelpSteer2", folder)
-    assert {split: count["prompts"] for split, count in counts.items()} == {"train": 2, "test": 1}
-    assert [row.prompt[0]["content"] for row in read_records(folder / "train.jsonl", Prompt.from_row)] == ["A", "B"]
-    if ending == ".jsonl.gz":
-        fake.files["train.jsonl.gz"] = fake.files["train.jsonl.gz"][:-9]
-        with pytest.raises(DataError, match="the downloaded file is broken"):
-            hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "again")
-        assert not (tmp_path / "again").exists()
+    return download
 
 
-def test_helpsteer2_without_its_files(fake: FakeHub, tmp_path: Path) -> None:
-    fake.files = {"README.md": b""}
-    with pytest.raises(DataError, match=r"holds neither train\.jsonl\.gz nor train\.jsonl"):
-        hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "prompts")
+def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2: Callable[..., Path]) -> None:
+    folder = helpsteer2(train=["A", "A", "B"], validation=["B", "B"])
+    assert [row.prompt[0]["content"] for row in read_records(folder / "train.jsonl", Prompt.from_row)] == ["A"]
+    assert [row.prompt_id for row in read_records(folder / "test.jsonl", Prompt.from_row)] == [hub.FIRST_TEST_ID]
+    manifest = read_manifest(folder)["assets"]
+    assert manifest["made_by"] == {"repository": "nvidia/HelpSteer2", "revision": "abc123"}
+    assert manifest["count"]["train"]["dropped_also_in_test"] == 1
+    assert manifest["count"]["test"]["dropped_repeated"] == 1
+    assert manifest["licence"].startswith("CC-BY-4.0")
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": ["A"], "validation": []}, "the validation split has no usable prompt"),
+        ({"train": ["A"], "validation": ["B"], "cut": 9}, r"\.jsonl\.gz: the download is damaged"),
+        ({"train": ["A"], "validation": [None]}, 'row 1: field "prompt"'),
+    ],
+)
+def test_bad_helpsteer2_leaves_nothing(helpsteer2: Callable[..., Path], tmp_path: Path, splits: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        helpsteer2(**splits)
+    assert not list(tmp_path.glob("datasets/*"))
+
+
+ASSISTANT, USER = "\n<extra_id_1>Assistant\n", "\n<extra_id_1>User\n"
+
+
+def _rows(*texts: str) -> list[dict[str, str]]:
+    return [{"prompt": text, "response": "r"} for text in texts]
+
+
+def test_each_prompt_once_and_turns_split() -> None:
+    rows = _rows(" Hi ", "Hi", f"A{ASSISTANT}B\n{USER}\nC", f"A{ASSISTANT}B{USER}C", "Bye")
+    prompts, counts = hub.convert_rows(rows, first_id=10)
+    turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))]
+    assert prompts == [
+        Prompt(10, [{"role": "user", "content": "Hi"}]), Prompt(11, turns), Prompt(12, [{"role": "user", "content": "Bye"}]),
+    ]  # fmt: skip
+    assert counts == {
+        "rows": 5, "prompts": 3, "multi_turn": 1,
+        "dropped_repeated": 2, "dropped_broken_turns": 0, "dropped_also_in_test": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [f"A{ASSISTANT}B", f"A{ASSISTANT}B{USER}", "  \n ", "A <extra_id_1>assistant B"])
+def test_broken_turns_are_dropped_and_counted(text: str) -> None:
+    prompts, counts = hub.convert_rows(_rows("fine", text))
+    assert [prompt.prompt[0]["content"] for prompt in prompts] == ["fine"]
+    assert counts["dropped_broken_turns"] == 1
+
+
+def test_one_turn_is_kept_whole() -> None:
+    assert hub.split_helpsteer_turns(" Hi\n\nUser\nthere ") == [{"role": "user", "content": "Hi\n\nUser\nthere"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"Hi{ASSISTANT}Hello", "does not end in a user turn"),
+        (f"Hi{USER}again", "turn 2 is the user's"),
+        (f"Hi{ASSISTANT} {USER}Bye", "turn 2 is empty"),
+        ("  ", "turn 1 is empty"),
+        ("<extra_id_1>Assistant\nHello", "turn 1 is the assistant's"),
+    ],
+)
+def test_broken_conversations_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hub.split_helpsteer_turns(text)
+
+
+@pytest.mark.parametrize(("split", "prompts", "multi_turn"), [("train", 500, 52), ("validation", 350, 52)])
+def test_real_rows(root: Path, split: str, prompts: int, multi_turn: int) -> None:
+    path = root.parent / "shared" / "data" / "helpsteer2" / f"{split}.jsonl"
+    if not path.is_file():
+        pytest.skip("../shared is missing")
+    rows = [row for _, row in read_rows(path)]
+    converted, counts = hub.convert_rows(rows)
+    assert counts["rows"] == len(rows) == 2 * prompts
+    assert counts["prompts"] + counts["dropped_broken_turns"] // 2 == prompts
+    marked = {row["prompt"] for row in rows if "<extra_id_1>" in row["prompt"]}
+    assert len(marked) == multi_turn
+    assert counts["multi_turn"] + counts["dropped_broken_turns"] // 2 == multi_turn
+    assert "extra_id" not in json.dumps([prompt.prompt for prompt in converted])

@@ -1,6 +1,7 @@
-"""The embedded prompt set: counts, roles, ids, lengths, and no two prompts that are nearly the same."""
+"""The embedded prompts: counts, roles, ids, lengths, no near duplicates, and the folder that setup writes."""
 
 import itertools
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from drdpo.assets.embedded import make_prompts, prompts_are_made
+from drdpo.errors import DataError
+from drdpo.folder import read_manifest
 from drdpo.records import SPLITS, Prompt, read_records, read_rows
 
 CATEGORIES = ("facts", "writing", "code", "reasoning", "advice", "safety", "summarise_rewrite", "two_turn")
 IDS = {"train": range(0, 192), "test": range(1000, 1048)}
 SYSTEM_MESSAGES = {"train": 8, "test": 2}
 MAX_JACCARD = 0.6
-"""Largest share of common words, |A & B| / |A | B|, of two prompts that count as different."""
+"""Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
 WORDS = (5, 100)
 """Fewest and most words of a whole prompt, all its turns together."""
 
@@ -49,7 +53,7 @@ def test_ids_count_up_from_the_first_of_the_split(root: Path, split: str) -> Non
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_rows_hold_only_the_documented_fields(root: Path, split: str) -> None:
+def test_rows_have_only_the_documented_fields(root: Path, split: str) -> None:
     for row in _rows(root, split):
         assert set(row) == {"prompt_id", "category", "prompt"}, row
         assert all(set(message) == {"role", "content"} for message in row["prompt"]), row
@@ -90,8 +94,8 @@ def test_lengths_are_in_range_and_varied(root: Path, split: str) -> None:
     assert sum(length >= 35 for length in lengths) >= len(lengths) // 8
 
 
-def test_no_two_prompts_are_nearly_the_same(root: Path) -> None:
-    """Over both files at once, so a test prompt is not in train either."""
+def test_no_near_duplicates(root: Path) -> None:
+    """Over both splits at once."""
     prompts = [prompt for split in SPLITS for prompt in _prompts(root, split)]
     asked = [(prompt.prompt_id, set(_words(_text(prompt)))) for prompt in prompts]
     assert len({_text(prompt).casefold() for prompt in prompts}) == len(prompts)
@@ -105,3 +109,53 @@ def test_no_two_prompts_are_nearly_the_same(root: Path) -> None:
 
 def test_jaccard_by_hand() -> None:
     assert _jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
+
+
+def _line(number: int, text: str = "Why?") -> str:
+    return json.dumps({"prompt_id": number, "category": "facts", "prompt": [{"role": "user", "content": text}]}) + "\n"
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    folder = tmp_path / "committed"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(_line(0) + _line(1, "How?"))
+    (folder / "test.jsonl").write_text(_line(1000, "Where?"))
+    return folder
+
+
+def test_plain_records_and_a_manifest(committed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    assert not prompts_are_made(folder, committed)
+    make_prompts(folder, committed)
+    assert prompts_are_made(folder, committed)
+    assert json.loads((folder / "test.jsonl").read_text()) == {
+        "prompt_id": 1000,
+        "prompt": [{"role": "user", "content": "Where?"}],
+    }
+    facts = read_manifest(folder)["assets"]
+    assert facts["count"] == {"train": 2, "test": 1}
+    assert facts["categories"] == {"train": {"facts": 2}, "test": {"facts": 1}}
+    (committed / "train.jsonl").write_text(_line(0))
+    assert not prompts_are_made(folder, committed), "changed prompts are noticed"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [(_line(0), r'train\.jsonl, row 3: field "prompt_id" repeats'), ('{"prompt_id": 2}\n', 'row 3: .*"prompt"')],
+)
+def test_a_bad_row_leaves_nothing(committed: Path, tmp_path: Path, line: str, message: str) -> None:
+    with (committed / "train.jsonl").open("a") as stream:
+        stream.write(line)
+    with pytest.raises(DataError, match=message):
+        make_prompts(tmp_path / "datasets" / "prompts", committed)
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+def test_the_committed_prompts_are_written(tmp_path: Path) -> None:
+    make_prompts(tmp_path / "prompts")
+    train = read_records(tmp_path / "prompts" / "train.jsonl", Prompt.from_row)
+    test = read_records(tmp_path / "prompts" / "test.jsonl", Prompt.from_row)
+    assert len(train) >= 128
+    assert len(test) >= 32
+    assert not {prompt.prompt_id for prompt in train} & {prompt.prompt_id for prompt in test}

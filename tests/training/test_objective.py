@@ -10,8 +10,9 @@ from drdpo.errors import DataError
 from drdpo.training.batches import collate
 from drdpo.training.data import Pair
 from drdpo.training.losses import gradient_penalty
-from drdpo.training.objective import objective, pair_values, survey
+from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, load_policy
+from drdpo.training.values import pair_values
 
 
 def config_of(**flags) -> TrainConfig:

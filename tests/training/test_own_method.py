@@ -16,9 +16,10 @@ from drdpo.errors import UsageError
 from drdpo.records import Preference, write_records
 from drdpo.training.batches import collate
 from drdpo.training.data import Pair
-from drdpo.training.objective import objective, pair_values, survey
+from drdpo.training.objective import objective, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
+from drdpo.training.values import pair_values
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -1,1 +1,1 @@
-"""Step 0: models and prompts, from the package index (the embedded default) and from the hub."""
+"""Step 0: models and prompts, embedded or from the hub."""

@@ -1,14 +1,11 @@
-"""Setup's second half: every chosen model and prompt set, made or fetched unless it is there; a table at the end."""
+"""Setup's second half: make or download every selected model and prompt set that is missing, then print a table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from drdpo.asset_names import HUB_DATASETS, HUB_MODELS, Selection, select_datasets, select_models
-from drdpo.assets import hub
-from drdpo.assets.embedded import make_policy, policy_is_made
-from drdpo.assets.prompts import make_prompts, prompts_are_made
-from drdpo.assets.reward_model import make_reward_model, reward_model_is_made
+from drdpo.assets import embedded, hub
 from drdpo.config import AssetsConfig
 from drdpo.errors import DataError
 
@@ -17,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Asset:
-    """Something setup can put into `folder`."""
+    """A model or prompt set for `folder`."""
 
     name: str
     folder: Path
@@ -27,7 +24,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     state: str
@@ -36,83 +33,80 @@ class Outcome:
 
 
 def download_assets(config: AssetsConfig, root: Path = ROOT) -> list[Outcome]:
-    """Put the chosen models into `root`/models and prompts into `root`/datasets, and print a table.
+    """Put the selected models into `root`/models and prompts into `root`/datasets, and print a table.
 
     Args:
         config: --models and --datasets.
         root: the repository.
 
     Returns:
-        One outcome per chosen asset.
+        One outcome per asset.
 
     Raises:
-        DataError: after everything else was done: an asset failed, or one that was named needs a login or a hub that
-            does not answer. With `auto`, a gated model without login and a hub that does not answer are no errors.
+        DataError: an asset failed, after all others were done. With `auto`, a gated model without a login and a hub that
+            does not answer are not failures.
     """
     models, datasets = select_models(config.models), select_datasets(config.datasets)
-    outcomes = [_attempt(asset, required=True) for asset in embedded_assets((*models.embedded, *datasets.embedded), root)]
+    outcomes = [_attempt(asset, required=True) for asset in _embedded((*models.embedded, *datasets.embedded), root)]
     outcomes += _from_hub(models, datasets, root)
-    _print_table(outcomes, root)
+    width = max((len(outcome.name) for outcome in outcomes), default=0)
+    for outcome in outcomes:
+        print(f"{outcome.name:<{width}}  {outcome.state:<13}  {outcome.note.removeprefix(f'{root}/')}")
     if failed := [outcome.name for outcome in outcomes if outcome.failed]:
-        raise DataError(f"{len(failed)} of {len(outcomes)} models and prompt sets are not there: {', '.join(failed)}")
+        raise DataError(f"{len(failed)} of {len(outcomes)} models and prompt sets are missing: {', '.join(failed)}")
     return outcomes
 
 
-def embedded_assets(names: tuple[str, ...], root: Path) -> list[Asset]:
-    """The embedded assets of these names, in the order in which they depend on each other."""
+def _embedded(names: tuple[str, ...], root: Path) -> list[Asset]:
+    """The embedded assets of these names, dependencies first: the reward model's backbone is the policy."""
     policy, reward = root / "models" / "SmolLM2-135M", root / "models" / "ArmoRM-SmolLM2"
     prompts = root / "datasets" / "embedded_prompts"
-    assets = [
-        Asset(policy.name, policy, lambda: policy_is_made(policy), lambda: make_policy(policy)),
-        Asset(reward.name, reward, lambda: reward_model_is_made(reward, policy), lambda: make_reward_model(reward, policy)),
-        Asset(prompts.name, prompts, lambda: prompts_are_made(prompts), lambda: make_prompts(prompts)),
-    ]
-    chosen = {*names, *([policy.name] if reward.name in names else [])}  # The reward model's backbone is the policy.
-    return [asset for asset in assets if asset.name in chosen]
+    makers: dict[Path, tuple[Callable[[], bool], Callable[[], object]]] = {
+        policy: (lambda: embedded.policy_is_made(policy), lambda: embedded.make_policy(policy)),
+        reward: (
+            lambda: embedded.reward_model_is_made(reward, policy), lambda: embedded.make_reward_model(reward, policy),
+        ),
+        prompts: (lambda: embedded.prompts_are_made(prompts), lambda: embedded.make_prompts(prompts)),
+    }  # fmt: skip
+    chosen = {*names, *([policy.name] if reward.name in names else [])}
+    return [Asset(folder.name, folder, *maker) for folder, maker in makers.items() if folder.name in chosen]
 
 
-def hub_assets(models: tuple[str, ...], datasets: tuple[str, ...], root: Path) -> list[Asset]:
-    """The hub's assets of these names. One that is there is not compared with the hub's newest revision."""
+def _hub_model(name: str, root: Path) -> Asset:
+    folder = root / "models" / name
+    return Asset(name, folder, (folder / "config.json").is_file, lambda: hub.download_model(HUB_MODELS[name], folder))
 
-    def model(name: str) -> Asset:
-        folder = root / "models" / name
-        return Asset(name, folder, (folder / "config.json").is_file, lambda: hub.download_model(HUB_MODELS[name], folder))
 
-    def dataset(name: str) -> Asset:
-        folder = root / "datasets" / name
-        repo = HUB_DATASETS[name]
-        return Asset(name, folder, (folder / "test.jsonl").is_file, lambda: hub.download_helpsteer2(repo, folder))
-
-    return [*map(model, models), *map(dataset, datasets)]
+def _hub_dataset(name: str, root: Path) -> Asset:
+    folder = root / "datasets" / name
+    return Asset(name, folder, (folder / "test.jsonl").is_file, lambda: hub.download_helpsteer2(HUB_DATASETS[name], folder))
 
 
 def _from_hub(models: Selection, datasets: Selection, root: Path) -> list[Outcome]:
-    """Fetch the hub's assets; the hub is asked only where one is missing."""
-    groups = [(models.automatic, hub_assets(models.hub, (), root)), (datasets.automatic, hub_assets((), datasets.hub, root))]
-    missing = [asset for _, assets in groups for asset in assets if not asset.is_made()]
-    answers = hub.hub_answers() if missing else True
-    if not answers and any(automatic for automatic, assets in groups for asset in assets if asset in missing):
-        print("The hub does not answer: only the embedded models and prompts (this is enough for quickstart.sh).")
-    outcomes = []
-    for automatic, assets in groups:
-        for asset in assets:
-            if answers or asset not in missing:
-                outcomes.append(_attempt(asset, required=not automatic))
-            elif not automatic:
-                outcomes.append(Outcome(asset.name, "failed", "the hub does not answer", failed=True))
-    return outcomes
+    """Download the hub's assets, at any revision; the hub is only asked if one is missing."""
+    assets = [(_hub_model(name, root), not models.automatic) for name in models.hub]
+    assets += [(_hub_dataset(name, root), not datasets.automatic) for name in datasets.hub]
+    missing = [(asset, required) for asset, required in assets if not asset.is_made()]
+    if not missing or hub.hub_answers():
+        return [_attempt(asset, required) for asset, required in assets]
+    if not all(required for _, required in missing):
+        print("The hub does not answer: using only the embedded models and prompts, which are enough for quickstart.sh.")
+    outcomes = [_attempt(*each) for each in assets if each not in missing]
+    return outcomes + [
+        Outcome(asset.name, "failed", "the hub does not answer", failed=True) for asset, required in missing if required
+    ]
 
 
 def _attempt(asset: Asset, required: bool) -> Outcome:
-    """Make one asset; its failure is an outcome, so that the others are still made.
+    """Make one asset if it is missing. A failure is returned, so that the others are still made.
 
     Args:
         asset: what to make.
-        required: the user named it, or it needs no login: then a missing login is a failure.
+        required: whether a missing login is a failure.
     """
     try:
         if asset.is_made():
-            return Outcome(asset.name, "there", str(asset.folder))
+            return Outcome(asset.name, "present", str(asset.folder))
         print(f"{asset.name}: making {asset.folder}", flush=True)
         asset.make()
     except hub.NeedsLoginError as error:
@@ -120,9 +114,3 @@ def _attempt(asset: Asset, required: bool) -> Outcome:
     except DataError as error:
         return Outcome(asset.name, "failed", str(error), failed=True)
     return Outcome(asset.name, "made", str(asset.folder))
-
-
-def _print_table(outcomes: list[Outcome], root: Path) -> None:
-    width = max((len(outcome.name) for outcome in outcomes), default=0)
-    for outcome in outcomes:
-        print(f"{outcome.name:<{width}}  {outcome.state:<13}  {outcome.note.removeprefix(f'{root}/')}")

@@ -1,49 +1,49 @@
-"""Models and data sets from the hub: probed first, safetensors only, appearing whole or not at all."""
+"""Hugging Face hub downloads: the models (safetensors only) and the prompts of HelpSteer2."""
 
 import gzip
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from drdpo.assets.helpsteer2 import UPSTREAM, parse_lines, write_prompts
 from drdpo.errors import DataError
-from drdpo.folder import atomic_file, write_manifest
+from drdpo.folder import atomic_file, atomic_folder, write_manifest
+from drdpo.records import Message, Prompt, write_records
 
 PROBE_REPO = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
-"""Public, so that an answer needs no login."""
+"""Public, so the probe needs no login."""
 
-ALLOW = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.md", "LICENSE*")
-NEVER = (
-    "original/*",
-    "*.bin",
-    "*.bin.*",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.pkl",
-    "*.py",
-    "*.gguf",
-    "*.onnx",
-    "*.h5",
-    "*.msgpack",
-)
-"""Pickles can run code when they are read, and so can a repository's Python files: neither is ever fetched."""
+ALLOW = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.md", "LICENSE*"]
+NEVER = "original/* *.bin *.bin.* *.pt *.pth *.ckpt *.pkl *.py *.gguf *.onnx *.h5 *.msgpack".split()
+"""Loading a pickle or a repository's Python file can run code, so neither is ever downloaded."""
 
 LLAMA3_PAD = ("<|finetune_right_pad_id|>", 128004)
-"""Llama 3.x names no pad token; its end-of-turn token must not serve as one."""
+"""Llama 3.x defines no pad token, and padding with its end-of-turn token would be wrong."""
+
+HELPSTEER2_LICENCE = (
+    "CC-BY-4.0; HelpSteer2, NVIDIA (Wang et al. 2024, arXiv 2406.08673); the prompts, deduplicated and split into turns"
+)
+UPSTREAM = {"train": "train", "test": "validation"}
+"""Our split -> HelpSteer2's."""
+
+FIRST_TEST_ID = 1_000_000
+"""Keeps prompt_id unique across both splits."""
+
+_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 class NeedsLoginError(Exception):
-    """A gated repository whose licence this user has not accepted, or is not logged in for."""
+    """A gated repository: the licence is not accepted, or the user is not logged in."""
 
 
 def hub_answers(timeout: float = 3.0) -> bool:
-    """Does the hub answer within `timeout` seconds? False also under HF_HUB_OFFLINE=1."""
+    """Whether the hub answers within `timeout` seconds; False if HF_HUB_OFFLINE=1."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -55,20 +55,20 @@ def hub_answers(timeout: float = 3.0) -> bool:
 
 
 def wanted(name: str) -> bool:
-    """Is a repository's file fetched?"""
+    """Whether a file of a model repository is downloaded."""
     return any(fnmatch(name, pattern) for pattern in ALLOW) and not any(fnmatch(name, pattern) for pattern in NEVER)
 
 
 def download_model(repo: str, folder: Path) -> None:
-    """Download a model, after printing its size; a broken download is resumed by the next call.
+    """Download a model after printing its size; rerunning resumes an interrupted download.
 
     Args:
         repo: hub id.
-        folder: where the model appears once it is whole; until then its files lie in `.<name>.download` beside it.
+        folder: appears once the model is complete; until then the files are in `.<name>.download` beside it.
 
     Raises:
         NeedsLoginError: the repository is gated; the message says what to do.
-        DataError: no safetensors there, too little disk space, or the download broke.
+        DataError: the repository has no safetensors, the disk is too small, or the download failed.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -76,15 +76,15 @@ def download_model(repo: str, folder: Path) -> None:
         info = HfApi().model_info(repo, files_metadata=True, timeout=30)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if wanted(file.rfilename)}
     if not any(name.endswith(".safetensors") for name in sizes):
-        raise DataError(f"{repo}: holds no safetensors weights, and pickled ones are not loaded")
+        raise DataError(f"{repo}: no safetensors weights; pickled weights are not loaded")
     aside = folder.parent / f".{folder.name}.download"
     aside.mkdir(parents=True, exist_ok=True)
     _check_space(repo, aside, sum(sizes.values()))
     with _hub_errors(repo):
-        snapshot_download(repo, revision=info.sha, local_dir=aside, allow_patterns=list(ALLOW), ignore_patterns=list(NEVER))
+        snapshot_download(repo, revision=info.sha, local_dir=aside, allow_patterns=ALLOW, ignore_patterns=NEVER)
     for name, size in sizes.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != size:
-            raise DataError(f"{repo}: {name} did not arrive whole; run the same command again")
+            raise DataError(f"{repo}: {name} is incomplete; rerun the same command")
     shutil.rmtree(aside / ".cache", ignore_errors=True)
     if repo.startswith("meta-llama/"):
         set_pad_token(aside, *LLAMA3_PAD)
@@ -93,7 +93,7 @@ def download_model(repo: str, folder: Path) -> None:
 
 
 def set_pad_token(folder: Path, token: str, token_id: int) -> None:
-    """Name the pad token in tokenizer_config.json and generation_config.json.
+    """Set the pad token in tokenizer_config.json and generation_config.json.
 
     Raises:
         DataError: the tokenizer does not have this token under this id.
@@ -105,7 +105,7 @@ def set_pad_token(folder: Path, token: str, token_id: int) -> None:
     for name, value in changes.items():
         path = folder / name
         if name == "special_tokens_map.json" and not path.is_file():
-            continue  # Older folders only.
+            continue  # Only older folders have it.
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         config["pad_token_id" if isinstance(value, int) else "pad_token"] = value
         with atomic_file(path) as stream:
@@ -113,51 +113,130 @@ def set_pad_token(folder: Path, token: str, token_id: int) -> None:
             stream.write("\n")
 
 
-def download_helpsteer2(repo: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Download HelpSteer2 (about 25 MB) and write its prompts.
+def download_helpsteer2(repo: str, folder: Path) -> None:
+    """Download HelpSteer2 (about 25 MB) and write its prompts to `folder/{train,test}.jsonl`.
 
-    Returns:
-        {split: counts of rows, prompts and dropped rows}.
+    The data set has two rated responses per prompt, in consecutive rows; only the prompts are kept.
 
     Raises:
-        DataError: the hub does not answer, or the files are not HelpSteer2's.
+        DataError: the hub does not answer, a file is damaged, or a split has no usable prompt.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
     with _hub_errors(repo):
-        info = HfApi().dataset_info(repo, timeout=30)
-        names = {file.rfilename for file in info.siblings or []}
-        paths = {}
-        for split, upstream in UPSTREAM.items():
-            found = [name for name in (f"{upstream}.jsonl.gz", f"{upstream}.jsonl") if name in names]
-            if not found:
-                raise DataError(f"{repo}: holds neither {upstream}.jsonl.gz nor {upstream}.jsonl")
-            paths[split] = Path(hf_hub_download(repo, found[0], repo_type="dataset", revision=info.sha))
-    rows = {split: _rows(path) for split, path in paths.items()}
-    return write_prompts(folder, rows, {"repository": repo, "revision": info.sha})
+        revision = HfApi().dataset_info(repo, timeout=30).sha
+        paths = {
+            split: Path(hf_hub_download(repo, f"{upstream}.jsonl.gz", repo_type="dataset", revision=revision))
+            for split, upstream in UPSTREAM.items()
+        }
+    test, test_counts = convert_rows(_read_gzip(paths["test"]), first_id=FIRST_TEST_ID)
+    train, train_counts = convert_rows(_read_gzip(paths["train"]), held_out=test)
+    with atomic_folder(folder) as aside:
+        for split, prompts in (("train", train), ("test", test)):
+            if not prompts:
+                raise DataError(f"{repo}: the {UPSTREAM[split]} split has no usable prompt")
+            write_records(aside / f"{split}.jsonl", prompts)
+        made_by = {"repository": repo, "revision": revision}
+        counts = {"train": train_counts, "test": test_counts}
+        write_manifest(aside, "assets", made_by, licence=HELPSTEER2_LICENCE, count=counts)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def convert_rows(
+    rows: Iterable[Any], first_id: int = 0, held_out: Iterable[Prompt] = ()
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Convert rows of HelpSteer2 into unique prompts.
+
+    Args:
+        rows: JSON objects with a string field `prompt`; other fields are not read.
+        first_id: prompt_id of the first prompt; later prompts count up from it.
+        held_out: prompts to omit (the test split's, for the train split).
+
+    Returns:
+        The prompts in order of first appearance, and counts of rows, prompts and dropped rows.
+
+    Raises:
+        DataError: a row without that field; the message names the row.
+    """
+    prompts: list[Prompt] = []
+    held, seen = {str(prompt.prompt) for prompt in held_out}, set[str]()
+    counts = dict.fromkeys(
+        ("rows", "prompts", "multi_turn", "dropped_repeated", "dropped_broken_turns", "dropped_also_in_test"), 0
+    )
+    for number, row in enumerate(rows, start=1):
+        counts["rows"] += 1
+        text = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f'HelpSteer2, row {number}: field "prompt" is missing or is not a string')
+        try:
+            messages = split_helpsteer_turns(text)
+        except ValueError:
+            messages = []
+        key = str(messages)
+        if not messages or "<extra_id_" in key:  # A turn marker in another form.
+            counts["dropped_broken_turns"] += 1
+        elif key in seen:
+            counts["dropped_repeated"] += 1
+        elif key in held:
+            counts["dropped_also_in_test"] += 1
+        else:
+            prompts.append(Prompt(first_id + len(prompts), messages))
+        seen.add(key)
+    counts |= {"prompts": len(prompts), "multi_turn": sum(len(prompt.prompt) > 1 for prompt in prompts)}
+    return prompts, counts
+
+
+def split_helpsteer_turns(text: str) -> list[Message]:
+    """Split a HelpSteer2 prompt into messages.
+
+    About 29% of HelpSteer2's prompts are conversations in one string: the first user turn, then turns opened by
+    "\\n<extra_id_1>Assistant\\n" and "\\n<extra_id_1>User\\n".
+
+    Args:
+        text: the data set's `prompt` field.
+
+    Returns:
+        Messages that alternate user, assistant, ..., user, stripped of outer white space.
+
+    Raises:
+        ValueError: the turns do not alternate, a turn is empty, or the last is not the user's.
+    """
+    first, *rest = _TURN.split(text)
+    turns = list(zip(rest[0::2], rest[1::2], strict=True))
+    if first.strip() or not rest:  # Otherwise the text opens with a marker of its own.
+        turns.insert(0, ("User", first))
+    messages = [{"role": role.lower(), "content": content.strip()} for role, content in turns]
+    for number, message in enumerate(messages):
+        expected = "assistant" if number % 2 else "user"
+        if message["role"] != expected:
+            raise ValueError(f"turn {number + 1} is the {message['role']}'s, expected the {expected}'s")
+        if not message["content"]:
+            raise ValueError(f"turn {number + 1} is empty")
+    if messages[-1]["role"] != "user":
+        raise ValueError("the prompt does not end in a user turn")
+    return messages
+
+
+def _read_gzip(path: Path) -> list[Any]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            yield from parse_lines(lines, path.name)
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the downloaded file is broken ({error}); delete it and run setup again") from error
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+        raise DataError(f"{path}: the download is damaged ({error}); delete it and rerun setup.sh") from error
 
 
 def _check_space(repo: str, folder: Path, size: int) -> None:
-    """Print the size; what an earlier, broken download already holds counts as there."""
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Print the download's size and check the disk; files of an interrupted download count as present."""
+    present = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
-    resumed = f" ({there / 1e9:.1f} GB of it are there)" if there > 1e8 else ""
-    print(f"{repo}: downloading {size / 1e9:.1f} GB{resumed}, {free / 1e9:.1f} GB are free", flush=True)
-    if size - there > free:
+    resumed = f" ({present / 1e9:.1f} GB already present)" if present > 1e8 else ""
+    print(f"{repo}: downloading {size / 1e9:.1f} GB{resumed}; {free / 1e9:.1f} GB free", flush=True)
+    if size - present > free:
         raise DataError(f"{repo}: needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line."""
+    """Turn huggingface_hub's exceptions into one line."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -170,10 +249,10 @@ def _hub_errors(repo: str) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise NeedsLoginError(
-            f"gated: accept the licence at https://huggingface.co/{repo}, then `hf auth login`, then this command again"
+            f"gated: accept the licence at https://huggingface.co/{repo}, run `hf auth login`, then rerun this command"
         ) from error
     except RepositoryNotFoundError as error:
-        raise DataError(f"{repo}: the hub knows no such repository, or it is private") from error
+        raise DataError(f"{repo}: no such repository on the hub, or it is private") from error
     except (HTTPError, EntryNotFoundError, XetDownloadError, ConnectionError, TimeoutError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{repo}: the download broke ({first}); run the same command again to resume it") from error
+        raise DataError(f"{repo}: the download failed ({first}); rerun the same command to resume") from error
