@@ -76,8 +76,8 @@ def test_messages_are_read_from_the_source_and_a_wrong_one_is_noticed():
 # Flags and commands
 
 OTHER_PROGRAMS = (
-    "torch_index dev pairs rounds dtype only_checkpointing steps longest_double_backward "  # setup.sh, benchmarks/
-    "signal nodes gpus require no output seconds tiny".split()  # sbatch, pip, experiments/
+    "torch_index dev pairs rounds only_checkpointing steps longest_double_backward "  # setup.sh, benchmarks/, experiments/
+    "signal nodes gpus nnodes no require".split()  # sbatch, torchrun, pip
 )
 
 
