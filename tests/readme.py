@@ -77,11 +77,11 @@ def table_names(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every command of a page's bash blocks, as a list of arguments."""
+    """Every command of a page's bash blocks, as a list of arguments without the variables set before it."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.removeprefix("PYTHONPATH=src "), comments=True)
             if words:
                 found.append(words)
     return found
