@@ -1,4 +1,4 @@
-"""What the tests know of the README: its flag tables and its commands. `python tests/readme.py` writes the tables anew."""
+"""The tables and commands of README.md and docs/*.md. `python tests/readme.py` writes the tables."""
 
 import dataclasses
 import json
@@ -16,6 +16,8 @@ from drdpo.cli import spelled  # noqa: E402
 _TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 _MEASURED = re.compile(r"<!-- (quickstart|gpu_counts) -->\n.*?<!-- end -->", re.DOTALL)
+
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def flag_table(class_name: str) -> str:
@@ -35,7 +37,7 @@ def flag_table(class_name: str) -> str:
 
 
 def quickstart_table() -> str:
-    """A markdown table of what benchmarks/quickstart.py measured."""
+    """A markdown table of the results of benchmarks/quickstart.py."""
     measured = ROOT / "benchmarks" / "results" / "quickstart.json"
     results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     methods = ("dpo", "kldpo", "wdpo")
@@ -51,7 +53,7 @@ def quickstart_table() -> str:
 
 
 def gpu_table() -> str:
-    """A markdown table of what benchmarks/gpu_counts.py counted of the 1B model's steps under default flags."""
+    """A markdown table of the counts of benchmarks/gpu_counts.py for the 1B model with default flags."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_counts.json").read_text(encoding="utf-8"))["rows"]
     lines = ["| method | pairs | launches | bytes moved | peak | time by the model, H100 |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -64,7 +66,7 @@ def gpu_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """The README with its tables made from the config classes and from measured results."""
+    """A page with its tables generated from the config classes and from measured results."""
     tables = {"quickstart": quickstart_table, "gpu_counts": gpu_table}
     text = _MEASURED.sub(lambda match: f"<!-- {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->", text)
     return _TABLE.sub(lambda match: f"<!-- flags: {match[1]} -->\n{flag_table(match[1])}\n<!-- end -->", text)
@@ -75,16 +77,16 @@ def table_names(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every command of the README's bash blocks, as words."""
+    """Every command of a page's bash blocks, as a list of arguments without the variables set before it."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.removeprefix("PYTHONPATH=src "), comments=True)
             if words:
                 found.append(words)
     return found
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

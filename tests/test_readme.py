@@ -1,18 +1,21 @@
-"""The README tells the truth: its tables are the flags, its commands parse, its links and pictures exist."""
+"""README and docs: tables match the flags, commands parse, links and anchors exist, the citation is that of CITATION.cff."""
 
 import re
 from pathlib import Path
 
 import pytest
 import readme
+import yaml
 
 from drdpo import config
 from drdpo.cli import parse
 from drdpo.objectives import FLAG_TO_OBJECTIVE
 
-TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 SCRIPTS = {
+    "setup.sh": config.AssetsConfig,
     "generate_completions.sh": config.CompletionsConfig,
     "generate.sh": config.CompletionsConfig,
     "src/generate_preferences.py": config.PreferencesConfig,
@@ -23,14 +26,22 @@ SCRIPTS = {
     "src/compare_openllm.py": config.CompareOpenllmConfig,
     "openllm_eval.slurm": config.LeaderboardConfig,
 }
-OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["bash", "setup.sh"], ["bash", "quickstart.sh"],
-          ["bash", "tests/run.sh"], ["bash", "experiments/armorm_multi_objective.sh"],
+OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["cat", "outputs/quickstart/report.md"],
+          ["bash", "quickstart.sh"], ["bash", "tests/run.sh"], ["bash", "experiments/armorm_multi_objective.sh"],
           ["bash", "experiments/openllm_leaderboard.sh"])  # fmt: skip
 
 
-def test_flag_tables_are_those_of_the_config_classes():
-    assert readme.with_tables(TEXT) == TEXT, "run: python tests/readme.py"
-    assert sorted(readme.table_names(TEXT)) == sorted(config.__all__), "one table a step"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_generated_tables_are_current(page):
+    text = page.read_text(encoding="utf-8")
+    assert readme.with_tables(text) == text, "run: python tests/readme.py"
+
+
+def test_every_step_has_one_flag_table():
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert sorted(readme.table_names(text)) == sorted(config.__all__)
+    listed = re.findall(r"^\| `--(\w+)` \| 0\.0 \| weight of ", text, re.MULTILINE)
+    assert listed == list(FLAG_TO_OBJECTIVE)
 
 
 @pytest.mark.parametrize("command", readme.commands(TEXT), ids=lambda words: " ".join(words)[:60])
@@ -66,12 +77,39 @@ def test_the_papers_commands_are_here_word_for_word():
         assert words in found
 
 
-def test_supported_objectives_are_listed_by_their_flags():
-    section = TEXT.split("**Supported objectives**")[1].split("###")[0]
-    listed = [name for line in section.splitlines() if line.startswith(("*", "  ")) for name in re.findall(r"`(\w+)`", line)]
-    assert listed == list(FLAG_TO_OBJECTIVE)
+def slugs(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_local_links_exist(root):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT):
-        assert (root / target).exists(), target
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_links_and_anchors_exist(page):
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        assert (page.parent / path).exists(), target
+        assert not anchor or anchor in slugs((page.parent / path).read_text(encoding="utf-8")), target
+
+
+def test_the_readme_links_every_page():
+    for page in readme.PAGES[1:]:
+        assert f"({page.relative_to(ROOT)})" in TEXT
+
+
+def test_the_top_level_of_the_file_tree_exists():
+    (tree,) = re.findall(r"```\n(setup\.sh .*?)```", TEXT, re.DOTALL)
+    names = re.findall(r"^(\S+)", tree, re.MULTILINE)
+    assert len(names) >= 10
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_citation_is_that_of_citation_cff():
+    (paper,) = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]
+    (entry,) = re.findall(r"```bibtex\n(.*?)```", TEXT, re.DOTALL)
+    fields = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", entry, re.MULTILINE))
+    assert fields["title"].replace("{", "").replace("}", "") == paper["title"]
+    names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert fields["author"] == " and ".join(names)
+    assert (fields["booktitle"], int(fields["year"])) == (paper["collection-title"], paper["year"])
+    assert paper["identifiers"][0]["value"] == f"arXiv:{fields['eprint']}"
