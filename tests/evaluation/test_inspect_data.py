@@ -95,7 +95,7 @@ def test_shared_prompts_and_rejected_rows(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("rows", "tail", "message"),
     [
-        ([{"question": 1}], "", "row 1: a row of no known kind; its fields are question"),
+        ([{"question": 1}], "", "row 1: a row of unknown kind; its fields are question"),
         ([COMPLETION_ROWS[0], {"prompt_id": 4, "prompt": user("x")}], "", "row 2: rows of two kinds"),
         ([COMPLETION_ROWS[0]], '{"prompt_id": 1, "pro', "row 2: not a whole JSON object"),
         ([COMPLETION_ROWS[0] | {"finish_reason": "tired"}], "", "row 1: field .*finish_reason"),

@@ -17,9 +17,13 @@ from drdpo.evaluation.leaderboard_scores import (
     MUSR_CHOICES,
     average,
     benchmarks,
+    json_safe,
+    leaderboard_json,
+    markdown,
     normalise,
+    raw_rows,
+    terminal,
 )
-from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, raw_rows, terminal
 
 
 def task(name: str, questions: int = 10, **metrics: float) -> dict[str, Any]:

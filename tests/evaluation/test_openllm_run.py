@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drdpo.evaluation.leaderboard_tasks import find_tasks
 
 from drdpo.chat import DATE_STRING
 from drdpo.config import LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, output_folder
-from drdpo.evaluation.leaderboard_tasks import find_tasks
 from drdpo.lock import lock_folder
 
 CHOICE = """
@@ -108,7 +108,7 @@ def test_vllm_of_another_name_is_refused(tiny_policy: Path, monkeypatch: pytest.
         raise leaderboard.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(leaderboard.metadata, "version", version)
-    with pytest.raises(UsageError, match="give --backend=hf"):
+    with pytest.raises(UsageError, match="--backend=hf"):
         evaluate_openllm(LeaderboardConfig(model_path=str(tiny_policy), backend="vllm", check_only=True))
 
 

@@ -1,4 +1,4 @@
-"""The public Open LLM Leaderboard's normalised scores, from the harness's raw ones.
+"""The public Open LLM Leaderboard's normalised scores, from the harness's raw ones, and the tables of one evaluation.
 
 The leaderboard (version 2, 2024) maps the score of guessing to 0 and a perfect score to 100:
 
@@ -14,36 +14,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from drdpo.config.evaluation import LeaderboardConfig
+from drdpo.evaluation.tables import markdown_table, text_table
+
 BBH_CHOICES: dict[str, int] = {
-    "boolean_expressions": 2,
-    "causal_judgement": 2,
-    "date_understanding": 6,
-    "disambiguation_qa": 3,
-    "formal_fallacies": 2,
-    "geometric_shapes": 11,
-    "hyperbaton": 2,
-    "logical_deduction_five_objects": 5,
-    "logical_deduction_seven_objects": 7,
-    "logical_deduction_three_objects": 3,
-    "movie_recommendation": 6,
-    "navigate": 2,
-    "object_counting": 19,
-    "penguins_in_a_table": 5,
-    "reasoning_about_colored_objects": 18,
-    "ruin_names": 6,
-    "salient_translation_error_detection": 6,
-    "snarks": 2,
-    "sports_understanding": 2,
-    "temporal_sequences": 4,
-    "tracking_shuffled_objects_five_objects": 5,
-    "tracking_shuffled_objects_seven_objects": 7,
-    "tracking_shuffled_objects_three_objects": 3,
-    "web_of_lies": 2,
-}
+    "boolean_expressions": 2, "causal_judgement": 2, "date_understanding": 6, "disambiguation_qa": 3, "formal_fallacies": 2,
+    "geometric_shapes": 11, "hyperbaton": 2, "logical_deduction_five_objects": 5, "logical_deduction_seven_objects": 7,
+    "logical_deduction_three_objects": 3, "movie_recommendation": 6, "navigate": 2, "object_counting": 19,
+    "penguins_in_a_table": 5, "reasoning_about_colored_objects": 18, "ruin_names": 6,
+    "salient_translation_error_detection": 6, "snarks": 2, "sports_understanding": 2, "temporal_sequences": 4,
+    "tracking_shuffled_objects_five_objects": 5, "tracking_shuffled_objects_seven_objects": 7,
+    "tracking_shuffled_objects_three_objects": 3, "web_of_lies": 2,
+}  # fmt: skip
 MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
-GPQA_LOW = 1 / 4
-MMLU_PRO_LOW = 1 / 10
-MATH_LOW = 0.0
 GPQA_SUBTASKS = ("gpqa_diamond", "gpqa_extended", "gpqa_main")
 MATH_SUBTASKS = (
     "math_algebra_hard", "math_counting_and_prob_hard", "math_geometry_hard", "math_intermediate_algebra_hard",
@@ -58,7 +43,7 @@ TaskScores = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the leaderboard's six columns; standard errors are None where the harness gave none."""
+    """One of the leaderboard's six columns; standard errors are None if the harness has none."""
 
     name: str
     metric: str
@@ -66,11 +51,11 @@ class Benchmark:
     """0 to 1, the harness's mean over all questions: subtasks weigh by their size."""
     raw_stderr: float | None
     unweighted: float
-    """0 to 1, the plain mean over the subtasks; `raw` where there are none."""
+    """0 to 1, the plain mean over the subtasks; `raw` if there are none."""
     normalised: float
     """0 to 100."""
     normalised_stderr: float | None
-    """Of the unclamped score: at the floor of 0 it says how far chance alone moves the score behind it."""
+    """Of the score before it is clamped at 0."""
 
 
 def normalise(raw: float, low: float) -> float:
@@ -79,7 +64,7 @@ def normalise(raw: float, low: float) -> float:
 
 
 def benchmarks(scores: TaskScores) -> list[Benchmark]:
-    """Those of the six benchmarks that the harness has run whole, in the leaderboard's order.
+    """Those of the six benchmarks that the harness has run completely, in the leaderboard's order.
 
     Args:
         scores: the harness's `results`.
@@ -87,28 +72,28 @@ def benchmarks(scores: TaskScores) -> list[Benchmark]:
     found = [
         _ifeval(scores),
         _subtasks(scores, "BBH", "leaderboard_bbh", BBH_CHOICES),
-        _whole(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_LOW, MATH_SUBTASKS),
-        _whole(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_LOW, GPQA_SUBTASKS),
+        _whole(scores, "MATH", "leaderboard_math_hard", "exact_match", 0.0, MATH_SUBTASKS),
+        _whole(scores, "GPQA", "leaderboard_gpqa", "acc_norm", 1 / 4, GPQA_SUBTASKS),
         _subtasks(scores, "MuSR", "leaderboard_musr", MUSR_CHOICES),
-        _whole(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", MMLU_PRO_LOW, ()),
+        _whole(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", 1 / 10, ()),
     ]
     return [benchmark for benchmark in found if benchmark is not None]
 
 
 def average(found: list[Benchmark]) -> float | None:
-    """The leaderboard's average, 0 to 100; None unless all six are there."""
+    """The leaderboard's average, 0 to 100; None unless all six are present."""
     return sum(benchmark.normalised for benchmark in found) / 6 if len(found) == 6 else None
 
 
 def average_stderr(found: list[Benchmark]) -> float | None:
-    """Standard error of `average`, the benchmarks being independent; None where one has none."""
+    """Standard error of `average` for independent benchmarks; None if one has none."""
     errors = [benchmark.normalised_stderr for benchmark in found]
     total = _root_sum(errors)
     return None if average(found) is None or total is None else total / 6
 
 
 def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
-    """A task's value of a metric without filter; None where it was not run."""
+    """A task's value of a metric without filter; None if it was not run."""
     value = scores.get(task, {}).get(f"{metric},none")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -155,7 +140,108 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     if instruction is None or prompt is None:
         return None
     raw = (instruction + prompt) / 2
-    # The harness has no error for instructions, which stand several to a prompt; that of the prompts stands for both.
+    # The harness has no error for instructions, of which a prompt has several; that of the prompts is used for both.
     error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
     scaled = None if error is None else error * 100
     return Benchmark("IFEval", "mean of strict accuracies", raw, error, raw, normalise(raw, 0.0), scaled)
+
+
+# The tables --------------------------------------------------------------------------------------------------------
+
+
+def raw_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """One row per task and metric: task, shots, questions, metric, value, standard error.
+
+    Args:
+        results: what lm_eval.simple_evaluate returned.
+    """
+    rows = []
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, separator, chosen_filter = key.partition(",")
+            if not separator or metric.endswith("_stderr"):
+                continue
+            name = metric if chosen_filter == "none" else f"{metric} ({chosen_filter})"
+            error = values.get(f"{metric}_stderr,{chosen_filter}")
+            rows.append([
+                task, _count(results.get("n-shot", {}).get(task)), _count(values.get("sample_len")),
+                name, _decimal(value), _decimal(error),
+            ])  # fmt: skip
+    return rows
+
+
+RAW_HEADER = ["task", "shots", "questions", "metric", "value", "stderr"]
+LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "raw, unweighted", "normalised (0-100)", "stderr"]
+
+
+def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
+    """One row per benchmark, and the average if all six are present."""
+    rows = [
+        [
+            b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.unweighted:.4f}", f"{b.normalised:.2f}",
+            _decimal(b.normalised_stderr, 2),
+        ]
+        for b in found
+    ]  # fmt: skip
+    mean = average(found)
+    return rows if mean is None else [*rows, ["Average", "", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
+
+
+def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
+    """table.md: the leaderboard's columns that were run, then every task."""
+    parts = [f"# {config.model_path} on {config.tasks}"]
+    if config.limit is not None:
+        parts.append(f"**A trial: limited to {config.limit:g} samples per task; not comparable with full runs.**")
+    if found := benchmarks(results["results"]):
+        parts += [
+            "## Open LLM Leaderboard v2",
+            "Raw: the harness's mean over all questions; unweighted: over subtasks. Normalised: the public leaderboard's "
+            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts stands "
+            "for both.",
+            markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
+        ]
+    parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal(results: Mapping[str, Any]) -> str:
+    """The same for a terminal, without subtasks of groups that have a mean of their own."""
+    inner = {
+        child for group, children in results.get("group_subtasks", {}).items() if group in results.get("groups", {})
+        for child in children if child not in results.get("groups", {})
+    }  # fmt: skip
+    found = benchmarks(results["results"])
+    # lm-eval has no group around MMLU-Pro and IFEval, which stay.
+    inner -= {"leaderboard_mmlu_pro", "leaderboard_ifeval"}
+    rows = [row for row in raw_rows(results) if row[0] not in inner]
+    tables = [text_table(RAW_HEADER, rows)]
+    if found:
+        tables.append(text_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2))
+    return "\n\n".join(tables)
+
+
+def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaderboard's columns for results.json."""
+    found = benchmarks(results["results"])
+    fields = ("raw", "raw_stderr", "unweighted", "normalised", "normalised_stderr")
+    columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
+    return columns | {"average": average(found), "average_stderr": average_stderr(found)}
+
+
+def json_safe(value: Any) -> Any:
+    """Plain JSON values: numpy numbers become numbers, sets lists, NaN and infinity null, anything else its name or text."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return f"{value.__module__}.{value.__name__}" if callable(value) and hasattr(value, "__name__") else str(value)
+
+
+def _count(value: Any) -> str:
+    return str(value) if isinstance(value, int) else ""
+
+
+def _decimal(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "n/a"
