@@ -109,7 +109,7 @@ def test_choices_are_those_of_the_installed_tasks() -> None:
     for file, (name, metric, subtasks) in wholes.items():
         group = yaml.safe_load((folder / file).read_text())
         assert group["group"] == name
-        assert group["task"] == [f"leaderboard_{subtask}" for subtask in subtasks]
+        assert group["task"] == list(subtasks)
         (aggregated,) = group["aggregate_metric_list"]
         assert aggregated == {"metric": metric, "aggregation": "mean", "weight_by_size": True}
 

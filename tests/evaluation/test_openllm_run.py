@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drdpo.evaluation.leaderboard_tasks import find_tasks
 
 from drdpo.chat import DATE_STRING
 from drdpo.config import LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
-from drdpo.evaluation.leaderboard import evaluate_openllm, output_folder
+from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
 from drdpo.lock import lock_folder
 
 CHOICE = """

@@ -22,7 +22,7 @@ def test_repeated_share_by_hand() -> None:
 
 def test_nothing_recorded(tmp_path: Path) -> None:
     found = read_provenance(tmp_path, "test")
-    assert (found.policy, found.method, found.versions) == ("not recorded", "no training recorded", {})
+    assert (found.policy, found.method, found.records) == ("not recorded", "no training recorded", {})
     assert len(found.notes) == 2
 
 
@@ -37,11 +37,11 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     found = read_provenance(tmp_path, "test")
     assert found.policy.endswith("global_step_9")
     assert found.method == "WDPO (wdpo_rho=0.01, beta=0.01, seed=5)"
-    assert found.made_by["sampling"] == {"model": "f00d"}
-    assert found.facts["sampling"] == {"counts.in": "3", "counts.out": "2"}
-    assert "numpy" in found.versions
+    assert found.made_by("sampling") == {"model": "f00d"}
+    assert found.records["sampling"]["counts.out"] == "2"
+    assert "versions.numpy" in found.records["sampling"]
     # The train split was not sampled.
-    assert "sampling" not in read_provenance(tmp_path, "train").made_by
+    assert "sampling" not in read_provenance(tmp_path, "train").records
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def _unlike(provenances: dict[str, Provenance]) -> list[str]:
     return [
         line
         for step in ("sampling", "scoring")
-        for line in differences(step, {r: p.made_by[step] for r, p in provenances.items() if step in p.made_by}, MAY_DIFFER)
+        for line in differences(step, {r: p.made_by(step) for r, p in provenances.items() if step in p.records}, MAY_DIFFER)
     ]
 
 
@@ -209,7 +209,7 @@ def armorm_report(
         parts += _sweep_sections(config, comparison, base.name)
     parts += [
         "## Mean scores",
-        "The mean over prompts of each prompt's mean score, on the reward model's own scales.",
+        "Mean over prompts of each prompt's mean score, on the reward model's own scales.",
         markdown_table(
             ["objective", *(run.name for run in runs)],
             [[f"`{flag_name(name)}`", *(f"{run.mean(name):.4f}" for run in runs)] for name in comparison.objectives],
@@ -236,7 +236,7 @@ def _gain(comparison: Comparison, run: ScoredRun, objective: str) -> str:
 
 
 def _summary(config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparison) -> str:
-    lines = [f"Split `{config.split}`; every prompt counts once, its score being the mean over its completions."]
+    lines = [f"Split `{config.split}`. Every prompt counts once; its score is the mean over its completions."]
     if len(runs) > 1:
         lines.append(
             f"Runs are joined by prompt_id; gains and win rates use the {len(comparison.common)} prompts that every run "
@@ -245,7 +245,7 @@ def _summary(config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparis
         flat = [name for name in comparison.objectives if runs[0].sd(name) == 0]
         if flat:
             lines.append(
-                f"All scores of {runs[0].name} are equal in {', '.join(flat)}, so there is no gain in its sd units."
+                f"All scores of {runs[0].name} are equal in {', '.join(flat)}, so there is no gain in units of its sd."
             )
     return " ".join(lines)
 
@@ -259,7 +259,7 @@ def _runs_table(runs: list[ScoredRun], comparison: Comparison, provenances: dict
         ]
         for (label, provenance), member in zip(provenances.items(), members, strict=True)
     ]  # fmt: skip
-    header = ["run", "folder", "policy", "method", "completions", "prompts", "prompts left out of pairs"]
+    header = ["run", "folder", "policy", "method", "completions", "prompts", "unpaired prompts"]
     return markdown_table(header, rows, left=4)
 
 
@@ -282,8 +282,8 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
         f"Mean over the paired prompts of (run - {base.name}), divided by the standard deviation of {base.name}'s "
         "completion scores; in brackets the 95% percentile interval of the paired bootstrap over prompts"
         + (", and over seeds" if any(run.seeds for run in [base, *others]) else "")
-        + ". The standard deviation is held fixed, as the unit. Each interval stands for itself: of twenty, one leaves out "
-        "its true value."
+        + ". The standard deviation is held fixed, as the unit. The intervals are not corrected for multiple comparisons: "
+        "about one in twenty misses its true value."
     )
     if summaries.keys() - {MIXTURE}:
         text += f" The means and the worst are over single objectives, without the gated score ({GATED_SCORE})."
@@ -294,7 +294,7 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
         text += f" The {MIXTURE} is {terms}, of the gains below it."
     if trained_on:
         names = ", ".join(f"`{flag_name(name)}`" for name in trained_on)
-        text += f" Training saw {names}; the objectives marked *unseen* took no part in its pairs."
+        text += f" Training used {names}; objectives marked *unseen* did not enter its pairs."
         if GATED_SCORE not in trained_on:
             text += f" {GATED_SCORE} mixes all of them."
     rows += [[label, *gains] for label, gains in summaries.items()]
@@ -307,7 +307,7 @@ def _win_sections(base: ScoredRun, others: list[ScoredRun], comparison: Comparis
         return [f"No win rate: the runs have no gated score ({GATED_SCORE})."]
     return [
         f"## Win rate against {base.name}",
-        f"Share of the paired prompts on which the run's gated score ({GATED_SCORE}) is higher; a tie counts half.",
+        f"Share of the paired prompts on which the run's gated score ({GATED_SCORE}) is higher; ties count half.",
         markdown_table(
             ["run", "win rate"], [[run.name, interval(comparison.win_rates[run.name], "{:.1%}")] for run in others]
         ),
@@ -329,9 +329,9 @@ def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
         wins.append([f"`{flag_name(name)}`", *(interval(d.win_rate, "{:.1%}") for d in found)])
     return [
         "## Every two runs",
-        f"Differences, in standard deviations of {runs[0].name}'s scores; an interval without 0 tells the two runs apart.",
+        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0.",
         markdown_table(header, gains),
-        "Win rates: the share of the paired prompts on which the first scores higher, a tie counting half.",
+        "Win rates: the share of the paired prompts on which the first run scores higher; ties count half.",
         markdown_table(header, wins),
     ]
 
@@ -375,7 +375,7 @@ def _answer_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]
     means = [[run.name, *(form.format(run.answers[name].mean()) for name, form in forms.items())] for run in runs]
     parts = [
         "## Answers",
-        "Repeated: the share of an answer's token 4-grams that stood in it before (seq-rep-4, Welleck et al. 2020).",
+        "Repeated: the share of an answer's token 4-grams that occurred earlier in it (seq-rep-4, Welleck et al. 2020).",
         markdown_table(["run", "answer length, mean tokens", "cut by the length limit", "repeated 4-grams"], means),
     ]
     if others:
@@ -395,12 +395,12 @@ def _answer_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]
 
 def _provenance_sections(provenances: dict[str, Provenance]) -> list[str]:
     parts = []
-    for title in ("Training", "Sampling", "Scoring", "Versions"):
-        records = {run: p.tables.get(title, {}) for run, p in provenances.items()}
+    for title in ("training", "sampling", "scoring"):
+        records = {run: p.training if title == "training" else p.records.get(title, {}) for run, p in provenances.items()}
         fields = list(dict.fromkeys(field for record in records.values() for field in record))
         if fields:
             rows = [[f"`{field}`", *(record.get(field, "") for record in records.values())] for field in fields]
-            parts += [f"### {title}", markdown_table(["", *records], rows, left=1 + len(records))]
+            parts += [f"### {title.capitalize()}", markdown_table(["", *records], rows, left=1 + len(records))]
     notes = [note for provenance in provenances.values() for note in provenance.notes]
     if notes:
         parts += ["### Not recorded", "\n".join(f"- {note}" for note in notes)]

@@ -176,7 +176,7 @@ def leaderboard_report(
     parts = ["# Open LLM Leaderboard v2"]
     runs = [run for members in groups.values() for run in members]
     if trials := [run.name for run in runs if section(run.results, "config").get("limit") is not None]:
-        parts.append(f"**A trial: {', '.join(trials)} saw a few samples per task only; not comparable with full runs.**")
+        parts.append(f"**A trial: {', '.join(trials)} saw only a few samples per task; not comparable with full runs.**")
     unlike = differences("evaluation", {run.name: run.facts for run in runs}, _MAY_DIFFER)
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in unlike]
     if pictured:
@@ -208,13 +208,13 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
     parts = [
         "### Normalised, as the public leaderboard (0-100, guessing is 0; ± one standard error)",
         table("normalised"),
-        "### Raw, as published tables (0-1, questions weighted alike; ± one standard error)",
+        "### Raw, as published tables (0-1, each question weighted equally; ± one standard error)",
         table("raw"),
     ]
     if published:
         rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in published.items()]
         parts += [f"### Published raw values, {title} (arXiv 2502.01930)", markdown_table(header, rows)]
-    return [*parts, "### Raw, subtasks weighted alike (0-1)", table("unweighted")]
+    return [*parts, "### Raw, each subtask weighted equally (0-1)", table("unweighted")]
 
 
 def _cell(benchmark: Benchmark, value: str) -> str:
@@ -241,7 +241,7 @@ def _other_sections(runs: list[LeaderboardRun]) -> list[str]:
         rows += [[run.label, *row] for row in raw_rows(run.results | {"results": others})]
     if not rows:
         return []
-    text = "These are no part of the leaderboard, and nothing is published for them."
+    text = "These tasks are not part of the leaderboard; nothing is published for them."
     return ["## Other tasks", text, markdown_table(["run", *RAW_HEADER], rows, left=2)]
 
 

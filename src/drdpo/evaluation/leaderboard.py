@@ -265,11 +265,11 @@ def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[s
         raise UsageError(f"--include_path={include_path}: no such folder")
     further = [include_path] if include_path else []
     leaderboard = str(Path(lm_eval.tasks.__file__).parent / "leaderboard")
-    metadata = dict(model_args)
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=metadata)
+    asked = dict(model_args)
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=asked)
     leaves, missing = _leaves(manager, names)
     if missing:
-        manager = lm_eval.tasks.TaskManager(include_path=further or None, metadata=metadata)
+        manager = lm_eval.tasks.TaskManager(include_path=further or None, metadata=asked)
         leaves, missing = _leaves(manager, names)
     if missing:
         near = difflib.get_close_matches(missing[0], manager.all_tasks, n=3)

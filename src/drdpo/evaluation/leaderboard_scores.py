@@ -10,7 +10,7 @@ of the six. The harness itself prints raw means weighted by size; published tabl
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,11 @@ BBH_CHOICES: dict[str, int] = {
     "tracking_shuffled_objects_three_objects": 3, "web_of_lies": 2,
 }  # fmt: skip
 MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
-GPQA_SUBTASKS = ("gpqa_diamond", "gpqa_extended", "gpqa_main")
+GPQA_SUBTASKS = ("leaderboard_gpqa_diamond", "leaderboard_gpqa_extended", "leaderboard_gpqa_main")
 MATH_SUBTASKS = (
-    "math_algebra_hard", "math_counting_and_prob_hard", "math_geometry_hard", "math_intermediate_algebra_hard",
-    "math_num_theory_hard", "math_prealgebra_hard", "math_precalculus_hard",
+    "leaderboard_math_algebra_hard", "leaderboard_math_counting_and_prob_hard", "leaderboard_math_geometry_hard",
+    "leaderboard_math_intermediate_algebra_hard", "leaderboard_math_num_theory_hard", "leaderboard_math_prealgebra_hard",
+    "leaderboard_math_precalculus_hard",
 )  # fmt: skip
 COLUMNS = ("IFEval", "BBH", "MATH", "GPQA", "MuSR", "MMLU-Pro")
 """The benchmarks, in the order of published tables."""
@@ -69,13 +70,15 @@ def benchmarks(scores: TaskScores) -> list[Benchmark]:
     Args:
         scores: the harness's `results`.
     """
+    bbh = {f"leaderboard_bbh_{task}": 1 / choices for task, choices in BBH_CHOICES.items()}
+    musr = {f"leaderboard_musr_{task}": 1 / choices for task, choices in MUSR_CHOICES.items()}
     found = [
         _ifeval(scores),
-        _subtasks(scores, "BBH", "leaderboard_bbh", BBH_CHOICES),
-        _whole(scores, "MATH", "leaderboard_math_hard", "exact_match", 0.0, MATH_SUBTASKS),
-        _whole(scores, "GPQA", "leaderboard_gpqa", "acc_norm", 1 / 4, GPQA_SUBTASKS),
-        _subtasks(scores, "MuSR", "leaderboard_musr", MUSR_CHOICES),
-        _whole(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", 1 / 10, ()),
+        _benchmark(scores, "BBH", "leaderboard_bbh", "acc_norm", bbh, bbh),
+        _benchmark(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_SUBTASKS, {"leaderboard_math_hard": 0.0}),
+        _benchmark(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_SUBTASKS, {"leaderboard_gpqa": 1 / 4}),
+        _benchmark(scores, "MuSR", "leaderboard_musr", "acc_norm", musr, musr),
+        _benchmark(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", (), {"leaderboard_mmlu_pro": 1 / 10}),
     ]
     return [benchmark for benchmark in found if benchmark is not None]
 
@@ -103,33 +106,33 @@ def _root_sum(errors: list[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in found)) if found and len(found) == len(errors) else None
 
 
-def _whole(scores: TaskScores, name: str, task: str, metric: str, low: float, subtasks: tuple[str, ...]) -> Benchmark | None:
+def _benchmark(
+    scores: TaskScores, name: str, task: str, metric: str, subtasks: Iterable[str], lows: dict[str, float]
+) -> Benchmark | None:
+    """None unless all of it was run.
+
+    Args:
+        scores: the harness's `results`.
+        name, task, metric: of the benchmark.
+        subtasks: what its unweighted mean is over.
+        lows: {task: score of guessing} of what is normalised, the benchmark itself or its subtasks.
+    """
     raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
-    parts = [value for subtask in subtasks if (value := metric_value(scores, f"leaderboard_{subtask}", metric)) is not None]
-    if raw is None:
+    parts = [metric_value(scores, part, metric) for part in subtasks]
+    normalised = [normalise(v, low) for part, low in lows.items() if (v := metric_value(scores, part, metric)) is not None]
+    if raw is None or len(normalised) < len(lows):
         return None
-    unweighted = sum(parts) / len(parts) if parts and len(parts) == len(subtasks) else raw
-    scaled = None if error is None else error / (1 - low) * 100
-    return Benchmark(name, metric, raw, error, unweighted, normalise(raw, low), scaled)
-
-
-def _subtasks(scores: TaskScores, name: str, group: str, choices: dict[str, int]) -> Benchmark | None:
-    raw = metric_value(scores, group, "acc_norm")
-    found = {task: metric_value(scores, f"{group}_{task}", "acc_norm") for task in choices}
-    parts = {task: value for task, value in found.items() if value is not None}
-    if raw is None or len(parts) < len(choices):
-        return None
-    total = sum(normalise(value, 1 / choices[task]) for task, value in parts.items())
-    errors = {task: metric_value(scores, f"{group}_{task}", "acc_norm_stderr") for task in choices}
-    scaled = _root_sum([None if e is None else e / (1 - 1 / choices[task]) * 100 for task, e in errors.items()])
+    errors = {part: metric_value(scores, part, f"{metric}_stderr") for part in lows}
+    scaled = _root_sum([None if e is None else e / (1 - lows[part]) * 100 for part, e in errors.items()])
+    known = [value for value in parts if value is not None]
     return Benchmark(
         name,
-        "acc_norm",
+        metric,
         raw,
-        metric_value(scores, group, "acc_norm_stderr"),
-        sum(parts.values()) / len(parts),
-        total / len(parts),
-        None if scaled is None else scaled / len(parts),
+        error,
+        sum(known) / len(known) if known and len(known) == len(parts) else raw,
+        sum(normalised) / len(lows),
+        None if scaled is None else scaled / len(lows),
     )
 
 
@@ -196,7 +199,7 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
         parts += [
             "## Open LLM Leaderboard v2",
             "Raw: the harness's mean over all questions; unweighted: over subtasks. Normalised: the public leaderboard's "
-            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts stands "
+            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts is used "
             "for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]

@@ -89,7 +89,7 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
             the output folder.
         DataError: a folder without a scores.csv of evaluate_armorm, or with one of a single run.
     """
-    results = [_read(name, folders, config.published) for name, folders in parse_runs(config.reports).items()]
+    results = [_read(name, folders, config.published) for name, folders in parse_runs(config.reports, "--reports").items()]
     output = Path(config.output_path)
     pictures: dict[str, str | bytes] = {}
     if all(len(result.spokes) >= 3 for result in results):
@@ -142,8 +142,8 @@ def mixtures_report(results: list[MixtureResult], output: Path, pictured: bool) 
     parts = [
         "# Training on one mixture of objectives, evaluated on others",
         "Gains over the base model in standard deviations of its completion scores, with 95% paired bootstrap intervals. "
-        "Published: values read off the spider plots of arXiv 2502.01930 (± 0.01). The paper does not say their unit; "
-        "a gain in standard deviations is the likeliest, so the two columns may differ by their unit.",
+        "Published: values read off the spider plots of arXiv 2502.01930 (± 0.01). The paper does not give their unit; "
+        "a gain in standard deviations is the most likely, so the two columns may have different units.",
     ]
     if pictured:
         parts.append("![Spider plots, ours above the published](spiders.png)")
@@ -164,7 +164,7 @@ def _mixture_section(result: MixtureResult, output: Path) -> list[str]:
     link = os.path.relpath(result.folder / "report.md", output)
     trained_on = section(read_manifest(result.folder), "evaluate_armorm", "made_by").get("trained_on") or ()
     text = f"Trained on {', '.join(f'`{flag_name(name)}`' for name in trained_on)}. " if trained_on else ""
-    text += f"The whole comparison, with win rates, every two runs and answer lengths: [{link}](<{link}>)."
+    text += f"Full comparison, with win rates, every two runs and answer lengths: [{link}](<{link}>)."
     table = markdown_table(header, list(zip(*columns, strict=True)))
     return [f"## {result.name.replace('_', ' + ')}", text, table]
 

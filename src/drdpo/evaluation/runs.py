@@ -65,7 +65,7 @@ def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
     return 1 - len({tuple(token_ids[start : start + n]) for start in range(grams)}) / grams
 
 
-def parse_runs(arguments: list[str]) -> dict[str, list[Path]]:
+def parse_runs(arguments: list[str], flag: str = "--runs") -> dict[str, list[Path]]:
     """{name: folders} of NAME=FOLDER arguments, in order. A name with several folders is one run of several seeds.
 
     Names and folders may contain "=" (`tau=0.05=outputs/tau=0.05`): the first split whose folder exists is used, else the
@@ -80,10 +80,10 @@ def parse_runs(arguments: list[str]) -> dict[str, list[Path]]:
         splits = [("=".join(parts[:cut]), "=".join(parts[cut:])) for cut in range(1, len(parts))]
         splits = [(name, folder) for name, folder in splits if name and folder]
         if not splits:
-            raise UsageError(f"--runs {argument}: write NAME=FOLDER, e.g. --runs base=outputs/base dpo=outputs/dpo")
+            raise UsageError(f"{flag} {argument}: write NAME=FOLDER, e.g. {flag} base=outputs/base dpo=outputs/dpo")
         name, folder = next((split for split in splits if Path(split[1]).is_dir()), splits[0])
         if Path(folder) in folders.setdefault(name, []):
-            raise UsageError(f"--runs: the name {name} is given twice with {folder}; pass one folder per seed")
+            raise UsageError(f"{flag}: the name {name} is given twice with {folder}; pass one folder per seed")
         folders[name].append(Path(folder))
     return folders
 
@@ -127,7 +127,7 @@ def _check_rows(path: Path, completions: list[Completion]) -> dict[int, list[Mes
             odd = ", ".join(sorted(set(completion.scores) ^ objectives))
             raise DataError(f'{path}, row {row}: field "scores" has other objectives than row 1 ({odd})')
         if prompts.setdefault(completion.prompt_id, completion.prompt) != completion.prompt:
-            raise DataError(f'{path}, row {row}: field "prompt" differs from that of an earlier row with this id')
+            raise DataError(f'{path}, row {row}: field "prompt" differs from an earlier row with the same prompt_id')
     return dict(sorted(prompts.items()))
 
 
@@ -242,16 +242,12 @@ MAY_DIFFER = ("model", "model_path", "model_fingerprint", "sampled", "save_path"
 class Provenance:
     """What made one run. A part without a record is empty, and named in `notes`."""
 
+    records: dict[str, dict[str, str]]
+    """{"sampling" or "scoring": the step's record, by dotted names such as `made_by.temperature`}."""
     policy: str
     """The sampled model, as its flag named it."""
     training: dict[str, str]
     """Flags of the training that wrote the policy."""
-    made_by: dict[str, dict[str, str]]
-    """{"sampling" or "scoring": flags and fingerprints on which the results depend}."""
-    facts: dict[str, dict[str, str]]
-    """{"sampling" or "scoring": the rest of the step's record}."""
-    versions: dict[str, str]
-    """Of libraries, and the commits of the steps."""
     mixture: dict[str, float]
     """{objective: weight} of the training pairs."""
     notes: list[str]
@@ -261,15 +257,10 @@ class Provenance:
         """How the policy was trained, with the method's own flags."""
         return method_line(self.training) if self.training else "no training recorded"
 
-    @property
-    def tables(self) -> dict[str, dict[str, str]]:
-        """{title: {field: value}} for a report. A field that is both a path and a fingerprint appears twice."""
-        tables = {"Training": self.training}
-        for step, made_by in self.made_by.items():
-            facts = self.facts[step]
-            hashed = {name if name not in facts else f"{name} (fingerprint)": value for name, value in made_by.items()}
-            tables[step.capitalize()] = facts | hashed
-        return tables | {"Versions": self.versions}
+    def made_by(self, step: str) -> dict[str, str]:
+        """The flags and fingerprints on which a step's results depend."""
+        record = self.records.get(step, {})
+        return {name.removeprefix("made_by."): text for name, text in record.items() if name.startswith("made_by.")}
 
 
 def read_provenance(folder: Path, split: str) -> Provenance:
@@ -278,25 +269,21 @@ def read_provenance(folder: Path, split: str) -> Provenance:
     Raises:
         DataError: a manifest that is not JSON.
     """
-    made_by, facts, notes = {}, {}, []
-    versions: dict[str, str] = {}
+    records, notes = {}, []
     policy = None
     for title, step, place in (("sampling", "sample", folder / "sampled"), ("scoring", "score", folder)):
         manifest = read_manifest(place)
         record = section(manifest, f"{step}_{split}") or section(manifest, f"{step} {split}")
-        if not isinstance(record.get("made_by"), dict):
+        if "made_by" not in record:
             notes.append(f"{place / 'manifest.json'} has no record of {step}_{split}")
             continue
-        made_by[title] = _flat(record["made_by"])
-        # "flags" repeats every flag of the wrapper.
-        facts[title] = _flat({k: v for k, v in record.items() if k not in ("made_by", "versions", "commit", "flags")})
-        versions |= {name: str(version) for name, version in section(record, "versions").items()}
-        versions[f"commit of the {title}"] = str(record.get("commit", "unknown"))
+        flat = _flat(record)
         if step == "sample":
-            places = (made_by[title], facts[title], _flat(section(record, "flags")))
-            policy = next((flags["model_path"] for flags in places if flags.get("model_path")), None)
+            policy = next((flat[n] for n in ("made_by.model_path", "model_path", "flags.model_path") if n in flat), None)
+        # "flags" repeats every flag of the wrapper.
+        records[title] = {name: text for name, text in flat.items() if not name.startswith("flags.")}
     training = _training_flags(policy)
-    return Provenance(policy or "not recorded", training, made_by, facts, versions, _mixture(training), notes)
+    return Provenance(records, policy or "not recorded", training, _mixture(training), notes)
 
 
 def section(record: Any, *names: str) -> dict[str, Any]:
