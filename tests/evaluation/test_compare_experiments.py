@@ -107,7 +107,7 @@ def test_published_tables_have_a_number_for_every_column() -> None:
     assert set(SPOKES) <= {*ARMORM_OBJECTIVES, GATED_SCORE}
 
 
-def test_unlike_trial_and_partial_runs_are_called_so(tmp_path: Path) -> None:
+def test_unlike_trial_and_partial_runs_are_marked(tmp_path: Path) -> None:
     part = harness_results()
     del part["results"]["leaderboard_gpqa"]
     part["config"]["limit"] = 3
@@ -154,7 +154,7 @@ def test_broken_results(tmp_path: Path, content: str | None, error: type[Excepti
     assert not (tmp_path / "out").exists()
 
 
-def test_no_two_words_over_the_heat_map_touch() -> None:
+def test_heat_map_labels_do_not_overlap() -> None:
     runs = [LeaderboardRun("8B", f"KLDPO tau=0.005 step {n}", Path("x"), harness_results(), {}) for n in (158, 316)]
     figure = heatmap({"8B": runs}, {"8B": compare_leaderboard.PUBLISHED["8B"]})
     figure.draw_without_rendering()
@@ -249,7 +249,7 @@ def results_of(runs: tuple[str, ...], gain: float, count: int) -> list[MixtureRe
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_word_of_the_spiders_is_on_the_picture(count: int) -> None:
+def test_spider_labels_are_inside_the_picture(count: int) -> None:
     figure = spiders(results_of(("DPO", "KLDPO", "WDPO"), -0.3, count))
     figure.draw_without_rendering()
     texts = [text for axes in figure.axes for text in [*axes.texts, axes.title]] + list(figure.legends[0].get_texts())
@@ -273,7 +273,7 @@ def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base() -> None:
 
 
 @pytest.mark.parametrize("kind", ["leaderboard", "mixtures"])
-def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_locked_output_folder_is_refused(tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out"
 
     def compare() -> None:
@@ -286,7 +286,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: st
         write_results(tmp_path / "a", harness_results())
     else:
         write_scores(tmp_path / "a", SPOKES, 0.1)
-    with lock_folder(output), pytest.raises(UsageError, match="is being written by process"):
+    with lock_folder(output), pytest.raises(UsageError, match="by process"):
         compare()
     assert list(output.iterdir()) == []
     # The next run removes what a killed one left.

@@ -107,7 +107,7 @@ def test_bad_rows_are_named(rows: Rows, tail: str, message: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("flags", [{"samples": -1}, {"seed": -1}, {"seed": 2**32}])
-def test_flags_that_mean_nothing(flags: dict[str, int]) -> None:
+def test_refused_flags(flags: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(flags))}="):
         InspectConfig("x", **flags)  # type: ignore[arg-type]
 

@@ -24,6 +24,7 @@ from drdpo.evaluation.leaderboard_scores import (
 )
 from drdpo.evaluation.runs import parse_runs, section
 from drdpo.evaluation.spider import RC, save_picture
+from drdpo.evaluation.statistics import Array
 from drdpo.evaluation.tables import csv_text, differences, markdown_table, write_report
 from drdpo.files import read_json_object
 from drdpo.flags import as_dict
@@ -57,7 +58,6 @@ _MAY_DIFFER = ("model_path", "model_fingerprint", "date", "commit")
 _ROW, _PANEL = 0.36, 6.3
 """Inches of the heat map."""
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Published = dict[str, tuple[float, ...]]
 """{method: raw values in the order of COLUMNS}"""
 
