@@ -7,7 +7,7 @@ from drdpo.errors import one_line_errors
 
 def main() -> None:
     config = parse(CompareMixturesConfig, "Set the gains of several training mixtures beside the published ones.")
-    from drdpo.evaluation.mixtures_report import compare_mixtures
+    from drdpo.evaluation.mixtures import compare_mixtures
 
     compare_mixtures(config)
 

@@ -9,7 +9,7 @@ def main() -> None:
     config = parse(
         CompareOpenllmConfig, "Set leaderboard results of several models side by side, and the published ones beside them."
     )
-    from drdpo.evaluation.leaderboard_report import compare_openllm
+    from drdpo.evaluation.compare_leaderboard import compare_openllm
 
     compare_openllm(config)
 

@@ -7,7 +7,7 @@ from drdpo.errors import one_line_errors
 
 def main() -> None:
     config = parse(EvaluateConfig, "Average the objectives of runs; write scores.csv, report.md and a spider plot.")
-    from drdpo.evaluation.armorm import evaluate_armorm
+    from drdpo.evaluation.compare import evaluate_armorm
 
     evaluate_armorm(config)
 

@@ -95,7 +95,7 @@ def test_shared_prompts_and_rejected_rows(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("rows", "tail", "message"),
     [
-        ([{"question": 1}], "", "row 1: a row of no known kind; its fields are question"),
+        ([{"question": 1}], "", "row 1: a row of unknown kind; its fields are question"),
         ([COMPLETION_ROWS[0], {"prompt_id": 4, "prompt": user("x")}], "", "row 2: rows of two kinds"),
         ([COMPLETION_ROWS[0]], '{"prompt_id": 1, "pro', "row 2: not a whole JSON object"),
         ([COMPLETION_ROWS[0] | {"finish_reason": "tired"}], "", "row 1: field .*finish_reason"),
@@ -107,7 +107,7 @@ def test_bad_rows_are_named(rows: Rows, tail: str, message: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("flags", [{"samples": -1}, {"seed": -1}, {"seed": 2**32}])
-def test_flags_that_mean_nothing(flags: dict[str, int]) -> None:
+def test_refused_flags(flags: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(flags))}="):
         InspectConfig("x", **flags)  # type: ignore[arg-type]
 

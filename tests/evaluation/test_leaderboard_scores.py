@@ -17,9 +17,13 @@ from drdpo.evaluation.leaderboard_scores import (
     MUSR_CHOICES,
     average,
     benchmarks,
+    json_safe,
+    leaderboard_json,
+    markdown,
     normalise,
+    raw_rows,
+    terminal,
 )
-from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, raw_rows, terminal
 
 
 def task(name: str, questions: int = 10, **metrics: float) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def test_choices_are_those_of_the_installed_tasks() -> None:
     for file, (name, metric, subtasks) in wholes.items():
         group = yaml.safe_load((folder / file).read_text())
         assert group["group"] == name
-        assert group["task"] == [f"leaderboard_{subtask}" for subtask in subtasks]
+        assert group["task"] == list(subtasks)
         (aggregated,) = group["aggregate_metric_list"]
         assert aggregated == {"metric": metric, "aggregation": "mean", "weight_by_size": True}
 

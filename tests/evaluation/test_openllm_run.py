@@ -14,8 +14,7 @@ from drdpo.chat import DATE_STRING
 from drdpo.config import LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
-from drdpo.evaluation.leaderboard import evaluate_openllm, output_folder
-from drdpo.evaluation.leaderboard_tasks import find_tasks
+from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
 from drdpo.folder import lock_folder
 
 CHOICE = """
@@ -108,7 +107,7 @@ def test_vllm_of_another_name_is_refused(tiny_policy: Path, monkeypatch: pytest.
         raise leaderboard.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(leaderboard.metadata, "version", version)
-    with pytest.raises(UsageError, match="give --backend=hf"):
+    with pytest.raises(UsageError, match="--backend=hf"):
         evaluate_openllm(LeaderboardConfig(model_path=str(tiny_policy), backend="vllm", check_only=True))
 
 
@@ -216,13 +215,11 @@ def test_ifeval_without_punkt(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
         evaluate_openllm(config)
 
 
-def test_a_folder_that_another_run_writes_to_is_refused_before_the_launcher(
-    tiny_policy: Path, tasks: Path, tmp_path: Path
-) -> None:
+def test_check_only_refuses_a_locked_folder(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
     config = LeaderboardConfig(
         str(tiny_policy), tasks="tiny", include_path=str(tasks), output_path=str(tmp_path / "out"), check_only=True
     )
-    with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="is locked by process"):
+    with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="by process"):
         evaluate_openllm(config)
     evaluate_openllm(config)
 
@@ -240,7 +237,7 @@ def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_pat
     assert not (tmp_path / "outputs").exists()
 
 
-def test_the_vllm_back_end_needs_no_nvcc_and_has_the_defaults_of_vllms_offline_class(
+def test_vllm_back_end_needs_no_nvcc_and_keeps_vllms_offline_defaults(
     tiny_policy: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """lm-eval starts vllm.LLM and sets no number of sequences; FlashInfer's sampler, made by nvcc, is off."""

@@ -68,7 +68,7 @@ def test_steps_that_were_logged_twice_count_once(folder):
     assert table["loss"].tolist() == [0.7, 0.5] and table["lr"].isna().all()
 
 
-def test_damaged_files_are_no_traceback(folder, capsys):
+def test_damaged_files_cause_no_traceback(folder, capsys):
     whole = (folder / "metrics.jsonl").read_text().splitlines()[0]
     for line in ('{"step": "x"}', '{"step": null}', '{"step": 1e400}', '{"step": true}', '{"loss": 1}'):
         (folder / "metrics.jsonl").write_text(f"{whole}\n{line}\n")
@@ -84,7 +84,7 @@ def test_other_steps_folders(tmp_path, capsys):
     assert "output of score_train" in text and "'in': 4, 'out': 3" in text
 
 
-def test_a_folder_of_nothing_and_no_folder(tmp_path):
+def test_an_empty_and_a_missing_folder(tmp_path):
     with pytest.raises(DataError, match="no step of the pipeline"):
         show_run(ShowRunConfig(str(tmp_path)))
     with pytest.raises(DataError, match="no such folder"):

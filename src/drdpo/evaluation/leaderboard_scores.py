@@ -1,4 +1,4 @@
-"""The public Open LLM Leaderboard's normalised scores, from the harness's raw ones.
+"""The public Open LLM Leaderboard's normalised scores, from the harness's raw ones, and the tables of one evaluation.
 
 The leaderboard (version 2, 2024) maps the score of guessing to 0 and a perfect score to 100:
 
@@ -10,44 +10,30 @@ of the six. The harness itself prints raw means weighted by size; published tabl
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from drdpo.config.evaluation import LeaderboardConfig
+from drdpo.evaluation.tables import markdown_table, text_table
+
 BBH_CHOICES: dict[str, int] = {
-    "boolean_expressions": 2,
-    "causal_judgement": 2,
-    "date_understanding": 6,
-    "disambiguation_qa": 3,
-    "formal_fallacies": 2,
-    "geometric_shapes": 11,
-    "hyperbaton": 2,
-    "logical_deduction_five_objects": 5,
-    "logical_deduction_seven_objects": 7,
-    "logical_deduction_three_objects": 3,
-    "movie_recommendation": 6,
-    "navigate": 2,
-    "object_counting": 19,
-    "penguins_in_a_table": 5,
-    "reasoning_about_colored_objects": 18,
-    "ruin_names": 6,
-    "salient_translation_error_detection": 6,
-    "snarks": 2,
-    "sports_understanding": 2,
-    "temporal_sequences": 4,
-    "tracking_shuffled_objects_five_objects": 5,
-    "tracking_shuffled_objects_seven_objects": 7,
-    "tracking_shuffled_objects_three_objects": 3,
-    "web_of_lies": 2,
-}
+    "boolean_expressions": 2, "causal_judgement": 2, "date_understanding": 6, "disambiguation_qa": 3, "formal_fallacies": 2,
+    "geometric_shapes": 11, "hyperbaton": 2, "logical_deduction_five_objects": 5, "logical_deduction_seven_objects": 7,
+    "logical_deduction_three_objects": 3, "movie_recommendation": 6, "navigate": 2, "object_counting": 19,
+    "penguins_in_a_table": 5, "reasoning_about_colored_objects": 18, "ruin_names": 6,
+    "salient_translation_error_detection": 6, "snarks": 2, "sports_understanding": 2, "temporal_sequences": 4,
+    "tracking_shuffled_objects_five_objects": 5, "tracking_shuffled_objects_seven_objects": 7,
+    "tracking_shuffled_objects_three_objects": 3, "web_of_lies": 2,
+}  # fmt: skip
 MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
-GPQA_LOW = 1 / 4
-MMLU_PRO_LOW = 1 / 10
-MATH_LOW = 0.0
-GPQA_SUBTASKS = ("gpqa_diamond", "gpqa_extended", "gpqa_main")
+GPQA_SUBTASKS = ("leaderboard_gpqa_diamond", "leaderboard_gpqa_extended", "leaderboard_gpqa_main")
 MATH_SUBTASKS = (
-    "math_algebra_hard", "math_counting_and_prob_hard", "math_geometry_hard", "math_intermediate_algebra_hard",
-    "math_num_theory_hard", "math_prealgebra_hard", "math_precalculus_hard",
+    "leaderboard_math_algebra_hard", "leaderboard_math_counting_and_prob_hard", "leaderboard_math_geometry_hard",
+    "leaderboard_math_intermediate_algebra_hard", "leaderboard_math_num_theory_hard", "leaderboard_math_prealgebra_hard",
+    "leaderboard_math_precalculus_hard",
 )  # fmt: skip
 COLUMNS = ("IFEval", "BBH", "MATH", "GPQA", "MuSR", "MMLU-Pro")
 """The benchmarks, in the order of published tables."""
@@ -58,7 +44,7 @@ TaskScores = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the leaderboard's six columns; standard errors are None where the harness gave none."""
+    """One of the leaderboard's six columns; standard errors are None if the harness has none."""
 
     name: str
     metric: str
@@ -66,11 +52,11 @@ class Benchmark:
     """0 to 1, the harness's mean over all questions: subtasks weigh by their size."""
     raw_stderr: float | None
     unweighted: float
-    """0 to 1, the plain mean over the subtasks; `raw` where there are none."""
+    """0 to 1, the plain mean over the subtasks; `raw` if there are none."""
     normalised: float
     """0 to 100."""
     normalised_stderr: float | None
-    """Of the unclamped score: at the floor of 0 it says how far chance alone moves the score behind it."""
+    """Of the score before it is clamped at 0."""
 
 
 def normalise(raw: float, low: float) -> float:
@@ -79,36 +65,38 @@ def normalise(raw: float, low: float) -> float:
 
 
 def benchmarks(scores: TaskScores) -> list[Benchmark]:
-    """Those of the six benchmarks that the harness has run whole, in the leaderboard's order.
+    """Those of the six benchmarks that the harness has run completely, in the leaderboard's order.
 
     Args:
         scores: the harness's `results`.
     """
+    bbh = {f"leaderboard_bbh_{task}": 1 / choices for task, choices in BBH_CHOICES.items()}
+    musr = {f"leaderboard_musr_{task}": 1 / choices for task, choices in MUSR_CHOICES.items()}
     found = [
         _ifeval(scores),
-        _subtasks(scores, "BBH", "leaderboard_bbh", BBH_CHOICES),
-        _whole(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_LOW, MATH_SUBTASKS),
-        _whole(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_LOW, GPQA_SUBTASKS),
-        _subtasks(scores, "MuSR", "leaderboard_musr", MUSR_CHOICES),
-        _whole(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", MMLU_PRO_LOW, ()),
+        _benchmark(scores, "BBH", "leaderboard_bbh", "acc_norm", bbh, bbh),
+        _benchmark(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_SUBTASKS, {"leaderboard_math_hard": 0.0}),
+        _benchmark(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_SUBTASKS, {"leaderboard_gpqa": 1 / 4}),
+        _benchmark(scores, "MuSR", "leaderboard_musr", "acc_norm", musr, musr),
+        _benchmark(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", (), {"leaderboard_mmlu_pro": 1 / 10}),
     ]
     return [benchmark for benchmark in found if benchmark is not None]
 
 
 def average(found: list[Benchmark]) -> float | None:
-    """The leaderboard's average, 0 to 100; None unless all six are there."""
+    """The leaderboard's average, 0 to 100; None unless all six are present."""
     return sum(benchmark.normalised for benchmark in found) / 6 if len(found) == 6 else None
 
 
 def average_stderr(found: list[Benchmark]) -> float | None:
-    """Standard error of `average`, the benchmarks being independent; None where one has none."""
+    """Standard error of `average` for independent benchmarks; None if one has none."""
     errors = [benchmark.normalised_stderr for benchmark in found]
     total = _root_sum(errors)
     return None if average(found) is None or total is None else total / 6
 
 
 def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
-    """A task's value of a metric without filter; None where it was not run."""
+    """A task's value of a metric without filter; None if it was not run."""
     value = scores.get(task, {}).get(f"{metric},none")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -118,33 +106,33 @@ def _root_sum(errors: list[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in found)) if found and len(found) == len(errors) else None
 
 
-def _whole(scores: TaskScores, name: str, task: str, metric: str, low: float, subtasks: tuple[str, ...]) -> Benchmark | None:
+def _benchmark(
+    scores: TaskScores, name: str, task: str, metric: str, subtasks: Iterable[str], lows: dict[str, float]
+) -> Benchmark | None:
+    """None unless all of it was run.
+
+    Args:
+        scores: the harness's `results`.
+        name, task, metric: of the benchmark.
+        subtasks: what its unweighted mean is over.
+        lows: {task: score of guessing} of what is normalised, the benchmark itself or its subtasks.
+    """
     raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
-    parts = [value for subtask in subtasks if (value := metric_value(scores, f"leaderboard_{subtask}", metric)) is not None]
-    if raw is None:
+    parts = [metric_value(scores, part, metric) for part in subtasks]
+    normalised = [normalise(v, low) for part, low in lows.items() if (v := metric_value(scores, part, metric)) is not None]
+    if raw is None or len(normalised) < len(lows):
         return None
-    unweighted = sum(parts) / len(parts) if parts and len(parts) == len(subtasks) else raw
-    scaled = None if error is None else error / (1 - low) * 100
-    return Benchmark(name, metric, raw, error, unweighted, normalise(raw, low), scaled)
-
-
-def _subtasks(scores: TaskScores, name: str, group: str, choices: dict[str, int]) -> Benchmark | None:
-    raw = metric_value(scores, group, "acc_norm")
-    found = {task: metric_value(scores, f"{group}_{task}", "acc_norm") for task in choices}
-    parts = {task: value for task, value in found.items() if value is not None}
-    if raw is None or len(parts) < len(choices):
-        return None
-    total = sum(normalise(value, 1 / choices[task]) for task, value in parts.items())
-    errors = {task: metric_value(scores, f"{group}_{task}", "acc_norm_stderr") for task in choices}
-    scaled = _root_sum([None if e is None else e / (1 - 1 / choices[task]) * 100 for task, e in errors.items()])
+    errors = {part: metric_value(scores, part, f"{metric}_stderr") for part in lows}
+    scaled = _root_sum([None if e is None else e / (1 - lows[part]) * 100 for part, e in errors.items()])
+    known = [value for value in parts if value is not None]
     return Benchmark(
         name,
-        "acc_norm",
+        metric,
         raw,
-        metric_value(scores, group, "acc_norm_stderr"),
-        sum(parts.values()) / len(parts),
-        total / len(parts),
-        None if scaled is None else scaled / len(parts),
+        error,
+        sum(known) / len(known) if known and len(known) == len(parts) else raw,
+        sum(normalised) / len(lows),
+        None if scaled is None else scaled / len(lows),
     )
 
 
@@ -155,7 +143,108 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     if instruction is None or prompt is None:
         return None
     raw = (instruction + prompt) / 2
-    # The harness has no error for instructions, which stand several to a prompt; that of the prompts stands for both.
+    # The harness has no error for instructions, of which a prompt has several; that of the prompts is used for both.
     error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
     scaled = None if error is None else error * 100
     return Benchmark("IFEval", "mean of strict accuracies", raw, error, raw, normalise(raw, 0.0), scaled)
+
+
+# The tables --------------------------------------------------------------------------------------------------------
+
+
+def raw_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """One row per task and metric: task, shots, questions, metric, value, standard error.
+
+    Args:
+        results: what lm_eval.simple_evaluate returned.
+    """
+    rows = []
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, separator, chosen_filter = key.partition(",")
+            if not separator or metric.endswith("_stderr"):
+                continue
+            name = metric if chosen_filter == "none" else f"{metric} ({chosen_filter})"
+            error = values.get(f"{metric}_stderr,{chosen_filter}")
+            rows.append([
+                task, _count(results.get("n-shot", {}).get(task)), _count(values.get("sample_len")),
+                name, _decimal(value), _decimal(error),
+            ])  # fmt: skip
+    return rows
+
+
+RAW_HEADER = ["task", "shots", "questions", "metric", "value", "stderr"]
+LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "raw, unweighted", "normalised (0-100)", "stderr"]
+
+
+def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
+    """One row per benchmark, and the average if all six are present."""
+    rows = [
+        [
+            b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.unweighted:.4f}", f"{b.normalised:.2f}",
+            _decimal(b.normalised_stderr, 2),
+        ]
+        for b in found
+    ]  # fmt: skip
+    mean = average(found)
+    return rows if mean is None else [*rows, ["Average", "", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
+
+
+def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
+    """table.md: the leaderboard's columns that were run, then every task."""
+    parts = [f"# {config.model_path} on {config.tasks}"]
+    if config.limit is not None:
+        parts.append(f"**A trial: limited to {config.limit:g} samples per task; not comparable with full runs.**")
+    if found := benchmarks(results["results"]):
+        parts += [
+            "## Open LLM Leaderboard v2",
+            "Raw: the harness's mean over all questions; unweighted: over subtasks. Normalised: the public leaderboard's "
+            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts is used "
+            "for both.",
+            markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
+        ]
+    parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal(results: Mapping[str, Any]) -> str:
+    """The same for a terminal, without subtasks of groups that have a mean of their own."""
+    inner = {
+        child for group, children in results.get("group_subtasks", {}).items() if group in results.get("groups", {})
+        for child in children if child not in results.get("groups", {})
+    }  # fmt: skip
+    found = benchmarks(results["results"])
+    # lm-eval has no group around MMLU-Pro and IFEval, which stay.
+    inner -= {"leaderboard_mmlu_pro", "leaderboard_ifeval"}
+    rows = [row for row in raw_rows(results) if row[0] not in inner]
+    tables = [text_table(RAW_HEADER, rows)]
+    if found:
+        tables.append(text_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2))
+    return "\n\n".join(tables)
+
+
+def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaderboard's columns for results.json."""
+    found = benchmarks(results["results"])
+    fields = ("raw", "raw_stderr", "unweighted", "normalised", "normalised_stderr")
+    columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
+    return columns | {"average": average(found), "average_stderr": average_stderr(found)}
+
+
+def json_safe(value: Any) -> Any:
+    """Plain JSON values: numpy numbers become numbers, sets lists, NaN and infinity null, anything else its name or text."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return f"{value.__module__}.{value.__name__}" if callable(value) and hasattr(value, "__name__") else str(value)
+
+
+def _count(value: Any) -> str:
+    return str(value) if isinstance(value, int) else ""
+
+
+def _decimal(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "n/a"

@@ -1,83 +1,99 @@
-"""A run: one folder of scored completions, read and averaged per prompt.
+"""Folders of scored completions, averaged per prompt, and what their manifests record about them.
 
 Shapes: P prompts, C completions.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.repetition import repeated_share
+from drdpo.folder import read_manifest
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
 from drdpo.records import Completion, Message, check_unique, read_records
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+ANSWERS = ("tokens", "repeated", "cut")
+"""Metrics of the answers themselves: length in tokens, `repeated_share`, and whether the length limit cut the answer."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """The scores of one policy on one split. Every prompt counts once, however many completions it has."""
+class ScoredRun:
+    """The scores of one policy on one split. Every prompt has the same weight, however many completions it has."""
 
     name: str
     folder: Path
     prompts: dict[int, list[Message]]
-    """{prompt_id: messages}, in ascending order of the id: the rows of every [P] array below."""
-    completions: int
-    scores_P: dict[str, Array]
-    """{objective: [P]}: the mean over a prompt's completions."""
-    scores_C: dict[str, Array]
-    """{objective: [C]}: every completion."""
-    tokens_P: Array
-    """Answer length in tokens, mean over a prompt's completions."""
-    cut_P: Array
-    """Share of a prompt's completions that were cut by the length limit."""
-    repeated_P: Array
-    """Share of an answer's token 4-grams that stood in it before, mean over a prompt's completions; see repetition.py."""
-    seeds: tuple["Run", ...] = ()
-    """Where several training seeds are pooled in this run: each of them, on the prompts that all have."""
+    """{prompt_id: messages}, in ascending order: the index of `scores` and `answers`."""
+    scores: pd.DataFrame
+    """[P, objectives]: mean over a prompt's completions."""
+    answers: pd.DataFrame
+    """[P, ANSWERS]: mean over a prompt's completions."""
+    completions: pd.DataFrame
+    """[C, objectives]: the score of every completion."""
+    seeds: tuple["ScoredRun", ...] = ()
+    """If several training seeds are pooled in this run: each of them, on the prompts that all have."""
 
     @property
-    def members(self) -> tuple["Run", ...]:
-        """Its seeds; itself where there is one."""
+    def members(self) -> tuple["ScoredRun", ...]:
+        """The seeds of the run; a run of one seed is its own only member."""
         return self.seeds or (self,)
 
-    def rows(self, prompt_ids: list[int]) -> list[int]:
-        """Where these prompts stand in the [P] arrays."""
-        position = {prompt_id: row for row, prompt_id in enumerate(self.prompts)}
-        return [position[prompt_id] for prompt_id in prompt_ids]
+    def mean(self, objective: str) -> float:
+        """Mean over prompts."""
+        return float(self.scores[objective].to_numpy().mean())
+
+    def sd(self, objective: str) -> float:
+        """Standard deviation over completions (population form); 0 if all scores are equal."""
+        scores_C = self.completions[objective].to_numpy()
+        return 0.0 if np.ptp(scores_C) == 0 else float(scores_C.std())
 
 
-def parse_runs(words: list[str]) -> dict[str, list[Path]]:
-    """{name: folders} of NAME=FOLDER words, in order; a name that stands with several folders is one run, of several seeds.
+def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
+    """seq-rep-n of one answer (Welleck et al. 2020, arXiv 1908.04319, section 6): 1 - |distinct n-grams| / |n-grams|.
 
-    A name or a folder may hold "=" itself (`tau=0.05=outputs/tau=0.05`): of the ways to split, the first whose folder
-    exists counts, else the one at the first "=".
+    0 if no n-gram repeats, near 1 for a loop, 0 for answers of fewer than n tokens. The tokens are the policy's own, so
+    compare runs that share a tokenizer.
+    """
+    grams = len(token_ids) - n + 1
+    if grams < 1:
+        return 0.0
+    return 1 - len({tuple(token_ids[start : start + n]) for start in range(grams)}) / grams
+
+
+def parse_runs(arguments: list[str], flag: str = "--runs") -> dict[str, list[Path]]:
+    """{name: folders} of NAME=FOLDER arguments, in order. A name with several folders is one run of several seeds.
+
+    Names and folders may contain "=" (`tau=0.05=outputs/tau=0.05`): the first split whose folder exists is used, else the
+    one at the first "=".
 
     Raises:
-        UsageError: a word without "=", an empty part, or a name given twice with one folder.
+        UsageError: an argument without "=", an empty part, or the same name and folder twice.
     """
     folders: dict[str, list[Path]] = {}
-    for word in words:
-        parts = word.split("=")
+    for argument in arguments:
+        parts = argument.split("=")
         splits = [("=".join(parts[:cut]), "=".join(parts[cut:])) for cut in range(1, len(parts))]
         splits = [(name, folder) for name, folder in splits if name and folder]
         if not splits:
-            raise UsageError(f"--runs {word}: write NAME=FOLDER, e.g. --runs base=outputs/base dpo=outputs/dpo")
+            raise UsageError(f"{flag} {argument}: write NAME=FOLDER, e.g. {flag} base=outputs/base dpo=outputs/dpo")
         name, folder = next((split for split in splits if Path(split[1]).is_dir()), splits[0])
         if Path(folder) in folders.setdefault(name, []):
-            raise UsageError(f"--runs: the name {name} is given twice with {folder}; every seed of a run has its own")
+            raise UsageError(f"{flag}: the name {name} is given twice with {folder}; pass one folder per seed")
         folders[name].append(Path(folder))
     return folders
 
 
-def load_run(name: str, folder: Path, split: str) -> Run:
+def load_run(name: str, folder: Path, split: str) -> ScoredRun:
     """Read `folder/<split>.jsonl` and average per prompt.
 
     Raises:
-        DataError: no such folder or split; a row that is no completion, is unscored, lacks an objective that others have,
-            repeats a (prompt_id, sample_id) or shows another prompt than its prompt_id did before.
+        DataError: a missing folder or split, or a row that is not a completion, is not scored, has other objectives than
+            row 1, repeats a (prompt_id, sample_id), or has another prompt than earlier rows with its prompt_id.
     """
     if not folder.is_dir():
         raise DataError(f"run {name}: {folder}: no such folder")
@@ -88,79 +104,17 @@ def load_run(name: str, folder: Path, split: str) -> Run:
             f"run {name}: {path}: no such file; the folder has {', '.join(there) or 'no completions'}; "
             "choose the split by --split=train or --split=test"
         )
-    completions = read_records(path, Completion.from_row)
-    check_unique(path, ((row.prompt_id, row.sample_id) for row in completions), "(prompt_id, sample_id)")
-    prompts = _check_rows(path, completions)
-    row_of = {prompt_id: row for row, prompt_id in enumerate(prompts)}
-    rows_C = np.array([row_of[completion.prompt_id] for completion in completions])
-    scores_C = {
-        objective: np.array([completion.scores[objective] for completion in completions], dtype=np.float64)
-        for objective in sort_objectives(completions[0].scores)
-    }
-    tokens_C = np.array([len(completion.token_ids) for completion in completions], dtype=np.float64)
-    repeated_C = np.array([repeated_share(completion.token_ids) for completion in completions], dtype=np.float64)
-    cut_C = np.array([completion.finish_reason == "length" for completion in completions], dtype=np.float64)
-    return Run(
-        name=name,
-        folder=folder,
-        prompts=prompts,
-        completions=len(completions),
-        scores_P={objective: _mean_by_prompt(values_C, rows_C) for objective, values_C in scores_C.items()},
-        scores_C=scores_C,
-        tokens_P=_mean_by_prompt(tokens_C, rows_C),
-        cut_P=_mean_by_prompt(cut_C, rows_C),
-        repeated_P=_mean_by_prompt(repeated_C, rows_C),
+    rows = read_records(path, Completion.from_row)
+    check_unique(path, ((row.prompt_id, row.sample_id) for row in rows), "(prompt_id, sample_id)")
+    prompts = _check_rows(path, rows)
+    scores = pd.DataFrame([row.scores for row in rows], columns=sort_objectives(rows[0].scores), dtype=np.float64)
+    answers = pd.DataFrame(
+        [(len(row.token_ids), repeated_share(row.token_ids), row.finish_reason == "length") for row in rows],
+        columns=list(ANSWERS),
+        dtype=np.float64,
     )
-
-
-def pool_seeds(name: str, seeds: list[Run]) -> Run:
-    """Several seeds of a run as one: the mean over seeds of every prompt's figures, on the prompts that all seeds have.
-
-    Args:
-        name: of the run.
-        seeds: at least one.
-
-    Raises:
-        DataError: the seeds have no prompt in common, different prompts under one id, or other objectives.
-    """
-    if len(seeds) == 1:
-        return seeds[0]
-    for run in seeds[1:]:
-        if set(run.scores_P) != set(seeds[0].scores_P):
-            odd = ", ".join(sorted(set(run.scores_P) ^ set(seeds[0].scores_P)))
-            raise DataError(f"run {name}: {seeds[0].folder} and {run.folder} are not both scored in {odd}")
-    common = common_prompts(seeds)
-    members = tuple(_only(run, common) for run in seeds)
-
-    def mean_over_seeds(values: list[Array]) -> Array:
-        mean_P: Array = np.mean(values, axis=0)
-        return mean_P
-
-    return Run(
-        name=name,
-        folder=seeds[0].folder,
-        prompts=members[0].prompts,
-        completions=sum(run.completions for run in seeds),
-        scores_P={key: mean_over_seeds([run.scores_P[key] for run in members]) for key in seeds[0].scores_P},
-        scores_C={key: np.concatenate([run.scores_C[key] for run in seeds]) for key in seeds[0].scores_P},
-        tokens_P=mean_over_seeds([run.tokens_P for run in members]),
-        cut_P=mean_over_seeds([run.cut_P for run in members]),
-        repeated_P=mean_over_seeds([run.repeated_P for run in members]),
-        seeds=members,
-    )
-
-
-def _only(run: Run, prompt_ids: list[int]) -> Run:
-    """The run on some of its prompts; the spread of its scores (scores_C) stays that of all."""
-    rows = run.rows(prompt_ids)
-    return replace(
-        run,
-        prompts={prompt_id: run.prompts[prompt_id] for prompt_id in prompt_ids},
-        scores_P={key: values_P[rows] for key, values_P in run.scores_P.items()},
-        tokens_P=run.tokens_P[rows],
-        cut_P=run.cut_P[rows],
-        repeated_P=run.repeated_P[rows],
-    )
+    prompt_ids = [row.prompt_id for row in rows]
+    return ScoredRun(name, folder, prompts, _by_prompt(scores, prompt_ids), _by_prompt(answers, prompt_ids), scores)
 
 
 def _check_rows(path: Path, completions: list[Completion]) -> dict[int, list[Message]]:
@@ -173,15 +127,47 @@ def _check_rows(path: Path, completions: list[Completion]) -> dict[int, list[Mes
             odd = ", ".join(sorted(set(completion.scores) ^ objectives))
             raise DataError(f'{path}, row {row}: field "scores" has other objectives than row 1 ({odd})')
         if prompts.setdefault(completion.prompt_id, completion.prompt) != completion.prompt:
-            raise DataError(f'{path}, row {row}: field "prompt" differs from that of an earlier row with this id')
+            raise DataError(f'{path}, row {row}: field "prompt" differs from an earlier row with the same prompt_id')
     return dict(sorted(prompts.items()))
 
 
-def _mean_by_prompt(values_C: Array, rows_C: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Array:
-    return np.bincount(rows_C, weights=values_C) / np.bincount(rows_C)
+def _by_prompt(values: pd.DataFrame, prompt_ids: list[int]) -> pd.DataFrame:
+    """[C, columns] -> [P, columns]: means per prompt, in ascending order of the id."""
+    index, rows_C = np.unique(prompt_ids, return_inverse=True)
+    counts_P = np.bincount(rows_C)
+    return pd.DataFrame({name: np.bincount(rows_C, weights=values[name]) / counts_P for name in values}, index=index)
 
 
-def common_prompts(runs: list[Run]) -> list[int]:
+def pool_seeds(name: str, seeds: list[ScoredRun]) -> ScoredRun:
+    """Several seeds of a run as one: the mean over seeds for every prompt that all seeds have.
+
+    Raises:
+        DataError: the seeds share no prompt, have different prompts under one id, or were scored in different objectives.
+    """
+    if len(seeds) == 1:
+        return seeds[0]
+    first = seeds[0]
+    for run in seeds[1:]:
+        if odd := sorted(set(run.scores) ^ set(first.scores)):
+            raise DataError(f"run {name}: {first.folder} and {run.folder} are not both scored in {', '.join(odd)}")
+    common = common_prompts(seeds)
+    prompts = {prompt_id: first.prompts[prompt_id] for prompt_id in common}
+    # `completions`, which the standard deviation is taken over, stays whole.
+    members = tuple(
+        replace(run, prompts=prompts, scores=run.scores.loc[common], answers=run.answers.loc[common]) for run in seeds
+    )
+    return ScoredRun(
+        name,
+        first.folder,
+        prompts,
+        sum((run.scores for run in members[1:]), start=members[0].scores) / len(seeds),
+        sum((run.answers for run in members[1:]), start=members[0].answers) / len(seeds),
+        pd.concat([run.completions for run in seeds], ignore_index=True),
+        members,
+    )
+
+
+def common_prompts(runs: list[ScoredRun]) -> list[int]:
     """Ids of the prompts that every run has, ascending.
 
     Raises:
@@ -208,34 +194,140 @@ def sort_objectives(names: dict[str, float] | set[str]) -> list[str]:
     return sorted(names, key=lambda name: (name == GATED_SCORE, order.get(name, len(order)), name))
 
 
-def choose_objectives(runs: list[Run], wanted: list[str]) -> list[str]:
-    """The objectives to average.
+def choose_objectives(runs: list[ScoredRun], wanted: list[str]) -> list[str]:
+    """The objectives to report.
 
     Args:
         runs: at least one.
         wanted: names in either spelling; empty for all that every run has.
 
     Raises:
-        UsageError: a word names no objective at all.
-        DataError: a run lacks a wanted objective; or nothing is wanted and the runs share no objective.
+        UsageError: an unknown objective.
+        DataError: a run lacks a wanted objective; or none is wanted and the runs share none.
     """
+    has = {run.name: ", ".join(map(flag_name, run.scores)) for run in runs}
     if not wanted:
-        common = set.intersection(*(set(run.scores_P) for run in runs))
+        common = set.intersection(*(set(run.scores) for run in runs))
         if not common:
-            raise DataError("the runs share no objective: " + "; ".join(f"{run.name} has {_names(run)}" for run in runs))
+            raise DataError("the runs share no objective: " + "; ".join(f"{run} has {names}" for run, names in has.items()))
         return sort_objectives(common)
-    # Another reward model may have objectives of its own; what no run has must be one of ArmoRM's.
-    known = {flag_name(name): name for run in runs for name in run.scores_P}
-    chosen: list[str] = []
-    for word in wanted:
-        name = known.get(flag_name(word)) or objective_from_flag(word)
+    chosen = resolve_objectives(runs, wanted)
+    for name in chosen:
         for run in runs:
-            if name not in run.scores_P:
-                raise DataError(f"run {run.name} ({run.folder}) has no scores of {name}; it has scores of {_names(run)}")
-        if name not in chosen:
-            chosen.append(name)
+            if name not in run.scores:
+                raise DataError(f"run {run.name} ({run.folder}) has no scores of {name}; it has scores of {has[run.name]}")
     return chosen
 
 
-def _names(run: Run) -> str:
-    return ", ".join(flag_name(name) for name in run.scores_P)
+def resolve_objectives(runs: list[ScoredRun], words: list[str]) -> list[str]:
+    """Objectives by their own names, from either spelling, each once. A name that no run has must be one of ArmoRM's.
+
+    Raises:
+        UsageError: an unknown objective.
+    """
+    known = {flag_name(name): name for run in runs for name in run.scores}
+    return list(dict.fromkeys(known.get(flag_name(word)) or objective_from_flag(word) for word in words))
+
+
+# What made the runs -----------------------------------------------------------------------------------------------------
+
+_PLACES = ("save_path", "output_path", "overwrite", "check_only", "resume")
+"""Flags that name folders or ways of running; results do not depend on them."""
+
+MAY_DIFFER = ("model", "model_path", "model_fingerprint", "sampled", "save_path")
+"""Fields of `made_by` that differ between any two runs: the policy, and the file it sampled."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made one run. A part without a record is empty, and named in `notes`."""
+
+    records: dict[str, dict[str, str]]
+    """{"sampling" or "scoring": the step's record, by dotted names such as `made_by.temperature`}."""
+    policy: str
+    """The sampled model, as its flag named it."""
+    training: dict[str, str]
+    """Flags of the training that wrote the policy."""
+    mixture: dict[str, float]
+    """{objective: weight} of the training pairs."""
+    notes: list[str]
+
+    @property
+    def method(self) -> str:
+        """How the policy was trained, with the method's own flags."""
+        return method_line(self.training) if self.training else "no training recorded"
+
+    def made_by(self, step: str) -> dict[str, str]:
+        """The flags and fingerprints on which a step's results depend."""
+        record = self.records.get(step, {})
+        return {name.removeprefix("made_by."): text for name, text in record.items() if name.startswith("made_by.")}
+
+
+def read_provenance(folder: Path, split: str) -> Provenance:
+    """Collect what made `folder/<split>.jsonl` from its manifest, that of `sampled/`, and the policy's training.
+
+    Raises:
+        DataError: a manifest that is not JSON.
+    """
+    records, notes = {}, []
+    policy = None
+    for title, step, place in (("sampling", "sample", folder / "sampled"), ("scoring", "score", folder)):
+        manifest = read_manifest(place)
+        record = section(manifest, f"{step}_{split}") or section(manifest, f"{step} {split}")
+        if "made_by" not in record:
+            notes.append(f"{place / 'manifest.json'} has no record of {step}_{split}")
+            continue
+        flat = _flat(record)
+        if step == "sample":
+            policy = next((flat[n] for n in ("made_by.model_path", "model_path", "flags.model_path") if n in flat), None)
+        # "flags" repeats every flag of the wrapper.
+        records[title] = {name: text for name, text in flat.items() if not name.startswith("flags.")}
+    training = _training_flags(policy)
+    return Provenance(records, policy or "not recorded", training, _mixture(training), notes)
+
+
+def section(record: Any, *names: str) -> dict[str, Any]:
+    """The object at record[name][name]...; empty if it, or anything on the way to it, is missing or not an object."""
+    for name in names:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def method_line(flags: dict[str, str]) -> str:
+    """`KLDPO (kldpo_tau=0.05, beta=0.01, seed=42)`, from the flags of a training."""
+    names = {"kldpo_tau": "KLDPO", "wdpo_rho": "WDPO", "drdpo_beta": "Dr. DPO"}
+    chosen = next((flag for flag in names if flag in flags), None)
+    shown = [flag for flag in (chosen, "beta", "seed") if flag in flags]
+    name = names[chosen] if chosen else flags.get("method", "DPO")
+    return f"{name} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """{dotted name: text}, without nulls and places."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif value is not None and name not in _PLACES:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def _training_flags(model_path: str | None) -> dict[str, str]:
+    """The flags of the training that wrote a checkpoint `<save_path>/global_step_<n>`; empty for other models."""
+    if model_path is None or not (path := Path(model_path).parent / "config.json").is_file():
+        return {}
+    try:
+        flags = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    # A folder of models may have another config.json; a training's has these two flags.
+    return _flat(flags) if isinstance(flags, dict) and {"dataset_path", "kldpo_tau"} <= set(flags) else {}
+
+
+def _mixture(training: dict[str, str]) -> dict[str, float]:
+    """The weights in the manifest of the pairs that a training used."""
+    if not training or not Path(folder := training["dataset_path"]).is_dir():
+        return {}
+    weights = section(read_manifest(Path(folder)), "preferences", "made_by", "weights")
+    return {name: float(weight) for name, weight in weights.items()}

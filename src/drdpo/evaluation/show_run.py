@@ -1,4 +1,4 @@
-"""State, progress, speed, last metrics and training curves of a run's folder. Touches nothing that the run writes."""
+"""State, progress, speed, last metrics and training curves of an output folder. Changes nothing that a run writes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,13 @@ import pandas as pd
 from drdpo.config import ShowRunConfig
 from drdpo.display import duration, one_line
 from drdpo.errors import DataError
+from drdpo.evaluation.runs import section
 from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines
 
 PICTURE = "training.png"
 
 _RECENT = 20
-"""Steps that the speed is the median of."""
+"""The speed is the median over this many steps."""
 
 _PANELS = {
     "loss": ("loss", "eval_loss"),
@@ -24,14 +25,11 @@ _PANELS = {
     "effective sample size": ("effective_sample_size",),
     "gradient norm": ("grad_norm",),
 }
-"""{title: metrics drawn together}; what a run does not have is left out."""
+"""{title: metrics drawn together}; metrics that a run lacks are omitted."""
 
 
 def show_run(config: ShowRunConfig) -> None:
-    """Print what is known of a folder, and draw a training run's curves.
-
-    Args:
-        config: the flags.
+    """Print the state of an output folder, and draw a training run's curves.
 
     Raises:
         DataError: no such folder, or no step of the pipeline wrote it.
@@ -51,13 +49,13 @@ def show_run(config: ShowRunConfig) -> None:
             with atomic_file(folder / PICTURE, "wb") as stream:
                 _curves(table, str(folder)).savefig(stream, format="png", dpi=120)
             print(f"{'picture':<12} {folder / PICTURE}")
-    for step, record in manifest.items():
-        if isinstance(record, dict) and (counts := record.get("counts")):
+    for step in manifest:
+        if counts := section(manifest, step, "counts"):
             print(f"{one_line(step, 40):<12} {one_line(str(counts), 1000)}")
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """The whole lines of a metrics.jsonl, by step; of a step that was logged twice, the later line."""
+    """The complete lines of a metrics.jsonl, by step; if a step was logged twice, its later line."""
     rows = [line for _, line in whole_lines(path) if _is_count(line.get("step"))]
     table = pd.DataFrame(rows, columns=None if rows else ["step"])
     return table.apply(pd.to_numeric, errors="coerce").drop_duplicates("step", keep="last").set_index("step").sort_index()
@@ -71,7 +69,7 @@ def _state(folder: Path, manifest: dict[str, Any]) -> str:
     owner = owner_of(folder)
     if owner is not None:
         return f"running: {one_line(owner)}"
-    train = _object(manifest.get("train"))
+    train = section(manifest, "train")
     if not train:
         return "output of " + ", ".join(one_line(step, 40) for step in manifest)
     if train.get("complete") is True:
@@ -81,13 +79,8 @@ def _state(folder: Path, manifest: dict[str, Any]) -> str:
     return "training, stopped; the same command " + (f"resumes after step {max(saved)}" if saved else "starts it again")
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _training(folder: Path, manifest: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
-    record = _object(manifest.get("train"))
-    flags = _object(record.get("made_by"))
+    record, flags = section(manifest, "train"), section(manifest, "train", "made_by")
     steps, pairs = (value if _is_count(value) else None for value in (record.get("steps"), flags.get("train_batch_size")))
     methods = ("kldpo_tau", "wdpo_rho", "drdpo_beta")
     facts = {"method": ", ".join(f"--{name}={flags[name]}" for name in methods if flags.get(name) is not None) or "DPO"}

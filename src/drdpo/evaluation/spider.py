@@ -1,38 +1,120 @@
-"""The picture: raw means, and the gain over the first run with its confidence interval.
+"""The pictures of one report: raw means and gains over the first run, as spiders or bars, and the sweep over mixtures.
 
-Objectives are on different scales, so the raw panel gives every axis its own range, printed under its name. The range is
-no choice of taste: it is the interquartile range of all runs' completion scores, widened only as far as a mean lies
-outside it. A difference that looks small is small beside the spread of single answers. The gain panel has one scale.
+Objectives have different scales, so the raw panel gives every axis its own range, printed under its name: the interquartile
+range of all runs' completion scores, widened only as far as a mean lies outside it. A difference that looks small is small
+beside the spread of single answers. The gain panel has one scale.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from drdpo.evaluation.bars import draw_gain_bars, draw_raw_bars
-from drdpo.evaluation.runs import Run
-from drdpo.evaluation.statistics import Comparison, mean
-from drdpo.evaluation.style import BASE_STYLE, RC, Style, axis_label, run_styles
-from drdpo.folder import atomic_file
-from drdpo.objectives import GATED_SCORE
+from drdpo.evaluation.runs import ScoredRun
+from drdpo.evaluation.statistics import ALPHAS, Comparison
+from drdpo.objectives import GATED_SCORE, flag_name
 
+RC = {
+    "font.family": "DejaVu Sans",
+    "svg.hashsalt": "drdpo",
+    "figure.facecolor": "white",
+    "axes.titleweight": "normal",
+}
 _PANEL_WIDTH, _HEIGHT, _DISC = 7.6, 7.75, 4.8
-"""Inches: a panel, the picture, and a spider's disc with room for the words around it."""
-
+"""Inches: a panel, the picture, and a spider's disc with room for the labels around it."""
 _MARGIN = 0.12
 """Share of an axis's range left free beyond a mean that lies outside the interquartile range."""
 
 
 @dataclass(frozen=True)
+class Style:
+    """How one run is drawn; marker and colour both tell runs apart."""
+
+    color: str
+    line: str
+    marker: str
+
+
+BASE_STYLE = Style("#333333", "--", "o")
+
+# Okabe and Ito's palette, which readers with any common colour blindness can tell apart; without black (the base's) and
+# without yellow, which is too pale on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("s", "^", "D", "v", "P")
+
+
+def run_styles(names: list[str]) -> dict[str, Style]:
+    """{run: style}; the first run is the dashed grey base unless it is alone."""
+    if len(names) == 1:
+        return {names[0]: Style(_COLORS[0], "-", "o")}
+    looks = zip(cycle(_COLORS), cycle(_MARKERS), strict=False)
+    return {names[0]: BASE_STYLE} | {
+        name: Style(color, "-", marker) for name, (color, marker) in zip(names[1:], looks, strict=False)
+    }
+
+
+def axis_label(objective: str) -> str:
+    """`helpsteer-helpfulness` -> two lines, the rating scheme above the quality."""
+    if objective == GATED_SCORE:
+        return f"{GATED_SCORE}\n(gated score)"
+    scheme, separator, quality = objective.partition("-")
+    return f"{scheme}\n{quality.replace('_', ' ')}" if separator else objective.replace("_", " ")
+
+
+def save_picture(figure: Figure, name: str, dpi: int) -> dict[str, bytes]:
+    """{"<name>.png": its bytes, "<name>.svg": its bytes}; the same figure gives the same bytes."""
+    files = {}
+    for kind in ("png", "svg"):
+        stream = BytesIO()
+        figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+        files[f"{name}.{kind}"] = stream.getvalue()
+    return files
+
+
+@rc_context(RC)
+def draw_spider(runs: list[ScoredRun], comparison: Comparison) -> dict[str, bytes]:
+    """spider.png and spider.svg. Fewer than three objectives are drawn as bars.
+
+    Args:
+        runs: the base first; one run has no gain panel.
+        comparison: of these runs; objectives that training did not see are marked in the gain panel.
+    """
+    objectives = comparison.objectives
+    gain_names = [name for name in objectives if any(name in gains for gains in comparison.gains.values())]
+    panels = 2 if gain_names else 1
+    figure = Figure(figsize=(_PANEL_WIDTH * panels, _HEIGHT))
+    styles = run_styles([run.name for run in runs])
+    if len(objectives) >= 3:
+        _draw_raw(_panel(figure, 1, panels), runs, objectives, styles)
+    else:
+        _draw_raw_bars(figure, panels, runs, objectives, styles)
+    if len(gain_names) >= 3:
+        _draw_gains(_panel(figure, 2, panels), runs, comparison, gain_names, styles)
+    elif gain_names:
+        _draw_gain_bars(figure, runs, comparison, gain_names, styles)
+    legend(figure, [run.name for run in runs], list(styles.values()), min(len(runs), 6))
+    return save_picture(figure, "spider", dpi=150)
+
+
+def legend(figure: Figure, labels: list[str], styles: list[Style], columns: int) -> None:
+    """One legend below all panels."""
+    handles = [Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, linewidth=1.8) for look in styles]
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=12)
+
+
+# Spiders -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Axis:
-    """One spoke: an objective and the values at the centre and at the rim."""
+    """One spoke: an objective and its values at the centre and at the rim."""
 
     objective: str
     low: float
@@ -43,11 +125,11 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def raw_axis(runs: list[Run], objective: str) -> Axis:
+def raw_axis(runs: list[ScoredRun], objective: str) -> Axis:
     """The raw panel's range of an objective; see the module's docstring."""
-    scores_C = np.concatenate([run.scores_C[objective] for run in runs])
+    scores_C = np.concatenate([run.completions[objective] for run in runs])
     low, high = (float(value) for value in np.quantile(scores_C, [0.25, 0.75]))
-    means = [mean(run, objective) for run in runs]
+    means = [run.mean(objective) for run in runs]
     if high <= low:
         # All scores equal, or nearly all: any range will do that shows the means.
         reach = max(max(means) - min(means), 1e-3 * abs(low), 1e-6)
@@ -56,97 +138,55 @@ def raw_axis(runs: list[Run], objective: str) -> Axis:
     return Axis(objective, min(low, min(means) - margin), max(high, max(means) + margin))
 
 
-def draw_pictures(folder: Path, runs: list[Run], comparison: Comparison, trained_on: Sequence[str] = ()) -> None:
-    """Write spider.png and spider.svg.
-
-    Args:
-        folder: where to.
-        runs: the base first; with one run there is no gain panel.
-        comparison: from statistics.compare. Fewer than three objectives are drawn as bars, for a spider needs three spokes.
-        trained_on: the objectives that training saw; the others are marked in the gain panel. Empty where that is not known.
-    """
-    objectives = comparison.objectives
-    gain_names = [name for name in objectives if any(name in gains for gains in comparison.gains.values())]
-    panels = 2 if gain_names else 1
-    with rc_context(RC):
-        canvas = Canvas(figsize=(_PANEL_WIDTH * panels, _HEIGHT))
-        raw_is_spider, gain_is_spider = len(objectives) >= 3, len(gain_names) >= 3
-        styles = run_styles([run.name for run in runs])
-        if raw_is_spider:
-            _draw_raw(_panel(canvas, 1, panels), runs, objectives, styles)
-        else:
-            draw_raw_bars(canvas, panels, runs, objectives, styles)
-        if panels == 2 and gain_is_spider:
-            _draw_gains(_panel(canvas, 2, panels), runs, comparison, gain_names, styles, trained_on)
-        elif panels == 2:
-            draw_gain_bars(canvas, panels, runs, comparison, gain_names, styles)
-        _legend(canvas, runs, styles)
-        for suffix in ("png", "svg"):
-            with atomic_file(folder / f"spider.{suffix}", "wb") as stream:
-                # No date inside: the same scores give the same bytes.
-                canvas.savefig(stream, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-
-
-def _panel(canvas: Canvas, index: int, panels: int) -> Any:
+def _panel(figure: Figure, index: int, panels: int) -> Any:
     width = _DISC / _PANEL_WIDTH / panels
     left = (index - 0.5) / panels - width / 2
-    return canvas.add_axes((left, 1.25 / _HEIGHT, width, _DISC / _HEIGHT), projection="polar")
+    return figure.add_axes((left, 1.25 / _HEIGHT, width, _DISC / _HEIGHT), projection="polar")
 
 
-def _draw_raw(axes: Any, runs: list[Run], objectives: list[str], styles: dict[str, Style]) -> None:
+def _draw_raw(axes: Any, runs: list[ScoredRun], objectives: list[str], styles: dict[str, Style]) -> None:
     spokes = [raw_axis(runs, objective) for objective in objectives]
-    angles = _web(axes, len(spokes))
-    axes.set_ylim(0, 1)
+    angles = web(axes, len(spokes), (0, 1))
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
     for run in runs:
-        values = [spoke.place(mean(run, spoke.objective)) for spoke in spokes]
-        _polygon(axes, angles, values, styles[run.name])
+        polygon(axes, angles, [spoke.place(run.mean(spoke.objective)) for spoke in spokes], styles[run.name])
     for angle, spoke in zip(angles, spokes, strict=True):
-        label = f"{axis_label(spoke.objective)}\n{_range(spoke)}"
+        # As many digits as distinguish the two ends.
+        digits = max(0, 2 - int(np.floor(np.log10(2.5 * (spoke.high - spoke.low)))))
+        label = f"{axis_label(spoke.objective)}\n{spoke.low:.{digits}f} … {spoke.high:.{digits}f}"
         if len(runs) == 1:
-            label += f"\nmean {mean(runs[0], spoke.objective):.4g}"
+            label += f"\nmean {runs[0].mean(spoke.objective):.4g}"
         spoke_label(axes, angle, label, len(spokes))
     axes.set_title("Mean score per prompt\n(each axis: value at the centre … value at the rim)", pad=66, fontsize=12)
 
 
-def _range(spoke: Axis) -> str:
-    # As many digits as tell the two ends apart.
-    digits = max(0, 2 - int(np.floor(np.log10(2.5 * (spoke.high - spoke.low)))))
-    return f"{spoke.low:.{digits}f} … {spoke.high:.{digits}f}"
-
-
 def _draw_gains(
-    axes: Any,
-    runs: list[Run],
-    comparison: Comparison,
-    objectives: list[str],
-    styles: dict[str, Style],
-    trained_on: Sequence[str],
+    axes: Any, runs: list[ScoredRun], comparison: Comparison, objectives: list[str], styles: dict[str, Style]
 ) -> None:
-    angles = _web(axes, len(objectives))
     base, *others = runs
-    figures = {run.name: [comparison.gains[run.name][name] for name in objectives] for run in others}
-    ends = [end for row in figures.values() for f in row for end in (f.low, f.high, f.value) if end is not None]
-    low, high = _limits(min(ends), max(ends))
-    axes.set_ylim(low, high)
-    axes.set_rorigin(low)
-    rings = MaxNLocator(nbins=6).tick_values(low, high)
-    rings = [float(ring) for ring in rings if low < ring <= high]
+    gains = {run.name: [comparison.gains[run.name][name] for name in objectives] for run in others}
+    ends = [end for row in gains.values() for gain in row for end in (gain.low, gain.high, gain.value) if end is not None]
+    low, high = gain_limits(min(ends), max(ends))
+    angles = web(axes, len(objectives), (low, high))
+    rings = [float(ring) for ring in MaxNLocator(nbins=6).tick_values(low, high) if low < ring <= high]
     axes.set_yticks(rings, labels=[])
-    circle = np.linspace(0, 2 * np.pi, 361)
-    axes.plot(circle, np.zeros_like(circle), color=BASE_STYLE.color, linewidth=1.8, linestyle=BASE_STYLE.line, zorder=3)
+    zero_ring(axes, 1.8)
     # Runs are turned against each other by a little, all spokes of a run alike, so that intervals do not cover each other.
     step = min(0.045, 0.5 * 2 * np.pi / len(objectives) / len(others))
     for index, run in enumerate(others):
         style = styles[run.name]
         turned = [angle + step * (index - (len(others) - 1) / 2) for angle in angles]
-        _polygon(axes, turned, [figure.value for figure in figures[run.name]], style, fill=False)
-        for angle, figure in zip(turned, figures[run.name], strict=True):
-            if figure.low is not None and figure.high is not None:
-                axes.plot([angle, angle], [figure.low, figure.high], color=style.color, linewidth=2.2, alpha=0.55, zorder=4)
-    _ring_labels(axes, rings, np.pi / len(objectives))
+        polygon(axes, turned, [gain.value for gain in gains[run.name]], style, fill=False)
+        for angle, gain in zip(turned, gains[run.name], strict=True):
+            if gain.low is not None and gain.high is not None:
+                axes.plot([angle, angle], [gain.low, gain.high], color=style.color, linewidth=2.2, alpha=0.55, zorder=4)
+    for ring in rings:
+        axes.text(
+            np.pi / len(objectives), ring, "0" if abs(ring) < 1e-12 else f"{ring:+.4g}", fontsize=8, color="#444444",
+            ha="center", va="center", zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+        )  # fmt: skip
     for angle, objective in zip(angles, objectives, strict=True):
-        unseen = trained_on and objective not in (*trained_on, GATED_SCORE)
+        unseen = comparison.trained_on and objective not in (*comparison.trained_on, GATED_SCORE)
         spoke_label(axes, angle, axis_label(objective) + ("\n(unseen)" if unseen else ""), len(objectives))
     axes.set_title(
         f"Gain over {base.name}, in standard deviations of its scores\n(bars: 95% confidence; dashed ring: {base.name})",
@@ -155,25 +195,19 @@ def _draw_gains(
     )
 
 
-def _limits(smallest: float, largest: float) -> tuple[float, float]:
+def gain_limits(smallest: float, largest: float) -> tuple[float, float]:
+    """Values at the centre and the rim; negative gains lie inside the base's ring, which must not shrink to a point."""
     low, high = min(smallest, 0.0), max(largest, 0.0)
     reach = max(high - low, 1e-3)
-    # The base's ring must not shrink to a point: negative gains lie inside it.
     return low - 0.25 * reach, high + 0.08 * reach
 
 
-def _ring_labels(axes: Any, rings: list[float], angle: float) -> None:
-    for ring in rings:
-        text = "0" if abs(ring) < 1e-12 else f"{ring:+.4g}"
-        axes.text(
-            angle, ring, text, fontsize=8, color="#444444", ha="center", va="center", zorder=6,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
-        )  # fmt: skip
-
-
-def _web(axes: Any, spokes: int) -> list[float]:
+def web(axes: Any, spokes: int, limits: tuple[float, float]) -> list[float]:
+    """Prepare polar axes with values `limits` at the centre and the rim; returns the spokes' angles, the first on top."""
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
+    axes.set_ylim(*limits)
+    axes.set_rorigin(limits[0])
     angles = [2 * np.pi * index / spokes for index in range(spokes)]
     axes.set_xticks(angles, labels=[])
     axes.grid(color="#cccccc", linewidth=0.8)
@@ -181,7 +215,14 @@ def _web(axes: Any, spokes: int) -> list[float]:
     return angles
 
 
-def _polygon(axes: Any, angles: list[float], values: list[float], style: Style, fill: bool = True) -> None:
+def zero_ring(axes: Any, width: float) -> None:
+    """The base: a dashed ring at a gain of 0."""
+    circle = np.linspace(0, 2 * np.pi, 361)
+    axes.plot(circle, np.zeros_like(circle), color=BASE_STYLE.color, linewidth=width, linestyle=BASE_STYLE.line, zorder=3)
+
+
+def polygon(axes: Any, angles: list[float], values: Sequence[float], style: Style, fill: bool = True) -> None:
+    """One run, closed."""
     closed_angles, closed_values = [*angles, angles[0]], [*values, values[0]]
     axes.plot(
         closed_angles, closed_values, color=style.color, linestyle=style.line, marker=style.marker, markersize=5.5,
@@ -204,8 +245,99 @@ def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
     )  # fmt: skip
 
 
-def _legend(canvas: Canvas, runs: list[Run], styles: dict[str, Style]) -> None:
-    looks = [styles[run.name] for run in runs]
-    handles = [Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, linewidth=1.8) for look in looks]
-    names = [run.name for run in runs]
-    canvas.legend(handles, names, loc="lower center", ncols=min(len(runs), 6), frameon=False, fontsize=12)
+# Bars, for one or two objectives: a spider needs three spokes --------------------------------------------------------------
+
+_BOTTOM, _BARS = 0.17, 0.62
+"""Shares of the picture: below the bars, and their height."""
+
+
+def _draw_raw_bars(
+    figure: Figure, panels: int, runs: list[ScoredRun], objectives: list[str], styles: dict[str, Style]
+) -> None:
+    """Mean scores, one plot per objective since each has its own scale; every scale includes zero."""
+    width = 0.76 / panels / len(objectives)
+    for index, objective in enumerate(objectives):
+        axes = figure.add_axes((0.12 / panels + index * 1.15 * width, _BOTTOM, 0.72 * width, _BARS))
+        for place, run in enumerate(runs):
+            value = run.mean(objective)
+            _bar(axes, place, value, styles[run.name])
+            axes.annotate(
+                f"{value:.4g}", (place, value), (0, 3 if value >= 0 else -3), textcoords="offset points", ha="center",
+                va="bottom" if value >= 0 else "top", fontsize=9,
+            )  # fmt: skip
+        axes.set_title(axis_label(objective), fontsize=11)
+        axes.set_xlim(-0.7, len(runs) - 0.3)
+        axes.set_xticks([])
+        axes.margins(y=0.12)
+        _bar_axes(axes)
+    figure.text(0.5 / panels, 0.93, "Mean score per prompt", ha="center", fontsize=12)
+
+
+def _draw_gain_bars(
+    figure: Figure, runs: list[ScoredRun], comparison: Comparison, objectives: list[str], styles: dict[str, Style]
+) -> None:
+    """Gains over the first run in its standard deviations, with the 95% interval, on one scale."""
+    base, *others = runs
+    axes = figure.add_axes((0.56, _BOTTOM, 0.40, _BARS))
+    centres = []
+    for group, objective in enumerate(objectives):
+        start = group * (len(others) + 1)
+        centres.append(start + (len(others) - 1) / 2)
+        for place, run in enumerate(others, start=start):
+            gain = comparison.gains[run.name][objective]
+            _bar(axes, place, gain.value, styles[run.name])
+            if gain.low is not None and gain.high is not None:
+                axes.plot([place] * 2, [gain.low, gain.high], color="black", linewidth=1.4, marker="_", zorder=4)
+    axes.set_xticks(centres, labels=[axis_label(objective) for objective in objectives], fontsize=11)
+    _bar_axes(axes)
+    title = f"Gain over {base.name}, in standard deviations of its scores\n(bars: 95% confidence)"
+    figure.text(0.75, 0.9, title, ha="center", fontsize=12)
+
+
+def _bar(axes: Any, place: float, value: float, style: Style) -> None:
+    axes.bar(place, value, width=0.8, color=style.color, alpha=0.85, zorder=3)
+
+
+def _bar_axes(axes: Any) -> None:
+    axes.axhline(0, color="#333333", linewidth=1.2)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# The sweep ---------------------------------------------------------------------------------------------------------------
+
+
+@rc_context(RC)
+def draw_sweep(comparison: Comparison, sweep: list[str], trained_at: float, base: str) -> dict[str, bytes]:
+    """alpha.png and alpha.svg: trained on one mixture r*(alpha) = alpha r1 + (1 - alpha) r2, evaluated from 0 to 1, as in
+    the appendix of arXiv 2502.01930.
+
+    Args:
+        comparison: with a sweep.
+        sweep: r1 and r2.
+        trained_at: the alpha that training used.
+        base: name of the first run, the line at zero.
+    """
+    styles = run_styles([base, *comparison.sweep])
+    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color=BASE_STYLE.color, linestyle=BASE_STYLE.line, linewidth=1.4, label=base)
+    axes.axvline(trained_at, color="#999999", linestyle=":", linewidth=1.4)
+    axes.annotate(
+        " trained here", (trained_at, 0.01), xycoords=("data", "axes fraction"), fontsize=9, color="#666666", va="bottom"
+    )
+    for run, gains in comparison.sweep.items():
+        look = styles[run]
+        axes.plot(ALPHAS, [gain.value for gain in gains], color=look.color, marker=look.marker, markersize=5, label=run)
+        ends = [(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None]
+        if len(ends) == len(ALPHAS):
+            low, high = zip(*ends, strict=True)
+            axes.fill_between(ALPHAS, low, high, color=look.color, alpha=0.13, linewidth=0)
+    r1, r2 = (flag_name(name) for name in sweep)
+    axes.set_xlabel(f"alpha: all {r2} at 0, all {r1} at 1")
+    axes.set_ylabel(f"gain over {base} in r*(alpha), z-scores\n(bands: 95% confidence)")
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(1 + len(comparison.sweep), 6), frameon=False)
+    return save_picture(figure, "alpha", dpi=150)

@@ -1,4 +1,4 @@
-"""Manifests of other steps, as their code writes them."""
+"""Answers that repeat themselves, and what the manifests of other steps record about a run."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,21 @@ import pytest
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.provenance import method_line, read_provenance
+from drdpo.evaluation.runs import method_line, read_provenance, repeated_share
 from drdpo.folder import write_manifest
+
+
+def test_repeated_share_by_hand() -> None:
+    # abcd abcd: 5 four-grams (abcd bcda cdab dabc abcd), 4 distinct.
+    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repeated_share([7] * 13) == pytest.approx(9 / 10)
+    assert repeated_share([1, 2, 3]) == 0.0
+    assert repeated_share([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
 
 
 def test_nothing_recorded(tmp_path: Path) -> None:
     found = read_provenance(tmp_path, "test")
-    assert (found.policy, found.method, found.versions) == ("not recorded", "no training recorded", {})
+    assert (found.policy, found.method, found.records) == ("not recorded", "no training recorded", {})
     assert len(found.notes) == 2
 
 
@@ -29,11 +37,11 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     found = read_provenance(tmp_path, "test")
     assert found.policy.endswith("global_step_9")
     assert found.method == "WDPO (wdpo_rho=0.01, beta=0.01, seed=5)"
-    assert found.sampling is not None
-    assert found.sampling.facts["counts.out"] == "2"
-    assert "numpy" in found.versions
+    assert found.made_by("sampling") == {"model": "f00d"}
+    assert found.records["sampling"]["counts.out"] == "2"
+    assert "versions.numpy" in found.records["sampling"]
     # The train split was not sampled.
-    assert read_provenance(tmp_path, "train").sampling is None
+    assert "sampling" not in read_provenance(tmp_path, "train").records
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,7 @@ def test_a_models_folder_is_no_training(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "run" / "sampled").mkdir(parents=True)
     write_manifest(tmp_path / "run" / "sampled", "sample_test", {"model_path": str(tmp_path / "model")})
-    assert read_provenance(tmp_path / "run", "test").training is None
+    assert read_provenance(tmp_path / "run", "test").training == {}
 
 
 def test_a_broken_manifest_is_an_error(tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
-"""The reports of the experiments, on stored results: hand-computed tables beside the published ones, and honest errors."""
+"""compare_openllm and compare_mixtures on stored results: tables computed by hand, pictures, and clear errors."""
 
 import csv
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.leaderboard_report import compare_openllm
+from drdpo.evaluation import compare_leaderboard, mixtures
+from drdpo.evaluation.compare_leaderboard import LeaderboardRun, compare_openllm, heatmap, shades
 from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
-from drdpo.evaluation.mixtures_report import compare_mixtures
-from drdpo.evaluation.published import LEADERBOARD, MIXTURES, SPOKES
+from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
+from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
@@ -27,10 +30,8 @@ def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
     scores = {f"leaderboard_bbh_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.02) for name in BBH_CHOICES}
     scores |= {f"leaderboard_musr_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.03) for name in MUSR_CHOICES}
     gpqa, math = (0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    scores |= {
-        f"leaderboard_{t}": metrics(acc_norm=v, acc_norm_stderr=0.01) for t, v in zip(GPQA_SUBTASKS, gpqa, strict=True)
-    }
-    scores |= {f"leaderboard_{t}": metrics(exact_match=v) for t, v in zip(MATH_SUBTASKS, math, strict=True)}
+    scores |= {t: metrics(acc_norm=v, acc_norm_stderr=0.01) for t, v in zip(GPQA_SUBTASKS, gpqa, strict=True)}
+    scores |= {t: metrics(exact_match=v) for t, v in zip(MATH_SUBTASKS, math, strict=True)}
     scores |= {
         "leaderboard_bbh": metrics(acc_norm=0.51, acc_norm_stderr=0.006),
         "leaderboard_musr": metrics(acc_norm=0.52, acc_norm_stderr=0.018),
@@ -71,7 +72,7 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
     columns = ["0.550 ± 0.021", "0.510 ± 0.006", "0.330 ± 0.012", "0.280 ± 0.015", "0.520 ± 0.018", "0.550 ± 0.005"]
     assert raw == ["base", *columns]
     # Unweighted: BBH and MuSR 1/2 everywhere, MATH 0.4, GPQA 0.3.
-    assert table_row(text, "### Raw, subtasks", "base")[1:] == ["0.550", "0.500", "0.400", "0.300", "0.500", "0.550"]
+    assert table_row(text, "### Raw, each subtask", "base")[1:] == ["0.550", "0.500", "0.400", "0.300", "0.500", "0.550"]
     normalised = table_row(text, "### Normalised", "base")
     # BBH: (1/2 - 1/n) / (1 - 1/n) = (n - 2) / (2 (n - 1)), the mean over the 24.
     bbh = 100 * sum((n - 2) / (2 * (n - 1)) for n in BBH_CHOICES.values()) / 24
@@ -99,17 +100,14 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
 
 
 def test_published_tables_have_a_number_for_every_column() -> None:
-    for table in LEADERBOARD.values():
-        for values in table.values():
-            assert len(values) == len(COLUMNS) and all(0 <= value <= 1 for value in values)
-    for mixture in MIXTURES.values():
-        assert sum(mixture.weights.values()) == 1
-        assert set(mixture.weights) <= set(ARMORM_OBJECTIVES)
-        assert all(len(values) == len(SPOKES) for values in mixture.published.values())
+    for methods in compare_leaderboard.PUBLISHED.values():
+        assert all(len(values) == len(COLUMNS) and 0 <= min(values) <= max(values) <= 1 for values in methods.values())
+    for methods in mixtures.PUBLISHED.values():
+        assert all(len(values) == len(SPOKES) for values in methods.values())
     assert set(SPOKES) <= {*ARMORM_OBJECTIVES, GATED_SCORE}
 
 
-def test_unlike_trial_and_partial_runs_are_called_so(tmp_path: Path) -> None:
+def test_unlike_trial_and_partial_runs_are_marked(tmp_path: Path) -> None:
     part = harness_results()
     del part["results"]["leaderboard_gpqa"]
     part["config"]["limit"] = 3
@@ -156,6 +154,22 @@ def test_broken_results(tmp_path: Path, content: str | None, error: type[Excepti
     assert not (tmp_path / "out").exists()
 
 
+def test_heat_map_labels_do_not_overlap() -> None:
+    runs = [LeaderboardRun("8B", f"KLDPO tau=0.005 step {n}", Path("x"), harness_results(), {}) for n in (158, 316)]
+    figure = heatmap({"8B": runs}, {"8B": compare_leaderboard.PUBLISHED["8B"]})
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 3
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert boxes[-1].x1 <= figure.bbox.x1
+
+
+def test_shades_are_per_column() -> None:
+    shaded = shades(np.array([[0.0, 5.0, np.nan], [1.0, 5.0, 2.0], [0.5, 5.0, 4.0]]))
+    np.testing.assert_array_equal(shaded, [[0, 0, np.nan], [1, 0, 0], [0.5, 0, 1]])
+
+
 SCORES = "run,objective,prompts,mean,sd,paired_prompts,gain_sd,ci_low,ci_high\n"
 
 
@@ -174,7 +188,7 @@ def write_scores(folder: Path, objectives: tuple[str, ...], shift: float) -> Pat
 def test_mixtures_by_hand(tmp_path: Path) -> None:
     words = [
         f"{name}={write_scores(tmp_path / 'reports of' / name, SPOKES, shift)}"
-        for name, shift in zip(MIXTURES, (0.2, 0.3, -0.1), strict=True)
+        for name, shift in zip(mixtures.PUBLISHED, (0.2, 0.3, -0.1), strict=True)
     ]
     output = tmp_path / "out"
     compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(output)))
@@ -226,8 +240,40 @@ def test_broken_reports(tmp_path: Path, content: str | None, error: type[Excepti
     assert not (tmp_path / "out").exists()
 
 
+def results_of(runs: tuple[str, ...], gain: float, count: int) -> list[MixtureResult]:
+    gains = {(run, name): Estimate(gain, None, None) for run in runs for name in SPOKES}
+    return [
+        MixtureResult(name, Path("x"), list(SPOKES), list(runs), gains, published)
+        for name, published in list(mixtures.PUBLISHED.items())[:count]
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_spider_labels_are_inside_the_picture(count: int) -> None:
+    figure = spiders(results_of(("DPO", "KLDPO", "WDPO"), -0.3, count))
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in [*axes.texts, axes.title]] + list(figure.legends[0].get_texts())
+    assert len(texts) == count * 2 * (len(SPOKES) + 1) + 4
+    for text in texts:
+        box = text.get_window_extent()
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1), text.get_text()
+        assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1), text.get_text()
+
+
+def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base() -> None:
+    figure = spiders(results_of(("Dpo",), 0.0, 1))
+    ours, theirs = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base (0)", "Dpo", "KLDPO", "WDPO"]
+    styles = [line.get_color() for line in figure.legends[0].get_lines()]
+    assert len(set(styles)) == 4
+    # One colour a method, in both panels.
+    assert [line.get_color() for line in ours.lines] == styles[1:2]
+    assert [line.get_color() for line in theirs.lines] == styles[1:]
+    assert ours.get_ylim()[1] > 0.05, "gains of nothing stay near the centre"
+
+
 @pytest.mark.parametrize("kind", ["leaderboard", "mixtures"])
-def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_locked_output_folder_is_refused(tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out"
 
     def compare() -> None:
@@ -240,11 +286,11 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path, kind: st
         write_results(tmp_path / "a", harness_results())
     else:
         write_scores(tmp_path / "a", SPOKES, 0.1)
-    with lock_folder(output), pytest.raises(UsageError, match="is locked by process"):
+    with lock_folder(output), pytest.raises(UsageError, match="by process"):
         compare()
     assert list(output.iterdir()) == []
-    # What a killed run left aside is removed by the next.
-    (output / "..report.tmp.abcd1234.tmp").mkdir()
+    # The next run removes what a killed one left.
+    (output / ".report.md.abcd1234.tmp").write_text("half")
     compare()
     assert (output / "report.md").is_file()
     assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []

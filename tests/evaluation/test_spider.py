@@ -3,59 +3,56 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from drdpo.evaluation.runs import Run
-from drdpo.evaluation.spider import _limits, draw_pictures, raw_axis
-from drdpo.evaluation.statistics import compare, mean
+from drdpo.evaluation.runs import ANSWERS, ScoredRun
+from drdpo.evaluation.spider import draw_spider, gain_limits, raw_axis
+from drdpo.evaluation.statistics import compare
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 
-def fabricate(names: list[str], objectives: list[str], shift: float = 0.1) -> list[Run]:
+def fabricate(names: list[str], objectives: list[str], shift: float = 0.1) -> list[ScoredRun]:
+    """Two completions for each of 12 prompts; every run is higher than the one before."""
     generator = np.random.default_rng(0)
     prompts = {i: [{"role": "user", "content": str(i)}] for i in range(12)}
     runs = []
     for place, name in enumerate(names):
         scores = {
             objective: 10.0**index * (generator.normal(size=(12, 2)) + shift * place)
-            for index, objective in enumerate(objectives[:3] + objectives[3:])
+            for index, objective in enumerate(objectives)
         }
-        runs.append(
-            Run(
-                name, Path("x"), prompts, 24,
-                {key: values.mean(axis=1) for key, values in scores.items()},
-                {key: values.ravel() for key, values in scores.items()},
-                np.ones(12), np.zeros(12), np.zeros(12),
-            )
-        )  # fmt: skip
+        means = pd.DataFrame({key: values.mean(axis=1) for key, values in scores.items()})
+        completions = pd.DataFrame({key: values.ravel() for key, values in scores.items()})
+        answers = pd.DataFrame(0.0, index=means.index, columns=list(ANSWERS))
+        runs.append(ScoredRun(name, Path("x"), prompts, means, answers, completions))
     return runs
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3, 5, 6, 20])
 @pytest.mark.parametrize("runs", [1, 2, 5])
-def test_every_size_is_drawn(tmp_path: Path, objectives: int, runs: int) -> None:
+def test_every_size_is_drawn(objectives: int, runs: int) -> None:
     names = [*ARMORM_OBJECTIVES, GATED_SCORE][:objectives]
     fabricated = fabricate(["base", "dpo", "kldpo", "wdpo", "drdpo"][:runs], names)
-    draw_pictures(tmp_path, fabricated, compare(fabricated, names, list(range(12)), 100, 0))
+    files = draw_spider(fabricated, compare(fabricated, names, list(range(12)), 100, 0))
     # matplotlib notes every text of an svg in a comment.
-    svg = (tmp_path / "spider.svg").read_text(encoding="utf-8")
+    svg = files["spider.svg"].decode()
     assert svg.count("<!-- base -->") >= 1
     assert ("Gain over base" in svg) == (runs > 1)
     for name in names:
         quality = name.partition("-")[2] or name
         assert quality.replace("_", " ") in svg
-    assert (tmp_path / "spider.png").stat().st_size > 10_000
+    assert len(files["spider.png"]) > 10_000
 
 
-def test_an_objective_without_spread_has_no_gain_axis(tmp_path: Path) -> None:
+def test_an_objective_without_spread_has_no_gain_axis() -> None:
     names = list(ARMORM_OBJECTIVES[:4])
     runs = fabricate(["base", "dpo"], names)
-    runs[0].scores_C[names[0]][:] = 1.0
-    runs[0].scores_P[names[0]][:] = 1.0
+    runs[0].completions[names[0]] = 1.0
+    runs[0].scores[names[0]] = 1.0
     comparison = compare(runs, names, list(range(12)), 100, 0)
     assert set(comparison.gains["dpo"]) == set(names[1:])
-    draw_pictures(tmp_path, runs, comparison)
-    svg = (tmp_path / "spider.svg").read_text(encoding="utf-8")
+    svg = draw_spider(runs, comparison)["spider.svg"].decode()
     assert svg.count("helpfulness") < svg.count("correctness")
 
 
@@ -64,24 +61,24 @@ def test_raw_axis_is_the_quartiles_widened_to_hold_every_mean() -> None:
     for shift in (0.0, 3.0):
         runs = fabricate(["base", "dpo"], names, shift)
         axis = raw_axis(runs, objective)
-        low, high = np.quantile(np.concatenate([run.scores_C[objective] for run in runs]), [0.25, 0.75])
+        low, high = np.quantile(np.concatenate([run.completions[objective] for run in runs]), [0.25, 0.75])
         assert axis.low <= low
         assert axis.high >= high
-        assert all(0 < axis.place(mean(run, objective)) < 1 for run in runs)
+        assert all(0 < axis.place(run.mean(objective)) < 1 for run in runs)
     assert axis.place(axis.low) == 0
     assert axis.place(axis.high) == 1
 
 
 def test_raw_axis_of_equal_scores() -> None:
     runs = fabricate(["only"], [ARMORM_OBJECTIVES[0]])
-    runs[0].scores_C[ARMORM_OBJECTIVES[0]][:] = 5.0
-    runs[0].scores_P[ARMORM_OBJECTIVES[0]][:] = 5.0
+    runs[0].completions[ARMORM_OBJECTIVES[0]] = 5.0
+    runs[0].scores[ARMORM_OBJECTIVES[0]] = 5.0
     assert raw_axis(runs, ARMORM_OBJECTIVES[0]).place(5.0) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(-0.5, -0.1), (-0.2, 0.3), (0.1, 0.4), (0.0, 0.0)])
 def test_negative_gains_lie_inside_the_bases_ring(smallest: float, largest: float) -> None:
-    low, high = _limits(smallest, largest)
+    low, high = gain_limits(smallest, largest)
     assert low < min(smallest, 0.0)
     assert high > max(largest, 0.0)
     assert (0.0 - low) / (high - low) > 0.15

@@ -1,0 +1,408 @@
+"""Step 4a: report.md and its tables for one or more scored runs, with gains over the first."""
+
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+
+from drdpo.cli import as_dict, require
+from drdpo.config.evaluation import EvaluateConfig
+from drdpo.evaluation.runs import (
+    ANSWERS,
+    MAY_DIFFER,
+    Provenance,
+    ScoredRun,
+    choose_objectives,
+    common_prompts,
+    load_run,
+    parse_runs,
+    pool_seeds,
+    read_provenance,
+    resolve_objectives,
+)
+from drdpo.evaluation.spider import draw_spider, draw_sweep
+from drdpo.evaluation.statistics import ALPHAS, MIXTURE, Comparison, Estimate, compare
+from drdpo.evaluation.tables import csv_text, differences, markdown_table, text_table, write_report
+from drdpo.folder import git_commit, versions
+from drdpo.models import fingerprint
+from drdpo.objectives import GATED_SCORE, flag_name
+
+SCORES = ("run", "objective", "prompts", "mean", "sd", "paired_prompts", "gain_sd", "ci_low", "ci_high")
+PAIRS = (
+    "run", "against", "objective", "paired_prompts", "difference_sd", "ci_low", "ci_high", "win_rate", "win_low", "win_high",
+)  # fmt: skip
+_PAIR_COLUMNS = 6
+"""Reports of more pairs of runs leave them to pairs.csv."""
+_OPTIONAL = ("pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
+
+
+def evaluate_armorm(config: EvaluateConfig) -> None:
+    """Write report.md, spider.png and .svg, scores.csv, pairs.csv and answers.csv to the output folder and print the table;
+    with --sweep also alpha.csv, alpha.png and .svg.
+
+    Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over those that every run has.
+
+    Args:
+        config: the flags; the first run is the base.
+
+    Raises:
+        UsageError: a --runs argument that is not NAME=FOLDER, a name given twice, an unknown objective, or another process
+            that is writing to the output folder.
+        DataError: a missing folder or split, unscored or broken rows, no common objective or prompt.
+    """
+    folders = parse_runs(config.runs)
+    runs = [pool_seeds(name, [load_run(name, place, config.split) for place in places]) for name, places in folders.items()]
+    swept = _swept(config, runs)
+    objectives = list(dict.fromkeys([*choose_objectives(runs, config.objectives), *swept]))
+    provenances = {
+        name if len(places) == 1 else f"{name}, seed {number}": read_provenance(place, config.split)
+        for name, places in folders.items()
+        for number, place in enumerate(places, start=1)
+    }
+    comparison = compare(
+        runs,
+        objectives,
+        common_prompts(runs),
+        config.bootstrap,
+        config.seed,
+        _trained_on(config, runs, provenances),
+        swept or None,
+        _mixture(provenances),
+    )
+    files = _tables(runs, comparison) | draw_spider(runs, comparison)
+    if swept:
+        files |= draw_sweep(comparison, config.sweep, config.sweep_trained_at, runs[0].name)
+    files["report.md"] = armorm_report(config, runs, comparison, provenances)
+    inputs = {name: [fingerprint(place / f"{config.split}.jsonl") for place in places] for name, places in folders.items()}
+    facts: dict[str, object] = {
+        "counts": {run.name: {"completions": len(run.completions), "prompts": len(run.prompts)} for run in runs},
+        "paired_prompts": len(comparison.common),
+    }
+    if gains := {run: asdict(found[MIXTURE]) for run, found in comparison.summaries.items() if MIXTURE in found}:
+        facts["trained_mixture"] = {"weights": comparison.mixture, "gains_sd": gains}
+    output = Path(config.output_path)
+    write_report(output, "evaluate_armorm", as_dict(config) | {"inputs": inputs}, files, _OPTIONAL, **facts)
+    print(_terminal_table(runs, comparison))
+    for line in [*_unlike(provenances), *(note for p in provenances.values() for note in p.notes)]:
+        print(f"note: {line}")
+    print(f"report: {output / 'report.md'}")
+
+
+def _swept(config: EvaluateConfig, runs: list[ScoredRun]) -> list[str]:
+    """The two objectives of --sweep by their own names; none without it.
+
+    Raises:
+        UsageError: there is one run only, the two are one objective, or the base's scores of one are all equal.
+        DataError: a run lacks one of them.
+    """
+    if not config.sweep:
+        return []
+    require(len(runs) > 1, "--sweep compares runs with a base; pass two --runs or more")
+    names = choose_objectives(runs, config.sweep)
+    require(len(names) == 2, f"--sweep {' '.join(config.sweep)} names one objective twice")
+    for name in names:
+        require(runs[0].sd(name) > 0, f"--sweep: all scores of {runs[0].name} are equal in {name}: it has no z-score")
+    return names
+
+
+def _trained_on(config: EvaluateConfig, runs: list[ScoredRun], provenances: dict[str, Provenance]) -> list[str]:
+    """The objectives that training saw: --trained_on, else what the manifests record."""
+    if config.trained_on:
+        return resolve_objectives(runs, config.trained_on)
+    return list(dict.fromkeys(name for p in provenances.values() for name in p.mixture))
+
+
+def _mixture(provenances: dict[str, Provenance]) -> dict[str, float]:
+    """The {objective: weight} that the runs were trained on; empty if none is recorded or they differ."""
+    found = [p.mixture for p in provenances.values() if p.mixture]
+    return found[0] if found and all(mixture == found[0] for mixture in found) else {}
+
+
+def _unlike(provenances: dict[str, Provenance]) -> list[str]:
+    """Differences between the runs' sampling and scoring, the policy aside."""
+    return [
+        line
+        for step in ("sampling", "scoring")
+        for line in differences(step, {r: p.made_by(step) for r, p in provenances.items() if step in p.records}, MAY_DIFFER)
+    ]
+
+
+# CSV files and the terminal ------------------------------------------------------------------------------------------------
+
+
+def _tables(runs: list[ScoredRun], comparison: Comparison) -> dict[str, str | bytes]:
+    """{name: content} of the CSV files, at full precision. The first run has no gain; differences are in its sd."""
+    paired = len(comparison.common)
+    scores = []
+    for run in runs:
+        for name in comparison.objectives:
+            gain = comparison.gains.get(run.name, {}).get(name)
+            numbers = [paired, *_numbers(gain)] if gain else [""] * 4
+            scores.append([run.name, name, len(run.prompts), run.mean(name), run.sd(name), *numbers])
+    answers = [
+        [run.name, number, member.folder, len(member.completions), *(float(m) for m in member.answers.mean())]
+        for run in runs
+        for number, member in enumerate(run.members, start=1)
+    ]
+    files: dict[str, str | bytes] = {
+        "scores.csv": csv_text(SCORES, scores),
+        "answers.csv": csv_text(("run", "seed", "folder", "answers", *ANSWERS), answers),
+    }
+    if len(runs) > 1:
+        pairs = [
+            [run, against, name, paired, *(_numbers(d.gain) if d.gain else [""] * 3), *_numbers(d.win_rate)]
+            for (run, against), by_name in comparison.pairs.items()
+            for name, d in by_name.items()
+        ]
+        files["pairs.csv"] = csv_text(PAIRS, pairs)
+    if comparison.sweep:
+        sweep = [
+            [run, alpha, *_numbers(gain)]
+            for run, gains in comparison.sweep.items()
+            for alpha, gain in zip(ALPHAS, gains, strict=True)
+        ]
+        files["alpha.csv"] = csv_text(("run", "alpha", "gain", "ci_low", "ci_high"), sweep)
+    return files
+
+
+def _numbers(estimate: Estimate) -> list[float | None]:
+    return [estimate.value, estimate.low, estimate.high]
+
+
+def _terminal_table(runs: list[ScoredRun], comparison: Comparison) -> str:
+    """Means, and gains in standard deviations of the first run with their intervals."""
+    base, *others = runs
+    header = ["objective", *(run.name for run in runs), *(f"{run.name} - {base.name} [sd]" for run in others)]
+    rows = [
+        [flag_name(name), *(f"{run.mean(name):.4f}" for run in runs), *(_gain(comparison, run, name) for run in others)]
+        for name in comparison.objectives
+    ]
+    if others and MIXTURE in comparison.summaries[others[0].name]:
+        gains = [interval(comparison.summaries[run.name][MIXTURE], "{:+.3f}") for run in others]
+        rows.append([MIXTURE, *[""] * len(runs), *gains])
+    return text_table(header, rows)
+
+
+# report.md -----------------------------------------------------------------------------------------------------------------
+
+
+def armorm_report(
+    config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparison, provenances: dict[str, Provenance]
+) -> str:
+    """The Markdown report, for a folder with spider.png.
+
+    Args:
+        config: the flags.
+        runs: the base first.
+        comparison: of these runs.
+        provenances: {run, or run and seed: what made it}, in the order of the runs.
+    """
+    base, *others = runs
+    title = f"# {', '.join(run.name for run in others)} against {base.name}" if others else f"# {base.name}"
+    parts = [title, _summary(config, runs, comparison)]
+    parts += [f"> **Not a like-for-like comparison:** {line}" for line in _unlike(provenances)]
+    parts += ["![Mean scores and gains](spider.png)", "## Runs", _runs_table(runs, comparison, provenances)]
+    if others:
+        parts += _gain_sections(base, others, comparison) + _win_sections(base, others, comparison)
+        parts += _pair_sections(runs, comparison)
+    if comparison.sweep:
+        parts += _sweep_sections(config, comparison, base.name)
+    parts += [
+        "## Mean scores",
+        "Mean over prompts of each prompt's mean score, on the reward model's own scales.",
+        markdown_table(
+            ["objective", *(run.name for run in runs)],
+            [[f"`{flag_name(name)}`", *(f"{run.mean(name):.4f}" for run in runs)] for name in comparison.objectives],
+        ),
+    ]
+    parts += _seed_sections(runs, comparison.objectives)
+    parts += _answer_sections(runs, comparison)
+    parts += ["## How the runs were made", *_provenance_sections(provenances)]
+    return "\n\n".join(parts) + "\n"
+
+
+def interval(estimate: Estimate | None, form: str) -> str:
+    """`+0.894 [+0.721, +1.060]`; n/a for None."""
+    if estimate is None:
+        return "n/a"
+    value = form.format(estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return f"{value} (one prompt: no interval)"
+    return f"{value} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
+
+
+def _gain(comparison: Comparison, run: ScoredRun, objective: str) -> str:
+    return interval(comparison.gains[run.name].get(objective), "{:+.3f}")
+
+
+def _summary(config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparison) -> str:
+    lines = [f"Split `{config.split}`. Every prompt counts once; its score is the mean over its completions."]
+    if len(runs) > 1:
+        lines.append(
+            f"Runs are joined by prompt_id; gains and win rates use the {len(comparison.common)} prompts that every run "
+            f"has, with {config.bootstrap} bootstrap samples over prompts, seed {config.seed}."
+        )
+        flat = [name for name in comparison.objectives if runs[0].sd(name) == 0]
+        if flat:
+            lines.append(
+                f"All scores of {runs[0].name} are equal in {', '.join(flat)}, so there is no gain in units of its sd."
+            )
+    return " ".join(lines)
+
+
+def _runs_table(runs: list[ScoredRun], comparison: Comparison, provenances: dict[str, Provenance]) -> str:
+    members = [member for run in runs for member in run.members]
+    rows = [
+        [
+            label, f"`{member.folder}`", f"`{provenance.policy}`", provenance.method, str(len(member.completions)),
+            str(len(member.prompts)), str(len(member.prompts) - len(comparison.common)),
+        ]
+        for (label, provenance), member in zip(provenances.items(), members, strict=True)
+    ]  # fmt: skip
+    header = ["run", "folder", "policy", "method", "completions", "prompts", "unpaired prompts"]
+    return markdown_table(header, rows, left=4)
+
+
+def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Comparison) -> list[str]:
+    """Gains over the base and their means over the objectives."""
+    trained_on, mixture = comparison.trained_on, comparison.mixture
+
+    def unseen(name: str) -> str:
+        return " *unseen*" if trained_on and name not in (*trained_on, GATED_SCORE) else ""
+
+    rows = [
+        [f"`{flag_name(name)}`{unseen(name)}", *(_gain(comparison, run, name) for run in others)]
+        for name in comparison.objectives
+    ]
+    summaries = {
+        label: [interval(comparison.summaries[run.name][label], "{:+.3f}") for run in others]
+        for label in comparison.summaries[others[0].name]
+    }
+    text = (
+        f"Mean over the paired prompts of (run - {base.name}), divided by the standard deviation of {base.name}'s "
+        "completion scores; in brackets the 95% percentile interval of the paired bootstrap over prompts"
+        + (", and over seeds" if any(run.seeds for run in [base, *others]) else "")
+        + ". The standard deviation is held fixed, as the unit. The intervals are not corrected for multiple comparisons: "
+        "about one in twenty misses its true value."
+    )
+    if summaries.keys() - {MIXTURE}:
+        text += f" The means and the worst are over single objectives, without the gated score ({GATED_SCORE})."
+    if MIXTURE in summaries:
+        # What training optimised comes first.
+        rows.insert(0, [f"**{MIXTURE}**", *summaries.pop(MIXTURE)])
+        terms = " + ".join(f"{weight:g} `{flag_name(name)}`" for name, weight in mixture.items())
+        text += f" The {MIXTURE} is {terms}, of the gains below it."
+    if trained_on:
+        names = ", ".join(f"`{flag_name(name)}`" for name in trained_on)
+        text += f" Training used {names}; objectives marked *unseen* did not enter its pairs."
+        if GATED_SCORE not in trained_on:
+            text += f" {GATED_SCORE} mixes all of them."
+    rows += [[label, *gains] for label, gains in summaries.items()]
+    header = ["objective", *(run.name for run in others)]
+    return [f"## Gain over {base.name}, in standard deviations", text, markdown_table(header, rows)]
+
+
+def _win_sections(base: ScoredRun, others: list[ScoredRun], comparison: Comparison) -> list[str]:
+    if not comparison.win_rates:
+        return [f"No win rate: the runs have no gated score ({GATED_SCORE})."]
+    return [
+        f"## Win rate against {base.name}",
+        f"Share of the paired prompts on which the run's gated score ({GATED_SCORE}) is higher; ties count half.",
+        markdown_table(
+            ["run", "win rate"], [[run.name, interval(comparison.win_rates[run.name], "{:.1%}")] for run in others]
+        ),
+    ]
+
+
+def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
+    """Every two runs but those with the base, which have sections of their own."""
+    names = [(b.name, a.name) for a, b in combinations(runs[1:], 2)]
+    if not names:
+        return []
+    if len(names) > _PAIR_COLUMNS:
+        return ["## Every two runs", f"The {len(names)} pairs of runs are in pairs.csv."]
+    header = ["objective", *(f"{run} - {against}" for run, against in names)]
+    gains, wins = [], []
+    for name in comparison.objectives:
+        found = [comparison.pairs[pair][name] for pair in names]
+        gains.append([f"`{flag_name(name)}`", *(interval(d.gain, "{:+.3f}") for d in found)])
+        wins.append([f"`{flag_name(name)}`", *(interval(d.win_rate, "{:.1%}") for d in found)])
+    return [
+        "## Every two runs",
+        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0.",
+        markdown_table(header, gains),
+        "Win rates: the share of the paired prompts on which the first run scores higher; ties count half.",
+        markdown_table(header, wins),
+    ]
+
+
+def _sweep_sections(config: EvaluateConfig, comparison: Comparison, base: str) -> list[str]:
+    """The mixtures from alpha 0 to 1."""
+    r1, r2 = (f"`{flag_name(name)}`" for name in config.sweep)
+    text = (
+        f"r*(alpha) = alpha r1 + (1 - alpha) r2 of z-scores (mean and standard deviation of {base}), r1 = {r1}, r2 = {r2}. "
+        f"{base} is at 0 for every alpha. Training used alpha = {config.sweep_trained_at:g}."
+    )
+    rows = [
+        [f"{alpha:.1f}", *(interval(gains[place], "{:+.3f}") for gains in comparison.sweep.values())]
+        for place, alpha in enumerate(ALPHAS)
+    ]
+    table = markdown_table(["alpha", *comparison.sweep], rows)
+    return ["## Other mixtures of the two objectives", text, "![Gain by alpha](alpha.png)", table]
+
+
+def _seed_sections(runs: list[ScoredRun], objectives: list[str]) -> list[str]:
+    """Mean scores of every seed, and their standard deviation; empty if no run has several."""
+    parts = []
+    for run in runs:
+        if run.seeds:
+            means = pd.DataFrame([[seed.mean(name) for seed in run.seeds] for name in objectives], index=objectives)
+            sds = means.std(axis=1, ddof=1)
+            header = [run.name, *(f"seed {number}" for number in range(1, len(run.seeds) + 1)), "sd over seeds"]
+            rows = [
+                [f"`{flag_name(name)}`", *(f"{value:.4f}" for value in means.loc[name]), f"{sds[name]:.4f}"]
+                for name in objectives
+            ]
+            parts.append(markdown_table(header, rows))
+    text = "On the prompts that all seeds of a run have; sd over seeds with n - 1."
+    return ["## Mean scores by seed", text, *parts] if parts else []
+
+
+def _answer_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
+    """Length, cut and repeated answers, and their differences from the base's."""
+    base, *others = runs
+    forms = {"tokens": "{:.1f}", "cut": "{:.1%}", "repeated": "{:.1%}"}
+    means = [[run.name, *(form.format(run.answers[name].mean()) for name, form in forms.items())] for run in runs]
+    parts = [
+        "## Answers",
+        "Repeated: the share of an answer's token 4-grams that occurred earlier in it (seq-rep-4, Welleck et al. 2020).",
+        markdown_table(["run", "answer length, mean tokens", "cut by the length limit", "repeated 4-grams"], means),
+    ]
+    if others:
+        rows = [
+            [
+                run.name,
+                *(interval(comparison.answers[run.name][n], form.replace(":", ":+")) for n, form in forms.items()),
+            ]
+            for run in others
+        ]
+        parts += [
+            f"Differences from {base.name} on the paired prompts:",
+            markdown_table(["run", "tokens", "cut by the length limit", "repeated 4-grams"], rows),
+        ]
+    return parts
+
+
+def _provenance_sections(provenances: dict[str, Provenance]) -> list[str]:
+    parts = []
+    for title in ("training", "sampling", "scoring"):
+        records = {run: p.training if title == "training" else p.records.get(title, {}) for run, p in provenances.items()}
+        fields = list(dict.fromkeys(field for record in records.values() for field in record))
+        if fields:
+            rows = [[f"`{field}`", *(record.get(field, "") for record in records.values())] for field in fields]
+            parts += [f"### {title.capitalize()}", markdown_table(["", *records], rows, left=1 + len(records))]
+    notes = [note for provenance in provenances.values() for note in provenance.notes]
+    if notes:
+        parts += ["### Not recorded", "\n".join(f"- {note}" for note in notes)]
+    return [*parts, f"This report: commit {git_commit()}, numpy {versions()['numpy']}."]
