@@ -4,12 +4,13 @@ import ast
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import readme
 import torch
+import tuning_numbers
+from fit_reward_heads import FitConfig
 
 from drdpo import config
 from drdpo.flags import parse
@@ -20,10 +21,6 @@ from drdpo.trl import own_form
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = ("tuning.md", "troubleshooting.md", "own.md", "theory_check.md")
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import tuning_numbers  # noqa: E402
-from fit_reward_heads import FitConfig  # noqa: E402
 
 
 def page(name: str) -> str:
@@ -111,7 +108,7 @@ def test_the_readme_links_the_guides():
 
 @pytest.mark.parametrize("name", ["margins", "kldpo", "sample sizes"])
 def test_tables_are_computed(name):
-    assert tuning_numbers.tables()[name] in page("tuning.md"), "run: python experiments/tuning_numbers.py"
+    assert tuning_numbers.tables()[name] in page("tuning.md"), "run: PYTHONPATH=src python experiments/tuning_numbers.py"
 
 
 def test_numbers_of_the_text():
