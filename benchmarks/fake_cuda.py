@@ -75,7 +75,6 @@ def _load() -> None:
 
 
 _load()
-sys.path.insert(0, str(SRC))
 
 import torch
 from torch import Tensor, nn

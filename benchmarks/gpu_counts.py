@@ -14,7 +14,7 @@ The times are modelled, not measured: a launch takes the longer of its arithmeti
 step the longer of their sum and the host's time to launch them. Not in it: ZeRO's float32 sums, the optimizer step, the
 exchange between GPUs. The counts are deterministic; a test repeats some of them (tests/test_fake_cuda.py).
 
-    python benchmarks/gpu_counts.py [--output=benchmarks/results/gpu_counts.json]
+    PYTHONPATH=src python benchmarks/gpu_counts.py [--output=benchmarks/results/gpu_counts.json]
 """
 
 import argparse

@@ -13,7 +13,8 @@ turn, several rounds; `x drdpo` is the median over rounds of a way's time over o
 over the inputs. The error is that of the log-probs, and of the head's gradient relative to its norm, against float64 on the
 first tokens. liger and cce are measured where they are installed (pip install liger-kernel cut-cross-entropy).
 
-    python benchmarks/linear_logprob.py [--cases 49152x576x1024 128256x2048x512] [--output=benchmarks/results/linear_logprob]
+    PYTHONPATH=src python benchmarks/linear_logprob.py [--cases 49152x576x1024 128256x2048x512]
+        [--output=benchmarks/results/linear_logprob]
 """
 
 import argparse
@@ -29,7 +30,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
 
 WAYS = ("plain", "compile", "trl", "liger", "cce", "matmuls", "drdpo")
 COLORS = {"plain": "#999999", "compile": "#CC79A7", "trl": "#56B4E9", "liger": "#009E73", "cce": "#E69F00",

@@ -5,8 +5,9 @@ beside those of the other kind of CPU. Status 1 where an interval does not lie a
 libraries to what a CPU with AVX2 alone has, where --dtype=auto is float32; a real one is slower. The seconds are those
 after setup; other work on the cores makes them more, so the load before is recorded.
 
-    python benchmarks/quickstart.py [--seeds 42 43 44] [--cpu=avx2] [--output=benchmarks/results/quickstart.json]
-    python benchmarks/quickstart.py --estimate=true          how long the quickstart should take on this machine
+    PYTHONPATH=src python benchmarks/quickstart.py [--seeds 42 43 44] [--cpu=avx2]
+        [--output=benchmarks/results/quickstart.json]
+    PYTHONPATH=src python benchmarks/quickstart.py --estimate=true    how long the quickstart should take here
 """
 
 import argparse
@@ -41,7 +42,6 @@ def speed(dtype: str) -> float:
 
 def dtype_here() -> str:
     """What --dtype=auto is on this machine."""
-    sys.path.insert(0, str(ROOT / "src"))
     from drdpo.machine import resolve_dtype
 
     return resolve_dtype("auto").dtype
@@ -49,7 +49,6 @@ def dtype_here() -> str:
 
 def gpus() -> bool:
     """Does a GPU do the work here?"""
-    sys.path.insert(0, str(ROOT / "src"))
     from drdpo.distributed import use_cuda
 
     return use_cuda()

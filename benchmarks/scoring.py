@@ -12,7 +12,7 @@ Prompts have HelpSteer2's lengths (NVIDIA, CC-BY-4.0; quantiles of 500 prompts a
 either HelpSteer2's lengths, or those of a small model that may write --short_answers tokens at most. Token ids are random:
 time does not depend on them.
 
-    python benchmarks/scoring.py [--model=models/ArmoRM-SmolLM2] [--output=benchmarks/results/scoring]
+    PYTHONPATH=src python benchmarks/scoring.py [--model=models/ArmoRM-SmolLM2] [--output=benchmarks/results/scoring]
 """
 
 import argparse
@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
 
 PROMPT_QUANTILES = (
     11, 15, 18, 20, 22, 25, 28, 31, 38, 42, 52, 63, 80, 106, 138, 217, 331, 402, 479, 569, 1849,

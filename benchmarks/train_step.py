@@ -10,7 +10,7 @@ and answers have HelpSteer2's lengths (see benchmarks/scoring.py), cut at --max_
 a process of its own, in turn, several rounds; ratios are taken within a round, their median reported. Peak memory is that
 over weights and optimizer states, measured after a first step has made them.
 
-    python benchmarks/train_step.py [--model=models/SmolLM2-135M] [--output=benchmarks/results/train_step]
+    PYTHONPATH=src python benchmarks/train_step.py [--model=models/SmolLM2-135M] [--output=benchmarks/results/train_step]
 """
 
 import argparse
@@ -26,8 +26,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 WAYS = ("trl", "authors", "padded", "packed")
 LABELS = {"trl": "TRL DPOTrainer", "authors": "the authors' form", "padded": "ours, padded", "packed": "ours, packed"}

@@ -3,7 +3,8 @@
 Every method runs in a process of its own (peak memory is a property of the process), in turn, several rounds, so that a
 drift of the machine's speed falls on all alike. Times are ratios to DPO of the same round.
 
-    python benchmarks/training_step.py --model_path=models/SmolLM2-135M [--tokens=256] [--rounds=3] [--output=...json]
+    PYTHONPATH=src python benchmarks/training_step.py --model_path=models/SmolLM2-135M
+        [--tokens=256] [--rounds=3] [--output=...json]
 """
 
 import argparse
@@ -19,7 +20,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
 
 METHODS = {
     "dpo": {},

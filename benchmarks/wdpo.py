@@ -15,7 +15,8 @@ those of the gradient of mean |grad l|^2 for all parameters against exact in flo
 each. In bfloat16 they differ from pair to pair: the median over --pairs pairs, the worst, and the lowest cosine are told. In
 float32 they are those of the first pair.
 
-    python benchmarks/wdpo.py [--model=models/SmolLM2-135M] [--tokens 256 512 1024] [--output=benchmarks/results/wdpo]
+    PYTHONPATH=src python benchmarks/wdpo.py [--model=models/SmolLM2-135M]
+        [--tokens 256 512 1024] [--output=benchmarks/results/wdpo]
 """
 
 import argparse
@@ -31,7 +32,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
 
 WAYS = {
     "dpo": {"wdpo_rho": None},

@@ -17,14 +17,11 @@ Shape suffixes: N answers, D width, K objectives, P pairs, A penalties, S gate s
 import itertools
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
 import pandas as pd

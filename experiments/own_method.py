@@ -9,12 +9,8 @@ Shape suffixes: B pairs of a micro-batch, P pairs of the population.
 """
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from drdpo.cli import flag, require
 from drdpo.config import TrainConfig

@@ -4,7 +4,7 @@ The error is |theta_n - theta_infinity|, each estimator against its own target, 
 population. The paper (2502.01930) proves for WDPO and KLDPO an upper bound of order n^(-1/4) on it. A bound does not say
 whether it is tight; this script measures the exponent.
 
-    python experiments/theory_check.py [--output=docs/theory_check] [--populations=5] [--replicates=400]
+    PYTHONPATH=src python experiments/theory_check.py [--output=docs/theory_check] [--populations=5] [--replicates=400]
 
 writes <output>.json and <output>.png and prints the table of docs/theory_check.md.
 
@@ -13,18 +13,16 @@ Shape suffixes: N sample sizes, P populations, R replicates.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import toy_estimators as toy
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+from drdpo.errors import UsageError, one_line_errors
+from drdpo.folder import atomic_file
 
-from drdpo.errors import UsageError, one_line_errors  # noqa: E402
-from drdpo.folder import atomic_file  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SIZES = tuple(2**k for k in range(9, 18))
 DRAWS = 1000

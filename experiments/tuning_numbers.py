@@ -1,10 +1,9 @@
-"""The tables of docs/tuning.md, computed from the trainer's own losses: python experiments/tuning_numbers.py prints them."""
+"""The tables of docs/tuning.md, computed from the trainer's own losses.
+
+usage: PYTHONPATH=src python experiments/tuning_numbers.py
+"""
 
 import math
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 

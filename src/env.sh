@@ -17,6 +17,8 @@ if [[ -n "${DRDPO_ENV:-}" || -f "$ROOT/.environment" ]]; then
     unset prefix
 fi
 
+# Scripts outside src/ import this clone's drdpo, also where another clone's is installed in the environment.
+export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}"
 export PYTHONUNBUFFERED=1

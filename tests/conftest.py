@@ -1,28 +1,21 @@
 """Fixtures that several rooms share: small models in real Hugging Face folders, with the embedded model's tokenizer."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from forks import Forks
+from harness import ROOT
+from harness.forks import Forks
 
-ROOT = Path(__file__).resolve().parents[1]
+SHOWN_CHARACTERS = 4000
+# What a test starts imports this clone's drdpo, as with src/env.sh.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as src/env.sh; must be there before torch is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests/run.sh starts a worker a core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-DEAREST = (
-    "test_resume.py", "test_readme_run.py", "test_engine.py", "test_two_hosts.py", "test_wide_rows.py",
-    "test_embedded_policy.py", "test_preflight.py", "test_equality.py", "test_preemption.py",
-    "test_train_alignment.py", "test_disks.py",
-    "test_sample_completions.py", "test_lora.py", "test_experiments.py", "test_openllm_run.py",
-    "test_vllm_engine.py", "test_wdpo_solvers.py", "test_retention.py", "test_engine_processes.py",
-    "test_own_method.py", "test_fake_cuda.py",
-)  # fmt: skip
-"""Files that take longest, the dearest first: begun last, one would keep a worker busy while the other has none."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,9 +73,9 @@ def vllm_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def forks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Scripts of the pipeline without the wait for their libraries."""
-    forks = Forks(root, tmp_path_factory.mktemp("forks"))
+    forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
 
@@ -101,16 +94,28 @@ def clone(root: Path, forks: Forks, tmp_path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where workers share the tests, the dearest files come first."""
+    """Where workers share the tests, files with slow ones come first: begun last, one would leave the other worker idle."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        rank = {name: number for number, name in enumerate(DEAREST)}
-        items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked gpu run where torch sees one."""
+    Forks.started.clear()
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("no NVIDIA GPU here")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its scripts in forks have written."""
+    report = yield
+    if report.failed:
+        for fork in Forks.started:
+            text = "".join(fork.said())
+            report.sections.append((f"{Path(fork.command[1]).name}, status {fork.returncode}", text[-SHOWN_CHARACTERS:]))
+    return report

@@ -24,11 +24,11 @@ for folder in benchmarks experiments; do
     [[ ! -d "$folder" ]] || python_folders+=("$folder")
 done
 mapfile -t bash_files < <(find . \( -name .venv -o -path ./models -o -path ./datasets -o -path ./outputs -o -name .git \) -prune \
-    -o -type f \( -name '*.sh' -o -name '*.slurm' -o -path ./.ci/run \) -print | sort)
+    -o -type f \( -name '*.sh' -o -name '*.slurm' -o -path ./.ci/run -o -path './tests/harness/bin/*' \) -print | sort)
 
 part "ruff check" ruff check "${python_folders[@]}"
 part "ruff format" ruff format --check "${python_folders[@]}"
 part shellcheck shellcheck --external-sources "${bash_files[@]}"
 part mypy mypy
-# Two workers, a file at a time, in the order of tests/conftest.py; -n 0 after it is one process.
+# Two workers, a file at a time, as its fixtures cost most of it, in the order of tests/conftest.py; -n 0 after it is one process.
 part pytest python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

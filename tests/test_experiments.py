@@ -7,16 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from harness.stand_ins import add_program
 
 SCRIPTS = ("armorm_multi_objective.sh", "openllm_leaderboard.sh")
 MIXTURES = ("truthfulness_complexity", "helpfulness_coherence", "correctness_helpfulness")
-SBATCH = """#!/bin/bash
-count=$(($(cat "$JOBS.count" 2>/dev/null || echo 100) + 1))
-echo "$count" >"$JOBS.count"
-printf '%s\\0' "$count" "$@" >>"$JOBS"
-printf '\\n' >>"$JOBS"
-echo "$count;cluster"
-"""
 
 
 def start(root: Path, script: str, cwd: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -62,9 +56,7 @@ def test_wrong_flags_end_before_anything_runs(root: Path, tmp_path: Path, script
 def submitted(root: Path, tmp_path: Path, script: str, *words: str) -> dict[str, tuple[str, list[str], list[str]]]:
     """{part: (id, ids of its dependencies, arguments of its command)} of the jobs that a stand-in for sbatch received."""
     binaries = tmp_path / "binaries"
-    binaries.mkdir()
-    (binaries / "sbatch").write_text(SBATCH)
-    (binaries / "sbatch").chmod(0o755)
+    add_program(binaries, "sbatch", "slurm/sbatch")
     jobs = tmp_path / "jobs"
     done = start(
         root, script, tmp_path / "my place", "--slurm", *words, JOBS=str(jobs), PATH=f"{binaries}:{os.environ['PATH']}"
@@ -117,9 +109,7 @@ def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path
     shutil.copy(root / "src" / "env.sh", tree / "src" / "env.sh")
     (tree / "openllm_eval.slurm").write_text("trap 'exit 75' USR1\nkill -USR1 \"$PPID\"\nsleep 20 >/dev/null 2>&1 & wait\n")
     binaries = tmp_path / "binaries"
-    binaries.mkdir()
-    (binaries / "scontrol").write_text('#!/bin/bash\nprintf "scontrol %s %s\\n" "$@"\n')
-    (binaries / "scontrol").chmod(0o755)
+    add_program(binaries, "scontrol", "slurm/scontrol")
     done = start(
         tree, SCRIPTS[1], tmp_path, "--part=evaluate/1B/base", SLURM_JOB_ID="7", PATH=f"{binaries}:{os.environ['PATH']}"
     )

@@ -90,7 +90,7 @@ def test_a_default_step_of_llama_1b(runs: dict[str, dict[str, Any]]) -> None:
                  if (row["model"], row["method"], row["default"]) == ("Llama-3.2-1B", "dpo", True)}  # fmt: skip
     for pairs in (1, 16):
         counted = {key: runs[f"counts {pairs}"].get(key) for key in committed[pairs]}
-        assert counted == committed[pairs], "run: python benchmarks/gpu_counts.py"
+        assert counted == committed[pairs], "run: PYTHONPATH=src python benchmarks/gpu_counts.py"
     assert committed[16]["launches"] <= 4500 and committed[16]["gib_moved"] <= 380
     assert committed[1]["launches"] <= 2500
 

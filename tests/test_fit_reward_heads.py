@@ -3,26 +3,23 @@
 import json
 import math
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fit_reward_heads as fit
 import numpy as np
 import pytest
 import torch
 from scipy.stats import bootstrap, spearmanr
 
+from drdpo.chat import load_tokenizer
+from drdpo.errors import DataError, UsageError
+from drdpo.records import write_rows
+from drdpo.rewards.armorm import load_armorm
+from drdpo.rewards.batching import pad_right
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import fit_reward_heads as fit  # noqa: E402
-
-from drdpo.chat import load_tokenizer  # noqa: E402
-from drdpo.errors import DataError, UsageError  # noqa: E402
-from drdpo.records import write_rows  # noqa: E402
-from drdpo.rewards.armorm import load_armorm  # noqa: E402
-from drdpo.rewards.batching import pad_right  # noqa: E402
 
 TEMPLATE = ROOT / "src/drdpo/assets/armorm_smollm2/chat_template.jinja"
 COHERENCE, COMPLEXITY = 2, 3

@@ -4,12 +4,13 @@ import ast
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import readme
 import torch
+import tuning_numbers
+from fit_reward_heads import FitConfig
 
 from drdpo import config
 from drdpo.cli import parse
@@ -19,10 +20,6 @@ from drdpo.training.losses import drdpo_weights, kl_weights, pair_losses
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import tuning_numbers  # noqa: E402
-from fit_reward_heads import FitConfig  # noqa: E402
 
 
 def page(name: str) -> str:
@@ -106,7 +103,7 @@ def test_commands_of_own_md_parse():
 
 @pytest.mark.parametrize("name", ["margins", "kldpo", "sample sizes"])
 def test_tables_are_computed(name):
-    assert tuning_numbers.tables()[name] in page("tuning.md"), "run: python experiments/tuning_numbers.py"
+    assert tuning_numbers.tables()[name] in page("tuning.md"), "run: PYTHONPATH=src python experiments/tuning_numbers.py"
 
 
 def test_numbers_of_the_text():

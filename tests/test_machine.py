@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Forks
+from harness.forks import Forks
 
 from drdpo import distributed, machine
 from drdpo.config import CompletionsConfig, LeaderboardConfig, TrainConfig

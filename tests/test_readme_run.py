@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import readme
-from forks import Forks
+from harness.forks import Forks
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import Forks
+from harness.forks import Forks
 
 from drdpo.assets.hub import wanted
 

@@ -1,4 +1,4 @@
-"""setup.sh and tests/run.sh on machines that differ in what they have; stand_ins.py says how."""
+"""setup.sh and tests/run.sh on machines that differ in what they have; harness/stand_ins.py says how."""
 
 import os
 import re
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stand_ins import CONDA, PYTHON, Machine
+from harness.stand_ins import Machine, add_program
 
 from drdpo.asset_names import EMBEDDED_DATASETS, EMBEDDED_MODELS, HUB_DATASETS, HUB_MODELS
 
 
 @pytest.fixture
-def machine(root: Path, tmp_path: Path) -> Machine:
-    return Machine(root, tmp_path)
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
 
 
 def test_help_needs_no_environment(machine: Machine) -> None:
@@ -286,7 +286,7 @@ def test_a_torch_that_is_there_is_kept_and_said_so(machine: Machine) -> None:
 
 
 def test_conda_makes_drdpo_env_once(machine: Machine) -> None:
-    machine.add("conda", CONDA)
+    add_program(machine.standins, "conda", "setup/conda")
     done = machine.setup(CONDA_DEFAULT_ENV="base", CONDA_PREFIX=str(machine.standins))
     assert done.returncode == 0, done.stderr
     calls = machine.calls.read_text()
@@ -311,9 +311,9 @@ def test_conda_makes_drdpo_env_once(machine: Machine) -> None:
     ],
 )
 def test_an_active_environment_is_used_and_said_so(machine: Machine, variables: Callable[[str], dict[str, str]]) -> None:
-    machine.add("conda", CONDA)
+    add_program(machine.standins, "conda", "setup/conda")
     prefix = machine.tree.parent / "my env"
-    machine.add("python", PYTHON, prefix / "bin")
+    add_program(prefix / "bin", "python", "setup/python")
     done = machine.setup(**variables(str(prefix)))
     assert done.returncode == 0, done.stderr
     assert machine.noted() == str(prefix)
@@ -327,7 +327,7 @@ def test_an_active_environment_is_used_and_said_so(machine: Machine, variables: 
 
 def test_an_old_active_environment_is_refused(machine: Machine) -> None:
     prefix = machine.tree.parent / "old env"
-    machine.add("python", PYTHON, prefix / "bin")
+    add_program(prefix / "bin", "python", "setup/python")
     done = machine.setup(VIRTUAL_ENV=str(prefix), OLD_PYTHON="1")
     assert done.returncode == 1
     assert "Python 3.11 or newer is needed" in done.stderr
@@ -362,7 +362,7 @@ def test_scripts_start_although_the_path_of_the_environment_holds_spaces(machine
     other = machine.add("other", "#!/bin/bash\necho other\n", folder / "bin")
     (folder / ".drdpo_cpu.txt").unlink()
     machine.setup()
-    done = subprocess.run([launcher], env={"CALLS": str(machine.calls)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([launcher], env=machine.variables, capture_output=True, text=True, timeout=60)
     assert done.stdout == "started\n", done.stderr
     assert other.read_text() == "#!/bin/bash\necho other\n"
 

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import theory_check
 import torch
+import toy_estimators as toy
+
+from drdpo.training import losses
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import theory_check  # noqa: E402
-import toy_estimators as toy  # noqa: E402
-
-from drdpo.training import losses  # noqa: E402
 
 SQUARED = ("WDPO, squared", "WDPO, root")
 

@@ -3,11 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from harness.stand_ins import add_program, make_environment
 
 from drdpo.records import Preference, write_records
 
@@ -25,18 +25,12 @@ WRAPPERS = (
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """An environment whose python is the real one and whose deepspeed writes its words down."""
-    binaries = tmp_path / "an environment" / "bin"
-    binaries.mkdir(parents=True)
-    for name, script in (
-        # CUDA, if this machine has it, would count other GPUs than the stand-in for nvidia-smi.
-        ("python", f'[[ "$*" != *libcuda.so.1* ]] && exec "{sys.executable}" "$@"'),
-        ("deepspeed", 'printf "%s\\n" "$@" >"$LAUNCHED"; exit "${LAUNCH_STATUS:-0}"'),
-    ):
-        (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
-        (binaries / name).chmod(0o755)
+    prefix = make_environment(
+        tmp_path / "an environment", {"python": "machine/python", "deepspeed": "machine/launcher"}
+    )  # fmt: skip
     return {
         **os.environ,
-        "DRDPO_ENV": str(binaries.parent),
+        "DRDPO_ENV": str(prefix),
         "LAUNCHED": str(tmp_path / "launched"),
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -65,9 +59,8 @@ def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) 
 
 def with_gpus(environment: dict[str, str]) -> None:
     """A machine with four GPUs, as nvidia-smi tells."""
-    smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
-    smi.write_text('#!/bin/bash\necho asked >>"$LAUNCHED.asked"\nfor k in 0 1 2 3; do echo "GPU $k: NVIDIA"; done\n')
-    smi.chmod(0o755)
+    add_program(Path(environment["DRDPO_ENV"]) / "bin", "nvidia-smi", "machine/nvidia-smi")
+    environment["SMI_GPUS"] = "\n".join(["NVIDIA"] * 4)
 
 
 def count_gpus(root: Path, environment: dict[str, str], cuda: str) -> subprocess.CompletedProcess[str]:
@@ -81,13 +74,6 @@ def count_gpus(root: Path, environment: dict[str, str], cuda: str) -> subprocess
 def launched(environment: dict[str, str]) -> list[str]:
     path = Path(environment["LAUNCHED"])
     return path.read_text().splitlines() if path.is_file() else []
-
-
-def pass_the_check(environment: dict[str, str]) -> None:
-    """The check of the flags would refuse GPUs that nvidia-smi lists and this torch does not see."""
-    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
-    first, rest = python.read_text().split("\n", 1)
-    python.write_text(f'{first}\n[[ "$*" != *--check_only=true ]] || exit 0\n{rest}')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
@@ -140,7 +126,7 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 )
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
-    pass_the_check(environment)
+    environment["SKIP_CHECK"] = "1"
     del environment["CUDA_VISIBLE_DEVICES"]
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible

@@ -132,7 +132,7 @@ def test_unknown_names_are_refused(value: str) -> None:
 def test_the_entrypoint_is_light(root: Path) -> None:
     """A second setup does not import torch."""
     code = (
-        "import sys; sys.path.insert(0, 'src'); sys.argv = ['x', '--models=none', '--datasets=none'];"
+        "import sys; sys.argv = ['x', '--models=none', '--datasets=none'];"
         "import download_assets; download_assets.main();"
         "from drdpo.assets.embedded import policy_is_made; from pathlib import Path;"
         "assert policy_is_made(Path('models/SmolLM2-135M'));"

@@ -6,35 +6,23 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-FAKE = """#!/usr/bin/env bash
-[[ "$*" != *libcuda.so.1* ]] || exit 1
-printf '%s' "$(basename "$0")"
-printf ' [%s]' "$@"
-printf ' WORLD_SIZE=%s\\n' "${WORLD_SIZE:-}"
-exit "${FAKE_STATUS:-0}"
-"""
+from harness.stand_ins import make_environment
 
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> Path:
     """An environment whose python and deepspeed print their words."""
-    folder = tmp_path / "fake env" / "bin"
-    folder.mkdir(parents=True)
-    for name in ("python", "deepspeed"):
-        (folder / name).write_text(FAKE)
-        (folder / name).chmod(0o755)
-    return folder.parent
+    printers = {"python": "machine/printer", "deepspeed": "machine/printer"}
+    return make_environment(tmp_path / "fake env", {**printers, "nvidia-smi": "machine/nvidia-smi"})
 
 
 def start(
     script: Path, fakes: Path, cwd: Path, *words: str, gpus: int = 0, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    listing = "".join(f"echo 'GPU {index}: fake'\n" for index in range(gpus))
-    (fakes / "bin" / "nvidia-smi").write_text(f"#!/usr/bin/env bash\n{listing}")
-    (fakes / "bin" / "nvidia-smi").chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "DRDPO_"))}
-    environment = kept | {"DRDPO_ENV": str(fakes), "MASTER_PORT": "12345"} | variables
+    environment = (
+        kept | {"DRDPO_ENV": str(fakes), "MASTER_PORT": "12345", "SMI_GPUS": "\n".join(["fake"] * gpus)} | variables
+    )
     return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=cwd, env=environment)
 
 

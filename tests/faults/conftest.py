@@ -1,15 +1,15 @@
-"""One pipeline on tiny random models, its undisturbed results, and a server that runs its steps."""
+"""One pipeline on tiny random models and its undisturbed results."""
 
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from pipeline_steps import STEPS, Server, Step, contents
-from rewards.conftest import EMBEDDED_PATTERN, PUBLISHED_CONFIG, SMALL, write_reward_model
+from harness.forks import Forks
+from harness.reward_models import write_embedded_like
+from harness.steps import STEPS, Step, contents
 
 WORDS = ("rain", "a cat", "the sky", "two and two", "old towns", "a mat", "stone", "rivers", "hills", "why it is late")
 
@@ -29,26 +29,9 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(root: Path, room: Path) -> Iterator[Server]:
-    server = Server(root, room)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def fault_reward_model(smollm: Path, root: Path, room: Path) -> Path:
+def fault_reward_model(smollm: Path, room: Path) -> Path:
     """A random reward model with the embedded model's tokenizer."""
-    folder = room / "reward model"
-    config = PUBLISHED_CONFIG | SMALL | {
-        "vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "num_hidden_layers": 2,
-        "objectives": ["kind", "right"], "num_objectives": 2, "gating_token_pattern": EMBEDDED_PATTERN,
-        "gating_hidden_dim": 8, "gating_n_hidden": 1,
-    }  # fmt: skip
-    write_reward_model(folder, config, shards=1)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(smollm / name, folder / name)
-    shutil.copyfile(root / "src/drdpo/assets/armorm_smollm2/chat_template.jinja", folder / "chat_template.jinja")
-    return folder
+    return write_embedded_like(room / "reward model", smollm, ["kind", "right"], shards=1)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +88,7 @@ def steps(root: Path, room: Path, tiny_policy: Path, fault_reward_model: Path, f
 
 
 @pytest.fixture(scope="session")
-def undisturbed(server: Server, steps: dict[str, Step], room: Path) -> Any:
+def undisturbed(forks: Forks, steps: dict[str, Step], room: Path) -> Any:
     """A step's undisturbed run, made with those before it when it is first asked for."""
     made: dict[str, Undisturbed] = {}
     needs = {"score": "sample", "pair": "score", "train": "pair", "evaluate": "score"}
@@ -117,11 +100,11 @@ def undisturbed(server: Server, steps: dict[str, Step], room: Path) -> Any:
             step = steps[name]
             step.prepare()
             started = time.monotonic()
-            status, said = server.run(step)
+            status, said = step.run(forks)
             assert status == 0, said
             seconds, folder = time.monotonic() - started, room / "undisturbed" / name
             shutil.copytree(step.out, folder)
-            made[name] = Undisturbed(folder, contents(folder), seconds, server.changes())
+            made[name] = Undisturbed(folder, contents(folder), seconds, step.changes())
         return made[name]
 
     return run

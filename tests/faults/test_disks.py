@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pipeline_steps import STEPS, Step, check_nothing_partial, contents, errors_of
+from harness.steps import STEPS, Step, check_nothing_partial, contents, errors_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def check_refusal(status: int | str, said: str) -> str:
 # Bytes beyond what the step is given, as a share of what it writes.
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_full_disk(name, share, disk, server, steps, undisturbed):
+def test_a_full_disk(name, share, disk, forks, steps, undisturbed):
     step, whole = steps[name], undisturbed(name)
     step.prepare(keep=True)
     files = [path for path in whole.folder.rglob("*") if path.is_file()]
@@ -49,27 +49,27 @@ def test_a_full_disk(name, share, disk, server, steps, undisturbed):
     room = blocks(given) + int(share * (blocks(files) - blocks(given)))
     # tmpfs counts no pages for empty folders; a page stays for the place of the first name.
     mount("-o", f"remount,size={max(room, 1) * 4096}", str(disk))
-    status, said = server.run(step)
+    status, said = step.run(forks)
     error = check_refusal(status, said)
     assert "full" in error or "No space left" in error or "not written, as it takes" in error, error
     assert {path: path.read_bytes() for path in given} == before
     check_nothing_partial(disk, whole.contents)
     mount("-o", "remount,size=400m", str(disk))
-    status, said = server.run(step)
+    status, said = step.run(forks)
     assert status == 0, said
     assert contents(disk) == whole.contents
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_read_only_folder(name, disk, server, steps, undisturbed):
+def test_a_read_only_folder(name, disk, forks, steps, undisturbed):
     step, whole = steps[name], undisturbed(name)
     step.prepare(keep=True)
     before = contents(disk)
     mount("-o", "remount,ro", str(disk))
-    error = check_refusal(*server.run(step))
+    error = check_refusal(*step.run(forks))
     assert "no permission to write" in error and str(disk) in error and "Read-only file system" in error
     assert contents(disk) == before
     mount("-o", "remount,rw", str(disk))
-    status, said = server.run(step)
+    status, said = step.run(forks)
     assert status == 0, said
     assert contents(disk) == whole.contents

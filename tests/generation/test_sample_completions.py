@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import Forks
+from harness.forks import Forks
 
 from drdpo import chat
 from drdpo.config import CompletionsConfig

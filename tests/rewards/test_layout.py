@@ -122,14 +122,14 @@ def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
         load_armorm(tmp_path / "nowhere", "cpu")
 
 
-def test_the_quick_check_needs_no_torch_and_finds_missing_parts(root: Path, published: Path, embedded_like: Path) -> None:
+def test_the_quick_check_needs_no_torch_and_finds_missing_parts(published: Path, embedded_like: Path) -> None:
     check_folder(embedded_like)
     with pytest.raises(DataError, match="no tokenizer"):
         check_folder(published)
     code = (
-        "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
-        "from drdpo.rewards.layout import check_folder; print(check_folder(Path(sys.argv[2])).objectives)"
+        "import sys; sys.modules['torch'] = None; from pathlib import Path; "
+        "from drdpo.rewards.layout import check_folder; print(check_folder(Path(sys.argv[1])).objectives)"
     )
-    command = [sys.executable, "-c", code, str(root / "src"), str(embedded_like)]
+    command = [sys.executable, "-c", code, str(embedded_like)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "('kind', 'right', 'short')"

@@ -74,7 +74,7 @@ def run_without_torch(root: Path, *flags: str) -> Done:
     """The entrypoint in a process of its own, where importing torch is an error."""
     code = (
         "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", code, str(root / "src" / "generate_preferences.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,9 +1,7 @@
 """Scoring that is killed: the same command again scores what is missing and ends with the identical file."""
 
 import json
-import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import Fork, Forks
+from harness.forks import Fork, Forks
 
 from drdpo.config import CompletionsConfig
 from drdpo.errors import UsageError
@@ -120,23 +118,10 @@ def test_another_plan_of_batches_starts_anew(
     assert (tmp_path / "broken" / "test.jsonl").read_bytes() == (tmp_path / "whole" / "test.jsonl").read_bytes()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def run(forks: Forks, root: Path, folder: Path, reward_model: Path, ranks: int) -> list[Fork]:
     flags = [f"--save_path={folder}", "--model_path=x", f"--reward_model={reward_model}", "--dtype=float32"]
     flags += ["--score_max_len=90", "--score_batch_tokens=90"]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    return [
-        forks.start(
-            [sys.executable, root / "src" / "score_completions.py", *flags],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
-    ]
+    return forks.start_ranks([sys.executable, root / "src" / "score_completions.py", *flags], ranks)
 
 
 @pytest.mark.slow

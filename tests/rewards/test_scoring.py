@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Forks
+from harness.forks import Forks
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
@@ -256,8 +256,7 @@ def test_check_only_needs_no_samples_but_checks_those_there(
 def test_check_only_loads_no_model_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
     code = (
         "import runpy, sys; sys.modules |= dict.fromkeys(('transformers.modeling_utils', 'drdpo.rewards.armorm')); "
-        "sys.argv = sys.argv[1:]; "
-        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     flags = [f"--save_path={save_path}", "--model_path=x", f"--reward_model={embedded_like}", "--check_only=true"]
     command = [sys.executable, "-c", code, str(root / "src" / "score_completions.py"), *flags]

@@ -1,14 +1,11 @@
-"""A stand-in machine for ranks, which several files of tests share."""
-
-from collections.abc import Iterator
-from pathlib import Path
+"""The pairs of most tests of the objective."""
 
 import pytest
-from machines import Machine
+from harness.policies import four_pairs
+
+from drdpo.training.data import Pair
 
 
 @pytest.fixture(scope="session")
-def machine(root: Path) -> Iterator[Machine]:
-    machine = Machine(root)
-    yield machine
-    machine.close()
+def pairs() -> list[Pair]:
+    return four_pairs()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forks import Forks
+from harness.forks import Forks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness.policies import config_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -67,10 +68,6 @@ SAVED = {
     for head in ("tied", "untied")
     for dtype in ("bfloat16",)
 }
-
-
-def config_of(**flags) -> TrainConfig:
-    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **{"beta": 0.5, "dtype": "float32", **flags})
 
 
 def pair_ids(numbers: random.Random) -> list[list[int]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks
+from harness.forks import Forks
+from harness.policies import answer_logprobs, random_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -55,12 +56,7 @@ CASES |= {f"dpo_bfloat16-zero{stage}": {**BFLOAT16, "zero_stage": stage} for sta
 
 @pytest.fixture(scope="module")
 def pairs() -> list[list[list[int]]]:
-    numbers = random.Random(1)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [numbers.randrange(3, 400) for _ in range(numbers.randint(low, high))]
-
-    return [[ids(2, 6), ids(1, 7), ids(1, 7)] for _ in range(3 * BATCH)]
+    return random_pairs(seed=1, count=3 * BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +69,6 @@ def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, forks: Forks) 
     for done in forks.ranks(command, 2, timeout=600):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
-
-
-def answer_logprobs(model, embeds, ids, prompt: int):
-    """Plain form: whole sequence, full logits; the sum over the answer's tokens."""
-    logits = model(inputs_embeds=embeds[None]).logits[0, :-1].log_softmax(dim=-1)
-    return logits.gather(1, ids[1:, None]).squeeze(1)[prompt - 1 :].sum()
 
 
 def plain_step(model, batch, reference, flags, step):

@@ -2,16 +2,15 @@
 
 import json
 import math
-import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forks import Forks
+from harness.forks import Forks
+from harness.policies import answer_logprobs, random_pairs
 from safetensors.torch import load_file
-from test_equality import BATCH, BETA, CLIP, answer_logprobs
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from drdpo import chat
@@ -24,6 +23,7 @@ from drdpo.training.nf4 import NF4Linear
 from drdpo.training.packing import pack
 from drdpo.training.policy import Policy, load_policy
 
+BATCH, BETA, CLIP = 4, 0.5, 1.0
 LEARNING_RATE, RANK, ALPHA = 5e-4, 4, 12
 COMMON = {
     "beta": BETA, "learning_rate": LEARNING_RATE, "max_grad_norm": CLIP, "train_batch_size": BATCH, "warmup_ratio": 0.0,
@@ -61,12 +61,7 @@ def policy_with_lora(path: Path, config: TrainConfig, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def pairs() -> list[list[list[int]]]:
-    numbers = random.Random(3)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [numbers.randrange(3, 400) for _ in range(numbers.randint(low, high))]
-
-    return [[ids(2, 6), ids(1, 7), ids(1, 7)] for _ in range(3 * BATCH)]
+    return random_pairs(seed=3, count=3 * BATCH)
 
 
 @pytest.fixture(scope="module")

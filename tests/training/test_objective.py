@@ -1,11 +1,12 @@
 """The objective on a real (tiny) Llama: penalty gradient against finite differences, laws, independence of the split."""
 
-import random
+from functools import partial
 
 import pytest
 import torch
+from harness import policies
+from harness.policies import REFERENCE_M2
 
-from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training.batches import collate
 from drdpo.training.data import Pair
@@ -14,25 +15,7 @@ from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, load_policy
 from drdpo.training.values import pair_values
 
-
-def config_of(**flags) -> TrainConfig:
-    defaults = {"beta": 0.5, "dtype": "float32", "packing": False}  # other forms: test_packing.py, test_wdpo_solvers.py
-    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **defaults | flags)
-
-
-@pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    numbers = random.Random(2)
-
-    def ids(length: int) -> list[int]:
-        return [numbers.randrange(3, 500) for _ in range(length)]
-
-    return [
-        Pair(ids(4), ids(3), ids(6)),
-        Pair(ids(2), ids(5), ids(1)),
-        Pair(ids(5), ids(2), ids(2)),
-        Pair(ids(3), ids(7), ids(4)),
-    ]
+config_of = partial(policies.config_of, packing=False)  # other forms: test_packing.py, test_wdpo_solvers.py
 
 
 def policy_of(path, attention: str = "eager", checkpointing: bool = False) -> Policy:
@@ -42,9 +25,6 @@ def policy_of(path, attention: str = "eager", checkpointing: bool = False) -> Po
 @pytest.fixture(scope="module")
 def policy(tiny_policy) -> Policy:
     return policy_of(tiny_policy)
-
-
-REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
 
 
 def gradients(policy: Policy, total: torch.Tensor) -> list[torch.Tensor]:

@@ -4,12 +4,12 @@ import json
 import os
 import random
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from own_method import CvarConfig
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
@@ -22,9 +22,6 @@ from drdpo.training.policy import load_policy
 from drdpo.training.values import pair_values
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-from own_method import CvarConfig  # noqa: E402
 
 PATHS = {"model_path": "-", "dataset_path": "-", "save_path": "-"}
 

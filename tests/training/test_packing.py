@@ -1,10 +1,10 @@
 """Packed micro-batches equal the padded two-row form: losses and parameter gradients, for every method."""
 
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from harness.policies import REFERENCE_M2, config_of
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from drdpo.config import TrainConfig
@@ -28,26 +28,6 @@ METHODS = {
     "wdpo once": {"wdpo_rho": 0.1, "wdpo_prompt": "once"},
     "wdpo once root": {"wdpo_rho": 0.1, "wdpo_prompt": "once", "wdpo_penalty": "root"},
 }
-REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]])
-
-
-def config_of(**flags) -> TrainConfig:
-    return TrainConfig(model_path="-", dataset_path="-", save_path="-", **{"beta": 0.5, "dtype": "float32", **flags})
-
-
-@pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    numbers = random.Random(2)
-
-    def ids(length: int) -> list[int]:
-        return [numbers.randrange(3, 500) for _ in range(length)]
-
-    return [
-        Pair(ids(4), ids(3), ids(6)),
-        Pair(ids(1), ids(5), ids(1)),
-        Pair(ids(15), ids(2), ids(2)),
-        Pair(ids(3), ids(7), ids(4)),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +48,7 @@ def padded(tiny_policy) -> Policy:
 
 def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig):
     """Losses [4] and the gradient of all parameters of one optimizer step in some micro-batches."""
-    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows]) for rows in split]
+    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows].float()) for rows in split]
     population = survey(policy, parts, config) if config.method != "dpo" else None
     found = [objective(policy, batch, reference, config, population) for batch, reference in parts]
     total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / 4

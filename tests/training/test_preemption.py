@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from machines import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
+from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
+from harness.stand_ins import make_environment
 
 from drdpo.training.newest import states
 from drdpo.training.preemption import STATUS, stop_on_signal
@@ -36,11 +37,11 @@ print("noted")
 
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_is_noted_also_one_that_was_blocked(sent, root):
+def test_a_signal_is_noted_also_one_that_was_blocked(sent):
     """In a process that starts with the signals blocked, as the launcher's ranks do."""
     block = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{sent}}}); os.execv(sys.executable, "
     command = [sys.executable, "-c", block + "[sys.executable, '-c', *sys.argv[1:]])", NOTES, sent]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root / "src")})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "noted\n", done.stderr
 
 
@@ -55,41 +56,10 @@ def test_the_wrappers_file_counts_as_a_signal(tmp_path, monkeypatch):
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Stand-ins: a launcher that ends with 75 once it is told to stop, and SLURM's srun and scontrol."""
-    binaries = tmp_path / "an environment" / "bin"
-    binaries.mkdir(parents=True)
-    launcher = r"""
-printf '%s\n' "$@" >>"$LAUNCHED"
-grep SigBlk /proc/self/status >"$LAUNCHED.blocked"
-[[ -z "${LAUNCH_STATUS:-}" ]] || exit "$LAUNCH_STATUS"
-touch "$LAUNCHED.started"
-for ((k = 0; k < 600; k++)); do
-    if [[ -f "$DRDPO_STOP_FILE" ]]; then cp "$DRDPO_STOP_FILE" "$LAUNCHED.told"; sleep 0.3; exit 75; fi
-    sleep 0.1
-done
-exit 9"""
-    srun = r"""
-printf '%s\n' "$@" "cpus=${SRUN_CPUS_PER_TASK:-}" >"$LAUNCHED.srun"
-while [[ "$1" == --* ]]; do shift; done
-# Tasks of both nodes; a signal goes on to each.
-trap 'kill -s USR1 "${tasks[@]}"' USR1
-for node in 0 1; do SLURM_NODEID="$node" "$@" & tasks[node]=$!; done
-status=0
-for task in "${tasks[@]}"; do
-    while :; do wait "$task" && found=0 || found=$?; ((found == 128 + $(kill -l USR1))) || break; done
-    ((found > status)) && status=$found
-done
-exit "$status" """
-    scripts = {
-        "python": f'exec "{sys.executable}" "$@"',
-        "deepspeed": launcher,
-        "srun": srun,
-        "scontrol": 'if [[ "$1" == show ]]; then printf "first\\nsecond\\n"; else echo "$@" >>"$LAUNCHED.requeue"; fi',
-    }
-    for name, script in scripts.items():
-        (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
-        (binaries / name).chmod(0o755)
+    slurm = {"deepspeed": "slurm/launcher", "srun": "slurm/srun", "scontrol": "slurm/scontrol"}
+    prefix = make_environment(tmp_path / "an environment", {"python": "machine/python", **slurm})
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "DRDPO"))}
-    return {**kept, "DRDPO_ENV": str(binaries.parent), "LAUNCHED": str(tmp_path / "launched"), "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, "DRDPO_ENV": str(prefix), "LAUNCHED": str(tmp_path / "launched"), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -197,41 +167,41 @@ def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_twice_equals_undisturbed(machine, tiny_policy, tmp_path):
+def test_stopped_twice_equals_undisturbed(forks, tiny_policy, tmp_path):
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
-    assert run_ranks(machine, flags_of(tiny_policy, data, tmp_path / "whole"), log) == [0, 0], said(log)
+    assert run_ranks(forks, flags_of(tiny_policy, data, tmp_path / "whole"), log) == [0, 0], said(log)
     save = tmp_path / "stopped"
     # No state but those of the signals.
     flags = flags_of(tiny_policy, data, save, save_steps=0)
     for rank, sent, step in ((1, "SIGUSR1", 2), (0, "SIGTERM", 3)):
         faults = [fault(STEP, 2 if step == 2 else 1, rank=rank, signal=sent)]
-        assert run_ranks(machine, flags, log, faults) == [STATUS, STATUS], said(log)
+        assert run_ranks(forks, flags, log, faults) == [STATUS, STATUS], said(log)
         assert f"stopped by {sent} after step {step} of 4, state saved" in said(log)
         assert states(save / "resume")[0][0].step == step
         assert len(metrics_of(save)) == step
-    assert run_ranks(machine, flags, log) == [0, 0], said(log)
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
     check_equal(save, tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_written(machine, tiny_policy, tmp_path):
+def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_written(forks, tiny_policy, tmp_path):
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
     save = tmp_path / "stopped"
     flags = flags_of(tiny_policy, data, save)
     # After those of the training pairs, before those of the test pairs.
-    assert run_ranks(machine, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STATUS, STATUS], said(
+    assert run_ranks(forks, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STATUS, STATUS], said(
         log
     )
     assert "stopped by SIGUSR1 before the first step; the same command starts with it" in said(log)
     kept = {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")}
     assert sorted(kept) == ["reference_test.safetensors", "reference_train.safetensors"]
-    assert run_ranks(machine, flags, log) == [0, 0], said(log)
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
     assert {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")} == kept
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(machine, tiny_policy, tmp_path):
+def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(forks, tiny_policy, tmp_path):
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
     flags = flags_of(tiny_policy, data, tmp_path / "out", save_resume=False)
-    assert run_ranks(machine, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STATUS, STATUS]
+    assert run_ranks(forks, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STATUS, STATUS]
     assert "error: stopped by SIGTERM after step 1 of 4; --save_resume=false" in said(log)

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from machines import check_equal, fault, flags_of, run_ranks, said, write_pairs
+from harness.runs import check_equal, fault, flags_of, run_ranks, said, write_pairs
 
 from drdpo.training.newest import states
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(machine, tiny_policy, data, tmp_path_factory):
+def undisturbed(forks, tiny_policy, data, tmp_path_factory):
     """The folder of a case's undisturbed run."""
     made = {}
 
@@ -37,7 +37,7 @@ def undisturbed(machine, tiny_policy, data, tmp_path_factory):
         if case not in made:
             save = tmp_path_factory.mktemp("undisturbed") / "a run"
             log = save.parent / "log"
-            assert run_ranks(machine, flags_of(tiny_policy, data, save, **CASES[case][0]), log) == [0, 0], said(log)
+            assert run_ranks(forks, flags_of(tiny_policy, data, save, **CASES[case][0]), log) == [0, 0], said(log)
             made[case] = save
         return made[case]
 
@@ -45,16 +45,16 @@ def undisturbed(machine, tiny_policy, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_after_sigkill_equals_undisturbed(case, machine, undisturbed, tiny_policy, data, tmp_path):
+def test_resumed_after_sigkill_equals_undisturbed(case, forks, undisturbed, tiny_policy, data, tmp_path):
     flags, faults = CASES[case]
     flags, log = flags_of(tiny_policy, data, tmp_path / "a run", **flags), tmp_path / "log"
     for planted in faults:
-        statuses = run_ranks(machine, flags, log, [planted])
+        statuses = run_ranks(forks, flags, log, [planted])
         survivor = 1 - planted["rank"]
         assert statuses[planted["rank"]] == -9, said(log, survivor)
         assert statuses[survivor] == 1, said(log, survivor)
         assert f"error: rank {survivor} lost another rank" in said(log, survivor)
-    assert run_ranks(machine, flags, log) == [0, 0], said(log)
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
     assert "continuing after step" in said(log)
     check_equal(tmp_path / "a run", undisturbed(case))
     left = [path.name for path in (tmp_path / "a run" / "resume").iterdir() if path.is_dir()]
@@ -62,10 +62,10 @@ def test_resumed_after_sigkill_equals_undisturbed(case, machine, undisturbed, ti
 
 
 @pytest.fixture(scope="module")
-def killed(machine, tiny_policy, data, tmp_path_factory) -> Path:
+def killed(forks, tiny_policy, data, tmp_path_factory) -> Path:
     """A run that was killed after its third step, with the states of the second and the first."""
     save = tmp_path_factory.mktemp("killed") / "a run"
-    assert -9 in run_ranks(machine, flags_of(tiny_policy, data, save), save.parent / "log", [fault(STEP, 3)])
+    assert -9 in run_ranks(forks, flags_of(tiny_policy, data, save), save.parent / "log", [fault(STEP, 3)])
     assert [state.step for state in states(save / "resume")[0]] == [2, 1]
     return save
 
@@ -77,7 +77,7 @@ def save(killed, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["changed", "both cut"])
-def test_a_damaged_state_is_skipped_for_the_one_before(how, save, machine, undisturbed, tiny_policy, data, tmp_path):
+def test_a_damaged_state_is_skipped_for_the_one_before(how, save, forks, undisturbed, tiny_policy, data, tmp_path):
     log = tmp_path / "log"
     newest, before = (state.folder for state in states(save / "resume")[0])
     victim = max(newest.glob("*optim_states.pt"))
@@ -88,31 +88,31 @@ def test_a_damaged_state_is_skipped_for_the_one_before(how, save, machine, undis
     else:
         victim.write_bytes(content[:-100])
         (before / victim.name).write_bytes(b"")
-    assert run_ranks(machine, flags_of(tiny_policy, data, save), log) == [0, 0], said(log)
+    assert run_ranks(forks, flags_of(tiny_policy, data, save), log) == [0, 0], said(log)
     lines = [line for line in said(log).splitlines() if "not whole" in line]
     assert len(lines) == 1 and f"step_2/{victim.name}" in lines[0]
     assert lines[0].endswith("from the beginning" if how == "both cut" else "from the state after step 1")
     check_equal(save, undisturbed("dpo zero2"))
 
 
-def test_reference_log_probs_are_never_those_of_trained_weights(save, machine, undisturbed, tiny_policy, data, tmp_path):
+def test_reference_log_probs_are_never_those_of_trained_weights(save, forks, undisturbed, tiny_policy, data, tmp_path):
     flags, log = flags_of(tiny_policy, data, save), tmp_path / "log"
     before = {path.name: path.read_bytes() for path in save.glob("reference_*")}
     assert len(before) == 2
     for name in before:
         (save / name).unlink()
-    assert run_ranks(machine, flags, log) == [0, 0], said(log)
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
     assert {path.name: path.read_bytes() for path in save.glob("reference_*")} == before
     check_equal(save, undisturbed("dpo zero2"))
 
 
-def test_lost_metrics_and_another_number_of_ranks_are_refused(save, machine, tiny_policy, data, tmp_path):
+def test_lost_metrics_and_another_number_of_ranks_are_refused(save, forks, tiny_policy, data, tmp_path):
     flags, log = flags_of(tiny_policy, data, save), tmp_path / "log"
-    assert run_ranks(machine, flags, log, world=1) == [2]
+    assert run_ranks(forks, flags, log, world=1) == [2]
     assert "written by 2 processes and cannot be resumed by 1" in said(log)
     lines = (save / "metrics.jsonl").read_text().splitlines(keepends=True)
     (save / "metrics.jsonl").write_text(lines[0])
-    statuses = run_ranks(machine, flags, log)
+    statuses = run_ranks(forks, flags, log)
     assert statuses[0] == 1 and statuses[1] != 0
     assert "holds 1 whole lines" in said(log) and "2 steps behind it" in said(log)
     assert "Traceback" not in said(log)

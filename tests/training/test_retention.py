@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from machines import check_equal, flags_of, run_ranks, said, write_pairs
+from harness.runs import check_equal, flags_of, run_ranks, said, write_pairs
 
 from drdpo.config import TrainConfig
 from drdpo.training.newest import states
@@ -69,13 +69,13 @@ def small_disk(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", ["before writing", "while writing"])
-def test_a_full_disk_keeps_the_last_state_and_room_lets_the_run_go_on(told, machine, small_disk, tiny_policy, tmp_path):
+def test_a_full_disk_keeps_the_last_state_and_room_lets_the_run_go_on(told, forks, small_disk, tiny_policy, tmp_path):
     """A checkpoint takes 6 MB of it, a state 25 MB."""
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
     save = small_disk / "a run"
     flags = flags_of(tiny_policy, data, save, keep_checkpoints=1, eval_steps=0)
-    blind = {"at": "shutil:disk_usage", "rank": 0, "when": "replace"} if told == "while writing" else None
-    statuses = run_ranks(machine, flags, log, [blind] if blind else [], world=1)
+    blind = {"at": "shutil:disk_usage", "returns": {"total": 1e15, "free": 1e15}} if told == "while writing" else None
+    statuses = run_ranks(forks, flags, log, [blind] if blind else [], world=1)
     assert statuses == [1], said(log)
     assert "Traceback" not in said(log)
     error = said(log).splitlines()[-1]
@@ -87,9 +87,9 @@ def test_a_full_disk_keeps_the_last_state_and_room_lets_the_run_go_on(told, mach
     assert not list((save / "resume").glob(".step_*"))
     os.sync()
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    assert run_ranks(machine, flags, log, world=1) == [0], said(log)
+    assert run_ranks(forks, flags, log, world=1) == [0], said(log)
     assert f"continuing after step {kept[0].step} of 4" in said(log)
     assert sorted(path.name for path in save.glob("global_step_*")) == ["global_step_4"]
     whole = flags_of(tiny_policy, data, tmp_path / "whole", eval_steps=0)
-    assert run_ranks(machine, whole, log, world=1) == [0], said(log)
+    assert run_ranks(forks, whole, log, world=1) == [0], said(log)
     check_equal(save, tmp_path / "whole")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from forks import Forks
+from harness.forks import Forks
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
@@ -178,7 +178,6 @@ def test_checks_pass_without_the_libraries_of_training(root, tiny_policy, data, 
     """The check runs before the launcher, so it must be quick."""
     program = (
         "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'accelerate', 'peft', 'datasets', 'transformers.models')); "
-        f"sys.path.insert(0, {str(root / 'src')!r}); sys.argv[1:] = sys.argv[1:]; "
         f"import runpy; runpy.run_path({str(root / 'src/train_alignment.py')!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", program, f"--model_path={tiny_policy}", f"--dataset_path={data}",

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_wdpo_solvers import apart, config_of, policy_of, step
+from harness.policies import apart, policy_of, step
+from harness.policies import wdpo_config as config_of
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks
+from harness.forks import Forks
 from safetensors.torch import load_file
 
 from drdpo.records import Preference, write_records

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import Machine, check_equal, fault, flags_of, said, write_pairs
+from harness.forks import Fork, Forks, statuses
+from harness.runs import check_equal, fault, flags_of, said, start_run, write_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +54,10 @@ def network() -> Iterator[list[tuple[str, str]]]:
 
 
 @pytest.fixture(scope="module")
-def hosts(network, root) -> Iterator[list[Machine]]:
-    hosts = [Machine(root, *place) for place in network]
+def hosts(network, tmp_path_factory) -> Iterator[list[Forks]]:
+    hosts = [Forks(tmp_path_factory.mktemp("host"), *place) for place in network]
+    for host in hosts:
+        host.start_server()  # both at once
     yield hosts
     for host in hosts:
         host.close()
@@ -65,12 +68,15 @@ def data(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("preference data"))
 
 
-def run_on(hosts: list[Machine], flags: dict, log: Path, **options: Any) -> list[int]:
+def start_on(hosts: list[Forks], flags: dict, log: Path, **options: Any) -> list[Fork]:
+    """Start a run of one rank a host."""
+    common = {"address": FIRST, "port": next(PORTS), **options}
+    return [fork for rank, host in enumerate(hosts) for fork in start_run(host, flags, log, ranks=[rank], **common)]
+
+
+def run_on(hosts: list[Forks], flags: dict, log: Path) -> list[int]:
     """Exit statuses of a run of one rank a host."""
-    port = next(PORTS)
-    for rank, host in enumerate(hosts):
-        host.start(ranks=[rank], world=2, address=FIRST, port=port, flags=flags, log=str(log), **options)
-    return [status for host in hosts for status in host.statuses()]
+    return statuses(start_on(hosts, flags, log))
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +91,12 @@ def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(how, dead, hosts, un
     save, log = tmp_path / "a run", tmp_path / "log"
     flags = flags_of(tiny_policy, data, save, comm_timeout=15)
     lost = fault(STEP, 3, rank=dead, signal="SIGKILL" if how == "dies" else "SIGSTOP")
-    port, other = next(PORTS), 1 - dead
-    for rank, host in enumerate(hosts):
-        host.start(ranks=[rank], world=2, address=FIRST, port=port, flags=flags, log=str(log), faults=[lost])
-    assert hosts[other].statuses() == [1], said(log, other)
+    ranks, other = start_on(hosts, flags, log, faults=[lost]), 1 - dead
+    assert ranks[other].wait() == 1, said(log, other)
     last = [line for line in said(log, other).splitlines() if line.startswith("error: ")][-1]
     assert last.startswith(f"error: rank {other} lost another rank") and "--comm_timeout=15" in last
     assert "Traceback" not in said(log, other)
-    assert hosts[dead].statuses() == [-9]
+    assert statuses([ranks[dead]]) == [-9]
     assert run_on(hosts, flags, log) == [0, 0], said(log)
     assert "continuing after step 2 of 4" in said(log)
     check_equal(save, undisturbed)
@@ -102,9 +106,7 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
     """No connection is closed: the time tells the receiver, and the kernel the sender."""
     save, log = tmp_path / "a run", tmp_path / "log"
     flags = flags_of(tiny_policy, data, save, comm_timeout=10)
-    port = next(PORTS)
-    for rank, host in enumerate(hosts):
-        host.start(ranks=[rank], world=2, address=FIRST, port=port, flags=flags, log=str(log))
+    ranks = start_on(hosts, flags, log)
     (name, interface), _ = network
     deadline = time.monotonic() + 120
     while not (save / "resume" / "step_1" / "state.json").is_file():
@@ -112,10 +114,10 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
         time.sleep(0.02)
     ip("-n", name, "link", "set", interface, "down")
     try:
-        statuses = [status for host in hosts for status in host.statuses()]
+        ended = statuses(ranks)
     finally:
         ip("-n", name, "link", "set", interface, "up")
-    assert statuses == [1, 1], said(log) + said(log, 1)
+    assert ended == [1, 1], said(log) + said(log, 1)
     for rank in (0, 1):
         assert "Traceback" not in said(log, rank)
         assert f"error: rank {rank} lost another rank" in said(log, rank)

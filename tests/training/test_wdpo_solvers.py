@@ -3,23 +3,23 @@
 import collections
 import dataclasses
 import itertools
-import random
 
 import pytest
 import torch
+from harness.policies import REFERENCE_M2, apart, policy_of, step
+from harness.policies import wdpo_config as config_of
 from transformers import AutoTokenizer
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair
 from drdpo.training.memory import dry_run
-from drdpo.training.objective import objective, penalty_scales, survey
+from drdpo.training.objective import objective, penalty_scales
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy, load_policy, widen_first_tokens
 from drdpo.training.preflight import meta_policy
 from drdpo.training.tangent_support import check_tangent
 
-REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
 FORMS = {
     "squared": {},
     "once": {"wdpo_prompt": "once"},
@@ -28,50 +28,6 @@ FORMS = {
     "ipo": {"loss_type": "ipo"},
     "rdpo": {"loss_type": "robust", "label_smoothing": 0.2},
 }
-
-
-def config_of(**flags) -> TrainConfig:
-    defaults = {"model_path": "-", "dataset_path": "-", "save_path": "-", "beta": 0.5, "dtype": "float32", "wdpo_rho": 0.1}
-    return TrainConfig(**defaults | flags)
-
-
-@pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    numbers = random.Random(2)
-
-    def ids(length: int) -> list[int]:
-        return [numbers.randrange(3, 500) for _ in range(length)]
-
-    return [
-        Pair(ids(4), ids(3), ids(6)),
-        Pair(ids(1), ids(5), ids(1)),
-        Pair(ids(15), ids(2), ids(2)),
-        Pair(ids(3), ids(7), ids(4)),
-    ]
-
-
-def policy_of(path, config: TrainConfig, checkpointing: bool = False, dtype=torch.float64) -> Policy:
-    policy = load_policy(str(path), torch.float32, config.attention, checkpointing, plain_attention=config.second_derivative)
-    return policy.to(dtype).train()
-
-
-def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig, scales: list[float] | None = None):
-    """The objective's value and the gradient of all parameters of one optimizer step in some micro-batches."""
-    scales = [1.0] * len(split) if scales is None else scales
-    dtype = next(policy.parameters()).dtype
-    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows].to(dtype)) for rows in split]
-    population = survey(policy, parts, config)
-    found = [
-        objective(policy, batch, reference, config, population, scale)
-        for (batch, reference), scale in zip(parts, scales, strict=True)
-    ]
-    total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / len(pairs)
-    gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
-    return total.item(), torch.cat([gradient.flatten() for gradient in gradients]).double(), found
-
-
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_wdpo_solvers import apart, config_of
+from harness.policies import apart, config_of
 from torch import nn
 from transformers import AutoTokenizer
 

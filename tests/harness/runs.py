@@ -1,11 +1,9 @@
-"""Runs on stand-in machines, each a rank_server.py: what the tests of resuming, preemption and several hosts share."""
+"""Training runs in forks: what the tests of resuming, preemption and several hosts share."""
 
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from drdpo.records import Preference, write_records
+from harness import ROOT
+from harness.forks import Fork, Forks, statuses
 
 WORDS = "the cat sat on a mat while it rained over hills and rivers of stone near old towns".split()
 FIGURES = (
@@ -36,55 +36,25 @@ def write_pairs(folder: Path) -> Path:
     return folder
 
 
-class Machine:
-    """A host of ranks, in a network namespace of its own where one is named."""
-
-    def __init__(self, root: Path, namespace: str | None = None, interface: str = "lo") -> None:
-        environment = {
-            **os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": interface,
-        }  # fmt: skip
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DRDPO_STOP_FILE"):
-            environment.pop(name, None)
-        inside = ["ip", "netns", "exec", namespace] if namespace else []
-        command = [*inside, sys.executable, str(Path(__file__).parent / "rank_server.py")]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        self.ready = False
-
-    def start(self, **task: Any) -> None:
-        if not self.ready:
-            assert self.server.stdout.readline().strip() == "ready"
-            self.ready = True
-        self.server.stdin.write(json.dumps(task) + "\n")
-        self.server.stdin.flush()
-
-    def statuses(self) -> list[int]:
-        line = self.server.stdout.readline()
-        assert line, "the stand-in machine died"
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
+def start_run(forks: Forks, flags: dict, log: Path, world: int = 2, **options: Any) -> list[Fork]:
+    """Start train_alignment.py on ranks of one machine; see Forks.start_ranks for the options."""
+    return forks.start_ranks(
+        [sys.executable, ROOT / "src" / "train_alignment.py", *words_of(flags)], world, log=log, **options
+    )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_ranks(machine: Machine, flags: dict, log: Path, faults: list[dict] | None = None, world: int = 2) -> list[int]:
+def run_ranks(forks: Forks, flags: dict, log: Path, faults: Sequence[dict] = (), world: int = 2) -> list[int]:
     """Exit statuses of a run whose ranks are all on one machine."""
-    machine.start(
-        ranks=list(range(world)), world=world, address="127.0.0.1", port=free_port(), flags=flags, log=str(log),
-        faults=faults or [],
-    )  # fmt: skip
-    return machine.statuses()
+    return statuses(start_run(forks, flags, log, world, faults=faults))
+
+
+def words_of(flags: dict) -> list[str]:
+    """A command line of these flags."""
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()]
 
 
 def fault(at: str, call: int, rank: int = 0, when: str = "after", signal: str = "SIGKILL") -> dict:
-    """See rank_server.py; `at` is short for a function of the training room."""
+    """See faults.py; `at` is short for a function of drdpo.training."""
     module, _, function = at.partition(":")
     return {"at": f"drdpo.training.{module}:{function}", "call": call, "rank": rank, "when": when, "signal": signal}
 

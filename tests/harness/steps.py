@@ -4,17 +4,18 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from training.machines import FIGURES
+
+from harness.forks import RANK_VARIABLES, Fork, Forks
+from harness.runs import FIGURES
 
 STEPS = ("sample", "score", "pair", "train", "evaluate")
+QUIET = {"TQDM_DISABLE": "1"}
 _UNEQUAL = ("seconds", "commit")
 """Fields of manifests that two runs need not share; the commit may move while the tests run."""
 
@@ -41,75 +42,28 @@ class Step:
         elif not keep:
             self.out.rmdir()
 
+    def start(self, forks: Forks, fault: dict[str, Any] | None = None) -> Fork:
+        """Start the step, with a fault of its output folder (see faults.py)."""
+        command = [sys.executable, self.script, *self.flags]
+        faults = [{"folder": str(self.out), "count": str(self._count), **(fault or {})}]
+        faults += [{"at": place, "value": value} for place, value in self.settings.items()]
+        if self.name == "train":
+            return forks.start_ranks(command, 1, faults=faults, **QUIET)[0]
+        kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        return forks.start(command, kept | QUIET | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, faults=faults)
 
-class Server:
-    """A step_server.py and what its steps say."""
-
-    def __init__(self, root: Path, room: Path) -> None:
-        environment = {
-            **os.environ, "PYTHONPATH": str(root / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo", "TQDM_DISABLE": "1",
-        }  # fmt: skip
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DRDPO_STOP_FILE", "DRDPO_ENGINES"):
-            environment.pop(name, None)
-        self.room, self.started = room, 0
-        command = [sys.executable, str(Path(__file__).parent / "step_server.py")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self._answer() == "ready"
-
-    def start(self, step: Step, fault: dict[str, Any] | None = None) -> int:
-        """Start a step; returns its process id. Its output goes to `room`/log.<process id>."""
-        self.started += 1
-        log, count = self.room / f"log {self.started}", self.room / "count"
-        task = {
-            "script": str(step.script), "arguments": [*step.flags], "log": str(log), "count": str(count),
-            "settings": step.settings, "fault": {"folder": str(step.out), **(fault or {})},
-        }  # fmt: skip
-        if step.name == "train":
-            task["environment"] = {
-                "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(_free_port()),
-            }  # fmt: skip
-        child = int(self._ask(task))
-        (self.room / f"log.{child}").unlink(missing_ok=True)
-        (self.room / f"log.{child}").symlink_to(log)
-        return child
-
-    def wait(self, child: int, seconds: float = 300) -> int | str:
-        """Exit status, "stopped" or "running"; see step_server.py."""
-        return self._ask({"wait": child, "seconds": seconds})
-
-    def run(self, step: Step, fault: dict[str, Any] | None = None) -> tuple[int | str, str]:
-        """(Exit status, output) of a step."""
-        child = self.start(step, fault)
-        return self.wait(child), self.said(child)
-
-    def said(self, child: int) -> str:
-        return (self.room / f"log.{child}").read_text()
+    def run(self, forks: Forks, fault: dict[str, Any] | None = None) -> tuple[int | str, str]:
+        """(Exit status, output)."""
+        fork = self.start(forks, fault)
+        return fork.wait(), "".join(fork.said())
 
     def changes(self) -> int:
-        """How often the step that ended last changed its folder."""
-        return int((self.room / "count").read_text())
+        """How often the run that ended last changed its folder."""
+        return int(self._count.read_text())
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _ask(self, task: dict[str, Any]) -> Any:
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        assert line, "the server of steps died"
-        return json.loads(line)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    @property
+    def _count(self) -> Path:
+        return self.out.with_name(f"changes of {self.name}")
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""What the tests of the objective share: configs, a few pairs of token ids, and one optimizer step written out."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drdpo.config import TrainConfig
+from drdpo.training.data import Pair
+from drdpo.training.objective import objective, survey
+from drdpo.training.packing import form_batch
+from drdpo.training.policy import Policy, load_policy
+
+REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
+"""Log-probabilities of `four_pairs` under a reference, chosen and rejected."""
+
+
+def config_of(**flags: Any) -> TrainConfig:
+    """A config in float32 without folders, with beta 0.5."""
+    defaults = {"model_path": "-", "dataset_path": "-", "save_path": "-", "beta": 0.5, "dtype": "float32"}
+    return TrainConfig(**defaults | flags)
+
+
+def wdpo_config(**flags: Any) -> TrainConfig:
+    return config_of(**{"wdpo_rho": 0.1, **flags})
+
+
+def four_pairs() -> list[Pair]:
+    """Pairs of unequal lengths; two have an answer or a prompt of one token."""
+    numbers = random.Random(2)
+
+    def ids(length: int) -> list[int]:
+        return [numbers.randrange(3, 500) for _ in range(length)]
+
+    return [Pair(ids(p), ids(c), ids(r)) for p, c, r in ((4, 3, 6), (1, 5, 1), (15, 2, 2), (3, 7, 4))]
+
+
+def random_pairs(seed: int, count: int) -> list[list[list[int]]]:
+    """[prompt, chosen, rejected] of token ids, as the workers on several ranks read them from a file."""
+    numbers = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [numbers.randrange(3, 400) for _ in range(numbers.randint(low, high))]
+
+    return [[ids(2, 6), ids(1, 7), ids(1, 7)] for _ in range(count)]
+
+
+def policy_of(path: Path, config: TrainConfig, checkpointing: bool = False, dtype: torch.dtype = torch.float64) -> Policy:
+    policy = load_policy(str(path), torch.float32, config.attention, checkpointing, plain_attention=config.second_derivative)
+    return policy.to(dtype).train()
+
+
+def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig, scales: list[float] | None = None):
+    """The objective's value and the gradient of all parameters of one optimizer step in some micro-batches."""
+    scales = [1.0] * len(split) if scales is None else scales
+    dtype = next(policy.parameters()).dtype
+    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows].to(dtype)) for rows in split]
+    population = survey(policy, parts, config)
+    found = [
+        objective(policy, batch, reference, config, population, scale)
+        for (batch, reference), scale in zip(parts, scales, strict=True)
+    ]
+    total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / len(pairs)
+    gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
+    return total.item(), torch.cat([gradient.flatten() for gradient in gradients]).double(), found
+
+
+def answer_logprobs(model, embeds: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Plain form: whole sequence, full logits; the sum over the answer's tokens."""
+    logits = model(inputs_embeds=embeds[None]).logits[0, :-1].log_softmax(dim=-1)
+    return logits.gather(1, ids[1:, None]).squeeze(1)[prompt - 1 :].sum()
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative distance of two vectors."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
