@@ -35,8 +35,8 @@ class TrainConfig:
     )
     wdpo_solver: Literal["auto", "exact", "tangent"] = flag(
         "the penalty's parameter gradient by: 'tangent' a forward pass along the gradient and an ordinary backward pass, "
-        "for packed rows of Llama, Mistral, Qwen2 and Qwen3; 'exact' a double backward, for any architecture; 'auto' is "
-        "tangent for packed rows and exact for padded ones",
+        "for packed rows of Llama, Mistral, Qwen2 and Qwen3; 'exact' a double backward of plain torch operations on padded "
+        "rows, for any architecture; 'auto' is tangent for packed rows and exact for padded ones",
         "auto",
     )
     wdpo_fraction: float = flag(
@@ -121,17 +121,18 @@ class TrainConfig:
         True,
     )
     packing: bool = flag(
-        "micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a pair", True
+        "true: micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a "
+        "pair (default true; false for --wdpo_solver=exact, which needs padded rows)",
+        None,
     )
     attn: Literal["auto", "sdpa", "flex", "flash", "eager"] = flag(
-        "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group (with a second derivative of our "
-        "own for --wdpo_solver=exact); 'flash' on CUDA, for packed rows torch's variable-length flash attention, one call a "
-        "layer, checked against sdpa at the start, for padded ones transformers' flash_attention_2; 'flex' transformers' "
-        "flex_attention, on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is flash for "
-        "packed bfloat16 rows on CUDA where it serves the model, except for WDPO's exact and tangent solvers, eager for "
-        "padded rows with --wdpo_solver=exact, else sdpa. On CUDA backward passes add in no fixed order without "
-        "--deterministic. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, and in bfloat16 its "
-        "runs attend in float32 unless 'flash' is passed",
+        "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group; 'flash' on CUDA, for packed rows "
+        "torch's variable-length flash attention, one call a layer, checked against sdpa at the start, for padded ones "
+        "transformers' flash_attention_2; 'flex' transformers' flex_attention, on CUDA with --packing=false; 'eager' matrix "
+        "products and a float32 softmax, with --packing=false; 'auto' is eager for --wdpo_solver=exact, flash for packed "
+        "bfloat16 rows on CUDA where it serves the model, except for WDPO, else sdpa. On CUDA backward passes add in no "
+        "fixed order without --deterministic. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, "
+        "and in bfloat16 its runs attend in float32 unless 'flash' is passed",
         "auto",
     )
     optimizer_offload: bool = flag(
@@ -218,9 +219,9 @@ class TrainConfig:
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
         """The kernel that the flags choose, without a look at the machine: drdpo.training.automatic puts flash in place of
-        auto. For padded rows sdpa, flex and flash have no second derivative."""
+        auto. Only eager has a second derivative."""
         if self.attn == "auto":
-            return "eager" if self.second_derivative and not self.packing else "sdpa"
+            return "eager" if self.second_derivative else "sdpa"
         return self.attn
 
     @property
@@ -234,11 +235,6 @@ class TrainConfig:
     def packed_flash(self) -> bool:
         """Do packed rows attend by drdpo.kernels.varlen_attention?"""
         return self.packing and self.attention_kernel == "flash"
-
-    @property
-    def plain_attention(self) -> bool:
-        """Attend by matrix products and a softmax, which are differentiable any number of times?"""
-        return self.attention_kernel == "eager"
 
     @property
     def recompute(self) -> bool:
@@ -255,4 +251,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", str(self.gradient_checkpointing).lower())
+        if self.packing is None:
+            object.__setattr__(self, "packing", not (self.method == "wdpo" and self.wdpo_solver == "exact"))
         check_training(self)

@@ -74,7 +74,7 @@ def _check_tokens(config: "TrainConfig") -> None:
     if config.micro_batch_tokens is None:
         return
     require(config.micro_batch_size is None, "--micro_batch_tokens and --micro_batch_size exclude each other; give one")
-    require(config.packing, "--micro_batch_tokens counts the tokens of packed rows; leave out --packing=false")
+    require(config.packing, "--micro_batch_tokens counts the tokens of packed rows; for padded ones pass --micro_batch_size")
     require(
         config.robust_scope == "step",
         "--micro_batch_tokens with --robust_scope=micro: the population would change with the lengths; give "
@@ -88,14 +88,12 @@ def _check_attention(config: "TrainConfig") -> None:
         f"--deterministic=true with --attn={config.attn} and --packing=false: transformers' kernels do not follow torch's "
         "switch; pass --attn=sdpa",
     )
-    if config.attn not in ("flex", "flash"):
-        return
     require(
-        not config.packing or config.attn == "flash",
-        f"--attn={config.attn}: packed rows attend by sdpa, flash or eager; give --attn=sdpa, or --packing=false as well",
+        not config.packing or config.attn not in ("flex", "eager"),
+        f"--attn={config.attn}: packed rows attend by sdpa or flash; give --attn=sdpa, or --packing=false as well",
     )
     require(
-        config.attn == "flex" or config.dtype != "float32",
+        config.attn != "flash" or config.dtype != "float32",
         "--attn=flash with --dtype=float32: flash attention knows 16-bit numbers only; give --attn=sdpa",
     )
 
@@ -208,13 +206,18 @@ def _check_scope(config: "TrainConfig") -> None:
 
 def _check_exact(config: "TrainConfig") -> None:
     require(
-        config.plain_attention or (config.packing and config.attention_kernel == "sdpa"),
+        not config.packing,
+        "--packing=true with --wdpo_solver=exact, whose plain attention takes padded rows only; leave out --packing, or "
+        "pass --wdpo_solver=tangent",
+    )
+    require(
+        config.attention_kernel == "eager",
         f"--attn={config.attn} with the exact solver of --wdpo_rho: its kernels have no second derivative, so the penalty "
         "would be wrong or fail; give --attn=eager, or another --wdpo_solver",
     )
     require(
         config.zero_stage <= 2,
         f"--zero_stage=3 with --wdpo_solver={config.wdpo_solver}{', which is exact' * (config.wdpo_solver == 'auto')}: "
-        "DeepSpeed's stage 3 cannot run its double backward; give "
-        f"--wdpo_solver=tangent{'' if config.packing else ' and --packing=true'}, or --zero_stage=2",
+        "DeepSpeed's stage 3 cannot run its double backward; give --wdpo_solver=tangent and --packing=true, or "
+        "--zero_stage=2",
     )
