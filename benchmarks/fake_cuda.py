@@ -307,36 +307,20 @@ _install()
 
 class FakeTensors(FakeTensorMode):
     """Within it every new tensor is fake, and one that is not is an error. All values are zero, and so is what is asked of
-    them; a boolean mask selects `selected` elements."""
+    them."""
 
     avoid_device_init = True  # torch would copy small constants to a device that it believes to be there
 
-    def __init__(self, selected: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=False)
-        self.selected = selected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if name in (*_VALUES, "nonzero") and getattr(args[0], "constant", None) is None:
+        if name in _VALUES and getattr(args[0], "constant", None) is None:
             if args[0].is_cuda:
                 _waited(name)
-            if name == "nonzero":
-                return args[0].new_empty(self.selected, args[0].dim(), dtype=torch.int64)
             return _zero(args[0].dtype) if name == "_local_scalar_dense" else True
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            args = (args[0], self._numbered(args[1]), *args[2:])
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _numbered(self, indices: Sequence[Any]) -> list[Any]:
-        """Indices with numbers in the place of boolean masks on the device."""
-        found: list[Any] = []
-        for index in indices:
-            if isinstance(index, Tensor) and index.is_cuda and index.dtype == torch.bool:
-                _waited("mask")
-                found += [index.new_empty(self.selected, dtype=torch.int64) for _ in range(index.dim())]
-            else:
-                found.append(index)
-        return found
 
 
 def _waited(operation: str) -> None:

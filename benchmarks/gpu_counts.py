@@ -62,7 +62,6 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
       (("dpo", 1), ("dpo", 4), ("dpo", 16), ("kldpo", 4), ("wdpo", 1), ("wdpo", 4))),
     *(("Llama-3.2-1B", "dpo", pairs, flags) for pairs in (1, 16) for flags in
       ({"attn": "sdpa"}, {"gradient_checkpointing": "true"})),
-    ("Llama-3.2-1B", "wdpo", 1, {"wdpo_solver": "exact"}),
     *(("Llama-3.1-8B", method, pairs, {}) for method, pairs in (("dpo", 1), ("dpo", 4), ("kldpo", 4), ("wdpo", 1))),
     ("Llama-3.1-8B", "dpo", 4, {"attn": "sdpa"}),
 ]  # fmt: skip

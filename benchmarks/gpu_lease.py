@@ -271,7 +271,7 @@ class Step:
             model = LlamaForCausalLM(settings_of(shape, config.attention))
         if config.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.policy = Policy(model, config.plain_attention).train()
+        self.policy = Policy(model, config.second_derivative).train()
         self.policy.flash_attention = config.packed_flash
         if config.method == "wdpo" and config.solver == "tangent":
             widen_first_tokens(self.policy, config)
@@ -437,7 +437,7 @@ def measure(lease: Lease) -> None:
             lease.record(f"repeats/{row}", repeats, lease, deterministic, attn=attn)
     for row, given in {
         "1 pair": {"count": 1, "profile": True}, "1 pair, TF32": {"count": 1, "tf32": True}, "4 pairs": {"count": 4},
-        "4 pairs, TF32": {"count": 4, "tf32": True}, "1 pair, exact": {"count": 1, "wdpo_solver": "exact"},
+        "4 pairs, TF32": {"count": 4, "tf32": True},
         "1 pair of 2 x 2048": long, "1 pair of 2 x 2048, TF32": {**long, "tf32": True},
     }.items():  # fmt: skip
         lease.record(f"wdpo/{row}", micro_batch, lease, wdpo_rho=0.01, **given)

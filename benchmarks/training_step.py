@@ -47,7 +47,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
         **flags,
     )  # fmt: skip
     policy = load_policy(
-        model_path, getattr(torch, config.dtype), config.attention, config.recompute, plain_attention=config.plain_attention
+        model_path, getattr(torch, config.dtype), config.attention, config.recompute, config.second_derivative
     )
     widen_first_tokens(policy, config)
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)

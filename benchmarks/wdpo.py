@@ -3,8 +3,8 @@
     dpo          ours: packed, prompt once
     original     the authors' formulation: two padded rows, eager attention, double backward, whole float32 logits, and the
                  reference model run beside the policy
-    exact, tangent
-                 --wdpo_solver, packed, the prompt per sequence; "once": --wdpo_prompt=once
+    exact        --wdpo_solver=exact: padded rows, eager attention, double backward; "once": --wdpo_prompt=once
+    tangent      --wdpo_solver=tangent: packed, the prompt per sequence; "once": --wdpo_prompt=once
 
 A step is forward and backward of one pair, half of each sequence answer, of real text (the repository's own documents);
 optimizer and engine cost all ways the same and are left out. Every way runs in a process of its own (peak memory is a
@@ -69,7 +69,7 @@ def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
     config = TrainConfig(model_path=model, dataset_path="-", save_path="-", beta=BETA, dtype=dtype, train_batch_size=1,
                          gradient_checkpointing=checkpointing, **flags)  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.plain_attention).to(device)
+    policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.second_derivative).to(device)
     widen_first_tokens(policy, config)
     return config, policy, device
 

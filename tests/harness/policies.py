@@ -47,7 +47,7 @@ def random_pairs(seed: int, count: int) -> list[list[list[int]]]:
 
 
 def policy_of(path: Path, config: TrainConfig, checkpointing: bool = False, dtype: torch.dtype = torch.float64) -> Policy:
-    policy = load_policy(str(path), torch.float32, config.attention, checkpointing, plain_attention=config.second_derivative)
+    policy = load_policy(str(path), torch.float32, config.attention, checkpointing, config.second_derivative)
     return policy.to(dtype).train()
 
 

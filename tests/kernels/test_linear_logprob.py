@@ -1,4 +1,4 @@
-"""linear_logprob against the plain form: values, gradients, second derivatives, dtypes, odd shapes, memory seam."""
+"""linear_logprob and plain_logprob against log_softmax: values, gradients, second derivatives, dtypes, odd shapes."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from drdpo.kernels import linear_logprob, vocabulary
+from drdpo.kernels.linear_logprob import plain_logprob
 
 SHAPES = [(1, 3, 7), (5, 8, 33), (13, 6, 257)]
 
@@ -48,12 +49,12 @@ def test_blocks_of_the_vocabulary_begin_at_multiples_of_128(on_cpu, monkeypatch)
             assert max(widths) * tokens <= vocabulary._BLOCK_ELEMENTS[on_cpu] or max(widths) <= vocabulary._NARROWEST
 
 
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("kernel", [linear_logprob, plain_logprob])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_gradients_equal_the_plain_form(shape, twice, block_elements):
+def test_value_and_gradients_equal_the_plain_form(shape, kernel, block_elements):
     hidden_ND, weight_VD, targets_N = case(*shape)
     upstream_N = torch.randn(shape[0], dtype=torch.float64)
-    ours_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=twice)
+    ours_N = kernel(hidden_ND, weight_VD, targets_N)
     theirs_N = plain(hidden_ND, weight_VD, targets_N)
     assert torch.allclose(ours_N, theirs_N, atol=1e-12)
     ours = torch.autograd.grad(ours_N, (hidden_ND, weight_VD), upstream_N)
@@ -63,7 +64,7 @@ def test_value_and_gradients_equal_the_plain_form(shape, twice, block_elements):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_of_a_gradient_norm_equals_the_plain_form(shape, block_elements):
+def test_gradient_of_a_gradient_norm_through_recomputed_logits(shape):
     hidden_ND, weight_VD, targets_N = case(*shape)
 
     def penalty_gradient(logprob):
@@ -74,8 +75,7 @@ def test_gradient_of_a_gradient_norm_equals_the_plain_form(shape, block_elements
         (inner_ND,) = torch.autograd.grad(loss, states_ND, create_graph=True)
         return torch.autograd.grad(inner_ND.square().sum() + loss, (hidden_ND, weight_VD))
 
-    ours = penalty_gradient(lambda *args: linear_logprob(*args, twice=True))
-    theirs = penalty_gradient(plain)
+    ours, theirs = penalty_gradient(plain_logprob), penalty_gradient(plain)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
@@ -95,24 +95,15 @@ def test_a_certain_target_keeps_a_slope_that_bfloat16_would_round_away():
     # Probabilities 1 - e^-9 and e^-9: the slope is e^-9 (W_0 - W_1) = (9 e^-9, 0), where 1 - p in bfloat16 is 0.
     hidden_ND = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     weight_VD = torch.tensor([[9.0, 1.0], [0.0, 1.0]], dtype=torch.bfloat16)
-    for twice in (False, True):
-        linear_logprob(hidden_ND, weight_VD, torch.tensor([0]), twice=twice).backward()
-        slope = hidden_ND.grad[0, 0].item()
-        assert abs(slope - 9 * math.exp(-9) / (1 + math.exp(-9))) < 1e-5, slope
-        hidden_ND.grad = None
+    linear_logprob(hidden_ND, weight_VD, torch.tensor([0])).backward()
+    slope = hidden_ND.grad[0, 0].item()
+    assert abs(slope - 9 * math.exp(-9) / (1 + math.exp(-9))) < 1e-5, slope
 
 
-def test_second_derivative_without_twice_raises():
+def test_a_second_derivative_is_refused():
     hidden_ND, weight_VD, targets_N = case(4, 3, 7)
-    with pytest.raises(RuntimeError, match="twice=True"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(linear_logprob(hidden_ND, weight_VD, targets_N).sum(), hidden_ND, create_graph=True)
-
-
-def test_graph_of_the_weight_gradient_raises():
-    hidden_ND, weight_VD, targets_N = case(4, 3, 7)
-    logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=True)
-    with pytest.raises(RuntimeError, match="once differentiable"):
-        torch.autograd.grad(logprob_N.sum(), weight_VD, create_graph=True)
 
 
 def test_tied_head_sums_both_uses():
@@ -138,7 +129,7 @@ def test_bfloat16_inputs_give_float32_close_to_float64(block_elements):
 def test_no_tokens_give_no_log_probs():
     hidden_ND, weight_VD, _ = case(2, 3, 7)
     nothing = torch.empty(0, dtype=torch.int64)
-    assert linear_logprob(hidden_ND[:0], weight_VD, nothing, twice=True).shape == (0,)
+    assert linear_logprob(hidden_ND[:0], weight_VD, nothing).shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,15 @@ def test_attention_by_hand() -> None:
     assert out == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
+def test_a_second_derivative_is_refused() -> None:
+    query, key, value = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    plan = PrefixPlan([PrefixGroup(4, (3, 2))], torch.device("cpu"), torch.float32)
+    out = shared_prefix_attention(query, key, value, plan, None)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(grad.square().sum(), query)
+
+
 def test_the_mask_by_hand() -> None:
     plan = PrefixPlan([PrefixGroup(3, (2,)), PrefixGroup(1, (4, 1))], torch.device("cpu"), torch.float32)
     visible = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
+from drdpo.kernels.shared_prefix import PrefixGroup
 from drdpo.kernels.tangent_attention import tangent_attention
 from drdpo.kernels.tangent_layers import rms_norm, silu_gate
 from drdpo.kernels.tangent_logprob import tangent_logprob
@@ -59,14 +59,26 @@ def test_silu_gate(pieces) -> None:
     agree(silu_gate, lambda gate, up: silu(gate) * up, [pair(5, 9), pair(5, 9)], [])
 
 
+def visible(groups: list[PrefixGroup]) -> Tensor:
+    """[N, N] the tokens that each token of a packed row sees: its group's prefix, and its own piece up to itself."""
+    pieces, prefixes = [], []
+    for group in groups:
+        first = pieces[-1] + 1 if pieces else 0
+        for number, length in enumerate(group.lengths, start=first):
+            pieces += [number] * length
+            prefixes += [first if group.prefix else number] * length
+    piece_N, prefix_N = torch.tensor(pieces), torch.tensor(prefixes)
+    return ((piece_N == piece_N[:, None]) | (piece_N == prefix_N[:, None])).tril()
+
+
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 def test_attention(kv_heads: int, pieces) -> None:
-    tokens = sum(group.tokens for group in GROUPS)
-    plan = PrefixPlan(GROUPS, torch.device("cpu"), torch.float64, plain=True)
+    tokens, hidden_NN = sum(group.tokens for group in GROUPS), ~visible(GROUPS)
 
     def plain(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
-        parts = (part.transpose(0, 1)[None] for part in (query_NHE, key_NKE, value_NKE))
-        return shared_prefix_attention(*parts, plan, 0.7)[0].transpose(0, 1)
+        key_NHE, value_NHE = (part.repeat_interleave(6 // kv_heads, dim=1) for part in (key_NKE, value_NKE))
+        logits_HNN = 0.7 * torch.einsum("nhe,mhe->hnm", query_NHE, key_NHE)
+        return torch.einsum("hnm,mhe->nhe", logits_HNN.masked_fill(hidden_NN, float("-inf")).softmax(dim=2), value_NHE)
 
     inputs = [pair(tokens, 6, 4), pair(tokens, kv_heads, 4), pair(tokens, kv_heads, 4)]
     agree(lambda q, k, v: tangent_attention(q, k, v, GROUPS, 0.7), plain, inputs, [])

@@ -16,14 +16,14 @@ SHAPES = [(1, 3, 7), (5, 8, 33), (70, 40, 300), (130, 70, 257)]
 """Tokens, width and vocabulary: below, at and beyond a tile, and multiples of nothing."""
 
 
-def check(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, twice: bool) -> None:
+def check(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str) -> None:
     """Values and gradients against float64, by linear_logprob's own float64 path, which is torch."""
     torch.manual_seed(tokens)
     hidden_ND = torch.randn(tokens, width, dtype=dtype, device=device).requires_grad_()
     weight_VD = torch.randn(vocabulary, width, dtype=dtype, device=device).requires_grad_()
     targets_N = torch.randint(vocabulary, (tokens,), device=device)
     upstream_N = torch.randn(tokens, device=device)
-    logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N, twice=twice)
+    logprob_N = linear_logprob(hidden_ND, weight_VD, targets_N)
     assert logprob_N.dtype == torch.float32
     logprob_N.backward(upstream_N)
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_ND, weight_VD)]
@@ -47,9 +47,8 @@ def interpreted() -> None:
     triton_logprob.logit_gradient = lambda *values: (used.append(1), original(*values))[1]
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            for twice in (False, True):
-                check(*shape, dtype, "cpu", twice)
-    assert len(used) >= 16, "the torch path ran instead"
+            check(*shape, dtype, "cpu")
+    assert len(used) >= 8, "the torch path ran instead"
     split_vocabulary()
     peaked_tangents("cpu")
 
@@ -116,11 +115,10 @@ def test_the_kernels_under_the_interpreter(root: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 576, 49152)])
-def test_the_kernels_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, twice: bool) -> None:
-    check(*shape, dtype, "cuda", twice)
+def test_the_kernels_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(*shape, dtype, "cuda")
 
 
 @pytest.mark.gpu

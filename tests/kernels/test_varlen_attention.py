@@ -39,9 +39,9 @@ def agree(kv_heads: int, dtype: torch.dtype, device: str, tolerance: float) -> N
               for heads in (6, kv_heads, kv_heads)]  # fmt: skip
     upstream = torch.randn(1, 6, TOKENS, 16, dtype=dtype, device=device)
     outputs = []
-    for wide, kind in ((False, {"flash": True}), (True, {"plain": True})):
-        parts = [part.double() for part in inputs] if wide else inputs
-        plan = PrefixPlan(GROUPS, torch.device(device), parts[0].dtype, **kind)
+    for flash in (True, False):
+        parts = inputs if flash else [part.double() for part in inputs]
+        plan = PrefixPlan(GROUPS, torch.device(device), parts[0].dtype, flash=flash)
         out = shared_prefix_attention(*parts, plan, 0.3)
         outputs.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
     for ours, theirs in zip(*outputs, strict=True):

@@ -36,7 +36,9 @@ class Training:
         self.pairs = pairs
         self.config = config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        policy = load_policy(model, dtype, config.attention, config.recompute, config.plain_attention, config.lora_quantize)
+        policy = load_policy(
+            model, dtype, config.attention, config.recompute, config.second_derivative, config.lora_quantize
+        )
         if config.lora_rank:
             add_lora(policy, config)
         widen_first_tokens(policy, config)

@@ -41,7 +41,7 @@ def main() -> None:
         steps, model, save = flags.pop("steps", 3), flags.pop("model", sys.argv[3]), flags.pop("save", False)
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        policy = load_policy(model, dtype, config.attention, config.recompute, plain_attention=config.plain_attention)
+        policy = load_policy(model, dtype, config.attention, config.recompute, config.second_derivative)
         widen_first_tokens(policy, config)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):

@@ -36,9 +36,8 @@ def test_packed_rows_attend_by_flash_on_cuda_and_by_sdpa_on_a_cpu(tiny_policy, o
     assert resolve_attention(config).attn == "flash"
     assert resolve_attention(replace(config, kldpo_tau=0.1)).packed_flash
     assert resolve_attention(replace(config, attn="sdpa")).attn == "sdpa"
-    assert resolve_attention(replace(config, attn="eager")).plain_attention
     assert resolve_attention(replace(config, packing=False)).attn == "sdpa"
-    assert resolve_attention(replace(config, packing=False, wdpo_rho=0.1)).attn == "eager"
+    assert resolve_attention(config_of(tiny_policy, wdpo_rho=0.1, wdpo_solver="exact")).attn == "eager"
     assert not capsys.readouterr().out
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
     assert resolve_attention(config).attn == "sdpa"
@@ -50,7 +49,6 @@ def test_packed_rows_attend_by_flash_on_cuda_and_by_sdpa_on_a_cpu(tiny_policy, o
     [
         ({"dtype": "float32"}, "flash attention takes 16-bit numbers only"),
         ({"wdpo_rho": 0.1}, "--wdpo_solver=tangent attends in float32 to keep its accuracy"),
-        ({"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "--wdpo_solver=exact needs a second derivative"),
     ],
 )
 def test_where_flash_does_not_fit_a_run_one_line_says_why(flags, reason, tiny_policy, on_cuda, capsys):
@@ -162,7 +160,7 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
     for recompute in (False, True):
         config = config_of(tiny_policy, gradient_checkpointing=recompute, beta=0.5, **flags)
         policy = load_policy(
-            str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.plain_attention
+            str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.second_derivative
         )
         widen_first_tokens(policy, config)
         batch = form_batch(pairs, [0, 1, 2], config, 0)

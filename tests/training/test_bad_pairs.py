@@ -184,7 +184,7 @@ def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny
         tokenizer = chat.load_tokenizer(str(tiny_policy))
         flags = [f"--max_len={len(chat.prompt_token_ids(tokenizer, said('user', PROMPT))) + 4}"]
     else:
-        flags = ["--dtype=bfloat16"] if what == "dtype" else ["--attn=eager"]
+        flags = ["--dtype=bfloat16"] if what == "dtype" else ["--attn=eager", "--packing=false"]
     name = {"attention": "attn", "data": "dataset_path"}.get(what, what)
     refuse(command(model, data, finished, *flags), 2, "holds a run made otherwise", f"{name} (")
     out, path = tmp_path / "out", "reference_train.safetensors"

@@ -51,6 +51,9 @@ def test_collate_by_hand():
     assert batch.input_ids_ST.tolist() == [[4, 2, 2, 0, 0], [5, 6, 7, 0, 0], [4, 1, 0, 0, 0], [5, 6, 8, 9, 3]]
     assert batch.attention_mask_ST.sum(dim=1).tolist() == [3, 3, 2, 5]
     assert batch.answer_mask_ST.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
+    assert batch.states_A.tolist() == [0, 1, 6, 10, 16, 17, 18]
+    assert batch.targets_A.tolist() == [2, 2, 7, 1, 8, 9, 3]
+    assert batch.sequence_A.tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert batch.tokens == 13
     assert torch.equal(collate(pairs, [-1], 0).input_ids_ST, collate(pairs, [1], 0).input_ids_ST), "the shortest pair"
 

@@ -214,7 +214,7 @@ class HandPolicy(torch.nn.Module):
         self.margins_M = torch.nn.Parameter(margins_M)
         self.with_graph: list[bool] = []
 
-    def forward(self, batch, twice: bool = False) -> Answers:
+    def forward(self, batch) -> Answers:
         self.with_graph.append(torch.is_grad_enabled())
         chosen_B = self.margins_M[batch.indices_B]
         return Answers(torch.cat([chosen_B, torch.zeros_like(chosen_B)]), torch.zeros(0))
@@ -318,6 +318,9 @@ def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
     ("flags", "words"),
     [
         ({"attn": "flex"}, "--attn=flex: packed rows"),
+        ({"attn": "eager"}, "--attn=eager: packed rows"),
+        ({"packing": True, "wdpo_rho": 0.1, "wdpo_solver": "exact"}, "padded rows only"),
+        ({"micro_batch_tokens": 9, "wdpo_rho": 0.1, "wdpo_solver": "exact"}, "--micro_batch_size"),
         ({"attn": "flash", "packing": False}, "16-bit"),
         ({"attn": "flash"}, "16-bit"),
         ({"attn": "flash", "dtype": "bfloat16", "wdpo_rho": 0.1, "wdpo_solver": "exact"}, "second derivative"),
@@ -350,23 +353,21 @@ def test_flags_that_this_machine_cannot_honour_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "name", "plain"),
+    ("flags", "name"),
     [
-        ({}, "shared_prefix", False),
-        ({"attn": "sdpa"}, "shared_prefix", False),
-        ({"attn": "eager"}, "shared_prefix", True),
-        ({"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "shared_prefix", False),
-        ({"wdpo_rho": 0.1, "wdpo_solver": "exact", "attn": "eager"}, "shared_prefix", True),
-        ({"packing": False}, "sdpa", False),
-        ({"packing": False, "attn": "eager"}, "eager", True),
-        ({"packing": False, "wdpo_rho": 0.1}, "eager", True),
-        ({"packing": False, "attn": "flex"}, "flex_attention", False),
-        ({"packing": False, "attn": "flash", "dtype": "bfloat16"}, "flash_attention_2", False),
+        ({}, "shared_prefix"),
+        ({"attn": "sdpa"}, "shared_prefix"),
+        ({"wdpo_rho": 0.1}, "shared_prefix"),
+        ({"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "eager"),
+        ({"packing": False}, "sdpa"),
+        ({"packing": False, "attn": "eager"}, "eager"),
+        ({"packing": False, "wdpo_rho": 0.1}, "eager"),
+        ({"packing": False, "attn": "flex"}, "flex_attention"),
+        ({"packing": False, "attn": "flash", "dtype": "bfloat16"}, "flash_attention_2"),
     ],
 )
-def test_the_attention_that_flags_choose(flags, name, plain):
-    config = config_of(**flags)
-    assert (config.attention, config.plain_attention) == (name, plain)
+def test_the_attention_that_flags_choose(flags, name):
+    assert config_of(**flags).attention == name
 
 
 def test_a_model_is_checked_on_the_cpu_and_then_attends_as_asked(tiny_policy):

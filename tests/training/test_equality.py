@@ -39,7 +39,7 @@ CASES["kldpo_micro-zero2"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 2, "mi
 # Packed rows are the default; the padded form, with the attention of transformers, is held as well.
 CASES["dpo-zero2-padded"] = {**COMMON, "zero_stage": 2, "micro_batch_size": 1, "packing": False}
 CASES["wdpo-zero2-padded"] = {**COMMON, **METHODS["wdpo"], "zero_stage": 2, "micro_batch_size": 2, "packing": False}
-# Packed rows take the tangent solver by default; the exact one is held as well.
+# Packed rows take the tangent solver; the exact one, on padded rows, is held as well.
 for name in ("wdpo", "wdpo_root", "wdpo_once"):
     CASES[f"{name}-zero2-exact"] = {**CASES[f"{name}-zero2"], "wdpo_solver": "exact"}
 CASES["wdpo_root-zero1-whole"] = {**CASES["wdpo_root-zero0-whole"], "zero_stage": 1}

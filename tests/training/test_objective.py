@@ -18,8 +18,8 @@ from drdpo.training.values import pair_values
 config_of = partial(policies.config_of, packing=False)  # other forms: test_packing.py, test_wdpo_solvers.py
 
 
-def policy_of(path, attention: str = "eager", checkpointing: bool = False) -> Policy:
-    return load_policy(str(path), torch.float32, attention, checkpointing).double().train()
+def policy_of(path, checkpointing: bool = False, second_derivative: bool = True) -> Policy:
+    return load_policy(str(path), torch.float32, "eager", checkpointing, second_derivative).double().train()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_penalty_gradient_equals_finite_differences(policy, pairs):
     batch, config = collate(pairs, range(4), 0), config_of(wdpo_rho=1.0)
 
     def penalty(create_graph: bool) -> torch.Tensor:
-        values = pair_values(policy, batch, REFERENCE_M2, config, twice=True)
+        values = pair_values(policy, batch, REFERENCE_M2, config)
         return gradient_penalty(values.losses_B, values.embeds, create_graph).mean()
 
     exact = gradients(policy, penalty(create_graph=True))
@@ -108,7 +108,7 @@ def test_a_loaded_policy_recomputes_activations(tiny_policy):
 
 def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
     batch = collate(pairs, range(4), 0)
-    values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1), twice=True)
+    values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1))
     written_out = values.losses_B.mean() + 0.1 * gradient_penalty(values.losses_B, values.embeds, True).mean().sqrt()
     ours = gradients(policy, whole(policy, pairs, wdpo_rho=0.1, wdpo_penalty="root").total)
     assert relative_error(ours, gradients(policy, written_out)) < 1e-6
@@ -128,8 +128,9 @@ def test_padding_changes_nothing(policy, pairs):
     assert torch.allclose(torch.cat(alone), together, atol=1e-10)
 
 
-def test_answer_log_probs_equal_the_plain_form(policy, pairs):
-    batch = collate(pairs, [1], 0)
+@pytest.mark.parametrize("second_derivative", [False, True])
+def test_answer_log_probs_equal_the_plain_form(second_derivative, tiny_policy, pairs):
+    batch, policy = collate(pairs, [1], 0), policy_of(tiny_policy, second_derivative=second_derivative)
     logprob_S = policy(batch).logprob_S
     pair = pairs[1]
     for row, answer in enumerate((pair.chosen, pair.rejected)):

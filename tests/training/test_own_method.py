@@ -85,13 +85,9 @@ class SmoothConfig(TrainConfig):
 
 def test_wdpo_penalises_a_loss_of_ones_own_in_both_solvers(tiny_policy, pairs):
     found = {}
-    for solver, packing in (("exact", False), ("tangent", True)):
-        config = SmoothConfig(
-            **PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, packing=packing, micro_batch_size=4
-        )
-        policy = load_policy(
-            str(tiny_policy), torch.float32, config.attention, False, plain_attention=config.second_derivative
-        )
+    for solver in ("exact", "tangent"):
+        config = SmoothConfig(**PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, micro_batch_size=4)
+        policy = load_policy(str(tiny_policy), torch.float32, config.attention, False, config.second_derivative)
         policy = policy.double().train()
         part = objective(policy, form_batch(pairs, range(4), config, 0), REFERENCE_M2, config, None)
         found[solver] = (gradients_of(policy, part.total), part.penalties_B)

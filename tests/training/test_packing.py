@@ -32,18 +32,13 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def packed(tiny_policy) -> Policy:
-    return load_policy(str(tiny_policy), torch.float32, PACKED_ATTENTION, gradient_checkpointing=False)
-
-
-@pytest.fixture(scope="module")
-def packed_plain(tiny_policy) -> Policy:
     """With gradient checkpointing, whose recomputation must attend by the plan as well."""
-    return load_policy(str(tiny_policy), torch.float32, PACKED_ATTENTION, gradient_checkpointing=True, plain_attention=True)
+    return load_policy(str(tiny_policy), torch.float32, PACKED_ATTENTION, gradient_checkpointing=True)
 
 
 @pytest.fixture(scope="module")
 def padded(tiny_policy) -> Policy:
-    return load_policy(str(tiny_policy), torch.float32, "eager", gradient_checkpointing=False)
+    return load_policy(str(tiny_policy), torch.float32, "eager", False, second_derivative=True)
 
 
 def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig):
@@ -60,24 +55,19 @@ def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: Trai
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_packed_equals_padded(method, pairs, packed, packed_plain, padded):
+def test_packed_equals_padded(method, pairs, packed, padded):
+    """For WDPO: the tangent solver in float32 equals the exact one."""
     flags = METHODS[method]
-    policy = packed_plain if method.startswith("wdpo") else packed
-    if method.startswith("wdpo"):
-        flags = {**flags, "wdpo_solver": "exact"}  # the others are held to it in test_wdpo_solvers.py
     losses, gradient = step(padded, pairs, [[0, 1, 2, 3]], config_of(packing=False, **flags))
     for split in ([[0, 1, 2, 3]], [[3, 0], [1, 2]]):
-        ours, our_gradient = step(policy, pairs, split, config_of(**flags))
+        ours, our_gradient = step(packed, pairs, split, config_of(**flags))
         torch.testing.assert_close(ours, losses, atol=1e-5, rtol=1e-5)
         assert float((our_gradient - gradient).norm() / gradient.norm()) < 1e-5
 
 
-def test_the_two_ways_to_count_the_prompt_differ(pairs, packed_plain):
+def test_the_two_ways_to_count_the_prompt_differ(pairs, packed):
     """Or the equality above could not tell one from the other."""
-    exact = {"wdpo_solver": "exact"}
-    gradients = [
-        step(packed_plain, pairs, [[0, 1, 2, 3]], config_of(**METHODS[name], **exact))[1] for name in ("wdpo", "wdpo once")
-    ]
+    gradients = [step(packed, pairs, [[0, 1, 2, 3]], config_of(**METHODS[name]))[1] for name in ("wdpo", "wdpo once")]
     assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) > 1e-3
 
 
@@ -136,6 +126,7 @@ def test_flags_of_attention_and_packing():
     assert shared_prefix.NAME == PACKED_ATTENTION == config_of().attention
     assert config_of(packing=False).attention == "sdpa"
     assert config_of(packing=False, wdpo_rho=0.1).attention == "eager"
-    assert config_of(attn="eager").plain_attention and not config_of(attn="sdpa").plain_attention
+    assert config_of().packing and config_of(wdpo_rho=0.1).packing
+    assert not config_of(wdpo_rho=0.1, wdpo_solver="exact").packing
     with pytest.raises(UsageError, match="--packing=false as well"):
         config_of(attn="flex")

@@ -43,7 +43,6 @@ CODES = [
 METHODS = {
     "dpo": {}, "kldpo": {"kldpo_tau": 0.1}, "padded": {"packing": False, "micro_batch_size": 4},
     "exact": {"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "tangent": {"wdpo_rho": 0.1, "wdpo_solver": "tangent"},
-    "eager": {"wdpo_rho": 0.1, "packing": False},
 }  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def policy_of(config: TrainConfig, moved: bool = True):
     """With adapters that do something, unless not `moved`."""
     policy = load_policy(
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
-        config.plain_attention, config.lora_quantize,
+        config.second_derivative, config.lora_quantize,
     )  # fmt: skip
     add_lora(policy, config)
     generator = torch.Generator().manual_seed(1)

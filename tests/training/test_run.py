@@ -61,6 +61,7 @@ def refuse(done, status: int, *words: str) -> None:
         (["--wdpo_rho=0.1", "--packing=false", "--attn=flash"], ["second derivative", "eager"]),
         (["--wdpo_rho=0.1", "--packing=false", "--attn=sdpa"], ["second derivative"]),
         (["--attn=flex"], ["--attn=flex: packed rows", "--attn=sdpa", "--packing=false"]),
+        (["--wdpo_rho=0.1", "--wdpo_solver=exact", "--packing=true"], ["padded rows only", "--wdpo_solver=tangent"]),
         (["--attn=flex", "--packing=false"], ["--attn=flex needs a CUDA device", "--attn=sdpa"]),
         (["--attn=flash", "--packing=false"], ["--attn=flash needs", "--attn=sdpa"]),
         (["--attn=flash_attention_2"], ["invalid choice"]),

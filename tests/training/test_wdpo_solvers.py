@@ -37,7 +37,7 @@ def exact(tiny_policy, pairs):
 
     def get(form: str):
         if form not in known:
-            config = config_of(packing=False, **FORMS[form])
+            config = config_of(wdpo_solver="exact", **FORMS[form])
             known[form] = step(policy_of(tiny_policy, config), pairs, [[0, 1, 2, 3]], config)
         return known[form]
 
@@ -136,7 +136,7 @@ def test_the_dry_run_takes_every_solver(tiny_policy, pairs):
 
 def test_the_solver_that_auto_is():
     assert config_of().solver == config_of(dtype="bfloat16", zero_stage=3).solver == "tangent"
-    assert config_of(packing=False).solver == "exact"
+    assert config_of(packing=False).solver == "exact" and not config_of(wdpo_solver="exact").packing
     assert config_of(wdpo_solver="exact").second_derivative and not config_of().second_derivative
 
 

@@ -34,8 +34,8 @@ class TrainConfig:
     )
     wdpo_solver: Literal["auto", "exact", "tangent"] = flag(
         "the penalty's parameter gradient by: 'tangent' a forward pass along the gradient and an ordinary backward pass, "
-        "for packed rows of Llama, Mistral, Qwen2 and Qwen3; 'exact' a double backward, for any architecture; 'auto' is "
-        "tangent for packed rows and exact for padded ones",
+        "for packed rows of Llama, Mistral, Qwen2 and Qwen3; 'exact' a double backward of plain torch operations on padded "
+        "rows, for any architecture; 'auto' is tangent for packed rows and exact for padded ones",
         "auto",
     )
     wdpo_fraction: float = flag(
@@ -124,18 +124,19 @@ class TrainConfig:
         "adapter; false: checkpoints are the adapters alone, for peft and vLLM",
         True,
     )
-    packing: bool = flag(
-        "micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a pair", True
+    packing: bool | None = flag(
+        "true: micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a "
+        "pair (default true; false for --wdpo_solver=exact, which needs padded rows)",
+        None,
     )
     attn: Literal["auto", "sdpa", "flex", "flash", "eager"] = flag(
-        "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group (with a second derivative of our "
-        "own for --wdpo_solver=exact); 'flash' on CUDA, for packed rows torch's variable-length flash attention, one call a "
-        "layer, checked against sdpa at the start, for padded ones transformers' flash_attention_2; 'flex' transformers' "
-        "flex_attention, on CUDA with --packing=false; 'eager' matrix products and a float32 softmax; 'auto' is flash for "
-        "packed bfloat16 rows on CUDA where it serves the model, except for WDPO's exact and tangent solvers, eager for "
-        "padded rows with --wdpo_solver=exact, else sdpa. On CUDA backward passes add in no fixed order without "
-        "--deterministic. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, and in bfloat16 its "
-        "runs attend in float32 unless 'flash' is passed",
+        "attention kernel: 'sdpa' torch's fused kernels, for packed rows group by group; 'flash' on CUDA, for packed rows "
+        "torch's variable-length flash attention, one call a layer, checked against sdpa at the start, for padded ones "
+        "transformers' flash_attention_2; 'flex' transformers' flex_attention, on CUDA with --packing=false; 'eager' matrix "
+        "products and a float32 softmax, with --packing=false; 'auto' is eager for --wdpo_solver=exact, flash for packed "
+        "bfloat16 rows on CUDA where it serves the model, except for WDPO, else sdpa. On CUDA backward passes add in no "
+        "fixed order without --deterministic. The pass of --wdpo_solver=tangent along the gradient has kernels of its own, "
+        "and in bfloat16 its runs attend in float32 unless 'flash' is passed",
         "auto",
     )
     optimizer_offload: bool = flag(
@@ -223,9 +224,9 @@ class TrainConfig:
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
         """The kernel that the flags choose, without a look at the machine: drdpo.training.automatic puts flash in place of
-        auto. For padded rows sdpa, flex and flash have no second derivative."""
+        auto. Only eager has a second derivative."""
         if self.attn == "auto":
-            return "eager" if self.second_derivative and not self.packing else "sdpa"
+            return "eager" if self.second_derivative else "sdpa"
         return self.attn
 
     @property
@@ -239,11 +240,6 @@ class TrainConfig:
     def packed_flash(self) -> bool:
         """Do packed rows attend by drdpo.kernels.varlen_attention?"""
         return self.packing and self.attention_kernel == "flash"
-
-    @property
-    def plain_attention(self) -> bool:
-        """Attend by matrix products and a softmax, which are differentiable any number of times?"""
-        return self.attention_kernel == "eager"
 
     @property
     def recompute(self) -> bool:
@@ -260,6 +256,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", str(self.gradient_checkpointing).lower())
+        if self.packing is None:
+            object.__setattr__(self, "packing", not (self.method == "wdpo" and self.wdpo_solver == "exact"))
         check_bounds(self)
         _check_rules(self)
 
@@ -307,7 +305,7 @@ def _check_tokens(config: TrainConfig) -> None:
     if config.micro_batch_tokens is None:
         return
     require(config.micro_batch_size is None, "--micro_batch_tokens and --micro_batch_size exclude each other; give one")
-    require(config.packing, "--micro_batch_tokens counts the tokens of packed rows; leave out --packing=false")
+    require(config.packing, "--micro_batch_tokens counts the tokens of packed rows; for padded ones pass --micro_batch_size")
     require(
         config.robust_scope == "step",
         "--micro_batch_tokens with --robust_scope=micro: the population would change with the lengths; give "
@@ -321,15 +319,13 @@ def _check_attention(config: TrainConfig) -> None:
         f"--deterministic=true with --attn={config.attn} and --packing=false: transformers' kernels do not follow torch's "
         "switch; pass --attn=sdpa",
     )
-    if config.attn not in ("flex", "flash"):
-        return
     require(
-        not config.packing or config.attn == "flash",
-        f"--attn={config.attn}: packed rows attend by sdpa, flash or eager; give --attn=sdpa, or --packing=false as well",
+        not config.packing or config.attn not in ("flex", "eager"),
+        f"--attn={config.attn}: packed rows attend by sdpa or flash; pass --attn=sdpa, or --packing=false as well",
     )
     require(
-        config.attn == "flex" or config.dtype != "float32",
-        "--attn=flash with --dtype=float32: flash attention knows 16-bit numbers only; give --attn=sdpa",
+        config.attn != "flash" or config.dtype != "float32",
+        "--attn=flash with --dtype=float32: flash attention knows 16-bit numbers only; pass --attn=sdpa",
     )
 
 
@@ -434,13 +430,18 @@ def _check_scope(config: TrainConfig) -> None:
 
 def _check_exact(config: TrainConfig) -> None:
     require(
-        config.plain_attention or (config.packing and config.attention_kernel == "sdpa"),
+        not config.packing,
+        "--packing=true with --wdpo_solver=exact, whose plain attention takes padded rows only; omit --packing, or "
+        "pass --wdpo_solver=tangent",
+    )
+    require(
+        config.attention_kernel == "eager",
         f"--attn={config.attn} with the exact solver of --wdpo_rho: its kernels have no second derivative, so the penalty "
-        "would be wrong or fail; give --attn=eager, or another --wdpo_solver",
+        "would be wrong or fail; pass --attn=eager, or another --wdpo_solver",
     )
     require(
         config.zero_stage <= 2,
         f"--zero_stage=3 with --wdpo_solver={config.wdpo_solver}{', which is exact' * (config.wdpo_solver == 'auto')}: "
-        "DeepSpeed's stage 3 cannot run its double backward; give "
-        f"--wdpo_solver=tangent{'' if config.packing else ' and --packing=true'}, or --zero_stage=2",
+        "DeepSpeed's stage 3 cannot run its double backward; pass --wdpo_solver=tangent and --packing=true, or "
+        "--zero_stage=2",
     )

@@ -54,28 +54,17 @@ class PrefixPlan:
         groups: in the order of the row.
         device: of the row.
         dtype: of queries and keys.
-        plain: attend by matrix products and a softmax in float32, which are differentiable any number of times, in place
-            of the fused kernels, which are once.
-        twice: fused kernels whose gradient can be differentiated again (drdpo.kernels.twice_attention).
         flash: all groups in one call (drdpo.kernels.varlen_attention).
     """
 
-    def __init__(
-        self,
-        groups: Sequence[PrefixGroup],
-        device: torch.device,
-        dtype: torch.dtype,
-        plain: bool = False,
-        twice: bool = False,
-        flash: bool = False,
-    ) -> None:
+    def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype, flash: bool = False) -> None:
         self.groups = list(groups)
         self.lengths = [length for group in self.groups for length in group.lengths]
         """Of the row's pieces, the prefixes and suffixes in their order."""
         self.dtype = dtype
-        self.plain, self.twice, self.flash = plain, twice and not plain, flash
+        self.flash = flash
         self._device, self._dtype = device, dtype
-        self._masked = [group for group in self.groups if group.prefix or plain]
+        self._masked = [group for group in self.groups if group.prefix]
         self._longest_prefix = max((group.prefix for group in self._masked), default=0)
 
     @cached_property
@@ -89,8 +78,6 @@ class PrefixPlan:
     def _mask(self) -> Tensor:
         """Of the longest prefix and suffix: the others' are corners of it."""
         longest = max((length for group in self._masked for length in group.suffixes), default=0)
-        if self.plain:
-            longest = max(longest, self._longest_prefix)
         row_A = torch.arange(longest, device=self._device)[:, None]
         column = torch.arange(self._longest_prefix + longest, device=self._device)[None]
         hidden = column > row_A + self._longest_prefix
@@ -117,21 +104,10 @@ def shared_prefix_attention(
     Returns:
         [1, H, N, E]
     """
-    if plan.twice:
-        from drdpo.kernels.twice_attention import twice_attention
-
-        return twice_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
     if plan.flash:
         from drdpo.kernels.varlen_attention import varlen_attention
 
         return varlen_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
-    return fused_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
-
-
-def fused_attention(
-    query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
-) -> Tensor:
-    """shared_prefix_attention group by group, differentiable as often as the plan's kernels are."""
     # Split, not sliced: the gradient of a slice is a tensor of the whole row, and their sum quadratic in the groups.
     queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query_1HNE, key_1KNE, value_1KNE))
     parts, piece = [], 0
@@ -153,14 +129,8 @@ def _attend(
     query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, plan: PrefixPlan, prefix: int, scale: float | None
 ) -> Tensor:
     """[1, H, A, E] of A tokens that come after `prefix` ones, T = prefix + A."""
-    heads, kv_heads, length = query_1HAE.shape[1], keys_1KTE.shape[1], query_1HAE.shape[2]
-    if not plan.plain:
-        return _sdpa(query_1HAE, keys_1KTE, values_1KTE, plan.mask(prefix, length) if prefix else None, scale)
-    scale = query_1HAE.shape[-1] ** -0.5 if scale is None else scale
-    keys_1HTE, values_1HTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
-    logits_1HAT = query_1HAE @ keys_1HTE.transpose(2, 3) * scale + plan.mask(prefix, length)
-    wide = torch.float64 if logits_1HAT.dtype == torch.float64 else torch.float32
-    return torch.softmax(logits_1HAT, dim=-1, dtype=wide).to(values_1HTE.dtype) @ values_1HTE
+    mask_AT = plan.mask(prefix, query_1HAE.shape[2]) if prefix else None
+    return _sdpa(query_1HAE, keys_1KTE, values_1KTE, mask_AT, scale)
 
 
 def repeats_heads(grouped: bool, masked: bool, dtype: torch.dtype) -> bool:

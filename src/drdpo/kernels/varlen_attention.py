@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from drdpo.distributed import send
 from drdpo.kernels.hand_written import refuse_graph
-from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, fused_attention
+from drdpo.kernels.shared_prefix import PrefixGroup, PrefixPlan, shared_prefix_attention
 
 
 class Segments(NamedTuple):
@@ -128,7 +128,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
     upstream = torch.randn(1, heads, tokens, width, generator=generator).to(device, dtype)
     plan, found = PrefixPlan(groups, device, dtype), []
     try:
-        for attend in (varlen_attention, fused_attention):
+        for attend in (varlen_attention, shared_prefix_attention):
             out = attend(query, key, value, plan, None)
             found.append([out, *torch.autograd.grad(out, (query, key, value), upstream)])
     except (ImportError, RuntimeError, TypeError, ValueError) as error:

@@ -34,8 +34,10 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
         return replace(config, attn=config.attention_kernel)
     from transformers import AutoConfig
 
-    reason = _unfit(config) if config.attn == "auto" else None
-    if reason is None:
+    reason = None
+    if config.attn == "auto" and config.wide_first_tokens:
+        reason = "--wdpo_solver=tangent attends in float32 to keep its accuracy"
+    else:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         reason = refusal(settings, distributed.device(), getattr(torch, config.dtype))
     if any(of_all(float(reason is not None))):
@@ -48,15 +50,6 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
             print(f"--attn=auto: sdpa instead of flash, because {reason or 'another process cannot use it'}", flush=True)
         return replace(config, attn="sdpa")
     return replace(config, attn="flash")
-
-
-def _unfit(config: TrainConfig) -> str | None:
-    """Why a run should not attend by flash unless its flags ask for it."""
-    if config.second_derivative:
-        return "--wdpo_solver=exact needs a second derivative"
-    if config.wide_first_tokens:
-        return "--wdpo_solver=tangent attends in float32 to keep its accuracy"
-    return None
 
 
 def resolve_rows(config: TrainConfig, policy: Policy) -> TrainConfig:

@@ -1,6 +1,6 @@
 """Which pairs make an optimizer step, on which rank, in which micro-batch; and their padded tensors.
 
-Shape suffixes: S = 2B sequences (all chosen rows, then all rejected), T tokens.
+Shape suffixes: S = 2B sequences (all chosen rows, then all rejected), T tokens, A answer tokens.
 """
 
 import heapq
@@ -26,6 +26,11 @@ class Batch:
     attention_mask_ST: Tensor
     answer_mask_ST: Tensor
     """[S, T] True where a token belongs to the answer."""
+    states_A: Tensor
+    """[A] where in the S T tokens the state is that predicts each answer token: at the token before it."""
+    targets_A: Tensor
+    sequence_A: Tensor
+    """[A] the sequence that each answer token belongs to."""
 
     @property
     def prompt_mask_BT(self) -> Tensor:
@@ -159,9 +164,16 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
     input_ids_ST = torch.full((len(rows), width), pad_token_id)
     attention_mask_ST = torch.zeros((len(rows), width), dtype=torch.int64)
     answer_mask_ST = torch.zeros((len(rows), width), dtype=torch.bool)
+    states, targets, sequences = [], [], []
     for row, (prompt, answer) in enumerate(rows):
         length = len(prompt) + len(answer)
+        states += [row * width + place - 1 for place in range(len(prompt), length)]
+        targets += answer
+        sequences += [row] * len(answer)
         input_ids_ST[row, :length] = torch.tensor(prompt + answer)
         attention_mask_ST[row, :length] = 1
         answer_mask_ST[row, len(prompt) : length] = True
-    return Batch(torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST)
+    return Batch(
+        torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST,
+        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences),
+    )  # fmt: skip

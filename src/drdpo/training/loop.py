@@ -83,7 +83,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     config = run.config
     policy = load_policy(
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
-        config.plain_attention, config.lora_quantize,
+        config.second_derivative, config.lora_quantize,
     )  # fmt: skip
     if config.lora_rank:
         add_lora(policy, config)

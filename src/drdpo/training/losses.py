@@ -106,23 +106,6 @@ def gradient_penalty(
     return squares_B + 2 * ((chosen_BTD * rejected_BTD).sum(dim=2) * shared_prompt_BT).sum(dim=1)
 
 
-def packed_gradient_penalty(losses_B: Tensor, embeds_1ND: Tensor, pair_N: Tensor, create_graph: bool) -> Tensor:
-    """The same for packed rows; a token that stands in the row once counts once, whoever sees it.
-
-    Args:
-        losses_B: [B] losses whose graph reaches embeds_1ND.
-        embeds_1ND: [1, N, D] input embeddings of the row.
-        pair_N: [N] the pair of every token.
-        create_graph: keep the graph, so that the penalty can be differentiated.
-
-    Returns:
-        [B] squared norms, float32 (float64 for float64 losses).
-    """
-    (grad_1ND,) = torch.autograd.grad(losses_B.sum(), embeds_1ND, create_graph=create_graph, retain_graph=True)
-    squares_N = grad_1ND[0].to(losses_B.dtype).square().sum(dim=1)
-    return torch.zeros_like(losses_B).index_add(0, pair_N, squares_N)
-
-
 def effective_sample_size(weights_P: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2, between 1 (one pair decides) and P (all weigh the same)."""
     return weights_P.sum().square() / weights_P.square().sum()

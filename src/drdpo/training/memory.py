@@ -118,20 +118,21 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
         Exception: of any kind, where the model's forward pass looks at values.
     """
     meta = torch.device("meta")
-    packed = (_as_packed(batch) if isinstance(batch, Batch) else batch).to(meta)
-    pairs = len(packed.indices_B)
+    # WDPO's exact solver attends to padded rows by plain products, which shapes take as they are.
+    given = (_as_packed(batch) if isinstance(batch, Batch) and not config.second_derivative else batch).to(meta)
+    pairs = len(given.indices_B)
     # As under ZeRO, a parameter's gradient leaves as soon as it is there.
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         for parameter in policy.parameters()
         if parameter.requires_grad
     ]
-    given = (value for value in vars(packed).values() if isinstance(value, Tensor))
-    known = [*policy.parameters(), *policy.buffers(), *given]
+    tensors = (value for value in vars(given).values() if isinstance(value, Tensor))
+    known = [*policy.parameters(), *policy.buffers(), *tensors]
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     try:
         with _Alive(policy.head.weight.shape[0], known) as alive:
-            objective(policy, packed, torch.zeros(pairs, 2, device=meta), config, population).total.backward()
+            objective(policy, given, torch.zeros(pairs, 2, device=meta), config, population).total.backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -185,7 +186,7 @@ def _called_by(files: frozenset[str]) -> bool:
 def _as_packed(batch: Batch) -> PackedBatch:
     """A packed row with the shapes of a padded batch; its content means nothing."""
     rows, width = batch.input_ids_ST.shape
-    nothing_A = torch.zeros(int(batch.answer_mask_ST.sum()), dtype=torch.int64)
+    nothing_A = torch.zeros_like(batch.targets_A)
     tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
     groups = (PrefixGroup(0, (width,)),) * rows
     return PackedBatch(batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups)

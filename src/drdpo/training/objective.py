@@ -12,6 +12,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.training import losses
+from drdpo.training.batches import Batch
 from drdpo.training.input_gradient import input_gradient
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
@@ -111,8 +112,8 @@ def objective(
 def _exact(
     policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None, scale: float
 ) -> Objective:
-    """WDPO by a double backward."""
-    values = pair_values(policy, batch, reference_B2, config, twice=True)
+    """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
+    values = pair_values(policy, batch, reference_B2, config)
     penalties_B = _penalties(values, batch, config, create_graph=True)
     total = values.losses_B.mean() + _factor(penalties_B, config, population, scale) * penalties_B.mean()
     return Objective(total, values, torch.ones_like(values.losses_B), penalties_B.detach())
@@ -163,16 +164,13 @@ def _factor(penalties_B: Tensor, config: TrainConfig, population: Population | N
 def _surveyed(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> Tensor:
     """[B] |grad l|^2 without a graph."""
     if config.solver == "exact":
-        values = pair_values(policy, batch, reference_B2, config, twice=True)
-        return _penalties(values, batch, config, create_graph=False)
+        return _penalties(pair_values(policy, batch, reference_B2, config), batch, config, create_graph=False)
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     return input_gradient(policy, batch, reference_B2, config).loss_slopes_B.square()
 
 
 def _penalties(values: PairValues, batch: AnyBatch, config: TrainConfig, create_graph: bool) -> Tensor:
-    if isinstance(batch, PackedBatch):
-        # Packing has put the prompt into the row once or twice, as --wdpo_prompt says.
-        return losses.packed_gradient_penalty(values.losses_B, values.embeds, batch.pair_N, create_graph)
+    assert isinstance(batch, Batch), "TrainConfig refuses the packed form"
     shared_BT = batch.prompt_mask_BT if config.wdpo_prompt == "once" else None
     return losses.gradient_penalty(values.losses_B, values.embeds, create_graph, shared_BT)
 

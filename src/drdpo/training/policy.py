@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.kernels import linear_logprob
+from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
 from drdpo.kernels.shared_prefix import PrefixPlan
 from drdpo.training import nf4
@@ -53,13 +53,14 @@ class Policy(nn.Module):
 
     Args:
         language_model: of transformers.
-        plain_attention: for packed batches, attention that is twice differentiable.
+        second_derivative: compute log-probabilities whose gradient can be differentiated again; the language model must
+            attend by "eager".
     """
 
-    def __init__(self, language_model: Any, plain_attention: bool = False) -> None:
+    def __init__(self, language_model: Any, second_derivative: bool = False) -> None:
         super().__init__()
         self.language_model = language_model
-        self.plain_attention = plain_attention
+        self.second_derivative = second_derivative
         self.flash_attention = False
         """Do packed rows attend by drdpo.kernels.varlen_attention, which runs on CUDA only?"""
         self.wide_first = False
@@ -73,12 +74,11 @@ class Policy(nn.Module):
         """float32 where first tokens are: their keys, rounded, shift all weights alike; flash attention takes none."""
         return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
 
-    def forward(self, batch: Batch | PackedBatch, twice: bool = False, run: Callable[["Policy"], Any] | None = None) -> Any:
+    def forward(self, batch: Batch | PackedBatch, run: Callable[["Policy"], Any] | None = None) -> Any:
         """Log-probabilities of the answers of a batch.
 
         Args:
             batch: B pairs as S = 2B padded rows, or as one packed row.
-            twice: the log-probabilities' gradient will be differentiated again.
             run: what to do in place of that with this policy; a DeepSpeed engine around it lets only forward through.
 
         Returns:
@@ -87,7 +87,7 @@ class Policy(nn.Module):
         if run is not None:
             return run(self)
         embeds = self.embed(batch)
-        return Answers(self.logprob(batch, embeds, twice), embeds)
+        return Answers(self.logprob(batch, embeds), embeds)
 
     def embed(self, batch: Batch | PackedBatch) -> Tensor:
         """[S, T, D], packed [1, N, D]: the input embeddings of a batch."""
@@ -100,35 +100,33 @@ class Policy(nn.Module):
                 embeds.register_hook(self.watch.look)
         return embeds
 
-    def logprob(self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False) -> Tensor:
+    def logprob(self, batch: Batch | PackedBatch, embeds: Tensor) -> Tensor:
         """[S] log-probabilities of the answers of a batch from (changed) input embeddings."""
-        hidden_ND, targets_N, sequence_N = self.answer_states(batch, embeds, twice)
-        return sum_by_sequence(self.head(linear_logprob, hidden_ND, targets_N, twice=twice), sequence_N, batch)
+        hidden_ND, targets_N, sequence_N = self.answer_states(batch, embeds)
+        kernel = plain_logprob if self.second_derivative else linear_logprob
+        return sum_by_sequence(self.head(kernel, hidden_ND, targets_N), sequence_N, batch)
 
     def answer_states(
-        self, batch: Batch | PackedBatch, embeds: Tensor, twice: bool = False, frozen: bool = False
+        self, batch: Batch | PackedBatch, embeds: Tensor, frozen: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N].
 
         `frozen`: the gradient for the embeddings alone will be asked for.
         """
         if isinstance(batch, PackedBatch):
-            kernel = (self.attention_dtype, self.plain_attention, twice, self.flash_attention)
-            plan = PrefixPlan(batch.groups, embeds.device, *kernel)
+            plan = PrefixPlan(batch.groups, embeds.device, self.attention_dtype, self.flash_attention)
             options = {}
             if self.wide_first:
                 embeds, options["wide_rows"] = embeds.float(), WideRows(first_rows(batch.groups, embeds.device), frozen)
             hidden_ND = self.language_model.base_model(
                 inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan, **options
             ).last_hidden_state[0]
-            return hidden_ND[batch.states_A].to(self.head.weight.dtype), batch.targets_A, batch.sequence_A
-        hidden_STD = self.language_model.base_model(
-            inputs_embeds=embeds, attention_mask=batch.attention_mask_ST, use_cache=False
-        ).last_hidden_state
-        # The state at t predicts token t + 1.
-        answer_mask_ST = batch.answer_mask_ST[:, 1:]
-        targets_N = batch.input_ids_ST[:, 1:][answer_mask_ST]
-        return hidden_STD[:, :-1][answer_mask_ST], targets_N, answer_mask_ST.nonzero()[:, 0]
+        else:
+            hidden_STD = self.language_model.base_model(
+                inputs_embeds=embeds, attention_mask=batch.attention_mask_ST, use_cache=False
+            ).last_hidden_state
+            hidden_ND = hidden_STD.flatten(0, 1)
+        return hidden_ND[batch.states_A].to(self.head.weight.dtype), batch.targets_A, batch.sequence_A
 
 
 def decoder_of(policy: Policy) -> Any:
@@ -167,7 +165,7 @@ def load_policy(
     dtype: torch.dtype,
     attention: str,
     gradient_checkpointing: bool,
-    plain_attention: bool = False,
+    second_derivative: bool = False,
     quantize: Literal["none", "nf4"] = "none",
 ) -> Policy:
     """Load a causal language model as a policy.
@@ -177,7 +175,7 @@ def load_policy(
         dtype: of weights and activations.
         attention: transformers' name of the attention implementation.
         gradient_checkpointing: recompute activations; non-reentrant, the form that has a second derivative.
-        plain_attention: see Policy.
+        second_derivative: see Policy.
         quantize: "nf4" keeps the linear layers of the blocks in 4 bits and freezes everything (see drdpo.training.nf4).
 
     Raises:
@@ -208,7 +206,7 @@ def load_policy(
         raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, plain_attention).train()
+    return Policy(model, second_derivative).train()
 
 
 def compile_layers(policy: Policy) -> None:

@@ -75,13 +75,13 @@ def meta_policy(config: TrainConfig) -> Policy:
 
     try:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        model = _without_weights(settings, getattr(torch, config.dtype))
+        model = _without_weights(settings, config)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
     if config.lora_quantize == "nf4":
         use_nf4(model, config.model_path)
-    policy = Policy(model, plain_attention=config.plain_attention).train()
+    policy = Policy(model, config.second_derivative).train()
     policy.flash_attention = config.packed_flash
     if config.lora_rank:
         add_lora(policy, config)
@@ -89,17 +89,17 @@ def meta_policy(config: TrainConfig) -> Policy:
     return policy
 
 
-def _without_weights(settings: Any, dtype: torch.dtype) -> Any:
+def _without_weights(settings: Any, config: TrainConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     def build(attention: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+                settings, dtype=getattr(torch, config.dtype), attn_implementation=attention, trust_remote_code=False
             )
 
     try:
-        return build(PACKED)
+        return build("eager" if config.second_derivative else PACKED)
     except KeyError:
         # A model whose attentions are its own (Falcon): predicted with one over the whole row, which takes more.
         return build("eager")
@@ -219,10 +219,10 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
     if part in ("activations", "head"):
         flags = [
             (part == "activations" and not config.recompute, "--gradient_checkpointing=true"),
+            (config.second_derivative, "--wdpo_solver=tangent with --packing=true"),
             (not config.packing, "--packing=true"),
             (config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
             (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
-            (config.second_derivative and config.packing, "--wdpo_solver=tangent"),
             (True, "a smaller --max_len"),
         ]
     else:

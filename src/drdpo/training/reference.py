@@ -27,8 +27,9 @@ from drdpo.training.wide_rows import POSITIONS
 
 def reference_key(model_fingerprint: str, pairs: list[Pair], config: TrainConfig) -> str:
     """Hash of everything that reference log-probs depend on."""
+    kernel = config.attention_kernel + " and plain log-softmax" * config.second_derivative
     made_by = (
-        config.dtype, config.attention, config.attention_kernel, str(config.torch_compile), config.lora_quantize,
+        config.dtype, config.attention, kernel, str(config.torch_compile), config.lora_quantize,
         str(POSITIONS if config.wide_first_tokens else 0),
     )  # fmt: skip
     return hashlib.sha256(" ".join([model_fingerprint, *made_by, pairs_hash(pairs)]).encode()).hexdigest()

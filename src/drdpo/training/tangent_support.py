@@ -59,7 +59,7 @@ def check_tangent(policy: Policy, config: TrainConfig) -> None:
 
 def _refusal(error: DataError, config: TrainConfig) -> DataError:
     solver = "auto, which is tangent for packed rows," if config.wdpo_solver == "auto" else "tangent"
-    exact = "--wdpo_solver=exact" + (" with --zero_stage=2" if config.zero_stage == 3 else "")
+    exact = "--wdpo_solver=exact with --packing=false" + (" and --zero_stage=2" if config.zero_stage == 3 else "")
     return DataError(f"{config.model_path}: --wdpo_solver={solver} cannot differentiate this model: {error}; give {exact}")
 
 

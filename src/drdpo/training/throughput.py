@@ -83,14 +83,13 @@ def dpo_flops(shape: Shape, batch: AnyBatch) -> float:
     a_target = (6 if shape.head_trained else 4) * shape.head
     if isinstance(batch, Batch):
         lengths = batch.attention_mask_ST.sum(dim=1).tolist()
-        seen, targets = sum(length**2 / 2 for length in lengths), int(batch.answer_mask_ST.sum())
+        seen = sum(length**2 / 2 for length in lengths)
     else:
         seen = sum(
             group.prefix**2 / 2 + sum(length * (group.prefix + length / 2) for length in group.suffixes)
             for group in batch.groups
         )
-        targets = len(batch.targets_A)
-    return a_token * batch.tokens + a_target * targets + 12 * shape.layers * shape.attention * seen
+    return a_token * batch.tokens + a_target * len(batch.targets_A) + 12 * shape.layers * shape.attention * seen
 
 
 def throughput(batches: list[AnyBatch], shape: Shape, config: TrainConfig, seconds: float) -> dict[str, float]:

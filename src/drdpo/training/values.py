@@ -34,9 +34,7 @@ class PairValues(NamedTuple):
         return PairValues(losses_B, margins_B, log_ratios_S, self.embeds.new_empty(0))
 
 
-def pair_values(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, twice: bool = False
-) -> PairValues:
+def pair_values(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
     """Run the policy over a micro-batch.
 
     Args:
@@ -44,9 +42,8 @@ def pair_values(
         batch: B pairs.
         reference_B2: [B, 2] the frozen reference's log-probs of chosen and rejected answers.
         config: beta, loss_type, label_smoothing.
-        twice: the losses' gradient for the embeddings will be differentiated again.
     """
-    logprob_S, embeds = policy(batch, twice=twice)
+    logprob_S, embeds = policy(batch)
     return values_of(logprob_S, embeds, reference_B2, config)
 
 
