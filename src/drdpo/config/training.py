@@ -105,10 +105,10 @@ class TrainConfig:
         0,
     )
     lora_quantize: Literal["none", "nf4"] = flag(
-        "'nf4' is QLoRA: with --lora_rank the linear layers of the decoder blocks, which are frozen, are held in 4 bits "
-        "(NF4, double quantization, 0.52 bytes a parameter); embeddings, output head and norms stay whole. The reference is "
-        "the quantized model; --lora_merge=true merges into the weights of --model_path in full precision, read again on "
-        "the CPU for every checkpoint. Not for --zero_stage=3, nor --torch_compile",
+        "'nf4' is QLoRA: with --lora_rank bitsandbytes holds the frozen linear layers of the decoder blocks in 4 bits (NF4, "
+        "double quantization, 0.52 bytes a parameter); embeddings, output head and norms keep --dtype. The reference is the "
+        "quantized model; --lora_merge=true merges into the full-precision weights of --model_path, read again on the CPU "
+        "for every checkpoint. Not with WDPO, --zero_stage=3 or --torch_compile",
         "none",
     )
     lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32)

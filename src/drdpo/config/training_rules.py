@@ -128,6 +128,11 @@ def _check_lora(config: "TrainConfig") -> None:
     require(config.lora_alpha > 0, f"--lora_alpha={config.lora_alpha} must be positive")
     if config.lora_rank:
         require(
+            config.lora_quantize == "none" or config.method != "wdpo",
+            "--lora_quantize=nf4 with --wdpo_rho: bitsandbytes supports first derivatives of its 4-bit layers only, and "
+            "WDPO differentiates a gradient; pass --lora_quantize=none",
+        )
+        require(
             config.lora_quantize == "none" or config.zero_stage <= 2,
             "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; give "
             "--zero_stage=2",
