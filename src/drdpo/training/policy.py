@@ -224,7 +224,7 @@ def _four_bit_options(dtype: torch.dtype) -> dict[str, Any]:
 
 def _keep_codes(model: Any) -> None:
     """On CPUs with AVX512_BF16, bitsandbytes repacks weights at their first evaluation: values change, gradients stop."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -17,13 +17,13 @@ from drdpo.training.automatic import CPU_SHARE, MARGIN, of_all, of_main, predict
 from drdpo.training.batches import step_indices
 from drdpo.training.data import Pair, row_tokens
 from drdpo.training.dealing import step_batches
+from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
 from drdpo.training.memory import GATHERED, Memory
 from drdpo.training.policy import Policy, widen_first_tokens
 from drdpo.training.rotary import check_rotary, fix_rotary
 from drdpo.training.run import Run
 from drdpo.training.tangent_support import check_architecture
-from drdpo.training.throughput import Shape, shape_of
 
 PERCENTILES = (50, 90, 99, 100)
 _GIB = 2**30
