@@ -243,7 +243,7 @@ def test_what_qlora_refuses():
     with pytest.raises(UsageError, match="--lora_quantize=nf4 with --torch_compile=true"):
         config_of(torch_compile=True)
     for solver in ("tangent", "exact"):
-        with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --wdpo_rho: .*--lora_quantize=none"):
+        with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --wdpo_rho .*--lora_quantize=none"):
             config_of(wdpo_rho=0.1, wdpo_solver=solver)
 
 
