@@ -129,8 +129,8 @@ def _check_lora(config: "TrainConfig") -> None:
     if config.lora_rank:
         require(
             config.lora_quantize == "none" or config.method != "wdpo",
-            "--lora_quantize=nf4 with --wdpo_rho is not supported: in bfloat16 bitsandbytes rounds the float32 rows that WDPO's "
-            "gradient needs; pass --lora_quantize=none",
+            "--lora_quantize=nf4 with --wdpo_rho is not supported: in bfloat16 bitsandbytes rounds the float32 rows that "
+            "WDPO's gradient needs; pass --lora_quantize=none",
         )
         require(
             config.lora_quantize == "none" or config.zero_stage <= 2,
