@@ -298,7 +298,7 @@ def micro_batch(
     tf32: bool = False, profile: bool = False, **flags: Any,
 ) -> Row:  # fmt: skip
     """Seconds, DPO's arithmetic a second and memory of one micro-batch at Llama-3.2-1B's shape."""
-    from drdpo.training.throughput import dpo_flops, shape_of
+    from drdpo.training.log import dpo_flops, shape_of
 
     if lease.tiny:
         count, prompt, answer = min(count, 2), 6, 9

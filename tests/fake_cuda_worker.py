@@ -23,8 +23,8 @@ from drdpo.rewards.batching import Span
 from drdpo.rewards.layout import RewardLayout
 from drdpo.training.automatic import resolve_attention
 from drdpo.training.data import Pair
+from drdpo.training.log import pair_table
 from drdpo.training.memory import dry_run
-from drdpo.training.metrics import pair_table
 from drdpo.training.packing import form_batch
 from drdpo.training.policy_checks import check_packing, check_plain_head, switch_off_dropout
 from drdpo.training.preflight import shapes

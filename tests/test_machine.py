@@ -19,8 +19,8 @@ from drdpo.errors import UsageError
 from drdpo.evaluation.leaderboard import evaluate_openllm
 from drdpo.generation.sampling import sample_completions
 from drdpo.rewards.scoring import score_completions
+from drdpo.training.log import peak_flops
 from drdpo.training.run import _made_by, check_inputs
-from drdpo.training.throughput import peak_flops
 
 H100, T4 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla T4", (7, 5))
 ASK_ANOTHER = machine._gpus_of_another_process

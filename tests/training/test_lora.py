@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from harness.forks import Forks
 from harness.policies import answer_logprobs, random_pairs
 from safetensors.torch import load_file
@@ -18,8 +20,7 @@ from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair
-from drdpo.training.lora import add_lora, block_linears, merged
-from drdpo.training.nf4 import NF4Linear
+from drdpo.training.lora import add_lora, merged
 from drdpo.training.packing import pack
 from drdpo.training.policy import Policy, load_policy
 
@@ -162,10 +163,10 @@ def test_lora_on_two_ranks_equals_plain_peft(case, engine_folder, pairs, tiny_po
 def test_qlora_on_two_ranks_equals_plain_peft_on_the_dequantized_weights(engine_folder, pairs, tiny_policy, tmp_path):
     config = config_of(tiny_policy)
     policy = load_policy(str(tiny_policy), torch.float32, config.attention, False, quantize="nf4")
-    dense = {name: part.dense() for name, part in policy.language_model.named_modules() if isinstance(part, NF4Linear)}
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
-    for name, weight in dense.items():
-        model.get_submodule(name).weight.data = weight
+    for name, layer in policy.language_model.named_modules():
+        if isinstance(layer, Linear4bit):
+            model.get_submodule(name).weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     model.save_pretrained(tmp_path)
     ours = load_file(engine_folder / "nf4-zero2.safetensors")
     for name, value in plain_training(tmp_path, pairs, CASES["nf4-zero2"]["flags"]).items():
@@ -279,7 +280,7 @@ def test_all_linear_layers_of_the_blocks_and_nothing_else_are_trained(tiny_polic
     by_hand = 2 * RANK * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
     assert sum(value.numel() for value in trained.values()) == by_hand
     assert all(".lora_" in name and ".layers." in name for name in trained)
-    assert block_linears(policy.language_model) == {
+    assert policy.language_model.peft_config["default"].target_modules == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
 

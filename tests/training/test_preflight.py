@@ -18,13 +18,13 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training.batches import collate
 from drdpo.training.data import Pair
+from drdpo.training.log import Shape, dpo_flops, peak_flops, shape_of, throughput
 from drdpo.training.loop import train_alignment
 from drdpo.training.memory import GATHERED, Memory, dry_run, predict
 from drdpo.training.packing import pack
 from drdpo.training.policy import widen_first_tokens
 from drdpo.training.preflight import advice, meta_policy, preflight
 from drdpo.training.run import Run, check_inputs
-from drdpo.training.throughput import Shape, dpo_flops, peak_flops, shape_of, throughput
 
 PARAMETERS = 49_152 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
 """Of the tiny policy: embeddings (the head is tied), two layers, the final norm."""

@@ -109,10 +109,10 @@ class TrainConfig:
         at_least=0,
     )
     lora_quantize: Literal["none", "nf4"] = flag(
-        "'nf4' is QLoRA: with --lora_rank the linear layers of the decoder blocks, which are frozen, are held in 4 bits "
-        "(NF4, double quantization, 0.52 bytes a parameter); embeddings, output head and norms stay whole. The reference is "
-        "the quantized model; --lora_merge=true merges into the weights of --model_path in full precision, read again on "
-        "the CPU for every checkpoint. Not for --zero_stage=3, nor --torch_compile",
+        "'nf4' is QLoRA: with --lora_rank bitsandbytes holds the frozen linear layers of the decoder blocks in 4 bits (NF4, "
+        "double quantization, 0.52 bytes a parameter); embeddings, output head and norms keep --dtype. The reference is the "
+        "quantized model; --lora_merge=true merges into the full-precision weights of --model_path, read again on the CPU "
+        "for every checkpoint. Not with WDPO, --zero_stage=3 or --torch_compile",
         "none",
     )
     lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32, above=0)
@@ -354,6 +354,11 @@ def _check_speed(config: TrainConfig) -> None:
 
 def _check_lora(config: TrainConfig) -> None:
     if config.lora_rank:
+        require(
+            config.lora_quantize == "none" or config.method != "wdpo",
+            "--lora_quantize=nf4 with --wdpo_rho is not supported: in bfloat16 bitsandbytes rounds the float32 rows that "
+            "WDPO's gradient needs; pass --lora_quantize=none",
+        )
         require(
             config.lora_quantize == "none" or config.zero_stage <= 2,
             "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; give "

@@ -15,9 +15,8 @@ from drdpo.errors import DataError
 from drdpo.folder import atomic_folder, flush
 from drdpo.training.disk import check_room
 from drdpo.training.engine import Engine
-from drdpo.training.lora import merged, on_stored_base, save_adapter
+from drdpo.training.lora import load_base, merged, save_adapter
 from drdpo.training.newest import check_owner, damage, describe, keep_only, states, write_index
-from drdpo.training.nf4 import NF4Linear
 from drdpo.training.waiting import is_lost_rank, patient
 
 KEPT = 2
@@ -60,13 +59,14 @@ def _write_model(
             if not config.lora_rank:
                 model.save_pretrained(aside, state_dict=_untied(model, weights))
             elif config.lora_merge:
-                save_adapter(model, weights, config, aside / "adapter")
+                save_adapter(model, weights, aside / "adapter")
                 whole = model
                 if config.lora_quantize != "none":
-                    whole, weights = on_stored_base(model, weights, config)
+                    whole = load_base(config)
+                    weights = whole.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
                 whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, config)))
             else:
-                save_adapter(model, weights, config, aside)
+                save_adapter(model, weights, aside)
             tokenizer.save_pretrained(aside)
     except SafetensorError as error:
         # What safetensors makes of a full disk.
@@ -84,10 +84,10 @@ def written_bytes(model: Any, weights: dict[str, torch.Tensor], config: TrainCon
     adapters = sum(weight.nbytes for name, weight in weights.items() if ".lora_" in name)
     if config.lora_rank and not config.lora_merge:
         return adapters
-    # Quantized weights, which are not among `weights`, are written in full.
-    element = getattr(torch, config.dtype).itemsize
-    quantized = sum(part.in_features * part.out_features for part in model.modules() if isinstance(part, NF4Linear))
-    return sum(weight.nbytes for weight in _untied(model, weights).values()) + element * quantized
+    if config.lora_quantize != "none":
+        # Written in full precision; transformers counts 4-bit weights one by one.
+        return int(getattr(torch, config.dtype).itemsize * model.num_parameters())
+    return sum(weight.nbytes for weight in _untied(model, weights).values())
 
 
 def _check_weights(engine: Engine, weights: dict[str, torch.Tensor], folder: Path) -> None:

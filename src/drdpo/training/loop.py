@@ -22,9 +22,19 @@ from drdpo.training.data import Pair
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.first_loss import check_first_step
+from drdpo.training.log import (
+    MetricsLog,
+    Shape,
+    on_the_bar,
+    pair_table,
+    peak_memory_gib,
+    step_metrics,
+    summary,
+    table_means,
+    throughput,
+)
 from drdpo.training.logs import RankLog, rank_log
 from drdpo.training.lora import add_lora
-from drdpo.training.metrics import MetricsLog, on_the_bar, pair_table, peak_memory_gib, step_metrics, table_means
 from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
@@ -34,9 +44,7 @@ from drdpo.training.reference import read_reference, reference_key, reference_lo
 from drdpo.training.retention import remove_old_checkpoints
 from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, note_run, open_run
 from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
-from drdpo.training.summary import summary
 from drdpo.training.tangent_support import check_architecture, check_tangent
-from drdpo.training.throughput import Shape, throughput
 from drdpo.training.values import AnyBatch, pair_values
 from drdpo.training.waiting import lost_rank_in_one_line
 

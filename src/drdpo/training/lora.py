@@ -4,7 +4,7 @@ B starts at zero, so the policy before its first step is the model without adapt
 that are taken from it are those of the frozen reference, and no second model is needed.
 """
 
-import json
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.training.nf4 import quiet_bitsandbytes
-from drdpo.training.policy import Policy
+from drdpo.training.policy import Policy, quiet_bitsandbytes
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -74,48 +73,31 @@ def lora_config(model: Any, config: TrainConfig) -> Any:
 
 def block_linears(model: Any) -> set[str]:
     """Last names of the linear layers inside the decoder blocks: not the embeddings, not the output head."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     head = model.get_output_embeddings()
-    return {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | BaseTunerLayer) and module is not head and ".lora_" not in name
-        and not name.endswith(".base_layer")
-    }  # fmt: skip
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return {name.rsplit(".", 1)[-1] for name in linear}
 
 
 def merged(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
     """Weights of a plain model, W + (alpha / r) B A in W's dtype, under their plain names.
 
     Args:
-        weights: of the model with adapters, whole.
+        weights: of the adapters and of the frozen model, whole; frozen ones with or without peft's `base_layer` in the name.
         config: of the run.
     """
-    plain = {}
-    for name, weight in weights.items():
-        if ".lora_" in name:
-            continue
-        if name.endswith(".base_layer.weight"):
-            layer = name.removesuffix(".base_layer.weight")
-            down_rD, up_Dr = (weights[f"{layer}.lora_{part}.{ADAPTER}.weight"] for part in ("A", "B"))
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+    for name, down_rD in weights.items():
+        layer, adapter, _ = name.partition(f".lora_A.{ADAPTER}.")
+        if adapter:
+            up_Dr, weight = weights[f"{layer}.lora_B.{ADAPTER}.weight"], plain[f"{layer}.weight"]
             # In float32: a small change would be lost in bfloat16's rounding twice.
             change = up_Dr.float() @ down_rD.float() * (config.lora_alpha / config.lora_rank)
-            weight = (weight.float() + change).to(weight.dtype)
-        plain[name.replace(".base_layer.", ".")] = weight
+            plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
     return plain
 
 
-def on_stored_base(model: Any, weights: dict[str, Tensor], config: TrainConfig) -> tuple[Any, dict[str, Tensor]]:
-    """The run's model in full precision, read again: quantized weights are not what anyone wants to go on with.
-
-    Args:
-        model: with quantized weights and adapters.
-        weights: of it, whole; at least those of the adapters.
-        config: of the run.
-
-    Returns:
-        A plain model on the CPU in the run's dtype, and its weights with the adapters beside them, named as for `merged`.
+def load_base(config: TrainConfig) -> Any:
+    """The model of --model_path on the CPU in the run's dtype, for merging: not the quantized one, which lost precision.
 
     Raises:
         DataError: --model_path cannot be read any more.
@@ -123,42 +105,32 @@ def on_stored_base(model: Any, weights: dict[str, Tensor], config: TrainConfig) 
     from transformers import AutoModelForCausalLM
 
     try:
-        plain = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             config.model_path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{config.model_path}: not there to merge the adapters into ({reason}); --lora_merge=false does without it"
+            f"{config.model_path}: cannot be read to merge the adapters into it ({reason}); --lora_merge=false saves the "
+            "adapters alone"
         ) from error
-    adapters = {name: weight.cpu() for name, weight in weights.items() if ".lora_" in name}
-    adapted = {name.split(".lora_")[0] for name in adapters}
-    stored = {}
-    for name, weight in plain.state_dict().items():
-        layer, _, last = name.rpartition(".")
-        stored[f"{layer}.base_layer.{last}" if layer in adapted else name] = weight
-    return plain, stored | adapters
 
 
-def save_adapter(model: Any, weights: dict[str, Tensor], config: TrainConfig, folder: Path) -> None:
+def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors as peft does.
 
     Args:
         model: with adapters.
         weights: of the model with adapters, whole.
-        config: of the run.
-        folder: is made where it is not there.
+        folder: created if missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lora_config(model, config).save_pretrained(str(folder))
+    settings = copy.copy(model.peft_config[ADAPTER])
+    # peft would write a set's order, which changes from run to run.
+    settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)
+    settings.save_pretrained(str(folder))
     own = {
         _PREFIX + name.replace(f".{ADAPTER}.", "."): weight.detach().cpu().contiguous()
         for name, weight in weights.items()
         if ".lora_" in name
     }
     save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    # For loading, not for going on: peft writes a set's order, which changes from run to run.
-    settings.update(inference_mode=True, target_modules=sorted(settings["target_modules"]))
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -21,7 +21,6 @@ from drdpo.kernels import vocabulary
 from drdpo.kernels.shared_prefix import PrefixGroup
 from drdpo.training.batches import Batch
 from drdpo.training.engine import BUCKET
-from drdpo.training.nf4 import weight_bytes
 from drdpo.training.objective import Population, objective
 from drdpo.training.packing import PackedBatch
 from drdpo.training.policy import Policy
@@ -62,8 +61,8 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
 
     With P parameters, T of them trained, b bytes an element of the training dtype, W devices and ZeRO stage z:
 
-        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); under --lora_quantize=nf4
-                     0.52 bytes each for those of the blocks' linear layers
+        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); see weight_bytes for
+                     --lora_quantize=nf4
         optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
         gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
                      reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
@@ -88,7 +87,7 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     share = trained // world if stage else trained
-    weights = weight_bytes(policy, size) if stage < 3 else size * (total // world + min(total, GATHERED))
+    weights = weight_bytes(policy, config) if stage < 3 else size * (total // world + min(total, GATHERED))
     gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
@@ -102,6 +101,26 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
     elif process is None:
         copies = 0
     return Memory(weights, gradients, optimizer, activations, head, copies, process or 0)
+
+
+def weight_bytes(policy: Policy, config: TrainConfig) -> int:
+    """Bytes of all weights that a process holds whole.
+
+    Under --lora_quantize=nf4 each n frozen weights of linear layers take n/2 bytes for their codes, n/64 for 8-bit scales
+    and 4 n/(64 256) for the scales of those; the largest layer's weight is dequantized while it is multiplied by.
+
+    Args:
+        policy: on the meta device, with adapters if the run has some.
+        config: of the run.
+    """
+    element = getattr(torch, config.dtype).itemsize
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    if config.lora_quantize == "none":
+        return element * total
+    linear = [module.weight for module in policy.modules() if isinstance(module, nn.Linear)]
+    sizes = [weight.numel() for weight in linear if weight is not policy.head.weight and not weight.requires_grad]
+    codes = sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    return element * (total - sum(sizes) + max(sizes)) + round(codes)
 
 
 def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, int]:

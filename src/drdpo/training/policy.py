@@ -3,6 +3,7 @@
 Shape suffixes: S sequences, T tokens, D width, V vocabulary, N answer tokens.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,6 @@ from drdpo.errors import DataError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
 from drdpo.kernels.shared_prefix import PrefixPlan
-from drdpo.training import nf4
 from drdpo.training.batches import Batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.packing import PackedBatch
@@ -176,7 +176,7 @@ def load_policy(
         attention: transformers' name of the attention implementation.
         gradient_checkpointing: recompute activations; non-reentrant, the form that has a second derivative.
         second_derivative: see Policy.
-        quantize: "nf4" keeps the linear layers of the blocks in 4 bits and freezes everything (see drdpo.training.nf4).
+        quantize: "nf4" loads the linear layers of the blocks in 4 bits, on this process's device.
 
     Raises:
         DataError: no such model, one whose weights are stored quantized or whose logits are not hidden states times the
@@ -186,14 +186,14 @@ def load_policy(
 
     # The checks run on the CPU, which CUDA's attention kernels do not know, or with nf4 where the weights are.
     checked = "sdpa" if attention in CUDA_ATTENTION else attention
-    quantized = nf4.loading(dtype, distributed.device()) if quantize == "nf4" else {}
+    quantized = _four_bit_options(dtype) if quantize == "nf4" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=checked, use_safetensors=True, trust_remote_code=False, **quantized
         )
         refuse_quantized(model, path)
         if quantized:
-            nf4.use_nf4(model, path)
+            _keep_codes(model)
         if attention == SHARED_PREFIX:
             check_packing(model, path)
         check_plain_head(model, path)
@@ -207,6 +207,31 @@ def load_policy(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model, second_derivative).train()
+
+
+def _four_bit_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Options of from_pretrained for QLoRA's frozen weights (2305.14314): NF4 codes with double quantization."""
+    quiet_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": settings, "device_map": {"": distributed.device()}}
+
+
+def _keep_codes(model: Any) -> None:
+    """On CPUs with AVX512_BF16, bitsandbytes repacks weights at their first evaluation: values change, gradients stop."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quiet_bitsandbytes() -> None:
+    """Hide its warning about an optional inference kernel, which training does not use. Call before peft is imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def compile_layers(policy: Policy) -> None:

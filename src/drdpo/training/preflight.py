@@ -17,14 +17,13 @@ from drdpo.training.automatic import CPU_SHARE, MARGIN, of_all, of_main, predict
 from drdpo.training.batches import step_indices
 from drdpo.training.data import Pair, row_tokens
 from drdpo.training.dealing import step_batches
+from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
 from drdpo.training.memory import GATHERED, Memory
-from drdpo.training.nf4 import use_nf4
 from drdpo.training.policy import Policy, widen_first_tokens
 from drdpo.training.rotary import check_rotary, fix_rotary
 from drdpo.training.run import Run
 from drdpo.training.tangent_support import check_architecture
-from drdpo.training.throughput import Shape, shape_of
 
 PERCENTILES = (50, 90, 99, 100)
 _GIB = 2**30
@@ -79,8 +78,6 @@ def meta_policy(config: TrainConfig) -> Policy:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
-    if config.lora_quantize == "nf4":
-        use_nf4(model, config.model_path)
     policy = Policy(model, config.second_derivative).train()
     policy.flash_attention = config.packed_flash
     if config.lora_rank:
@@ -226,7 +223,7 @@ def advice(need: Memory, config: TrainConfig, world: int) -> str:
             (True, "a smaller --max_len"),
         ]
     else:
-        stage = 3 if part == "weights" else 2
+        stage = 3 if part == "weights" and config.lora_quantize == "none" else 2
         on_gpu = not need.process
         offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
         # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.

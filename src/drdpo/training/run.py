@@ -18,8 +18,8 @@ from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, 
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
 from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
+from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.newest import check_world
-from drdpo.training.tracking import WANDB_ID, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",

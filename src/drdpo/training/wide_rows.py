@@ -3,9 +3,8 @@
 A model's activations at a sequence's first tokens grow a thousandfold, and all later tokens attend to them. What rounding
 does there is most of what separates the penalty's gradient in bfloat16 from float32's, and these rows are few: their
 products are taken in float32, and for all rows sums over layers and attention (Policy.attention_dtype). Products of the
-other rows stay in bfloat16, as do adapters; NF4Linear, whose weights are widened in any case, multiplies all rows in
-float32. Over six pairs of 2 x 256 tokens on SmolLM2-135M the worst error is 8% so; with attention in bfloat16 it was 27% on
-one of them, without any row in float32 72%.
+other rows stay in bfloat16, as do adapters. Over six pairs of 2 x 256 tokens on SmolLM2-135M the worst error is 8% so; with
+attention in bfloat16 it was 27% on one of them, without any row in float32 72%.
 
 Shape suffixes: N rows, I inputs, O outputs.
 """

@@ -1,0 +1,422 @@
+"""Metrics of a run: computed per step, appended to metrics.jsonl, sent to the trackers of --log, and summarized at the end.
+
+Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import resource
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from torch import Tensor
+
+from drdpo import distributed
+from drdpo.cli import as_dict
+from drdpo.config import TrainConfig
+from drdpo.display import duration, one_line
+from drdpo.errors import DataError, ProcessError, UsageError
+from drdpo.folder import atomic_file, read_json_object, whole_lines
+from drdpo.training import losses
+from drdpo.training.batches import Batch
+
+if TYPE_CHECKING:
+    from drdpo.training.objective import Objective
+    from drdpo.training.policy import Policy
+    from drdpo.training.values import AnyBatch, PairValues
+
+WANDB_ID = "wandb.json"
+"""{id, project} of the folder's wandb run. Never a key."""
+WANDB_PIN = "wandb==0.31.0"
+"""The oldest version that fits. It is optional, so it is not in the locks."""
+PEAK_BF16 = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
+    "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOP/s; the first key that is in torch's name of the device counts. Source: NVIDIA's data sheets, line
+"BFLOAT16 Tensor Core", halved where they count sparsity."""
+
+Metrics = dict[str, float]
+
+
+def pair_table(values: "PairValues", beta: float) -> Tensor:
+    """[B, 4] per pair: plain loss, is the margin positive, chosen reward, rejected reward (beta times the log-ratio)."""
+    pairs = len(values.losses_B)
+    rewards_S = beta * values.log_ratios_S
+    columns = (values.losses_B, (values.margins_B > 0).float(), rewards_S[:pairs], rewards_S[pairs:])
+    return torch.stack([column.detach().float() for column in columns], dim=1)
+
+
+def table_means(table_P4: Tensor) -> Metrics:
+    """Means of pair_table's columns, and the margin of the rewards."""
+    loss, accuracy, chosen, rejected = table_P4.double().mean(dim=0).tolist()
+    return {
+        "loss": loss,
+        "accuracy": accuracy,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "margin": chosen - rejected,
+    }
+
+
+def step_metrics(parts: list["Objective"], config: TrainConfig) -> Metrics:
+    """Metrics of one optimizer step over all its micro-batches and ranks; every rank must call.
+
+    `loss` is the plain, unweighted mean, which is comparable across methods; `objective` is what was minimized.
+    """
+    metrics = table_means(distributed.gather(torch.cat([pair_table(part.values, config.beta) for part in parts])))
+    weighted = distributed.gather(torch.cat([part.weights_B * part.values.losses_B.detach() for part in parts]))
+    metrics["objective"] = float(weighted.mean())
+    if config.weighted:
+        weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))
+        metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
+    if config.method == "wdpo":
+        assert config.wdpo_rho is not None
+        # Over the pairs that carry the penalty.
+        penalties_P = distributed.gather(torch.cat([part.penalties_B for part in parts if part.penalties_B is not None]))
+        metrics["penalty"] = penalty = float(penalties_P.mean())
+        metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
+        errors = [part.errors_B for part in parts if part.errors_B is not None]
+        if errors:
+            metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
+        root = config.wdpo_penalty == "root"
+        metrics["objective"] += config.wdpo_rho * (_mean_root(parts, config) if root else penalty)
+    return metrics
+
+
+def _mean_root(parts: list["Objective"], config: TrainConfig) -> float:
+    """sqrt(mean |grad l|^2) of the population; under --robust_scope=micro the mean of the populations' roots."""
+    penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
+    if config.robust_scope == "step":
+        return float(distributed.gather(torch.cat(penalties)).mean().sqrt())
+    # The ranks' n-th micro-batches are one population; all have the same number of pairs, or TrainConfig refuses.
+    local_NB = torch.stack(penalties)
+    return float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the arithmetic of a policy depends on."""
+
+    parameters: int
+    trained: int
+    blocks: int
+    """Parameters of the decoder blocks."""
+    blocks_trained: int
+    head: int
+    """Parameters of the output head, V D."""
+    head_trained: bool
+    layers: int
+    attention: int
+    """Query heads times their width."""
+
+
+def shape_of(policy: "Policy") -> Shape:
+    """The shape of a policy whose parameters are whole or on the meta device."""
+
+    def count(parameters: list[Tensor], trained: bool = False) -> int:
+        return sum(parameter.numel() for parameter in parameters if parameter.requires_grad or not trained)
+
+    model, head = policy.language_model, policy.head.weight
+    settings, table = model.config.get_text_config(), model.get_input_embeddings().weight
+    every: list[Tensor] = list(policy.parameters())
+    blocks = [parameter for parameter in every if parameter is not head and parameter is not table]
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    return Shape(
+        count(every), count(every, trained=True), count(blocks), count(blocks, trained=True), head.numel(),
+        head.requires_grad, settings.num_hidden_layers, settings.num_attention_heads * width,
+    )  # fmt: skip
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """FLOP/s of a device by torch's name of it; None if not known for certain."""
+    if dtype != "bfloat16" or "MIG" in device:
+        return None
+    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device)), None)
+
+
+def dpo_flops(shape: Shape, batch: "AnyBatch") -> float:
+    """Arithmetic that a DPO step needs for a micro-batch, forward and backward, without recomputation.
+
+    6 per trained parameter of the blocks and token, 4 per frozen one; the same for the head and answer tokens only;
+    attention 12 L H E per token and token it sees (2204.02311, appendix B, less what causality masks). WDPO's penalty is
+    not counted: its MFU shows what it costs compared with DPO.
+    """
+    a_token = 6 * shape.blocks_trained + 4 * (shape.blocks - shape.blocks_trained)
+    a_target = (6 if shape.head_trained else 4) * shape.head
+    if isinstance(batch, Batch):
+        lengths = batch.attention_mask_ST.sum(dim=1).tolist()
+        seen = sum(length**2 / 2 for length in lengths)
+    else:
+        seen = sum(
+            group.prefix**2 / 2 + sum(length * (group.prefix + length / 2) for length in group.suffixes)
+            for group in batch.groups
+        )
+    return a_token * batch.tokens + a_target * len(batch.targets_A) + 12 * shape.layers * shape.attention * seen
+
+
+def throughput(batches: list["AnyBatch"], shape: Shape, config: TrainConfig, seconds: float) -> Metrics:
+    """tokens_per_second, pairs_per_second and, if the device's peak is known, mfu of a step; every rank must call.
+
+    Args:
+        batches: this rank's micro-batches.
+        shape: of the policy.
+        config: of the run.
+        seconds: that the step took.
+    """
+    device = distributed.device()
+    peak = peak_flops(torch.cuda.get_device_name(device), config.dtype) if device.type == "cuda" else None
+    tokens = float(sum(batch.tokens for batch in batches))
+    work = sum(dpo_flops(shape, batch) for batch in batches) if peak else 0.0
+    # In units of 10^12: float32, which GPUs gather fastest, is exact enough for a metric.
+    totals = distributed.gather(torch.tensor([tokens, work / 1e12], device=device)).view(-1, 2).double().sum(dim=0)
+    metrics = {"tokens_per_second": float(totals[0]) / seconds, "pairs_per_second": config.train_batch_size / seconds}
+    if peak:
+        metrics["mfu"] = float(totals[1]) * 1e12 / seconds / (peak * distributed.world_size())
+    return metrics
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process has held: allocated on the GPU, or resident on the CPU."""
+    if distributed.use_cuda():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    # Linux's ru_maxrss includes the parent's memory after a fork.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def on_the_bar(metrics: Metrics) -> dict[str, str]:
+    """The metrics of a step that the progress bar shows."""
+    shown = {
+        "loss": f"{metrics['loss']:.4f}",
+        "acc": f"{metrics['accuracy']:.2f}",
+        "tok_s": f"{metrics['tokens_per_second']:.0f}",
+        "pairs_s": f"{metrics['pairs_per_second']:.2f}",
+    }
+    return {**shown, "mfu": f"{metrics['mfu']:.0%}"} if "mfu" in metrics else shown
+
+
+def summary(config: TrainConfig, folder: Path, steps: int) -> str:
+    """A table of two columns about a finished run, from save_path/metrics.jsonl.
+
+    Args:
+        config: of the run.
+        folder: save_path.
+        steps: of the run.
+    """
+    lines = [line for _, line in whole_lines(folder / "metrics.jsonl")]
+    last = lines[-1]
+    seconds = sum(config.train_batch_size / line["pairs_per_second"] for line in lines)
+    rows = {
+        "method": config.method,
+        "steps": f"{steps:,} ({last['epoch']:.2f} epochs)",
+        "loss": f"{last['loss']:.4f} (first {lines[0]['loss']:.4f})",
+        "accuracy": f"{last['accuracy']:.3f}",
+        "margin": f"{last['margin']:.4g}",
+        "eval loss": f"{last['eval_loss']:.4f}" if "eval_loss" in last else "",
+        "eval accuracy": f"{last['eval_accuracy']:.3f}" if "eval_accuracy" in last else "",
+        "eval margin": f"{last['eval_margin']:.4g}" if "eval_margin" in last else "",
+        "time in steps": duration(seconds),
+        "pairs per second": f"{config.train_batch_size * len(lines) / seconds:.3g}",
+        "peak memory": f"{max(line['peak_memory_gib'] for line in lines):.2f} GiB",
+        "checkpoint": str(folder / f"global_step_{steps}"),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items() if value)
+
+
+class MetricsLog:
+    """Appends to save_path/metrics.jsonl and to the trackers of --log; on rank 0 only, a no-op elsewhere."""
+
+    def __init__(self, save_path: Path, done: int, config: TrainConfig) -> None:
+        """Open the log of a run that has completed `done` steps; later lines are dropped.
+
+        Raises:
+            DataError: a line of these steps is missing.
+            ProcessError: Weights & Biases cannot be started.
+        """
+        self._stream: TextIO | None = None
+        self._trackers: list[TensorBoard | Wandb] = []
+        if not distributed.is_main():
+            return
+        path = save_path / "metrics.jsonl"
+        # A process that was killed while writing leaves a partial line; its step is repeated.
+        lines = [line for _, line in whole_lines(path)] if path.is_file() else []
+        kept = lines[:done]
+        if [line.get("step") for line in kept] != list(range(1, done + 1)):
+            raise DataError(
+                f"{path} contains {len(kept)} whole lines, but the saved state has completed {done} steps; restore the "
+                "file, or start over with --resume=never"
+            )
+        with atomic_file(path) as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in kept)
+        for name in config.trackers:
+            self._trackers.append(
+                TensorBoard(save_path, done) if name == "tensorboard" else Wandb(config, save_path, kept, len(lines))
+            )
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: Metrics) -> None:
+        """Add one step's line."""
+        if self._stream is None:
+            return
+        self._stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._stream.flush()
+        for tracker in self._trackers:
+            tracker.write(metrics)
+
+    def flush(self) -> None:
+        """Sync all lines to disk, so that a state saved later never has more steps than there are lines."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        if self._stream is not None:
+            self._stream.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+
+def _grouped(metrics: Metrics) -> Metrics:
+    """{train/loss: .., eval/loss: ..} of a line of metrics.jsonl, without its step."""
+    return {
+        f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": value
+        for name, value in metrics.items()
+        if name != "step"
+    }
+
+
+class TensorBoard:
+    """Event files in save_path/tensorboard."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Later steps of an earlier start will be repeated.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def write(self, metrics: Metrics) -> None:
+        for name, value in _grouped(metrics).items():
+            self._writer.add_scalar(name, value, int(metrics["step"]))
+        # At once, or a kill would lose steps that the saved state counts as completed.
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """One run of Weights & Biases per folder, with its files in save_path/wandb; WANDB_* variables apply."""
+
+    def __init__(self, config: TrainConfig, folder: Path, kept: list[Metrics], logged: int) -> None:
+        """Start or resume the folder's run.
+
+        Args:
+            config: of the run.
+            folder: save_path.
+            kept: lines of metrics.jsonl of the completed steps.
+            logged: steps that an earlier start has logged; those beyond `kept` will be repeated.
+        """
+        import wandb
+
+        self._lost = False
+        run = _wandb_identity(folder)
+        try:
+            self._run: Any = wandb.init(
+                project=run["project"], id=run["id"], resume="allow", dir=str(folder), config=as_dict(config),
+                name=os.environ.get("WANDB_NAME") or folder.resolve().name,
+                # Neither source nor output of the program leaves this machine; no prompt, no endless wait.
+                settings=wandb.Settings(console="off", disable_git=True, save_code=False, login_timeout=1, init_timeout=120,
+                                        finish_timeout=300, silent=True),
+            )  # fmt: skip
+        except Exception as error:  # Of wandb's own kinds, which differ from version to version.
+            raise ProcessError(
+                f"--log=wandb could not start: {one_line(str(error), 300)}; set WANDB_MODE=offline, or remove wandb from "
+                "--log"
+            ) from error
+        # The server knows the last step it has. Offline there is none, and whatever was logged once will be sent once.
+        self._next = logged + 1 if _offline() and run["resumed"] else int(self._run.step)
+        for metrics in kept:
+            self.write(metrics)
+
+    def write(self, metrics: Metrics) -> None:
+        step = int(metrics["step"])
+        if step >= self._next and not self._lost:
+            self._keep_running(lambda: self._run.log(_grouped(metrics), step=step))
+
+    def close(self) -> None:
+        # A run that ends by an exception is shown as failed.
+        status = int(sys.exc_info()[0] is not None)
+        self._keep_running(lambda: self._run.finish(exit_code=status))
+
+    def _keep_running(self, send: Any) -> None:
+        """Training outlives wandb, whose own process may be killed: metrics.jsonl has everything."""
+        try:
+            send()
+        except Exception as error:
+            if not self._lost:
+                print(f"warning: wandb logging failed ({one_line(str(error), 200)}); continuing with metrics.jsonl only",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            self._lost = True
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse --log=wandb if it could not work, before anything slow; wandb would ask for a key and wait.
+
+    Raises:
+        UsageError: the package is missing or too old, WANDB_MODE disables it, or it is online without a key.
+    """
+    if "wandb" not in config.trackers or not distributed.is_main():
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            "--log=wandb needs the package wandb, which is not installed; run: python -m pip install "
+            f"{WANDB_PIN}, or remove wandb from --log"
+        )
+    if os.environ.get("WANDB_MODE", "").strip().lower() == "disabled":
+        raise UsageError("--log=wandb with WANDB_MODE=disabled would record nothing; unset it, or remove wandb from --log")
+    if _offline():
+        return
+    import wandb
+
+    try:
+        has_key = wandb.login(prompt=False, verify=False)
+    except TypeError as error:
+        raise UsageError(f"--log=wandb needs a newer wandb; run: python -m pip install {WANDB_PIN}") from error
+    if not has_key:
+        raise UsageError(
+            "--log=wandb has no key: run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which logs into "
+            "--save_path for a later `wandb sync`"
+        )
+
+
+def _offline() -> bool:
+    return os.environ.get("WANDB_MODE", "").strip().lower() in ("offline", "dryrun")
+
+
+def _wandb_identity(folder: Path) -> dict[str, Any]:
+    """{id, project, resumed} of the folder's run; that of a new one is written before anything is sent."""
+    path = folder / WANDB_ID
+    if path.is_file():
+        known = read_json_object(path)
+        if not isinstance(known.get("id"), str) or not isinstance(known.get("project"), str):
+            raise DataError(f'{path}: fields "id" and "project" must be strings; delete it to begin a new wandb run')
+        return {"id": known["id"], "project": known["project"], "resumed": True}
+    made = {
+        "id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
+        "project": os.environ.get("WANDB_PROJECT") or "drdpo",
+    }
+    with atomic_file(path) as stream:
+        json.dump(made, stream)
+    return {**made, "resumed": False}
