@@ -75,12 +75,6 @@ say() {
     printf '\n== %s (%d s)\n' "$1" "$SECONDS"
 }
 
-# pass_on SIGNAL PID: to the command that runs.
-# shellcheck disable=SC2329 # run_noting calls it
-pass_on() {
-    kill -s "$1" "$2"
-}
-
 # step COMMAND...: run a command; under SLURM one that ends by SIGUSR1, shortly before the time limit, is queued again.
 step() {
     local status=0
@@ -89,8 +83,7 @@ step() {
         return
     fi
     printf '+ %s\n' "$(printf '%q ' "$@")" >&2
-    last_signal=""
-    run_noting pass_on "$@" || status=$?
+    run_noting "$@" || status=$?
     if ((status != 0)) && [[ "$last_signal" == USR1 ]]; then
         run scontrol requeue "$SLURM_JOB_ID"
     fi
@@ -227,10 +220,6 @@ run_experiment() {
     if [[ -n "${part:-}" ]]; then
         [[ $'\n'"$(printf '%s\n' "${all[@]}")"$'\n' == *$'\n'"$part"$'\n'* ]] ||
             refuse_command "--part=$part: there is no such part; the parts are ${all[*]}"
-        if [[ -n "${SLURM_JOB_ID:-}" ]]; then
-            # Jobs on one node take different ports.
-            export MASTER_PORT="${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}"
-        fi
         all=("$part")
     elif [[ "$slurm" == true ]]; then
         ((${jobs:-1} == 1)) || refuse_command "--jobs=$jobs with --slurm: the cluster decides how many jobs run at once; leave it out"

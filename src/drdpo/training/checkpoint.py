@@ -18,7 +18,7 @@ from drdpo.training.engine import Engine
 from drdpo.training.lora import merged, on_stored_base, save_adapter
 from drdpo.training.newest import check_owner, damage, describe, keep_only, states, write_index
 from drdpo.training.nf4 import NF4Linear
-from drdpo.training.waiting import is_lost_rank, patient
+from drdpo.training.stop import is_lost_rank, patient
 
 KEPT = 2
 """States that stay: the newest, and the one before should the newest be damaged."""
