@@ -72,7 +72,7 @@ def keep_report(folder: Path) -> logging.Logger:
     report.handlers[:] = [logging.NullHandler()]
     if folder != Path(os.devnull):
         folder.mkdir(parents=True, exist_ok=True)
-        report.handlers[:] = [logging.FileHandler(folder / "torchrun.log")]
+        report.handlers[:] = [logging.FileHandler(folder / "torchrun.log", delay=True)]
     return report
 
 
