@@ -120,9 +120,9 @@ def test_checkpoint_loads_and_generates_and_keeps_the_tokenizer(run, tiny_policy
 
 
 def two_ranks(forks: Forks, root: Path, model: Path, data: Path, save: Path, *flags: str) -> str:
-    """What the first of the two ranks says that torchrun would start."""
-    command = [sys.executable, root / "src/train_alignment.py", f"--model_path={model}", f"--dataset_path={data}",
-               f"--save_path={save}", *flags]  # fmt: skip
+    """What the first of two ranks says, started as by DeepSpeed's launcher, which adds a flag."""
+    command = [sys.executable, root / "src/train_alignment.py", "--local_rank=0", f"--model_path={model}",
+               f"--dataset_path={data}", f"--save_path={save}", *flags]  # fmt: skip
     done = forks.ranks(command, 2)
     assert [rank.returncode for rank in done] == [0, 0], done
     return done[0].stdout
