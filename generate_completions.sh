@@ -7,4 +7,4 @@ if wants_help "$@"; then
     exit
 fi
 run python "$ROOT/src/generate_completions.py" "$@"
-launch_if_several "$ROOT/src/score_completions.py" "$@"
+launch "$ROOT/src/score_completions.py" "$@"

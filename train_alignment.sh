@@ -3,4 +3,4 @@
 # SIGTERM or SIGUSR1: saves after the current step and ends with status 75; the same command goes on. docs/reliability.md
 source "$(dirname "${BASH_SOURCE[0]}")/src/env.sh"
 
-launch_resumable "$ROOT/src/train_alignment.py" "$@"
+launch_run "$ROOT/src/train_alignment.py" "$@"

@@ -111,24 +111,14 @@ finish() {
 
 # step COMMAND...: run a command. In a SLURM job pass on the signals; SIGUSR1, sent before the time limit, also requeues it.
 step() {
-    local pid="" status signal="" requeue=""
+    local status=0
     if [[ -z "$part" ]]; then
         run "$@"
         return
     fi
     printf '+ %s\n' "$(printf '%q ' "$@")" >&2
-    trap 'signal=TERM; [[ -z "$pid" ]] || kill -TERM "$pid"' TERM
-    trap 'signal=USR1 requeue=1; [[ -z "$pid" ]] || kill -USR1 "$pid"' USR1
-    "$@" &
-    pid=$!
-    [[ -z "$signal" ]] || kill -s "$signal" "$pid"
-    while true; do
-        signal="" status=0
-        wait "$pid" || status=$?
-        [[ -n "$signal" ]] || break # Otherwise a signal interrupted `wait`.
-    done
-    trap - TERM USR1
-    if ((status)) && [[ -n "$requeue" ]]; then
+    run_noting "$@" || status=$?
+    if ((status)) && [[ "$last_signal" == USR1 ]]; then
         run scontrol requeue "$SLURM_JOB_ID"
     fi
     return "$status"

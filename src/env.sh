@@ -21,7 +21,7 @@ fi
 export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The stack of a crash outside Python, such as a kernel's.
 # Bars of transformers and the hub are drawn anew on one line, which a log file shows as a hundred.
 [[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 unset gpus_found # See has_gpu.
@@ -117,118 +117,80 @@ refuse_command() {
     exit 2
 }
 
-# check_processes: can so many processes be started on the GPUs that are visible?
-check_processes() {
+# check_launch NODES NODE: can the processes be started, on so many machines, of which this is number NODE?
+check_launch() {
     local gpus
     gpus="$(visible_gpus)"
     [[ "$(process_count)" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=${DRDPO_PROCESSES:-} is not a number from 1"
     ((gpus == 0 || $(process_count) <= gpus)) ||
         refuse_command "DRDPO_PROCESSES=$DRDPO_PROCESSES, but $gpus GPUs are visible; one process needs one GPU"
-    if ((gpus > 0)) && [[ "${CUDA_VISIBLE_DEVICES:-0}" =~ [^0-9,\ ] ]]; then
-        refuse_command "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes device numbers, e.g. 0,1; nvidia-smi --list-gpus shows them"
-    fi
-}
-
-# node_count: machines that work together, $DRDPO_NODES or 1; one launcher runs on each of them.
-node_count() {
-    printf '%s' "${DRDPO_NODES:-1}"
-}
-
-# world_size: processes on all machines.
-world_size() {
-    if [[ -n "${DRDPO_HOSTFILE:-}" ]]; then
-        awk -F 'slots=' '!/^ *(#|$)/ {sum += $2} END {print sum + 0}' "$DRDPO_HOSTFILE"
-    else
-        printf '%s' "$(($(process_count) * $(node_count)))"
-    fi
-}
-
-# check_nodes: is all there that several machines need to find each other?
-check_nodes() {
-    [[ "$(node_count)" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$DRDPO_NODES is not a number from 1"
-    if [[ -n "${DRDPO_HOSTFILE:-}" ]]; then
-        [[ -f "$DRDPO_HOSTFILE" ]] || refuse_command "DRDPO_HOSTFILE=$DRDPO_HOSTFILE: no such file"
-        (($(world_size) > 0)) || refuse_command "DRDPO_HOSTFILE=$DRDPO_HOSTFILE: no line like: host1 slots=8"
-        (($(node_count) == 1)) || refuse_command "DRDPO_HOSTFILE and DRDPO_NODES exclude each other; give one"
-    fi
-    (($(node_count) > 1)) || return 0
-    local rank="${DRDPO_NODE_RANK:-${SLURM_NODEID:-}}"
-    if [[ ! "$rank" =~ ^[0-9]+$ ]] || ((rank >= $(node_count))); then
-        refuse_command "DRDPO_NODES=$DRDPO_NODES, but DRDPO_NODE_RANK=$rank is not this machine's number, from 0"
+    [[ "$1" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$1 is not a number from 1"
+    (($1 > 1)) || return 0
+    if [[ ! "$2" =~ ^[0-9]+$ ]] || (($2 >= $1)); then
+        refuse_command "DRDPO_NODES=$1, but DRDPO_NODE_RANK=$2 is not this machine's number, from 0"
     fi
     [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
-        refuse_command "DRDPO_NODES=$DRDPO_NODES needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
-    if has_gpu && [[ -n "${CUDA_VISIBLE_DEVICES:-}" &&
-        "${CUDA_VISIBLE_DEVICES// /}" != "$(seq -s, 0 "$(($(process_count) - 1))")" ]]; then
-        refuse_command "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: on several machines the devices are those from 0 on"
-    fi
+        refuse_command "DRDPO_NODES=$1 needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
 }
 
-# check SCRIPT FLAG...: flags and inputs in one plain process, which knows how many there will be.
-check() {
-    WORLD_SIZE="$(world_size)" python "$@" --check_only=true
-}
-
-# launch SCRIPT FLAG...: run a script by DeepSpeed's launcher, one process per GPU, after `check`. --help and a wrong
-# command never start the launcher.
-launch() {
-    local launcher=()
-    if wants_help "$@"; then
-        python "$1" --help
-        return
-    fi
-    prepare_launch "$@"
-    run "${launcher[@]}" "$@"
-}
-
-# launch_resumable SCRIPT FLAG...: as `launch`, for a script that notes SIGTERM and SIGUSR1, saves and ends with a status
-# of its own, which becomes ours. DeepSpeed's launcher would die of the one and kill the ranks 30 s after the other, so both
-# are blocked for it, and the ranks, who unblock them, learn of what reached this shell alone by a file.
-launch_resumable() {
-    local launcher=() shield status=0
-    if wants_help "$@"; then
-        python "$1" --help
-        return
-    fi
-    if started_as_rank; then
-        run exec python "$@"
-    fi
-    prepare_launch "$@"
-    if [[ -n "${DRDPO_HOSTFILE:-}" ]]; then
-        # Through ssh no signal and no file would reach the ranks.
-        run "${launcher[@]}" "$@"
-        return
-    fi
-    shield='import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-os.execvp(sys.argv[1], sys.argv[1:])'
-    DRDPO_STOP_FILE="$(mktemp -d)/stop"
-    export DRDPO_STOP_FILE
-    printf '+ %s\n' "$(printf '%q ' "${launcher[@]}" "$@")" >&2
-    run_noting note_stop python -c "$shield" "${launcher[@]}" "$@" || status=$?
-    rm -rf "$(dirname "$DRDPO_STOP_FILE")"
-    return "$status"
-}
-
-# note_stop SIGNAL PID: tell the ranks of this machine, by a file that appears whole.
-note_stop() {
-    printf 'SIG%s' "$1" >"$DRDPO_STOP_FILE.part"
-    mv "$DRDPO_STOP_FILE.part" "$DRDPO_STOP_FILE"
-}
-
-# run_noting FUNCTION COMMAND...: run a command and give its status; on SIGTERM and SIGUSR1 call FUNCTION SIGNAL PID.
-run_noting() {
-    local react="$1" signalled=none pid="" status
+# prepare_launch LOGS SCRIPT FLAG...: set the array `launched`, the command that runs a script on one process per GPU: python for a
+# single one, torchrun for several, after a check of flags and inputs. LOGS: where the processes' output goes, or /dev/null.
+prepare_launch() {
+    local logs="$1" nodes="${DRDPO_NODES:-1}" node="${DRDPO_NODE_RANK:-${SLURM_NODEID:-}}" processes cores where
     shift
-    # The functions that are called may need the signal later.
-    trap 'signalled=TERM; last_signal=TERM; [[ -z "$pid" ]] || "$react" TERM "$pid"' TERM
-    trap 'signalled=USR1; last_signal=USR1; [[ -z "$pid" ]] || "$react" USR1 "$pid"' USR1
-    # From a terminal it reaches the command as well; its status is waited for.
-    trap 'signalled=INT' INT
+    launched=(python "$@")
+    if wants_help "$@"; then
+        launched=(python "$1" --help)
+        return
+    fi
+    # torchrun, or whoever sets its variables, started this as one of its processes.
+    if [[ -n "${RANK:-}" && -n "${LOCAL_RANK:-}" && -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" && "${WORLD_SIZE:-1}" != 1 ]]; then
+        return
+    fi
+    # Left over from a cluster's template, these would have a single process wait for others that never come.
+    unset RANK LOCAL_RANK WORLD_SIZE
+    # Noted here: the subshells below do not pass the number on. DeepSpeed would look for other accelerators, and say so.
+    has_gpu || export DS_ACCELERATOR=cpu
+    check_launch "$nodes" "$node"
+    processes="$(process_count)"
+    ((processes * nodes > 1)) || return 0
+    WORLD_SIZE="$((processes * nodes))" python "$@" --check_only=true
+    cores="$(getconf _NPROCESSORS_ONLN)"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+    where=(--standalone --local-addr=127.0.0.1)
+    if ((nodes > 1)); then
+        where=(--nnodes="$nodes" --node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+    fi
+    launched=(python -P "$ROOT/src/drdpo/launch.py" "${where[@]}" --nproc-per-node="$processes" --log-dir="$logs" "$@")
+}
+
+# launch SCRIPT FLAG...: run a script on one process per GPU.
+launch() {
+    local launched
+    prepare_launch /dev/null "$@"
+    run "${launched[@]}"
+}
+
+# launch_run SCRIPT FLAG...: as `launch`, in place of this shell, so that its signals reach the processes. Several processes
+# also write to a folder in <save_path>/logs, a new one each start.
+launch_run() {
+    local launched logs
+    logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
+    # A dry run writes nothing.
+    [[ " $*" != *" --dry"[_-]run* ]] || logs=/dev/null
+    prepare_launch "$logs" "$@"
+    run exec "${launched[@]}"
+}
+
+# run_noting COMMAND...: run a command, pass SIGTERM and SIGUSR1 on to it, and give its status; `last_signal` is the last of them.
+run_noting() {
+    local pid="" status=0 signalled=yes
+    last_signal=""
+    trap 'signalled=yes last_signal=TERM; [[ -z "$pid" ]] || kill -s TERM "$pid"' TERM INT
+    trap 'signalled=yes last_signal=USR1; [[ -z "$pid" ]] || kill -s USR1 "$pid"' USR1
     "$@" &
     pid=$!
-    case "${last_signal:-}" in TERM | USR1) "$react" "$last_signal" "$pid" ;; esac
+    [[ -z "$last_signal" ]] || kill -s "$last_signal" "$pid"
     while [[ -n "$signalled" ]]; do
         signalled=""
         status=0
@@ -237,57 +199,4 @@ run_noting() {
     done
     trap - TERM USR1 INT
     return "$status"
-}
-
-# started_as_rank: did torchrun, or anyone who sets its variables, start this as one of its ranks?
-started_as_rank() {
-    [[ -n "${RANK:-}" && -n "${LOCAL_RANK:-}" && -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" && "${WORLD_SIZE:-1}" != 1 ]]
-}
-
-# prepare_launch SCRIPT FLAG...: check, and set the array `launcher`, the first words of the command.
-prepare_launch() {
-    local processes port where level cores hostfile node
-    has_gpu || true # Asked once: the subshells below do not pass the answer on.
-    check_processes
-    check_nodes
-    check "$@"
-    if ! has_gpu; then
-        # Set here as well as for the ranks: DeepSpeed would look for other accelerators and say so.
-        export DS_ACCELERATOR=cpu
-    fi
-    processes="$(process_count)"
-    port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-    where=(--num_gpus "$processes")
-    if [[ -n "${DRDPO_HOSTFILE:-}" ]]; then
-        where=(--hostfile "$DRDPO_HOSTFILE")
-    elif (($(node_count) > 1)); then
-        # Names stand for numbers: without ssh nobody looks them up.
-        hostfile="$(mktemp)"
-        # shellcheck disable=SC2064 # of this name, now
-        trap "rm -f $(printf '%q' "$hostfile")" EXIT
-        for ((node = 0; node < $(node_count); node++)); do
-            echo "node$node slots=$processes"
-        done >"$hostfile"
-        where=(--hostfile "$hostfile" --no_ssh --node_rank "${DRDPO_NODE_RANK:-$SLURM_NODEID}" --master_addr "$MASTER_ADDR")
-    elif has_gpu && [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-        # --num_gpus would count from device 0, whatever is visible.
-        where=(--include "localhost:$(tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES" | cut -d, -f"1-$processes")")
-    elif ((processes > 1)); then
-        cores="$(getconf _NPROCESSORS_ONLN)"
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
-    fi
-    # On one machine the launcher's only warning is that there is no list of machines; ranks have loggers of their own.
-    level=warning
-    [[ "${where[0]}" == --hostfile ]] || level=error
-    launcher=(deepspeed "${where[@]}" --no_local_rank --master_port "$port" --log_level "$level")
-}
-
-# launch_if_several SCRIPT FLAG...: as `launch`, but a single process needs no launcher.
-launch_if_several() {
-    if wants_help "$@" || (($(process_count) > 1)); then
-        launch "$@"
-    else
-        # Left over from a cluster's template, these would have it wait for ranks that never come.
-        (unset RANK LOCAL_RANK WORLD_SIZE && run python "$@")
-    fi
 }

@@ -1,12 +1,19 @@
 """Step 3: align a policy."""
 
+import signal
+import sys
+
 from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import one_line_errors
 
 
 def main(config_class: type[TrainConfig] = TrainConfig) -> None:
-    config = parse(config_class, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.")
+    # They wait until drdpo.training.stop handles them: a run that is still starting ends with status 75 too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    # DeepSpeed's launcher adds a flag, which only repeats the variable LOCAL_RANK.
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    config = parse(config_class, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.", words)
     from drdpo.training.run import check_inputs
 
     check_inputs(config)

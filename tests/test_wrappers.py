@@ -24,15 +24,14 @@ WRAPPERS = (
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment whose python is the real one and whose deepspeed writes its words down."""
-    prefix = make_environment(
-        tmp_path / "an environment", {"python": "machine/python", "deepspeed": "machine/launcher"}
-    )  # fmt: skip
+    """An environment whose python is the real one, but for the launcher, whose words it writes down."""
+    prefix = make_environment(tmp_path / "an environment", {"python": "machine/python"})
     return {
         **os.environ,
         "DRDPO_ENV": str(prefix),
         "LAUNCHED": str(tmp_path / "launched"),
         "CUDA_VISIBLE_DEVICES": "",
+        "DRDPO_PROCESSES": "2",
     }
 
 
@@ -106,7 +105,22 @@ def test_flags_go_through_whole(root, environment, flags, tmp_path):
     assert done.returncode == 0, done.stderr
     words = launched(environment)
     assert words[words.index(str(root / "src/train_alignment.py")) + 1 :] == [*flags, "--kldpo_tau=0.05"]
-    assert words[:2] == ["--num_gpus", "1"]
+    assert "--nproc-per-node=2" in words
+    folder = next(word for word in words if word.startswith("--log-dir=")).removeprefix("--log-dir=")
+    assert Path(folder).parent == tmp_path / "my run" / "logs"
+    assert train(root, environment, tmp_path, *flags, "--dry_run=true").returncode == 0
+    assert "--log-dir=/dev/null" in launched(environment), "a dry run writes nothing"
+
+
+def test_one_process_needs_no_launcher(root, environment, flags, tmp_path):
+    """It takes the wrapper's place, so that signals reach it."""
+    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "world=${WORLD_SIZE:-} pid=$$"\n')
+    left_over = {"DRDPO_PROCESSES": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = ["bash", str(root / "train_alignment.sh"), *flags]
+    with subprocess.Popen(command, env=environment | left_over, stdout=subprocess.PIPE, text=True) as process:
+        said = process.stdout.read().splitlines()
+    assert said == [str(root / "src/train_alignment.py"), *flags, f"world= pid={process.pid}"]
 
 
 def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path):
@@ -116,25 +130,26 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 @pytest.mark.parametrize(
     ("visible", "asked", "expected"),
     [
-        (None, None, ["--num_gpus", "4"]),
-        (None, "2", ["--num_gpus", "2"]),
-        ("2,3", None, ["--include", "localhost:2,3"]),
-        ("1,2,3", "2", ["--include", "localhost:1,2"]),
-        ("", None, ["--num_gpus", "1"]),
-        ("-1", None, ["--num_gpus", "1"]),
+        (None, None, 4),
+        (None, "2", 2),
+        ("2,3", None, 2),
+        ("1,2,3", "2", 2),
+        ("GPU-5c9a,GPU-77b1", None, 2),
+        ("", "2", 2),
+        ("-1", "2", 2),
     ],
 )
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
     environment["SKIP_CHECK"] = "1"
-    del environment["CUDA_VISIBLE_DEVICES"]
+    del environment["CUDA_VISIBLE_DEVICES"], environment["DRDPO_PROCESSES"]
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     if asked is not None:
         environment["DRDPO_PROCESSES"] = asked
     done = train(root, environment, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
-    assert launched(environment)[:2] == expected
+    assert f"--nproc-per-node={expected}" in launched(environment)
     assert visible == "" or Path(environment["LAUNCHED"] + ".asked").read_text() == "asked\n", "once in a launch"
 
 
@@ -157,7 +172,7 @@ def test_one_process_per_visible_gpu(visible, asked, expected, root, environment
 def test_the_number_of_gpus_is_cudas_where_it_sees_any(variables, cuda, count, root, environment):
     """With MIG nvidia-smi lists other devices than CUDA; where CUDA sees none, the steps say what is wrong with them."""
     with_gpus(environment)
-    del environment["CUDA_VISIBLE_DEVICES"]
+    del environment["CUDA_VISIBLE_DEVICES"], environment["DRDPO_PROCESSES"]
     done = count_gpus(root, environment | variables, cuda)
     assert done.stdout.split() == [str(count), str(max(count, 1))], done.stderr
 
@@ -167,19 +182,17 @@ def test_a_broken_nvidia_smi_is_told_once_and_counts_for_nothing(root, environme
     smi.write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed because it could not communicate'\nexit 9\n")
     smi.chmod(0o755)
     done = count_gpus(root, environment | {"CUDA_VISIBLE_DEVICES": "0,1"}, "")
-    assert done.stdout.split() == ["0", "1"]
+    assert done.stdout.split() == ["0", "2"]
     assert done.stderr == "note: nvidia-smi fails: NVIDIA-SMI has failed because it could not communicate\n"
 
 
 @pytest.mark.parametrize(
     ("visible", "asked", "words"),
-    [("GPU-5c9a,GPU-77b1", None, "device numbers"), ("0,1", "3", "2 GPUs are visible"), ("0", "many", "not a number")],
+    [("0,1", "3", "2 GPUs are visible"), ("0", "many", "not a number")],
 )
 def test_processes_that_cannot_be_started_are_refused(visible, asked, words, root, environment, flags, tmp_path):
     with_gpus(environment)
-    environment["CUDA_VISIBLE_DEVICES"] = visible
-    if asked is not None:
-        environment["DRDPO_PROCESSES"] = asked
+    environment |= {"CUDA_VISIBLE_DEVICES": visible, "DRDPO_PROCESSES": asked}
     done = train(root, environment, tmp_path, *flags)
     assert done.returncode == 2
     assert words in done.stderr

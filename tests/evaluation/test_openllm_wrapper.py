@@ -1,4 +1,4 @@
-"""openllm_eval.slurm with a fake python, launcher and nvidia-smi: what it starts, from where, and under sbatch."""
+"""openllm_eval.slurm with a fake python and nvidia-smi: what it starts, from where, and under sbatch."""
 
 import os
 import shutil
@@ -11,18 +11,15 @@ from harness.stand_ins import make_environment
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> Path:
-    """An environment whose python and deepspeed print their words."""
-    printers = {"python": "machine/printer", "deepspeed": "machine/printer"}
-    return make_environment(tmp_path / "fake env", {**printers, "nvidia-smi": "machine/nvidia-smi"})
+    """An environment whose python prints its words."""
+    return make_environment(tmp_path / "fake env", {"python": "machine/printer", "nvidia-smi": "machine/nvidia-smi"})
 
 
 def start(
     script: Path, fakes: Path, cwd: Path, *words: str, gpus: int = 0, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "DRDPO_"))}
-    environment = (
-        kept | {"DRDPO_ENV": str(fakes), "MASTER_PORT": "12345", "SMI_GPUS": "\n".join(["fake"] * gpus)} | variables
-    )
+    environment = kept | {"DRDPO_ENV": str(fakes), "SMI_GPUS": "\n".join(["fake"] * gpus)} | variables
     return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
@@ -39,7 +36,8 @@ def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: 
     script = f"[{root}/src/evaluate_openllm.py] [--model_path=my model]"
     check, launched = done.stdout.splitlines()
     assert check == f"python {script} [--check_only=true] WORLD_SIZE=4"
-    assert launched.startswith("deepspeed [--num_gpus] [4]")
+    assert launched.startswith(f"python [-P] [{root}/src/drdpo/launch.py] [--standalone]")
+    assert "[--nproc-per-node=4] [--log-dir=/dev/null]" in launched
     assert script in launched
 
 
@@ -47,14 +45,14 @@ def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: 
 def test_vllm_is_one_process(root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     done = start(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", *words, gpus=4)
     assert done.stdout.startswith("python [")
-    assert "deepspeed" not in done.stdout
+    assert "launch.py" not in done.stdout
 
 
 def test_hidden_gpus_do_not_count(root: Path, fakes: Path, tmp_path: Path) -> None:
     done = start(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1")
-    assert "deepspeed" not in done.stdout
+    assert "launch.py" not in done.stdout
     done = start(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1,3")
-    assert "deepspeed [--include] [localhost:1,3]" in done.stdout
+    assert "[--nproc-per-node=2]" in done.stdout
 
 
 @pytest.mark.parametrize("gpus", [0, 4])
@@ -67,7 +65,7 @@ def test_a_failure_is_the_wrappers_status(root: Path, fakes: Path, tmp_path: Pat
     assert start(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", FAKE_STATUS="3").returncode == 3
     several = start(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=2, FAKE_STATUS="3")
     assert several.returncode == 3
-    assert "deepspeed" not in several.stdout
+    assert "launch.py" not in several.stdout
 
 
 def test_under_sbatch_the_script_is_a_copy(root: Path, fakes: Path, tmp_path: Path) -> None:

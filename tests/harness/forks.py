@@ -19,7 +19,7 @@ from harness import ROOT
 from harness.client import POLL_SECONDS, ask
 from harness.stand_ins import make_environment
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DRDPO_STOP_FILE", "DRDPO_ENGINES")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DRDPO_ENGINES")
 
 
 class Fork:
@@ -132,12 +132,11 @@ class Forks:
         return [rank.completed() for rank in ranks]
 
     def environment(self, folder: Path) -> Path:
-        """An environment for src/env.sh, made in `folder`: its python runs our scripts here, its launcher starts one rank.
+        """An environment for src/env.sh, made in `folder`: its python runs our scripts here.
 
         For whole chains of commands, which would spend most of their time on imports. All else goes to the real python.
         """
-        launchers = {"deepspeed": "forks/launcher", "torchrun": "forks/launcher"}
-        return make_environment(folder, {"python": "forks/python", **launchers}, FORKS_SOCKET=str(self.place))
+        return make_environment(folder, {"python": "forks/python"}, FORKS_SOCKET=str(self.place))
 
     @property
     def place(self) -> Path:

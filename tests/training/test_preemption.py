@@ -5,24 +5,21 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
 from harness.stand_ins import make_environment
 
 from drdpo.training.newest import states
-from drdpo.training.preemption import STATUS, stop_on_signal
+from drdpo.training.stop import STATUS
 
-CPU = torch.device("cpu")
 STEP = "loop:train_step"
 
 
 NOTES = """
 import os, signal, sys, torch
-from drdpo.training.preemption import stop_on_signal
+from drdpo.training.stop import stop_on_signal
 sent, cpu = signal.Signals[sys.argv[1]], torch.device("cpu")
 os.kill(os.getpid(), sent)
 for expected in (sent.name, None):
@@ -38,28 +35,21 @@ print("noted")
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_is_noted_also_one_that_was_blocked(sent):
-    """In a process that starts with the signals blocked, as the launcher's ranks do."""
+    """In a process that starts with the signals blocked, as src/train_alignment.py blocks them."""
     block = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{sent}}}); os.execv(sys.executable, "
     command = [sys.executable, "-c", block + "[sys.executable, '-c', *sys.argv[1:]])", NOTES, sent]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "noted\n", done.stderr
 
 
-def test_the_wrappers_file_counts_as_a_signal(tmp_path, monkeypatch):
-    monkeypatch.setenv("DRDPO_STOP_FILE", str(tmp_path / "stop"))
-    with stop_on_signal() as stop:
-        assert stop.agreed(CPU) is None
-        (tmp_path / "stop").write_text("SIGUSR1")
-        assert stop.agreed(CPU) == "SIGUSR1"
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Stand-ins: a launcher that ends with 75 once it is told to stop, and SLURM's srun and scontrol."""
-    slurm = {"deepspeed": "slurm/launcher", "srun": "slurm/srun", "scontrol": "slurm/scontrol"}
-    prefix = make_environment(tmp_path / "an environment", {"python": "machine/python", **slurm})
+    """Stand-ins: a launcher that ends with 75 on a signal, and SLURM's srun and scontrol."""
+    slurm = {"python": "slurm/python", "srun": "slurm/srun", "scontrol": "slurm/scontrol"}
+    prefix = make_environment(tmp_path / "an environment", slurm)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "DRDPO"))}
-    return {**kept, "DRDPO_ENV": str(prefix), "LAUNCHED": str(tmp_path / "launched"), "CUDA_VISIBLE_DEVICES": ""}
+    ours = {"DRDPO_ENV": str(prefix), "LAUNCHED": str(tmp_path / "launched"), "DRDPO_PROCESSES": "2"}
+    return {**kept, **ours, "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -88,18 +78,12 @@ def wrapped(root, environment, tiny_policy, tmp_path):
     return run
 
 
-def blocked(notes: dict[str, str]) -> int:
-    return int(notes[".blocked"].split()[1], 16)
-
-
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_wrapper_tells_the_ranks_and_spares_the_launcher(sent, wrapped, tmp_path):
+def test_a_signal_to_the_wrapper_reaches_the_launcher(sent, wrapped, tmp_path):
     status, notes = wrapped("train_alignment.sh", sent)
     assert status == 75, (tmp_path / "said").read_text()
-    assert notes[".told"] == sent.name
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        assert blocked(notes) >> (number - 1) & 1
-    assert "--num_gpus" in notes[""]
+    assert notes[".told"].split() == [sent.name]
+    assert "--standalone" in notes[""].splitlines()
 
 
 def test_the_launchers_status_and_a_wrong_number_of_machines(wrapped, tmp_path):
@@ -108,17 +92,10 @@ def test_the_launchers_status_and_a_wrong_number_of_machines(wrapped, tmp_path):
         ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="),
         ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
         ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "1"}, "MASTER_ADDR"),
-        ({"DRDPO_HOSTFILE": "none"}, "no such file"),
+        ({"DRDPO_NODES": "two"}, "DRDPO_NODES=two"),
     ]:
         assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7", **variables)[0] == 2
         assert words in (tmp_path / "said").read_text()
-
-
-def test_a_hostfile_goes_to_the_launcher(wrapped, tmp_path):
-    (tmp_path / "hosts").write_text("# ours\none slots=2\ntwo slots=2\n")
-    status, notes = wrapped("train_alignment.sh", None, LAUNCH_STATUS="0", DRDPO_HOSTFILE=str(tmp_path / "hosts"))
-    assert status == 0, (tmp_path / "said").read_text()
-    assert notes[""].splitlines()[:2] == ["--hostfile", str(tmp_path / "hosts")]
 
 
 SLURM = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]"}
@@ -129,8 +106,6 @@ def test_the_job_is_queued_again_before_its_time_is_over_but_not_when_it_is_canc
     status, notes = wrapped("train_alignment.slurm", sent, **SLURM)
     assert status == 75, (tmp_path / "said").read_text()
     assert notes.get(".requeue") == queued
-    words = notes[""].splitlines()
-    assert words[words.index("--master_port") + 1] == "12007"
 
 
 def test_a_job_that_is_queued_again_goes_on_whatever_it_was_started_with(wrapped, tmp_path):
@@ -145,24 +120,16 @@ def test_a_job_that_is_queued_again_goes_on_whatever_it_was_started_with(wrapped
 
 
 def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     status, notes = wrapped(
-        "train_alignment.slurm",
-        signal.SIGUSR1,
-        SLURM_JOB_NUM_NODES="2",
-        SLURM_CPUS_PER_TASK="7",
-        TMPDIR=str(temporary),
-        **SLURM,
-    )
-    assert list(temporary.iterdir()) == []
+        "train_alignment.slurm", signal.SIGUSR1, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="7", DRDPO_PROCESSES="1",
+        **SLURM
+    )  # fmt: skip
     assert status == 75, (tmp_path / "said").read_text()
     assert notes[".requeue"] == "requeue 40007\n"
     words = notes[""].splitlines()
-    following = {word: [after for before, after in pairwise(words) if before == word] for word in words}
-    assert sorted(following["--node_rank"]) == ["0", "1"]
-    assert following["--master_addr"] == ["first", "first"] and following["--master_port"] == ["12007", "12007"]
-    assert words.count("--no_ssh") == 2
+    assert {"--node-rank=0", "--node-rank=1"} < set(words)
+    for word in ("--nnodes=2", "--nproc-per-node=1", "--master-addr=first", "--master-port=12007"):
+        assert words.count(word) == 2, words
     assert {"--ntasks-per-node=1", "cpus=7"} <= set(notes[".srun"].splitlines())
 
 

@@ -126,7 +126,7 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
 
 
 def test_the_wrapper_on_both_hosts_is_stopped_and_goes_on(network, hosts, root, undisturbed, tiny_policy, data, tmp_path):
-    """train_alignment.sh with DeepSpeed's launcher on either host; SIGUSR1 reaches one of them.
+    """train_alignment.sh with torchrun on either host; SIGUSR1 reaches one of them.
 
     The ranks that go on are the other tests': what they know of the first start lies in the folder.
     """

@@ -17,7 +17,7 @@ from drdpo.training.disk import check_room
 from drdpo.training.engine import Engine
 from drdpo.training.lora import load_base, merged, save_adapter
 from drdpo.training.newest import check_owner, damage, describe, keep_only, states, write_index
-from drdpo.training.waiting import is_lost_rank, patient
+from drdpo.training.stop import is_lost_rank, patient
 
 KEPT = 2
 """States that stay: the newest, and the one before should the newest be damaged."""

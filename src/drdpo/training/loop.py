@@ -33,26 +33,24 @@ from drdpo.training.log import (
     table_means,
     throughput,
 )
-from drdpo.training.logs import RankLog, rank_log
 from drdpo.training.lora import add_lora
 from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
 from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
-from drdpo.training.preemption import STATUS, StopRequest, stop_on_signal
 from drdpo.training.preflight import preflight, shapes
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.retention import remove_old_checkpoints
 from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, note_run, open_run
 from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
+from drdpo.training.stop import STATUS, StopRequest, lost_rank_in_one_line, stop_on_signal
 from drdpo.training.tangent_support import check_architecture, check_tangent
 from drdpo.training.values import AnyBatch, pair_values
-from drdpo.training.waiting import lost_rank_in_one_line
 
 
 def train_alignment(config: TrainConfig) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
     config, precision = settle(config, kernels=True)
-    with rank_log() as output, stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
+    with stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
         if config.deterministic:
             deepspeed_engine.be_deterministic()
         if not config.dry_run:
@@ -61,7 +59,7 @@ def train_alignment(config: TrainConfig) -> None:
             if not config.dry_run:
                 config, precision = agree(config, precision)
             announce(precision)
-            _align(config, stop, output, precision)
+            _align(config, stop, precision)
         except (UsageError, DataError, ProcessError, SystemExit):
             # These end every rank. A rank that is lost is another matter: it would be waited for.
             distributed.leave()
@@ -69,7 +67,7 @@ def train_alignment(config: TrainConfig) -> None:
         distributed.leave()
 
 
-def _align(config: TrainConfig, stop: StopRequest, output: RankLog, precision: Precision) -> None:
+def _align(config: TrainConfig, stop: StopRequest, precision: Precision) -> None:
     config = resolve_attention(config)
     if deals_by_tokens(config):
         config = resolve_rows(config, shapes(config))
@@ -82,7 +80,6 @@ def _align(config: TrainConfig, stop: StopRequest, output: RankLog, precision: P
         return
     with sole_writer(run.folder):
         claim_folder(run)
-        output.keep(run.folder)
         _train(run, shape, stop)
 
 
@@ -211,7 +208,7 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
 
     Raises:
         ProcessError: --save_resume=false, so nothing can go on.
-        SystemExit: drdpo.training.preemption.STATUS.
+        SystemExit: drdpo.training.stop.STATUS.
     """
     if not run.config.save_resume:
         raise ProcessError(
@@ -224,7 +221,7 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
         "before the first step; the same command starts with it"
     )  # fmt: skip
     _say(f"stopped by {name} {what}")
-    # The launcher kills the others when the first one ends.
+    # torchrun ends the others when the first one has ended.
     distributed.barrier()
     sys.exit(STATUS)
 

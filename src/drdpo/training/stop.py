@@ -1,25 +1,71 @@
-"""How long ranks wait for each other, and one line in place of a traceback when one is gone.
+"""How a run ends early: by a signal, with a saved state, or because another rank is lost, in one line.
 
+SIGTERM and SIGUSR1 end the run at the next step boundary, on every rank at the same one.
 A rank whose process dies closes its connections, which the others notice at once under gloo. One that hangs, or whose host
 loses power or its network, is noticed after --comm_timeout seconds by those that wait for it. Under NCCL torch's watchdog
-then ends the process, and DeepSpeed's launcher the other ranks of a machine where one has died.
+then ends the process, and torchrun the other ranks of a machine where one has died.
 """
 
+import os
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from drdpo import distributed
 from drdpo.errors import ProcessError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STATUS = os.EX_TEMPFAIL
+"""Exit status of a run that was stopped and can be resumed: 75, "temporary failure, try again" of sysexits.h."""
 
 _LOST = re.compile(
     r"[/\\]gloo[/\\]|Gloo \w+ failed|NCCL (error|operation|communicator)|nccl(Remote|System|Internal|InProgress)\w*"
     r"|[Ww]atchdog caught collective|client socket has timed out|[Cc]onnection (was )?(closed|reset|refused) by"
 )
 """In messages of gloo (which name its source file), NCCL and torch's store; not in those of disks, models and data."""
+_SLOWEST = 1e7
+"""Bytes per second of the slowest disk that is waited for."""
+
+
+class StopRequest:
+    """Has this process been asked to stop?"""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        self._number = number
+
+    def agreed(self, device: torch.device) -> str | None:
+        """Name of the signal that any rank was sent, the same answer on every rank; every rank must call.
+
+        Args:
+            device: of the ranks' collectives.
+        """
+        asked = int(distributed.gather(torch.tensor([self._number], device=device)).max())
+        return signal.Signals(asked).name if asked else None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGUSR1, also those that came while src/train_alignment.py had them blocked; main thread only."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.note) for number in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield request
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -29,13 +75,12 @@ def is_lost_rank(error: BaseException) -> bool:
     )
 
 
-_SLOWEST = 1e7
-"""Bytes a second of the slowest disk that is waited for."""
-
-
 @contextmanager
 def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     """Turn what torch raises when a rank does not answer into a ProcessError.
+
+    Under torchrun it goes to the rank's error.json, with the traceback, and drdpo.launch prints one line for all ranks: this
+    one, unless a rank of its machine failed for another reason.
 
     Args:
         timeout: --comm_timeout, seconds.
@@ -46,10 +91,14 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
         if not is_lost_rank(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ProcessError(
+        lost = ProcessError(
             f"rank {distributed.rank()} lost another rank: it died, or did not answer for --comm_timeout={timeout} seconds "
             f"({reason}); the same command goes on from the last saved state"
-        ) from error
+        )
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            get_error_handler().record_exception(lost)
+            sys.exit(1)
+        raise lost from error
 
 
 @contextmanager

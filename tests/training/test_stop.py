@@ -1,11 +1,13 @@
 """Which errors say that another rank is lost, and which are a rank's own."""
 
+import json
 import os
 
 import pytest
 import torch
 
-from drdpo.training.waiting import is_lost_rank
+from drdpo.errors import ProcessError
+from drdpo.training.stop import is_lost_rank, lost_rank_in_one_line
 
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp"
 LOST = [
@@ -39,3 +41,15 @@ def test_an_error_of_its_own(message: str) -> None:
 
 def test_torchs_own_class_counts_whatever_it_says() -> None:
     assert is_lost_rank(torch.distributed.DistNetworkError(os.strerror(32)))
+
+
+def test_a_lost_rank_is_told_to_torchrun_where_it_asks(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    with pytest.raises(ProcessError, match="rank 0 lost another rank"), lost_rank_in_one_line(7):
+        raise RuntimeError(LOST[0])
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stopped, lost_rank_in_one_line(7):
+        raise RuntimeError(LOST[0])
+    assert stopped.value.code == 1
+    written = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert "--comm_timeout=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
