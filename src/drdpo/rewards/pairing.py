@@ -14,7 +14,7 @@ from drdpo.folder import already_made, atomic_files, lock_folder, refuse_if_lock
 from drdpo.models import fingerprint
 from drdpo.progress import progress
 from drdpo.records import SPLITS, Completion, Preference, write_records
-from drdpo.rewards import pair_report
+from drdpo.rewards.pair_report import why_none
 from drdpo.rewards.by_prompt import group_by_prompt, read_completions, score_matrices
 from drdpo.rewards.length_bias import Lengths, lengths
 from drdpo.rewards.scores import best_and_worst, mean_and_sd, mix, standardise
@@ -141,7 +141,7 @@ def pair_completions(
     facts = _counts(counts, len(pairs))
     if not pairs:
         raise DataError(
-            f"{path}: no pair is left of {len(groups)} prompts ({pair_report.why_none(facts, rule, largest_margin)})"
+            f"{path}: no pair is left of {len(groups)} prompts ({why_none(facts, rule, largest_margin)})"
         )
     return SplitPairs(pairs, own, used, facts, _margins(pairs), lengths(pairs))
 

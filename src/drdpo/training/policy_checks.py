@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from drdpo.errors import DataError
-from drdpo.kernels import linear_logprob
+from drdpo.kernels.linear_logprob import linear_logprob
 from drdpo.kernels.shared_prefix import PackedRow, PrefixPlan
 
 
