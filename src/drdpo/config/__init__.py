@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from drdpo.config.training import TrainConfig as TrainConfig
 
 _FILES = {
-    "AssetsConfig": "assets",
-    "CompareMixturesConfig": "comparison",
-    "CompareOpenllmConfig": "comparison",
-    "CompletionsConfig": "completions",
+    "AssetsConfig": "data",
+    "CompareMixturesConfig": "evaluation",
+    "CompareOpenllmConfig": "evaluation",
+    "CompletionsConfig": "data",
     "EvaluateConfig": "evaluation",
-    "InspectConfig": "inspection",
+    "InspectConfig": "evaluation",
     "LeaderboardConfig": "evaluation",
-    "PreferencesConfig": "preferences",
-    "ShowRunConfig": "inspection",
+    "PreferencesConfig": "data",
+    "ShowRunConfig": "evaluation",
     "TrainConfig": "training",
 }
 __all__ = list(_FILES)

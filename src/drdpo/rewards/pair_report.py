@@ -4,7 +4,7 @@ from drdpo.rewards.length_bias import Lengths
 from drdpo.rewards.selection import REASONS, Rule
 
 
-def objectives(
+def objective_lines(
     split: str,
     statistics: dict[str, tuple[float, float]],
     weights: dict[str, float],
@@ -29,7 +29,7 @@ def objectives(
     return lines
 
 
-def pairs(split: str, counts: dict[str, int], margins: dict[str, float], rule: Rule) -> list[str]:
+def pair_lines(split: str, counts: dict[str, int], margins: dict[str, float], rule: Rule) -> list[str]:
     """How many pairs, what was dropped and why, and how large the margins are."""
     lines = [f"{split}: {counts['pairs']} pairs from {counts['prompts']} prompts; dropped: {_dropped(counts) or 'none'}"]
     if rule.selection != "top_bottom":

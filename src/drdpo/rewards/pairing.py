@@ -14,7 +14,7 @@ from drdpo.folder import already_made, atomic_files, lock_folder, refuse_if_lock
 from drdpo.models import fingerprint
 from drdpo.progress import progress
 from drdpo.records import SPLITS, Completion, Preference, write_records
-from drdpo.rewards.pair_report import why_none
+from drdpo.rewards.pair_report import length_lines, objective_lines, pair_lines, why_none
 from drdpo.rewards.by_prompt import group_by_prompt, read_completions, score_matrices
 from drdpo.rewards.length_bias import Lengths, lengths
 from drdpo.rewards.scores import best_and_worst, mean_and_sd, mix, standardise
@@ -150,9 +150,9 @@ def report(split: str, made: SplitPairs, weights: dict[str, float], config: Pref
     """Weight, mean and sd of every weighted objective, then how many pairs, their margins and their lengths."""
     own = made.standardised_by is made.statistics or made.standardised_by is None
     lines = [
-        *pair_report.objectives(split, made.statistics, weights, None if own else made.standardised_by),
-        *pair_report.pairs(split, made.counts, made.margins, rule_of(config)),
-        *pair_report.length_lines(split, made.lengths),
+        *objective_lines(split, made.statistics, weights, None if own else made.standardised_by),
+        *pair_lines(split, made.counts, made.margins, rule_of(config)),
+        *length_lines(split, made.lengths),
     ]
     return "\n".join(lines)
 
