@@ -35,13 +35,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import LlamaConfig
 
 from drdpo.config import TrainConfig
-from drdpo.training.automatic import resolve_attention
-from drdpo.training.data import Pair, row_tokens
+from drdpo.training.data import Pair, form_batch, row_tokens
 from drdpo.training.finite import FiniteWatch
+from drdpo.training.memory import preflight, resolve_attention, shapes
 from drdpo.training.objective import needs_population, objective, survey
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy
-from drdpo.training.preflight import preflight, shapes
 from drdpo.training.run import Run
 
 OUTPUT = Path(__file__).parent / "results" / "gpu_counts.json"

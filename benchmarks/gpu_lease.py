@@ -42,9 +42,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from drdpo.config import TrainConfig
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.objective import objective
-from drdpo.training.packing import form_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -257,10 +256,8 @@ class Step:
     """
 
     def __init__(self, lease: Lease, shape: str, pairs: list[Pair], **flags: Any) -> None:
-        from drdpo.training.automatic import resolve_attention
-        from drdpo.training.memory import dry_run
+        from drdpo.training.memory import dry_run, resolve_attention, shapes
         from drdpo.training.policy import Policy, widen_first_tokens
-        from drdpo.training.preflight import shapes
 
         with tempfile.TemporaryDirectory() as folder:
             settings_of(shape, "eager").save_pretrained(folder)
@@ -369,7 +366,7 @@ def repeats(lease: Lease, deterministic: bool, **flags: Any) -> Row:
 
 def scoring(lease: Lease, flash: bool) -> Row:
     """Seconds of a batch of packed conversations, lengths never seen, through a backbone of ArmoRM's shape."""
-    from drdpo.kernels.shared_prefix import PackedRow, hidden_states
+    from drdpo.kernels.packed_attention import PackedRow, hidden_states
 
     with made_on(lease.device, torch.bfloat16):
         backbone = LlamaModel(settings_of("tiny" if lease.tiny else "8B", "sdpa")).eval()

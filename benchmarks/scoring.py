@@ -2,7 +2,7 @@
 
     one      a forward pass per conversation, as SimPO's and Online-RLHF's annotation scripts do
     padded   conversations in their order, --padded_batch at a time, padded to the longest of them, as the authors do
-    packed   ours: drdpo.rewards.batching and drdpo.kernels.shared_prefix
+    packed   ours: drdpo.scoring.armorm and drdpo.kernels.packed_attention
 
 All three use the same model, heads, precision and conversations, and must agree; the figures say what the arrangement is
 worth and nothing else. Every way runs in a process of its own (peak memory is a property of the process), in turn, several
@@ -64,8 +64,8 @@ def conversations(model, n: int, prompts: int, short_answers: int):
 
 def score(model, way: str, sequences, keys, batch_tokens: int, padded_batch: int):
     """Stage-2 scores in order, and how many tokens were computed."""
-    from drdpo.kernels.shared_prefix import PackedRow
-    from drdpo.rewards.batching import packed_batches, pad_right
+    from drdpo.kernels.packed_attention import PackedRow
+    from drdpo.scoring.armorm import packed_batches, pad_right
 
     scores, computed = [0.0] * len(sequences), 0
     if way == "packed":
@@ -91,8 +91,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     import torch
 
     from drdpo import distributed
-    from drdpo.rewards.armorm import load_armorm
-    from drdpo.rewards.scorer import DTYPES, use_cpu_well
+    from drdpo.scoring.armorm import load_armorm
+    from drdpo.scoring.score import DTYPES, use_cpu_well
 
     device = distributed.device()
     use_cpu_well(device)

@@ -98,7 +98,7 @@ def authors_step(arguments):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from drdpo.training.batches import collate
+    from drdpo.training.data import collate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [
@@ -134,8 +134,8 @@ def our_step(arguments):
 
     from drdpo.config import TrainConfig
     from drdpo.training import engine as deepspeed_engine
+    from drdpo.training.data import form_batch
     from drdpo.training.loop import train_step
-    from drdpo.training.packing import form_batch
     from drdpo.training.policy import load_policy
 
     deepspeed_engine.initialise()

@@ -35,10 +35,9 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     """Seconds per step (median) and peak memory in GiB of one method, in this process."""
     from drdpo.config import TrainConfig
     from drdpo.training import engine as deepspeed_engine
-    from drdpo.training.data import Pair
+    from drdpo.training.data import Pair, form_batch
     from drdpo.training.log import peak_memory_gib
     from drdpo.training.loop import train_step
-    from drdpo.training.packing import form_batch
     from drdpo.training.policy import load_policy, widen_first_tokens
 
     deepspeed_engine.initialise()

@@ -96,8 +96,8 @@ def step_of(way: str, config, policy, device: str, pair):
     """A function that computes the scalar whose gradient is the step's."""
     import torch
 
+    from drdpo.training.data import form_batch
     from drdpo.training.objective import objective
-    from drdpo.training.packing import form_batch
 
     batch = form_batch([pair], [0], config, 0).to(device)
     if way == "original":

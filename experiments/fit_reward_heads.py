@@ -45,13 +45,11 @@ from drdpo.chat import Tokenizer, conversation_token_ids, load_tokenizer, prompt
 from drdpo.cli import check_bounds, flag, parse, require
 from drdpo.errors import DataError, one_line_errors
 from drdpo.folder import atomic_folder
-from drdpo.kernels.shared_prefix import PackedRow, hidden_states
+from drdpo.kernels.packed_attention import PackedRow, hidden_states
 from drdpo.machine import announce, settle
 from drdpo.records import Message, Preference, read_rows
-from drdpo.rewards.armorm import GatingNetwork
-from drdpo.rewards.batching import find_span, packed_batches
-from drdpo.rewards.layout import POOLINGS
-from drdpo.rewards.scorer import DTYPES, UNRENDERABLE, use_cpu_well
+from drdpo.scoring.armorm import POOLINGS, GatingNetwork, find_span, packed_batches
+from drdpo.scoring.score import DTYPES, UNRENDERABLE, use_cpu_well
 
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 OBJECTIVES = (*(f"helpsteer-{column}" for column in RATINGS), "ultrafeedback-overall_score")

@@ -7,7 +7,7 @@ from drdpo.errors import one_line_errors
 
 def main() -> None:
     config = parse(CompletionsConfig, "Sample n completions per prompt; scored by src/score_completions.py.")
-    from drdpo.generation.sampling import sample_completions
+    from drdpo.sampling.sample import sample_completions
 
     sample_completions(config)
 

@@ -7,7 +7,7 @@ from drdpo.errors import one_line_errors
 
 def main() -> None:
     config = parse(PreferencesConfig, "Mix scored objectives into preference pairs.")
-    from drdpo.rewards.pairing import generate_preferences
+    from drdpo.pairing import generate_preferences
 
     generate_preferences(config)
 

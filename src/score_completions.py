@@ -7,7 +7,7 @@ from drdpo.errors import one_line_errors
 
 def main() -> None:
     config = parse(CompletionsConfig, "Score the completions in <save_path>/sampled with a multi-objective reward model.")
-    from drdpo.rewards.scoring import score_completions
+    from drdpo.scoring.score import score_completions
 
     score_completions(config)
 

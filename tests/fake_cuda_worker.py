@@ -17,18 +17,12 @@ from fake_cuda import Counts, FakeTensors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from drdpo.config import TrainConfig
-from drdpo.kernels.shared_prefix import PackedRow
-from drdpo.rewards.armorm import ArmoRM
-from drdpo.rewards.batching import Span
-from drdpo.rewards.layout import RewardLayout
-from drdpo.training.automatic import resolve_attention
-from drdpo.training.data import Pair
+from drdpo.kernels.packed_attention import PackedRow
+from drdpo.scoring.armorm import ArmoRM, RewardLayout, Span
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.log import pair_table
-from drdpo.training.memory import dry_run
-from drdpo.training.packing import form_batch
-from drdpo.training.policy_checks import check_packing, check_plain_head, switch_off_dropout
-from drdpo.training.preflight import shapes
-from drdpo.training.values import pair_values
+from drdpo.training.memory import dry_run, resolve_attention, shapes
+from drdpo.training.policy import check_packing, check_plain_head, pair_values, switch_off_dropout
 
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "drdpo"
-STEPS = ("assets", "generation", "rewards", "training", "evaluation")
+STEPS = ("assets", "sampling", "scoring", "pairing", "training", "evaluation")
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
-    "vllm": "generation",
+    "vllm": "sampling",
     "deepspeed": "training",
     "bitsandbytes": "training",
     "triton": "kernels",

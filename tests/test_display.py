@@ -2,8 +2,7 @@
 
 import pytest
 
-from drdpo.display import duration, harmless, one_line, shortened
-from drdpo.errors import DataError, one_line_errors
+from drdpo.errors import DataError, duration, harmless, one_line, one_line_errors, shortened
 
 
 @pytest.mark.parametrize(

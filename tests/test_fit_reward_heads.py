@@ -16,8 +16,7 @@ from scipy.stats import bootstrap, spearmanr
 from drdpo.chat import load_tokenizer
 from drdpo.errors import DataError, UsageError
 from drdpo.records import write_rows
-from drdpo.rewards.armorm import load_armorm
-from drdpo.rewards.batching import pad_right
+from drdpo.scoring.armorm import load_armorm, pad_right
 
 ROOT = Path(__file__).resolve().parents[1]
 

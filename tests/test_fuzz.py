@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 
 from drdpo import chat, config
 from drdpo.cli import parse
-from drdpo.display import is_text, one_line
-from drdpo.errors import DataError, UsageError
-from drdpo.generation.prompts import read_prompts, render
+from drdpo.errors import DataError, UsageError, is_text, one_line
+from drdpo.pairing import generate_preferences
 from drdpo.records import Completion, Preference, Prompt, read_records, write_records
-from drdpo.rewards.pairing import generate_preferences
+from drdpo.sampling.prompts import read_prompts, render
 from drdpo.training.data import load_preferences, tokenise
 
 pytestmark = pytest.mark.fuzz

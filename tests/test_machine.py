@@ -17,8 +17,8 @@ from drdpo import distributed, machine
 from drdpo.config import CompletionsConfig, LeaderboardConfig, TrainConfig
 from drdpo.errors import UsageError
 from drdpo.evaluation.leaderboard import evaluate_openllm
-from drdpo.generation.sampling import sample_completions
-from drdpo.rewards.scoring import score_completions
+from drdpo.sampling.sample import sample_completions
+from drdpo.scoring.score import score_completions
 from drdpo.training.log import peak_flops
 from drdpo.training.run import _made_by, check_inputs
 

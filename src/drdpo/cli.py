@@ -8,8 +8,7 @@ import sys
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from drdpo.display import is_text, one_line
-from drdpo.errors import UsageError
+from drdpo.errors import UsageError, is_text, one_line
 from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
 
 Config = TypeVar("Config")

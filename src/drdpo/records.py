@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Typed
 import msgspec
 from msgspec import Meta
 
-from drdpo.display import is_text
-from drdpo.errors import DataError
+from drdpo.errors import DataError, is_text
 from drdpo.folder import atomic_file
 
 if TYPE_CHECKING:

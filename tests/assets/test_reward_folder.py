@@ -12,8 +12,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from drdpo.assets.embedded import HEADS, make_reward_model, reward_model_is_made
 from drdpo.errors import DataError
-from drdpo.rewards.armorm import load_armorm
-from drdpo.rewards.layout import check_folder, read_shapes
+from drdpo.scoring.armorm import check_folder, load_armorm, read_shapes
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

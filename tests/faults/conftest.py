@@ -62,7 +62,7 @@ def steps(root: Path, room: Path, tiny_policy: Path, fault_reward_model: Path, f
             "sample", src / "generate_completions.py",
             (f"--save_path={out['sample']}", *completions, f"--dataset={fault_prompts}", "--best_of_n=4",
              "--temperature=1.0", "--max_new_tokens=6", "--engine=transformers"),
-            out["sample"], settings={"drdpo.generation.sampling:CPU_BLOCK": 16},
+            out["sample"], settings={"drdpo.sampling.sample:CPU_BLOCK": 16},
         ),
         "score": Step(
             "score", src / "score_completions.py",

@@ -12,9 +12,9 @@ import torch
 from drdpo.config import CompletionsConfig, EvaluateConfig, PreferencesConfig, TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.compare import evaluate_armorm
-from drdpo.generation.sampling import sample_completions
-from drdpo.rewards.pairing import generate_preferences
-from drdpo.rewards.scoring import score_completions
+from drdpo.pairing import generate_preferences
+from drdpo.sampling.sample import sample_completions
+from drdpo.scoring.score import score_completions
 from drdpo.training.reference import read_reference, write_reference
 from drdpo.training.run import check_inputs
 

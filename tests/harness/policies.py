@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from drdpo.config import TrainConfig
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.objective import objective, survey
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy, load_policy
 
 REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)

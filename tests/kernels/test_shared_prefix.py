@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from drdpo.kernels import shared_prefix
-from drdpo.kernels.shared_prefix import (
+from drdpo.kernels import packed_attention
+from drdpo.kernels.packed_attention import (
     PackedRow,
     PrefixGroup,
     PrefixPlan,
@@ -147,17 +147,17 @@ def test_key_heads_are_repeated_where_no_fused_kernel_takes_fewer() -> None:
 
 def test_cudnn_never_attends_to_packed_rows_and_is_left_as_it_was(monkeypatch) -> None:
     """It builds a plan for all sizes and strides of its inputs, which hardly ever come again."""
-    allowed, original = [], shared_prefix.scaled_dot_product_attention
+    allowed, original = [], packed_attention.scaled_dot_product_attention
 
     def watched(*inputs, **options):
         allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
         return original(*inputs, **options)
 
-    monkeypatch.setattr(shared_prefix, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(packed_attention, "scaled_dot_product_attention", watched)
     assert torch.backends.cuda.cudnn_sdp_enabled(), "torch's default"
     model = model_of(num_key_value_heads=2)
     hidden_states(model, PackedRow(GROUPS)).sum().backward()
-    with shared_prefix.shared_prefixes(model):
+    with packed_attention.shared_prefixes(model):
         model(input_ids=torch.arange(9)[None])
     assert len(allowed) > 20 and not any(allowed)
     assert torch.backends.cuda.cudnn_sdp_enabled()

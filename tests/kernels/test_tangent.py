@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from drdpo.kernels.shared_prefix import PrefixGroup
-from drdpo.kernels.tangent_attention import tangent_attention
-from drdpo.kernels.tangent_layers import rms_norm, silu_gate
-from drdpo.kernels.tangent_logprob import tangent_logprob
-from drdpo.kernels.vocabulary import logprob_and_slope
+from drdpo.kernels.linear_logprob import logprob_and_slope, tangent_logprob
+from drdpo.kernels.packed_attention import PrefixGroup
+from drdpo.kernels.tangent import rms_norm, silu_gate, tangent_attention
 
 GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1,)), PrefixGroup(2, (1, 40))]
 
@@ -41,10 +39,10 @@ def pieces(request, monkeypatch) -> None:
     """Everything at once, and a few rows at a time."""
     torch.manual_seed(0)
     if request.param == "pieces":
-        monkeypatch.setattr(sys.modules["drdpo.kernels.tangent_layers"], "_CHUNK_ELEMENTS", 20)
-        monkeypatch.setitem(sys.modules["drdpo.kernels.tangent_attention"]._BLOCK_ELEMENTS, True, 1)
-        monkeypatch.setitem(sys.modules["drdpo.kernels.vocabulary"]._BLOCK_ELEMENTS, True, 60)
-        monkeypatch.setattr(sys.modules["drdpo.kernels.vocabulary"], "_NARROWEST", 1)
+        monkeypatch.setattr(sys.modules["drdpo.kernels.tangent"], "_CHUNK_ELEMENTS", 20)
+        monkeypatch.setitem(sys.modules["drdpo.kernels.tangent"]._BLOCK_ELEMENTS, True, 1)
+        monkeypatch.setitem(sys.modules["drdpo.kernels.linear_logprob"]._BLOCK_ELEMENTS, True, 60)
+        monkeypatch.setattr(sys.modules["drdpo.kernels.linear_logprob"], "_NARROWEST", 1)
 
 
 def test_rms_norm(pieces) -> None:

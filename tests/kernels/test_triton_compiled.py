@@ -92,6 +92,6 @@ def test_the_kernels_compiled_for_gpus(
 
 
 def test_a_gradient_block_of_odd_width_is_stored_two_bytes_at_a_time(compiled: Any) -> None:
-    """Why the blocks of drdpo.kernels.vocabulary are multiples of 128 wide."""
+    """Why the blocks of drdpo.kernels.linear_logprob are multiples of 128 wide."""
     ptx = compiled(80, torch.bfloat16, "gradient", 44739).asm["ptx"]
     assert "st.global.b16" in ptx and not re.search(r"st\.global[.\w]*\.v4", ptx)

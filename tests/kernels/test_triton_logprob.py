@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from drdpo.kernels import linear_logprob
-from drdpo.kernels.tangent_logprob import tangent_logprob
-from drdpo.kernels.vocabulary import logprob_and_slope
+from drdpo.kernels.linear_logprob import logprob_and_slope, tangent_logprob
 
 SHAPES = [(1, 3, 7), (5, 8, 33), (70, 40, 300), (130, 70, 257)]
 """Tokens, width and vocabulary: below, at and beyond a tile, and multiples of nothing."""

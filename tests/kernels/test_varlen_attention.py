@@ -6,9 +6,16 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import LlamaConfig, LlamaModel
 
-from drdpo.kernels import varlen_attention
-from drdpo.kernels.shared_prefix import PackedRow, PrefixGroup, PrefixPlan, hidden_states, shared_prefix_attention
-from drdpo.kernels.varlen_attention import check_varlen, refusal
+from drdpo.kernels import packed_attention
+from drdpo.kernels.packed_attention import (
+    PackedRow,
+    PrefixGroup,
+    PrefixPlan,
+    check_varlen,
+    hidden_states,
+    refusal,
+    shared_prefix_attention,
+)
 
 GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1, 2)), PrefixGroup(2, (1, 40))]
 TOKENS = sum(group.tokens for group in GROUPS)
@@ -58,8 +65,8 @@ def test_every_segment_sees_its_prefix_and_itself(kv_heads: int, monkeypatch) ->
 def test_what_a_row_needs_is_made_once_for_all_layers_and_no_mask_for_flash(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     made = []
-    segments_of = varlen_attention.segments_of
-    monkeypatch.setattr(varlen_attention, "segments_of", lambda *given: made.append(given) or segments_of(*given))
+    segments_of = packed_attention.segments_of
+    monkeypatch.setattr(packed_attention, "segments_of", lambda *given: made.append(given) or segments_of(*given))
     plan = PrefixPlan(GROUPS, torch.device("cpu"), torch.float32, flash=True)
     query, key, value = (torch.randn(1, heads, TOKENS, 16) for heads in (6, 2, 2))
     for _ in range(3):
@@ -75,7 +82,7 @@ def test_what_a_row_needs_is_made_once_for_all_layers_and_no_mask_for_flash(monk
 
 def test_a_model_is_refused_by_its_shape_before_the_device_is_asked(monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(varlen_attention, "check_varlen", lambda *given: asked.append(given))
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: asked.append(given))
     device, settings = torch.device("cuda"), LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     assert refusal(settings, device, torch.float32) == "flash attention takes 16-bit numbers only" and not asked
     assert refusal(settings, device, torch.bfloat16) is None

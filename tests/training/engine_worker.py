@@ -15,13 +15,11 @@ from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.batches import micro_batches, padded_shards
 from drdpo.training.checkpoint import _gathered, load_state, save_model, save_state
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch, micro_batches, padded_shards
 from drdpo.training.finite import check_step
 from drdpo.training.loop import train_step
 from drdpo.training.lora import add_lora
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_logprobs
 

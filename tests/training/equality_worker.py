@@ -18,10 +18,8 @@ from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, save_model
-from drdpo.training.data import Pair, dealt_lengths
-from drdpo.training.dealing import evaluation_batches, step_batches
+from drdpo.training.data import Pair, dealt_lengths, evaluation_batches, form_batch, step_batches
 from drdpo.training.loop import train_step
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_logprobs
 

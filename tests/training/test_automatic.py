@@ -9,12 +9,11 @@ from drdpo import distributed
 from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.kernels import varlen_attention
-from drdpo.training import automatic, engine, preflight, run
-from drdpo.training.automatic import resolve_attention, rows_that_fit
-from drdpo.training.data import Pair, row_tokens
+from drdpo.kernels import packed_attention
+from drdpo.training import engine, memory, run
+from drdpo.training.data import Pair, form_batch, row_tokens
+from drdpo.training.memory import resolve_attention, rows_that_fit
 from drdpo.training.objective import Population, objective
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_key
 from drdpo.training.run import Run
@@ -28,7 +27,7 @@ def config_of(path="-", **flags) -> TrainConfig:
 def on_cuda(monkeypatch):
     monkeypatch.setattr(distributed, "use_cuda", lambda: True)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(varlen_attention, "check_varlen", lambda *given: None)
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: None)
 
 
 def test_packed_rows_attend_by_flash_on_cuda_and_by_sdpa_on_a_cpu(tiny_policy, on_cuda, monkeypatch, capsys):
@@ -59,7 +58,7 @@ def test_where_flash_does_not_fit_a_run_one_line_says_why(flags, reason, tiny_po
 def test_flash_that_a_flag_asks_for_is_used_or_refused(tiny_policy, on_cuda, monkeypatch, capsys):
     asked = config_of(tiny_policy, attn="flash")
     assert resolve_attention(replace(asked, wdpo_rho=0.1)).packed_flash
-    monkeypatch.setattr(varlen_attention, "check_varlen", lambda *given: "head_dim must be at most 256")
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: "head_dim must be at most 256")
     with pytest.raises(UsageError, match=r"--attn=flash.*head_dim must be at most 256; pass --attn=sdpa"):
         resolve_attention(asked)
     assert resolve_attention(replace(asked, attn="auto")).attn == "sdpa"
@@ -94,12 +93,12 @@ def test_rows_hold_what_fits_and_always_the_longest_pair(monkeypatch):
     """A token takes one byte with recomputation and four without."""
     config = config_of(max_len=512)
     monkeypatch.setattr(
-        automatic, "predicted",
+        memory, "predicted",
         lambda config, policy, pairs, recompute: _Need(config.micro_batch_tokens * (1 if recompute else 4)),
     )  # fmt: skip
 
     def rows(memory: float, **flags) -> int:
-        return rows_that_fit(replace(config, **flags), None, int(memory / automatic.MARGIN) + 1)
+        return rows_that_fit(replace(config, **flags), None, int(memory / memory.MARGIN) + 1)
 
     assert [rows(4 * 16_384), rows(4 * 16_384 - 10), rows(16_384)] == [16_384, 8_192, 4_096]
     # 4,096 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
@@ -110,14 +109,14 @@ def test_rows_hold_what_fits_and_always_the_longest_pair(monkeypatch):
     assert [rows(4 * 2_048), rows(4 * 2_048, gradient_checkpointing="false")] == [8_192, 2_048]
     for asked in ("true", "false"):
         sizes = [rows(memory, gradient_checkpointing=asked) for memory in range(0, 10**5, 500)]
-        assert sizes == sorted(sizes) and set(sizes) == set(automatic.ROWS)
+        assert sizes == sorted(sizes) and set(sizes) == set(memory.ROWS)
 
 
 @pytest.mark.parametrize("flags", [{}, {"wdpo_rho": 0.1}, {"wdpo_rho": 0.1, "wdpo_prompt": "once"}], ids=str)
 def test_the_row_that_is_predicted_is_full(flags):
     config = config_of(**flags)
-    for tokens in automatic.ROWS:
-        pairs = automatic._row_of(tokens, config)
+    for tokens in memory.ROWS:
+        pairs = memory._row_of(tokens, config)
         assert 0.95 * tokens < sum(row_tokens(pair, config) for pair in pairs) <= tokens
 
 
@@ -128,10 +127,10 @@ class _Tokenizer:
 @pytest.mark.parametrize(("free", "expected", "told"), [(10**12, "false", "off: without"), (10**6, "true", "on: without")])
 def test_activations_are_kept_where_memory_allows(free, expected, told, tiny_policy, tmp_path, monkeypatch, capsys):
     pairs = [Pair([5] * 40, [6] * 20, [7] * 30)] * 4
-    monkeypatch.setattr(preflight, "_free", lambda: (free, 1))
+    monkeypatch.setattr(memory, "_free", lambda: (free, 1))
     for asked in ("auto", "true", "false"):
         config = config_of(tiny_policy, gradient_checkpointing=asked)
-        found, _ = preflight.preflight(Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+        found, _ = memory.preflight(Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
         assert found.config.gradient_checkpointing == (expected if asked == "auto" else asked)
         assert (f"recompute {told}" in capsys.readouterr().out) == (asked == "auto")
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from drdpo import chat
-from drdpo.training.batches import step_indices
+from drdpo.training.data import step_indices
 
 pytestmark = pytest.mark.slow
 

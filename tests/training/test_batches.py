@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from drdpo.config import TrainConfig
-from drdpo.training.batches import collate, micro_batches, padded_shards, step_indices, token_batches
-from drdpo.training.data import Pair
-from drdpo.training.dealing import evaluation_batches
+from drdpo.training.data import Pair, collate, evaluation_batches, micro_batches, padded_shards, step_indices, token_batches
 
 
 def test_an_epoch_takes_every_pair_once_and_epochs_differ():

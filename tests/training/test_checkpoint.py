@@ -13,12 +13,22 @@ from safetensors import SafetensorError
 from drdpo import chat
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.training.checkpoint import load_state, save_model, save_state, written_bytes
+from drdpo.training.checkpoint import (
+    SLACK,
+    check_owner,
+    check_room,
+    damage,
+    describe,
+    load_state,
+    save_model,
+    save_state,
+    states,
+    write_index,
+    written_bytes,
+)
 from drdpo.training.data import Pair
-from drdpo.training.disk import SLACK, check_room
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.lora import add_lora
-from drdpo.training.newest import check_owner, damage, describe, states, write_index
 from drdpo.training.policy import load_policy
 
 

@@ -17,14 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
-from drdpo.training.memory import predict
+from drdpo.training.memory import meta_policy, predict
 from drdpo.training.objective import survey
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import Answers, Policy, load_policy
-from drdpo.training.preflight import meta_policy
 from drdpo.training.run import check_inputs
 
 COMMON = {"beta": 0.5, "learning_rate": 1e-3, "train_batch_size": 8, "warmup_ratio": 0.0, "dtype": "float32", "steps": 2}

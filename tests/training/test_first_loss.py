@@ -7,9 +7,8 @@ import torch
 
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.training.first_loss import check_first_step
-from drdpo.training.objective import Objective
-from drdpo.training.values import PairValues
+from drdpo.training.objective import Objective, check_first_step
+from drdpo.training.policy import PairValues
 
 REFERENCE_B2 = torch.tensor([[-100.0, -300.0]])  # 200 nats in the mean
 

@@ -10,7 +10,7 @@ from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.log import MetricsLog, check_trackers, step_metrics, summary
 from drdpo.training.objective import Objective
-from drdpo.training.values import PairValues
+from drdpo.training.policy import PairValues
 
 STAND_IN = '''
 import json, os, pathlib

@@ -19,9 +19,8 @@ from drdpo import chat
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.checkpoint import save_model
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, pack
 from drdpo.training.lora import add_lora, merged
-from drdpo.training.packing import pack
 from drdpo.training.policy import Policy, load_policy
 
 BATCH, BETA, CLIP = 4, 0.5, 1.0

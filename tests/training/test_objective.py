@@ -8,12 +8,10 @@ from harness import policies
 from harness.policies import REFERENCE_M2
 
 from drdpo.errors import DataError
-from drdpo.training.batches import collate
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, collate
 from drdpo.training.losses import gradient_penalty
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import Policy, load_policy
-from drdpo.training.values import pair_values
+from drdpo.training.policy import Policy, load_policy, pair_values
 
 config_of = partial(policies.config_of, packing=False)  # other forms: test_packing.py, test_wdpo_solvers.py
 

@@ -14,12 +14,9 @@ from own_method import CvarConfig
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.records import Preference, write_records
-from drdpo.training.batches import collate
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, collate, form_batch
 from drdpo.training.objective import objective, survey
-from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy
-from drdpo.training.values import pair_values
+from drdpo.training.policy import load_policy, pair_values
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,13 +10,10 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from drdpo.config import TrainConfig
 from drdpo.config.training import PACKED_ATTENTION
 from drdpo.errors import DataError, UsageError
-from drdpo.kernels import shared_prefix
-from drdpo.training.batches import collate
-from drdpo.training.data import Pair
+from drdpo.kernels import packed_attention
+from drdpo.training.data import Pair, collate, form_batch, pack
 from drdpo.training.objective import objective, survey
-from drdpo.training.packing import form_batch, pack
-from drdpo.training.policy import Policy, load_policy
-from drdpo.training.policy_checks import check_packing
+from drdpo.training.policy import Policy, check_packing, load_policy
 
 METHODS = {
     "dpo": {},
@@ -123,7 +120,7 @@ def test_the_check_gives_its_tokens_where_the_model_is():
 
 
 def test_flags_of_attention_and_packing():
-    assert shared_prefix.NAME == PACKED_ATTENTION == config_of().attention
+    assert packed_attention.NAME == PACKED_ATTENTION == config_of().attention
     assert config_of(packing=False).attention == "sdpa"
     assert config_of(packing=False, wdpo_rho=0.1).attention == "eager"
     assert config_of().packing and config_of(wdpo_rho=0.1).packing

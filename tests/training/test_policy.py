@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
 
 from drdpo.errors import DataError
-from drdpo.training.data import Pair
-from drdpo.training.packing import pack
+from drdpo.training.data import Pair, pack
 from drdpo.training.policy import load_policy
 
 

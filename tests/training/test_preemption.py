@@ -11,7 +11,7 @@ import pytest
 from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
 from harness.stand_ins import make_environment
 
-from drdpo.training.newest import states
+from drdpo.training.checkpoint import states
 from drdpo.training.stop import STATUS
 
 STEP = "loop:train_step"

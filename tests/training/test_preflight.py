@@ -16,14 +16,11 @@ from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, MixtralCon
 
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.training.batches import collate
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, collate, pack
 from drdpo.training.log import Shape, dpo_flops, peak_flops, shape_of, throughput
 from drdpo.training.loop import train_alignment
-from drdpo.training.memory import GATHERED, Memory, dry_run, predict
-from drdpo.training.packing import pack
+from drdpo.training.memory import GATHERED, Memory, advice, dry_run, meta_policy, predict, preflight
 from drdpo.training.policy import widen_first_tokens
-from drdpo.training.preflight import advice, meta_policy, preflight
 from drdpo.training.run import Run, check_inputs
 
 PARAMETERS = 49_152 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
@@ -114,7 +111,7 @@ def test_the_dry_run_counts_what_a_forward_pass_keeps(tiny_policy):
     assert again < 0.75 * model
     assert 1.9 < double / model < 2.1
     # The output head: its gradient, and logits of a block of the vocabulary in float32, of which a few copies are alive.
-    gradient, block = 4 * 49_152 * 32, 4 * sys.modules["drdpo.kernels.vocabulary"]._BLOCK_ELEMENTS[True]
+    gradient, block = 4 * 49_152 * 32, 4 * sys.modules["drdpo.kernels.linear_logprob"]._BLOCK_ELEMENTS[True]
     assert gradient + block < head < gradient + 4 * block
 
 
@@ -166,7 +163,7 @@ def test_a_model_with_attentions_of_its_own_passes_the_preflight(tmp_path, capsy
 
 
 def test_a_model_that_does_not_fit_is_warned_of(tiny_policy, tmp_path, capsys, monkeypatch):
-    from drdpo.training import preflight as module
+    from drdpo.training import memory as module
 
     monkeypatch.setattr(module, "_free", lambda: (1000, 2))
     pairs = pairs_of(*[(4, 2, 1)] * 4)
@@ -175,7 +172,7 @@ def test_a_model_that_does_not_fit_is_warned_of(tiny_policy, tmp_path, capsys, m
 
 
 def test_offload_is_told_where_the_optimizer_is_what_does_not_fit(tiny_policy, tmp_path, capsys, monkeypatch):
-    from drdpo.training import preflight as module
+    from drdpo.training import memory as module
 
     pairs = pairs_of(*[(4, 2, 1)] * 4)
     monkeypatch.setattr("drdpo.distributed.use_cuda", lambda: True)
@@ -190,7 +187,7 @@ def test_offload_is_told_where_the_optimizer_is_what_does_not_fit(tiny_policy, t
             sizes.append(real(*given))
             return sizes[-1]
 
-        monkeypatch.setattr("drdpo.training.automatic.predict", seen)
+        monkeypatch.setattr("drdpo.training.memory.predict", seen)
         run = Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
         preflight(run)
         monkeypatch.setattr(module, "_free", lambda need=sizes[0], short=short: (need.total - short, 1))

@@ -24,13 +24,11 @@ from drdpo import chat
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.training.checkpoint import save_model
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
-from drdpo.training.memory import predict, weight_bytes
+from drdpo.training.memory import meta_policy, predict, weight_bytes
 from drdpo.training.objective import objective
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import load_policy
-from drdpo.training.preflight import meta_policy
 from drdpo.training.reference import reference_key
 
 METHODS = {

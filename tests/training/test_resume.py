@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from harness.runs import check_equal, fault, flags_of, run_ranks, said, write_pairs
 
-from drdpo.training.newest import states
+from drdpo.training.checkpoint import states
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,7 @@ import pytest
 from harness.runs import check_equal, flags_of, run_ranks, said, write_pairs
 
 from drdpo.config import TrainConfig
-from drdpo.training.newest import states
-from drdpo.training.retention import kept_steps, remove_old_checkpoints
+from drdpo.training.checkpoint import kept_steps, remove_old_checkpoints, states
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.training.data import Pair
-from drdpo.training.packing import form_batch
-from drdpo.training.policy import Policy, load_policy
-from drdpo.training.preflight import meta_policy, preflight
-from drdpo.training.rotary import check_rotary
+from drdpo.training.data import Pair, form_batch
+from drdpo.training.memory import meta_policy, preflight
+from drdpo.training.policy import Policy, check_rotary, load_policy
 from drdpo.training.run import Run
 
 SIZES = {

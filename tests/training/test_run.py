@@ -123,7 +123,7 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(fork
     from drdpo.config import TrainConfig
     from drdpo.folder import write_manifest
     from drdpo.machine import settle
-    from drdpo.training.newest import write_index
+    from drdpo.training.checkpoint import write_index
     from drdpo.training.run import _made_by
 
     out = tmp_path / "out"

@@ -17,13 +17,12 @@ from transformers import (
 )
 
 from drdpo.errors import DataError
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
+from drdpo.training.memory import meta_policy
 from drdpo.training.objective import objective
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy, load_policy, widen_first_tokens
-from drdpo.training.preflight import meta_policy
-from drdpo.training.tangent_support import check_architecture, check_tangent
+from drdpo.training.wdpo import check_architecture, check_tangent
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

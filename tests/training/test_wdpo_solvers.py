@@ -12,13 +12,11 @@ from transformers import AutoTokenizer
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.training.data import Pair
-from drdpo.training.memory import dry_run
+from drdpo.training.data import Pair, form_batch
+from drdpo.training.memory import dry_run, meta_policy
 from drdpo.training.objective import objective, penalty_scales
-from drdpo.training.packing import form_batch
 from drdpo.training.policy import Policy, load_policy, widen_first_tokens
-from drdpo.training.preflight import meta_policy
-from drdpo.training.tangent_support import check_tangent
+from drdpo.training.wdpo import check_tangent
 
 FORMS = {
     "squared": {},

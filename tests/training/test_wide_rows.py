@@ -8,12 +8,11 @@ from harness.policies import apart, config_of
 from torch import nn
 from transformers import AutoTokenizer
 
-from drdpo.kernels.shared_prefix import PrefixGroup
-from drdpo.training.data import Pair
+from drdpo.kernels.packed_attention import PrefixGroup
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.objective import objective
-from drdpo.training.packing import form_batch
+from drdpo.training.patches import first_rows, rows_in_float32
 from drdpo.training.policy import load_policy, widen_first_tokens
-from drdpo.training.wide_rows import first_rows, rows_in_float32
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from drdpo.config.assets import AssetsConfig as AssetsConfig
-    from drdpo.config.comparison import CompareMixturesConfig as CompareMixturesConfig
-    from drdpo.config.comparison import CompareOpenllmConfig as CompareOpenllmConfig
-    from drdpo.config.completions import CompletionsConfig as CompletionsConfig
+    from drdpo.config.data import AssetsConfig as AssetsConfig
+    from drdpo.config.data import CompletionsConfig as CompletionsConfig
+    from drdpo.config.data import PreferencesConfig as PreferencesConfig
+    from drdpo.config.evaluation import CompareMixturesConfig as CompareMixturesConfig
+    from drdpo.config.evaluation import CompareOpenllmConfig as CompareOpenllmConfig
     from drdpo.config.evaluation import EvaluateConfig as EvaluateConfig
+    from drdpo.config.evaluation import InspectConfig as InspectConfig
     from drdpo.config.evaluation import LeaderboardConfig as LeaderboardConfig
-    from drdpo.config.inspection import InspectConfig as InspectConfig
-    from drdpo.config.inspection import ShowRunConfig as ShowRunConfig
-    from drdpo.config.preferences import PreferencesConfig as PreferencesConfig
+    from drdpo.config.evaluation import ShowRunConfig as ShowRunConfig
     from drdpo.config.training import TrainConfig as TrainConfig
 
 _FILES = {

@@ -1,9 +1,9 @@
-"""Flags of src/evaluate_armorm.py and openllm_eval.slurm."""
+"""Flags of step 4: evaluation, comparisons, a look at data and runs."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from drdpo.cli import check_bounds, flag, require
+from drdpo.cli import check_bounds, flag, positional, require
 
 HF_MAX_LENGTH = 8192
 """Longest context that backend hf gets unless --max_length says otherwise. Without requests to look at, as for generation,
@@ -97,3 +97,53 @@ class LeaderboardConfig:
             self.apply_chat_template or not self.fewshot_as_multiturn,
             "--fewshot_as_multiturn needs --apply_chat_template; give --fewshot_as_multiturn=false as well",
         )
+
+
+# Flags of src/compare_openllm.py and src/compare_mixtures.py, the last steps of the experiments.
+
+
+@dataclass(frozen=True)
+class CompareOpenllmConfig:
+    """Leaderboard results of several models, side by side and beside the published ones."""
+
+    runs: list[str] = flag(
+        "NAME=FOLDER words, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER puts a run into a table of its group, "
+        "e.g. 1B/base=outputs/openllm/base"
+    )
+    output_path: str = flag("folder for report.md, leaderboard.csv, heatmap.png and heatmap.svg")
+    published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
+        "the authors' numbers to show beside ours; auto is those of the size that a GROUP names", "auto"
+    )
+
+
+@dataclass(frozen=True)
+class CompareMixturesConfig:
+    """Gains of several training mixtures, beside the published ones."""
+
+    reports: list[str] = flag("NAME=FOLDER words, output folders of evaluate_armorm.py, one for each training mixture")
+    output_path: str = flag("folder for report.md, spiders.png and spiders.svg")
+    published: bool = flag("show the authors' numbers beside the mixtures that bear one of their names", True)
+
+
+# Flags of src/inspect_data.py and src/show_run.py.
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Tables, samples and histograms of data, whichever step made it."""
+
+    path: str = positional("folder or JSON-lines file of prompts, completions, preference pairs or rejected rows")
+    samples: int = flag("rows of each file to print", 3, at_least=0)
+    seed: int = flag("seed of the choice of these rows", 42, at_least=0, below=2**32)
+    output_path: str | None = flag("PNG of the histograms (default: outputs/inspection/<path>.png)", None)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class ShowRunConfig:
+    """State, progress and training curves of a run."""
+
+    path: str = positional("folder of a training run, or the output folder of any other step")
+    picture: bool = flag("draw the training curves as training.png in the folder", True)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKED_ATTENTION = "shared_prefix"
-"""What transformers calls drdpo.kernels.shared_prefix."""
+"""What transformers calls drdpo.kernels.packed_attention."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,12 @@ class TrainConfig:
 
     @property
     def wide_first_tokens(self) -> bool:
-        """Are sequences' first tokens computed in float32? See drdpo.training.wide_rows."""
+        """Are sequences' first tokens computed in float32? See drdpo.training.patches."""
         return self.method == "wdpo" and self.solver == "tangent" and self.dtype == "bfloat16"
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
-        """The kernel that the flags choose, without a look at the machine: drdpo.training.automatic puts flash in place of
+        """The kernel that the flags choose, without a look at the machine: drdpo.training.memory puts flash in place of
         auto. Only eager has a second derivative."""
         if self.attn == "auto":
             return "eager" if self.second_derivative else "sdpa"
@@ -238,7 +238,7 @@ class TrainConfig:
 
     @property
     def packed_flash(self) -> bool:
-        """Do packed rows attend by drdpo.kernels.varlen_attention?"""
+        """Do packed rows attend by drdpo.kernels.packed_attention?"""
         return self.packing and self.attention_kernel == "flash"
 
     @property

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from drdpo.cli import as_dict
-from drdpo.config.comparison import CompareOpenllmConfig
+from drdpo.config.evaluation import CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_scores import (
     COLUMNS,

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from drdpo.config import InspectConfig
-from drdpo.display import one_line, shortened
-from drdpo.errors import DataError
+from drdpo.errors import DataError, one_line, shortened
 from drdpo.folder import atomic_file
 from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
 

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from drdpo.cli import as_dict
-from drdpo.config.comparison import CompareMixturesConfig
+from drdpo.config.evaluation import CompareMixturesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import spider
 from drdpo.evaluation.compare import SCORES, interval

@@ -6,8 +6,7 @@ from typing import Any
 import pandas as pd
 
 from drdpo.config import ShowRunConfig
-from drdpo.display import duration, one_line
-from drdpo.errors import DataError
+from drdpo.errors import DataError, duration, one_line
 from drdpo.evaluation.runs import section
 from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines
 

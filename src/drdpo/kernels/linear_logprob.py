@@ -1,20 +1,239 @@
 """Log-probabilities of target tokens straight from hidden states, without ever holding [N, V] logits.
 
-log p(t | h) = h . W_t - logsumexp(W h). The vocabulary is taken in blocks (drdpo.kernels.vocabulary); the backward pass
+log p(t | h) = h . W_t - logsumexp(W h). The vocabulary is taken in blocks (drdpo.kernels.linear_logprob); the backward pass
 computes each block's logits again from the hidden states and the log-sum-exp.
 
 Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
 """
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from drdpo.kernels.hand_written import refuse_graph, wide
-from drdpo.kernels.vocabulary import blocks, logit_gradient, logprob_and_lse, logprob_and_slope
+from drdpo.distributed import use_cuda
+
+# What the kernels with hand-written backward passes have in common.
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 where it is that already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def refuse_graph(message: str = "the tangent kernels are differentiable once only") -> None:
+    """Autograd would take the result of a hand-written backward pass for a constant: say so instead.
+
+    Raises:
+        RuntimeError: a graph of the backward pass is being asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(message)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Does CUDA do the work? For tensors without content: will it?"""
+    return tensor.is_cuda or (tensor.is_meta and use_cuda())
+
+
+def in_pieces(tensor: Tensor) -> bool:
+    """Is the work to be cut to the size of a cache? On a CPU, and for tensors without content where a CPU will do it."""
+    return not on_cuda(tensor)
+
+
+# Log-sum-exp, softmax slopes and logit gradients of an output head, a block of the vocabulary at a time.
+#
+# Blocks of the vocabulary, not of the tokens: the head's gradient is then whole block by block, as one product with
+# float32 sums inside, where blocks of tokens would add up [V, D] matrices; what adds up, [N, D], is small. Matrix
+# products run in the input's dtype, all else in float32 (float64 for float64 inputs). On CUDA, for all but float64,
+# log-sum-exp and logit gradients come from drdpo.kernels.triton_logprob.
+#
+# Near a logit of 30 bfloat16 is 6% of a probability off. So no logit is rounded as it is: from each product a number
+# near the token's largest logits is taken off inside, in the units' float32 sums, and only the small difference is
+# rounded.
+#
+# Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
+
+_BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
+"""Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
+_NARROWEST = 256
+"""Columns of a block at least: narrower products waste the units that multiply."""
+_MULTIPLE = 128
+"""Of which the columns of a block are a multiple: a GPU writes and reads 16 bytes at a time only where rows begin at a
+multiple of them, and its matrix products take tiles of 128 columns."""
+
+
+class Known(NamedTuple):
+    """What `logprob_and_slope` says of N tokens."""
+
+    logprob_N: Tensor
+    lse_N: Tensor
+    slope_ND: Tensor
+    """[N, D] W_t - W^T p, the log-probability's gradient for the hidden state."""
+
+
+def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
+    """Columns of the blocks, a multiple of 128 in every block but the last; their number times N stays below a fixed size
+    for all but very many tokens."""
+    tokens, vocabulary = len(hidden_ND), len(weight_VD)
+    width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens) // _MULTIPLE * _MULTIPLE)
+    for start in range(0, vocabulary, width):
+        yield slice(start, min(start + width, vocabulary))
+
+
+class _Shapes:
+    """What the Triton kernels hold, for tensors without content."""
+
+    @staticmethod
+    def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.empty_like(targets_N, dtype=torch.float32) for _ in range(2))
+
+    @staticmethod
+    def logit_gradient(hidden_ND: Tensor, weight_KD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
+        return hidden_ND.new_empty(len(hidden_ND), len(weight_KD))
+
+
+def triton_kernels(hidden_ND: Tensor) -> Any:
+    """The Triton kernels where they can run: on CUDA, or anywhere under Triton's interpreter; else None."""
+    if hidden_ND.dtype == torch.float64 or not len(hidden_ND):
+        return None
+    if hidden_ND.is_meta:
+        return _Shapes if on_cuda(hidden_ND) else None
+    if not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    from drdpo.kernels import triton_logprob
+
+    return triton_logprob
+
+
+class _LogSumExp:
+    """Log-sum-exp of logits, from blocks that come one after the other.
+
+    Args:
+        hidden_ND, weight_VD, targets_N: as in logprob_and_slope.
+    """
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+        self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
+        self.picked_N = (wide(hidden_ND) * wide(weight_VD[targets_N])).sum(dim=1)
+        """The targets' logits."""
+        self.most_N = torch.full_like(self.picked_N, float("-inf"))
+        self.rest_N = torch.zeros_like(self.picked_N)
+        """Sum of exp(logit - most) over all but the target."""
+
+    def add(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """Take a block in.
+
+        Returns:
+            exp(logit - most) [N, K], zero at the target, and the factor [N] by which earlier sums are to be scaled.
+        """
+        near_N = torch.maximum(self.most_N, self.picked_N)
+        logits_NK, less_N = _logits_less(self.hidden_ND, self.weight_VD[columns], near_N)
+        local_N1, inside_N1 = place(self.targets_N, columns.start, logits_NK.shape[1])
+        higher_N = torch.maximum(self.most_N, logits_NK.amax(dim=1) + less_N)
+        powers_NK = logits_NK.sub_((higher_N - less_N)[:, None]).exp_()
+        kept_N1 = powers_NK.gather(1, local_N1).masked_fill_(inside_N1, 0)
+        powers_NK.scatter_(1, local_N1, kept_N1)
+        scale_N = (self.most_N - higher_N).exp_()
+        self.rest_N = self.rest_N.mul_(scale_N).add_(powers_NK.sum(dim=1))
+        self.most_N = higher_N
+        return powers_NK, scale_N
+
+    def total(self) -> Tensor:
+        """[N] sum of exp(logit - most)."""
+        return self.rest_N + (self.picked_N - self.most_N).exp_()
+
+
+def place(targets_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where in a block the targets are, [N, 1], and whether they are in it at all; no shape depends on the values."""
+    local_N1 = targets_N[:, None] - start
+    return local_N1.clamp(0, columns - 1), (local_N1 >= 0) & (local_N1 < columns)
+
+
+def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target [N] and log-sum-exp of its logits [N], without a graph."""
+    if (kernels := triton_kernels(hidden_ND)) is not None:
+        return kernels.logprob_and_lse(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous())
+    sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
+    for columns in blocks(hidden_ND, weight_VD):
+        sums.add(columns)
+    log_total_N = sums.total().log_()
+    # The logit less the largest first: both may be large, and float32 has 24 bits.
+    return (sums.picked_N - sums.most_N) - log_total_N, sums.most_N + log_total_N
+
+
+@torch.no_grad()
+def logprob_and_slope(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Known:
+    """Log-probability of every target and its gradient for the hidden state, without a graph.
+
+    Args:
+        hidden_ND: [N, D] hidden states, any floating dtype.
+        weight_VD: [V, D] output head, same dtype.
+        targets_N: [N] int64 token ids in [0, V).
+
+    Returns:
+        Log-probabilities and log-sum-exps in float32 (float64 for float64 inputs), slopes in the input's dtype.
+    """
+    if triton_kernels(hidden_ND) is not None:
+        logprob_N, lse_N = logprob_and_lse(hidden_ND, weight_VD, targets_N)
+        slope_ND = torch.zeros_like(wide(hidden_ND))
+        for columns in blocks(hidden_ND, weight_VD):
+            gradient_NK = logit_gradient(hidden_ND, weight_VD, columns, targets_N, lse_N, torch.ones_like(lse_N))
+            slope_ND += gradient_NK @ weight_VD[columns]
+        return Known(logprob_N, lse_N, slope_ND.to(hidden_ND.dtype))
+    # Softmax and its product with the head in one pass, as in attention: earlier sums are scaled as the largest logit
+    # grows. The target is left out of them, W_t - W^T p = (1 - p_t) W_t - sum over the others, as p_t near 1 would round
+    # away what is left.
+    sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
+    others_ND = torch.zeros_like(wide(hidden_ND))
+    for columns in blocks(hidden_ND, weight_VD):
+        powers_NK, scale_N = sums.add(columns)
+        others_ND.mul_(scale_N[:, None]).add_(powers_NK.to(hidden_ND.dtype) @ weight_VD[columns])
+    total_N = sums.total()
+    slope_ND = wide(weight_VD[targets_N]).mul_(sums.rest_N[:, None]).sub_(others_ND).div_(total_N[:, None])
+    log_total_N = total_N.log_()
+    logprob_N = (sums.picked_N - sums.most_N) - log_total_N
+    return Known(logprob_N, sums.most_N + log_total_N, slope_ND.to(hidden_ND.dtype))
+
+
+def logit_gradient(
+    hidden_ND: Tensor, weight_VD: Tensor, columns: slice, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor
+) -> Tensor:
+    """[N, K] g (onehot_t - p) of one block, in the input's dtype."""
+    weight_KD = weight_VD[columns]
+    if (kernels := triton_kernels(hidden_ND)) is not None:
+        targets_N = targets_N - columns.start
+        return kernels.logit_gradient(hidden_ND.contiguous(), weight_KD.contiguous(), targets_N, lse_N, grad_N.contiguous())
+    probs_NK = probabilities(hidden_ND, weight_KD, lse_N)
+    return scaled_onehot_less(probs_NK, grad_N, targets_N, columns.start).to(hidden_ND.dtype)
+
+
+def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor:
+    """[N, K] softmax over the vocabulary, a block of it."""
+    if triton_kernels(hidden_ND) is None:
+        logits_NK, less_N = _logits_less(hidden_ND, weight_KD, lse_N)
+        return logits_NK.sub_((lse_N - less_N)[:, None]).exp_()
+    if on_cuda(hidden_ND) and hidden_ND.dtype != torch.float32:
+        logits_NK = torch.mm(hidden_ND, weight_KD.T, out_dtype=torch.float32)
+    else:
+        logits_NK = wide(hidden_ND) @ wide(weight_KD).T
+    return logits_NK.sub_(lse_N[:, None]).exp_()
+
+
+def _logits_less(hidden_ND: Tensor, weight_KD: Tensor, near_N: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] logits less a number of each token, in float32, and that number [N]: near_N, rounded to the input's dtype."""
+    less_N = near_N.to(hidden_ND.dtype)
+    return wide(torch.addmm(-less_N[:, None], hidden_ND, weight_KD.T)), wide(less_N)
+
+
+def scaled_onehot_less(probs_NK: Tensor, grad_N: Tensor, targets_N: Tensor, start: int) -> Tensor:
+    """g (onehot_t - p), in place."""
+    local_N1, inside_N1 = place(targets_N, start, probs_NK.shape[1])
+    return probs_NK.mul_(-grad_N[:, None]).scatter_add_(1, local_N1, inside_N1 * grad_N[:, None])
 
 
 def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -84,3 +303,71 @@ class _LogProb(Function):
                 grad_hidden_ND += gradient_NK @ weight_VD[columns]
             torch.mm(gradient_NK.T, hidden_ND, out=grad_weight_VD[columns])
         return None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, None
+
+
+# Log-probabilities of target tokens and how they move along a tangent of the hidden states, for WDPO's tangent solver.
+#
+# With p = softmax(W h) and the slope q = W_t - W^T p, the log-probability of t moves along dh by d = dh . q. q is found
+# together with the log-probability (drdpo.kernels.linear_logprob.logprob_and_slope), so neither d nor the gradient of d for
+# dh, which is q, needs the head again. With upstream gradients a for the log-probability and b for d, s = W dh and m =
+# p . s = dh . W_t - d, the others are     for h:  W^T u,             u = a (onehot_t - p) - b p * (s - m)     for W:  u
+# h^T + b (onehot_t - p) dh^T. [N, V] is never held. Shape suffixes: N answer tokens, D width, V vocabulary, K columns
+# of one block.
+
+
+def tangent_logprob(pair_2ND: Tensor, weight_VD: Tensor, targets_N: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and how they move along the tangent, both differentiable once for hidden states and head.
+
+    Args:
+        pair_2ND: [2, N, D] hidden states and their tangents.
+        weight_VD: [V, D] output head, same dtype.
+        targets_N: [N] int64 token ids in [0, V).
+        known: of pair_2ND[0].
+
+    Returns:
+        [N] log-probabilities as known, now with a graph, and [N] d, float32 (float64).
+    """
+    return _TangentLogProb.apply(pair_2ND, weight_VD, targets_N, *known)
+
+
+class _TangentLogProb(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pair_2ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        logprob_N: Tensor,
+        lse_N: Tensor,
+        slope_ND: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        moved_N = (wide(pair_2ND[1]) * wide(slope_ND)).sum(dim=1)
+        ctx.save_for_backward(pair_2ND, weight_VD, targets_N, lse_N, slope_ND, moved_N)
+        return logprob_N.clone(), moved_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor, along_N: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        refuse_graph()
+        pair_2ND, weight_VD, targets_N, lse_N, slope_ND, moved_N = ctx.saved_tensors
+        hidden_ND, tangent_ND = pair_2ND
+        mean_N = (wide(tangent_ND) * wide(weight_VD[targets_N])).sum(dim=1) - moved_N
+        a_N1, b_N1 = grad_N[:, None], along_N[:, None]
+        # u = p (b m - a - b s), then a at the target.
+        offset_N1 = b_N1 * mean_N[:, None] - a_N1
+        grad_hidden_ND = torch.zeros_like(wide(hidden_ND))
+        wants_weight = ctx.needs_input_grad[1]
+        grad_weight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if wants_weight else None
+        for columns in blocks(hidden_ND, weight_VD):
+            weight_KD = weight_VD[columns]
+            local_N1, inside_N1 = place(targets_N, columns.start, len(weight_KD))
+            probs_NK = probabilities(hidden_ND, weight_KD, lse_N)
+            curved_NK = wide(tangent_ND @ weight_KD.T).mul_(-b_N1).add_(offset_N1).mul_(probs_NK)
+            curved_NK = curved_NK.scatter_add_(1, local_N1, inside_N1 * a_N1).to(pair_2ND.dtype)
+            grad_hidden_ND += curved_NK @ weight_KD
+            if grad_weight_VD is not None:
+                straight_NK = probs_NK.mul_(-b_N1).scatter_add_(1, local_N1, inside_N1 * b_N1).to(pair_2ND.dtype)
+                both_2NK = torch.cat([curved_NK, straight_NK])
+                torch.mm(both_2NK.T, pair_2ND.flatten(0, 1), out=grad_weight_VD[columns])
+        grad_tangent_ND = (b_N1 * wide(slope_ND)).to(pair_2ND.dtype)
+        grad_pair_2ND = torch.stack([grad_hidden_ND.to(pair_2ND.dtype), grad_tangent_ND])
+        return grad_pair_2ND, grad_weight_VD, None, None, None, None

@@ -1,7 +1,12 @@
 """Checkpoints: plain Hugging Face folders for use, DeepSpeed state for going on."""
 
+import hashlib
+import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +16,209 @@ from safetensors import SafetensorError
 from drdpo import distributed
 from drdpo.chat import Tokenizer
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError
-from drdpo.folder import atomic_folder, flush
-from drdpo.training.disk import check_room
+from drdpo.errors import DataError, UsageError
+from drdpo.folder import LOCK, atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
 from drdpo.training.engine import Engine
 from drdpo.training.lora import load_base, merged, save_adapter
-from drdpo.training.newest import check_owner, damage, describe, keep_only, states, write_index
 from drdpo.training.stop import is_lost_rank, patient
+
+# Which DeepSpeed states in save_path/resume are complete, newest first. Needs no torch, so that a check is quick.
+#
+# A state is a folder step_<n> with an index of its own files, state.json: {step, world_size, files: {name: {size,
+# sha256}}}. It is written under another name, with the index last, flushed to disk and only then renamed; so a save
+# that was cut short is never taken for a state, and one whose files were cut or changed later is recognised.
+
+INDEX = "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """A state as its index describes it."""
+
+    folder: Path
+    step: int
+    """Optimizer steps done."""
+    world_size: int
+    files: dict[str, dict[str, Any]]
+    """Size in bytes and sha256 of every file by name."""
+
+
+def write_index(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
+    """Describe a state whose files are all written."""
+    with atomic_file(folder / INDEX) as stream:
+        json.dump({"step": step, "world_size": world_size, "files": files}, stream, indent=1)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """{size, sha256} of a file."""
+    with path.open("rb") as stream:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def states(folder: Path) -> tuple[list[State], list[str]]:
+    """The states in save_path/resume whose files have their sizes, newest first; and what is wrong with others.
+
+    Contents are compared by `damage`, as reading them takes long.
+    """
+    found, torn = [], []
+    places = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    for place in sorted(places, key=lambda path: int(path.name.removeprefix("step_")), reverse=True):
+        try:
+            index = read_json_object(place / INDEX)
+            state = State(place, int(index["step"]), int(index["world_size"]), dict(index["files"]))
+            wrong = next((text for name in state.files if (text := _wrong_size(state, name))), None)
+        except (OSError, DataError, KeyError, TypeError, ValueError):
+            state, wrong = None, f"{place / INDEX} is missing or not readable"
+        if state is None or wrong:
+            torn.append(str(wrong))
+        else:
+            found.append(state)
+    return found, torn
+
+
+def damage(state: State, names: list[str]) -> str | None:
+    """What is wrong with the contents of some of a state's files, or None."""
+    for name in names:
+        try:
+            same = describe(state.folder / name)["sha256"] == state.files[name]["sha256"]
+        except (OSError, KeyError, TypeError):
+            same = False
+        if not same:
+            return f"{state.folder / name} does not hold what was written"
+    return None
+
+
+def _wrong_size(state: State, name: str) -> str | None:
+    path, size = state.folder / name, state.files[name]["size"]
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != size:
+        return f"{path} has {path.stat().st_size} bytes, not {size}"
+    return None
+
+
+def check_world(folder: Path) -> None:
+    """Raise UsageError when another number of processes wrote the state in save_path/resume that would be continued."""
+    newest = next(iter(states(folder)[0]), None)
+    if newest and newest.world_size != distributed.world_size():
+        raise UsageError(
+            f"{folder} was written by {newest.world_size} processes and cannot be resumed by "
+            f"{distributed.world_size()}; use as many, or start anew with --resume=never"
+        )
+
+
+def check_owner(place: Path) -> None:
+    """Refuse a state that somebody else put there: DeepSpeed unpickles it, and a pickle can run any code as who reads it.
+
+    Its owner must be this user, the superuser, or whoever a file that this process makes belongs to, as the run's lock: NFS
+    may hand the superuser's files to nobody.
+
+    Args:
+        place: save_path/resume/step_<n>.
+
+    Raises:
+        UsageError: somebody else owns it, or a file in it.
+    """
+    lock = place.parent.parent / LOCK
+    trusted = {os.getuid(), 0, *([lock.stat().st_uid] if lock.is_file() else [])}
+    for path in [place, *place.iterdir()]:
+        owner = path.stat().st_uid
+        if owner not in trusted:
+            raise UsageError(
+                f"{path} belongs to user {owner}, and loading it could run that user's code as yours; take it over with "
+                "chown if you trust it, or start anew with --resume=never"
+            )
+
+
+def keep_only(folder: Path, kept: list[State]) -> None:
+    """Remove every state in save_path/resume but these, and what saves that were cut short left."""
+    for other in [*folder.glob("step_*"), *folder.glob(".step_*")]:
+        if other not in [state.folder for state in kept]:
+            remove_tree(other)
+
+
+# --keep_checkpoints: which of the folders global_step_<n> stay.
+
+
+def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int, named: Sequence[int]) -> set[int]:
+    """Which checkpoints stay.
+
+    Args:
+        steps: of all checkpoints.
+        losses: evaluation loss by step, as far as evaluated.
+        newest: so many of the newest stay, at least one; 0 keeps all.
+        named: stay as well.
+
+    Returns:
+        The newest, the named, and of those that were evaluated the one of least loss, the earlier one of equals.
+    """
+    if newest == 0:
+        return set(steps)
+    evaluated = [step for step in sorted(steps) if step in losses]
+    best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
+    return {*sorted(steps)[-newest:], *best, *(step for step in named if step in steps)}
+
+
+def remove_old_checkpoints(folder: Path, config: TrainConfig) -> None:
+    """Delete what --keep_checkpoints and --keep_steps do not keep. On rank 0, after a checkpoint is complete.
+
+    Args:
+        folder: save_path, with metrics.jsonl.
+        config: of the run.
+    """
+    places = {int(path.name.removeprefix("global_step_")): path for path in folder.glob("global_step_*")
+              if path.name.removeprefix("global_step_").isdigit()}  # fmt: skip
+    kept = kept_steps(list(places), evaluation_losses(folder), config.keep_checkpoints, config.keep_steps)
+    for step, path in places.items():
+        if step not in kept:
+            # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
+            gone = path.with_name(f".{path.name}.old")
+            try:
+                path.replace(gone)
+            except OSError as error:
+                print(f"warning: {path} could not be removed ({error.strerror})", file=sys.stderr)
+            else:
+                remove_tree(gone)
+
+
+def evaluation_losses(folder: Path) -> dict[int, float]:
+    """Evaluation loss by step, from metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    lines = [line for _, line in whole_lines(path)] if path.is_file() else []
+    return {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
+
+
+# Is there room on the disk for a checkpoint, before a byte of it is written?
+
+SLACK = 2**24
+"""Bytes for a tokenizer and headers."""
+
+
+def check_room(folder: Path, needed: int, device: torch.device) -> None:
+    """Stop every rank where the disk has no room; every rank must call.
+
+    Args:
+        folder: to be written; its parent is there.
+        needed: bytes, by rank 0's count.
+        device: of the ranks' collectives.
+
+    Raises:
+        DataError: on every rank.
+    """
+    usage = shutil.disk_usage(folder.parent)
+    # File systems that cannot tell say zero.
+    short = distributed.is_main() and usage.total > 0 and usage.free < needed + SLACK
+    if distributed.gather(torch.tensor([float(short)], device=device)).any():
+        raise DataError(
+            f"{folder}: not written, as it takes {gigabytes(needed + SLACK)} and the disk has {gigabytes(usage.free)} left; "
+            "earlier checkpoints are kept; make room, then give the same command again"
+        )
+
+
+def gigabytes(size: int) -> str:
+    """A size in bytes, for people."""
+    return f"{size / 1e9:.2f} GB"
+
 
 KEPT = 2
 """States that stay: the newest, and the one before should the newest be damaged."""

@@ -20,16 +20,14 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
-from drdpo.display import duration, one_line
-from drdpo.errors import DataError, ProcessError, UsageError
+from drdpo.errors import DataError, ProcessError, UsageError, duration, one_line
 from drdpo.folder import atomic_file, read_json_object, whole_lines
 from drdpo.training import losses
-from drdpo.training.batches import Batch
+from drdpo.training.data import Batch
 
 if TYPE_CHECKING:
     from drdpo.training.objective import Objective
-    from drdpo.training.policy import Policy
-    from drdpo.training.values import AnyBatch, PairValues
+    from drdpo.training.policy import AnyBatch, PairValues, Policy
 
 WANDB_ID = "wandb.json"
 """{id, project} of the folder's wandb run. Never a key."""

@@ -16,12 +16,10 @@ from drdpo.folder import sole_writer
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
-from drdpo.training.automatic import resolve_attention, resolve_rows
-from drdpo.training.checkpoint import load_state, save_model, save_state
-from drdpo.training.data import Pair
+from drdpo.training.checkpoint import load_state, remove_old_checkpoints, save_model, save_state
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
-from drdpo.training.first_loss import check_first_step
 from drdpo.training.log import (
     MetricsLog,
     Shape,
@@ -34,17 +32,24 @@ from drdpo.training.log import (
     throughput,
 )
 from drdpo.training.lora import add_lora
-from drdpo.training.objective import Objective, needs_population, objective, penalty_scales, survey
-from drdpo.training.packing import form_batch
-from drdpo.training.policy import load_policy, widen_first_tokens
-from drdpo.training.preflight import preflight, shapes
+from drdpo.training.memory import preflight, resolve_attention, resolve_rows, shapes
+from drdpo.training.objective import Objective, check_first_step, needs_population, objective, penalty_scales, survey
+from drdpo.training.policy import AnyBatch, load_policy, pair_values, widen_first_tokens
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
-from drdpo.training.retention import remove_old_checkpoints
-from drdpo.training.run import Run, claim_folder, deals_by_tokens, is_complete, is_saved, note_run, open_run
-from drdpo.training.shares import batches_of_first_epoch, batches_of_step, batches_of_test
+from drdpo.training.run import (
+    Run,
+    batches_of_first_epoch,
+    batches_of_step,
+    batches_of_test,
+    claim_folder,
+    deals_by_tokens,
+    is_complete,
+    is_saved,
+    note_run,
+    open_run,
+)
 from drdpo.training.stop import STATUS, StopRequest, lost_rank_in_one_line, stop_on_signal
-from drdpo.training.tangent_support import check_architecture, check_tangent
-from drdpo.training.values import AnyBatch, pair_values
+from drdpo.training.wdpo import check_architecture, check_tangent
 
 
 def train_alignment(config: TrainConfig) -> None:

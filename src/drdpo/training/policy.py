@@ -12,15 +12,82 @@ from torch import Tensor, nn
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError
+from drdpo.errors import DataError, UsageError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
-from drdpo.kernels.shared_prefix import NAME as SHARED_PREFIX
-from drdpo.kernels.shared_prefix import PrefixPlan
-from drdpo.training.batches import Batch
+from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan
+from drdpo.training import losses
+from drdpo.training.data import Batch, PackedBatch, Pair
 from drdpo.training.finite import FiniteWatch
-from drdpo.training.packing import PackedBatch
-from drdpo.training.policy_checks import check_packing, check_plain_head, refuse_quantized, switch_off_dropout
-from drdpo.training.wide_rows import WideRows, first_rows, widen
+from drdpo.training.patches import WideRows, first_rows, widen
+
+# What a loaded model must be to serve as a policy: told from its numbers on a few tokens.
+#
+# Shape suffixes: S sequences, T tokens, N tokens of a packed row, D width, V vocabulary.
+
+
+def refuse_quantized(model: Any, path: str) -> None:
+    """Refuse weights that are stored in few bits: they cannot be trained, nor can adapters be merged into them."""
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        raise DataError(
+            f"{path}: the weights are stored quantized; give the model in full precision (--lora_rank with "
+            "--lora_quantize=nf4 holds its frozen weights in 4 bits)"
+        )
+
+
+def switch_off_dropout(model: Any, path: str) -> None:
+    """Dropout would give policy and reference different log-probs, and recomputation works in training mode only."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    ids_ST = torch.arange(16, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        training, evaluating = (model.train(mode).base_model(input_ids=ids_ST, use_cache=False)[0] for mode in (True, False))
+    if not torch.equal(training, evaluating):
+        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
+
+
+def check_packing(model: Any, path: str) -> None:
+    """Refuse a model in which packed sequences would see each other: sliding windows, recurrent or convolutional layers."""
+    generator = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(min(1000, model.config.vocab_size), (24,), generator=generator).tolist()
+    sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
+    row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
+    plan = PrefixPlan(row.groups, model.device, model.dtype)
+    packed_1N, position_1N, *alone_1T = (
+        torch.tensor([values], device=model.device) for values in (row.token_ids, row.positions, *sequences)
+    )
+    try:
+        with torch.no_grad():
+            packed_ND = model.base_model(
+                input_ids=packed_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan
+            ).last_hidden_state[0].float()  # fmt: skip
+            alone = [model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float() for ids_1T in alone_1T]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
+    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
+    for number, alone_TD in enumerate(alone):
+        apart = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
+        if not float(apart.norm()) <= tolerance * float(alone_TD.norm()):
+            raise DataError(f"{path}: packed sequences of this model see each other; give --packing=false")
+
+
+def check_plain_head(model: Any, path: str) -> None:
+    """Refuse soft-capped, scaled or biased logits, which linear_logprob does not compute."""
+    ids_ST = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        hidden_TD = model.base_model(input_ids=ids_ST, use_cache=False).last_hidden_state[0]
+        ours_T = linear_logprob(hidden_TD, model.get_output_embeddings().weight, ids_ST[0])
+        logits_TV = model(input_ids=ids_ST, use_cache=False).logits[0].float()
+        theirs_T = logits_TV.log_softmax(dim=1).gather(1, ids_ST[0][:, None]).squeeze(1)
+    if not torch.allclose(ours_T.float(), theirs_T, rtol=0.02, atol=0.02):
+        raise DataError(
+            f"{path}: the model's logits are not its hidden states times its output head (soft-capped, scaled or biased "
+            "logits are not supported)"
+        )
+
 
 CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
 """What transformers calls attentions that run on CUDA only."""
@@ -62,7 +129,7 @@ class Policy(nn.Module):
         self.language_model = language_model
         self.second_derivative = second_derivative
         self.flash_attention = False
-        """Do packed rows attend by drdpo.kernels.varlen_attention, which runs on CUDA only?"""
+        """Do packed rows attend by drdpo.kernels.packed_attention, which runs on CUDA only?"""
         self.wide_first = False
         """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
         self.watch: FiniteWatch | None = None
@@ -251,3 +318,112 @@ def compile_layers(policy: Policy) -> None:
         )
     for layer in layers:
         layer.compile(dynamic=True)
+
+
+# Rotary positions that depend on a micro-batch's longest sequence: refused where that would change log-probs.
+#
+# Of transformers' kinds, "dynamic" (dynamic NTK) and "longrope" choose their frequencies anew in every forward pass, by
+# the largest position in it: beyond a length that the model's config.json gives, a sequence's log-prob depends on what
+# stands beside it, and for "dynamic" on what was run before. Up to that length the frequencies are those of the start,
+# in packed rows, whose positions restart with every pair, as in padded ones. All other kinds are fixed.
+
+
+def check_rotary(policy: Policy, pairs: list[Pair], config: TrainConfig) -> None:
+    """Refuse pairs so long that the frequencies of the policy's rotary positions change with the batch.
+
+    Args:
+        policy: as loaded, or on the meta device.
+        pairs: of the run.
+        config: of the run.
+
+    Raises:
+        UsageError: there are such pairs.
+    """
+    longest = max(map(len, pairs), default=0)
+    for module in policy.language_model.modules():
+        for kind, limit in _limits(module):
+            if longest > limit:
+                raise UsageError(
+                    f"{config.model_path}: beyond {limit} tokens the model's rotary positions ({kind}) are those of the "
+                    f"longest sequence in a "
+                    f"batch, so a pair's log-probs, packed or padded, would depend on the pairs beside it; "
+                    f"the longest pair has {longest}: give --max_len={limit}"
+                )
+
+
+def fix_rotary(policy: Policy) -> None:
+    """Keep the frequencies of the start, which are right for what check_rotary has passed: a policy on the meta device has
+    no positions to choose by."""
+    for module in policy.language_model.modules():
+        if _limits(module):
+            kinds = module.rope_type
+            module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+
+
+def _limits(module: Any) -> list[tuple[str, int]]:
+    """[(kind, longest sequence with the frequencies of the start)] of a module of rotary positions."""
+    kinds = getattr(module, "rope_type", None)
+    settings = getattr(getattr(module, "config", None), "rope_parameters", None)
+    # Gemma 3 and others have one kind for each type of layer.
+    by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+    found = []
+    for layer, kind in by_layer.items():
+        if kind == "longrope" and settings is not None:
+            own = settings if layer is None else settings[layer]
+            found.append((kind, int(own["original_max_position_embeddings"])))
+        elif isinstance(kind, str) and "dynamic" in kind:
+            found.append((kind, int(module.original_max_seq_len)))
+    return found
+
+
+# What one forward pass tells of pairs: losses, margins, log-ratios.
+#
+# Shape suffixes: B pairs of a micro-batch, S = 2B sequences, T tokens, N tokens of a packed row, D width.
+
+AnyBatch = Batch | PackedBatch
+
+
+class PairValues(NamedTuple):
+    """What one forward pass tells of B pairs."""
+
+    losses_B: Tensor
+    margins_B: Tensor
+    """[B] h, the difference of the answers' log-ratios to the reference."""
+    log_ratios_S: Tensor
+    """[S] log pi - log ref of every answer, chosen first."""
+    embeds: Tensor
+    """[S, T, D], packed [1, N, D]: the policy's input embeddings."""
+
+    def detached(self) -> "PairValues":
+        """The figures alone: neither graph nor embeddings stay in memory."""
+        losses_B, margins_B, log_ratios_S = (part.detach() for part in self[:3])
+        return PairValues(losses_B, margins_B, log_ratios_S, self.embeds.new_empty(0))
+
+
+def pair_values(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
+    """Run the policy over a micro-batch.
+
+    Args:
+        policy: the bare module, or for a method without second derivative the DeepSpeed engine around it.
+        batch: B pairs.
+        reference_B2: [B, 2] the frozen reference's log-probs of chosen and rejected answers.
+        config: beta, loss_type, label_smoothing.
+    """
+    logprob_S, embeds = policy(batch)
+    return values_of(logprob_S, embeds, reference_B2, config)
+
+
+def values_of(logprob_S: Tensor, embeds: Tensor, reference_B2: Tensor, config: TrainConfig) -> PairValues:
+    """The same from the answers' log-probs."""
+    log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
+    chosen_B, rejected_B = log_ratios_S.chunk(2)
+    margins_B = chosen_B - rejected_B
+    return PairValues(losses_of(margins_B, config), margins_B, log_ratios_S, embeds)
+
+
+def losses_of(margins_B: Tensor, config: TrainConfig) -> Tensor:
+    """[B] pointwise losses of margins: the method's own, else --loss_type's."""
+    own_B = config.own_losses(margins_B)
+    if own_B is not None:
+        return own_B
+    return losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)

@@ -18,11 +18,10 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.folder import atomic_file
 from drdpo.progress import progress
-from drdpo.training.data import Pair
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import Engine, evaluating
-from drdpo.training.packing import form_batch
+from drdpo.training.patches import POSITIONS
 from drdpo.training.run import pairs_hash
-from drdpo.training.wide_rows import POSITIONS
 
 
 def reference_key(model_fingerprint: str, pairs: list[Pair], config: TrainConfig) -> str:

@@ -17,9 +17,18 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.data import Pair, dealt_lengths, load_preferences, row_tokens, tokenise
+from drdpo.training.checkpoint import check_world
+from drdpo.training.data import (
+    Pair,
+    dealt_lengths,
+    evaluation_batches,
+    load_preferences,
+    row_tokens,
+    step_batches,
+    step_indices,
+    tokenise,
+)
 from drdpo.training.log import WANDB_ID, check_trackers
-from drdpo.training.newest import check_world
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
@@ -124,7 +133,7 @@ def deals_by_tokens(config: TrainConfig) -> bool:
 
 
 def _left_open(config: TrainConfig) -> set[str]:
-    """Flags that drdpo.training.automatic will replace by what the machine needs."""
+    """Flags that drdpo.training.memory will replace by what the machine needs."""
     rows = {"micro_batch_size", "micro_batch_tokens"} if deals_by_tokens(config) else set()
     return rows | ({"attn"} if config.attn == "auto" else set())
 
@@ -271,3 +280,29 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)
+
+
+# This rank's share of a run's pairs, in micro-batches.
+
+
+def batches_of_step(run: Run, step: int) -> list[list[int]]:
+    """This rank's micro-batches of one optimizer step."""
+    indices = step_indices(len(run.train), run.config.train_batch_size, run.config.seed, step)
+    return step_batches(indices, run.train_lengths, run.config, distributed.rank(), distributed.world_size())
+
+
+def batches_of_first_epoch(run: Run) -> list[list[int]]:
+    """This rank's micro-batches of the first epoch, then the pairs that fill no step of it."""
+    size, ranks = run.config.train_batch_size, (distributed.rank(), distributed.world_size())
+    used = {
+        index for step in range(run.steps_per_epoch) for index in step_indices(len(run.train), size, run.config.seed, step)
+    }
+    left = [index for index in range(len(run.train)) if index not in used]
+    batches = [indices for step in range(run.steps_per_epoch) for indices in batches_of_step(run, step)]
+    return batches + evaluation_batches(left, run.train_lengths, run.config, *ranks)
+
+
+def batches_of_test(run: Run) -> list[list[int]]:
+    """This rank's micro-batches of the test pairs."""
+    lengths = dealt_lengths(run.test, run.config)
+    return evaluation_batches(range(len(run.test)), lengths, run.config, distributed.rank(), distributed.world_size())

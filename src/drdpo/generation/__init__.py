@@ -1,1 +1,0 @@
-"""Step 1a: sample completions of prompts with vLLM or transformers."""

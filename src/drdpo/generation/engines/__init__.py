@@ -1,1 +1,0 @@
-"""Engines that turn token ids into sampled token ids, behind one interface."""

@@ -1,0 +1,1 @@
+"""Step 1a: prompts in, completions out."""

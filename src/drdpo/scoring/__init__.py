@@ -1,0 +1,1 @@
+"""Step 1b: completions in, scores out."""

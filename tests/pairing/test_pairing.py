@@ -1,0 +1,487 @@
+"""Step 2 as a command: pairs computed by hand, and every bad input as one line and the right exit status."""
+
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from drdpo.records import Preference, read_records
+
+Row = dict[str, Any]
+
+
+def row(prompt_id: int, sample_id: int, text: str, **scores: float) -> Row:
+    return {
+        "prompt_id": prompt_id, "sample_id": sample_id, "prompt": [{"role": "user", "content": f"question {prompt_id}"}],
+        "completion": [{"role": "assistant", "content": text}], "token_ids": [prompt_id, sample_id, 7],
+        "finish_reason": "stop", "scores": {name.replace("_", "-", 1): value for name, value in scores.items()},
+    }  # fmt: skip
+
+
+def good_rows() -> list[Row]:
+    """Three prompts; honesty alone would choose sample 0, with the mix of two z-scores the choice is another."""
+    return [
+        row(7, 0, "a", ultrafeedback_truthfulness=0.0, helpsteer_complexity=3.0, ArmoRM=0.5),
+        row(3, 0, "b", ultrafeedback_truthfulness=2.0, helpsteer_complexity=1.0, ArmoRM=0.1),
+        row(7, 1, "c", ultrafeedback_truthfulness=2.0, helpsteer_complexity=3.0, ArmoRM=0.4),
+        row(3, 1, "d", ultrafeedback_truthfulness=0.0, helpsteer_complexity=1.0, ArmoRM=0.2),
+    ]
+
+
+def write(folder: Path, train: list[Row] | str | None, test: list[Row] | str | None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        if rows is not None:
+            text = rows if isinstance(rows, str) else "".join(json.dumps(one) + "\n" for one in rows)
+            (folder / f"{split}.jsonl").write_text(text)
+    return folder
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def run(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The entrypoint in this process: fast, and otherwise the same."""
+    script = root / "src" / "generate_preferences.py"
+
+    def call(*flags: str) -> Done:
+        monkeypatch.setattr(sys, "argv", [str(script), *flags])
+        status = 0
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return Done(status, *capsys.readouterr())
+
+    return call
+
+
+def run_without_torch(root: Path, *flags: str) -> Done:
+    """The entrypoint in a process of its own, where importing torch is an error."""
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(root / "src" / "generate_preferences.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "my completions", tmp_path / "my pairs"
+
+
+def flags_of(paths: tuple[Path, Path], *more: str) -> list[str]:
+    return [f"--completions={paths[0]}", f"--output_path={paths[1]}", *more]
+
+
+README_MIX = ("--ultrafeedback_truthfulness=0.5", "--helpsteer_complexity=0.5")
+
+
+def test_the_readme_command(root: Path, run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], good_rows(), good_rows()[:1] + good_rows()[2:3])
+    done = run_without_torch(root, *flags_of(paths, *README_MIX))
+    assert done.returncode == 0, done.stderr
+    pairs = {pair.prompt_id: pair for pair in read_records(paths[1] / "train.jsonl", Preference.from_row)}
+    # truthfulness: mean 1, sd 1; complexity: mean 2, sd 1. Mixes: (7,0) 0, (7,1) 1, (3,0) 0, (3,1) -1.
+    assert list(pairs) == [7, 3]
+    assert pairs[7].chosen == [{"role": "assistant", "content": "c"}]
+    assert pairs[7].rejected == [{"role": "assistant", "content": "a"}]
+    assert (pairs[7].chosen_score, pairs[7].rejected_score) == (1.0, 0.0)
+    assert (pairs[3].chosen_score, pairs[3].rejected_score) == (0.0, -1.0)
+    assert (pairs[3].chosen_token_ids, pairs[3].rejected_token_ids) == ([3, 0, 7], [3, 1, 7])
+    assert "train: 2 pairs from 2 prompts; dropped: none" in done.stdout
+    assert "test: 1 pairs from 1 prompts" in done.stdout
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["made_by"]["weights"] == {"ultrafeedback-truthfulness": 0.5, "helpsteer-complexity": 0.5}
+    assert facts["train"]["scores"]["helpsteer-complexity"] == {"mean": 2.0, "sd": 1.0}
+    assert facts["test"]["scores"]["helpsteer-complexity"] == {"mean": 3.0, "sd": 0.0}
+    again = run(*flags_of(paths, *README_MIX))
+    assert again.returncode == 0
+    assert again.stdout.count("\n") == 1
+    assert "skipped" in again.stdout
+    other = run(*flags_of(paths, "--ArmoRM=1.0"))
+    assert other.returncode == 2
+    assert "--overwrite=true" in other.stderr
+    assert run(*flags_of(paths, "--ArmoRM=1.0", "--overwrite=true")).returncode == 0
+    assert {p.prompt_id: p.chosen_token_ids for p in read_records(paths[1] / "train.jsonl", Preference.from_row)} == {
+        7: [7, 0, 7],
+        3: [3, 1, 7],
+    }
+
+
+def test_raw_scores_without_standardisation(run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], good_rows(), good_rows())
+    done = run(*flags_of(paths, "--ArmoRM=1.0", "--standardize=false"))
+    assert done.returncode == 0, done.stderr
+    pair = read_records(paths[1] / "test.jsonl", Preference.from_row)[0]
+    assert (pair.prompt_id, pair.chosen_score, pair.rejected_score) == (7, 0.5, 0.4)
+
+
+def test_ties_equal_texts_and_lonely_completions_are_dropped_and_counted(run: Command, paths: tuple[Path, Path]) -> None:
+    rows = [
+        row(1, 0, "x", ArmoRM=1.0), row(1, 1, "y", ArmoRM=1.0), row(1, 2, "z", ArmoRM=1.0),
+        row(2, 0, "same", ArmoRM=1.0), row(2, 1, "  same\n", ArmoRM=2.0),
+        row(3, 5, "alone", ArmoRM=9.0),
+        row(4, 2, "low", ArmoRM=0.0), row(4, 0, "mid", ArmoRM=1.0), row(4, 9, "high", ArmoRM=3.0),
+        row(4, 10, "tied", ArmoRM=3.0),
+    ]  # fmt: skip
+    write(paths[0], rows, rows)
+    done = run(*flags_of(paths, "--ArmoRM=1.0"))
+    assert done.returncode == 0, done.stderr
+    (pair,) = read_records(paths[1] / "train.jsonl", Preference.from_row)
+    assert (pair.prompt_id, pair.chosen_token_ids, pair.rejected_token_ids) == (4, [4, 9, 7], [4, 2, 7])
+    assert json.loads((paths[1] / "manifest.json").read_text())["preferences"]["train"]["counts"] == {
+        "prompts": 4, "completions": 10, "candidates": 3, "pairs": 1, "prompts_without_pair": 3,
+        "dropped_one_completion": 1, "dropped_zero_margin": 1, "dropped_small_margin": 0, "dropped_equal_texts": 1,
+        "dropped_over_max_pairs_per_prompt": 0, "not_drawn": 0,
+    }  # fmt: skip
+    assert "train: 1 pairs from 4 prompts; dropped: 1 one completion, 1 zero margin, 1 equal texts" in done.stdout
+
+
+def random_rows(seed: int, prompts: int = 40) -> list[Row]:
+    """Two to five completions of each prompt, the text as long as the honesty is high, by prompt_id."""
+    rng = random.Random(seed)
+    rows = []
+    for prompt in range(prompts):
+        for sample in range(rng.randint(2, 5)):
+            honesty = rng.gauss(0, 1)
+            text = " ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=max(1, round(20 + 5 * honesty))))
+            one = row(prompt, sample, text, ultrafeedback_honesty=honesty, ArmoRM=rng.gauss(3, 0.1))
+            rows.append({**one, "token_ids": list(range(len(text.split()) + 1))})
+    return rows
+
+
+def written(folder: Path, split: str = "train") -> list[Preference]:
+    return read_records(folder / f"{split}.jsonl", Preference.from_row)
+
+
+SELECTIONS = {
+    "top_bottom": [],
+    "top_random": ["--selection=top_random"],
+    "all_pairs": ["--selection=all_pairs"],
+    "best two pairs": ["--selection=all_pairs", "--min_margin=0.7", "--max_pairs_per_prompt=2"],
+}
+HALF = ("--ultrafeedback_honesty=0.5", "--ArmoRM=0.5")
+
+
+@pytest.mark.parametrize("flags", SELECTIONS.values(), ids=SELECTIONS)
+def test_the_order_of_the_file_changes_no_pair(run: Command, tmp_path: Path, flags: list[str]) -> None:
+    rows, shuffled = random_rows(1), random_rows(1)
+    random.Random(0).shuffle(shuffled)
+    for name, train in (("in order", rows), ("shuffled", shuffled)):
+        write(tmp_path / name, train, rows)
+        assert run(*flags_of((tmp_path / name, tmp_path / f"pairs {name}"), *HALF, *flags)).returncode == 0
+    first, second = (written(tmp_path / f"pairs {name}") for name in ("in order", "shuffled"))
+    assert first != second, "prompts come in the order of the file"
+    assert sorted(first, key=lambda pair: pair.prompt_id) == sorted(second, key=lambda pair: pair.prompt_id)
+    assert len(first) >= 30
+
+
+def test_a_prompts_random_draw_does_not_depend_on_other_prompts(run: Command, tmp_path: Path) -> None:
+    rows = random_rows(2)
+    for name, train in (("all", rows), ("half", rows[len(rows) // 2 :])):
+        write(tmp_path / name, train, rows)
+        flags = ("--ArmoRM=1.0", "--standardize=false", "--selection=top_random")
+        assert run(*flags_of((tmp_path / name, tmp_path / f"pairs {name}"), *flags)).returncode == 0
+    whole = {pair.prompt_id: pair for pair in written(tmp_path / "pairs all")}
+    half = written(tmp_path / "pairs half")[1:]  # the first prompt may be cut
+    assert len(half) > 10
+    assert all(whole[pair.prompt_id] == pair for pair in half)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_selections_from_the_command_line(run: Command, paths: tuple[Path, Path], selection: str) -> None:
+    rows, flags = random_rows(3), SELECTIONS[selection]
+    write(paths[0], rows, rows)
+    done = run(*flags_of(paths, *HALF, *flags))
+    assert done.returncode == 0, done.stderr
+    pairs = written(paths[1])
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    counts, made_by = facts["train"]["counts"], facts["made_by"]
+    assert (len(pairs) > counts["prompts"]) is ("--selection=all_pairs" in flags)
+    assert counts["pairs"] == len(pairs)
+    assert f"train: {len(pairs)} pairs from 40 prompts" in done.stdout
+    margins = [pair.chosen_score - pair.rejected_score for pair in pairs]  # type: ignore[operator]
+    assert min(margins) > (0.7 - 1e-9 if "--min_margin=0.7" in flags else 0)
+    assert facts["train"]["margins"]["min"] == pytest.approx(min(margins))
+    assert made_by["selection"] == (flags[0].removeprefix("--selection=") if flags else "top_bottom")
+    assert set(made_by) == {
+        "weights", "standardize", "standardize_by", "completions",
+        "selection", "min_margin", "max_pairs_per_prompt", "seed",
+    }  # fmt: skip
+    assert run(*flags_of(paths, *HALF, *flags)).stdout.count("skipped") == 1
+    other = run(*flags_of(paths, *HALF, *flags, "--min_margin=0.8"))
+    assert other.returncode == 2
+    assert "min_margin" in other.stderr
+    seeded = run(*flags_of(paths, *HALF, *flags, "--seed=7"))
+    assert seeded.returncode == (2 if selection == "top_random" else 0), "the seed matters where something is drawn"
+
+
+def test_standardised_by_train_a_completion_scores_the_same_in_test(run: Command, paths: tuple[Path, Path]) -> None:
+    train = good_rows()  # prompt 7 in train too; truthfulness mean 1, sd 1; complexity mean 2, sd 1
+    write(paths[0], train, [train[0], train[2]])
+    done = run(*flags_of(paths, *README_MIX, "--standardize_by=train"))
+    assert done.returncode == 0, done.stderr
+    of_train = {pair.prompt_id: pair for pair in written(paths[1])}
+    (of_test,) = written(paths[1], "test")
+    assert of_test == of_train[7]
+    assert (of_test.chosen_score, of_test.rejected_score) == (1.0, 0.0)
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["test"]["scores"]["helpsteer-complexity"] == {"mean": 3.0, "sd": 0.0}
+    assert facts["test"]["standardized_by"]["helpsteer-complexity"] == {"mean": 2.0, "sd": 1.0}
+    assert facts["made_by"]["standardize_by"] == "train"
+    assert "train mean  train sd" in done.stdout
+    assert run(*flags_of(paths, *README_MIX)).returncode == 2, "made otherwise"
+    assert run(*flags_of(paths, *README_MIX, "--overwrite=true")).returncode == 0
+    (by_split,) = written(paths[1], "test")
+    assert by_split.chosen_score == 0.5, "by its own split complexity has sd 0"
+
+
+def test_a_length_bias_is_printed_and_kept(run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], random_rows(4, prompts=60), random_rows(5, prompts=3))
+    done = run(*flags_of(paths, "--ultrafeedback_honesty=1.0"))
+    assert done.returncode == 0, done.stderr
+    assert "train: length bias: chosen is longer in " in done.stdout
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["train"]["lengths"]["unit"] == "tokens"
+    assert facts["train"]["lengths"]["biased"] is True
+    assert facts["train"]["lengths"]["margin_correlation"] > 0.5
+    assert facts["test"]["lengths"]["biased"] is False
+    assert "no bias shown" in done.stdout
+
+
+def test_a_dry_run_prints_the_report_and_writes_nothing(run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], random_rows(6), random_rows(7))
+    flags = flags_of(paths, *HALF)
+    dry = run(*flags, "--dry_run")
+    assert dry.returncode == 0, dry.stderr
+    assert not paths[1].exists()
+    assert "dry run: nothing was written" in dry.stdout
+    real = run(*flags)
+    assert real.stdout.strip() in dry.stdout, "the same report"
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in paths[1].iterdir()}
+    for other in ([], ["--selection=all_pairs"], ["--overwrite=true", "--min_margin=0.5"]):
+        again = run(*flags, *other, "--dry_run=true")
+        assert again.returncode == 0, again.stderr
+        assert "nothing was written" in again.stdout
+    assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in paths[1].iterdir()}
+
+
+def nan_score() -> str:
+    return "".join(json.dumps(one) + "\n" for one in good_rows()).replace('"ArmoRM": 0.4', '"ArmoRM": NaN')
+
+
+BAD_DATA: dict[str, tuple[Any, Any, str]] = {
+    "missing test split": (good_rows(), None, "test.jsonl: no such file"),
+    "missing train split": (None, good_rows(), "train.jsonl: no such file"),
+    "empty file": (good_rows(), "", "test.jsonl: the file has no rows"),
+    "cut line": (good_rows(), json.dumps(good_rows()[0])[:-9], "test.jsonl, row 1: not a whole JSON object"),
+    "missing objective": ([row(1, 0, "a", kind=1.0), row(1, 1, "b", kind=2.0)], good_rows(), "lacks ArmoRM; it has kind"),
+    "unscored": ([row(1, 0, "a"), row(1, 1, "b")], good_rows(), "no scores at all"),
+    "NaN score": (good_rows(), nan_score(), 'test.jsonl, row 3: field "scores": not a finite number'),
+    "n = 1": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(2, 0, "b", ArmoRM=2.0)], "a pair needs best_of_n >= 2"),
+    "duplicate key": (good_rows(), [*good_rows(), good_rows()[2]], 'row 5: field "prompt_id", "sample_id" repeats (7, 1)'),
+    "infinite score": (
+        good_rows(),
+        nan_score().replace("NaN", "-Infinity"),
+        'test.jsonl, row 3: field "scores": not a finite number',
+    ),
+    "objective missing in one row": (
+        good_rows(),
+        [*good_rows()[:3], row(3, 1, "d", ultrafeedback_truthfulness=0.0)],
+        'row 4 (prompt_id 3, sample_id 1): field "scores" lacks ArmoRM; it has ultrafeedback-truthfulness',
+    ),
+    "half a character": (
+        good_rows(),
+        [*good_rows()[:3], row(3, 1, "d \ud800", ArmoRM=0.2)],
+        'test.jsonl, row 4: field "completion" holds half of a surrogate pair',
+    ),
+    "only equal texts": (
+        good_rows(),
+        [row(1, 0, "a", ArmoRM=1.0), row(1, 1, "a ", ArmoRM=2.0), row(2, 0, "b", ArmoRM=2.0)],
+        "no pair is left of 2 prompts (1 one completion, 1 equal texts)",
+    ),
+    "no pair left": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(1, 1, "b", ArmoRM=1.0)], "no pair is left of 1 prompts"),
+    "two prompts": (
+        good_rows(),
+        [row(1, 0, "a", ArmoRM=1.0), {**row(1, 1, "b", ArmoRM=2.0), "prompt": [{"role": "user", "content": "other"}]}],
+        'row 2: field "prompt" differs',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line_and_status_1_and_writes_nothing(run: Command, paths: tuple[Path, Path], case: str) -> None:
+    train, test, message = BAD_DATA[case]
+    write(paths[0], train, test)
+    done = run(*flags_of(paths, "--ArmoRM=1.0"))
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert str(paths[0]) in done.stderr
+    assert not paths[1].exists() or not list(paths[1].iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--min_margin=9",), "2 small margin; --min_margin=9, but the largest margin is 0.6325)"),
+        (("--selection=top_random", "--min_margin=9"), "no pair is left of 2 prompts (2 small margin"),
+    ],
+)
+def test_the_filter_that_left_no_pair_is_named(
+    run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str
+) -> None:
+    # ArmoRM 0.5 0.1 0.4 0.2: sd sqrt(0.1 / 4) = 0.158; margins 0.1 / sd = 0.632
+    write(paths[0], [{**one, "completion": [{"role": "assistant", "content": f"same{'.' * index}"}]}
+                     for index, one in enumerate(good_rows())], good_rows())  # fmt: skip
+    done = run(*flags_of(paths, "--ArmoRM=1.0", *flags))
+    assert done.returncode == 1
+    assert "train.jsonl" in done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not paths[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ArmoRM=1.0", "--selection=best"), "invalid choice: 'best'"),
+        (("--ArmoRM=1.0", "--min_margin=-1"), "--min_margin=-1.0 must not be negative"),
+        (("--ArmoRM=1.0", "--min_margin=nan"), "--min_margin=nan is not a finite number"),
+        (("--ArmoRM=1.0", "--max_pairs_per_prompt=3"), "top_bottom makes one pair of a prompt"),
+        (
+            ("--ArmoRM=1.0", "--max_pairs_per_prompt=3", "--selection=top_random"),
+            "goes with --selection=all_pairs; top_random makes one pair",
+        ),
+        (("--ArmoRM=1.0", "--max_pairs_per_prompt=0", "--selection=all_pairs"), "must be at least 1"),
+        (
+            ("--ArmoRM=1.0", "--standardize=false", "--standardize_by=train"),
+            "--standardize_by=train goes with --standardize=true only",
+        ),
+        (("--ultrafeedback_verbosity=0.5", "--ArmoRM=0.5"), "ArmoRM has no such head. Its UltraFeedback heads are"),
+        (("--ArmoRM=0.7",), "the objective weights sum to 0.7, not to 1"),
+        ((), "the objective weights sum to 0, not to 1"),
+        (("--ArmoRM=nan",), "--ArmoRM=nan is not a finite number"),
+        (
+            ("--ArmoRM=1.5", "--helpsteer_complexity=-0.5"),
+            "--helpsteer_complexity=-0.5: a weight is finite and not negative",
+        ),
+        (("--ArmoRM=1.5", "--weights", "kind=-0.5"), "--weights kind=-0.5: a weight is finite and not negative"),
+        (("--ArmoRM=1.0", "--weights", "kind=nan"), "--weights kind=nan: a weight is finite and not negative"),
+        (("--ArmoRM=1.0", "--helpsteer_kindness=0.5"), "unrecognized arguments"),
+    ],
+)
+def test_wrong_flags_are_status_2(run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str) -> None:
+    write(paths[0], good_rows(), good_rows())
+    done = run(*flags_of(paths, *flags))
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split()) or message in done.stderr
+    assert not paths[1].exists()
+
+
+def test_bad_commands_in_a_process_of_their_own(root: Path, paths: tuple[Path, Path]) -> None:
+    write(paths[0], good_rows(), nan_score())
+    done = run_without_torch(root, *flags_of(paths, "--ArmoRM=1.0"))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[transformers] PyTorch was not found")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    done = run_without_torch(root, *flags_of(paths, "--ultrafeedback_verbosity=1.0"))
+    assert done.returncode == 2
+    assert "ArmoRM has no such head" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_pairs_never_overwrite_their_completions(run: Command, paths: tuple[Path, Path]) -> None:
+    write(paths[0], good_rows(), good_rows())
+    before = (paths[0] / "train.jsonl").read_bytes()
+    done = run(f"--completions={paths[0]}", f"--output_path={paths[0]}/", "--ArmoRM=1.0", "--overwrite=true")
+    assert done.returncode == 2
+    assert "never overwrite their input" in done.stderr
+    assert (paths[0] / "train.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from drdpo import pairing
+    from drdpo.config import PreferencesConfig
+
+    write(paths[0], good_rows(), good_rows())
+    config = PreferencesConfig(completions=str(paths[0]), output_path=str(paths[1]), ArmoRM=1.0)
+    real, calls = pairing.write_records, []
+
+    def full_at_the_second(path: Path, records: Any) -> int:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, records)
+
+    monkeypatch.setattr(pairing, "write_records", full_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        pairing.generate_preferences(config)
+    assert list(paths[1].iterdir()) == []
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """Before or between the two files' moves: neither command then takes the folder for its own."""
+
+    from drdpo.config import PreferencesConfig
+    from drdpo.pairing import generate_preferences
+
+    write(paths[0], good_rows(), good_rows())
+    common: dict[str, Any] = {"completions": str(paths[0]), "output_path": str(paths[1])}
+    generate_preferences(old := PreferencesConfig(**common, ArmoRM=1.0))
+    before = {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")}
+    new = PreferencesConfig(**common, ultrafeedback_truthfulness=1.0, overwrite=True)
+    real, moved = os.replace, []
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target).suffix == ".jsonl":
+            if len(moved) == moves:
+                raise KeyboardInterrupt
+            moved.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate_preferences(new)
+    assert len(list(paths[1].glob("*.jsonl"))) == moves
+    generate_preferences(old)
+    assert {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")} == before
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
+    assert facts["made_by"]["weights"] == {"ArmoRM": 1.0}
+
+
+def test_half_of_somebody_elses_pairs_is_not_replaced(run: Command, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "scored", good_rows(), good_rows()), tmp_path / "pairs"
+    target.mkdir()
+    (target / "train.jsonl").write_text("mine\n")
+    flags = [f"--completions={source}", f"--output_path={target}", "--ultrafeedback_truthfulness=1"]
+    refused = run(*flags)
+    assert refused.returncode == 2
+    assert "train.jsonl exists, but" in refused.stderr
+    assert (target / "train.jsonl").read_text() == "mine\n"
+    assert run(*flags, "--overwrite=true").returncode == 0
+    (target / "test.jsonl").unlink()  # as a kill in the middle leaves it: the same command makes it whole
+    assert run(*flags).returncode == 0
+    assert (target / "test.jsonl").is_file()

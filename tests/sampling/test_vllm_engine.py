@@ -1,0 +1,166 @@
+"""vLLM on the embedded model, in a process of its own as with several GPUs, in float32."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drdpo import chat
+from drdpo.config import CompletionsConfig
+from drdpo.errors import DataError
+from drdpo.sampling import sample as step
+from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
+from drdpo.sampling.vllm_engine import Pool, VllmEngine, vllm_problem
+
+pytestmark = pytest.mark.slow
+
+QUESTIONS = ["What is rain?", "Name three fruits.", "Say hi.", "Write one sentence about the sea.", "Add 2 and 2.", "Hello!"]
+
+
+@pytest.fixture(scope="module")
+def settings(smollm: Path) -> EngineSettings:
+    return EngineSettings("vllm", str(smollm), "float32", 128)
+
+
+@pytest.fixture(scope="module")
+def requests(smollm: Path) -> list[Request]:
+    tokenizer = chat.load_tokenizer(str(smollm))
+    return [
+        Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": content}]), stream_seed(1, "test", number))
+        for number, content in enumerate(QUESTIONS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(settings: EngineSettings) -> Iterator[Pool]:
+    pool = Pool(settings, [{"DS_ACCELERATOR": "cpu"}])
+    yield pool
+    # vLLM's process may take longer to end than close waits.
+    pool._processes[0].kill()
+    pool.close()
+
+
+def run(engine: Pool, requests: list[Request], sampling: Sampling) -> list[list[Sample]]:
+    found = {index: samples for _, index, samples in engine.run({0: requests}, sampling)}
+    return [found[index] for index in range(len(requests))]
+
+
+def test_greedy_equals_transformers(engine: Pool, requests: list[Request], settings: EngineSettings) -> None:
+    sampling = Sampling(2, 0.0, 1.0, 20, (2,))
+    plain = dict(TransformersEngine(settings).generate(requests[:3], sampling))
+    assert run(engine, requests, sampling)[:3] == [plain[index] for index in range(3)]
+
+
+def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool, requests: list[Request]) -> None:
+    sampling = Sampling(4, 1.0, 0.95, 12, (2,))
+    first = run(engine, requests, sampling)
+    assert all(len({tuple(sample.token_ids) for sample in samples}) == 4 for samples in first[:2])
+    assert run(engine, requests, sampling) == first
+    other = [Request(request.prompt_token_ids, stream_seed(2, "test", 0)) for request in requests]
+    assert run(engine, other, sampling) != first
+
+
+def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[Request]) -> None:
+    sampling = Sampling(2, 0.7, 1.0, 12, (2,))
+    together = run(engine, requests, sampling)
+    assert run(engine, requests[::-1], sampling) == together[::-1]
+    assert run(engine, requests[2:3], sampling) == together[2:3]
+
+
+def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
+    free = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2,)))[0][0]
+    stop = free.token_ids[8]
+    place = free.token_ids.index(stop)
+    (ended,) = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2, stop)))[0]
+    assert ended == Sample(free.token_ids[: place + 1], "stop")
+    assert run(engine, requests[:1], Sampling(1, 0.0, 1.0, place, (2, stop)))[0] == [
+        Sample(free.token_ids[:place], "length")
+    ]
+
+
+def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requests: list[Request]) -> None:
+    """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see vllm_engine)."""
+    long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(20)]
+    assert sum(len(request.prompt_token_ids) for request in long) > 2048
+    assert all(len(samples) == 2 for samples in run(engine, long, Sampling(2, 1.0, 1.0, 2, (2,))))
+
+
+class Kept:
+    """The engine of the other tests, which does not end with the step that it is lent to."""
+
+    def __init__(self, engine: Pool) -> None:
+        self.run = engine.run
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the step starts vLLM itself, in its own process, is for tests/test_readme_run.py."""
+
+    def opened(asked: EngineSettings, plan: list[dict[str, str]]) -> Kept:
+        assert (asked, len(plan)) == (settings, 1)
+        return Kept(engine)
+
+    monkeypatch.setattr(step, "choose_engine", lambda name, *_, **__: name)
+    monkeypatch.setattr(step, "open_engines", opened)
+    prompts = tmp_path / "my prompts" / "test.jsonl"
+    prompts.parent.mkdir()
+    rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(QUESTIONS)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    step.sample_completions(
+        CompletionsConfig(
+            save_path=str(tmp_path / "out put"), model_path=settings.model_path, dataset=str(prompts.parent), only_test=True,
+            engine="vllm", dtype="float32", max_new_tokens=12, prompt_max_len=116,
+        )
+    )  # fmt: skip
+    completions = [json.loads(line) for line in (tmp_path / "out put" / "sampled" / "test.jsonl").read_text().splitlines()]
+    assert [(row["prompt_id"], row["sample_id"]) for row in completions] == [(n, k) for n in range(6) for k in range(2)]
+    assert all((row["finish_reason"] == "stop") == (row["token_ids"][-1] == 2) for row in completions)
+    assert any("rain" in row["completion"][0]["content"].lower() for row in completions[:2])
+
+
+@pytest.mark.parametrize(("cpu", "context"), [(False, "LLM_CLASS"), (True, "ENGINE_CONTEXT")])
+def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
+    cpu: bool, context: str, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,024 sequences and 16,384 tokens a step on an H100, as vllm.LLM has; the engine's own are 128 and 2,048."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    started = {}
+
+    def start(arguments: Any, usage_context: Any = None) -> None:
+        started.update(vars(arguments), context=usage_context.value)
+
+    monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", start)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
+    VllmEngine(settings)
+    assert started["context"] == context
+    assert (started["max_num_seqs"], started["enforce_eager"]) == (None, cpu)
+    assert started["max_num_batched_tokens"] == (2048 if cpu else None)
+
+
+def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", fail)
+    with pytest.raises(DataError, match="SmolLM2-135M: vLLM cannot load this model: CUDA out of memory"):
+        VllmEngine(settings)
+
+
+def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be compiled by nvcc, which a machine with a driver alone lacks; our requests have seeds and never use it."""
+    from vllm import envs
+
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    assert vllm_problem() is None
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER is False
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert vllm_problem() is None
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER is True

@@ -1,0 +1,133 @@
+"""Strict loading of the published layout: what is missing, left over or of another shape is named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drdpo.errors import DataError
+from drdpo.scoring.armorm import LLAMA3_GATING_PATTERN, check_folder, load_armorm, pad_right, read_layout, read_shapes
+
+Change = Callable[[dict[str, Any], dict[str, Any]], None]
+Broken = Callable[[Change], Path]
+
+
+def test_head_shapes_are_those_of_the_published_inventory(root: Path, tmp_path: Path) -> None:
+    data = root.parent / "shared" / "data" / "armorm"
+    if not data.is_dir():
+        pytest.skip("the published tensor inventory is not here")
+    shutil.copyfile(data / "config.json", tmp_path / "config.json")
+    layout = read_layout(tmp_path)
+    inventory = json.loads((data / "tensor_inventory.json").read_text())["armorm"]["non_layer_tensors"]
+    published = {name: tuple(facts["shape"]) for name, facts in inventory.items() if not name.startswith("model.")}
+    assert layout.head_shapes() == published
+    assert layout.gating_token_pattern == LLAMA3_GATING_PATTERN
+    assert list(layout.objectives) == json.loads((data / "published_example.json").read_text())["attributes"]
+
+
+def test_single_file_and_shards_load_alike(published: Path, broken: Broken) -> None:
+    assert len({file for file, _ in read_shapes(published).values()}) == 4
+    single = broken(lambda config, tensors: None)
+    ids = [[128000, 9, 8, 128009, 128006, 78191, 128007, 271, 5, 6, 128009]]
+    scores = [
+        load_armorm(folder, "cpu", torch.float32)(*pad_right(ids, 0, torch.device("cpu"))) for folder in (published, single)
+    ]
+    torch.testing.assert_close(scores[0].stage1, scores[1].stage1)
+    torch.testing.assert_close(scores[0].stage2, scores[1].stage2)
+
+
+def without(name: str) -> Change:
+    return lambda config, tensors: tensors.__delitem__(name)
+
+
+def with_tensor(name: str, *shape: int) -> Change:
+    return lambda config, tensors: tensors.update({name: torch.zeros(*shape)})
+
+
+def with_config(**fields: Any) -> Change:
+    return lambda config, tensors: config.update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("gating.layers.2.weight"), r"gating\.layers\.2\.weight is missing"),
+        (without("gating.logit_scale"), r"gating\.logit_scale is missing"),
+        (without("regression_layer.weight"), r"regression_layer\.weight is missing"),
+        (without("reward_transform_matrix"), r"reward_transform_matrix is missing"),
+        (without("model.layers.1.mlp.up_proj.weight"), r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+        (with_tensor("regression_layer.weight", 18, 16), r"regression_layer\.weight has the shape \[18, 16\].*\[19, 16\]"),
+        (with_tensor("gating.layers.3.bias", 5), r"gating\.layers\.3\.bias has the shape \[5\]"),
+        (with_tensor("model.norm.weight", 17), r"model\.norm\.weight has the shape"),
+        (with_tensor("score.weight", 1, 16), r"score\.weight belongs to no part"),
+        (with_tensor("lm_head.weight", 4, 16), r"lm_head\.weight belongs to no part"),
+        (
+            with_tensor("model.layers.9.mlp.up_proj.weight", 2, 2),
+            r"model\.layers\.9\.mlp\.up_proj\.weight belongs to no part",
+        ),
+        (
+            lambda config, tensors: tensors.update({"regression_layer.weight": torch.full((19, 16), torch.nan)}),
+            r"regression_layer\.weight holds NaN",
+        ),
+        (
+            lambda config, tensors: tensors.update({"regression_layer.weight": torch.ones(19, 16, dtype=torch.int8)}),
+            r"regression_layer\.weight is torch\.int8",
+        ),
+        (with_config(num_objectives=5), r'"num_objectives" is 5, but "objectives" is absent.*19'),
+        (with_config(objectives=["a"] * 19), r'"objectives" repeats a name'),
+        (with_config(objectives=["a", "b"]), r'"num_objectives" is 19, but "objectives" lists 2'),
+        (with_config(objectives="helpful"), r'"objectives" must be a list of names'),
+        (with_config(gating_token_pattern=[]), r'"gating_token_pattern" must be a list'),
+        (with_config(gating_token_pattern=[128257]), r"outside the vocabulary"),
+        (with_config(gating_temperature=0), r'"gating_temperature" is 0'),
+        (with_config(gating_hidden_dim=None), r'"gating_hidden_dim" is None'),
+        (with_config(model_type="nonesuch"), r"the backbone cannot be built"),
+    ],
+)
+def test_a_wrong_folder_is_refused(broken: Broken, change: Change, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_armorm(broken(change), "cpu")
+
+
+def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(published, folder)
+    shard = folder / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"model-00002-of-00004\.safetensors: not whole safetensors"):
+        load_armorm(folder, "cpu")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"the shard model-00002-of-00004\.safetensors .* is missing"):
+        load_armorm(folder, "cpu")
+    (folder / "model.safetensors.index.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(DataError, match="no weights"):
+        load_armorm(folder, "cpu")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(DataError, match=r"only pickle weights \(pytorch_model\.bin\)"):
+        load_armorm(folder, "cpu")
+    (folder / "config.json").write_text('{"num_objectives": 1')
+    with pytest.raises(DataError, match=r"config\.json: not JSON"):
+        load_armorm(folder, "cpu")
+    with pytest.raises(DataError, match="no such reward model folder"):
+        load_armorm(tmp_path / "nowhere", "cpu")
+
+
+def test_the_quick_check_needs_no_torch_and_finds_missing_parts(published: Path, embedded_like: Path) -> None:
+    check_folder(embedded_like)
+    with pytest.raises(DataError, match="no tokenizer"):
+        check_folder(published)
+    code = (
+        "import sys; sys.modules['torch'] = None; from pathlib import Path; "
+        "from drdpo.scoring.armorm import check_folder; print(check_folder(Path(sys.argv[1])).objectives)"
+    )
+    command = [sys.executable, "-c", code, str(embedded_like)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "('kind', 'right', 'short')"
