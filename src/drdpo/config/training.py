@@ -124,7 +124,7 @@ class TrainConfig:
         "adapter; false: checkpoints are the adapters alone, for peft and vLLM",
         True,
     )
-    packing: bool | None = flag(
+    packing: bool = flag(
         "true: micro-batches as one row without padding, each prompt once for its two answers; false: two padded rows a "
         "pair (default true; false for --wdpo_solver=exact, which needs padded rows)",
         None,
