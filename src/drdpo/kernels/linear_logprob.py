@@ -1,9 +1,25 @@
-"""Log-probabilities of target tokens straight from hidden states, without ever holding [N, V] logits.
+"""Log-probabilities of target tokens from hidden states, and their change along a tangent, without [N, V] logits.
 
-log p(t | h) = h . W_t - logsumexp(W h). The vocabulary is taken in blocks (drdpo.kernels.linear_logprob); the backward pass
-computes each block's logits again from the hidden states and the log-sum-exp.
+    log p(t | h) = h . W_t - logsumexp(W h)
 
-Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
+Blocks. The vocabulary is taken in blocks; the backward pass recomputes each block's logits from the hidden states and the
+log-sum-exp. Blocks of tokens instead would add up [V, D] gradients of the head; with blocks of the vocabulary each part of
+that gradient is one product with float32 sums inside, and only [N, D] is added up.
+
+Precision. Matrix products run in the input's dtype, everything else in float32 (float64 for float64 inputs). Rounding a
+logit near 30 to bfloat16 would change its probability by up to 6%. So a number near the token's largest logit is subtracted
+inside the product, before the result is rounded, and only the small difference is rounded. On CUDA, except for float64,
+log-sum-exp and logit gradients come from drdpo.kernels.triton_logprob.
+
+Tangent (for WDPO). With p = softmax(W h) and the slope q = W_t - W^T p, the log-probability of t changes along dh by
+d = dh . q. q is computed together with the log-probability (logprob_and_slope), so neither d nor its gradient for dh, which
+is q, needs the head again. With upstream gradients a for the log-probability and b for d, s = W dh and m = p . s =
+dh . W_t - d, the other gradients are
+
+    for h:  W^T u,   u = a (onehot_t - p) - b p * (s - m)
+    for W:  u h^T + b (onehot_t - p) dh^T
+
+Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block of it.
 """
 
 import os
@@ -17,7 +33,15 @@ from torch.utils.checkpoint import checkpoint
 
 from drdpo.distributed import use_cuda
 
-# What the kernels with hand-written backward passes have in common.
+_BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
+"""Logits of a block, of which a few copies are alive: on a CPU, where they should fit its cache, and on a GPU."""
+_NARROWEST = 256
+"""Columns of a block at least: narrower products waste the multiplying units."""
+_MULTIPLE = 128
+"""The columns of a block are a multiple of this: a GPU's matrix products take tiles of 128 columns, and it reads and writes
+16 bytes at a time only if rows begin at multiples of 16 bytes."""
+
+# Helpers of every kernel here that has its own backward pass.
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -26,67 +50,48 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def refuse_graph(message: str = "the tangent kernels are differentiable once only") -> None:
-    """Autograd would take the result of a hand-written backward pass for a constant: say so instead.
+    """Refuse a second derivative: autograd would treat the result of a hand-written backward pass as a constant.
 
     Raises:
-        RuntimeError: a graph of the backward pass is being asked for.
+        RuntimeError: a graph of the backward pass is being built.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(message)
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Does CUDA do the work? For tensors without content: will it?"""
+    """Does CUDA do the work? On the meta device: would it?"""
     return tensor.is_cuda or (tensor.is_meta and use_cuda())
 
 
 def in_pieces(tensor: Tensor) -> bool:
-    """Is the work to be cut to the size of a cache? On a CPU, and for tensors without content where a CPU will do it."""
+    """Should the work be cut to the size of a cache? On a CPU, and on the meta device if a CPU would do the work."""
     return not on_cuda(tensor)
 
 
-# Log-sum-exp, softmax slopes and logit gradients of an output head, a block of the vocabulary at a time.
-#
-# Blocks of the vocabulary, not of the tokens: the head's gradient is then whole block by block, as one product with
-# float32 sums inside, where blocks of tokens would add up [V, D] matrices; what adds up, [N, D], is small. Matrix
-# products run in the input's dtype, all else in float32 (float64 for float64 inputs). On CUDA, for all but float64,
-# log-sum-exp and logit gradients come from drdpo.kernels.triton_logprob.
-#
-# Near a logit of 30 bfloat16 is 6% of a probability off. So no logit is rounded as it is: from each product a number
-# near the token's largest logits is taken off inside, in the units' float32 sums, and only the small difference is
-# rounded.
-#
-# Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block.
-
-_BLOCK_ELEMENTS = {True: 1 << 21, False: 1 << 26}
-"""Logits held at once, of which a few copies are alive: on a CPU, whose cache they should fit, and on a GPU."""
-_NARROWEST = 256
-"""Columns of a block at least: narrower products waste the units that multiply."""
-_MULTIPLE = 128
-"""Of which the columns of a block are a multiple: a GPU writes and reads 16 bytes at a time only where rows begin at a
-multiple of them, and its matrix products take tiles of 128 columns."""
+# Log-sum-exp, slopes and logit gradients, block by block.
 
 
 class Known(NamedTuple):
-    """What `logprob_and_slope` says of N tokens."""
+    """What `logprob_and_slope` returns for N tokens."""
 
     logprob_N: Tensor
     lse_N: Tensor
     slope_ND: Tensor
-    """[N, D] W_t - W^T p, the log-probability's gradient for the hidden state."""
+    """[N, D] W_t - W^T p, the gradient of the log-probability for the hidden state."""
 
 
 def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
-    """Columns of the blocks, a multiple of 128 in every block but the last; their number times N stays below a fixed size
-    for all but very many tokens."""
+    """The columns of each block: a multiple of 128 except in the last block, and few enough that a block has a fixed size
+    at most unless there are very many tokens."""
     tokens, vocabulary = len(hidden_ND), len(weight_VD)
     width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens) // _MULTIPLE * _MULTIPLE)
     for start in range(0, vocabulary, width):
         yield slice(start, min(start + width, vocabulary))
 
 
-class _Shapes:
-    """What the Triton kernels hold, for tensors without content."""
+class _MetaKernels:
+    """The Triton kernels on the meta device: the tensors that they would return."""
 
     @staticmethod
     def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,11 +103,11 @@ class _Shapes:
 
 
 def triton_kernels(hidden_ND: Tensor) -> Any:
-    """The Triton kernels where they can run: on CUDA, or anywhere under Triton's interpreter; else None."""
+    """The Triton kernels if they can run here: on CUDA, or anywhere under Triton's interpreter; otherwise None."""
     if hidden_ND.dtype == torch.float64 or not len(hidden_ND):
         return None
     if hidden_ND.is_meta:
-        return _Shapes if on_cuda(hidden_ND) else None
+        return _MetaKernels if on_cuda(hidden_ND) else None
     if not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     from drdpo.kernels import triton_logprob
@@ -111,7 +116,7 @@ def triton_kernels(hidden_ND: Tensor) -> Any:
 
 
 class _LogSumExp:
-    """Log-sum-exp of logits, from blocks that come one after the other.
+    """Log-sum-exp of logits, one block at a time.
 
     Args:
         hidden_ND, weight_VD, targets_N: as in logprob_and_slope.
@@ -126,10 +131,10 @@ class _LogSumExp:
         """Sum of exp(logit - most) over all but the target."""
 
     def add(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Take a block in.
+        """Add a block.
 
         Returns:
-            exp(logit - most) [N, K], zero at the target, and the factor [N] by which earlier sums are to be scaled.
+            exp(logit - most) [N, K], zero at the target, and the factor [N] by which earlier sums must be scaled.
         """
         near_N = torch.maximum(self.most_N, self.picked_N)
         logits_NK, less_N = _logits_less(self.hidden_ND, self.weight_VD[columns], near_N)
@@ -149,7 +154,7 @@ class _LogSumExp:
 
 
 def place(targets_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where in a block the targets are, [N, 1], and whether they are in it at all; no shape depends on the values."""
+    """Column of each target within a block, [N, 1], and whether it lies in the block; no shape depends on the values."""
     local_N1 = targets_N[:, None] - start
     return local_N1.clamp(0, columns - 1), (local_N1 >= 0) & (local_N1 < columns)
 
@@ -162,7 +167,7 @@ def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     for columns in blocks(hidden_ND, weight_VD):
         sums.add(columns)
     log_total_N = sums.total().log_()
-    # The logit less the largest first: both may be large, and float32 has 24 bits.
+    # First the logit minus the largest: both may be large, and float32 has 24 bits.
     return (sums.picked_N - sums.most_N) - log_total_N, sums.most_N + log_total_N
 
 
@@ -185,9 +190,9 @@ def logprob_and_slope(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -
             gradient_NK = logit_gradient(hidden_ND, weight_VD, columns, targets_N, lse_N, torch.ones_like(lse_N))
             slope_ND += gradient_NK @ weight_VD[columns]
         return Known(logprob_N, lse_N, slope_ND.to(hidden_ND.dtype))
-    # Softmax and its product with the head in one pass, as in attention: earlier sums are scaled as the largest logit
-    # grows. The target is left out of them, W_t - W^T p = (1 - p_t) W_t - sum over the others, as p_t near 1 would round
-    # away what is left.
+    # Softmax and its product with the head in one pass, as in flash attention: earlier sums are rescaled whenever the
+    # largest logit grows. The sums omit the target, W_t - W^T p = (1 - p_t) W_t - (sum over the others): with p_t near 1 the
+    # difference would be lost to rounding.
     sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
     others_ND = torch.zeros_like(wide(hidden_ND))
     for columns in blocks(hidden_ND, weight_VD):
@@ -213,7 +218,7 @@ def logit_gradient(
 
 
 def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor:
-    """[N, K] softmax over the vocabulary, a block of it."""
+    """[N, K] one block of the softmax over the vocabulary."""
     if triton_kernels(hidden_ND) is None:
         logits_NK, less_N = _logits_less(hidden_ND, weight_KD, lse_N)
         return logits_NK.sub_((lse_N - less_N)[:, None]).exp_()
@@ -225,7 +230,7 @@ def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor
 
 
 def _logits_less(hidden_ND: Tensor, weight_KD: Tensor, near_N: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K] logits less a number of each token, in float32, and that number [N]: near_N, rounded to the input's dtype."""
+    """[N, K] logits minus a number of each token, in float32, and that number [N]: near_N, rounded to the input's dtype."""
     less_N = near_N.to(hidden_ND.dtype)
     return wide(torch.addmm(-less_N[:, None], hidden_ND, weight_KD.T)), wide(less_N)
 
@@ -255,14 +260,14 @@ def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> T
     if targets_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"targets {tuple(targets_N.shape)} must be [N] with N = {hidden_ND.shape[0]}")
     if hidden_ND.dtype != weight_VD.dtype:
-        raise ValueError(f"hidden is {hidden_ND.dtype}, weight is {weight_VD.dtype}; give both the same dtype")
+        raise ValueError(f"hidden is {hidden_ND.dtype}, weight is {weight_VD.dtype}; pass the same dtype for both")
     return _LogProb.apply(hidden_ND, weight_VD, targets_N)
 
 
 def plain_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """linear_logprob by torch's log_softmax in float32 (float64 for float64 inputs), differentiable any number of times.
 
-    It holds [N, V] logits while it runs and recomputes them in the backward pass.
+    It allocates [N, V] logits and recomputes them in the backward pass.
     """
 
     def picked(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -279,7 +284,7 @@ class _LogProb(Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         if wants_hidden and not wants_weight:
-            # A frozen head, as with LoRA: its slope now saves the logits' recomputation later.
+            # The head is frozen, as with LoRA: the slope computed now saves recomputing the logits later.
             logprob_N, _, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
             ctx.save_for_backward(slope_ND)
             return logprob_N
@@ -305,18 +310,8 @@ class _LogProb(Function):
         return None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, None
 
 
-# Log-probabilities of target tokens and how they move along a tangent of the hidden states, for WDPO's tangent solver.
-#
-# With p = softmax(W h) and the slope q = W_t - W^T p, the log-probability of t moves along dh by d = dh . q. q is found
-# together with the log-probability (drdpo.kernels.linear_logprob.logprob_and_slope), so neither d nor the gradient of d for
-# dh, which is q, needs the head again. With upstream gradients a for the log-probability and b for d, s = W dh and m =
-# p . s = dh . W_t - d, the others are     for h:  W^T u,             u = a (onehot_t - p) - b p * (s - m)     for W:  u
-# h^T + b (onehot_t - p) dh^T. [N, V] is never held. Shape suffixes: N answer tokens, D width, V vocabulary, K columns
-# of one block.
-
-
 def tangent_logprob(pair_2ND: Tensor, weight_VD: Tensor, targets_N: Tensor, known: Known) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and how they move along the tangent, both differentiable once for hidden states and head.
+    """Log-probabilities and their change along the tangent, both differentiable once for hidden states and head.
 
     Args:
         pair_2ND: [2, N, D] hidden states and their tangents.
@@ -325,7 +320,7 @@ def tangent_logprob(pair_2ND: Tensor, weight_VD: Tensor, targets_N: Tensor, know
         known: of pair_2ND[0].
 
     Returns:
-        [N] log-probabilities as known, now with a graph, and [N] d, float32 (float64).
+        [N] known.logprob_N with a graph, and [N] d; float32 (float64 for float64 inputs).
     """
     return _TangentLogProb.apply(pair_2ND, weight_VD, targets_N, *known)
 

@@ -1,10 +1,19 @@
 """Causal attention over a packed row in which sequences share prefixes, so that a shared prefix is computed once.
 
-A row holds group after group, without padding: a prefix, then the suffixes of all sequences that begin with it. Every
-suffix sees the prefix and itself only. Shapes: H query heads, K key-value heads, N tokens of the row, E width of a head.
+A row contains groups without padding: a prefix, then the suffixes of all sequences that begin with it. A suffix attends to
+the prefix and to itself. This is exact: each sequence gets what it would get alone, up to rounding. Only one layer's keys
+and values are alive at a time; a cache of the prefix would keep those of all layers.
 
-Exact, not an approximation: each sequence gets what it would get alone, up to rounding. One layer's keys and values are
-alive at a time, where a cache of the prefix would hold those of all layers.
+Two implementations of one contract:
+
+    shared_prefix_attention  any device and dtype: torch's fused attention, one call for every prefix and suffix
+    varlen_attention         CUDA, 16 bits: torch's flash attention for sequences of any length, one call a layer
+
+In the second, a segment of queries, a prefix or a suffix, attends to its own keys preceded by those of its prefix. If there
+are more keys than queries, flash attention aligns its causal mask at the bottom right, which is exactly that.
+
+Shape suffixes: H query heads, K key-value heads, N tokens of the row, E width of a head, A tokens of one piece, T the tokens
+that they attend to, M keys of all segments: a prefix's keys occur once for itself and once before every suffix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +33,9 @@ from drdpo.distributed import send
 from drdpo.kernels.linear_logprob import on_cuda, refuse_graph
 
 SHARED_PREFIX = "shared_prefix"
-"""What transformers calls this attention."""
+"""Name of this attention in transformers."""
+
+# Rows, groups and what the kernels need to know of them.
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class PrefixGroup:
 
     @property
     def lengths(self) -> list[int]:
-        """Of its pieces: the prefix, where there is one, and the suffixes."""
+        """Lengths of the pieces: the prefix, if any, then the suffixes."""
         return [self.prefix, *self.suffixes] if self.prefix else list(self.suffixes)
 
     @property
@@ -46,161 +57,51 @@ class PrefixGroup:
 
 
 class PrefixPlan:
-    """The groups of one row, with what its kernel needs to know of them: made once, at its first use, for all layers.
+    """The groups of one row, and masks and segments for the kernels: made at their first use, shared by all layers.
 
     Args:
         groups: in the order of the row.
         device: of the row.
         dtype: of queries and keys.
-        flash: all groups in one call (drdpo.kernels.packed_attention).
+        flash: use varlen_attention.
     """
 
     def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype, flash: bool = False) -> None:
         self.groups = list(groups)
         self.lengths = [length for group in self.groups for length in group.lengths]
-        """Of the row's pieces, the prefixes and suffixes in their order."""
-        self.dtype = dtype
-        self.flash = flash
-        self._device, self._dtype = device, dtype
+        """Lengths of the row's pieces, prefixes and suffixes in order."""
+        self.dtype, self.flash = dtype, flash
+        self._device = device
         self._masked = [group for group in self.groups if group.prefix]
         self._longest_prefix = max((group.prefix for group in self._masked), default=0)
 
     @cached_property
     def segments(self) -> "Segments":
-        """What flash attention is told."""
-
+        """The row's segments for varlen_attention."""
         return segments_of(self.groups, self._device)
 
     @cached_property
     def _mask(self) -> Tensor:
-        """Of the longest prefix and suffix: the others' are corners of it."""
+        """The mask of the longest prefix and suffix; the masks of the others are corners of it."""
         longest = max((length for group in self._masked for length in group.suffixes), default=0)
         row_A = torch.arange(longest, device=self._device)[:, None]
         column = torch.arange(self._longest_prefix + longest, device=self._device)[None]
         hidden = column > row_A + self._longest_prefix
-        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill(hidden, float("-inf"))
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self._device).masked_fill(hidden, float("-inf"))
 
     def mask(self, prefix: int, suffix: int) -> Tensor:
         """[suffix, prefix + suffix] additive: row i sees the prefix and the first i + 1 tokens of its suffix."""
         skipped = self._longest_prefix - prefix
-        # A copy: CUDA's kernels want a mask that begins at a multiple of 16 bytes.
+        # A copy: CUDA's kernels need a mask that begins at a multiple of 16 bytes.
         return self._mask[:suffix, skipped : skipped + prefix + suffix].contiguous()
 
 
-def shared_prefix_attention(
-    query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
-) -> Tensor:
-    """Attention of a packed row.
-
-    Args:
-        query_1HNE: [1, H, N, E].
-        key_1KNE, value_1KNE: [1, K, N, E], H a multiple of K.
-        plan: of the row, N tokens in all.
-        scale: of the logits; None is 1 / sqrt(E).
-
-    Returns:
-        [1, H, N, E]
-    """
-    if plan.flash:
-        return varlen_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
-    # Split, not sliced: the gradient of a slice is a tensor of the whole row, and their sum quadratic in the groups.
-    queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query_1HNE, key_1KNE, value_1KNE))
-    parts, piece = [], 0
-    for group in plan.groups:
-        prefix: list[int] = []
-        if group.prefix:
-            prefix = [piece]
-            parts.append(_attend(queries[piece], keys[piece], values[piece], plan, 0, scale))
-        for own in range(piece + len(prefix), piece + len(prefix) + len(group.suffixes)):
-            seen, known = keys[own], values[own]
-            if prefix:
-                seen, known = (torch.cat([part[piece], part[own]], dim=2) for part in (keys, values))
-            parts.append(_attend(queries[own], seen, known, plan, group.prefix, scale))
-        piece += len(prefix) + len(group.suffixes)
-    return torch.cat(parts, dim=2)
-
-
-def _attend(
-    query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, plan: PrefixPlan, prefix: int, scale: float | None
-) -> Tensor:
-    """[1, H, A, E] of A tokens that come after `prefix` ones, T = prefix + A."""
-    mask_AT = plan.mask(prefix, query_1HAE.shape[2]) if prefix else None
-    return _sdpa(query_1HAE, keys_1KTE, values_1KTE, mask_AT, scale)
-
-
-def repeats_heads(grouped: bool, masked: bool, dtype: torch.dtype) -> bool:
-    """Must key heads be repeated for CUDA's fused kernels? Flash attention alone takes fewer of them than query heads, and
-    takes neither a mask nor float32: torch would fall to its plain kernel, which is slow and quadratic in memory."""
-    return grouped and (masked or dtype not in (torch.bfloat16, torch.float16))
-
-
-def _sdpa(query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, mask_AT: Tensor | None, scale: float | None) -> Tensor:
-    """torch's fused attention, causal where there is no mask; on CUDA never cuDNN's, which compiles a plan for all sizes and
-    strides of its inputs: a packed row's lengths hardly ever come again."""
-    heads, kv_heads = query_1HAE.shape[1], keys_1KTE.shape[1]
-    if on_cuda(query_1HAE) and repeats_heads(heads != kv_heads, mask_AT is not None, query_1HAE.dtype):
-        keys_1KTE, values_1KTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
-        kv_heads = heads
-    if query_1HAE.is_meta:
-        return _Shapes.apply(query_1HAE, keys_1KTE, values_1KTE, mask_AT)
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        return scaled_dot_product_attention(
-            query_1HAE, keys_1KTE, values_1KTE, mask_AT, is_causal=mask_AT is None, scale=scale,
-            enable_gqa=heads != kv_heads,
-        )  # fmt: skip
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
-
-
-class _Shapes(Function):
-    """On the meta device torch would take its plain kernel: this holds what a fused one does, whatever it is given."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, keys, values, mask, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, keys, values, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values), None
-
-
-def _attention_of_transformers(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """The form in which transformers' models call an attention; `prefix_plan` comes from the call of the model.
-
-    Without a plan, rows are whole sequences without padding.
-    """
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise ValueError(f"the model's attention uses {name}, which packing with shared prefixes does not know")
-    if attention_mask is not None:
-        raise ValueError("packed rows take no attention mask")
-    scale, plan = options.get("scaling"), options.get("prefix_plan")
-    if plan is not None:
-        # They may come in float32, see drdpo.training.patches.
-        dtype = query.dtype
-        query, key, value = (part.to(plan.dtype) for part in (query, key, value))
-        out = shared_prefix_attention(query, key, value, plan, scale).to(dtype)
-    else:
-        out = _sdpa(query, key, value, None, scale)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
-
-
 class PackedRow:
-    """Token ids and positions of groups of sequences in one row, and where each sequence's tokens are in it.
+    """Token ids and positions of groups of sequences in one row, and the place of each sequence's tokens in it.
 
     Args:
-        groups: [(shared, sequences)]: the first `shared` token ids of the group's sequences are the same, and every
-            sequence is longer than that.
+        groups: [(shared, sequences)]: all sequences of a group begin with the same `shared` token ids, and each is
+            longer than that.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> None:
@@ -219,66 +120,27 @@ class PackedRow:
                 self.positions += range(shared, len(sequence))
 
     def index(self, sequence: int, position: int) -> int:
-        """Where in the row a position of a sequence is; sequences are counted over all groups."""
+        """Place in the row of a position of a sequence; sequences are numbered over all groups."""
         prefix_start, shared, own_start = self._places[sequence]
         return prefix_start + position if position < shared else own_start + position - shared
 
 
-@contextmanager
-def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
-    """Let a transformers model attend by PrefixPlan within the block."""
-    before = backbone.config._attn_implementation
-    backbone.set_attn_implementation(SHARED_PREFIX)
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
-
-
-def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> Tensor:
-    """Last hidden states of a packed row.
-
-    Args:
-        backbone: a transformers decoder without a head, each of whose layers attends causally to everything before.
-        row: the groups.
-        flash: attend by drdpo.kernels.packed_attention, which drdpo.kernels.packed_attention.refusal has passed.
-
-    Returns:
-        [N, D]
-
-    Raises:
-        ValueError: the model's attention is of another kind (a sliding window, capped or with sinks).
-    """
-    parameter = next(backbone.parameters())
-    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype, flash=flash)
-    ids_1N, position_1N = (send(torch.tensor([values]), parameter.device) for values in (row.token_ids, row.positions))
-    with shared_prefixes(backbone):
-        return backbone(input_ids=ids_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan).last_hidden_state[0]
-
-
-# Packed attention by torch's flash attention for sequences of any lengths: one call a layer, on CUDA in 16 bits.
-#
-# A segment of queries, a prefix or a suffix, attends to its own keys behind those of its prefix. Flash attention aligns
-# a causal mask at the bottom right where there are more keys than queries, which is just that. Shapes as in
-# drdpo.kernels.packed_attention, M keys in all: a prefix's stand there once for itself and once before every suffix.
-
-
 class Segments(NamedTuple):
-    """A row as flash attention is told of it: a segment of queries for every prefix and suffix, in their order."""
+    """A row in flash attention's terms: a segment of queries for every prefix and suffix, in order."""
 
     starts_q: Tensor
-    """int32, cumulative lengths of the segments' queries, from 0."""
+    """int32, cumulative number of queries before each segment, and the total."""
     starts_k: Tensor
-    """int32, the same of their keys."""
+    """int32, the same for keys."""
     longest_q: int
     longest_k: int
     copied: tuple[Tensor, Tensor, Tensor] | None
-    """[M] the token of the row that each of the M keys is; [M] the keys, token by token of the row; [N] where among these a
-    token's begin. None where there is no prefix: the keys are the row's."""
+    """[M] the row's token that each key is; [M] the keys sorted by token; [N] where a token's keys begin among these. None
+    without a prefix: then the keys are the row's."""
 
 
 def segments_of(groups: list[PrefixGroup], device: torch.device) -> Segments:
-    """The segments of a row whose groups these are, for tensors on a device."""
+    """The segments of a row of these groups, as tensors on a device."""
     queries: list[int] = []
     keys: list[int] = []
     rows: list[int] = []
@@ -306,9 +168,97 @@ def segments_of(groups: list[PrefixGroup], device: torch.device) -> Segments:
     return Segments(starts_q, starts_k, max(queries), max(keys), copied)
 
 
+# One call for every prefix and suffix.
+
+
+def shared_prefix_attention(
+    query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
+) -> Tensor:
+    """Attention of a packed row.
+
+    Args:
+        query_1HNE: [1, H, N, E].
+        key_1KNE, value_1KNE: [1, K, N, E], H a multiple of K.
+        plan: of the row, N tokens in all.
+        scale: of the logits; None means 1 / sqrt(E).
+
+    Returns:
+        [1, H, N, E]
+    """
+    if plan.flash:
+        return varlen_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
+    # Split, not sliced: the gradient of a slice is as long as the row, so their sum would be quadratic in the groups.
+    queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query_1HNE, key_1KNE, value_1KNE))
+    parts, piece = [], 0
+    for group in plan.groups:
+        prefix: list[int] = []
+        if group.prefix:
+            prefix = [piece]
+            parts.append(_attend(queries[piece], keys[piece], values[piece], plan, 0, scale))
+        for own in range(piece + len(prefix), piece + len(prefix) + len(group.suffixes)):
+            seen, known = keys[own], values[own]
+            if prefix:
+                seen, known = (torch.cat([part[piece], part[own]], dim=2) for part in (keys, values))
+            parts.append(_attend(queries[own], seen, known, plan, group.prefix, scale))
+        piece += len(prefix) + len(group.suffixes)
+    return torch.cat(parts, dim=2)
+
+
+def _attend(
+    query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, plan: PrefixPlan, prefix: int, scale: float | None
+) -> Tensor:
+    """[1, H, A, E] for A tokens that follow `prefix` others, T = prefix + A."""
+    mask_AT = plan.mask(prefix, query_1HAE.shape[2]) if prefix else None
+    return _sdpa(query_1HAE, keys_1KTE, values_1KTE, mask_AT, scale)
+
+
+def repeats_heads(grouped: bool, masked: bool, dtype: torch.dtype) -> bool:
+    """Must key heads be repeated for CUDA's fused kernels? Only flash attention accepts fewer key heads than query heads,
+    but neither a mask nor float32; torch would use its plain kernel, which is slow and needs quadratic memory."""
+    return grouped and (masked or dtype not in (torch.bfloat16, torch.float16))
+
+
+def _sdpa(query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, mask_AT: Tensor | None, scale: float | None) -> Tensor:
+    """torch's fused attention, causal without a mask. cuDNN's is switched off: it compiles a plan for every new shape, and a
+    packed row's lengths hardly ever recur."""
+    heads, kv_heads = query_1HAE.shape[1], keys_1KTE.shape[1]
+    if on_cuda(query_1HAE) and repeats_heads(heads != kv_heads, mask_AT is not None, query_1HAE.dtype):
+        keys_1KTE, values_1KTE = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (keys_1KTE, values_1KTE))
+        kv_heads = heads
+    if query_1HAE.is_meta:
+        return _MetaAttention.apply(query_1HAE, keys_1KTE, values_1KTE, mask_AT)
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return scaled_dot_product_attention(
+            query_1HAE, keys_1KTE, values_1KTE, mask_AT, is_causal=mask_AT is None, scale=scale,
+            enable_gqa=heads != kv_heads,
+        )  # fmt: skip
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+class _MetaAttention(Function):
+    """Fused attention on the meta device, where torch would use its plain kernel: keeps what a fused kernel keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, keys, values, mask, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, keys, values, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values), None
+
+
+# All segments in one call.
+
+
 class _LinedUp(Function):
-    """Every segment's keys [M, K, E], one after the other, of those of the row [N, K, E]; a token's gradient is the sum of
-    its copies', in float32 and in their order."""
+    """The keys of all segments in sequence [M, K, E] from those of the row [N, K, E]; a token's gradient is the sum over its
+    copies, in float32 and in order."""
 
     @staticmethod
     def forward(ctx: Any, row_NKE: Tensor, rows_M: Tensor, copies_M: Tensor, first_N: Tensor) -> Tensor:
@@ -319,7 +269,7 @@ class _LinedUp(Function):
     def backward(ctx: Any, grad_MKE: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_graph("flash attention is differentiable once only")
         copies_M, first_N = ctx.saved_tensors
-        # A bag is the sum of the rows that its indices name: one launch, where index_add has no fixed order.
+        # A bag is the sum of the rows with its indices: one launch in a fixed order, which index_add does not have.
         grad_N = torch.nn.functional.embedding_bag(copies_M, grad_MKE.flatten(1), first_N, mode="sum")
         return grad_N.view(-1, *grad_MKE.shape[1:]), None, None, None
 
@@ -327,7 +277,7 @@ class _LinedUp(Function):
 def varlen_attention(
     query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
 ) -> Tensor:
-    """As drdpo.kernels.packed_attention.shared_prefix_attention."""
+    """As shared_prefix_attention, by flash attention; `refusal` says whether this machine and model allow it."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = plan.segments
@@ -345,10 +295,10 @@ def varlen_attention(
 
 
 def refusal(settings: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a transformers model cannot attend by varlen_attention, or None.
+    """Why a transformers model cannot use varlen_attention, or None.
 
     Args:
-        settings: its config.
+        settings: the model's config.
         device, dtype: of its weights.
     """
     if dtype not in (torch.bfloat16, torch.float16):
@@ -363,7 +313,7 @@ def refusal(settings: Any, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> str | None:
-    """Why this machine's flash attention cannot be used, found by comparing a small row with the other kernels; or None."""
+    """Why this machine's flash attention cannot be used, or None; found by comparing both implementations on a small row."""
     generator = torch.Generator().manual_seed(0)
     groups = [PrefixGroup(5, (7, 3)), PrefixGroup(0, (4,)), PrefixGroup(33, (1, 40))]
     tokens = sum(group.tokens for group in groups)
@@ -381,5 +331,66 @@ def check_varlen(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
         return " ".join(str(error).split())[:200]
     for ours, theirs in zip(*found, strict=True):
         if not float((ours - theirs).detach().norm()) <= 0.03 * float(theirs.detach().norm()):
-            return "its numbers are not those of the other kernels"
+            return "its numbers differ from those of the other kernels"
     return None
+
+
+# In a transformers model.
+
+
+def _attention_of_transformers(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The interface that transformers' models call; `prefix_plan` is an argument of the model's call.
+
+    Without a plan, rows are whole sequences without padding.
+    """
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(f"the model's attention uses {name}, which packing with shared prefixes does not support")
+    if attention_mask is not None:
+        raise ValueError("packed rows accept no attention mask")
+    scale, plan = options.get("scaling"), options.get("prefix_plan")
+    if plan is not None:
+        # They may come in float32, see drdpo.training.patches.
+        dtype = query.dtype
+        query, key, value = (part.to(plan.dtype) for part in (query, key, value))
+        out = shared_prefix_attention(query, key, value, plan, scale).to(dtype)
+    else:
+        out = _sdpa(query, key, value, None, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
+
+
+@contextmanager
+def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
+    """Within the block, a transformers model attends by PrefixPlan."""
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(SHARED_PREFIX)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+
+def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> Tensor:
+    """Last hidden states of a packed row.
+
+    Args:
+        backbone: a transformers decoder without a head, whose layers all attend causally to everything before.
+        row: the groups.
+        flash: use varlen_attention; `refusal` must have returned None.
+
+    Returns:
+        [N, D]
+
+    Raises:
+        ValueError: the model's attention has a sliding window, capped logits or sinks.
+    """
+    parameter = next(backbone.parameters())
+    plan = PrefixPlan(row.groups, parameter.device, parameter.dtype, flash=flash)
+    ids_1N, position_1N = (send(torch.tensor([values]), parameter.device) for values in (row.token_ids, row.positions))
+    with shared_prefixes(backbone):
+        return backbone(input_ids=ids_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan).last_hidden_state[0]

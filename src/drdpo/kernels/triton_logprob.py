@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of linear_logprob: log-sum-exp and logit gradients from tiles of logits that stay on the chip.
 
-Both multiply hidden states by the head tile by tile, in the input's dtype with float32 sums, so no logit is ever rounded
-to bfloat16 and none is written but the gradient's. Shape suffixes: N tokens, D width, V vocabulary, S splits of V.
+Both multiply hidden states by the head tile by tile, in the input's dtype with float32 sums. No logit is rounded to
+bfloat16, and only the gradient's are written to memory. drdpo.kernels.linear_logprob imports this module only if a GPU, or
+Triton's interpreter (TRITON_INTERPRET=1, for tests), will run the kernels.
 
-Imported only where a GPU, or Triton's interpreter (TRITON_INTERPRET=1, for tests), will run them.
+Shape suffixes: N tokens (C of one chunk), D width, V vocabulary, S splits of V.
 """
 
 import os
@@ -19,12 +20,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton decides this when a kernel is defined, that is when this module is imported."""
 
 _PROCESSORS = 132
-"""Streaming multiprocessors (SMs) of an H100: taken where no GPU can be asked, as under the interpreter."""
+"""Streaming multiprocessors (SMs) of an H100, assumed if there is no GPU to ask, as under the interpreter."""
 
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    """SMs of a device; its registers let each run one program of the log-sum-exp at a time."""
+    """SMs of a device. Each has registers for one program of the log-sum-exp at a time."""
     if not torch.cuda.is_available() or device.type != "cuda":
         return _PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -32,15 +33,15 @@ def _processors(device: torch.device) -> int:
 
 @lru_cache(maxsize=1 << 12)
 def splits_of(token_blocks: int, blocks: int, processors: int) -> int:
-    """Parts into which the log-sum-exp cuts the vocabulary, so that few tokens fill a GPU and its last wave is not empty.
+    """Number of parts into which the log-sum-exp cuts the vocabulary, so that even few tokens fill all waves of a GPU.
 
     Args:
-        token_blocks: blocks of tokens, each a program for every part.
-        blocks: blocks of the vocabulary, dealt to the parts; a program takes its own one after the other.
-        processors: programs that run at a time.
+        token_blocks: blocks of tokens; each needs one program per part.
+        blocks: blocks of the vocabulary, divided among the parts; a program processes its blocks in sequence.
+        processors: programs that run at the same time.
 
     Returns:
-        The fewest parts of those that take the least time, in blocks that a processor takes one after the other.
+        The smallest number of parts that minimises the time, counted in blocks that a processor processes in sequence.
     """
 
     def steps(parts: int) -> int:
@@ -86,7 +87,7 @@ def _logsumexp_kernel(
     hidden_stride, weight_stride,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Online log-sum-exp over this program's share of the vocabulary, and the target's logit where it lies in it."""
+    """Online log-sum-exp over this program's share of the vocabulary, and the target's logit if it lies there."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     target_N = tl.load(target_ptr + row_N, mask=row_N < tokens, other=-1)
@@ -116,7 +117,7 @@ def _logit_gradient_kernel(
     hidden_stride, weight_stride, out_stride,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """g (onehot_t - softmax) of one tile, from logits that are computed again and the stored log-sum-exp."""
+    """g (onehot_t - softmax) of one tile, from recomputed logits and the stored log-sum-exp."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_V = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     target_N = tl.load(target_ptr + row_N, mask=row_N < tokens, other=-1)
@@ -183,8 +184,8 @@ def logit_gradient(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, lse_
 
 
 def _products(dtype: torch.dtype) -> dict[str, str | bool]:
-    """How tiles are multiplied: float32 as such (TF32 would keep ten bits of it), narrower types in their own units.
+    """How tiles are multiplied: float32 in full precision (TF32 would keep ten bits), narrower types in their own units.
 
-    Triton's interpreter takes a bfloat16 for the integer with the same bits, so there the tiles are widened first.
+    Triton's interpreter reads a bfloat16 as the integer with the same bits, so under it tiles are widened first.
     """
     return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", "WIDEN": INTERPRETED and dtype == torch.bfloat16}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 
@@ -42,7 +43,6 @@ from drdpo.kernels.packed_attention import PackedRow, refusal
 from drdpo.machine import agree, announce, settle
 from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE
-from drdpo.pairing import mean_and_sd
 from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records, read_rows, to_row, write_rows
 from drdpo.scoring.armorm import Group, Span, check_folder, last_occurrence, load_armorm, packed_batches
@@ -321,8 +321,8 @@ def report(split: str, completions: list[Completion]) -> str:
     width = max(map(len, names))
     lines = [f"{split}: {len(completions)} completions", f"  {'objective':<{width}}      mean        sd"]
     for name in names:
-        mean, sd = mean_and_sd([completion.scores[name] for completion in completions])
-        lines.append(f"  {name:<{width}}  {mean:>8.4f}  {sd:>8.4f}")
+        values = np.array([completion.scores[name] for completion in completions])
+        lines.append(f"  {name:<{width}}  {values.mean():>8.4f}  {values.std():>8.4f}")
     return "\n".join(lines)
 
 
