@@ -3,8 +3,8 @@
 A room is a folder of src/drdpo; the modules beside them are the ground floor. A circle is a set of modules that import each
 other, also by imports inside functions or under TYPE_CHECKING. The step's files are those of src whose functions run between
 the choice of the first step's pairs and the end of the optimizer step, in a real run of src/train_alignment.py on a random
-model of two layers, together with train_alignment.sh, src/env.sh and src/train_alignment.py. Triton's kernels run on CUDA
-only.
+model of two layers in bfloat16, together with train_alignment.sh, src/env.sh and src/train_alignment.py. Triton's kernels
+run on CUDA only.
 
     PYTHONPATH=src python benchmarks/structure.py [--checkout=FOLDER] [--model=models/SmolLM2-135M] [--steps=false]
 
@@ -119,7 +119,7 @@ def make_inputs(folder: Path, tokenizer: Path) -> list[str]:
         (folder / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [
         f"--model_path={folder}/model", f"--dataset_path={folder}/pairs", f"--save_path={folder}/out",
-        "--train_batch_size=4", "--micro_batch_size=2", "--max_steps=1", "--dtype=float32",
+        "--train_batch_size=4", "--micro_batch_size=2", "--max_steps=1", "--dtype=bfloat16",
     ]  # fmt: skip
 
 

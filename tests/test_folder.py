@@ -102,9 +102,9 @@ def test_a_full_disk_is_one_line_and_status_1(root: Path, tmp_path: Path, number
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_the_kernels_own_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes go to /dev/full, where writing really fails, at the flush."""
-    monkeypatch.setattr(
-        "tempfile.mkstemp", lambda dir, prefix, suffix: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "aside"))
-    )
+    aside = tmp_path / "aside"
+    aside.symlink_to("/dev/full")
+    monkeypatch.setattr("tempfile.mkstemp", lambda dir, prefix, suffix: (os.open("/dev/null", os.O_RDONLY), str(aside)))
     with pytest.raises(OSError, match="No space left") as caught, atomic_file(tmp_path / "file") as stream:
         stream.write("x" * 100)
     assert caught.value.filename == str(tmp_path / "file")

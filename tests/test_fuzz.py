@@ -240,7 +240,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Any, tmp_path: Path, text: 
         chat.prompt_token_ids(tokenizer, [{"role": "user", "content": text}])
     row = {"prompt": "x", "chosen": text, "rejected": "y"}
     (tmp_path / "train.jsonl").write_text("\n" + json.dumps(row))
-    with pytest.raises(DataError, match=r'row 2: field "chosen" holds half of a surrogate pair'):
+    with pytest.raises(DataError, match=r'row 2: field "chosen" contains half of a surrogate pair'):
         load_preferences(str(tmp_path), "train")
 
 

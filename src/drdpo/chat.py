@@ -1,9 +1,8 @@
 """The only caller of a chat template: messages -> token ids, with exactly one BOS and content as plain text.
 
-Two traps are handled here for every step. A template that writes today's date (Llama 3.x) would give sampling, training
-and evaluation different prompts: the date is fixed. Content that spells a special token (`<|eot_id|>` in an answer)
-would end a turn, or move a reward model's gate: it is encoded as plain text.
-"""
+A template that writes today's date (Llama 3.x) would give sampling, training and evaluation different prompts, so the date
+is fixed. Content that spells a special token (`<|eot_id|>` in an answer) would end a turn, or move a reward model's gate, so
+it is encoded as plain text."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from drdpo.errors import DataError
 from drdpo.records import Message
 
 DATE_STRING = "26 Jul 2024"
-"""What Llama 3.2's template shows as today; the date its own documentation uses."""
+"""Today's date for Llama 3.2's template: the one in its documentation."""
 
 Tokenizer = Any
 """A transformers PreTrainedTokenizerFast."""
@@ -117,7 +116,7 @@ def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
     if not any(hostile):
         text = _render(tokenizer, messages, add_generation_prompt)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # Render with a mark in place of every hostile content, then encode the template's text and the contents apart.
+    # Render with a mark instead of every such content, then encode the template's text and the contents separately.
     mark = "\ue000"
     while any(mark in message["content"] for message in messages):
         mark += "\ue001"
@@ -128,7 +127,7 @@ def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
     contents = [message["content"] for message, bad in zip(messages, hostile, strict=True) if bad]
     pieces = _render(tokenizer, marked, add_generation_prompt).split(mark)
     if len(pieces) != len(contents) + 1:
-        raise ValueError("the chat template does not show every message once, so special tokens in it cannot be escaped")
+        raise ValueError("the chat template does not print every message once, so special tokens in it cannot be escaped")
     ids = list(tokenizer(pieces[0], add_special_tokens=False)["input_ids"])
     for content, piece in zip(contents, pieces[1:], strict=True):
         ids += _plain(tokenizer, content)
@@ -137,7 +136,7 @@ def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    text.encode()  # UnicodeEncodeError is a ValueError; of half a surrogate pair the tokenizer would make a TypeError.
+    text.encode()  # UnicodeEncodeError is a ValueError; for half of a surrogate pair the tokenizer raises TypeError.
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

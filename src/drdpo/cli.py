@@ -1,4 +1,4 @@
-"""A command line from a dataclass: every field is a flag, spelled once, with its help, its default and its bounds."""
+"""A command line from a dataclass: every field is a flag, spelled once, with its help text, default and bounds."""
 
 import argparse
 import dataclasses
@@ -32,7 +32,7 @@ def flag(help: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
 
 
 def positional(help: str) -> Any:
-    """A required dataclass field that stands on the command line as a word without a name in front of it."""
+    """A required dataclass field that is a positional argument."""
     return dataclasses.field(metadata={"help": help, "positional": True})
 
 
@@ -42,13 +42,13 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     Args:
         config_class: one of the classes of drdpo.config.
         description: one sentence for --help.
-        arguments: the words of the command line, sys.argv without its first word by default.
+        arguments: sys.argv[1:] by default.
 
     Raises:
         SystemExit: status 2 after one line for an unknown or abbreviated flag or a value of the wrong type; status 0
             after --help.
-        UsageError: a text flag that is empty, a number that is not finite, a
-            value or a combination that the dataclass refuses.
+        UsageError: a text flag that is empty, a number that is not finite, a value or combination that the dataclass
+        refuses.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
@@ -65,7 +65,7 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
 
 
 def check_bounds(config: Any) -> None:
-    """Raise UsageError for a flag whose value is out of its bounds; for the __post_init__ of a config class."""
+    """Raise UsageError for a flag out of its bounds; call it in the __post_init__ of a config class."""
     for field in dataclasses.fields(config):
         value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
         for number in value if isinstance(value, list) else [value]:
@@ -74,7 +74,7 @@ def check_bounds(config: Any) -> None:
 
 
 def spelled(config_class: type[Any], name: str) -> str:
-    """How the command line spells a field: `--name`, or `name` if it is positional."""
+    """A field on the command line: `--name`, or `name` if it is positional."""
     (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
     return name if field.metadata.get("positional") else f"--{name}"
 
@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
-    """Add --some_name, also spelled --some-name; for one that is true by default --no_some_name too."""
+    """Add --some_name, also spelled --some-name; if it is true by default also --no_some_name."""
     text = field.metadata["help"].replace("%", "%%")  # argparse fills in what follows a %
     if field.metadata.get("positional"):
         parser.add_argument(field.name, type=kind, help=text)
@@ -136,10 +136,10 @@ def _truth(word: str) -> bool:
 
 
 def _check_word(shown: str, word: Any) -> None:
-    """Refuse what no flag means: an empty path would be the current folder, and no comparison refuses a NaN."""
+    """Refuse what no flag can mean: an empty path would be the current folder, and bounds do not exclude NaN."""
     if isinstance(word, str):
-        require(bool(word.strip()), f"{shown} is empty; give it a value (is a shell variable unset?)")
-        require(is_text(word), f"{shown} holds bytes that are not UTF-8 text")
+        require(bool(word.strip()), f"{shown} is empty; pass a value (is a shell variable unset?)")
+        require(is_text(word), f"{shown} contains bytes that are not UTF-8 text")
     elif isinstance(word, int):
         require(abs(word) < 2**63, f"{shown}={word} is beyond 64 bits")
     elif isinstance(word, float):

@@ -1,4 +1,4 @@
-"""Rank, world, shard, gather: the same code on one process without a launcher and on many with one."""
+"""Rank, world size, sharding and gathering: the same code for one process without a launcher and for many with one."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 TIMEOUT = timedelta(hours=2)
-"""How long the ranks wait for each other; torch's 10 minutes under NCCL are short for what one rank does alone (saving)."""
+"""How long ranks wait for each other; torch's 10 minutes under NCCL are too short for saving, which rank 0 does alone."""
 
 
 def rank() -> int:
@@ -26,36 +26,36 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes work together; 1 without a launcher."""
+    """Number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Is this the process that prints and writes?"""
+    """Is this rank 0, which prints and writes?"""
     return rank() == 0
 
 
 def shard(items: Sequence[Item]) -> list[Item]:
-    """This rank's part: every world_size-th item, so that parts differ by one at most."""
+    """This rank's share: every world_size-th item, so that shares differ by one item at most."""
     return list(items[rank() :: world_size()])
 
 
 def use_cuda() -> bool:
-    """Is there a GPU, and may it be used? DS_ACCELERATOR=cpu, DeepSpeed's own switch, says no to torch as well."""
+    """Is there a GPU to use? DS_ACCELERATOR=cpu, DeepSpeed's switch, keeps torch from it too."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def device() -> "torch.device":
-    """The accelerator of this rank, or the CPU."""
+    """This rank's GPU, or the CPU."""
     import torch
 
     return torch.device("cuda", local_rank()) if use_cuda() else torch.device("cpu")
 
 
 def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
-    """A tensor of the CPU on a device. On CUDA from page-locked memory, so that nobody waits for what the GPU does now."""
+    """Copy a CPU tensor to a device; to CUDA from page-locked memory, so that the copy does not wait for the GPU."""
     import torch
 
     device = torch.device(device)
@@ -74,7 +74,7 @@ def initialise() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if in one; a process that ends in it may be aborted by the threads of its connections."""
+    """Leave the process group, if any; otherwise the threads of its connections may abort the process at its end."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -90,16 +90,16 @@ def barrier() -> None:
 
 
 def on_main(action: Callable[[], object], status: int = 1) -> None:
-    """Do something on rank 0, such as writing a file. Every rank must call.
+    """Run `action` on rank 0, e.g. to write a file; every rank must call this. If it fails, all ranks exit.
 
-    Where it fails no rank goes on, or the others would wait for rank 0 in their next collective and report it lost.
+    Otherwise the others would wait for rank 0 in their next collective and report it lost.
 
     Args:
-        action: what rank 0 does.
-        status: exit status of the others.
+        action: for rank 0.
+        status: exit status of the other ranks if it fails.
 
     Raises:
-        Exception: what `action` raised, on rank 0; the others end silently.
+        Exception: on rank 0, what `action` raised; the others exit silently.
     """
     failure: Exception | None = None
     if is_main():
@@ -120,7 +120,7 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
     """The values of all ranks in rank order, detached.
 
     Args:
-        values_B: [B, ...], B may differ from rank to rank.
+        values_B: [B, ...], B may differ between ranks.
 
     Returns:
         [sum of B, ...]
@@ -133,7 +133,7 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
     sizes = [torch.empty(1, dtype=torch.int64, device=values_B.device) for _ in range(world_size())]
     torch.distributed.all_gather(sizes, torch.tensor([len(values_B)], device=values_B.device))
     longest = int(torch.cat(sizes).max())
-    # Collectives want one shape: the shorter ones are filled up, and cut again.
+    # Collectives need equal shapes: pad the shorter ones, and cut the padding off again.
     filled = values_B.new_zeros(longest, *values_B.shape[1:])
     filled[: len(values_B)] = values_B
     parts = [torch.empty_like(filled) for _ in range(world_size())]

@@ -1,9 +1,12 @@
 """A step's output folder: files that appear whole or not at all, the lock of its one writer, the manifest.
 
-The lock is flock(2) on <folder>/.lock, which the kernel drops when its owner dies, however it dies. On NFS it holds between
-hosts since Linux 2.6.12 with NFSv4, unless mounted with local_lock. The owner removes the file when it ends; one that was
-killed leaves it, and it then locks nothing. `manifest.json` records what made the results: flags, versions, commit,
-fingerprints of models and inputs, counts.
+Files and folders are written under another name beside their place, flushed to disk and moved into place.
+
+The lock is flock(2) on <folder>/.lock, which the kernel releases when its owner dies. On NFS it works between hosts since
+Linux 2.6.12 with NFSv4, unless mounted with local_lock. The owner removes the file when it ends; the file of a killed owner
+stays and locks nothing.
+
+`manifest.json` records what made the results: flags, versions, commit, fingerprints of models and inputs, counts.
 """
 
 import errno
@@ -35,15 +38,18 @@ PACKAGES = (
 )  # fmt: skip
 
 _ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|old)")
-"""Names of what is not whole yet, or no longer wanted."""
+"""Names of files and folders that are not complete yet, or were replaced."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system without locks answers."""
+"""Errors of a file system without locks."""
 _PATIENCE = 1.0
 """Seconds to wait for a lock: owner_of holds it for an instant."""
 
 
+# Reading.
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file that contains one JSON object.
 
     Raises:
         DataError: the file is not JSON, or not an object.
@@ -58,7 +64,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(Place, content) of every line of JSON objects that were appended, up to the first that a killed process cut."""
+    """Yield (offset, object) of every line of a JSON-lines file that is appended to, up to the first incomplete line."""
     with path.open("rb") as stream:
         offset = 0
         for line in stream:
@@ -72,33 +78,28 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             offset += len(line)
 
 
+# Files and folders that appear whole or not at all.
+
+
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path`; on success flush it to disk and move it into place, on any error remove it.
 
     Raises:
-        OSError: with `filename` set to `path`, when the disk is full or the folder cannot be written.
+        OSError: with `filename` set to `path`, e.g. if the disk is full or the folder is not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    aside = Path(name)
-    try:
-        with _blaming(path):
-            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(aside, 0o666 & ~_umask())
-            os.replace(aside, path)
-            flush(path.parent)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    encoding = None if "b" in mode else "utf-8"
+    with atomic_files(path) as (aside,), aside.open(mode, encoding=encoding) as stream:
+        yield stream
 
 
 @contextmanager
 def atomic_files(*paths: Path) -> Iterator[list[Path]]:
-    """Yield one path beside each of `paths`, to be written; on success all move into place, on any error none does."""
+    """Yield one path beside each of `paths`, to be written; on success all move into place, on any error none does.
+
+    Raises:
+        OSError: as atomic_file; for several paths `filename` may be the folder of the first.
+    """
     asides: list[Path] = []
     try:
         for path in paths:
@@ -107,21 +108,25 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
             os.close(handle)
             asides.append(Path(name))
         yield asides
-        for aside, path in zip(asides, paths, strict=True):
+        for aside in asides:
+            flush(aside)
             os.chmod(aside, 0o666 & ~_umask())
+        for aside, path in zip(asides, paths, strict=True):
             os.replace(aside, path)
+        for folder in {path.parent for path in paths}:
+            flush(folder)
     except BaseException as error:
         for aside in asides:
             aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(error.filename2 or paths[0].parent)) from error
+            blamed = error.filename2 or (paths[0] if len(paths) == 1 else paths[0].parent)
+            raise OSError(error.errno, error.strerror, str(blamed)) from error
         raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success flush it to disk and let it take the place of `path`, on any error
-    remove it."""
+    """Yield an empty folder beside `path`; on success flush it to disk and replace `path` by it, on any error remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -144,7 +149,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder that nobody needs. What cannot be removed is told of, and left: NFS keeps files that are open."""
+    """Remove an unneeded folder. If that fails (NFS keeps files that are open), print a warning and leave the rest."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -152,18 +157,18 @@ def remove_tree(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder; only for the holder of its lock."""
+    """Remove what killed writers left in a folder; call only while holding its lock."""
     for left in [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]:
         remove_tree(left) if left.is_dir() else left.unlink()
 
 
 def flush(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk before going on: a power cut loses neither."""
+    """Write a file's content, or a folder's list of names, to the disk, so that a power cut does not lose it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems cannot flush a folder; they write names at once.
+        # Some network file systems cannot flush a folder; they write names immediately.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
             raise
     finally:
@@ -187,16 +192,19 @@ def _umask() -> int:
     return mask
 
 
+# The lock of the one writer.
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder's lock.
 
     Args:
-        folder: is made if missing.
+        folder: created if missing.
 
     Raises:
         UsageError: another process holds it; the message names it.
-        OSError: with `filename` set, when the disk is full or the folder cannot be written.
+        OSError: with `filename` set, if the disk is full or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -212,17 +220,17 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: the file is still ours, and whoever waits for it sees that its name is gone and asks again.
+        # Before the release, while the file is ours: a process that waits for it sees that its name is gone and asks again.
         path.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock on rank 0 for all ranks; every rank must call, after distributed.initialise.
+    """Hold a folder's lock on rank 0 for all ranks; every rank must call this, after distributed.initialise.
 
     Raises:
-        UsageError: another run holds it; on rank 0. The others end silently, with the same status.
+        UsageError: on rank 0, if another run holds it. The others end silently, with the same status.
     """
     with ExitStack() as held:
         distributed.on_main(lambda: held.enter_context(lock_folder(folder)), status=2)
@@ -230,20 +238,20 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_locked(folder: Path) -> None:
-    """Raise UsageError, which names the owner, if another process holds a folder's lock. Writes nothing."""
+    """Raise UsageError, naming the owner, if another process holds a folder's lock. Writes nothing."""
     if (owner := owner_of(folder)) is not None:
         raise UsageError(_refusal(owner, folder))
 
 
 def owner_of(folder: Path) -> str | None:
-    """Who holds a folder's lock, in words; None if nobody does. Writes nothing."""
+    """The owner of a folder's lock, for messages; None if nobody holds it. Writes nothing."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        # No lock yet, or a folder that cannot be read: the run itself will say so.
+        # No lock yet, or a folder that cannot be read, which the run itself will report.
         return None
     try:
-        # Shared, and for an instant: it asks, it does not take.
+        # A shared lock for an instant only tests whether it is held.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _owner(folder / LOCK)
@@ -256,7 +264,7 @@ def owner_of(folder: Path) -> str | None:
 
 
 def _sign(handle: int, path: Path) -> None:
-    """Write who holds the lock into its file."""
+    """Write the owner into the lock file."""
     owner = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -264,9 +272,9 @@ def _sign(handle: int, path: Path) -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with _blaming(path):
-        # NFS keeps a removed file under another name, which filelock cannot see.
+        # NFS keeps a removed file under another name, which filelock does not notice.
         if not os.path.samestat(os.fstat(handle), path.stat()):
-            raise UsageError(f"{path.parent} was released by another run at this moment; run the command again")
+            raise UsageError(f"{path.parent} was released by another run at this moment; rerun the command")
         try:
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(owner).encode(), 0)
@@ -287,8 +295,11 @@ def _refusal(owner: str, folder: Path) -> str:
     return f"{folder} is locked by {owner}; wait, stop that process, or choose another folder"
 
 
+# The manifest.
+
+
 def versions() -> dict[str, str]:
-    """Installed versions of the libraries that shape a result."""
+    """Installed versions of the libraries that results depend on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -299,7 +310,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of this checkout, with `-dirty` where tracked files differ; "unknown" outside git."""
+    """Commit of this checkout, with `-dirty` if tracked files differ; "unknown" outside git."""
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -312,10 +323,10 @@ def write_manifest(folder: Path, step: str, made_by: dict[str, Any], **facts: An
     """Write or extend `folder/manifest.json`.
 
     Args:
-        folder: where the results lie; one folder may hold the results of several steps.
+        folder: of the results; it may contain the results of several steps.
         step: name of the step, e.g. "score".
-        made_by: what the results depend on: flags and fingerprints; see `already_made`.
-        facts: counts and anything else worth knowing; not compared.
+        made_by: flags and fingerprints that the results depend on; see `already_made`.
+        facts: counts and other information, which is not compared.
     """
     manifest = read_manifest(folder)
     manifest[step] = {"made_by": made_by, "versions": versions(), "commit": git_commit(), **facts}
@@ -325,7 +336,7 @@ def write_manifest(folder: Path, step: str, made_by: dict[str, Any], **facts: An
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder by step; empty where there is none.
+    """The manifest of a folder by step; empty if it has none.
 
     Raises:
         DataError: the file is not a JSON object.
@@ -340,15 +351,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[Path], overwrite: bool) -> bool:
-    """Has this step, with the same flags, models and inputs, already made these files?
+    """Did this step already make these files from the same flags, models and inputs?
 
     Args:
         folder, step, made_by: as for write_manifest.
         files: the results, in order.
-        overwrite: replace results that something else made, where True.
+        overwrite: allow results of another configuration to be replaced.
 
     Raises:
-        UsageError: other flags, models or inputs made them; the message names what differs.
+        UsageError: they come from a different configuration; the message names what differs.
     """
     there = [file for file in files if file.is_file()]
     if not there:
@@ -362,7 +373,7 @@ def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[P
             "pass --overwrite=true to replace it, or another folder"
         )
     if len(there) < len(files):
-        return False  # this step's own, broken off while they were replaced
+        return False  # an interrupted run of this step had replaced some of them
     changes = changed(before["made_by"], made_by)
     if not changes:
         return True
@@ -374,7 +385,7 @@ def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[P
 
 
 def changed(before: dict[str, Any], made_by: dict[str, Any]) -> str:
-    """In words, what differs between two `made_by`; empty where nothing does."""
+    """What differs between two `made_by`, for messages; empty if nothing does."""
     now = json.loads(json.dumps(made_by))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)

@@ -1,10 +1,10 @@
-"""Run torchrun, and end with one line and the exit status of its processes.
+"""Run torchrun; exit with one line and the exit status of its processes.
 
 usage: python -P launch.py --log-dir=FOLDER TORCHRUN_ARGUMENTS... SCRIPT FLAGS...
 
-By itself torchrun ends with status 1 and a traceback, whatever its processes ended with, and it never reports their status
-after a signal that it handles. So SIGTERM and SIGUSR1 are passed on here, and torchrun only sees its processes end.
-The first process prints to the terminal; each writes to FOLDER/*/attempt_0/<local rank>/{stdout,stderr}.log. If FOLDER is
+torchrun itself exits with status 1 and a traceback, whatever the status of its processes, and after a signal that it handles
+it does not report their status at all. So SIGTERM and SIGUSR1 are passed on here, and torchrun only sees its processes end.
+Local rank 0 prints to the terminal; each process writes to FOLDER/*/attempt_0/<local rank>/{stdout,stderr}.log. If FOLDER is
 /dev/null, all print to the terminal.
 """
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 STOPPED = os.EX_TEMPFAIL
 """Exit status of a process that saved its state on a signal, see drdpo.training.stop."""
 SOON = 2
-"""Seconds in which a rank notices under gloo that another one died; those that torchrun has to kill end later."""
+"""Seconds within which a rank under gloo notices that another died; ranks that torchrun has to kill end later."""
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Signal handler: every process gets the signal. If none has started, nothing needs saving."""
+    """Signal handler: pass the signal to every process. If none has started, nothing needs saving."""
     processes = psutil.Process().children()
     if not processes:
         sys.exit(STOPPED)
@@ -37,17 +37,17 @@ def pass_on(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    # Before the slow import of torch, or a signal during it would end this process with another status.
+    # Before the slow import of torch: a signal during it would end this process with another status.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
-    # These end the processes. torchrun would also handle those that nohup or a shell's & made us ignore.
+    # These end the processes. torchrun would also handle signals that nohup or a shell's & made this process ignore.
     ending = [each for each in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(each) != signal.SIG_IGN]
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    # torchrun starts every line with a prefix, "[default0]:" unless told otherwise; this one is the role, which is empty.
+    # torchrun starts every line with a prefix, by default "[default0]:"; this one is the role, which is empty.
     os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "${role_name}"
     handled = ",".join(each.name for each in ending)
     arguments = run.parse_args([f"--signals-to-handle={handled}", "--redirects=3", "--tee=0:3", "--role=", *sys.argv[1:]])
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def keep_report(folder: Path) -> logging.Logger:
-    """torchrun's logger, which writes to FOLDER/torchrun.log instead of the terminal."""
+    """torchrun's logger, redirected from the terminal to FOLDER/torchrun.log."""
     report = logging.getLogger("torch.distributed")
     report.propagate = False
     report.handlers[:] = [logging.NullHandler()]
@@ -77,9 +77,9 @@ def keep_report(folder: Path) -> logging.Logger:
 
 
 def explain(error: "ChildFailedError", folder: Path) -> int:
-    """Print why the run failed, unless the process on the terminal did, and return the exit status."""
+    """Print why the run failed, unless the process on the terminal already did, and return the exit status."""
     failures = list(error.failures.values())
-    # torchrun ends the other processes once the first one has ended; the state was complete before that.
+    # torchrun ends the other processes when the first one has ended; the state was complete before that.
     if any(failure.exitcode == STOPPED for failure in failures):
         return STOPPED
     for failure in failures:
@@ -99,14 +99,14 @@ def explain(error: "ChildFailedError", folder: Path) -> int:
 
 
 def cause(failures: "dict[int, ProcessFailure]") -> int:
-    """The rank that failed first. One that only lost another rank does not count if a rank here failed within SOON of it."""
+    """The rank that failed first; not one that only lost another rank, if a rank here failed otherwise within SOON of it."""
     first = min(failures.values(), key=lambda failure: failure.timestamp)
     soon = [rank for rank, failure in failures.items() if failure.timestamp - first.timestamp <= SOON]
     return next((rank for rank in soon if lost(failures[rank]) is None), soon[0])
 
 
 def lost(failure: "ProcessFailure") -> str | None:
-    """What a rank wrote that lost another one: only drdpo.training.stop writes torchrun's error file."""
+    """The message of a rank that lost another one: only drdpo.training.stop writes torchrun's error file."""
     message = failure.error_file_data["message"]
     return str(message["message"]).removeprefix("ProcessError: ") if isinstance(message, dict) else None
 

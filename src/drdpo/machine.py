@@ -1,4 +1,8 @@
-"""What this machine can do: its GPUs, and what --dtype=auto is here. `python -m drdpo.machine` prints what is wrong."""
+"""This machine's GPUs, and what --dtype=auto means on it. `python -m drdpo.machine` prints what is wrong.
+
+torch is imported only if it is needed: not on a machine without libcuda.so.1 for an explicit --dtype=float32, so that
+checking a command line is quick there.
+"""
 
 import ctypes
 import dataclasses
@@ -40,7 +44,7 @@ class Gpu(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """What --dtype stands for here, "bfloat16" or "float32", why, and what is to be said against an explicit choice."""
+    """What --dtype means here, "bfloat16" or "float32", the reason, and a warning about an explicit choice."""
 
     dtype: str
     reason: str
@@ -48,10 +52,10 @@ class Precision(NamedTuple):
 
 
 def settle(config: Config, kernels: bool = False, untouched: bool = False) -> tuple[Config, Precision]:
-    """Check the device, then replace a config's --dtype=auto by what it stands for here. Every step with a model calls this.
+    """Check the device, then replace a config's --dtype=auto by what it means here. Every step with a model calls this.
 
     Raises:
-        UsageError: as check_device; or the config's other flags do not go with the resolved --dtype.
+        UsageError: as check_device; or the config's other flags do not allow the resolved --dtype.
     """
     found = check_device(kernels, untouched)
     precision = resolve_dtype(config.dtype, found)  # type: ignore[attr-defined]
@@ -59,7 +63,7 @@ def settle(config: Config, kernels: bool = False, untouched: bool = False) -> tu
 
 
 def agree(config: Config, precision: Precision) -> tuple[Config, Precision]:
-    """As settle returned them, but float32 where ranks differ. Every rank must call, in the process group."""
+    """What settle returned, but float32 if ranks differ. Every rank must call this, in the process group."""
     votes = distributed.gather_floats([float(precision.dtype == "bfloat16")])
     if len(set(votes)) == 1:
         return config, precision
@@ -68,7 +72,7 @@ def agree(config: Config, precision: Precision) -> tuple[Config, Precision]:
 
 
 def announce(precision: Precision) -> None:
-    """Print what auto is, or a warning, on rank 0; the check of src/env.sh before a launch leaves that to the run."""
+    """Print what auto means, or a warning, on rank 0. The check by src/env.sh before a launch leaves this to the run."""
     if not distributed.is_main() or ("WORLD_SIZE" in os.environ and "RANK" not in os.environ):
         return
     if precision.reason != _ASKED:
@@ -85,12 +89,12 @@ def _with(config: Any, precision: Precision) -> Any:
 
 
 def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
-    """What --dtype, "auto", "bfloat16" or "float32", stands for on this machine with these GPUs."""
+    """What --dtype ("auto", "bfloat16" or "float32") means on this machine with these GPUs."""
     found = gpus() if found is None else found
     if asked != "auto":
         slow = asked == "bfloat16" and not found and bfloat16_speed() < 1
         times = f"{1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
-        warning = f"this CPU multiplies {asked} {times}; --dtype=float32, or leaving out --dtype, is faster" if slow else ""
+        warning = f"this CPU multiplies {asked} {times}; --dtype=float32, or omitting --dtype, is faster" if slow else ""
         return Precision(asked, _ASKED, warning)
     if found:
         names = dict.fromkeys(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}" for gpu in found)
@@ -106,12 +110,12 @@ def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
 def bfloat16_speed() -> float:
     """How many times as fast as float32 this CPU multiplies bfloat16 matrices, measured on one thread in about 50 ms.
 
-    The fastest product of each counts: other work on the same core can only slow one down.
+    Compares the fastest product of each, since other work on the core can only slow one down.
     """
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # also starts no threads, which a later fork would miss
+    torch.set_num_threads(1)  # also starts no threads, which a later fork would lack
     shapes, dtypes = ((128, 512), (512, 512)), (torch.float32, torch.bfloat16)
     sides = [[torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes] for dtype in dtypes]
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -126,7 +130,7 @@ def bfloat16_speed() -> float:
 
 
 def _claims_bfloat16() -> bool:
-    """Does this CPU say that it has bfloat16 products, and may oneDNN, which a variable can limit, use them?"""
+    """Does this CPU report bfloat16 products, and may oneDNN, which a variable can limit, use them?"""
     import torch
 
     used = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -139,10 +143,10 @@ def gpus(untouched: bool = False) -> list[Gpu]:
     Raises:
         UsageError: torch sees some and cannot initialise CUDA.
     """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or ("torch" not in sys.modules and _libcuda() is None):
+        return []
     import torch
 
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return []
     if untouched:
         return _gpus_of_another_process() if torch.cuda.device_count() else []
     found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -165,18 +169,18 @@ def _gpus_of_another_process() -> list[Gpu]:
 
 
 def check_device(kernels: bool = False, untouched: bool = False) -> list[Gpu]:
-    """The GPUs to use, none for the CPU, after refusing what cannot work here.
+    """The GPUs to use, none for the CPU; refuses what cannot work here.
 
     Args:
         kernels: does the step launch Triton kernels of our own on GPUs?
-        untouched: ask in another process and do not initialise CUDA in this one, where an engine will, or its children.
+        untouched: ask in another process, and leave it to an engine or its children to initialise CUDA in this one.
 
     Raises:
-        UsageError: a GPU of too low a compute capability; a GPU that nvidia-smi lists and torch does not see, unless
+        UsageError: a GPU with too low a compute capability; a GPU that nvidia-smi lists and torch does not see, unless
             CUDA_VISIBLE_DEVICES or DS_ACCELERATOR=cpu hides it; with `kernels`, as check_compiler.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # vLLM and lm-eval do not know DeepSpeed's switch
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # vLLM and lm-eval ignore DeepSpeed's switch
     found = gpus(untouched)
     for number, gpu in enumerate(found):
         if gpu.major < 8:
@@ -194,13 +198,13 @@ def check_device(kernels: bool = False, untouched: bool = False) -> list[Gpu]:
 
 def _check_unseen() -> None:
     """Refuse the CPU on a machine whose driver lists GPUs that torch does not see."""
-    import torch
-
     names = re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus"), re.MULTILINE)
     asked = "nvidia-smi" if names else "the driver"
     names = names or ["of unknown name"] * _driver_count()  # a container without nvidia-smi
     if not names:
         return
+    import torch
+
     told = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     driver = next(iter(re.findall(r"^(\d+(?:\.\d+)+)\s*$", told, re.MULTILINE)), "of unknown version")
     build, visible = torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -220,17 +224,25 @@ def _check_unseen() -> None:
 
 
 def _driver_count() -> int:
-    """How many GPUs the driver's library counts; 0 where there is none. Asked only where torch sees no GPU."""
+    """Number of GPUs that the driver's library counts; 0 without it. Asked only if torch sees no GPU."""
+    cuda, count = _libcuda(), ctypes.c_int()
     try:
-        cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-        return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
-    except (OSError, AttributeError):
+        return count.value if cuda and cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    except AttributeError:
         return 0
+
+
+def _libcuda() -> ctypes.CDLL | None:
+    """The NVIDIA driver's library; None if it cannot be loaded, and then torch sees no GPU either."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 @lru_cache
 def _nvidia_smi(*words: str) -> str:
-    """What nvidia-smi prints; nothing where it is missing, fails or hangs: then torch decides alone."""
+    """What nvidia-smi prints; empty if it is missing, fails or hangs, so that torch alone decides."""
     command = ["nvidia-smi", *words]
     try:
         return subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True).stdout.decode(
@@ -241,7 +253,7 @@ def _nvidia_smi(*words: str) -> str:
 
 
 def check_compiler() -> None:
-    """Refuse a machine on which Triton cannot compile the launchers of its kernels, as it does when they first run.
+    """Refuse a machine on which Triton cannot compile its kernels' launchers, which it does when a kernel first runs.
 
     Raises:
         UsageError: a C compiler or Python.h is missing.
@@ -259,7 +271,7 @@ def check_compiler() -> None:
 
 
 def main() -> int:
-    """Print what --dtype=auto is here, or every problem on a line of its own; the exit status is 1 where there is one."""
+    """Print what --dtype=auto means here, or each problem on a line; the exit status is 1 if there is any."""
     problems = []
     for check in (check_device, lambda: check_compiler() if gpus() else None):
         try:

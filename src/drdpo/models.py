@@ -1,4 +1,4 @@
-"""Checks of a model folder that cost nothing: before a library is imported or a weight is read."""
+"""Cheap checks of a model folder, before a library is imported or a weight is read, and its fingerprint."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from drdpo.errors import DataError
 from drdpo.folder import read_json_object
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_AGAIN = "copy or download it again, or give an earlier checkpoint"
+_AGAIN = "copy or download it again, or pass an earlier checkpoint"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 _BLOCK = 1 << 16
@@ -30,9 +30,9 @@ def check_model_folder(path: str) -> None:
         path: a Hugging Face folder, or a hub id (`owner/name`, not an existing folder), which passes.
 
     Raises:
-        DataError: no such folder; no config.json in it, or one that is cut; no safetensors weights (pickled weights can
-            run code when they are read, so they are refused); a shard that the index names is missing, or weights that are
-            cut or have a damaged header; no tokenizer.
+        DataError: no such folder; config.json is missing or cut; no safetensors weights (pickled weights can run code when
+            they are read, so they are refused); a shard of the index is missing, or weights are cut or have a damaged
+            header; no tokenizer.
     """
     folder = Path(path)
     if not path or not folder.is_dir():
@@ -49,7 +49,7 @@ def _may_be_hub_id(path: str) -> bool:
     """`owner/name`, or a name without owner; absolute, relative and deeper paths are not, nor is a file."""
     words = path.split("/")
     plain = all(word and word not in (".", "..") and not word.startswith("~") for word in words)
-    # models/X and outputs/X are this repository's own folders: a missing one is a typing error, not a hub id.
+    # models/X and outputs/X are this repository's own folders: a missing one is a typo, not a hub id.
     return plain and len(words) <= 2 and words[0] not in ("models", "outputs", "datasets") and not Path(path).exists()
 
 
@@ -76,10 +76,10 @@ def _check_weights(folder: Path) -> None:
 
 
 def check_safetensors(file: Path) -> None:
-    """Is a safetensors file as long as its header says? Reads the header alone: 8 bytes of its length, then JSON.
+    """Check that a safetensors file is as long as its header says. Reads only the header: 8 bytes of its length, then JSON.
 
     Raises:
-        DataError: the file is cut, longer than it should be, or its header is damaged.
+        DataError: the file is too short or too long, or its header is damaged.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -105,10 +105,9 @@ def _json_object(path: Path) -> dict[str, object]:
 def fingerprint(path: str | Path) -> str:
     """Hash of a file, or of a model folder's own files, by name, size and content; a hub id is its own fingerprint.
 
-    A folder's results (completions, scores, pictures) may lie beside its model and do not count. Weights over 4 MiB are
-    read at 64 places spread over their length and at both ends: trained weights differ everywhere. Heads may be fitted
-    again on the same backbone, so the tensors of a safetensors file that are not the backbone's (`model.*`) are read
-    whole, up to 64 MiB each.
+    Results beside a model (completions, scores, plots) are ignored. Weights over 4 MiB are read at 65 places from start to
+    end, since trained weights differ everywhere. Heads may be refitted on the same backbone, so all tensors outside the
+    backbone (`model.*`) are read whole, up to 64 MiB each.
     """
     path = Path(path)
     if not path.exists():
@@ -136,7 +135,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _head_tensors(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """The bytes of every tensor of a safetensors file that is not the backbone's; of a damaged header, none."""
+    """The bytes of every tensor outside the backbone in a safetensors file; none if its header is damaged."""
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")
     try:

@@ -1,6 +1,6 @@
 """ArmoRM's nineteen objectives (arXiv 2406.12845), in the order of its regression head, mapped by NAME.
 
-A position never identifies an objective: published lists differ from the head's order. Upstream writes names with
+Positions do not identify objectives: published lists differ from the head's order. Upstream writes names with
 hyphens (`helpsteer-helpfulness`); command lines write them with underscores (`--helpsteer_helpfulness`).
 """
 
@@ -32,7 +32,7 @@ GATED_SCORE = "ArmoRM"
 """Name of the stage-2 score: the objectives mixed by the prompt's gate."""
 
 PHANTOM_FLAG = "ultrafeedback_verbosity"
-"""Stands in the paper's README, but no head of ArmoRM has this name."""
+"""Listed in the paper's README, but no head of ArmoRM has this name."""
 
 
 def flag_name(objective: str) -> str:
@@ -44,7 +44,7 @@ FLAG_TO_OBJECTIVE: dict[str, str] = {flag_name(name): name for name in (*ARMORM_
 
 
 def objective_from_flag(flag: str) -> str:
-    """The objective that a flag or a user's word names.
+    """The objective of a flag or argument.
 
     Args:
         flag: an objective in either spelling, e.g. `helpsteer_coherence` or `helpsteer-coherence`, or `ArmoRM`.

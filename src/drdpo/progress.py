@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, and in a file a line every ten percent."""
+"""Progress of a loop: a bar on a terminal, or a line every ten percent in a file."""
 
 import sys
 import time
@@ -10,11 +10,11 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 QUIET_SECONDS = 2.0
-"""Between two lines, and before the first one: what is done sooner needs none."""
+"""Minimum between two lines and before the first, so that quick work prints none."""
 
 
 class Lines(Iterable[Item]):
-    """The part of tqdm's interface that drdpo uses, in lines on stderr."""
+    """The part of tqdm's interface that drdpo uses, as lines on stderr."""
 
     def __init__(self, items: Iterable[Item], desc: str, total: int | None, unit: str, initial: int) -> None:
         self._items, self._desc, self._total, self._unit = items, desc, total, unit
@@ -34,7 +34,7 @@ class Lines(Iterable[Item]):
         pass
 
     def update(self, count: int = 1) -> None:
-        """Count, and print a line where another tenth is done."""
+        """Count, and print a line if another tenth is finished."""
         self._done += count
         now, tenth = time.monotonic(), self._tenths()
         if tenth > self._tenth and now - self._printed >= QUIET_SECONDS:
@@ -42,16 +42,16 @@ class Lines(Iterable[Item]):
             what = f"{self._unit} {self._done} of {self._total}, {now - self._started:.0f} s{self._postfix}"
             print(f"{self._desc}: {10 * tenth}% ({what})", file=sys.stderr, flush=True)
 
-    def set_postfix(self, figures: dict[str, Any]) -> None:
-        """What the next line says besides."""
-        self._postfix = "".join(f", {name}={value}" for name, value in figures.items())
+    def set_postfix(self, values: dict[str, Any]) -> None:
+        """Metrics for the next line."""
+        self._postfix = "".join(f", {name}={value}" for name, value in values.items())
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """What the next line says besides."""
+        """Text for the next line."""
         self._postfix = f", {text}"
 
     def close(self) -> None:
-        """Nothing: every line is whole."""
+        """Nothing to do: every line is complete."""
 
     def _tenths(self) -> int:
         return 10 * self._done // self._total if self._total else 0
@@ -67,19 +67,19 @@ def progress(
     disable: bool = False,
     **of_a_bar: Any,
 ) -> Any:
-    """Show how far a loop is.
+    """Show the progress of a loop.
 
     Args:
-        items: what it goes through; none where `update` counts.
+        items: to iterate over; None if the caller counts by `update`.
         desc: name of the work.
         unit: singular.
-        total: number of units; the length of `items` unless it is given.
-        initial: units that are done already.
+        total: number of units; len(items) by default.
+        initial: units that are finished already.
         disable: show nothing, e.g. on other ranks.
         of_a_bar: further arguments of tqdm.
 
     Returns:
-        A tqdm or Lines of the items: an iterable, a context manager, and `update`.
+        A tqdm or Lines of the items: an iterable and a context manager with `update`.
     """
     if total is None:
         total = len(items) if isinstance(items, Sized) else None

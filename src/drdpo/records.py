@@ -1,4 +1,4 @@
-"""What the steps hand to each other: JSON lines, UTF-8, one record a line, in `<folder>/{train,test}.jsonl`.
+"""The records that steps exchange: JSON lines, UTF-8, one record per line, in `<folder>/{train,test}.jsonl`.
 
     prompt      prompt_id int, prompt [{role, content}, ...] ending in a user turn
     completion  prompt_id, sample_id int, prompt, completion [{role: assistant, content}], token_ids [int] as sampled,
@@ -6,7 +6,7 @@
     preference  prompt_id, prompt, chosen, rejected (message lists), chosen_score, rejected_score, and, if the pair
                 was sampled here, chosen_token_ids and rejected_token_ids
 
-Records are joined by (prompt_id, sample_id), never by their position in a file.
+Records are joined by (prompt_id, sample_id), never by position in a file.
 """
 
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 else:
 
     class Message(TypedDict):
-        """A plain dict, as chat templates take it; other keys are dropped when a record is read."""
+        """A plain dict, as chat templates expect; other keys are dropped when a record is read."""
 
         role: Literal["system", "user", "assistant"]
         content: str
@@ -102,12 +102,12 @@ class Preference(_Record, frozen=True):
 
     @classmethod
     def from_trl(cls, row: dict[str, Any], number: int) -> Self:
-        """A preference from any of TRL's forms, conversational or plain, with the prompt apart or inside.
+        """A preference from any of TRL's forms: conversational or plain text, with an explicit or implicit prompt.
 
         Args:
             row: prompt, chosen and rejected as message lists or texts, or chosen and rejected that both begin with the
-                prompt. Our own records are of this form too.
-            number: the prompt_id of a row that has none.
+                prompt. This repository's records are one of these forms.
+            number: the prompt_id of a row without one.
 
         Raises:
             ValueError: naming the field.
@@ -118,7 +118,7 @@ class Preference(_Record, frozen=True):
         prompt, chosen, rejected = row.get("prompt"), _turns(row["chosen"]), _turns(row["rejected"])
         if prompt is None:
             if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
-                raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not hold it')
+                raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not contain it')
             shared = 0
             while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
                 shared += 1
@@ -128,9 +128,9 @@ class Preference(_Record, frozen=True):
         answers = {"chosen": chosen, "rejected": rejected}
         for name, answer in answers.items():
             if isinstance(answer, list) and isinstance(prompt, list) and answer[:-1] == prompt:
-                answers[name] = answer = answer[-1:]  # Some data sets repeat the given prompt before each answer.
+                answers[name] = answer = answer[-1:]  # Some data sets repeat the explicit prompt before each answer.
             if isinstance(answer, list) and len(answer) != 1:
-                raise ValueError(f'field "{name}" must hold one assistant turn after the prompt, not {len(answer)}')
+                raise ValueError(f'field "{name}" must contain one assistant turn after the prompt, not {len(answer)}')
         prompt_id = row["prompt_id"] if isinstance(row.get("prompt_id"), int) else number
         return cls.from_row({**row, **answers, "prompt": prompt, "prompt_id": prompt_id})
 
@@ -139,24 +139,24 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, row) of a JSON-lines file.
 
     Raises:
-        DataError: the file is missing, or a line is not one JSON object (cut in the middle, say).
+        DataError: the file is missing, or a line is not one JSON object, e.g. because it was cut.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            # Windows' editors put a byte-order mark at the start.
+            # Some Windows editors write a byte-order mark at the start.
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield number, _parse(path, number, line)
 
 
 def row_number(path: Path, index: int) -> int:
-    """The line number of record `index` (from 0) of a file; blank lines hold no record. For messages."""
+    """The line number of record `index` (from 0) of a file, for messages; blank lines are not records."""
     numbers = [number for number, _ in read_rows(path)]
     if index < len(numbers):
         return numbers[index]
-    raise DataError(f"{path}: has no row for record {index + 1}; was it changed meanwhile?")
+    raise DataError(f"{path}: has no row for record {index + 1}; was it changed in the meantime?")
 
 
 def read_records(path: Path, from_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
@@ -181,7 +181,7 @@ def read_records(path: Path, from_row: Callable[[dict[str, Any]], Record]) -> li
 
 
 def to_row(record: "Prompt | Completion | Preference") -> dict[str, Any]:
-    """The JSON object of a record, without optional fields that are not set."""
+    """The JSON object of a record, without unset optional fields."""
     row = {name: getattr(record, name) for name in record.__struct_fields__}
     return {name: value for name, value in row.items() if value is not None and not (name == "scores" and not value)}
 
@@ -202,7 +202,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def check_unique(path: Path, keys: Iterable[tuple[int, ...]], fields: str) -> None:
-    """Raise DataError when two records of `path` have one key."""
+    """Raise DataError if two records of `path` have the same key."""
     seen: set[tuple[int, ...]] = set()
     for index, key in enumerate(keys):
         if key in seen:
@@ -223,16 +223,16 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _parse_leniently(path: Path, number: int, line: bytes) -> Any:
-    """Python also reads NaN, which is an error only in a field that a record has, and half a surrogate pair."""
+    """Python also reads NaN, which is an error only in a field of a record, and half of a surrogate pair."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # ValueError also: an integer of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer with more digits than Python reads
         raise DataError(f"{path}, row {number}: not a whole JSON object ({error})") from error
     for name, value in row.items() if isinstance(row, dict) else ():
         if not is_text(json.dumps([name, value], ensure_ascii=False)):
-            raise DataError(f'{path}, row {number}: field "{name}" holds half of a surrogate pair (\\ud800 to \\udfff)')
+            raise DataError(f'{path}, row {number}: field "{name}" contains half of a surrogate pair (\\ud800 to \\udfff)')
     return row
 
 

@@ -106,7 +106,7 @@ def test_the_check_finds_wrong_numbers_and_missing_kernels(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     assert check_varlen(cpu, torch.float32, 6, 2, 16) is None
     monkeypatch.setattr(varlen, "varlen_attn", lambda *inputs, **flags: stand_in(*inputs, **flags) * 1.1)
-    assert check_varlen(cpu, torch.float32, 6, 2, 16) == "its numbers are not those of the other kernels"
+    assert check_varlen(cpu, torch.float32, 6, 2, 16) == "its numbers differ from those of the other kernels"
     monkeypatch.undo()
     assert check_varlen(cpu, torch.bfloat16, 6, 2, 16), "a CPU has no such kernel"
 

@@ -310,7 +310,7 @@ BAD_DATA: dict[str, tuple[Any, Any, str]] = {
     "half a character": (
         good_rows(),
         [*good_rows()[:3], row(3, 1, "d \ud800", ArmoRM=0.2)],
-        'test.jsonl, row 4: field "completion" holds half of a surrogate pair',
+        'test.jsonl, row 4: field "completion" contains half of a surrogate pair',
     ),
     "only equal texts": (
         good_rows(),
