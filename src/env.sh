@@ -1,12 +1,11 @@
 # shellcheck shell=bash
-# Sourced by every wrapper: strict mode, repository root, the environment that setup.sh made, `run` and `launch`.
+# Sourced by every wrapper: strict mode, repository root, the environment made by setup.sh, `run` and `launch`.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export ROOT
 
-# setup.sh notes the environment's prefix (a conda environment, a venv, or the one that was active) in .environment;
-# a command runs in it by having its bin first, the same for all three.
+# setup.sh records the prefix of the environment, whether conda's or a venv, in .environment. Its bin comes first on PATH.
 if [[ -n "${DRDPO_ENV:-}" || -f "$ROOT/.environment" ]]; then
     prefix="${DRDPO_ENV:-$(<"$ROOT/.environment")}"
     if [[ ! -x "$prefix/bin/python" ]]; then
@@ -17,16 +16,16 @@ if [[ -n "${DRDPO_ENV:-}" || -f "$ROOT/.environment" ]]; then
     unset prefix
 fi
 
-# Scripts outside src/ import this clone's drdpo, also where another clone's is installed in the environment.
+# Scripts outside src/ import this clone's drdpo, even if another clone is installed in the environment.
 export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-ERROR}"
-export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The stack of a crash outside Python, such as a kernel's.
-# Bars of transformers and the hub are drawn anew on one line, which a log file shows as a hundred.
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The second prints the stack of a crash outside Python, e.g. in a kernel.
+# In a log file each update of a progress bar would be a line.
 [[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
-unset gpus_found # See has_gpu.
-# Threads that wait sleep, in place of spinning: on cores that anything else uses too, spinning made vLLM ten times slower.
+# Waiting threads sleep instead of spinning, which made vLLM ten times slower on shared cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+gpu_count="" # See count_gpus.
 
 # run COMMAND...: print a command, then run it.
 run() {
@@ -36,7 +35,7 @@ run() {
     "$@"
 }
 
-# wants_help FLAG...: does the user ask for --help?
+# wants_help FLAG...: is --help among the flags?
 wants_help() {
     local word
     for word in "$@"; do
@@ -50,7 +49,7 @@ flag_value() {
     local name="$1" value=""
     shift
     while (($#)); do
-        # The parser takes dashes for underscores.
+        # drdpo.cli accepts dashes for underscores.
         case "$1" in
             "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
             "--$name" | "--${name//_/-}") value="${2:-}" ;;
@@ -60,8 +59,8 @@ flag_value() {
     printf '%s' "$value"
 }
 
-# ask_cuda: how many GPUs CUDA sees, and the CUDA version of the driver, e.g. "8 12040" for 12.4; nothing where there is no
-# driver. It needs no nvidia-smi, which containers may lack, and no torch, which setup.sh has yet to install.
+# ask_cuda: print how many GPUs CUDA sees and the driver's CUDA version, e.g. "8 12040" for 12.4; nothing without a driver. It
+# needs neither nvidia-smi, which containers may lack, nor torch, which setup.sh has yet to install.
 ask_cuda() {
     [[ -e /dev/nvidiactl || -e /dev/dxg ]] || return 0
     python -c 'import ctypes
@@ -71,44 +70,30 @@ seen = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
 print(count.value if seen else 0, version.value)' 2>/dev/null || true
 }
 
-# find_gpus: how many GPUs CUDA sees. Where it sees none, how many nvidia-smi lists: the steps then say what keeps CUDA from
-# them. An empty CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu, hides all.
-find_gpus() {
-    local count=0 listed
-    if [[ "${DS_ACCELERATOR:-}" != cpu && -n "${CUDA_VISIBLE_DEVICES-unset}" ]]; then
-        count="$(ask_cuda)"
-        count="$((${count% *}))"
-        if ((count == 0)) && command -v nvidia-smi >/dev/null; then
-            listed="$(timeout 10 nvidia-smi --list-gpus 2>&1)" || echo "note: nvidia-smi fails: ${listed%%$'\n'*}" >&2
-            count="$(grep -c '^GPU' <<<"$listed" || true)"
-            # CUDA stops at the first number that is negative or that no GPU has; NoDevFiles is how Slurm says none.
-            if ((count > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-                count="$(awk -v RS=, -v count="$count" '
-                    NF == 0 || $1 ~ /^(-|NoDevFiles)/ || ($1 ~ /^[0-9]+$/ && $1 >= count) { exit }
-                    { visible++ }
-                    END { print visible + 0 }' <<<"$CUDA_VISIBLE_DEVICES")"
-            fi
-        fi
-    fi
-    printf '%s' "$count"
-}
-
-# visible_gpus: how many GPUs are visible. has_gpu notes the number, so that later calls need not ask again.
-visible_gpus() {
-    printf '%s' "${gpus_found:-$(find_gpus)}"
+# count_gpus: set gpu_count, once, to the number of GPUs that CUDA sees. If it sees none, count those that nvidia-smi lists; the
+# steps then report why CUDA cannot use them. An empty CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu, hides all.
+count_gpus() {
+    local listed
+    [[ -z "$gpu_count" ]] || return 0
+    gpu_count=0
+    [[ "${DS_ACCELERATOR:-}" != cpu && -n "${CUDA_VISIBLE_DEVICES-unset}" ]] || return 0
+    gpu_count="$(ask_cuda)"
+    gpu_count="$((${gpu_count% *}))"
+    ((gpu_count == 0)) && command -v nvidia-smi >/dev/null || return 0
+    listed="$(timeout 10 nvidia-smi --list-gpus 2>&1)" || echo "note: nvidia-smi fails: ${listed%%$'\n'*}" >&2
+    gpu_count="$(grep -c '^GPU' <<<"$listed" || true)"
+    [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]] || return 0
+    # CUDA stops at the first number that is negative or that no GPU has. SLURM writes NoDevFiles for none.
+    gpu_count="$(awk -v RS=, -v count="$gpu_count" '
+        count == 0 || NF == 0 || $1 ~ /^(-|NoDevFiles)/ || ($1 ~ /^[0-9]+$/ && $1 >= count) { exit }
+        { visible++ }
+        END { print visible + 0 }' <<<"$CUDA_VISIBLE_DEVICES")"
 }
 
 # has_gpu: is a GPU visible?
 has_gpu() {
-    : "${gpus_found:=$(find_gpus)}"
-    ((gpus_found > 0))
-}
-
-# process_count: processes on this machine, $DRDPO_PROCESSES or the number of visible GPUs, at least 1.
-process_count() {
-    local gpus
-    gpus="$(visible_gpus)"
-    printf '%s' "${DRDPO_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+    count_gpus
+    ((gpu_count > 0))
 }
 
 # refuse_command MESSAGE: end with a usage error.
@@ -117,24 +102,23 @@ refuse_command() {
     exit 2
 }
 
-# check_launch NODES NODE: can the processes be started, on so many machines, of which this is number NODE?
+# check_launch PROCESSES NODES NODE: refuse to start so many processes on each of NODES machines, of which this is number NODE.
 check_launch() {
-    local gpus
-    gpus="$(visible_gpus)"
-    [[ "$(process_count)" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=${DRDPO_PROCESSES:-} is not a number from 1"
-    ((gpus == 0 || $(process_count) <= gpus)) ||
-        refuse_command "DRDPO_PROCESSES=$DRDPO_PROCESSES, but $gpus GPUs are visible; one process needs one GPU"
-    [[ "$1" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$1 is not a number from 1"
-    (($1 > 1)) || return 0
-    if [[ ! "$2" =~ ^[0-9]+$ ]] || (($2 >= $1)); then
-        refuse_command "DRDPO_NODES=$1, but DRDPO_NODE_RANK=$2 is not this machine's number, from 0"
+    [[ "$1" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=$1 is not a positive number"
+    ((gpu_count == 0 || $1 <= gpu_count)) ||
+        refuse_command "DRDPO_PROCESSES=$1, but $gpu_count GPUs are visible; one process needs one GPU"
+    [[ "$2" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$2 is not a positive number"
+    (($2 > 1)) || return 0
+    if [[ ! "$3" =~ ^[0-9]+$ ]] || (($3 >= $2)); then
+        refuse_command "DRDPO_NODES=$2, but DRDPO_NODE_RANK=$3 is not this machine's number, from 0"
     fi
     [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
-        refuse_command "DRDPO_NODES=$1 needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
+        refuse_command "DRDPO_NODES=$2 needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
 }
 
-# prepare_launch LOGS SCRIPT FLAG...: set the array `launched`, the command that runs a script on one process per GPU: python for a
-# single one, torchrun for several, after a check of flags and inputs. LOGS: where the processes' output goes, or /dev/null.
+# prepare_launch LOGS SCRIPT FLAG...: set the array `launched` to the command that runs a script with one process per GPU, or
+# with $DRDPO_PROCESSES: python for a single one, torchrun for several, after checking flags and inputs. LOGS: the folder for
+# the processes' output, or /dev/null.
 prepare_launch() {
     local logs="$1" nodes="${DRDPO_NODES:-1}" node="${DRDPO_NODE_RANK:-${SLURM_NODEID:-}}" processes cores where
     shift
@@ -143,16 +127,15 @@ prepare_launch() {
         launched=(python "$1" --help)
         return
     fi
-    # torchrun, or whoever sets its variables, started this as one of its processes.
+    # torchrun, or another launcher that sets its variables, started this shell as one of its processes.
     if [[ -n "${RANK:-}" && -n "${LOCAL_RANK:-}" && -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" && "${WORLD_SIZE:-1}" != 1 ]]; then
         return
     fi
-    # Left over from a cluster's template, these would have a single process wait for others that never come.
+    # With these left over from a cluster's template, a single process would wait for others forever.
     unset RANK LOCAL_RANK WORLD_SIZE
-    # Noted here: the subshells below do not pass the number on. DeepSpeed would look for other accelerators, and say so.
-    has_gpu || export DS_ACCELERATOR=cpu
-    check_launch "$nodes" "$node"
-    processes="$(process_count)"
+    has_gpu || export DS_ACCELERATOR=cpu # Otherwise DeepSpeed looks for other accelerators, and prints so.
+    processes="${DRDPO_PROCESSES:-$((gpu_count > 0 ? gpu_count : 1))}"
+    check_launch "$processes" "$nodes" "$node"
     ((processes * nodes > 1)) || return 0
     WORLD_SIZE="$((processes * nodes))" python "$@" --check_only=true
     cores="$(getconf _NPROCESSORS_ONLN)"
@@ -171,8 +154,8 @@ launch() {
     run "${launched[@]}"
 }
 
-# launch_run SCRIPT FLAG...: as `launch`, in place of this shell, so that its signals reach the processes. Several processes
-# also write to a folder in <save_path>/logs, a new one each start.
+# launch_run SCRIPT FLAG...: the same, replacing this shell, so that signals reach the processes. Several processes also write to
+# a folder in <save_path>/logs, a new one for each start.
 launch_run() {
     local launched logs
     logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
@@ -182,7 +165,7 @@ launch_run() {
     run exec "${launched[@]}"
 }
 
-# run_noting COMMAND...: run a command, pass SIGTERM and SIGUSR1 on to it, and give its status; `last_signal` is the last of them.
+# run_noting COMMAND...: run a command, pass SIGTERM and SIGUSR1 on to it, set last_signal to the last of them, return its status.
 run_noting() {
     local pid="" status=0 signalled=yes
     last_signal=""
