@@ -43,7 +43,7 @@ class Launched:
         (folder / "worker.py").write_text(WORKER)
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(root / "src/drdpo/launch.py"), "--standalone", "--local-addr=127.0.0.1",
-             "--nproc-per-node=2", f"--log-dir={folder / 'logs'}", str(folder / "worker.py"), how],
+             "--nproc-per-node=2", f"--log-dir={folder / 'logs'}", str(folder / "worker.py"), how, "--log=none"],
             env={**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip

@@ -50,7 +50,12 @@ def main() -> None:
     # torchrun starts every line with a prefix, by default "[default0]:"; this one is the role, which is empty.
     os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "${role_name}"
     handled = ",".join(each.name for each in ending)
-    arguments = run.parse_args([f"--signals-to-handle={handled}", "--redirects=3", "--tee=0:3", "--role=", *sys.argv[1:]])
+    words = sys.argv[1:]
+    script = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    ours = [f"--signals-to-handle={handled}", "--redirects=3", "--tee=0:3", "--role="]
+    arguments = run.parse_args([*ours, *words[: script + 1]])
+    # torchrun's parser would read the script's flags as abbreviations of its own: --log for --log-dir.
+    arguments.training_script_args = words[script + 1 :]
     folder = Path(arguments.log_dir)
     try:
         report = keep_report(folder)
