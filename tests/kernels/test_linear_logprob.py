@@ -1,6 +1,7 @@
 """linear_logprob and plain_logprob against log_softmax: values, gradients, second derivatives, dtypes, odd shapes."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.linear_logprob import plain_logprob
 
+MODULE = sys.modules["drdpo.kernels.linear_logprob"]  # drdpo.kernels has a function of that name
 SHAPES = [(1, 3, 7), (5, 8, 33), (13, 6, 257)]
 
 
@@ -15,17 +17,17 @@ def plain(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Ten
     return torch.log_softmax(hidden_ND @ weight_VD.T, dim=1).gather(1, targets_N[:, None]).squeeze(1)
 
 
-def case(tokens: int, width: int, linear_logprob: int, dtype: torch.dtype = torch.float64):
+def case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float64):
     torch.manual_seed(tokens)
     hidden_ND = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
-    weight_VD = torch.randn(linear_logprob, width, dtype=dtype, requires_grad=True)
-    return hidden_ND, weight_VD, torch.randint(linear_logprob, (tokens,))
+    weight_VD = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    return hidden_ND, weight_VD, torch.randint(vocabulary, (tokens,))
 
 
 @pytest.fixture(params=[1 << 21, 60], ids=["one block", "many blocks"])
 def block_elements(request, monkeypatch):
-    monkeypatch.setitem(linear_logprob._BLOCK_ELEMENTS, True, request.param)
-    monkeypatch.setattr(linear_logprob, "_NARROWEST", 1)
+    monkeypatch.setitem(MODULE._BLOCK_ELEMENTS, True, request.param)
+    monkeypatch.setattr(MODULE, "_NARROWEST", 1)
 
 
 def test_two_tokens_by_hand():
@@ -39,14 +41,14 @@ def test_two_tokens_by_hand():
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_blocks_of_the_vocabulary_begin_at_multiples_of_128(on_cpu, monkeypatch):
     """An odd width has a GPU store two bytes at a time, and its products read rows that are not aligned."""
-    monkeypatch.setattr(linear_logprob, "in_pieces", lambda tensor: on_cpu)
+    monkeypatch.setattr(MODULE, "in_pieces", lambda tensor: on_cpu)
     for tokens in (1, 37, 653, 1000, 2482, 10_034, 40_000, 600_000):
         for size in (100, 256, 32_003, 49_152, 128_256, 151_936):
-            found = list(linear_logprob.blocks(torch.empty(tokens, 0), torch.empty(size, 0)))
+            found = list(MODULE.blocks(torch.empty(tokens, 0), torch.empty(size, 0)))
             assert [0, *(part.stop for part in found)] == [*(part.start for part in found), size]
             widths = [part.stop - part.start for part in found]
             assert all(width % 128 == 0 for width in widths[:-1])
-            assert max(widths) * tokens <= linear_logprob._BLOCK_ELEMENTS[on_cpu] or max(widths) <= linear_logprob._NARROWEST
+            assert max(widths) * tokens <= MODULE._BLOCK_ELEMENTS[on_cpu] or max(widths) <= MODULE._NARROWEST
 
 
 @pytest.mark.parametrize("kernel", [linear_logprob, plain_logprob])
