@@ -1,13 +1,13 @@
-"""A GPU that is not there: the trainer's own code on fake CUDA tensors, and what it would launch, move and hold on a GPU.
+"""Fake CUDA tensors: the trainer's own code without a GPU, counting what it would launch, move and allocate on one.
 
-FakeTensorMode gives every operation's shapes, dtypes and devices without computing a number. With fake_cuda.cpp, which
-answers for the missing driver, forward and backward passes run as on a GPU: `is_cuda` is true, tensors on two devices that
-meet are an error, the attention kernel is the one that torch would choose, and Triton launches are recorded.
+FakeTensorMode computes each operation's shapes, dtypes and devices but no numbers. With fake_cuda.cpp, which stands in for
+the driver, forward and backward passes run as on a GPU: `is_cuda` is true, operations on tensors of two devices are errors,
+the attention kernel is the one that torch would choose, and Triton launches are recorded.
 
-Import this module before torch: it builds the library (once, with g++, a few seconds) and loads it. The process then has a
-GPU in name, for good. It takes a CPU build of torch on Linux.
+Import this module before torch: it builds the library (once, with g++, in a few seconds) and loads it. The process then has
+a nominal GPU until it ends. Needs a CPU build of torch on Linux.
 """
-# ruff: noqa: E402 - torch comes after the library
+# ruff: noqa: E402 - torch is imported after the library
 
 import ctypes
 import hashlib
@@ -31,7 +31,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 
 
 def why_not() -> str | None:
-    """Why this machine cannot pretend, or None."""
+    """Why fake CUDA cannot work on this machine, or None."""
     version = importlib.metadata.version("torch")
     if not version.endswith("+cpu"):
         return f"torch {version} is not a CPU build"
@@ -39,10 +39,10 @@ def why_not() -> str | None:
 
 
 def _load() -> None:
-    """Build the library, if this source and this torch have none yet, and load it.
+    """Load the library, after building it unless this source and this torch have one.
 
     Raises:
-        ImportError: it cannot be.
+        ImportError: it cannot be built or loaded.
     """
     if reason := why_not():
         raise ImportError(f"fake CUDA: {reason}")
@@ -108,7 +108,7 @@ class Counts(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         """Of operations by name; each counts as one kernel, though a few run several."""
         self.bytes = 0
-        """Of all operands and results of every launch: more than memory moves where a cache holds them."""
+        """Of all operands and results of every launch: an upper bound on memory traffic, because of caches."""
         self.flops: Counter[str] = Counter()
         """Of matrix products by dtype, and of Triton's under "triton"; attention kernels are not counted."""
         self.launches_at: Counter[str] = Counter()
@@ -123,7 +123,7 @@ class Counts(TorchDispatchMode):
         self.seconds: Counter[str] = Counter()
         """By GPU: each launch takes the longer of its arithmetic and its bytes."""
         self.peak = 0
-        """Most bytes held at once."""
+        """Most bytes allocated at once."""
         self._rates = rates or {}
         self._alive = 0
         self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}

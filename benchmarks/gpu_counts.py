@@ -3,16 +3,16 @@
 The trainer's own code runs on fake CUDA tensors (fake_cuda.py) at the shapes of Llama-3.2-1B and Llama-3.1-8B: a forward and
 backward pass and, for methods whose weights depend on the other pairs, the pass that surveys them. Rows without flags are
 what the trainer's preflight chooses on one H100 of 80 GB. Prompts are about 200 tokens long and answers 300, drawn uniformly
-within half of that, the same draw always. Counted are
+within half of that from a fixed seed. Counted are
 
     launches       operations that run at least one kernel; each counts once, though a few run several
-    GEMM TFLOP     of matrix products, of these in float32; Triton's products apart; attention kernels' not counted
+    GEMM TFLOP     of matrix products, and of those in float32; Triton's separately; attention kernels' not counted
     GiB moved      all operands and results of all launches: an upper bound, as a cache may hold them
-    peak GiB       held at once beyond weights, gradients and optimizer states
+    peak GiB       allocated at once beyond weights, gradients and optimizer states
 
-The times are modelled, not measured: a launch takes the longer of its arithmetic and its bytes at the rates of RATES, the
-step the longer of their sum and the host's time to launch them. Not in it: ZeRO's float32 sums, the optimizer step, the
-exchange between GPUs. The counts are deterministic; a test repeats some of them (tests/test_fake_cuda.py).
+Times are modelled, not measured: a launch takes the longer of its arithmetic and its memory traffic at RATES, the step the
+longer of their sum and the host's time to launch them. ZeRO's float32 sums, the optimizer step and communication between
+GPUs are excluded. The counts are deterministic; tests/test_fake_cuda.py repeats some of them.
 
     PYTHONPATH=src python benchmarks/gpu_counts.py [--output=benchmarks/results/gpu_counts.json]
 """
@@ -67,7 +67,7 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU is taken to sustain: shares of its data sheet's peaks."""
+    """Rates that a GPU is assumed to sustain: shares of its data sheet's peaks."""
 
     bfloat16: float
     """FLOP/s of matrix products."""
@@ -77,7 +77,7 @@ class Rates:
     memory: float
     """Bytes/s."""
     launch: float
-    """Seconds of the host a launch."""
+    """Seconds of the host per launch."""
 
     def seconds(self, kind: str, flops: int, moved: int) -> float:
         """Of one launch."""
@@ -141,7 +141,7 @@ def micro_batch(
     batch = form_batch(pairs, list(range(len(pairs))), config, 0).to(fake_cuda.DEVICE)
     reference_B2 = torch.zeros(len(pairs), 2, device=fake_cuda.DEVICE)
     hooks = [
-        # As under ZeRO, a parameter's gradient leaves as soon as it is there.
+        # As under ZeRO, a parameter's gradient is removed as soon as it is complete.
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         for parameter in policy.parameters()
         if parameter.requires_grad
@@ -207,7 +207,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines += [f"  {place:40}{at['launches']:>8,} launches {at['gib_moved']:>9,} GiB"
                       for place, at in found["by_file"].items()]  # fmt: skip
     rates = [f"{gpu}: {', '.join(f'{name} {value:g}' for name, value in asdict(of).items())}" for gpu, of in RATES.items()]
-    return "\n".join([*lines, "", "the model's rates, a second (launch: seconds each):", *rates])
+    return "\n".join([*lines, "", "the model's rates per second (launch: seconds each):", *rates])
 
 
 def main() -> None:
@@ -220,8 +220,7 @@ def main() -> None:
         for case in CASES:
             rows.append(row(*case, Path(folder)))
             print(table(rows[-1:]).splitlines()[1], flush=True)
-    told = table(rows)
-    print(f"\n{told}")
+    print(f"\n{table(rows)}")
     rates = {gpu: asdict(of) for gpu, of in RATES.items()}
     output.write_text(json.dumps({"rates": rates, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -1,21 +1,21 @@
-"""Ten minutes on a GPU: is what we run there right, what does it cost, in the order of what decides most.
+"""Ten minutes on a GPU: correctness and cost of the code for GPUs, the most important parts first.
 
     PYTHONPATH=src python benchmarks/gpu_lease.py            on a bare GPU machine: torch, triton, transformers, pytest
-    PYTHONPATH=src python benchmarks/gpu_lease.py --tiny     the same parts on a CPU, to know that the script itself runs
+    PYTHONPATH=src python benchmarks/gpu_lease.py --tiny     the same parts on a CPU, to check that the script runs
 
 Weights are random, of true shapes; nothing is downloaded. The parts:
 
-    new_shapes   what the first and the second attention call of a new length cost, with cuDNN's kernels and without
-    head         the output head: ours, the bare product of cuBLAS, torch's log_softmax; by splits; its exactness
-    dpo          a micro-batch of 1, 4 and 16 pairs by attention kernel and recomputation: seconds for lengths never seen and
-                 for lengths seen before, MFU, memory beside the prediction, kernels beside gpu_counts.json
-    repeats      are two backward passes equal to the bit, as they are and with deterministic kernels
-    wdpo         the same for WDPO's solvers, with float32 products as they are and in TF32
+    new_shapes   cost of the first and second attention call of a new length, with and without cuDNN's kernels
+    head         the output head: linear_logprob, cuBLAS's product alone, torch's log_softmax; by splits; its error
+    dpo          a micro-batch of 1, 4 and 16 pairs by attention kernel and recomputation: seconds for new and for repeated
+                 lengths, MFU, memory against the prediction, kernels against gpu_counts.json
+    repeats      whether two backward passes are bit-equal, with default and with deterministic kernels
+    wdpo         the same as dpo for WDPO's solvers, with float32 products in full precision and in TF32
     scoring      ArmoRM's backbone over packed rows
     tests        pytest -m gpu tests/kernels
 
-A part that fails is recorded and the next one runs; a part that finds --seconds used up is recorded so. The file is written
-after every part: benchmarks/results/gpu_<device>.json, or --output.
+If a part fails, the failure is recorded and the next part runs; parts that would start after --seconds are recorded as such.
+The file is written after each part: benchmarks/results/gpu_<device>.json, or --output.
 """
 
 import argparse
@@ -119,7 +119,7 @@ class Lease:
         return statistics.median(times)
 
     def gib(self, run: Callable[[], Any]) -> float | None:
-        """Peak memory of a call beyond what is held before."""
+        """Peak memory of a call beyond what was allocated before it."""
         if self.tiny:
             return None
         torch.cuda.reset_peak_memory_stats()

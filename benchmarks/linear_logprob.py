@@ -1,17 +1,17 @@
-"""Log-probs of target tokens from hidden states: time, peak memory and error of linear_logprob beside other ways.
+"""Log-probs of target tokens from hidden states: time, peak memory and error of linear_logprob and its alternatives.
 
     plain      hidden @ head.T in the input's dtype, log_softmax in float32, gather
     compile    torch.compile of the same
     trl        TRL's chunked function (trl.kernels.chunked_logprob), which its DPOTrainer uses
     liger      Liger's fused linear cross entropy, one loss per token (CUDA only)
-    cce        Apple's cut-cross-entropy; on a CPU its own torch.compile form, as its kernels are for GPUs
-    matmuls    nothing but the products that a way without stored logits needs: one forward, three more backward
+    cce        Apple's cut-cross-entropy; on a CPU its torch.compile form, since its kernels are for GPUs
+    matmuls    only the matrix products of a method without stored logits: one forward, three backward
     drdpo      drdpo.kernels.linear_logprob: torch on a CPU, Triton on CUDA
 
-bfloat16 inputs, forward and backward, gradients for hidden states and head. Every way runs in a process of its own, in
-turn, several rounds; `x drdpo` is the median over rounds of a way's time over ours in the same round. Memory is the peak
-over the inputs. The error is that of the log-probs, and of the head's gradient relative to its norm, against float64 on the
-first tokens. liger and cce are measured where they are installed (pip install liger-kernel cut-cross-entropy).
+Inputs are bfloat16; forward and backward pass, gradients for hidden states and head. Each method runs in its own process, in
+turn, for several rounds; `x drdpo` is the median over rounds of its time divided by ours in the same round. Memory is the
+peak beyond the inputs. Errors are those of the log-probs, and of the head's gradient relative to its norm, against float64
+on the first tokens. liger and cce are measured if installed (pip install liger-kernel cut-cross-entropy).
 
     PYTHONPATH=src python benchmarks/linear_logprob.py [--cases 49152x576x1024 128256x2048x512]
         [--output=benchmarks/results/linear_logprob]
@@ -158,7 +158,7 @@ def _status(key: str) -> float:
 
 
 def memory_now() -> float:
-    """GiB held now, on the GPU or by the process; peak_gib counts anew from here."""
+    """GiB allocated now, on the GPU or by the process; resets the peak that peak_gib returns."""
     import torch
 
     gc.collect()
@@ -187,9 +187,9 @@ def run(way: str, case: str, arguments: argparse.Namespace) -> dict:
 def compare(case: str, ways: list[str], arguments: argparse.Namespace) -> dict:
     """All ways at one size."""
     rounds = [{way: run(way, case, arguments) for way in ways} for _ in range(arguments.rounds)]
-    figures = {}
+    measured = {}
     for way in ways:
-        figures[way] = {
+        measured[way] = {
             "forward_seconds": statistics.median(r[way]["forward"] for r in rounds),
             "both_seconds": statistics.median(r[way]["both"] for r in rounds),
             "forward_times_drdpo": statistics.median(r[way]["forward"] / r["drdpo"]["forward"] for r in rounds),
@@ -197,7 +197,7 @@ def compare(case: str, ways: list[str], arguments: argparse.Namespace) -> dict:
             "peak_gib": max(r[way]["peak_gib"] for r in rounds),
             **{name: rounds[0][way].get(name) for name in ("error", "gradient_error")},
         }
-    return {"case": case, "ways": figures}
+    return {"case": case, "ways": measured}
 
 
 def table(cases: list[dict]) -> str:

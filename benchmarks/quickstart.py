@@ -1,9 +1,9 @@
-"""The quickstart's claim, checked: each method's gain in the mixture it was trained on, with its interval, by seed.
+"""Checks the quickstart's claim: the gain of each method in the mixture that it was trained on, with its interval, by seed.
 
-Runs quickstart.sh once a seed and writes gains, seconds by step and the largest process's peak memory into the results,
-beside those of the other kind of CPU. Status 1 where an interval does not lie above zero. `--cpu=avx2` limits torch's
-libraries to what a CPU with AVX2 alone has, where --dtype=auto is float32; a real one is slower. The seconds are those
-after setup; other work on the cores makes them more, so the load before is recorded.
+Runs quickstart.sh once per seed and writes gains, seconds by step and the largest process's peak memory into the results,
+next to those of the other kind of CPU. The exit status is 1 if an interval does not lie above zero. `--cpu=avx2` limits
+torch's libraries to the instructions of a CPU with AVX2 only, on which --dtype=auto is float32; a real one is slower.
+Seconds exclude setup; other work on the cores increases them, so the load at the start is recorded.
 
     PYTHONPATH=src python benchmarks/quickstart.py [--seeds 42 43 44] [--cpu=avx2]
         [--output=benchmarks/results/quickstart.json]
@@ -79,7 +79,7 @@ def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) 
     """One quickstart: {"gains_sd": {method: {value, low, high}}, "seconds": {step: }, "peak_gib": , "load_before": }."""
     load = os.getloadavg()[0]
     if folder.exists():
-        sys.exit(f"error: {folder} is there, and its steps would take no time; remove it or pass another --output_path")
+        sys.exit(f"error: {folder} exists, so its steps would be skipped; remove it or pass another --output_path")
     command = ["bash", str(ROOT / "quickstart.sh"), f"--seed={seed}", f"--output_path={folder}", *flags]
     output = []
     process = subprocess.Popen(
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, default=ROOT / "outputs" / "quickstart_check", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--estimate", default="false", choices=("true", "false"))
-    parser.add_argument("--flags", nargs="*", default=[], help="further words for quickstart.sh, without their dashes")
+    parser.add_argument("--flags", nargs="*", default=[], help="further flags of quickstart.sh, without their dashes")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
     if arguments.estimate == "true":

@@ -4,13 +4,13 @@
     padded   conversations in their order, --padded_batch at a time, padded to the longest of them, as the authors do
     packed   ours: drdpo.scoring.armorm and drdpo.kernels.packed_attention
 
-All three use the same model, heads, precision and conversations, and must agree; the figures say what the arrangement is
-worth and nothing else. Every way runs in a process of its own (peak memory is a property of the process), in turn, several
-rounds, so that a drift of the machine's speed falls on all alike. Ratios are taken within a round, their median reported.
+All three use the same model, heads, precision and conversations, and must agree, so only the arrangement differs. Each runs
+in its own process (peak memory is a property of the process), in turn, for several rounds, so that a drift of the machine's
+speed affects all alike. Ratios are taken within a round; their median is reported.
 
 Prompts have HelpSteer2's lengths (NVIDIA, CC-BY-4.0; quantiles of 500 prompts and 1000 answers below). Answers have
-either HelpSteer2's lengths, or those of a small model that may write --short_answers tokens at most. Token ids are random:
-time does not depend on them.
+either HelpSteer2's lengths, or those of a small model limited to --short_answers tokens. Token ids are random: the time does
+not depend on them.
 
     PYTHONPATH=src python benchmarks/scoring.py [--model=models/ArmoRM-SmolLM2] [--output=benchmarks/results/scoring]
 """

@@ -1,14 +1,14 @@
-"""A DPO step: pairs per second and peak memory, ours beside TRL's DPOTrainer and the authors' formulation.
+"""A DPO step: pairs per second and peak memory of this trainer, TRL's DPOTrainer and the authors' formulation.
 
     trl        TRL's DPOTrainer, reference log-probs precomputed, weights in --dtype, its own collator and fused head
-    authors    two padded rows a pair, whole logits in float32, the reference model run beside the policy at every step
+    authors    two padded rows per pair, full logits in float32, the reference model run at every step
     padded     ours with --packing=false
     packed     ours as it is by default
 
 Forward, backward and optimizer step on the same pairs with the same micro-batch, no gradient checkpointing, AdamW. Prompts
-and answers have HelpSteer2's lengths (see benchmarks/scoring.py), cut at --max_len; token ids are random. Every way runs in
-a process of its own, in turn, several rounds; ratios are taken within a round, their median reported. Peak memory is that
-over weights and optimizer states, measured after a first step has made them.
+and answers have HelpSteer2's lengths (see benchmarks/scoring.py), cut at --max_len; token ids are random. Each trainer runs
+in its own process, in turn, for several rounds; ratios are taken within a round and their median is reported. Peak memory is
+beyond weights and optimizer states, measured after a first step has allocated them.
 
     PYTHONPATH=src python benchmarks/train_step.py [--model=models/SmolLM2-135M] [--output=benchmarks/results/train_step]
 """
@@ -52,7 +52,7 @@ def make_pairs(count: int, max_len: int):
     for number, prompt in enumerate(np.minimum(prompts, max_len // 2)):
         room = max_len - int(prompt)
         pairs.append(Pair(ids(prompt), *(ids(min(int(size), room)) for size in answers[2 * number : 2 * number + 2])))
-    # The trainer puts pairs of similar length together, as TRL can be told to.
+    # The trainer groups pairs of similar length, an option of TRL too.
     return sorted(pairs, key=len)
 
 
@@ -71,8 +71,8 @@ def trl_step(arguments):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    told = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)  # only to build the trainer
-    trainer = DPOTrainer(model, args=config, train_dataset=told, processing_class=tokenizer)
+    unused = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)  # only to build the trainer
+    trainer = DPOTrainer(model, args=config, train_dataset=unused, processing_class=tokenizer)
     trainer.create_optimizer_and_scheduler(100)
     trainer.current_gradient_accumulation_steps = arguments.pairs // arguments.micro_batch
     trainer.model.train()
@@ -254,10 +254,10 @@ def main() -> None:
              "micro_batch": arguments.micro_batch, "max_len": arguments.max_len, "rounds": arguments.rounds,
              "packed_tokens": rounds[0]["packed"]["packed_tokens"], "ways": ways}  # fmt: skip
     print(f"{'way':<20} {'pairs/s':>8} {'x TRL':>6} {'peak GiB over weights and optimizer':>36}")
-    for way, figures in ways.items():
+    for way, measured in ways.items():
         print(
-            f"{LABELS[way]:<20} {figures['pairs_per_second']:>8.3f} {figures['faster_than_trl_by']:>6.2f} "
-            f"{figures['peak_gib_over_weights_and_optimizer']:>36.2f}"
+            f"{LABELS[way]:<20} {measured['pairs_per_second']:>8.3f} {measured['faster_than_trl_by']:>6.2f} "
+            f"{measured['peak_gib_over_weights_and_optimizer']:>36.2f}"
         )
     if arguments.output:
         path = Path(arguments.output)

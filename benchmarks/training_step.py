@@ -1,7 +1,7 @@
-"""Time and peak memory of an optimizer step, by method, side by side in one run.
+"""Time and peak memory of an optimizer step by method.
 
-Every method runs in a process of its own (peak memory is a property of the process), in turn, several rounds, so that a
-drift of the machine's speed falls on all alike. Times are ratios to DPO of the same round.
+Each method runs in its own process (peak memory is a property of the process), in turn, for several rounds, so that a drift
+of the machine's speed affects all alike. Times are divided by DPO's in the same round.
 
     PYTHONPATH=src python benchmarks/training_step.py --model_path=models/SmolLM2-135M
         [--tokens=256] [--rounds=3] [--output=...json]
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of each sequence, half of them answer")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default=None, help="JSON file for the figures")
+    parser.add_argument("--output", default=None, help="JSON file for the results")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="as the trainer's default; off here")
     parser.add_argument("--method", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,19 +1,18 @@
-"""WDPO's solvers: error of the penalty's parameter gradient, time and peak memory of a step, beside DPO's.
+"""WDPO's solvers and DPO: error of the penalty's parameter gradient, time and peak memory of a step.
 
     dpo          ours: packed, prompt once
-    original     the authors' formulation: two padded rows, eager attention, double backward, whole float32 logits, and the
-                 reference model run beside the policy
+    original     the authors' formulation: two padded rows, eager attention, double backward, full float32 logits, and the
+                 reference model run at every step
     exact        --wdpo_solver=exact: padded rows, eager attention, double backward; "once": --wdpo_prompt=once
-    tangent      --wdpo_solver=tangent: packed, the prompt per sequence; "once": --wdpo_prompt=once
+    tangent      --wdpo_solver=tangent: packed, prompt per sequence; "once": --wdpo_prompt=once
 
-A step is forward and backward of one pair, half of each sequence answer, of real text (the repository's own documents);
-optimizer and engine cost all ways the same and are left out. Every way runs in a process of its own (peak memory is a
-property of the process), in turn, several rounds, so that a drift of the machine's speed falls on all alike; ratios are of
-one round, their median reported. On a CPU the time is that of the cores (wall time times the cores at work): with
-OMP_NUM_THREADS=1 it hardly depends on what else the machine does. Memory is the peak over weights and gradients. Errors are
-those of the gradient of mean |grad l|^2 for all parameters against exact in float32 on the same weights; a cosine beside
-each. In bfloat16 they differ from pair to pair: the median over --pairs pairs, the worst, and the lowest cosine are told. In
-float32 they are those of the first pair.
+A step is the forward and backward pass of one pair of real text (the repository's documents), half of each sequence answer.
+Optimizer and engine cost the same for all and are excluded. Each solver runs in its own process (peak memory is a property
+of the process), in turn, for several rounds, so that a drift of the machine's speed affects all alike; ratios are taken
+within a round and their median is reported. On a CPU the time is that of all busy cores (wall time times their number),
+which with OMP_NUM_THREADS=1 hardly depends on other work. Memory is the peak beyond weights and gradients. Errors are those
+of the gradient of mean |grad l|^2 for all parameters against exact in float32 on the same weights, relative and as cosine:
+in bfloat16 the median over --pairs pairs, the worst, and the lowest cosine; in float32 those of the first pair.
 
     PYTHONPATH=src python benchmarks/wdpo.py [--model=models/SmolLM2-135M]
         [--tokens 256 512 1024] [--output=benchmarks/results/wdpo]
@@ -112,7 +111,7 @@ def step_of(way: str, config, policy, device: str, pair):
 
 
 def memory(key: str) -> float:
-    """GiB that the process, or on a GPU torch, holds now ("VmRSS") or held at most ("VmHWM")."""
+    """GiB allocated by the process, or on a GPU by torch: now ("VmRSS") or at most ("VmHWM")."""
     import torch
 
     if torch.cuda.is_available():
@@ -147,7 +146,7 @@ def measure(arguments) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds = []
     for _ in range(arguments.steps + 1):
@@ -211,14 +210,14 @@ def on_gpu() -> bool:
 
 
 def allocated(arguments, way: str, setting: dict) -> float:
-    """Peak GiB that one step holds. Every block of 64 KiB or more is given back to the system as soon as it is freed, at the
+    """Peak GiB of one step. Every block of 64 KiB or more is returned to the system as soon as it is freed, at the
     price of time: glibc otherwise keeps several times as much resident in holes between tensors."""
-    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     once = argparse.Namespace(**vars(arguments) | {"steps": 0})
-    return run(once, given_back, way=[way], **setting)["peak_gib"]
+    return run(once, returned, way=[way], **setting)["peak_gib"]
 
 
-def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict) -> list[dict]:
+def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, measured: dict) -> list[dict]:
     """Rows of one setting."""
     ways = list(WAYS)
     if tokens > arguments.longest_double_backward:
@@ -233,13 +232,13 @@ def table_of(arguments, tokens: int, dtype: str, checkpointing: bool, told: dict
         row["time_ratio"] = statistics.median(r[way]["seconds"] / r["dpo"]["seconds"] for r in rounds)
         row["peak_gib"], row["memory_ratio"] = held[way], held[way] / held["dpo"]
         row["resident_gib"] = statistics.median(r[way]["peak_gib"] for r in rounds)
-        rows.append(row | told.get(f"{way}, {dtype}", {}))
+        rows.append(row | measured.get(f"{way}, {dtype}", {}))
         row = rows[-1]
-        told_error = f"{row['error']:.2%} {row['worst']:.2%} {row['cosine']:.5f}" if "error" in row else ""
+        error = f"{row['error']:.2%} {row['worst']:.2%} {row['cosine']:.5f}" if "error" in row else ""
         print(
             f"{tokens:>6} {dtype:<9} {'yes' if checkpointing else 'no':<4} {way:<18} {row['seconds']:>8.2f} "
             f"{row['time_ratio']:>6.2f} {row['peak_gib']:>9.3f} {row['memory_ratio']:>6.2f} "
-            f"{row['resident_gib']:>12.2f}  {told_error}",
+            f"{row['resident_gib']:>12.2f}  {error}",
             flush=True,
         )
     return rows
@@ -317,20 +316,20 @@ def main() -> None:
         f"tokens dtype     ckpt {'way':<18} {'s/step':>8} {'x DPO':>6} {'peak GiB':>9} {'x DPO':>6} {'resident GiB':>12}"
     )
     print(heading + "  error: median, worst; lowest cosine")
-    rows, told_by_tokens = [], {}
+    rows, errors_by_tokens = [], {}
     for tokens in arguments.tokens:
-        told = {}
+        measured = {}
         if tokens <= arguments.longest_errors:
-            told = told_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtype=arguments.dtype)
-        for name, figures in told.items():
-            print(f"{tokens:>6} {name:<28} error {figures['error']:.2%}, worst {figures['worst']:.2%}, lowest cosine "
-                  f"{figures['cosine']:.5f}, {figures['pairs']} pairs", flush=True)  # fmt: skip
+            measured = errors_by_tokens[tokens] = run(arguments, way=["errors"], tokens=[tokens], dtype=arguments.dtype)
+        for name, found in measured.items():
+            print(f"{tokens:>6} {name:<28} error {found['error']:.2%}, worst {found['worst']:.2%}, lowest cosine "
+                  f"{found['cosine']:.5f}, {found['pairs']} pairs", flush=True)  # fmt: skip
         for dtype in arguments.dtype:
             for checkpointing in (True,) if arguments.only_checkpointing else (False, True):
-                rows += table_of(arguments, tokens, dtype, checkpointing, told)
+                rows += table_of(arguments, tokens, dtype, checkpointing, measured)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = {"device": device, "model": Path(arguments.model).name, "beta": BETA, "rho": arguments.rho,
-             "rounds": arguments.rounds, "pairs": arguments.pairs, "errors": told_by_tokens, "rows": rows}  # fmt: skip
+             "rounds": arguments.rounds, "pairs": arguments.pairs, "errors": errors_by_tokens, "rows": rows}  # fmt: skip
     if arguments.output:
         path = Path(arguments.output)
         path.parent.mkdir(parents=True, exist_ok=True)
