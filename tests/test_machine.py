@@ -135,6 +135,20 @@ def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_wh
     assert warning.startswith(f"WARNING: this CPU multiplies bfloat16 {factor}")
 
 
+def test_an_explicit_dtype_is_settled_without_torch_where_there_is_no_driver(root):
+    program = """if True:
+        import ctypes, sys
+        from drdpo import machine
+        from drdpo.config import CompletionsConfig
+        def missing(name):
+            raise OSError(name)
+        ctypes.CDLL = missing
+        print(machine.settle(CompletionsConfig("out", "model", dtype="float32"))[0].dtype, "torch" in sys.modules)"""
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "float32 False\n"
+
+
 def test_an_explicit_flag_wins_and_is_probed_only_to_warn(monkeypatch):
     for claims in (True, False):  # a flag of the CPU that is wrong warns too
         cpu(monkeypatch, claims, None)
