@@ -253,7 +253,7 @@ def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str])
     scored = {"made_by": {"reward_model": "f00d"}, "versions": {}, "commit": "abc", "reward_model": "models/RM"}
     (dpo / "manifest.json").write_text(json.dumps({"score_test": scored}))
     text = report_of(evaluate(tmp_path, two_runs))
-    assert "KLDPO (kldpo_tau=0.05, beta=0.01, seed=7)" in text
+    assert "KLDPO (kldpo_tau=0.05), beta=0.01, seed=7" in text
     for fact in ("global_step_3", "datasets/some_prompts", "models/RM", "f00d", "1.2.3", "](spider.png)"):
         assert fact in text
     assert f"{base / 'manifest.json'} has no record of score_test" in text
@@ -397,7 +397,7 @@ def test_a_failed_report_leaves_the_old_one(tmp_path: Path, two_runs: list[str],
         if len(written) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("drdpo.evaluation.tables.flush", full)
+    monkeypatch.setattr("drdpo.evaluation.report.flush", full)
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before

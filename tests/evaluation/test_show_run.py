@@ -36,7 +36,7 @@ def shown(folder, capsys, picture=False):
 
 def test_a_dead_run(folder, capsys):
     text = shown(folder, capsys)
-    for fragment in ("stopped; the same command resumes after step 2", "step 2 of 10 (20%)", "--kldpo_tau=0.05",
+    for fragment in ("stopped; the same command resumes after step 2", "step 2 of 10 (20%)", "KLDPO (kldpo_tau=0.05)",
                      "4.0 s a step", "32.0 s, without", "eval_loss 0.65 at step 2"):  # fmt: skip
         assert fragment in text  # 8 of 10 steps are left, of 4 s each
     assert not (folder / "training.png").exists()

@@ -30,9 +30,9 @@ def test_interval_equals_a_plain_bootstrap() -> None:
     estimates = bootstrap_means(values_PK, draws=20000, seed=5)
     rows = generator.integers(0, 30, size=(20000, 30))
     low_K, high_K = np.quantile(values_PK[rows].mean(axis=1), [0.025, 0.975], axis=0)
-    for estimate, low, high in zip(estimates, low_K, high_K, strict=True):
-        assert estimate.low == pytest.approx(low, abs=0.02)
-        assert estimate.high == pytest.approx(high, abs=0.02)
+    for found, low, high in zip(estimates, low_K, high_K, strict=True):
+        assert found.low == pytest.approx(low, abs=0.02)
+        assert found.high == pytest.approx(high, abs=0.02)
 
 
 def test_prompts_are_drawn_as_whole_rows() -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from drdpo.cli import as_dict, require
 from drdpo.config.evaluation import EvaluateConfig
+from drdpo.evaluation.report import csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
     ANSWERS,
     MAY_DIFFER,
@@ -23,7 +24,6 @@ from drdpo.evaluation.runs import (
 )
 from drdpo.evaluation.spider import draw_spider, draw_sweep
 from drdpo.evaluation.statistics import ALPHAS, MIXTURE, Comparison, Estimate, compare
-from drdpo.evaluation.tables import csv_text, differences, markdown_table, text_table, write_report
 from drdpo.folder import git_commit, versions
 from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE, flag_name
@@ -220,16 +220,6 @@ def armorm_report(
     parts += _answer_sections(runs, comparison)
     parts += ["## How the runs were made", *_provenance_sections(provenances)]
     return "\n\n".join(parts) + "\n"
-
-
-def interval(estimate: Estimate | None, form: str) -> str:
-    """`+0.894 [+0.721, +1.060]`; n/a for None."""
-    if estimate is None:
-        return "n/a"
-    value = form.format(estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return f"{value} (one prompt: no interval)"
-    return f"{value} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
 
 
 def _gain(comparison: Comparison, run: ScoredRun, objective: str) -> str:

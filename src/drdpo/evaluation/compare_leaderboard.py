@@ -23,10 +23,10 @@ from drdpo.evaluation.leaderboard_scores import (
     benchmarks,
     raw_rows,
 )
+from drdpo.evaluation.report import csv_text, differences, markdown_table, write_report
 from drdpo.evaluation.runs import parse_runs, section
 from drdpo.evaluation.spider import RC, save_picture
 from drdpo.evaluation.statistics import Array
-from drdpo.evaluation.tables import csv_text, differences, markdown_table, write_report
 from drdpo.folder import read_json_object, read_manifest
 from drdpo.models import fingerprint
 

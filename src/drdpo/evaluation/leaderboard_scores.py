@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from drdpo.config.evaluation import LeaderboardConfig
-from drdpo.evaluation.tables import markdown_table, text_table
+from drdpo.evaluation.report import markdown_table, text_table
 
 BBH_CHOICES: dict[str, int] = {
     "boolean_expressions": 2, "causal_judgement": 2, "date_understanding": 6, "disambiguation_qa": 3, "formal_fallacies": 2,

@@ -14,10 +14,10 @@ from drdpo.cli import as_dict
 from drdpo.config.evaluation import CompareMixturesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import spider
-from drdpo.evaluation.compare import SCORES, interval
+from drdpo.evaluation.compare import SCORES
+from drdpo.evaluation.report import interval, markdown_table, write_report
 from drdpo.evaluation.runs import parse_runs, section, sort_objectives
 from drdpo.evaluation.statistics import Estimate
-from drdpo.evaluation.tables import markdown_table, write_report
 from drdpo.folder import read_manifest
 from drdpo.models import fingerprint
 from drdpo.objectives import flag_name

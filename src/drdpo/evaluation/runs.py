@@ -4,7 +4,7 @@ Shapes: P prompts, C completions.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import read_manifest
+from drdpo.folder import read_json_object, read_manifest
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
 from drdpo.records import Completion, Message, check_unique, read_records
 
@@ -254,8 +254,9 @@ class Provenance:
 
     @property
     def method(self) -> str:
-        """How the policy was trained, with the method's own flags."""
-        return method_line(self.training) if self.training else "no training recorded"
+        """How the policy was trained, e.g. `KLDPO (kldpo_tau=0.05), beta=0.01, seed=42`."""
+        shown = [f"{flag}={self.training[flag]}" for flag in ("beta", "seed") if flag in self.training]
+        return ", ".join([method_of(self.training), *shown]) if self.training else "no training recorded"
 
     def made_by(self, step: str) -> dict[str, str]:
         """The flags and fingerprints on which a step's results depend."""
@@ -293,13 +294,14 @@ def section(record: Any, *names: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def method_line(flags: dict[str, str]) -> str:
-    """`KLDPO (kldpo_tau=0.05, beta=0.01, seed=42)`, from the flags of a training."""
+def method_of(flags: Mapping[str, Any]) -> str:
+    """The method of a training and its strength, e.g. `KLDPO (kldpo_tau=0.05)`: as its manifest records it, or derived from
+    the flags of a folder whose manifest does not.
+    """
+    if flags.get("method"):
+        return str(flags["method"])
     names = {"kldpo_tau": "KLDPO", "wdpo_rho": "WDPO", "drdpo_beta": "Dr. DPO"}
-    chosen = next((flag for flag in names if flag in flags), None)
-    shown = [flag for flag in (chosen, "beta", "seed") if flag in flags]
-    name = names[chosen] if chosen else flags.get("method", "DPO")
-    return f"{name} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
+    return next((f"{name} ({flag}={flags[flag]})" for flag, name in names.items() if flags.get(flag) is not None), "DPO")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -314,15 +316,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _training_flags(model_path: str | None) -> dict[str, str]:
-    """The flags of the training that wrote a checkpoint `<save_path>/global_step_<n>`; empty for other models."""
+    """Flags and method of the training that wrote a checkpoint `<save_path>/global_step_<n>`; empty for other models."""
     if model_path is None or not (path := Path(model_path).parent / "config.json").is_file():
         return {}
     try:
-        flags = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        flags = read_json_object(path)
+    except DataError:
         return {}
     # A folder of models may have another config.json; a training's has these two flags.
-    return _flat(flags) if isinstance(flags, dict) and {"dataset_path", "kldpo_tau"} <= set(flags) else {}
+    if not {"dataset_path", "beta"} <= set(flags):
+        return {}
+    return _flat(flags | {"method": section(read_manifest(path.parent), "train", "made_by").get("method")})
 
 
 def _mixture(training: dict[str, str]) -> dict[str, float]:
