@@ -14,7 +14,7 @@ from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import compare_leaderboard, mixtures
 from drdpo.evaluation.compare_leaderboard import LeaderboardRun, compare_openllm, heatmap, shades
-from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, GPQA_SUBTASKS, MATH_SUBTASKS, MUSR_CHOICES
+from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES
 from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import lock_folder
@@ -29,9 +29,6 @@ def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
     """All six benchmarks at round figures, as the harness writes them."""
     scores = {f"leaderboard_bbh_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.02) for name in BBH_CHOICES}
     scores |= {f"leaderboard_musr_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.03) for name in MUSR_CHOICES}
-    gpqa, math = (0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    scores |= {t: metrics(acc_norm=v, acc_norm_stderr=0.01) for t, v in zip(GPQA_SUBTASKS, gpqa, strict=True)}
-    scores |= {t: metrics(exact_match=v) for t, v in zip(MATH_SUBTASKS, math, strict=True)}
     scores |= {
         "leaderboard_bbh": metrics(acc_norm=0.51, acc_norm_stderr=0.006),
         "leaderboard_musr": metrics(acc_norm=0.52, acc_norm_stderr=0.018),
@@ -71,8 +68,6 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
     raw = table_row(text, "### Raw, as published", "base")
     columns = ["0.550 ± 0.021", "0.510 ± 0.006", "0.330 ± 0.012", "0.280 ± 0.015", "0.520 ± 0.018", "0.550 ± 0.005"]
     assert raw == ["base", *columns]
-    # Unweighted: BBH and MuSR 1/2 everywhere, MATH 0.4, GPQA 0.3.
-    assert table_row(text, "### Raw, each subtask", "base")[1:] == ["0.550", "0.500", "0.400", "0.300", "0.500", "0.550"]
     normalised = table_row(text, "### Normalised", "base")
     # BBH: (1/2 - 1/n) / (1 - 1/n) = (n - 2) / (2 (n - 1)), the mean over the 24.
     bbh = 100 * sum((n - 2) / (2 * (n - 1)) for n in BBH_CHOICES.values()) / 24

@@ -53,7 +53,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
 """{size: {method: raw values, 0 to 1, in the order of COLUMNS}}: size-weighted means of the harness, from arXiv 2502.01930
 and the README of its repository."""
 
-_CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "raw_unweighted", "normalised", "normalised_stderr")
+_CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "normalised", "normalised_stderr")
 _MAY_DIFFER = ("model_path", "model_fingerprint", "date", "commit")
 _ROW, _PANEL = 0.36, 6.3
 """Inches of the heat map."""
@@ -152,10 +152,10 @@ def _csv_rows(runs: list[LeaderboardRun]) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for run in runs:
         for b in run.benchmarks:
-            numbers = [b.raw, b.raw_stderr, b.unweighted, b.normalised, b.normalised_stderr]
+            numbers = [b.raw, b.raw_stderr, b.normalised, b.normalised_stderr]
             rows.append([run.group, run.name, b.name, *numbers])
         if (mean := average(run.benchmarks)) is not None:
-            rows.append([run.group, run.name, "Average", "", "", "", mean, average_stderr(run.benchmarks)])
+            rows.append([run.group, run.name, "Average", "", "", mean, average_stderr(run.benchmarks)])
     return rows
 
 
@@ -214,13 +214,13 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
     if published:
         rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in published.items()]
         parts += [f"### Published raw values, {title} (arXiv 2502.01930)", markdown_table(header, rows)]
-    return [*parts, "### Raw, each subtask weighted equally (0-1)", table("unweighted")]
+    return parts
 
 
 def _cell(benchmark: Benchmark, value: str) -> str:
     if value == "normalised":
         return _with_error(benchmark.normalised, benchmark.normalised_stderr, 2)
-    return _with_error(benchmark.raw, benchmark.raw_stderr, 3) if value == "raw" else f"{benchmark.unweighted:.3f}"
+    return _with_error(benchmark.raw, benchmark.raw_stderr, 3)
 
 
 def _average(run: LeaderboardRun) -> str:

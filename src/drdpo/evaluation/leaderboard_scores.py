@@ -10,7 +10,7 @@ of the six. The harness itself prints raw means weighted by size; published tabl
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,6 @@ BBH_CHOICES: dict[str, int] = {
     "tracking_shuffled_objects_three_objects": 3, "web_of_lies": 2,
 }  # fmt: skip
 MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
-GPQA_SUBTASKS = ("leaderboard_gpqa_diamond", "leaderboard_gpqa_extended", "leaderboard_gpqa_main")
-MATH_SUBTASKS = (
-    "leaderboard_math_algebra_hard", "leaderboard_math_counting_and_prob_hard", "leaderboard_math_geometry_hard",
-    "leaderboard_math_intermediate_algebra_hard", "leaderboard_math_num_theory_hard", "leaderboard_math_prealgebra_hard",
-    "leaderboard_math_precalculus_hard",
-)  # fmt: skip
 COLUMNS = ("IFEval", "BBH", "MATH", "GPQA", "MuSR", "MMLU-Pro")
 """The benchmarks, in the order of published tables."""
 
@@ -51,8 +45,6 @@ class Benchmark:
     raw: float
     """0 to 1, the harness's mean over all questions: subtasks weigh by their size."""
     raw_stderr: float | None
-    unweighted: float
-    """0 to 1, the plain mean over the subtasks; `raw` if there are none."""
     normalised: float
     """0 to 100."""
     normalised_stderr: float | None
@@ -74,11 +66,11 @@ def benchmarks(scores: TaskScores) -> list[Benchmark]:
     musr = {f"leaderboard_musr_{task}": 1 / choices for task, choices in MUSR_CHOICES.items()}
     found = [
         _ifeval(scores),
-        _benchmark(scores, "BBH", "leaderboard_bbh", "acc_norm", bbh, bbh),
-        _benchmark(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_SUBTASKS, {"leaderboard_math_hard": 0.0}),
-        _benchmark(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_SUBTASKS, {"leaderboard_gpqa": 1 / 4}),
-        _benchmark(scores, "MuSR", "leaderboard_musr", "acc_norm", musr, musr),
-        _benchmark(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", (), {"leaderboard_mmlu_pro": 1 / 10}),
+        _benchmark(scores, "BBH", "leaderboard_bbh", "acc_norm", bbh),
+        _benchmark(scores, "MATH", "leaderboard_math_hard", "exact_match", {"leaderboard_math_hard": 0.0}),
+        _benchmark(scores, "GPQA", "leaderboard_gpqa", "acc_norm", {"leaderboard_gpqa": 1 / 4}),
+        _benchmark(scores, "MuSR", "leaderboard_musr", "acc_norm", musr),
+        _benchmark(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", {"leaderboard_mmlu_pro": 1 / 10}),
     ]
     return [benchmark for benchmark in found if benchmark is not None]
 
@@ -106,34 +98,23 @@ def _root_sum(errors: list[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in found)) if found and len(found) == len(errors) else None
 
 
-def _benchmark(
-    scores: TaskScores, name: str, task: str, metric: str, subtasks: Iterable[str], lows: dict[str, float]
-) -> Benchmark | None:
+def _benchmark(scores: TaskScores, name: str, task: str, metric: str, lows: dict[str, float]) -> Benchmark | None:
     """None unless all of it was run.
 
     Args:
         scores: the harness's `results`.
         name, task, metric: of the benchmark.
-        subtasks: what its unweighted mean is over.
         lows: {task: score of guessing} of what is normalised, the benchmark itself or its subtasks.
     """
     raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
-    parts = [metric_value(scores, part, metric) for part in subtasks]
     normalised = [normalise(v, low) for part, low in lows.items() if (v := metric_value(scores, part, metric)) is not None]
     if raw is None or len(normalised) < len(lows):
         return None
     errors = {part: metric_value(scores, part, f"{metric}_stderr") for part in lows}
     scaled = _root_sum([None if e is None else e / (1 - lows[part]) * 100 for part, e in errors.items()])
-    known = [value for value in parts if value is not None]
     return Benchmark(
-        name,
-        metric,
-        raw,
-        error,
-        sum(known) / len(known) if known and len(known) == len(parts) else raw,
-        sum(normalised) / len(lows),
-        None if scaled is None else scaled / len(lows),
-    )
+        name, metric, raw, error, sum(normalised) / len(lows), None if scaled is None else scaled / len(lows)
+    )  # fmt: skip
 
 
 def _ifeval(scores: TaskScores) -> Benchmark | None:
@@ -146,7 +127,7 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     # The harness has no error for instructions, of which a prompt has several; that of the prompts is used for both.
     error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
     scaled = None if error is None else error * 100
-    return Benchmark("IFEval", "mean of strict accuracies", raw, error, raw, normalise(raw, 0.0), scaled)
+    return Benchmark("IFEval", "mean of strict accuracies", raw, error, normalise(raw, 0.0), scaled)
 
 
 # The tables --------------------------------------------------------------------------------------------------------
@@ -174,20 +155,17 @@ def raw_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 RAW_HEADER = ["task", "shots", "questions", "metric", "value", "stderr"]
-LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "raw, unweighted", "normalised (0-100)", "stderr"]
+LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "normalised (0-100)", "stderr"]
 
 
 def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
     """One row per benchmark, and the average if all six are present."""
     rows = [
-        [
-            b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.unweighted:.4f}", f"{b.normalised:.2f}",
-            _decimal(b.normalised_stderr, 2),
-        ]
+        [b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.normalised:.2f}", _decimal(b.normalised_stderr, 2)]
         for b in found
-    ]  # fmt: skip
+    ]
     mean = average(found)
-    return rows if mean is None else [*rows, ["Average", "", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
+    return rows if mean is None else [*rows, ["Average", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
 
 
 def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
@@ -198,9 +176,8 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
     if found := benchmarks(results["results"]):
         parts += [
             "## Open LLM Leaderboard v2",
-            "Raw: the harness's mean over all questions; unweighted: over subtasks. Normalised: the public leaderboard's "
-            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts is used "
-            "for both.",
+            "Raw: the harness's mean over all questions. Normalised: the scale of the public leaderboard, on which guessing "
+            "scores 0. The harness has no standard error for IFEval's instructions; that of its prompts is used for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]
     parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
@@ -226,7 +203,7 @@ def terminal(results: Mapping[str, Any]) -> str:
 def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
     """The leaderboard's columns for results.json."""
     found = benchmarks(results["results"])
-    fields = ("raw", "raw_stderr", "unweighted", "normalised", "normalised_stderr")
+    fields = ("raw", "raw_stderr", "normalised", "normalised_stderr")
     columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
     return columns | {"average": average(found), "average_stderr": average_stderr(found)}
 
