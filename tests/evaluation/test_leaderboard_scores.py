@@ -117,8 +117,8 @@ def test_tables(harness: dict[str, Any]) -> None:
     assert "| IFEval | mean of strict accuracies | 0.5500 | 0.0100 | 55.00 | 1.00 |" in text
     assert "| Average |  |  |  | 34.46 | " in text
     assert "| leaderboard_mmlu_pro | 5 | 10 | acc | 0.5500 | 0.0100 |" in text
-    assert "A trial" not in text
-    assert "A trial: limited to 4 samples" in markdown(LeaderboardConfig(model_path="some/model", limit=4), harness)
+    assert "Trial" not in text
+    assert "Trial: limited to 4 samples" in markdown(LeaderboardConfig(model_path="some/model", limit=4), harness)
     printed = terminal(harness)
     # Subtasks of a group with a mean of its own stay out of the terminal.
     assert "leaderboard_bbh_navigate" not in printed

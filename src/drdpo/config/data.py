@@ -75,8 +75,8 @@ class PreferencesConfig:
         "top_bottom",
     )
     min_margin: float = flag(
-        "smallest margin of a pair, in units of the mixed score (z-scores if --standardize=true); pairs with a margin of 0 are "
-        "always dropped",
+        "smallest margin of a pair, in units of the mixed score (z-scores if --standardize=true); a margin of 0 is always "
+        "dropped",
         0.0,
         at_least=0,
     )

@@ -1,12 +1,12 @@
-"""The public Open LLM Leaderboard's normalised scores, from the harness's raw ones, and the tables of one evaluation.
+"""Normalised scores of the public Open LLM Leaderboard from lm-eval's (the harness's) raw scores, and the tables.
 
 The leaderboard (version 2, 2024) maps the score of guessing to 0 and a perfect score to 100:
 
     normalised = max(raw - low, 0) / (1 - low) * 100,     low = 1 / choices for multiple choice, 0 for generation.
 
-BBH and MuSR are normalised per subtask, whose numbers of choices differ, and then averaged without weights; GPQA, MMLU-Pro
-and MATH as wholes. IFEval is the mean of the strict accuracies per instruction and per prompt. The average is the plain mean
-of the six. The harness itself prints raw means weighted by size; published tables of raw values are those.
+BBH and MuSR are normalised per subtask, because the numbers of choices differ, and then averaged without weights; GPQA,
+MMLU-Pro and MATH are normalised as a whole. IFEval is the mean of the strict accuracies per instruction and per prompt. The
+average is the plain mean of the six. The harness's raw means are weighted by size, as in published tables.
 """
 
 import math
@@ -38,26 +38,26 @@ TaskScores = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the leaderboard's six columns; standard errors are None if the harness has none."""
+    """One of the leaderboard's six columns; standard errors are None if the harness reports none."""
 
     name: str
     metric: str
     raw: float
-    """0 to 1, the harness's mean over all questions: subtasks weigh by their size."""
+    """0 to 1, the harness's mean over all questions."""
     raw_stderr: float | None
     normalised: float
     """0 to 100."""
     normalised_stderr: float | None
-    """Of the score before it is clamped at 0."""
+    """Of the score before clamping at 0."""
 
 
 def normalise(raw: float, low: float) -> float:
-    """Map the score of guessing, `low`, to 0 and 1 to 100; below guessing is 0."""
+    """Map `low`, the score of guessing, to 0 and 1 to 100; scores below `low` become 0."""
     return max(raw - low, 0.0) / (1.0 - low) * 100.0
 
 
 def benchmarks(scores: TaskScores) -> list[Benchmark]:
-    """Those of the six benchmarks that the harness has run completely, in the leaderboard's order.
+    """The complete ones of the six benchmarks, in the leaderboard's order.
 
     Args:
         scores: the harness's `results`.
@@ -76,19 +76,19 @@ def benchmarks(scores: TaskScores) -> list[Benchmark]:
 
 
 def average(found: list[Benchmark]) -> float | None:
-    """The leaderboard's average, 0 to 100; None unless all six are present."""
+    """The leaderboard's average, 0 to 100; None unless all six benchmarks are complete."""
     return sum(benchmark.normalised for benchmark in found) / 6 if len(found) == 6 else None
 
 
 def average_stderr(found: list[Benchmark]) -> float | None:
-    """Standard error of `average` for independent benchmarks; None if one has none."""
+    """Standard error of `average`, assuming independent benchmarks; None if one has none."""
     errors = [benchmark.normalised_stderr for benchmark in found]
     total = _root_sum(errors)
     return None if average(found) is None or total is None else total / 6
 
 
 def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
-    """A task's value of a metric without filter; None if it was not run."""
+    """A task's value of an unfiltered metric; None if it was not run."""
     value = scores.get(task, {}).get(f"{metric},none")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -99,12 +99,12 @@ def _root_sum(errors: list[float | None]) -> float | None:
 
 
 def _benchmark(scores: TaskScores, name: str, task: str, metric: str, lows: dict[str, float]) -> Benchmark | None:
-    """None unless all of it was run.
+    """None if it is incomplete.
 
     Args:
         scores: the harness's `results`.
         name, task, metric: of the benchmark.
-        lows: {task: score of guessing} of what is normalised, the benchmark itself or its subtasks.
+        lows: {task: score of guessing} of the tasks to normalise, the benchmark itself or its subtasks.
     """
     raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
     normalised = [normalise(v, low) for part, low in lows.items() if (v := metric_value(scores, part, metric)) is not None]
@@ -124,7 +124,7 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     if instruction is None or prompt is None:
         return None
     raw = (instruction + prompt) / 2
-    # The harness has no error for instructions, of which a prompt has several; that of the prompts is used for both.
+    # The harness has no standard error for instructions, several of which share a prompt: that of the prompts is used.
     error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
     scaled = None if error is None else error * 100
     return Benchmark("IFEval", "mean of strict accuracies", raw, error, normalise(raw, 0.0), scaled)
@@ -159,7 +159,7 @@ LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "normalised 
 
 
 def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
-    """One row per benchmark, and the average if all six are present."""
+    """One row per benchmark, and the average if all six are complete."""
     rows = [
         [b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.normalised:.2f}", _decimal(b.normalised_stderr, 2)]
         for b in found
@@ -169,10 +169,10 @@ def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
 
 
 def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
-    """table.md: the leaderboard's columns that were run, then every task."""
+    """table.md: the leaderboard's columns, then every task."""
     parts = [f"# {config.model_path} on {config.tasks}"]
     if config.limit is not None:
-        parts.append(f"**A trial: limited to {config.limit:g} samples per task; not comparable with full runs.**")
+        parts.append(f"**Trial: limited to {config.limit:g} samples per task; not comparable with full runs.**")
     if found := benchmarks(results["results"]):
         parts += [
             "## Open LLM Leaderboard v2",
@@ -185,13 +185,13 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
 
 
 def terminal(results: Mapping[str, Any]) -> str:
-    """The same for a terminal, without subtasks of groups that have a mean of their own."""
+    """The same for a terminal, without the subtasks of groups that have a mean."""
     inner = {
         child for group, children in results.get("group_subtasks", {}).items() if group in results.get("groups", {})
         for child in children if child not in results.get("groups", {})
     }  # fmt: skip
     found = benchmarks(results["results"])
-    # lm-eval has no group around MMLU-Pro and IFEval, which stay.
+    # MMLU-Pro and IFEval are single tasks and stay.
     inner -= {"leaderboard_mmlu_pro", "leaderboard_ifeval"}
     rows = [row for row in raw_rows(results) if row[0] not in inner]
     tables = [text_table(RAW_HEADER, rows)]
@@ -209,7 +209,7 @@ def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_safe(value: Any) -> Any:
-    """Plain JSON values: numpy numbers become numbers, sets lists, NaN and infinity null, anything else its name or text."""
+    """Plain JSON values: sets become lists, NaN and infinity null, other objects their name or text."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))
 
 

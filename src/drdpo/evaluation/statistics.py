@@ -33,7 +33,7 @@ CONFIDENCE = 0.95
 ALPHAS = tuple(step / 10 for step in range(11))
 """Where the sweep of a mixture is evaluated."""
 MIXTURE = "trained mixture"
-"""Name of the summary that weighs the gains as the training pairs weighed the objectives."""
+"""Name of the summary that weights the gains like the training pairs weighted the objectives."""
 _DRAWS = 64
 """Bootstrap samples per block, to bound memory at 64 x P integers."""
 
@@ -141,13 +141,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The estimates of a report. Objectives whose base scores are all equal have no gain."""
+    """The estimates of a report. Objectives in which all base scores are equal have no gain."""
 
     objectives: list[str]
     common: list[int]
     """Ids of the paired prompts."""
     trained_on: list[str]
-    """The objectives that training saw; empty if unknown."""
+    """The objectives that training used; empty if unknown."""
     mixture: dict[str, float]
     """{objective: weight} of the training pairs; empty if unknown."""
     gains: dict[str, dict[str, Estimate]]
@@ -158,7 +158,7 @@ class Comparison:
     """{(run, against): {objective: }}, every two runs once, the later of them first."""
     summaries: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     """{run: {"mean of ...": mean gain over those objectives, "worst of ...": the smallest}}, without the gated score; and
-    MIXTURE: the gain in the mixture that training saw, of z-scores (mean and sd of the first run)."""
+    MIXTURE: the gain in the mixture that was trained on, of z-scores (mean and sd of the first run)."""
     answers: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     """{run: {name in ANSWERS: difference from the first run, in its own unit}}."""
     sweep: dict[str, list[Estimate]] = field(default_factory=dict)
@@ -183,9 +183,9 @@ def compare(
         common: ids of the prompts that every run has.
         draws: bootstrap samples.
         seed: of the bootstrap.
-        trained_on: the objectives that training saw, if known.
+        trained_on: the objectives that training used, if known.
         sweep: two of `objectives`, r1 and r2, whose base scores are not all equal; None for no sweep.
-        mixture: {objective: weight} that training saw, if known.
+        mixture: {objective: weight} of the training pairs, if known.
     """
     base, *others = runs
     pairs = [(run, against) for place, run in enumerate(runs) for against in runs[:place]]
