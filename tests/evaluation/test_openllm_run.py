@@ -200,7 +200,7 @@ def test_gated_data_asks_for_a_login(tiny_policy: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("datasets.load_dataset", gated)
     config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_gpqa", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"task leaderboard_gpqa_diamond .*log in"):
+    with pytest.raises(DataError, match=r"task leaderboard_gpqa_diamond .*hf auth login"):
         evaluate_openllm(config)
 
 
