@@ -109,7 +109,7 @@ def _swept(config: EvaluateConfig, runs: list[ScoredRun]) -> list[str]:
 
 
 def _trained_on(config: EvaluateConfig, runs: list[ScoredRun], provenances: dict[str, Provenance]) -> list[str]:
-    """The objectives that training saw: --trained_on, else what the manifests record."""
+    """The objectives that training used: --trained_on, else those recorded in the manifests."""
     if config.trained_on:
         return resolve_objectives(runs, config.trained_on)
     return list(dict.fromkeys(name for p in provenances.values() for name in p.mixture))
@@ -314,18 +314,15 @@ def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
     if len(names) > _PAIR_COLUMNS:
         return ["## Every two runs", f"The {len(names)} pairs of runs are in pairs.csv."]
     header = ["objective", *(f"{run} - {against}" for run, against in names)]
-    gains, wins = [], []
-    for name in comparison.objectives:
-        found = [comparison.pairs[pair][name] for pair in names]
-        gains.append([f"`{flag_name(name)}`", *(interval(d.gain, "{:+.3f}") for d in found)])
-        wins.append([f"`{flag_name(name)}`", *(interval(d.win_rate, "{:.1%}") for d in found)])
-    return [
-        "## Every two runs",
-        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0.",
-        markdown_table(header, gains),
-        "Win rates: the share of the paired prompts on which the first run scores higher; ties count half.",
-        markdown_table(header, wins),
+    rows = [
+        [f"`{flag_name(name)}`", *(interval(comparison.pairs[pair][name].gain, "{:+.3f}") for pair in names)]
+        for name in comparison.objectives
     ]
+    text = (
+        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0. Win "
+        "rates are in pairs.csv."
+    )
+    return ["## Every two runs", text, markdown_table(header, rows)]
 
 
 def _sweep_sections(config: EvaluateConfig, base: str) -> list[str]:

@@ -23,9 +23,8 @@ from drdpo.evaluation.leaderboard_scores import (
     benchmarks,
     raw_rows,
 )
-from drdpo.evaluation.report import csv_text, differences, markdown_table, write_report
+from drdpo.evaluation.report import STYLE, csv_text, differences, markdown_table, save_picture, write_report
 from drdpo.evaluation.runs import parse_runs, section
-from drdpo.evaluation.spider import RC, save_picture
 from drdpo.evaluation.statistics import Array
 from drdpo.folder import read_json_object, read_manifest
 from drdpo.models import fingerprint
@@ -110,7 +109,7 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
     published = {group: PUBLISHED.get(group if config.published == "auto" else config.published, {}) for group in groups}
     pictures: dict[str, str | bytes] = {}
     if any(run.benchmarks for run in runs):
-        with rc_context(RC):
+        with rc_context(STYLE):
             pictures |= save_picture(heatmap(groups, published), "heatmap", dpi=120)
     files = pictures | {
         "leaderboard.csv": csv_text(_CSV, _csv_rows(runs)),

@@ -15,7 +15,7 @@ from drdpo.config.evaluation import CompareMixturesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import spider
 from drdpo.evaluation.compare import SCORES
-from drdpo.evaluation.report import interval, markdown_table, write_report
+from drdpo.evaluation.report import STYLE, interval, markdown_table, save_picture, write_report
 from drdpo.evaluation.runs import parse_runs, section, sort_objectives
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import read_manifest
@@ -90,8 +90,8 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
     output = Path(config.output_path)
     pictures: dict[str, str | bytes] = {}
     if all(len(result.spokes) >= 3 for result in results):
-        with rc_context(spider.RC):
-            pictures |= spider.save_picture(spiders(results), "spiders", dpi=120)
+        with rc_context(STYLE):
+            pictures |= save_picture(spiders(results), "spiders", dpi=120)
     files = pictures | {"report.md": mixtures_report(results, output, pictured=bool(pictures))}
     inputs = {result.name: fingerprint(result.folder / "scores.csv") for result in results}
     made_by = as_dict(config) | {"inputs": inputs}

@@ -1,15 +1,25 @@
-"""What the reports share: tables, CSV files, intervals, differences between runs, and the folder they are written to."""
+"""What the reports share: tables, CSV files, pictures, intervals, differences between runs, and how they are written."""
 
 from collections.abc import Collection, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from drdpo.errors import DataError
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "svg.hashsalt": "drdpo",
+    "figure.facecolor": "white",
+    "axes.titleweight": "normal",
+}
+"""matplotlib's settings for all pictures; a fixed salt makes SVG files reproducible."""
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -28,6 +38,16 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A CSV file. Numbers have full precision; None is an empty field."""
     return str(pd.DataFrame(rows, columns=list(header), dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def save_picture(figure: Figure, name: str, dpi: int) -> dict[str, bytes]:
+    """{"<name>.png": bytes, "<name>.svg": bytes}; equal figures give equal bytes."""
+    files = {}
+    for kind in ("png", "svg"):
+        stream = BytesIO()
+        figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+        files[f"{name}.{kind}"] = stream.getvalue()
+    return files
 
 
 def interval(estimate: Estimate | None, form: str) -> str:

@@ -7,7 +7,6 @@ compared with the spread of single answers. The panel of gains has one scale.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import cycle
 from typing import Any
 
@@ -17,16 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from drdpo.evaluation.report import STYLE, save_picture
 from drdpo.evaluation.runs import ScoredRun
 from drdpo.evaluation.statistics import ALPHAS, Comparison
 from drdpo.objectives import GATED_SCORE, flag_name
 
-RC = {
-    "font.family": "DejaVu Sans",
-    "svg.hashsalt": "drdpo",
-    "figure.facecolor": "white",
-    "axes.titleweight": "normal",
-}
 _PANEL_WIDTH, _HEIGHT, _DISC = 7.6, 7.75, 4.8
 """Inches: width of a panel, height of the picture, and diameter of a disc, which leaves room for labels."""
 _MARGIN = 0.12
@@ -67,17 +61,7 @@ def axis_label(objective: str) -> str:
     return f"{scheme}\n{quality.replace('_', ' ')}" if separator else objective.replace("_", " ")
 
 
-def save_picture(figure: Figure, name: str, dpi: int) -> dict[str, bytes]:
-    """{"<name>.png": bytes, "<name>.svg": bytes}; equal figures give equal bytes."""
-    files = {}
-    for kind in ("png", "svg"):
-        stream = BytesIO()
-        figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
-        files[f"{name}.{kind}"] = stream.getvalue()
-    return files
-
-
-@rc_context(RC)
+@rc_context(STYLE)
 def draw_spider(runs: list[ScoredRun], comparison: Comparison) -> dict[str, bytes]:
     """spider.png and spider.svg. Fewer than three objectives are drawn as bars.
 
@@ -307,7 +291,7 @@ def _bar_axes(axes: Any) -> None:
 # The sweep ---------------------------------------------------------------------------------------------------------------
 
 
-@rc_context(RC)
+@rc_context(STYLE)
 def draw_sweep(comparison: Comparison, sweep: list[str], trained_at: float, base: str) -> dict[str, bytes]:
     """alpha.png and alpha.svg: gains in the mixtures r*(alpha) = alpha r1 + (1 - alpha) r2 for alpha from 0 to 1, as in the
     appendix of arXiv 2502.01930.
