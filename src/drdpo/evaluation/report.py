@@ -3,15 +3,17 @@
 from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from drdpo.errors import DataError
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -40,7 +42,7 @@ def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return str(pd.DataFrame(rows, columns=list(header), dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
-def save_picture(figure: Figure, name: str, dpi: int) -> dict[str, bytes]:
+def save_picture(figure: "Figure", name: str, dpi: int) -> dict[str, bytes]:
     """{"<name>.png": bytes, "<name>.svg": bytes}; equal figures give equal bytes."""
     files = {}
     for kind in ("png", "svg"):
