@@ -70,28 +70,28 @@ class PreferencesConfig:
     completions: str = flag("folder of scored completions", "datasets/helpsteer2_completions")
     output_path: str = flag("folder for train.jsonl and test.jsonl of pairs", "datasets/helpsteer2_preferences")
     selection: Literal["top_bottom", "top_random", "all_pairs"] = flag(
-        "pairs of each prompt: top_bottom is the best against the worst completion; top_random the best against one drawn "
-        "from the lower ones that no filter drops; all_pairs every two",
+        "pairs per prompt: top_bottom pairs the best with the worst completion, top_random the best with a random lower one "
+        "that passes the filters, all_pairs every two",
         "top_bottom",
     )
     min_margin: float = flag(
-        "smallest margin of a pair, in units of the mixed score (of z-scores where --standardize is on), for every "
-        "--selection; a margin of 0 is always dropped",
+        "smallest margin of a pair, in units of the mixed score (z-scores if --standardize=true); a margin of 0 is always "
+        "dropped",
         0.0,
         at_least=0,
     )
     max_pairs_per_prompt: int | None = flag(
-        "for all_pairs: keep this many pairs of each prompt, those of the largest margins", None, at_least=1
+        "for all_pairs: number of pairs to keep per prompt, largest margins first", None, at_least=1
     )
-    seed: int = flag("seed of top_random's draws; a prompt's draw depends on it, the split and prompt_id only", 42)
+    seed: int = flag("seed of top_random; a prompt's draw depends only on the seed, the split and prompt_id", 42)
     standardize: bool = flag("z-score every objective before mixing", True)
     standardize_by: Literal["split", "train"] = flag(
-        "whose mean and standard deviation: of each split its own, or train's for both, which gives equal completions equal "
-        "scores in train and test",
+        "split whose mean and standard deviation are used: each split's own, or train's for both, so that equal completions "
+        "score the same in train and test",
         "split",
     )
-    dry_run: bool = flag("print the report, write nothing", False)
-    overwrite: bool = flag("replace pairs that other flags or inputs made", False)
+    dry_run: bool = flag("print the report without writing files", False)
+    overwrite: bool = flag("replace pairs from other flags or inputs", False)
     helpsteer_helpfulness: float = _weight()
     helpsteer_correctness: float = _weight()
     helpsteer_coherence: float = _weight()
@@ -112,7 +112,7 @@ class PreferencesConfig:
     code_instruction_following: float = _weight()
     code_readability: float = _weight()
     ArmoRM: float = flag("weight of the gated stage-2 score", 0.0)
-    weights: list[str] = flag("further NAME=WEIGHT words, for objectives of another reward model", [])
+    weights: list[str] = flag("NAME=WEIGHT arguments for objectives of another reward model", [])
 
     def objective_weights(self) -> dict[str, float]:
         """{objective: weight} of the objectives with a weight over 0; weights sum to 1 within 1e-6."""
@@ -121,7 +121,7 @@ class PreferencesConfig:
         for word in self.weights:
             name, separator, number = word.partition("=")
             require(bool(separator and name), f"--weights {word}: write NAME=WEIGHT")
-            require(name not in FLAG_TO_OBJECTIVE and not named.get(name), f"--weights {word}: {name} is given twice")
+            require(name not in FLAG_TO_OBJECTIVE and not named.get(name), f"--weights {word}: {name} has two weights")
             try:
                 named[name], spelled[name] = float(number), f"--weights {word}"
             except ValueError:
@@ -134,7 +134,7 @@ class PreferencesConfig:
         total = sum(named.values())
         require(
             abs(total - 1.0) <= 1e-6,
-            f"the objective weights sum to {total:g}, not to 1; give e.g. --ArmoRM=1.0 or "
+            f"the objective weights sum to {total:g}, not to 1; pass e.g. --ArmoRM=1.0 or "
             "--ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5",
         )
         return {name: weight for name, weight in named.items() if weight > 0}
@@ -144,12 +144,12 @@ class PreferencesConfig:
         check_bounds(self)
         require(
             self.max_pairs_per_prompt is None or self.selection == "all_pairs",
-            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} goes with --selection=all_pairs; "
-            f"{self.selection} makes one pair of a prompt",
+            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} requires --selection=all_pairs; "
+            f"{self.selection} makes one pair per prompt",
         )
         require(
             self.standardize or self.standardize_by == "split",
-            f"--standardize_by={self.standardize_by} goes with --standardize=true only",
+            f"--standardize_by={self.standardize_by} requires --standardize=true",
         )
 
 
