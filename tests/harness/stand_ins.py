@@ -38,7 +38,7 @@ class Machine:
         self.variables = {"REAL_PYTHON": sys.executable, "CALLS": str(self.calls)}
         (self.tree / "src" / "drdpo").mkdir(parents=True)
         shutil.copytree(ROOT / "requirements", self.tree / "requirements")
-        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "display", "errors")]
+        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "errors")]
         for name in ("setup.sh", "src/env.sh", *ground):
             shutil.copy(ROOT / name, self.tree / name)
         self.standins.mkdir()
