@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from drdpo.distributed import send
 from drdpo.kernels.linear_logprob import on_cuda, refuse_graph
@@ -192,7 +191,11 @@ def _attention_of_transformers(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
+def register_shared_prefix() -> None:
+    """Make SHARED_PREFIX an attention of transformers. Not at import: checks before a launch do not wait for transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
 
 
 class PackedRow:
@@ -227,6 +230,7 @@ class PackedRow:
 @contextmanager
 def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
     """Let a transformers model attend by PrefixPlan within the block."""
+    register_shared_prefix()
     before = backbone.config._attn_implementation
     backbone.set_attn_implementation(SHARED_PREFIX)
     try:

@@ -119,7 +119,7 @@ def check_inputs(config: TrainConfig) -> None:
         if asked == "auto" and world > 1:
             del now["dtype"]  # settled when the ranks meet
         _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
-        # Heavy: it imports the policy and transformers, for which a check before every launch should not wait.
+        # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import check_world
 
         check_world(folder / "resume")
