@@ -192,7 +192,7 @@ def _attention_of_transformers(
 
 
 def register_shared_prefix() -> None:
-    """Make SHARED_PREFIX an attention of transformers. Not at import: checks before a launch do not wait for transformers."""
+    """Add SHARED_PREFIX to transformers' attentions. Not at import: checks before a launch do not wait for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
