@@ -32,11 +32,11 @@ def words_of(model: Path, data: Path, save: Path, *flags: str) -> list[str]:
     return [f"--model_path={model}", f"--dataset_path={data}", f"--save_path={save}", *FLAGS, *flags]
 
 
-def start(root: Path, words: list[str], cwd: Path) -> "subprocess.Popen[str]":
+def start(root: Path, words: list[str], cwd: Path, environment: str = sys.prefix) -> "subprocess.Popen[str]":
     """The wrapper on two processes."""
-    environment = {**os.environ, "DRDPO_PROCESSES": "2", "OMP_NUM_THREADS": "1", "DRDPO_ENV": sys.prefix}
+    variables = {**os.environ, "DRDPO_PROCESSES": "2", "OMP_NUM_THREADS": "1", "DRDPO_ENV": environment}
     command = ["bash", str(root / "train_alignment.sh"), *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,8 @@ def test_a_finished_run_is_not_repeated(run, root, forks, tiny_policy, data):
 def test_a_stopped_run_ends_with_75_and_resumes_to_equal_the_uninterrupted(run, root, forks, tiny_policy, data, tmp_path):
     again = tmp_path / "again"
     words = words_of(tiny_policy, data, again, "--wdpo_rho=0.01", "--save_steps=1")
-    started, deadline = start(root, words, tmp_path), time.monotonic() + 300
+    started = start(root, words, tmp_path, str(forks.environment(tmp_path / "an environment")))
+    deadline = time.monotonic() + 300
     while not list((again / "resume").glob("step_*/state.json")):
         assert started.poll() is None and time.monotonic() < deadline, "no state was saved before the run ended"
         time.sleep(0.05)

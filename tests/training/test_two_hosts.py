@@ -1,6 +1,6 @@
-"""Two hosts, each a network namespace with an address of its own: one dies, hangs or loses its network in the middle.
+"""Two hosts, each a network namespace with an address of its own: one dies, hangs or loses its network during a run.
 
-The other ends with one clear line in bounded time, and the run that is queued again equals the undisturbed one.
+The other ends with one clear line in bounded time, and the resumed run equals the undisturbed one.
 """
 
 import itertools
@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +86,7 @@ def undisturbed(hosts, tiny_policy, data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("how", "dead"), [("dies", 0), ("dies", 1), ("hangs", 1)])
-def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path):
+def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path):
     save, log = tmp_path / "a run", tmp_path / "log"
     flags = flags_of(tiny_policy, data, save, comm_timeout=15)
     lost = fault(STEP, 3, rank=dead, signal="SIGKILL" if how == "dies" else "SIGSTOP")
@@ -125,18 +124,18 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
     check_equal(save, undisturbed)
 
 
-def test_the_wrapper_on_both_hosts_is_stopped_and_goes_on(network, hosts, root, undisturbed, tiny_policy, data, tmp_path):
-    """train_alignment.sh with torchrun on either host; SIGUSR1 reaches one of them.
+def test_the_wrapper_on_both_hosts_stops_and_its_run_resumes(network, hosts, root, undisturbed, tiny_policy, data, tmp_path):
+    """train_alignment.sh with torchrun on either host, its checks in forks; SIGUSR1 reaches one of them.
 
-    The ranks that go on are the other tests': what they know of the first start lies in the folder.
+    The ranks that resume run in forks, as in the other tests.
     """
     save = tmp_path / "a run"
     given = flags_of(tiny_policy, data, save, save_steps=0)
     port, started = str(next(PORTS)), []
     for rank, (name, interface) in enumerate(network):
         environment = {
-            **os.environ, "DRDPO_ENV": sys.prefix, "DRDPO_NODES": "2", "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST,
-            "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            **os.environ, "DRDPO_ENV": str(hosts[rank].environment(tmp_path / f"host {rank}")), "DRDPO_NODES": "2",
+            "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "DRDPO_PROCESSES": "1",
         }  # fmt: skip
         command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words_of(given)]
