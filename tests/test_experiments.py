@@ -126,14 +126,9 @@ def test_tiny_chain(clone: Path, tiny_policy: Path, tmp_path: Path, script: str)
     """
     output = tmp_path / "my out"
     words = [
-        "--tiny",
-        f"--output_path={output}",
-        f"--model_path={tiny_policy}",
-        "--prompts=4",
-        "--max_new_tokens=12",
-        "--best_of_n=2",
-        "--max_len=256",
-    ]
+        "--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--prompts=4", "--max_new_tokens=12",
+        "--best_of_n=2", "--max_len=256",
+    ]  # fmt: skip
     if script == SCRIPTS[0]:
         words += ["--eval_best_of_n=1", "--mixtures=correctness_helpfulness", "--methods=KLDPO"]
     else:

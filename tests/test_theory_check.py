@@ -4,17 +4,15 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import theory_check
 import torch
 import toy_estimators as toy
+from harness import ROOT
 
 from drdpo.training import losses
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SQUARED = ("WDPO, squared", "WDPO, root")
 

@@ -130,15 +130,10 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 @pytest.mark.parametrize(
     ("visible", "asked", "expected"),
     [
-        (None, None, 4),
-        (None, "2", 2),
-        ("2,3", None, 2),
-        ("1,2,3", "2", 2),
-        ("GPU-5c9a,GPU-77b1", None, 2),
-        ("", "2", 2),
+        (None, None, 4), (None, "2", 2), ("2,3", None, 2), ("1,2,3", "2", 2), ("GPU-5c9a,GPU-77b1", None, 2), ("", "2", 2),
         ("-1", "2", 2),
     ],
-)
+)  # fmt: skip
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
     environment["SKIP_CHECK"] = "1"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from harness import ROOT
 from harness.policies import REFERENCE_M2, policy_of
-from harness.runs import write_pairs
 from own_method import CvarConfig
 
 from drdpo.config import TrainConfig
@@ -93,8 +92,7 @@ def test_refusals(flags, words):
 
 
 @pytest.mark.slow
-def test_it_trains_by_its_wrapper(tiny_policy, forks, tmp_path):
-    data = write_pairs(tmp_path / "data")
+def test_it_trains_by_its_wrapper(tiny_policy, forks, data, tmp_path):
     environment = {**os.environ, "DRDPO_PROCESSES": "1", "DRDPO_ENV": str(forks.environment(tmp_path / "an environment"))}
     command = ["bash", str(ROOT / "experiments" / "own_method.sh"), f"--model_path={tiny_policy}",
                f"--dataset_path={data}", f"--save_path={tmp_path / 'a run'}", "--cvar_share=0.25",

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness.runs import check_equal, fault, flags_of, run_ranks, said, write_pairs
+from harness.runs import check_equal, fault, flags_of, run_ranks, said
 
 from drdpo.training.checkpoint import states
 
@@ -21,11 +21,6 @@ CASES = {
     "wdpo zero3": ({"wdpo_rho": 0.01, "zero_stage": 3}, [fault(STEP, 2, rank=1)]),
     "dpo lora bfloat16": ({"lora_rank": 4, "dtype": "bfloat16"}, [fault(PLACE, 2), fault(STEP, 1)]),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("preference data"))
 
 
 @pytest.fixture(scope="module")

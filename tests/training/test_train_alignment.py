@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness.forks import Forks
-from harness.runs import check_equal, write_pairs
+from harness.runs import check_equal
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -21,11 +21,6 @@ FLAGS = [
     "--train_batch_size=4", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.1", "--max_epochs=2", "--eval_steps=2",
     "--dtype=float32",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("preference data"))
 
 
 def words_of(model: Path, data: Path, save: Path, *flags: str) -> list[str]:

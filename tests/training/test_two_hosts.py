@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from harness.forks import Fork, Forks, statuses
-from harness.runs import check_equal, fault, flags_of, said, start_run, words_of, write_pairs
+from harness.runs import check_equal, fault, flags_of, said, start_run, words_of
 
 pytestmark = pytest.mark.slow
 
@@ -60,11 +60,6 @@ def hosts(network, tmp_path_factory) -> Iterator[list[Forks]]:
     yield hosts
     for host in hosts:
         host.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("preference data"))
 
 
 def start_on(hosts: list[Forks], flags: dict, log: Path, **options: Any) -> list[Fork]:
@@ -135,7 +130,8 @@ def test_the_wrapper_on_both_hosts_stops_and_its_run_resumes(network, hosts, roo
     for rank, (name, interface) in enumerate(network):
         environment = {
             **os.environ, "DRDPO_ENV": str(hosts[rank].environment(tmp_path / f"host {rank}")), "DRDPO_NODES": "2",
-            "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST, "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "DRDPO_PROCESSES": "1",
         }  # fmt: skip
         command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words_of(given)]
