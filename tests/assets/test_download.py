@@ -91,7 +91,7 @@ def test_a_named_model_that_fails_is_an_error_after_the_others_are_made(
     fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, state: str
 ) -> None:
     fake_hub[HUB_MODELS["Llama1b"]] = error
-    with pytest.raises(DataError, match="1 of 3 .*: Llama1b"):
+    with pytest.raises(DataError, match=r"1 of 3 .*: Llama1b"):
         download_assets(AssetsConfig(models="Llama1b,ArmoRM", datasets="embedded"), tmp_path)
     assert (tmp_path / "models" / "ArmoRM" / "config.json").is_file()
     assert (tmp_path / "datasets" / "embedded_prompts" / "train.jsonl").is_file()
