@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import quickstart
+from harness.forks import Forks
 
 
 @pytest.fixture
@@ -99,8 +100,6 @@ def test_every_part_of_the_lease_runs_on_a_bare_machine(root: Path, tmp_path: Pa
     assert all(row["equal"] == row["gradients"] > 0 for row in found["repeats"].values())
 
 
-def test_without_a_gpu_the_lease_is_refused(root: Path, tmp_path: Path) -> None:
-    script, environment = root / "benchmarks" / "gpu_lease.py", os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(root / "src")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+def test_without_a_gpu_the_lease_is_refused(root: Path, forks: Forks) -> None:
+    done = forks.run([sys.executable, root / "benchmarks" / "gpu_lease.py"], os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr
