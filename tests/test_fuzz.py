@@ -184,7 +184,7 @@ def test_prompts_to_sample_from(tokenizer: Any, rows: bytes) -> None:
             assert all(one_line(reject.reason).encode() for reject in rejects)
             end = chat.end_of_turn_id(tokenizer)
             for one in rendered:
-                # What a text says of special tokens ends no turn: as many turns end as with texts that name none.
+                # Special tokens in a text end no turn: as many turns end as with texts that name none.
                 plain = [{**message, "content": "x"} for message in one.prompt.prompt]
                 assert one.token_ids.count(end) == chat.prompt_token_ids(tokenizer, plain).count(end)
                 assert len(one.token_ids) <= 64

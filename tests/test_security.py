@@ -82,7 +82,7 @@ def files_under(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "/escaped-from-drdpo", "a/../../b", "..", "x\u202ey"])
-def test_names_in_data_make_no_paths_and_tokens_stay_out(forks: Forks, tmp_path: Path, name: str) -> None:
+def test_names_in_data_make_no_paths_and_tokens_are_never_written(forks: Forks, tmp_path: Path, name: str) -> None:
     """Objective names that look like paths, through pairing, evaluation with its pictures, and inspection."""
     work = tmp_path / "in" / "work"
     work.mkdir(parents=True)

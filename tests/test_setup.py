@@ -1,4 +1,4 @@
-"""setup.sh and tests/run.sh on machines that differ in what they have; harness/stand_ins.py says how."""
+"""setup.sh and tests/run.sh on machines that differ in what they have; see harness/stand_ins.py."""
 
 import os
 import re
@@ -98,7 +98,7 @@ def test_an_interrupted_installation_and_a_changed_lock_are_installed_again(mach
     assert len(machine.pip()) == 2, "torch is there"
 
 
-def test_development_packages(machine: Machine) -> None:
+def test_development_packages_are_installed_once_on_request(machine: Machine) -> None:
     machine.setup("--dev=false")
     assert not any("dev.txt" in call for call in machine.pip())
     machine.setup("--dev")
@@ -170,7 +170,7 @@ def test_a_driver_that_is_too_old_is_refused_by_name(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(("driver", "cuda", "lock"), [("470.256.02", "12080", "gpu-cu12"), ("550.54.15", "13000", "gpu")])
-def test_cuda_compat_counts(machine: Machine, driver: str, cuda: str, lock: str) -> None:
+def test_libcudas_version_overrides_the_drivers(machine: Machine, driver: str, cuda: str, lock: str) -> None:
     """libcuda's own version decides, which that package raises."""
     (machine.move_devices() / "nvidiactl").touch()
     machine.add_gpu(driver)
@@ -221,7 +221,7 @@ def test_cuda_is_asked_for_devices_and_version(machine: Machine, status: str | N
 
 
 @pytest.mark.parametrize(("cuda", "lock"), [("1 13000", "gpu"), ("0 0", "cpu"), ("", "cpu")])
-def test_a_broken_nvidia_smi_leaves_the_word_to_cuda(machine: Machine, cuda: str, lock: str) -> None:
+def test_with_a_broken_nvidia_smi_cuda_decides(machine: Machine, cuda: str, lock: str) -> None:
     (machine.move_devices() / "nvidiactl").touch()
     says = "Failed to initialize NVML: Driver/library version mismatch"
     machine.add("nvidia-smi", f"#!/bin/bash\necho '{says}'\necho 'NVML library version: 580.65'\nexit 18\n")
@@ -258,7 +258,7 @@ def test_the_other_package_of_vllm_goes_first(machine: Machine, there: str, driv
     assert not goes or calls.index("pip uninstall") < calls.index("--require-hashes -r")
 
 
-def test_an_old_glibc_is_told_what_pip_will_build(machine: Machine) -> None:
+def test_an_old_glibc_is_noted(machine: Machine) -> None:
     machine.add("getconf", "#!/bin/bash\necho glibc 2.28\n")
     done = machine.setup()
     assert "note: glibc 2.28 is older than 2.31" in done.stderr

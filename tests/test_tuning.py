@@ -13,11 +13,11 @@ PAGE = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["margins", "kldpo", "sample sizes"])
-def test_tables_are_computed(name):
+def test_the_tables_are_computed(name):
     assert tuning_numbers.tables()[name] in PAGE, "run: PYTHONPATH=src python experiments/tuning_numbers.py"
 
 
-def test_numbers_of_the_text():
+def test_numbers_in_the_text_hold():
     def loss(margin: float) -> float:
         return float(pair_losses(torch.tensor([margin], dtype=torch.float64), 0.01))
 

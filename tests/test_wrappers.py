@@ -101,7 +101,7 @@ def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment
     assert launched(environment) == []
 
 
-def test_flags_go_through_whole(root, environment, flags, tmp_path):
+def test_flags_pass_unchanged(root, environment, flags, tmp_path):
     done = train(root, environment, tmp_path, *flags, "--kldpo_tau=0.05")
     assert done.returncode == 0, done.stderr
     words = launched(environment)
@@ -165,14 +165,14 @@ def test_one_process_per_visible_gpu(visible, asked, expected, root, environment
     ],
 )
 def test_the_number_of_gpus_is_cudas_where_it_sees_any(variables, cuda, count, root, environment):
-    """With MIG nvidia-smi lists other devices than CUDA; where CUDA sees none, the steps say what is wrong with them."""
+    """With MIG nvidia-smi lists other devices than CUDA; where CUDA sees none, the steps report why."""
     with_gpus(environment)
     del environment["CUDA_VISIBLE_DEVICES"], environment["DRDPO_PROCESSES"]
     done = count_gpus(root, environment | variables, cuda)
     assert done.stdout.split() == [str(count), str(max(count, 1))], done.stderr
 
 
-def test_a_broken_nvidia_smi_is_told_once_and_counts_for_nothing(root, environment):
+def test_a_broken_nvidia_smi_is_reported_once_and_counts_no_gpu(root, environment):
     smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
     smi.write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed because it could not communicate'\nexit 9\n")
     smi.chmod(0o755)

@@ -122,7 +122,7 @@ def test_names_are_selected_once_in_a_fixed_order() -> None:
             AssetsConfig(models=value)
 
 
-def test_the_entrypoint_is_light(root: Path) -> None:
+def test_the_entrypoint_imports_no_torch(root: Path) -> None:
     """A second setup does not import torch."""
     code = (
         "import sys; sys.argv = ['x', '--models=none', '--datasets=none'];"

@@ -60,7 +60,7 @@ def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, t
     assert not list(tmp_path.iterdir())
 
 
-def test_the_folder_is_an_ordinary_one(smollm: Path) -> None:
+def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
     check_model_folder(str(smollm))
     config = config_in(smollm)
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -391,7 +391,7 @@ def committed_prompts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_plain_records_and_a_manifest(committed_prompts: Path, tmp_path: Path) -> None:
+def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "prompts"
     assert not prompts_are_made(folder, committed_prompts)
     make_prompts(folder, committed_prompts)

@@ -141,7 +141,7 @@ def test_an_incomplete_file_shows_nothing(
     assert not (tmp_path / "model").exists()
 
 
-def test_a_gated_model_says_what_to_do(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_gated_model_is_refused_with_the_login_command(fake: FakeHub, tmp_path: Path) -> None:
     fake.files, fake.fail = _llama_files(), _http(GatedRepoError, 401)
     with pytest.raises(hub.NeedsLoginError, match=r"huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct, run `hf auth login`"):
         hub.download_model("meta-llama/Llama-3.2-1B-Instruct", tmp_path / "Llama1b")
@@ -187,12 +187,12 @@ def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
-def test_the_probe(fake: FakeHub, error: Exception | None) -> None:
+def test_the_hub_answers_unless_the_request_fails(fake: FakeHub, error: Exception | None) -> None:
     fake.info_error = error
     assert hub.hub_answers() is (error is None)
 
 
-def test_the_probe_fails_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_does_not_answer_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert hub.hub_answers() is False
@@ -291,7 +291,7 @@ def test_broken_conversations_are_refused(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("split", "prompts", "multi_turn"), [("train", 500, 52), ("validation", 350, 52)])
-def test_real_rows(root: Path, split: str, prompts: int, multi_turn: int) -> None:
+def test_rows_of_the_real_data_set_are_converted(root: Path, split: str, prompts: int, multi_turn: int) -> None:
     path = root.parent / "shared" / "data" / "helpsteer2" / f"{split}.jsonl"
     if not path.is_file():
         pytest.skip("../shared is missing")

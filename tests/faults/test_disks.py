@@ -39,7 +39,7 @@ def refusal(status: int | str, said: str) -> str:
 # Bytes beyond what the step is given, as a share of what it writes.
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_full_disk(name, share, disk, forks, steps, undisturbed):
+def test_a_full_disk_loses_nothing(name, share, disk, forks, steps, undisturbed):
     step, whole = steps[name], undisturbed(name)
     step.prepare(keep=True)
     files = [path for path in whole.folder.rglob("*") if path.is_file()]
@@ -58,7 +58,7 @@ def test_a_full_disk(name, share, disk, forks, steps, undisturbed):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_read_only_folder(name, disk, forks, steps, undisturbed):
+def test_a_read_only_folder_is_refused(name, disk, forks, steps, undisturbed):
     step, whole = steps[name], undisturbed(name)
     step.prepare(keep=True)
     before = contents(disk)

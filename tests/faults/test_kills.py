@@ -31,7 +31,7 @@ def killed_at_a_time(forks, step, undisturbed, numbers, latest) -> bool:
 
 @pytest.mark.parametrize("number", range(KILLS))
 @pytest.mark.parametrize("name", STEPS)
-def test_the_same_command_ends_with_the_same_after_sigkill(name, number, forks, steps, undisturbed):
+def test_after_sigkill_the_same_command_gives_the_same_result(name, number, forks, steps, undisturbed):
     step, whole, numbers = steps[name], undisturbed(name), random.Random(f"{name} {number}")
     kill = killed_at_a_time if number % 2 else killed_at_a_change
     for attempt in range(_TRIES):
@@ -46,7 +46,7 @@ def test_the_same_command_ends_with_the_same_after_sigkill(name, number, forks, 
 
 @pytest.mark.parametrize("owner_ends", ["by itself", "by SIGKILL"])
 @pytest.mark.parametrize("name", STEPS)
-def test_two_runs_into_one_folder(name, owner_ends, forks, steps, undisturbed):
+def test_a_second_run_into_a_folder_is_refused(name, owner_ends, forks, steps, undisturbed):
     step, whole = steps[name], undisturbed(name)
     step.prepare()
     # Stopped in the middle of its writing, a run is sure to be there when the second comes.

@@ -81,7 +81,7 @@ class Machine:
         )  # fmt: skip
 
     def pip(self, command: str = "install") -> list[str]:
-        """What pip was asked to install, or to download, in the last run, its fixed words cut off."""
+        """Arguments of pip's calls in the last run, without the fixed ones."""
         start = f"python -m pip {command} --quiet --progress-bar off "
         return [line.removeprefix(start) for line in self.calls.read_text().splitlines() if line.startswith(start)]
 

@@ -95,7 +95,7 @@ def tampered(source: Path, save: Path, change: Callable[[torch.Tensor], None]) -
     save_file({"logprobs": logprobs_M2}, save / path.name, metadata={"key": key_of(path)})
 
 
-def test_pairs_that_cannot_be_trained_are_set_aside_counted_and_told(command, tiny_policy, tmp_path):
+def test_unusable_pairs_are_omitted_counted_and_reported(command, tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     longest = len(chat.prompt_token_ids(tokenizer, said("user", PROMPT))) + 10
     rows = [
@@ -166,7 +166,7 @@ def test_reference_log_probs_with_holes_or_damage_are_refused(command, tiny_poli
 
 
 @pytest.mark.parametrize("what", ["data", "model", "dtype", "max_len", "attention"])
-def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny_policy, good, finished, tmp_path):
+def test_reference_log_probs_of_another_config_are_never_used(what, command, tiny_policy, good, finished, tmp_path):
     """In the same folder the run is refused; elsewhere they are computed again."""
     model, data, flags = tiny_policy, good, []
     if what == "data":
@@ -192,7 +192,7 @@ def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny
     assert key_of(out / path) != key_of(finished / path)
 
 
-def test_the_same_folder_with_other_rows_is_refused(command, tiny_policy, tmp_path):
+def test_changed_rows_in_the_same_folder_are_refused(command, tiny_policy, tmp_path):
     data, out = written(tmp_path / "data", GOOD), tmp_path / "out"
     assert command(tiny_policy, data, out, "--max_steps=1").status == 0
     shutil.rmtree(data)

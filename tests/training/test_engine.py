@@ -42,7 +42,7 @@ OFFLOAD = {
     for stage in (1, 2, 3)
     for offload in (False, True)
 }  # fmt: skip
-# Four micro-batches a step above; here as many as the lengths make, fewer than DeepSpeed is told.
+# Four micro-batches a step above; here as many as the lengths make, fewer than DeepSpeed expects.
 OFFLOAD |= {
     f"float32 rows zero{stage} {'offloaded' if offload else 'kept'}": {
         **COMMON, "zero_stage": stage, "micro_batch_tokens": 60, "steps": 3, "optimizer_offload": offload,
@@ -84,7 +84,7 @@ def untied(tiny_policy, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def work(pairs, tiny_policy, forks, tmp_path_factory) -> Callable[[dict, int], Path]:
-    """Run cases in one start of so many ranks; the folder of their results."""
+    """Run cases in one start of N ranks; returns the folder of their results."""
 
     def run(cases: dict, ranks: int) -> Path:
         folder = tmp_path_factory.mktemp("engine")
@@ -283,7 +283,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
         assert len(read) == 3 and all(weight.numel() <= expected for weight in read)
 
 
-def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
+def test_an_offloaded_optimizer_takes_no_gpu_memory(tiny_policy):
     shares = []
     for offload in (True, False):
         config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")

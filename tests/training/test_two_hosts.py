@@ -41,7 +41,7 @@ def network() -> Iterator[list[tuple[str, str]]]:
             ip("-n", name, "addr", "add", f"10.97.5.{number}/24", "dev", interface)
             for device in ("lo", interface):
                 ip("-n", name, "link", "set", device, "up")
-            # A sender learns from the kernel that nobody answers: after three tries, in place of a quarter of an hour.
+            # A sender learns from the kernel that nobody answers: after three tries, instead of a quarter of an hour.
             ip("netns", "exec", name, "sh", "-c", "echo 3 >/proc/sys/net/ipv4/tcp_retries2")
         yield list(zip(names, interfaces, strict=True))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -97,7 +97,7 @@ def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_poli
 
 
 def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, tmp_path):
-    """No connection is closed: the time tells the receiver, and the kernel the sender."""
+    """No connection is closed: the receiver learns it from the timeout, the sender from the kernel."""
     save, log = tmp_path / "a run", tmp_path / "log"
     flags = flags_of(tiny_policy, data, save, comm_timeout=10)
     ranks = start_on(hosts, flags, log)
