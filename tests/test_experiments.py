@@ -119,9 +119,7 @@ def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_tiny_chain_runs_and_is_skipped_when_it_runs_again(
-    clone: Path, tiny_policy: Path, tmp_path: Path, script: str
-) -> None:
+def test_the_tiny_chain_runs_and_skips_its_steps_again(clone: Path, tiny_policy: Path, tmp_path: Path, script: str) -> None:
     """The whole chain on a random policy at even smaller sizes, then again: every step is skipped.
 
     --engine=auto samples with transformers for answers this short on a CPU.
