@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,30 +265,24 @@ def test_each_prompt_once_and_turns_split() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", [f"A{ASSISTANT}B", f"A{ASSISTANT}B{USER}", "  \n ", "A <extra_id_1>assistant B"])
-def test_broken_turns_are_dropped_and_counted(text: str) -> None:
-    prompts, counts = hub.convert_rows(_rows("fine", text))
-    assert [prompt.prompt[0]["content"] for prompt in prompts] == ["fine"]
-    assert counts["dropped_broken_turns"] == 1
-
-
-def test_one_turn_is_kept_whole() -> None:
-    assert hub.split_helpsteer_turns(" Hi\n\nUser\nthere ") == [{"role": "user", "content": "Hi\n\nUser\nthere"}]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (f"Hi{ASSISTANT}Hello", "does not end in a user turn"),
         (f"Hi{USER}again", "turn 2 is the user's"),
         (f"Hi{ASSISTANT} {USER}Bye", "turn 2 is empty"),
-        ("  ", "turn 1 is empty"),
+        (f"Hi{ASSISTANT}Hello{USER}", "turn 3 is empty"),
+        ("  \n ", "turn 1 is empty"),
         ("<extra_id_1>Assistant\nHello", "turn 1 is the assistant's"),
+        ("Hi <extra_id_1>assistant Hello", None),  # one turn, but with a marker left in it
     ],
 )
-def test_broken_conversations_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_broken_turns_are_dropped_and_counted(text: str, message: str | None) -> None:
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         hub.split_helpsteer_turns(text)
+    prompts, counts = hub.convert_rows(_rows("fine\n\nUser\nthere", text))
+    assert [prompt.prompt for prompt in prompts] == [[{"role": "user", "content": "fine\n\nUser\nthere"}]]
+    assert counts["dropped_broken_turns"] == 1
 
 
 @pytest.mark.parametrize(("split", "prompts", "multi_turn"), [("train", 500, 52), ("validation", 350, 52)])
