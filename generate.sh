@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 4a: sample and score with a trained checkpoint, then print and write the average of every objective.
+# Step 4a: sample and score completions of a trained checkpoint, then print and write the mean of every objective.
 source "$(dirname "${BASH_SOURCE[0]}")/src/env.sh"
 
 if wants_help "$@"; then
@@ -7,7 +7,7 @@ if wants_help "$@"; then
     exit
 fi
 
-# checks_only FLAG...: is --check_only given, alone or with one of the words that the flag takes for true?
+# checks_only FLAG...: is --check_only set, alone or to a value that means true?
 checks_only() {
     local value=false
     while (($#)); do

@@ -6,7 +6,7 @@ from drdpo.errors import one_line_errors
 
 
 def main() -> None:
-    config = parse(CompletionsConfig, "Sample n completions per prompt; scored by src/score_completions.py.")
+    config = parse(CompletionsConfig, "Sample completions of every prompt; src/score_completions.py then scores them.")
     from drdpo.sampling.sample import sample_completions
 
     sample_completions(config)

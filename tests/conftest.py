@@ -20,8 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests/run.sh starts a worker a core: 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """torch.compile keeps its code in this run's own folder: what another kind of CPU, or ATEN_CPU_CAPABILITY, has left in
-    the shared one is taken as it is and gave numbers that are not finite."""
+    """torch.compile keeps its code in a folder of this run: it would also use code in the shared folder that was made for
+    another CPU or ATEN_CPU_CAPABILITY, which gave numbers that are not finite."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
@@ -59,7 +59,7 @@ def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny policy with heads as wide as vLLM's attention on a CPU wants them, with random weights of its own."""
+    """A random Llama as the tiny policy, but with heads as wide as vLLM's attention on a CPU requires."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
@@ -82,7 +82,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture
 def clone(root: Path, forks: Forks, tmp_path: Path) -> Path:
-    """Our tree, but with the environment of `forks`, and a setup.sh that says what it was asked."""
+    """Our tree, but with the environment of `forks`, and a setup.sh that prints its arguments."""
     tree = tmp_path / "my clone"
     tree.mkdir()
     for entry in root.iterdir():

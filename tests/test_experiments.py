@@ -119,21 +119,16 @@ def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_tiny_chain(clone: Path, tiny_policy: Path, tmp_path: Path, script: str) -> None:
+def test_the_tiny_chain_runs_and_skips_its_steps_again(clone: Path, tiny_policy: Path, tmp_path: Path, script: str) -> None:
     """The whole chain on a random policy at even smaller sizes, then again: every step is skipped.
 
     --engine=auto samples with transformers for answers this short on a CPU.
     """
     output = tmp_path / "my out"
     words = [
-        "--tiny",
-        f"--output_path={output}",
-        f"--model_path={tiny_policy}",
-        "--prompts=4",
-        "--max_new_tokens=12",
-        "--best_of_n=2",
-        "--max_len=256",
-    ]
+        "--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--prompts=4", "--max_new_tokens=12",
+        "--best_of_n=2", "--max_len=256",
+    ]  # fmt: skip
     if script == SCRIPTS[0]:
         words += ["--eval_best_of_n=1", "--mixtures=correctness_helpfulness", "--methods=KLDPO"]
     else:

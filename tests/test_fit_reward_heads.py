@@ -11,14 +11,13 @@ import fit_reward_heads as fit
 import numpy as np
 import pytest
 import torch
+from harness import ROOT
 from scipy.stats import bootstrap, spearmanr
 
 from drdpo.chat import load_tokenizer
 from drdpo.errors import DataError, UsageError
 from drdpo.records import write_rows
 from drdpo.scoring.armorm import load_armorm, pad_right
-
-ROOT = Path(__file__).resolve().parents[1]
 
 TEMPLATE = ROOT / "src/drdpo/assets/armorm_smollm2/chat_template.jinja"
 COHERENCE, COMPLEXITY = 2, 3

@@ -24,7 +24,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_statuses_and_streams(forks: Forks, script: Path, tmp_path: Path) -> None:
+def test_a_fork_has_the_status_and_streams_of_a_process(forks: Forks, script: Path, tmp_path: Path) -> None:
     done = forks.run([sys.executable, script, "made"], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (1, f"in {tmp_path} rank None\n", "a message\n")
     done = forks.run([sys.executable, script, "made"], cwd=tmp_path)

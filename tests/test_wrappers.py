@@ -1,4 +1,4 @@
-"""The wrappers with a stand-in for the launcher: flags go through whole, from any directory, with spaces in paths."""
+"""The wrappers with a stand-in for the launcher: arguments pass unchanged, from any directory, with spaces in paths."""
 
 import os
 import re
@@ -7,32 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.forks import Forks
 from harness.stand_ins import add_program, make_environment
 
 from drdpo.records import Preference, write_records
 
 WRAPPERS = (
-    "generate_completions.sh",
-    "train_alignment.sh",
-    "train_alignment.slurm",
-    "generate.sh",
-    "openllm_eval.slurm",
-    "setup.sh",
-    "quickstart.sh",
-)
+    "generate_completions.sh", "train_alignment.sh", "train_alignment.slurm", "generate.sh", "openllm_eval.slurm",
+    "setup.sh", "quickstart.sh",
+)  # fmt: skip
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment whose python is the real one, but for the launcher, whose words it writes down."""
-    prefix = make_environment(tmp_path / "an environment", {"python": "machine/python"})
-    return {
-        **os.environ,
-        "DRDPO_ENV": str(prefix),
-        "LAUNCHED": str(tmp_path / "launched"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "DRDPO_PROCESSES": "2",
-    }
+def environment(forks: Forks, tmp_path: Path) -> dict[str, str]:
+    """An environment whose launcher notes its arguments; the steps run in forks."""
+    prefix = make_environment(tmp_path / "an environment", {"python": "machine/python"}, FORKS_SOCKET=str(forks.place))
+    launched = str(tmp_path / "launched")
+    return os.environ | {
+        "DRDPO_ENV": str(prefix), "LAUNCHED": launched, "CUDA_VISIBLE_DEVICES": "", "DRDPO_PROCESSES": "2",
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -49,15 +42,24 @@ def flags(tmp_path: Path, tiny_policy: Path) -> list[str]:
     ]
 
 
+def replace_python(environment: dict[str, str], script: str) -> None:
+    """A bash script stands in for the environment's python."""
+    (Path(environment["DRDPO_ENV"]) / "bin" / "python").write_text(f"#!/bin/bash\n{script}\n")
+
+
+def bash(environment: dict[str, str], cwd: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
 def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     elsewhere = tmp_path / "some where else"
     elsewhere.mkdir(exist_ok=True)
-    command = ["bash", str(root / "train_alignment.sh"), *words]
-    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+    return bash(environment, elsewhere, root / "train_alignment.sh", *words)
 
 
 def with_gpus(environment: dict[str, str]) -> None:
-    """A machine with four GPUs, as nvidia-smi tells."""
+    """Let nvidia-smi list four GPUs."""
     add_program(Path(environment["DRDPO_ENV"]) / "bin", "nvidia-smi", "machine/nvidia-smi")
     environment["SMI_GPUS"] = "\n".join(["NVIDIA"] * 4)
 
@@ -65,7 +67,7 @@ def with_gpus(environment: dict[str, str]) -> None:
 def count_gpus(root: Path, environment: dict[str, str], cuda: str) -> subprocess.CompletedProcess[str]:
     """The number of GPUs if CUDA answers `cuda`."""
     script = f'source "{root}/src/env.sh"; ask_cuda() {{ echo "{cuda}"; }}; has_gpu || true; count_gpus; echo "$gpu_count"'
-    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    return bash(environment, root, "-c", script)
 
 
 def launched(environment: dict[str, str]) -> list[str]:
@@ -85,8 +87,7 @@ def test_gpus_that_torch_does_not_see_are_refused_before_the_launcher(root, envi
 
 def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment, tmp_path):
     """torchrun --no-python starts the wrapper once a rank: the rank's process takes its place, with the rank's variables."""
-    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
-    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "rank=$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT pid=$$"\n')
+    replace_python(environment, 'printf "%s\\n" "$@" "rank=$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT pid=$$"')
     ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     command = ["bash", str(root / "train_alignment.sh"), "--kldpo_tau=0.05"]
     with subprocess.Popen(command, env=environment | ranks, stdout=subprocess.PIPE, text=True) as process:
@@ -98,7 +99,7 @@ def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment
     assert launched(environment) == []
 
 
-def test_flags_go_through_whole(root, environment, flags, tmp_path):
+def test_flags_pass_unchanged(root, environment, flags, tmp_path):
     done = train(root, environment, tmp_path, *flags, "--kldpo_tau=0.05")
     assert done.returncode == 0, done.stderr
     words = launched(environment)
@@ -112,8 +113,7 @@ def test_flags_go_through_whole(root, environment, flags, tmp_path):
 
 def test_one_process_needs_no_launcher(root, environment, flags, tmp_path):
     """It takes the wrapper's place, so that signals reach it."""
-    python = Path(environment["DRDPO_ENV"]) / "bin" / "python"
-    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "world=${WORLD_SIZE:-} pid=$$"\n')
+    replace_python(environment, 'printf "%s\\n" "$@" "world=${WORLD_SIZE:-} pid=$$"')
     left_over = {"DRDPO_PROCESSES": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     command = ["bash", str(root / "train_alignment.sh"), *flags]
     with subprocess.Popen(command, env=environment | left_over, stdout=subprocess.PIPE, text=True) as process:
@@ -128,15 +128,10 @@ def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path
 @pytest.mark.parametrize(
     ("visible", "asked", "expected"),
     [
-        (None, None, 4),
-        (None, "2", 2),
-        ("2,3", None, 2),
-        ("1,2,3", "2", 2),
-        ("GPU-5c9a,GPU-77b1", None, 2),
-        ("", "2", 2),
+        (None, None, 4), (None, "2", 2), ("2,3", None, 2), ("1,2,3", "2", 2), ("GPU-5c9a,GPU-77b1", None, 2), ("", "2", 2),
         ("-1", "2", 2),
     ],
-)
+)  # fmt: skip
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
     environment["SKIP_CHECK"] = "1"
@@ -168,14 +163,14 @@ def test_one_process_per_visible_gpu(visible, asked, expected, root, environment
     ],
 )
 def test_the_number_of_gpus_is_cudas_where_it_sees_any(variables, cuda, count, root, environment):
-    """With MIG nvidia-smi lists other devices than CUDA; where CUDA sees none, the steps say what is wrong with them."""
+    """With MIG nvidia-smi lists other devices than CUDA; where CUDA sees none, the steps report why."""
     with_gpus(environment)
     del environment["CUDA_VISIBLE_DEVICES"]
     done = count_gpus(root, environment | variables, cuda)
     assert done.stdout == f"{count}\n", done.stderr
 
 
-def test_a_broken_nvidia_smi_is_told_once_and_counts_for_nothing(root, environment):
+def test_a_broken_nvidia_smi_is_reported_once_and_counts_no_gpu(root, environment):
     smi = Path(environment["DRDPO_ENV"]) / "bin" / "nvidia-smi"
     smi.write_text("#!/bin/bash\necho 'NVIDIA-SMI has failed because it could not communicate'\nexit 9\n")
     smi.chmod(0o755)
@@ -197,30 +192,18 @@ def test_processes_that_cannot_be_started_are_refused(visible, asked, words, roo
     assert not launched(environment)
 
 
-@pytest.mark.parametrize(
-    ("words", "status"),
-    [(["--epochs=3"], 2), (["--kldpo_tau=1", "--wdpo_rho=1"], 2), (["--train_batch_size=3", "--micro_batch_size=2"], 2)],
-)
-def test_a_wrong_command_starts_no_launcher(words, status, root, environment, flags, tmp_path):
-    done = train(root, environment, tmp_path, *flags, *words)
-    assert done.returncode == status, done.stderr
+def test_a_wrong_flag_or_bad_data_starts_no_launcher(root, environment, flags, tmp_path):
+    assert train(root, environment, tmp_path, *flags, "--train_batch_size=3", "--micro_batch_size=2").returncode == 2
+    (tmp_path / "my pairs" / "test.jsonl").write_text('{"chosen": ')
+    done = train(root, environment, tmp_path, *flags)
+    assert done.returncode == 1 and "test.jsonl, row 1" in done.stderr
     assert not launched(environment)
     assert not (tmp_path / "my run").exists()
 
 
-def test_bad_data_starts_no_launcher(root, environment, flags, tmp_path):
-    (tmp_path / "my pairs" / "test.jsonl").write_text('{"chosen": ')
-    done = train(root, environment, tmp_path, *flags)
-    assert done.returncode == 1
-    assert "test.jsonl, row 1" in done.stderr
-    assert not launched(environment)
-
-
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_help_needs_no_launcher(wrapper, root, environment, tmp_path):
-    done = subprocess.run(
-        ["bash", str(root / wrapper), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = bash(environment, tmp_path, root / wrapper, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert not launched(environment)
@@ -233,26 +216,37 @@ def test_a_lost_environment_is_named(root, environment, tmp_path):
     assert "bash setup.sh" in done.stderr
 
 
-def test_quickstart_refuses_an_unknown_flag(root, environment, tmp_path):
-    done = subprocess.run(["bash", str(root / "quickstart.sh"), "--size=1"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--size=1" in done.stderr
-
-
-def test_quickstart_refuses_a_folder_that_other_flags_made(root, environment, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "flags").write_text("--prompts=1 \n")
-    command = ["bash", str(root / "quickstart.sh"), f"--output_path={tmp_path / 'run'}", "--prompts=2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"{tmp_path / 'run'} has results from different flags (--prompts=1 )" in done.stderr
+def test_quickstart_refuses_unknown_flags_and_a_folder_of_other_flags(root, environment, tmp_path):
+    done = bash(environment, tmp_path, root / "quickstart.sh", "--size=1")
+    assert done.returncode == 2 and "--size=1" in done.stderr
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "flags").write_text("--prompts=1 \n")
+    done = bash(environment, tmp_path, root / "quickstart.sh", f"--output_path={folder}", "--prompts=2")
+    assert done.returncode == 2 and str(folder) in done.stderr and "(--prompts=1 )" in done.stderr
 
 
 def test_quickstarts_help_names_every_flag_with_its_default(root, environment):
     text = (root / "quickstart.sh").read_text()
     names = text[text.index("names=(") + 7 : text.index(")\nfor word")].split()
     defaults = dict(re.findall(r"(\w+)=(\S+)", text[text.index("\noutput_path=") : text.index("names=(")]))
-    done = subprocess.run(["bash", str(root / "quickstart.sh"), "--help"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0
+    done = bash(environment, root, root / "quickstart.sh", "--help")
     assert dict(re.findall(r"--([a-z]\w*)=(\S+)", done.stdout)) == defaults
     assert list(defaults) == names
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluates"),
+    [
+        (["--check_only=true"], False), (["--check_only", "True"], False), (["--check-only=1"], False),
+        (["--check_only", "--seed=1"], False), ([], True), (["--check_only", "No"], True),
+        (["--check_only=1", "--check_only=0"], True),
+    ],
+)  # fmt: skip
+def test_generate_evaluates_what_it_made_unless_it_only_checks(words, evaluates, root, environment, tmp_path):
+    replace_python(environment, 'basename "$1"; printf "  %s\\n" "${@:2}"')
+    done = bash(environment | {"DRDPO_PROCESSES": "1"}, tmp_path, root / "generate.sh", "--save_path=out puts/x", *words)
+    lines = done.stdout.splitlines()
+    scripts = [line for line in lines if not line.startswith(" ")]
+    assert scripts == ["generate_completions.py", "score_completions.py", "evaluate_armorm.py"][: 3 if evaluates else 2]
+    assert not evaluates or lines[-3:] == ["  --runs", "  x=out puts/x", "  --output_path=out puts/x"]

@@ -1,4 +1,4 @@
-"""A step's output folder: files that appear whole or not at all, the lock of its one writer, the manifest.
+"""A step's output folder: files that appear whole or not at all, the lock of its one writer, the manifest, resumable parts.
 
 Files and folders are written under another name beside their place, flushed to disk and moved into place.
 
@@ -345,7 +345,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return read_json_object(path)
+        # Version 0.1 wrote "sample test" for sample_test.
+        return {step.replace(" ", "_"): entry for step, entry in read_json_object(path).items()}
     except DataError as error:
         raise DataError(f"{error}; delete it to start again") from error
 
@@ -389,3 +390,92 @@ def changed(before: dict[str, Any], made_by: dict[str, Any]) -> str:
     now = json.loads(json.dumps(made_by))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
+
+
+# Resumable parts
+
+
+class Parts:
+    """Finished parts of a result on disk, from which an interrupted step resumes: {number: JSON content}.
+
+    `plan.json` records what the parts depend on and how the work is divided into parts. A run appends one line
+    {"part": number, "content": ...} per finished part to a new file of its own. A killed process leaves at most one cut
+    line, at the end of its file, which is ignored.
+    """
+
+    def __init__(self, folder: Path, made_by: dict[str, Any], overwrite: bool, rank: int = 0) -> None:
+        """Compare with the parts of an earlier run. Writes nothing: all ranks must have done this before one opens.
+
+        Args:
+            folder: contains nothing but the parts.
+            made_by: what the parts depend on, as in the manifest.
+            overwrite: drop parts from a different configuration.
+            rank: of this process, for a step that runs on several; rank 0 writes the plan.
+
+        Raises:
+            UsageError: the parts are from a different configuration, and `overwrite` is False.
+        """
+        self._folder, self._rank, self._made_by = folder, rank, made_by
+        self._places: dict[int, tuple[Path, int]] = {}
+        before = self._read_plan()
+        changes = changed(before.get("made_by", {}), made_by) if before else ""
+        if changes and not overwrite:
+            raise UsageError(
+                f"{folder} contains unfinished results from a different configuration: {changes}; pass --overwrite=true to "
+                "drop them, another folder, or the earlier flags to finish them"
+            )
+        self.plan: Any = None if changes else before.get("plan")
+        """How the earlier run divided the work; None without one."""
+
+    def open(self, plan: Any) -> None:
+        """Continue the earlier run, or start again if its plan was another. Every rank must call this.
+
+        Args:
+            plan: how the work is divided, the same on every rank.
+        """
+        wanted = json.loads(json.dumps({"made_by": self._made_by, "plan": plan}))
+        distributed.barrier()
+        if self._rank == 0 and self._read_plan() != wanted:
+            self.remove()
+            with atomic_file(self._folder / "plan.json") as stream:
+                json.dump(wanted, stream)
+        distributed.barrier()
+        self.find()
+        # A name that no earlier run has used: what follows a cut line would be lost.
+        self._file = self._folder / f"{len(list(self._folder.glob('*.jsonl')))}.{self._rank}.jsonl"
+        distributed.barrier()  # until all ranks have found the same parts, none adds one
+
+    def find(self) -> None:
+        """Look for the finished parts of all runs and ranks."""
+        self._places = {
+            line["part"]: (file, offset)
+            for file in sorted(self._folder.glob("*.jsonl"))
+            for offset, line in whole_lines(file)
+        }
+
+    @property
+    def done(self) -> set[int]:
+        """Numbers of the parts found or added."""
+        return set(self._places)
+
+    def add(self, number: int, content: Any) -> None:
+        """Keep a finished part."""
+        with _blaming(self._file), self._file.open("ab") as stream:
+            self._places[number] = self._file, stream.tell()
+            stream.write(json.dumps({"part": number, "content": content}).encode() + b"\n")
+
+    def read(self, number: int) -> Any:
+        """The content of a finished part."""
+        file, offset = self._places[number]
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            return json.loads(stream.readline())["content"]
+
+    def remove(self) -> None:
+        """Delete the parts."""
+        if self._folder.is_dir():
+            remove_tree(self._folder)
+
+    def _read_plan(self) -> dict[str, Any]:
+        path = self._folder / "plan.json"
+        return read_json_object(path) if path.is_file() else {}

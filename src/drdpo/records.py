@@ -201,6 +201,14 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
+def write_rejects(folder: Path, split: str, rejects: list[dict[str, Any]]) -> None:
+    """Replace the rows of one split in `folder/rejects.jsonl`: {file: `.../<split>.jsonl`, row, reason, ...}."""
+    path = folder / "rejects.jsonl"
+    before = [row for _, row in read_rows(path)] if path.is_file() else []
+    others = [row for row in before if Path(str(row.get("file"))).name != f"{split}.jsonl"]
+    write_rows(path, [*others, *rejects])
+
+
 def check_unique(path: Path, keys: Iterable[tuple[int, ...]], fields: str) -> None:
     """Raise DataError if two records of `path` have the same key."""
     seen: set[tuple[int, ...]] = set()

@@ -88,14 +88,10 @@ def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(
     ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
 )
 def test_a_named_model_that_fails_is_an_error_after_the_others_are_made(
-    fake_hub: dict[str, Exception | None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-    state: str,
+    fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, state: str
 ) -> None:
     fake_hub[HUB_MODELS["Llama1b"]] = error
-    with pytest.raises(DataError, match="1 of 3 models and prompt sets are missing: Llama1b"):
+    with pytest.raises(DataError, match=r"1 of 3 .*: Llama1b"):
         download_assets(AssetsConfig(models="Llama1b,ArmoRM", datasets="embedded"), tmp_path)
     assert (tmp_path / "models" / "ArmoRM" / "config.json").is_file()
     assert (tmp_path / "datasets" / "embedded_prompts" / "train.jsonl").is_file()
@@ -115,21 +111,18 @@ def test_the_reward_model_brings_its_backbone(tmp_path: Path) -> None:
     assert list(states) == ["SmolLM2-135M", "ArmoRM-SmolLM2"]
 
 
-def test_names() -> None:
+def test_names_are_selected_once_in_a_fixed_order() -> None:
     assert select_models("embedded,Llama1b").hub == ("Llama1b",)
-    assert select_models("ArmoRM,Llama1b,ArmoRM").hub == ("Llama1b", "ArmoRM"), "each once, in a fixed order"
+    assert select_models("ArmoRM,Llama1b,ArmoRM").hub == ("Llama1b", "ArmoRM")
     assert select_models("auto").automatic
     assert not select_models("all").automatic
-    assert select_models("none") == select_models("none").__class__((), ())
+    assert (select_models("none").embedded, select_models("none").hub) == ((), ())
+    for value in ("llama1b", "", "Llama1b,", "auto,Llama1b", "none,embedded"):
+        with pytest.raises(UsageError, match="choose from SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
+            AssetsConfig(models=value)
 
 
-@pytest.mark.parametrize("value", ["llama1b", "", "Llama1b,", "auto,Llama1b", "none,embedded"])
-def test_unknown_names_are_refused(value: str) -> None:
-    with pytest.raises(UsageError, match="choose from SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
-        AssetsConfig(models=value)
-
-
-def test_the_entrypoint_is_light(root: Path) -> None:
+def test_the_entrypoint_imports_no_torch(root: Path) -> None:
     """A second setup does not import torch."""
     code = (
         "import sys; sys.argv = ['x', '--models=none', '--datasets=none'];"
@@ -140,11 +133,3 @@ def test_the_entrypoint_is_light(root: Path) -> None:
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env=environment, timeout=120)
-
-
-def test_a_wrong_name_ends_with_status_2(root: Path) -> None:
-    command = [sys.executable, "src/download_assets.py", "--models=GPT"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "unknown name 'GPT'" in done.stderr
-    assert done.stderr.count("\n") == 1

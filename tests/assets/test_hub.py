@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,7 +142,7 @@ def test_an_incomplete_file_shows_nothing(
     assert not (tmp_path / "model").exists()
 
 
-def test_a_gated_model_says_what_to_do(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_gated_model_is_refused_with_the_login_command(fake: FakeHub, tmp_path: Path) -> None:
     fake.files, fake.fail = _llama_files(), _http(GatedRepoError, 401)
     with pytest.raises(hub.NeedsLoginError, match=r"huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct, run `hf auth login`"):
         hub.download_model("meta-llama/Llama-3.2-1B-Instruct", tmp_path / "Llama1b")
@@ -187,12 +188,12 @@ def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
-def test_the_probe(fake: FakeHub, error: Exception | None) -> None:
+def test_the_hub_answers_unless_the_request_fails(fake: FakeHub, error: Exception | None) -> None:
     fake.info_error = error
     assert hub.hub_answers() is (error is None)
 
 
-def test_the_probe_fails_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_does_not_answer_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert hub.hub_answers() is False
@@ -264,34 +265,28 @@ def test_each_prompt_once_and_turns_split() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", [f"A{ASSISTANT}B", f"A{ASSISTANT}B{USER}", "  \n ", "A <extra_id_1>assistant B"])
-def test_broken_turns_are_dropped_and_counted(text: str) -> None:
-    prompts, counts = hub.convert_rows(_rows("fine", text))
-    assert [prompt.prompt[0]["content"] for prompt in prompts] == ["fine"]
-    assert counts["dropped_broken_turns"] == 1
-
-
-def test_one_turn_is_kept_whole() -> None:
-    assert hub.split_helpsteer_turns(" Hi\n\nUser\nthere ") == [{"role": "user", "content": "Hi\n\nUser\nthere"}]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (f"Hi{ASSISTANT}Hello", "does not end in a user turn"),
         (f"Hi{USER}again", "turn 2 is the user's"),
         (f"Hi{ASSISTANT} {USER}Bye", "turn 2 is empty"),
-        ("  ", "turn 1 is empty"),
+        (f"Hi{ASSISTANT}Hello{USER}", "turn 3 is empty"),
+        ("  \n ", "turn 1 is empty"),
         ("<extra_id_1>Assistant\nHello", "turn 1 is the assistant's"),
+        ("Hi <extra_id_1>assistant Hello", None),  # one turn, but with a marker left in it
     ],
 )
-def test_broken_conversations_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_broken_turns_are_dropped_and_counted(text: str, message: str | None) -> None:
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         hub.split_helpsteer_turns(text)
+    prompts, counts = hub.convert_rows(_rows("fine\n\nUser\nthere", text))
+    assert [prompt.prompt for prompt in prompts] == [[{"role": "user", "content": "fine\n\nUser\nthere"}]]
+    assert counts["dropped_broken_turns"] == 1
 
 
 @pytest.mark.parametrize(("split", "prompts", "multi_turn"), [("train", 500, 52), ("validation", 350, 52)])
-def test_real_rows(root: Path, split: str, prompts: int, multi_turn: int) -> None:
+def test_rows_of_the_real_data_set_are_converted(root: Path, split: str, prompts: int, multi_turn: int) -> None:
     path = root.parent / "shared" / "data" / "helpsteer2" / f"{split}.jsonl"
     if not path.is_file():
         pytest.skip("../shared is missing")

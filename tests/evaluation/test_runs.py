@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.runs import method_line, read_provenance, repeated_share
+from drdpo.evaluation.runs import method_of, read_provenance, repeated_share
 from drdpo.folder import write_manifest
 
 
@@ -36,7 +37,7 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     write_manifest(tmp_path / "sampled", "sample test", {"model": "f00d"}, flags=flags, counts={"in": 3, "out": 2})
     found = read_provenance(tmp_path, "test")
     assert found.policy.endswith("global_step_9")
-    assert found.method == "WDPO (wdpo_rho=0.01, beta=0.01, seed=5)"
+    assert found.method == "WDPO (wdpo_rho=0.01), beta=0.01, seed=5"
     assert found.made_by("sampling") == {"model": "f00d"}
     assert found.records["sampling"]["counts.out"] == "2"
     assert "versions.numpy" in found.records["sampling"]
@@ -45,15 +46,24 @@ def test_a_real_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("flags", "method"),
     [
-        ({"beta": "0.1", "seed": "1"}, "DPO (beta=0.1, seed=1)"),
-        ({"kldpo_tau": "0.05", "beta": "0.1"}, "KLDPO (kldpo_tau=0.05, beta=0.1)"),
-        ({"drdpo_beta": "1", "beta": "0.1"}, "Dr. DPO (drdpo_beta=1, beta=0.1)"),
+        ({}, "DPO"),
+        ({"kldpo_tau": "0.05", "wdpo_rho": None}, "KLDPO (kldpo_tau=0.05)"),
+        ({"drdpo_beta": 1.0}, "Dr. DPO (drdpo_beta=1.0)"),
+        ({"method": "mine, strength 3", "kldpo_tau": None}, "mine, strength 3"),
     ],
 )
-def test_method_line(flags: dict[str, str], line: str) -> None:
-    assert method_line(flags) == line
+def test_method_of(flags: dict[str, Any], method: str) -> None:
+    assert method_of(flags) == method
+
+
+def test_the_method_is_read_from_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dataset_path": "d", "beta": 0.1}')
+    write_manifest(tmp_path, "train", {"method": "mine, strength 3"})
+    (tmp_path / "run" / "sampled").mkdir(parents=True)
+    write_manifest(tmp_path / "run" / "sampled", "sample_test", {"model_path": str(tmp_path / "global_step_1")})
+    assert read_provenance(tmp_path / "run", "test").method == "mine, strength 3, beta=0.1"
 
 
 def test_a_models_folder_is_no_training(tmp_path: Path) -> None:

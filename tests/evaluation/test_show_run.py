@@ -36,8 +36,8 @@ def shown(folder, capsys, picture=False):
 
 def test_a_dead_run(folder, capsys):
     text = shown(folder, capsys)
-    for fragment in ("stopped; the same command resumes after step 2", "step 2 of 10 (20%)", "--kldpo_tau=0.05",
-                     "4.0 s a step", "32.0 s, without", "eval_loss 0.65 at step 2"):  # fmt: skip
+    for fragment in ("stopped; rerun the same command to resume after step 2", "step 2 of 10 (20%)",
+                     "KLDPO (kldpo_tau=0.05)", "4.0 s a step", "32.0 s, without", "eval_loss 0.65 at step 2"):  # fmt: skip
         assert fragment in text  # 8 of 10 steps are left, of 4 s each
     assert not (folder / "training.png").exists()
 
@@ -85,7 +85,7 @@ def test_other_steps_folders(tmp_path, capsys):
 
 
 def test_an_empty_and_a_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="no step of the pipeline"):
+    with pytest.raises(DataError, match="pass the output folder of a step"):
         show_run(ShowRunConfig(str(tmp_path)))
     with pytest.raises(DataError, match="no such folder"):
         show_run(ShowRunConfig(str(tmp_path / "x")))
@@ -95,4 +95,4 @@ def test_the_command(root, folder):
     command = [sys.executable, str(root / "src/show_run.py"), str(folder), "--picture=false"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "resumes after step 2" in done.stdout
+    assert "resume after step 2" in done.stdout

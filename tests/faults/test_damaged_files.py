@@ -83,11 +83,11 @@ READERS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Path, Path, Path]
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("name", READERS)
-def test_a_line_cut_in_two(name, split, tiny_policy, fault_reward_model, tmp_path):
-    if (name, split) == ("evaluate", "train"):
-        pytest.skip("an evaluation reads one split")
+SPLITS_READ = [(name, split) for name in READERS for split in ("train", "test") if (name, split) != ("evaluate", "train")]
+
+
+@pytest.mark.parametrize(("name", "split"), SPLITS_READ)
+def test_a_line_cut_in_two_is_refused_and_nothing_is_written(name, split, tiny_policy, fault_reward_model, tmp_path):
     fields, below, step = READERS[name]
     cut = write_cut(tmp_path / "given" / below, split, rows_of(*fields))
     before = sorted(tmp_path.rglob("*"))
@@ -131,9 +131,8 @@ def damaged(model: Path, target: Path, damage: Callable[[bytes], bytes]) -> Path
     return target
 
 
-def test_a_damaged_checkpoint_as_model_path(damage, tiny_policy, tmp_path):
+def test_a_damaged_checkpoint_is_refused_as_model_path(damage, tiny_policy, tmp_path):
     model = damaged(tiny_policy, tmp_path / "model", damage)
-    fields, _, step = READERS["train"]
     for name in ("sample", "train"):
         fields, _, step = READERS[name]
         folder = tmp_path / name
@@ -144,7 +143,7 @@ def test_a_damaged_checkpoint_as_model_path(damage, tiny_policy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_reward_model(damage, fault_reward_model, tmp_path):
+def test_a_damaged_reward_model_is_refused(damage, fault_reward_model, tmp_path):
     model = damaged(fault_reward_model, tmp_path / "model", damage)
     fields, below, step = READERS["score"]
     write_cut(tmp_path / "given" / below, "test", rows_of(*fields))
@@ -154,7 +153,7 @@ def test_a_damaged_reward_model(damage, fault_reward_model, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_damaged_reference_file(damage, tmp_path):
+def test_a_damaged_reference_file_is_refused(damage, tmp_path):
     path = tmp_path / "reference_train.safetensors"
     write_reference(path, "key", torch.arange(6.0).view(3, 2))
     path.write_bytes(damage(path.read_bytes()))

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of every step: no partial file under its final name, and the same command ends with the same."""
+"""SIGKILL at random moments of every step, or a second run: nothing partial, and the same command gives the same result."""
 
 import os
 import random
@@ -6,12 +6,12 @@ import signal
 import time
 
 import pytest
-from harness.steps import STEPS, check_nothing_partial, contents
+from harness.steps import STEPS, check_nothing_partial, contents, errors_of, finish
 
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("DRDPO_FAULT_KILLS", "2"))
-"""Of each step; docs/reliability.md tells of 20."""
+"""Of each step; docs/reliability.md reports 20."""
 _TRIES = 8
 
 
@@ -31,7 +31,7 @@ def killed_at_a_time(forks, step, undisturbed, numbers, latest) -> bool:
 
 @pytest.mark.parametrize("number", range(KILLS))
 @pytest.mark.parametrize("name", STEPS)
-def test_the_same_command_ends_with_the_same_after_sigkill(name, number, forks, steps, undisturbed):
+def test_after_sigkill_the_same_command_gives_the_same_result(name, number, forks, steps, undisturbed):
     step, whole, numbers = steps[name], undisturbed(name), random.Random(f"{name} {number}")
     kill = killed_at_a_time if number % 2 else killed_at_a_change
     for attempt in range(_TRIES):
@@ -41,6 +41,24 @@ def test_the_same_command_ends_with_the_same_after_sigkill(name, number, forks, 
     else:
         pytest.fail(f"{name} ended before it could be killed, {_TRIES} times")
     check_nothing_partial(step.out, whole.contents)
+    finish(step, forks, whole)
+
+
+@pytest.mark.parametrize("owner_ends", ["by itself", "by SIGKILL"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_second_run_into_a_folder_is_refused(name, owner_ends, forks, steps, undisturbed):
+    step, whole = steps[name], undisturbed(name)
+    step.prepare()
+    # Stopped in the middle of its writing, a run is sure to be there when the second comes.
+    first = step.start(forks, {"call": max(5, whole.changes // 2), "signal": "SIGSTOP"})
+    assert first.wait() == "stopped"
     status, said = step.run(forks)
-    assert status == 0, said
-    assert contents(step.out) == whole.contents
+    assert status == 2, said
+    (error,) = errors_of(said)
+    assert f"is locked by process {first.pid} on " in error
+    first.send_signal(signal.SIGCONT if owner_ends == "by itself" else signal.SIGKILL)
+    assert first.wait() == (0 if owner_ends == "by itself" else -9)
+    if owner_ends == "by itself":
+        assert contents(step.out) == whole.contents
+    else:
+        finish(step, forks, whole)

@@ -38,7 +38,7 @@ class Machine:
         self.variables = {"REAL_PYTHON": sys.executable, "CALLS": str(self.calls)}
         (self.tree / "src" / "drdpo").mkdir(parents=True)
         shutil.copytree(ROOT / "requirements", self.tree / "requirements")
-        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "display", "errors")]
+        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "errors")]
         for name in ("setup.sh", "src/env.sh", *ground):
             shutil.copy(ROOT / name, self.tree / name)
         self.standins.mkdir()
@@ -81,7 +81,7 @@ class Machine:
         )  # fmt: skip
 
     def pip(self, command: str = "install") -> list[str]:
-        """What pip was asked to install, or to download, in the last run, its fixed words cut off."""
+        """Arguments of pip's calls in the last run, without the fixed ones."""
         start = f"python -m pip {command} --quiet --progress-bar off "
         return [line.removeprefix(start) for line in self.calls.read_text().splitlines() if line.startswith(start)]
 

@@ -69,21 +69,21 @@ class Step:
 def contents(folder: Path) -> dict[str, Any]:
     """{name: content} of every file of a result, hidden ones included, without what no two runs share."""
     return {
-        str(path.relative_to(folder)): content_of(path)
+        str(path.relative_to(folder)): _content_of(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not _is_log(path.relative_to(folder))
     }
 
 
 def _is_log(name: Path) -> bool:
-    """Does a file tell of one process, or hold DeepSpeed's pickles, whose equality tests/training/test_resume.py shows?
+    """Is a file about one process, or DeepSpeed's pickles, whose equality tests/training/test_resume.py checks?
 
-    A killed owner's lock file too, which locks nothing, and which a run that finds all done has no cause to remove.
+    A killed owner's lock file too, which locks nothing, and which a finished run does not remove.
     """
     return name.name == ".lock" or name.parts[0] in ("tensorboard", "resume", "logs") or name.suffix == ".log"
 
 
-def content_of(path: Path) -> Any:
+def _content_of(path: Path) -> Any:
     if path.name == "metrics.jsonl":
         lines = map(json.loads, path.read_text().splitlines())
         return [{name: line[name] for name in FIGURES if name in line} for line in lines]
@@ -103,7 +103,7 @@ def _equal_part(value: Any) -> Any:
 def check_nothing_partial(folder: Path, expected: dict[str, Any]) -> None:
     """Is every file that has its final name whole?
 
-    Files that grow by whole lines (metrics.jsonl, hidden parts) and logs are none of it; manifests name what is done so far.
+    Files that grow by whole lines (metrics.jsonl, hidden parts) and logs are exempt; manifests name what is done so far.
     """
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         name = path.relative_to(folder)
@@ -114,10 +114,17 @@ def check_nothing_partial(folder: Path, expected: dict[str, Any]) -> None:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as stored:
                 assert stored.keys(), path
-        found = content_of(path)
+        found = _content_of(path)
         if str(name) in expected and path.name not in ("manifest.json", "rejects.jsonl"):
             assert found == expected[str(name)], f"{name} is not what it will be"
 
 
 def errors_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+def finish(step: Step, forks: Forks, undisturbed: Any) -> None:
+    """The same command ends the work, and its result is the undisturbed one."""
+    status, said = step.run(forks)
+    assert status == 0, said
+    assert contents(step.out) == undisturbed.contents

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from drdpo import chat
 from drdpo.config import CompletionsConfig
+from drdpo.sampling.engines import Request, stream_seed
 
 QUESTIONS = [
     "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.",
@@ -31,6 +33,16 @@ def prompts(tmp_path: Path) -> Path:
     write_prompts(folder / "test.jsonl", QUESTIONS)
     write_prompts(folder / "train.jsonl", QUESTIONS[:4], first_id=100)
     return folder
+
+
+@pytest.fixture(scope="session")
+def requests(tiny_policy: Path) -> list[Request]:
+    """The ten questions for the tiny model."""
+    tokenizer = chat.load_tokenizer(str(tiny_policy))
+    return [
+        Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": content}]), stream_seed(1, "test", number))
+        for number, content in enumerate(QUESTIONS)
+    ]
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
-"""vLLM on the embedded model, in a process of its own as with several GPUs, in float32."""
+"""vLLM on the embedded model in float32, in an engine process as with several GPUs."""
 
 import json
+import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,42 @@ from drdpo import chat
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
 from drdpo.sampling import sample as step
+from drdpo.sampling import vllm_engine
 from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
-from drdpo.sampling.vllm_engine import Pool, VllmEngine, vllm_problem
-
-pytestmark = pytest.mark.slow
+from drdpo.sampling.pool import Pool
+from drdpo.sampling.vllm_engine import VllmEngine, vllm_problem
 
 QUESTIONS = ["What is rain?", "Name three fruits.", "Say hi.", "Write one sentence about the sea.", "Add 2 and 2.", "Hello!"]
+
+
+def test_a_broken_vllm_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what an import of it then raises is an ImportError
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: object())
+    problem = vllm_problem()
+    assert problem is not None
+    assert problem.startswith("importing vllm failed: ")
+    assert "\n" not in problem
+
+
+def test_two_warnings_of_vllm_are_suppressed_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = logging.getLogger("vllm.triton_utils.importing")
+    said: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    # vLLM, if imported before, has configured its own loggers.
+    monkeypatch.setattr(triton, "handlers", [handler])
+    monkeypatch.setattr(triton, "level", logging.WARNING)
+    monkeypatch.setattr(triton, "disabled", False)
+    triton.manager._clear_cache()  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vllm_engine._silence()
+        warnings.warn("`torch.distributed.reduce_op` is deprecated, please use ...", FutureWarning, stacklevel=1)
+        warnings.warn("`torch.distributed.other` is deprecated", FutureWarning, stacklevel=1)
+        triton.warning("Triton is installed, but doesn't include CPU backend. Disabling Triton.")
+        triton.warning("Triton is installed, but something else")
+    assert [str(warning.message) for warning in caught] == ["`torch.distributed.other` is deprecated"]
+    assert said == ["Triton is installed, but something else"]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +80,14 @@ def run(engine: Pool, requests: list[Request], sampling: Sampling) -> list[list[
     return [found[index] for index in range(len(requests))]
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(engine: Pool, requests: list[Request], settings: EngineSettings) -> None:
     sampling = Sampling(2, 0.0, 1.0, 20, (2,))
     plain = dict(TransformersEngine(settings).generate(requests[:3], sampling))
     assert run(engine, requests, sampling)[:3] == [plain[index] for index in range(3)]
 
 
+@pytest.mark.slow
 def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool, requests: list[Request]) -> None:
     sampling = Sampling(4, 1.0, 0.95, 12, (2,))
     first = run(engine, requests, sampling)
@@ -62,6 +97,7 @@ def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool
     assert run(engine, other, sampling) != first
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[Request]) -> None:
     sampling = Sampling(2, 0.7, 1.0, 12, (2,))
     together = run(engine, requests, sampling)
@@ -69,6 +105,7 @@ def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[
     assert run(engine, requests[2:3], sampling) == together[2:3]
 
 
+@pytest.mark.slow
 def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
     free = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2,)))[0][0]
     stop = free.token_ids[8]
@@ -80,6 +117,7 @@ def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requests: list[Request]) -> None:
     """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see vllm_engine)."""
     long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(20)]
@@ -97,6 +135,7 @@ class Kept:
         pass
 
 
+@pytest.mark.slow
 def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That the step starts vLLM itself, in its own process, is for tests/test_readme_run.py."""
 
@@ -122,6 +161,7 @@ def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Pa
     assert any("rain" in row["completion"][0]["content"].lower() for row in completions[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "context"), [(False, "LLM_CLASS"), (True, "ENGINE_CONTEXT")])
 def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
     cpu: bool, context: str, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +183,7 @@ def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
     assert started["max_num_batched_tokens"] == (2048 if cpu else None)
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
@@ -154,6 +195,7 @@ def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, m
         VllmEngine(settings)
 
 
+@pytest.mark.slow
 def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be compiled by nvcc, which a machine with a driver alone lacks; our requests have seeds and never use it."""
     from vllm import envs

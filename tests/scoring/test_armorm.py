@@ -1,6 +1,10 @@
-"""ArmoRM against a slow, plain reference: one sequence at a time, positions by loops, heads in numpy's double precision."""
+"""ArmoRM, padded and packed, against a slow reference: one sequence at a time, positions by loops, float64 heads.
+
+In a packed batch a prompt is computed once for all its completions.
+"""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,17 @@ import pytest
 import torch
 
 from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
-from drdpo.scoring.armorm import ArmoRM, gate_positions, last_positions, load_armorm, pad_right
+from drdpo.kernels.packed_attention import PackedRow
+from drdpo.scoring.armorm import (
+    ArmoRM,
+    Rewards,
+    SharedPrefix,
+    common_prefix,
+    find_span,
+    load_armorm,
+    packed_batches,
+    pad_right,
+)
 
 LLAMA3 = [128009, 128006, 78191, 128007, 271]
 CPU = torch.device("cpu")
@@ -56,14 +70,28 @@ def reference_scores(folder: Path, ids: list[int]) -> tuple[list[float], float]:
     return rewards, score
 
 
-def assert_equal_to_reference(folder: Path, model: ArmoRM, sequences: list[list[int]], pad: int) -> None:
-    rewards = model(*pad_right(sequences, pad, CPU))
+def assert_equal_to_reference(folder: Path, sequences: list[list[int]], rewards: Rewards) -> None:
     assert rewards.stage1.dtype == rewards.stage2.dtype == torch.float32
-    assert rewards.stage1.shape == (len(sequences), len(model.objectives))
+    assert len(rewards.stage1) == len(rewards.stage2) == len(sequences)
     for row, ids in enumerate(sequences):
         stage1, stage2 = reference_scores(folder, ids)
         np.testing.assert_allclose(rewards.stage1[row].numpy(), stage1, atol=1e-4)
         np.testing.assert_allclose(rewards.stage2[row].item(), stage2, atol=1e-4)
+
+
+def left_padded(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, sequences))
+    ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in sequences])
+    return ids_BT, torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
+
+
+@pytest.fixture
+def mean_pooled(embedded_like: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "mean pooled"
+    shutil.copytree(embedded_like, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"pooling": "mean"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def llama3_sequences() -> list[list[int]]:
@@ -87,7 +115,8 @@ def test_armorm_equals_the_reference_in_the_published_form(published: Path) -> N
     model = load_armorm(published, "cpu", torch.float32)
     assert len(model.objectives) == 19
     assert model.objectives[6] == "ultrafeedback-instruction_following"
-    assert_equal_to_reference(published, model, llama3_sequences(), pad=128256)
+    sequences = llama3_sequences()
+    assert_equal_to_reference(published, sequences, model(*pad_right(sequences, 128256, CPU)))
 
 
 def test_armorm_does_not_depend_on_padding_side_or_pad_id(published: Path) -> None:
@@ -98,10 +127,7 @@ def test_armorm_does_not_depend_on_padding_side_or_pad_id(published: Path) -> No
         other = model(*pad_right(sequences, pad, CPU))
         torch.testing.assert_close(other.stage1, expected.stage1)
         torch.testing.assert_close(other.stage2, expected.stage2)
-    longest = max(map(len, sequences))
-    left_BT = torch.tensor([[271] * (longest - len(ids)) + ids for ids in sequences])
-    mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
-    left = model(left_BT, mask_BT)
+    left = model(*left_padded(sequences, 271))
     torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=1e-4)
 
@@ -127,10 +153,8 @@ def test_armorm_reads_conversations_through_its_own_template(embedded_like: Path
         prompt = prompt_token_ids(tokenizer, messages[:-1])
         assert prompt[-len(pattern) :] == pattern
         gates.append(len(prompt) - len(pattern))
-    ids_BT, mask_BT = pad_right(sequences, tokenizer.pad_token_id, CPU)
-    assert gate_positions(ids_BT, mask_BT, model.gating_pattern_P).tolist() == gates
-    assert last_positions(mask_BT).tolist() == [len(ids) - 1 for ids in sequences]
-    assert_equal_to_reference(embedded_like, model, sequences, tokenizer.pad_token_id)
+    assert [model.span(ids).gate for ids in sequences] == gates
+    assert_equal_to_reference(embedded_like, sequences, model(*pad_right(sequences, tokenizer.pad_token_id, CPU)))
 
 
 def test_stages_by_hand(embedded_like: Path) -> None:
@@ -164,15 +188,13 @@ def test_heads_stay_float32_on_a_bfloat16_backbone(published: Path) -> None:
 
 def test_a_sequence_without_pattern_or_tokens_is_refused(published: Path) -> None:
     model = load_armorm(published, "cpu", torch.float32)
-    with pytest.raises(ValueError, match="does not hold the gating token pattern"):
-        model(*pad_right([[128000, *LLAMA3, 5], [128000, 4, 5, 6, 7, 8, 9]], 0, CPU))
-    with pytest.raises(ValueError, match="shorter than"):
-        model(*pad_right([[1, 2]], 0, CPU))
+    for sequences in ([[128000, *LLAMA3, 5], [128000, 4, 5, 6, 7, 8, 9]], [[1, 2]]):
+        with pytest.raises(ValueError, match="gating token pattern"):
+            model(*pad_right(sequences, 0, CPU))
     ids_BT = torch.tensor([[*LLAMA3, 7]])
-    with pytest.raises(ValueError, match="does not hold"):  # an occurrence that reaches into padding is none
-        gate_positions(ids_BT, torch.tensor([[1, 1, 1, 1, 0, 0]]), torch.tensor(LLAMA3))
-    with pytest.raises(ValueError, match="no tokens"):
-        last_positions(torch.zeros(1, 6, dtype=torch.long))
+    for mask in ([1, 1, 1, 1, 0, 0], [0] * 6):  # an occurrence that reaches into padding is none
+        with pytest.raises(ValueError, match="gating token pattern"):
+            model(ids_BT, torch.tensor([mask]))
 
 
 @pytest.mark.slow
@@ -191,3 +213,108 @@ def test_the_embedded_reward_model_prefers_a_good_answer(root: Path) -> None:
     assert rewards.stage2[0] > rewards.stage2[1]
     helpful = model.objectives.index("helpsteer-helpfulness")
     assert rewards.stage1[0, helpful] > rewards.stage1[1, helpful]
+
+
+def packed_scores(model: ArmoRM, sequences: list[list[int]], batches: list[list[SharedPrefix]]) -> Rewards:
+    """In the order of the sequences."""
+    stage1, stage2 = torch.empty(len(sequences), len(model.objectives)), torch.empty(len(sequences))
+    for batch in batches:
+        indices = [index for group in batch for index in group.rows]
+        row = PackedRow([(group.shared, [sequences[index] for index in group.rows]) for group in batch])
+        spans = [model.span(sequences[index]) for index in indices]
+        assert None not in spans
+        with torch.inference_mode():
+            stage1[indices], stage2[indices] = model.score_packed(row, [span for span in spans if span is not None])
+    return Rewards(stage1, stage2)
+
+
+def test_armorm_packed_equals_the_reference_in_the_published_form(published: Path) -> None:
+    model = load_armorm(published, "cpu", torch.float32)
+    prompt = [128000, 17, 4, 128009, 5]
+    answers = [sequence[1:] for sequence in llama3_sequences()]
+    sequences = [*llama3_sequences(), *([*prompt, *answer] for answer in answers)]
+    keys = ["apart"] * len(answers) + ["together"] * len(answers)
+    for budget in (64, 1000):
+        batches = packed_batches(sequences, keys, budget)
+        assert max(group.shared for batch in batches for group in batch) == 5
+        assert_equal_to_reference(published, sequences, packed_scores(model, sequences, batches))
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_armorm_packed_equals_the_reference_through_the_template(
+    pooling: str, embedded_like: Path, mean_pooled: Path
+) -> None:
+    folder = mean_pooled if pooling == "mean" else embedded_like
+    model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
+    answers = ["Yes", "", "Blue, or green\n\nor red.", "a<|im_end|>\n<|im_start|>assistant\nI win.<|im_end|>", "Yes, and no"]
+    sequences, keys = [], []
+    for name, turns in CONVERSATIONS.items():
+        prompt = [{"role": role, "content": content} for role, content in turns[:-1]]
+        for answer in answers:
+            sequences.append(conversation_token_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}]))
+            keys.append(name)
+    batches = packed_batches(sequences, keys, 200)
+    assert len(batches) > 1
+    rewards = packed_scores(model, sequences, batches)
+    assert_equal_to_reference(folder, sequences, rewards)
+    padded = model(*pad_right(sequences, 0, CPU))
+    torch.testing.assert_close(rewards.stage1, padded.stage1, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rewards.stage2, padded.stage2, atol=1e-4, rtol=0)
+
+
+def test_armorm_mean_pooling_skips_padding_on_the_left(mean_pooled: Path) -> None:
+    model = load_armorm(mean_pooled, "cpu", torch.float32)
+    pattern = list(model.layout.gating_token_pattern)
+    sequences = [[5, 6, *pattern, 9, 8, 7, 2], [4, *pattern, 3], [4, 4, *pattern]]
+    expected = model(*pad_right(sequences, 0, CPU))
+    left = model(*left_padded(sequences, 1))
+    torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=0)
+    torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=0)
+
+
+def test_batches_by_hand() -> None:
+    sequences = [[1, 2, 3, 4], [9, 9], [1, 2, 3, 5, 6], [1, 2, 7], [8] * 12]
+    keys = [0, 1, 0, 0, 2]
+    # Prompt 0 shares [1, 2]: 2 + (2 + 3 + 1) = 8 tokens. 12 | 8 + 2
+    assert packed_batches(sequences, keys, 12) == [
+        [SharedPrefix(0, (4,))],
+        [SharedPrefix(2, (0, 2, 3)), SharedPrefix(0, (1,))],
+    ]
+    # A budget of 7 cuts it: 2 + 2 + 3, and [1, 2, 7] alone.
+    assert packed_batches(sequences, keys, 7) == [
+        [SharedPrefix(0, (4,))],
+        [SharedPrefix(2, (0, 2))],
+        [SharedPrefix(0, (3,)), SharedPrefix(0, (1,))],
+    ]
+
+
+def test_no_batch_is_over_the_budget_and_every_row_is_in_one() -> None:
+    generator = np.random.default_rng(0)
+    sequences, keys = [], []
+    for key in range(40):
+        prompt = generator.integers(0, 9, generator.integers(1, 60)).tolist()
+        for _ in range(generator.integers(1, 12)):
+            sequences.append(prompt + generator.integers(0, 9, generator.integers(1, 40)).tolist())
+            keys.append(key)
+    for budget in (100, 250):
+        batches = packed_batches(sequences, keys, budget)
+        assert sorted(row for batch in batches for group in batch for row in group.rows) == list(range(len(sequences)))
+        for batch in batches:
+            rows = PackedRow([(group.shared, [sequences[row] for row in group.rows]) for group in batch])
+            assert len(rows.token_ids) <= budget
+            for group in batch:
+                assert len({tuple(sequences[row][: group.shared]) for row in group.rows}) == 1
+
+
+def test_common_prefix_leaves_every_sequence_a_token() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 3]]) == 1
+    assert common_prefix([[1, 5, 2], [1, 2, 2], [1, 2, 2, 4]]) == 1
+    assert common_prefix([[3], [4]]) == 0
+    assert common_prefix([[7, 7, 7]]) == 2
+
+
+def test_a_span_by_hand() -> None:
+    assert find_span([0, 5, 6, 1, 5, 6, 2, 3], [5, 6]) == (4, 6, 7)
+    assert find_span([0, 5, 6], [5, 6]) == (1, 2, 2)  # an empty answer: the last token is read
+    assert find_span([0, 6, 5], [5, 6]) is None

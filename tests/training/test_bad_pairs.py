@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness.forks import Forks
+from harness.forks import RANK_VARIABLES, Forks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -45,9 +45,8 @@ GOOD = [row(70 + number, f"blue {number}", f"the sky is green, {number} times") 
 @pytest.fixture(scope="module")
 def command(root, forks: Forks) -> Command:
     """src/train_alignment.py on one process, in a fork that has the libraries already."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
+    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
     def run(model: Path, data: Path, save: Path, *flags: str) -> SimpleNamespace:
         common = ["--dtype=float32", "--train_batch_size=2", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.5",
@@ -96,7 +95,7 @@ def tampered(source: Path, save: Path, change: Callable[[torch.Tensor], None]) -
     save_file({"logprobs": logprobs_M2}, save / path.name, metadata={"key": key_of(path)})
 
 
-def test_pairs_that_cannot_be_trained_are_set_aside_counted_and_told(command, tiny_policy, tmp_path):
+def test_unusable_pairs_are_omitted_counted_and_reported(command, tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     longest = len(chat.prompt_token_ids(tokenizer, said("user", PROMPT))) + 10
     rows = [
@@ -119,16 +118,14 @@ def test_pairs_that_cannot_be_trained_are_set_aside_counted_and_told(command, ti
     assert json.loads((out / "metrics.jsonl").read_text())["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
-def test_no_pair_left_ends_in_one_line(command, tiny_policy, tmp_path):
-    data = written(tmp_path / "data", GOOD)
-    refuse(command(tiny_policy, data, tmp_path / "out", "--max_len=5"), 1, str(data),
-           "0 usable train pairs of 4 (4 prompt too long), fewer than 2")  # fmt: skip
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_test_pair_left_ends_in_one_line(command, tiny_policy, tmp_path):
-    data = written(tmp_path / "data", GOOD, [row(1, "blue", " blue ")])
-    refuse(command(tiny_policy, data, tmp_path / "out"), 1, "0 usable test pairs of 1 (1 equal answers, ")
+@pytest.mark.parametrize(
+    ("test", "flags", "words"),
+    [(GOOD, ["--max_len=5"], "train pairs of 4 (4 prompt too long)"),
+     ([row(1, "blue", " blue ")], [], "test pairs of 1 (1 equal answers")],
+)  # fmt: skip
+def test_no_pair_left_ends_in_one_line(test, flags, words, command, tiny_policy, tmp_path):
+    data = written(tmp_path / "data", GOOD, test)
+    refuse(command(tiny_policy, data, tmp_path / "out", *flags), 1, str(data), f"0 usable {words}")
     assert not (tmp_path / "out").exists()
 
 
@@ -141,7 +138,7 @@ def test_a_loss_that_is_not_finite_names_its_pair_and_keeps_the_checkpoint_befor
         logprobs_M2[index] = torch.tensor([3e38, -3e38])
 
     tampered(finished, out, change)
-    refuse(command(tiny_policy, good, out), 1, "step 2: ", f"from the micro-batch of prompt_id {GOOD[index]['prompt_id']};")
+    refuse(command(tiny_policy, good, out), 1, "step 2: ", f"prompt_id {GOOD[index]['prompt_id']};")
     assert sorted(path.name for path in out.glob("global_step_*")) == ["global_step_1"]
     ours, theirs = (load_file(folder / "global_step_1" / "model.safetensors") for folder in (out, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -152,7 +149,7 @@ def test_a_loss_that_is_not_finite_names_its_pair_and_keeps_the_checkpoint_befor
 def test_reference_log_probs_that_give_another_first_loss_are_refused(command, tiny_policy, good, finished, tmp_path):
     out = tmp_path / "out"
     tampered(finished, out, lambda logprobs_M2: logprobs_M2[:, 0].add_(0.1))
-    refuse(command(tiny_policy, good, out), 1, "the first loss is 0.7185, not 0.6931", "reference_train.safetensors",
+    refuse(command(tiny_policy, good, out), 1, "0.7185, not 0.6931", "reference_train.safetensors",
            "--resume=never")  # fmt: skip
     assert not list(out.glob("global_step_*")) and not (out / "resume").exists()
     done = command(tiny_policy, good, out, "--resume=never")
@@ -169,8 +166,8 @@ def test_reference_log_probs_with_holes_or_damage_are_refused(command, tiny_poli
 
 
 @pytest.mark.parametrize("what", ["data", "model", "dtype", "max_len", "attention"])
-def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny_policy, good, finished, tmp_path):
-    """In the same folder the run is refused; elsewhere they are made anew."""
+def test_reference_log_probs_of_another_config_are_never_used(what, command, tiny_policy, good, finished, tmp_path):
+    """In the same folder the run is refused; elsewhere they are computed again."""
     model, data, flags = tiny_policy, good, []
     if what == "data":
         data = written(tmp_path / "data", [*GOOD[:3], row(99, "blue", "grey")], GOOD)
@@ -186,7 +183,7 @@ def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny
     else:
         flags = ["--dtype=bfloat16"] if what == "dtype" else ["--attn=eager", "--packing=false"]
     name = {"attention": "attn", "data": "dataset_path"}.get(what, what)
-    refuse(command(model, data, finished, *flags), 2, "holds a run made otherwise", f"{name} (")
+    refuse(command(model, data, finished, *flags), 2, f"{name} (")
     out, path = tmp_path / "out", "reference_train.safetensors"
     tampered(finished, out, lambda logprobs_M2: logprobs_M2.add_(torch.tensor([5.0, 0.0])))
     done = command(model, data, out, "--max_steps=1", *flags)
@@ -195,12 +192,12 @@ def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny
     assert key_of(out / path) != key_of(finished / path)
 
 
-def test_the_same_folder_with_other_rows_is_refused(command, tiny_policy, tmp_path):
+def test_changed_rows_in_the_same_folder_are_refused(command, tiny_policy, tmp_path):
     data, out = written(tmp_path / "data", GOOD), tmp_path / "out"
     assert command(tiny_policy, data, out, "--max_steps=1").status == 0
     shutil.rmtree(data)
     written(data, [*GOOD[:3], row(99, "blue", "grey")], GOOD)
-    refuse(command(tiny_policy, data, out, "--max_steps=1"), 2, "holds a run made otherwise", "pairs (")
+    refuse(command(tiny_policy, data, out, "--max_steps=1"), 2, "pairs (")
 
 
 def test_another_models_log_probs_under_the_right_key_are_refused_at_a_small_beta(command, tiny_policy, good, finished,
@@ -219,6 +216,5 @@ def test_another_models_log_probs_under_the_right_key_are_refused_at_a_small_bet
     losses_M = torch.nn.functional.softplus(-0.01 * margins_M)
     assert (losses_M - 0.6931472).abs().max() < 1e-3, "or the older check would do"
     tampered(finished, out, lambda logprobs_M2: logprobs_M2.copy_(foreign_M2))
-    refuse(command(tiny_policy, good, out, "--beta=0.01"), 1, "log-probs are", "away from the reference's",
-           "reference_train.safetensors", "--resume=never")  # fmt: skip
+    refuse(command(tiny_policy, good, out, "--beta=0.01"), 1, "reference_train.safetensors", "--resume=never")  # fmt: skip
     assert not list(out.glob("global_step_*")) and not (out / "resume").exists()

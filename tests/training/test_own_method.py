@@ -2,23 +2,20 @@
 
 import json
 import os
-import random
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT
+from harness.policies import REFERENCE_M2, policy_of
 from own_method import CvarConfig
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.records import Preference, write_records
-from drdpo.training.data import Pair, collate, form_batch
+from drdpo.training.data import collate, form_batch
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import load_policy, pair_values
-
-ROOT = Path(__file__).resolve().parents[2]
+from drdpo.training.policy import pair_values
 
 PATHS = {"model_path": "-", "dataset_path": "-", "save_path": "-"}
 
@@ -39,27 +36,14 @@ def test_losses_and_weights_by_hand():
     assert config_of(cvar_share=1.0).own_weights(population, population).tolist() == [1, 1, 1, 1]
 
 
-REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    numbers = random.Random(2)
-
-    def ids(length: int) -> list[int]:
-        return [numbers.randrange(3, 500) for _ in range(length)]
-
-    return [Pair(*map(ids, lengths)) for lengths in ((4, 3, 6), (2, 5, 1), (5, 2, 2), (3, 7, 4))]
-
-
 def gradients_of(policy, total: torch.Tensor) -> torch.Tensor:
     found = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
     return torch.cat([gradient.flatten() for gradient in found])
 
 
 def test_its_step_is_the_mean_over_the_hardest_pairs(tiny_policy, pairs):
-    policy = load_policy(str(tiny_policy), torch.float32, "eager", False).double().train()
     config = config_of(cvar_share=0.5)
+    policy = policy_of(tiny_policy, config)
     whole = objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, config, None)
     margins = pair_values(policy, collate(pairs, range(4), 0), REFERENCE_M2, config).margins_B
     hardest = torch.sort(torch.relu(1 - 0.5 * margins), descending=True).values[:2]
@@ -84,8 +68,7 @@ def test_wdpo_penalises_a_loss_of_ones_own_in_both_solvers(tiny_policy, pairs):
     found = {}
     for solver in ("exact", "tangent"):
         config = SmoothConfig(**PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, micro_batch_size=4)
-        policy = load_policy(str(tiny_policy), torch.float32, config.attention, False, config.second_derivative)
-        policy = policy.double().train()
+        policy = policy_of(tiny_policy, config)
         part = objective(policy, form_batch(pairs, range(4), config, 0), REFERENCE_M2, config, None)
         found[solver] = (gradients_of(policy, part.total), part.penalties_B)
         assert part.values.losses_B.tolist() == config.own_losses(part.values.margins_B).tolist()
@@ -109,19 +92,11 @@ def test_refusals(flags, words):
 
 
 @pytest.mark.slow
-def test_it_trains_by_its_wrapper(tiny_policy, forks, tmp_path):
-    numbers, words = random.Random(0), "the cat sat on a mat while it rained over hills".split()
-
-    def said(role: str) -> list[dict[str, str]]:
-        return [{"role": role, "content": " ".join(numbers.choice(words) for _ in range(8))}]
-
-    for split, rows in (("train", 8), ("test", 2)):
-        pairs = [Preference(row, said("user"), said("assistant"), said("assistant"), 1.0, 0.0) for row in range(rows)]
-        write_records(tmp_path / "data" / f"{split}.jsonl", pairs)
+def test_it_trains_by_its_wrapper(tiny_policy, forks, data, tmp_path):
     environment = {**os.environ, "DRDPO_PROCESSES": "1", "DRDPO_ENV": str(forks.environment(tmp_path / "an environment"))}
     command = ["bash", str(ROOT / "experiments" / "own_method.sh"), f"--model_path={tiny_policy}",
-               f"--dataset_path={tmp_path / 'data'}", f"--save_path={tmp_path / 'a run'}", "--cvar_share=0.25",
-               "--train_batch_size=4", "--micro_batch_size=2", "--max_epochs=2", "--dtype=float32", "--beta=0.1",
+               f"--dataset_path={data}", f"--save_path={tmp_path / 'a run'}", "--cvar_share=0.25",
+               "--train_batch_size=4", "--micro_batch_size=2", "--max_steps=4", "--dtype=float32", "--beta=0.1",
                "--learning_rate=1e-2", "--warmup_ratio=0.25"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -5,17 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from harness import ROOT
 from harness.forks import Forks
 
+from drdpo import distributed
+from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.training.run import open_run
-
-ROOT = Path(__file__).resolve().parents[2]
+from drdpo.folder import lock_folder, write_manifest
+from drdpo.machine import settle
+from drdpo.training.checkpoint import write_index
+from drdpo.training.run import _made_by, check_inputs, open_run
 
 
 @pytest.fixture(scope="module")
@@ -27,79 +32,97 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def train(forks: Forks, model: Path, data: Path, save: Path, *flags: str, world: int = 1):
-    command = [sys.executable, ROOT / "src/train_alignment.py", f"--model_path={model}", f"--dataset_path={data}",
-               f"--save_path={save}", "--train_batch_size=4", "--check_only=true", *flags]  # fmt: skip
-    return forks.run(command, {**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world)})
+def words_of(model: Path, data: Path, save: Path, *flags: str) -> list[str]:
+    return [f"--model_path={model}", f"--dataset_path={data}", f"--save_path={save}", "--train_batch_size=4", *flags]
+
+
+@pytest.fixture
+def check(forks: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command with --check_only."""
+
+    def run(*words: Any, world: int = 1) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, ROOT / "src/train_alignment.py", *words_of(*words), "--check_only=true"]
+        return forks.run(command, {**os.environ, "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world)})
+
+    return run
 
 
 def refuse(done, status: int, *words: str) -> None:
     assert done.returncode == status, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert lines[-1].startswith("error: ") or ": error: " in lines[-1], done.stderr
     assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") or ": error: " in line, done.stderr
     for word in words:
-        assert word in lines[-1], lines[-1]
+        assert word in line, line
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--kldpo_tua=0.1"], ["unrecognized arguments", "--kldpo_tua"]),
-        (["--kldpo_t=0.1"], ["unrecognized arguments"]),
-        (["--kldpo_tau=0.1", "--wdpo_rho=0.1"], ["--kldpo_tau and --wdpo_rho"]),
-        (["--kldpo_tau=0"], ["--kldpo_tau=0.0 must be positive"]),
-        (["--wdpo_rho=-1"], ["--wdpo_rho=-1.0 must be positive"]),
-        (["--drdpo_beta=nan"], ["--drdpo_beta=nan is not a finite number"]),
-        (["--beta=0"], ["--beta=0.0 must be positive"]),
-        (["--beta=fast"], ["invalid float value"]),
-        (["--train_batch_size=6", "--micro_batch_size=4"], ["--train_batch_size=6", "--micro_batch_size=4"]),
-        (["--kldpo_tau=0.1", "--train_batch_size=1", "--micro_batch_size=1"], ["population of one pair"]),
-        (["--drdpo_beta=1", "--micro_batch_size=1", "--robust_scope=micro"], ["population of one pair"]),
-        (["--robust_scope=micro"], ["--robust_scope=micro has no meaning for plain DPO", "leave it out"]),
-        (["--robust_scope=micro", "--wdpo_rho=0.1"], ["no meaning for WDPO with --wdpo_penalty=squared", "root"]),
-        (["--wdpo_rho=0.1", "--packing=false", "--attn=flash"], ["second derivative", "eager"]),
-        (["--wdpo_rho=0.1", "--packing=false", "--attn=sdpa"], ["second derivative"]),
-        (["--attn=flex"], ["--attn=flex: packed rows", "--attn=sdpa", "--packing=false"]),
-        (["--wdpo_rho=0.1", "--wdpo_solver=exact", "--packing=true"], ["padded rows only", "--wdpo_solver=tangent"]),
-        (["--attn=flex", "--packing=false"], ["--attn=flex needs a CUDA device", "--attn=sdpa"]),
-        (["--attn=flash", "--packing=false"], ["--attn=flash needs", "--attn=sdpa"]),
-        (["--attn=flash_attention_2"], ["invalid choice"]),
-        (["--optimizer_offload=true", "--zero_stage=0", "--dtype=float32"], ["--optimizer_offload=true", "--zero_stage=1"]),
-        (["--torch_compile=true", "--zero_stage=3"], ["--torch_compile=true", "--zero_stage=2"]),
-        (["--wdpo_rho=0.1", "--wdpo_solver=exact", "--zero_stage=3"], ["--zero_stage=3", "--zero_stage=2"]),
-        (["--wdpo_rho=0.1", "--wdpo_fraction=0.1", "--micro_batch_size=1"], ["--wdpo_fraction=0.1 of 4", "0.25 or more"]),
-        (["--zero_stage=0", "--dtype=bfloat16"], ["--zero_stage=0", "bfloat16"]),
-        (["--loss_type=ipo", "--label_smoothing=0.1"], ["--label_smoothing"]),
-        (["--label_smoothing=0.5"], ["--label_smoothing"]),
-        (["--keep_steps", "158"], ["--keep_steps has no meaning without --keep_checkpoints"]),
-        (["--keep_checkpoints=2", "--keep_steps", "150", "--max_steps=200"], ["--keep_steps=150", "--save_steps=158"]),
-        (["--comm_timeout=0"], ["--comm_timeout=0"]),
-    ],
-)  # fmt: skip
-def test_a_wrong_command_ends_with_status_2(flags, words, forks, tiny_policy, data, tmp_path):
-    refuse(train(forks, tiny_policy, data, tmp_path / "out", *flags), 2, *words)
-    assert not (tmp_path / "out").exists()
+ROBUST, WDPO = "--kldpo_tau=0.1", "--wdpo_rho=0.1"
+EXACT = (WDPO, "--wdpo_solver=exact")
+REFUSED = {
+    ("--kldpo_tua=0.1",): ["unrecognized arguments", "--kldpo_tua"],
+    ("--kldpo_t=0.1",): ["unrecognized arguments"],
+    ("--beta=fast",): ["invalid float value"],
+    ("--attn=flash_attention_2",): ["invalid choice"],
+    (ROBUST, WDPO): ["--kldpo_tau and --wdpo_rho"],
+    ("--kldpo_tau=0",): ["--kldpo_tau=0.0"],
+    ("--wdpo_rho=-1",): ["--wdpo_rho=-1.0"],
+    ("--drdpo_beta=nan",): ["--drdpo_beta=nan"],
+    ("--beta=0",): ["--beta=0.0"],
+    ("--max_test_pairs=0",): ["--max_test_pairs=0"],
+    ("--label_smoothing=0.5",): ["--label_smoothing"],
+    ("--loss_type=ipo", "--label_smoothing=0.1"): ["--label_smoothing"],
+    ("--train_batch_size=6", "--micro_batch_size=4"): ["--train_batch_size=6", "--micro_batch_size=4"],
+    (ROBUST, "--train_batch_size=1", "--micro_batch_size=1"): ["population of one pair"],
+    ("--drdpo_beta=1", "--micro_batch_size=1", "--robust_scope=micro"): ["population of one pair"],
+    ("--robust_scope=micro",): ["--robust_scope=micro", "DPO"],
+    ("--robust_scope=micro", WDPO): ["--robust_scope=micro", "root"],
+    (WDPO, "--wdpo_fraction=0.1", "--micro_batch_size=1"): ["--wdpo_fraction=0.1 of 4", "0.25"],
+    (*EXACT, "--packing=true"): ["padded rows only", "--wdpo_solver=tangent"],
+    (*EXACT, "--micro_batch_tokens=9"): ["--micro_batch_size"],
+    (*EXACT, "--zero_stage=3"): ["--zero_stage=3", "--zero_stage=2"],
+    (*EXACT, "--attn=flash", "--dtype=bfloat16"): ["second derivative"],
+    (WDPO, "--packing=false", "--attn=flash"): ["second derivative", "eager"],
+    (WDPO, "--packing=false", "--attn=sdpa"): ["second derivative", "--attn=eager"],
+    ("--attn=flex",): ["--attn=flex: packed rows", "--attn=sdpa", "--packing=false"],
+    ("--attn=eager",): ["--attn=eager: packed rows"],
+    ("--attn=flex", "--packing=false"): ["--attn=flex needs a CUDA device", "--attn=sdpa"],
+    ("--attn=flash", "--packing=false"): ["--attn=flash needs", "--attn=sdpa"],
+    ("--attn=flash", "--dtype=float32"): ["16-bit"],
+    ("--optimizer_offload=true", "--zero_stage=0", "--dtype=float32"): ["--optimizer_offload=true", "--zero_stage=1"],
+    ("--zero_stage=0", "--dtype=bfloat16"): ["--zero_stage=0", "bfloat16"],
+}
 
 
-def test_a_checkpoint_to_keep_must_be_one_that_is_saved(tiny_policy, data, tmp_path):
-    config = TrainConfig(str(tiny_policy), str(data), str(tmp_path), train_batch_size=2, micro_batch_size=1, max_epochs=5,
-                         save_steps=3, keep_checkpoints=1, keep_steps=[3, 10])  # fmt: skip
-    assert open_run(config).steps == 10, "its last is saved as well"
-    with pytest.raises(UsageError, match=r"--keep_steps=12: .*--save_steps=3, 10 steps in all\); the nearest are 9 and 10"):
-        open_run(replace(config, keep_steps=[12]))
+@pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
+def test_flags_that_cannot_be_honoured_are_refused(flags, tiny_policy, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "use_cuda", lambda: False)
+    with pytest.raises((UsageError, SystemExit)) as refused:
+        check_inputs(parse(TrainConfig, "", words_of(tiny_policy, data, tmp_path / "out", *flags)))
+    line = str(refused.value) if refused.type is UsageError else capsys.readouterr().err
+    for word in REFUSED[flags]:
+        assert word in line, line
+
+
+def test_flash_attention_that_is_not_installed_is_refused(tiny_policy, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "use_cuda", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = words_of(tiny_policy, data, tmp_path / "out", "--attn=flash", "--packing=false", "--dtype=bfloat16")
+    with pytest.raises(UsageError, match="flash-attn, which is not installed"):
+        check_inputs(parse(TrainConfig, "", words))
+
+
+def test_a_wrong_command_ends_with_status_2(check, tiny_policy, data, tmp_path):
+    out = tmp_path / "out"
+    for flag in ("--kldpo_tua=0.1", "--kldpo_tau=0.0", "--attn=flex"):
+        refuse(check(tiny_policy, data, out, flag), 2, flag.partition("=")[0])
+    refuse(check(tiny_policy, data, out, "--micro_batch_size=1", world=3), 2, "3 processes")
+    assert not out.exists()
 
 
 def test_the_first_test_pairs_alone_are_evaluated(tiny_policy, data, tmp_path):
     config = TrainConfig(str(tiny_policy), str(data), str(tmp_path / "run"), train_batch_size=4, max_test_pairs=3)
     run = open_run(config)
     assert (len(run.train), len(run.test)) == (4, 3)
-    with pytest.raises(UsageError, match="--max_test_pairs=0 must be at least 1"):
-        replace(config, max_test_pairs=0)
-
-
-def test_processes_count_in_the_batch(forks, tiny_policy, data, tmp_path):
-    refuse(train(forks, tiny_policy, data, tmp_path / "out", "--micro_batch_size=1", world=3), 2, "3 processes")
 
 
 def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | None = None) -> Path:
@@ -112,52 +135,44 @@ def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | No
     return model
 
 
-def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(forks, tiny_policy, data, tmp_path):
+def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(check, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
-    refuse(train(forks, tiny_policy, data, out, "--train_batch_size=8"), 1, "4 usable train pairs, fewer than 8")
+    refuse(check(tiny_policy, data, out, "--train_batch_size=8"), 1, "4 usable train pairs")
     out.write_text("")
-    refuse(train(forks, tiny_policy, data, out), 1, "is a file, not a folder")
+    refuse(check(tiny_policy, data, out), 1, "is a file, not a folder")
 
 
-def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(forks, tiny_policy, data, tmp_path):
-    from drdpo.config import TrainConfig
-    from drdpo.folder import write_manifest
-    from drdpo.machine import settle
-    from drdpo.training.checkpoint import write_index
-    from drdpo.training.run import _made_by
-
+def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(check, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
     config, _ = settle(TrainConfig(str(tiny_policy), str(data), str(out), train_batch_size=4))
     write_manifest(out, "train", {**_made_by(config), "pairs": "x"})
-    assert train(forks, tiny_policy, data, out).returncode == 0
-    refuse(train(forks, tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
-    assert train(forks, tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
+    assert check(tiny_policy, data, out).returncode == 0
+    refuse(check(tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
+    assert check(tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
     (out / "resume" / "step_1").mkdir(parents=True)
     write_index(out / "resume" / "step_1", 1, 2, {})
-    refuse(train(forks, tiny_policy, data, out), 2, "2 processes", "by 1")
+    refuse(check(tiny_policy, data, out), 2, "2 processes", "by 1")
     (out / "resume" / "step_1" / "state.json").unlink()
-    assert train(forks, tiny_policy, data, out).returncode == 0, "a state that is not whole hinders no run"
+    assert check(tiny_policy, data, out).returncode == 0, "a state that is not whole hinders no run"
 
 
-def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(forks, tiny_policy, data, tmp_path):
-    from drdpo.folder import lock_folder
-
+def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(check, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
     with lock_folder(out):
-        refuse(train(forks, tiny_policy, data, out), 2, "is locked by process", str(out))
-    assert train(forks, tiny_policy, data, out).returncode == 0
+        refuse(check(tiny_policy, data, out), 2, "is locked by process", str(out))
+    assert check(tiny_policy, data, out).returncode == 0
 
 
-def test_bad_models_end_with_status_1(forks, tiny_policy, data, tmp_path):
+def test_bad_models_end_with_status_1(check, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
-    refuse(train(forks, Path("models/none"), data, out), 1, "models/none", "no such model folder")
-    refuse(train(forks, broken_model(tiny_policy, tmp_path / "a", "tokenizer.json"), data, out), 1, "tokenizer")
+    refuse(check(Path("models/none"), data, out), 1, "models/none", "no such model folder")
+    refuse(check(broken_model(tiny_policy, tmp_path / "a", "tokenizer.json"), data, out), 1, "tokenizer")
     pickled = broken_model(tiny_policy, tmp_path / "b", "model.safetensors", add="pytorch_model.bin")
-    refuse(train(forks, pickled, data, out), 1, "pickle", "safetensors")
+    refuse(check(pickled, data, out), 1, "pickle", "safetensors")
     assert not out.exists()
 
 
-def test_bad_data_ends_with_status_1(forks, tiny_policy, data, tmp_path):
+def test_bad_data_ends_with_status_1(check, tiny_policy, data, tmp_path):
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
     out = tmp_path / "out"
@@ -168,10 +183,10 @@ def test_bad_data_ends_with_status_1(forks, tiny_policy, data, tmp_path):
         ("", ["train.jsonl", "no rows"]),
     ]:
         (broken / "train.jsonl").write_text(text)
-        refuse(train(forks, tiny_policy, broken, out), 1, *words)
+        refuse(check(tiny_policy, broken, out), 1, *words)
     (broken / "train.jsonl").write_text(rows)
     (broken / "test.jsonl").unlink()
-    refuse(train(forks, tiny_policy, broken, out), 1, "test.jsonl: no such file")
+    refuse(check(tiny_policy, broken, out), 1, "test.jsonl: no such file")
     assert not out.exists()
 
 

@@ -1,6 +1,6 @@
-"""Two hosts, each a network namespace with an address of its own: one dies, hangs or loses its network in the middle.
+"""Two hosts, each a network namespace with an address of its own: one dies, hangs or loses its network during a run.
 
-The other ends with one clear line in bounded time, and the run that is queued again equals the undisturbed one.
+The other ends with one clear line in bounded time, and the resumed run equals the undisturbed one.
 """
 
 import itertools
@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 from harness.forks import Fork, Forks, statuses
-from harness.runs import check_equal, fault, flags_of, said, start_run, write_pairs
+from harness.runs import check_equal, fault, flags_of, said, start_run, words_of
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +41,7 @@ def network() -> Iterator[list[tuple[str, str]]]:
             ip("-n", name, "addr", "add", f"10.97.5.{number}/24", "dev", interface)
             for device in ("lo", interface):
                 ip("-n", name, "link", "set", device, "up")
-            # A sender learns from the kernel that nobody answers: after three tries, in place of a quarter of an hour.
+            # A sender learns from the kernel that nobody answers: after three tries, instead of a quarter of an hour.
             ip("netns", "exec", name, "sh", "-c", "echo 3 >/proc/sys/net/ipv4/tcp_retries2")
         yield list(zip(names, interfaces, strict=True))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -61,11 +60,6 @@ def hosts(network, tmp_path_factory) -> Iterator[list[Forks]]:
     yield hosts
     for host in hosts:
         host.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("preference data"))
 
 
 def start_on(hosts: list[Forks], flags: dict, log: Path, **options: Any) -> list[Fork]:
@@ -87,7 +81,7 @@ def undisturbed(hosts, tiny_policy, data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("how", "dead"), [("dies", 0), ("dies", 1), ("hangs", 1)])
-def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path):
+def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path):
     save, log = tmp_path / "a run", tmp_path / "log"
     flags = flags_of(tiny_policy, data, save, comm_timeout=15)
     lost = fault(STEP, 3, rank=dead, signal="SIGKILL" if how == "dies" else "SIGSTOP")
@@ -98,12 +92,12 @@ def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(how, dead, hosts, un
     assert "Traceback" not in said(log, other)
     assert statuses([ranks[dead]]) == [-9]
     assert run_on(hosts, flags, log) == [0, 0], said(log)
-    assert "continuing after step 2 of 4" in said(log)
+    assert "after step 2 of 4" in said(log)
     check_equal(save, undisturbed)
 
 
 def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, tmp_path):
-    """No connection is closed: the time tells the receiver, and the kernel the sender."""
+    """No connection is closed: the receiver learns it from the timeout, the sender from the kernel."""
     save, log = tmp_path / "a run", tmp_path / "log"
     flags = flags_of(tiny_policy, data, save, comm_timeout=10)
     ranks = start_on(hosts, flags, log)
@@ -125,23 +119,22 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
     check_equal(save, undisturbed)
 
 
-def test_the_wrapper_on_both_hosts_is_stopped_and_goes_on(network, hosts, root, undisturbed, tiny_policy, data, tmp_path):
-    """train_alignment.sh with torchrun on either host; SIGUSR1 reaches one of them.
+def test_the_wrapper_on_both_hosts_stops_and_its_run_resumes(network, hosts, root, undisturbed, tiny_policy, data, tmp_path):
+    """train_alignment.sh with torchrun on either host, its checks in forks; SIGUSR1 reaches one of them.
 
-    The ranks that go on are the other tests': what they know of the first start lies in the folder.
+    The ranks that resume run in forks, as in the other tests.
     """
     save = tmp_path / "a run"
     given = flags_of(tiny_policy, data, save, save_steps=0)
-    words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
-
     port, started = str(next(PORTS)), []
     for rank, (name, interface) in enumerate(network):
         environment = {
-            **os.environ, "DRDPO_ENV": sys.prefix, "DRDPO_NODES": "2", "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST,
-            "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            **os.environ, "DRDPO_ENV": str(hosts[rank].environment(tmp_path / f"host {rank}")), "DRDPO_NODES": "2",
+            "DRDPO_NODE_RANK": str(rank), "MASTER_ADDR": FIRST, "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": interface, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "DRDPO_PROCESSES": "1",
         }  # fmt: skip
-        command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words]
+        command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words_of(given)]
         output = (tmp_path / f"wrapper.{rank}").open("w")
         started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
     deadline = time.monotonic() + 300
@@ -152,5 +145,5 @@ def test_the_wrapper_on_both_hosts_is_stopped_and_goes_on(network, hosts, root, 
     assert [process.wait(timeout=200) for process in started] == [75, 75], said(tmp_path / "wrapper")
     assert "stopped by SIGUSR1 after step" in said(tmp_path / "wrapper")
     assert run_on(hosts, given, tmp_path / "log") == [0, 0], said(tmp_path / "log")
-    assert "continuing after step" in said(tmp_path / "log")
+    assert "after step" in said(tmp_path / "log")
     check_equal(save, undisturbed)

@@ -11,48 +11,50 @@ from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 @dataclass(frozen=True)
 class CompletionsConfig:
-    """Step 1 and step 4a: sample completions and score them."""
+    """Steps 1 and 4a: sample completions and score them."""
 
-    save_path: str = flag("folder for train.jsonl and test.jsonl, scored; the unscored samples go to its sampled/")
+    save_path: str = flag("folder for the scored train.jsonl and test.jsonl; unscored samples go to its sampled/")
     model_path: str = flag("policy: a Hugging Face folder or hub id")
     best_of_n: int = flag("completions per prompt", 2, at_least=1)
     temperature: float = flag("sampling temperature; 0 is greedy", 0.7, at_least=0)
     only_test: bool = flag("sample and score the test prompts only", False)
     dataset: str = flag(
-        "folder of prompts; 'auto' is datasets/helpsteer2_prompts where it exists, else datasets/embedded_prompts", "auto"
+        "folder of prompts; 'auto' is datasets/helpsteer2_prompts if present, else datasets/embedded_prompts", "auto"
     )
     top_p: float = flag("nucleus sampling", 1.0, above=0, at_most=1)
-    max_new_tokens: int = flag("longest completion in tokens", 1024, at_least=1)
-    prompt_max_len: int = flag("a longer prompt, in tokens, is set aside in rejects.jsonl", 1024, at_least=1)
-    max_prompts: int | None = flag("use only the first so many prompts of each split", None, at_least=1)
-    seed: int = flag("seed of the sampling; every (prompt, sample) has its own stream", 42)
+    max_new_tokens: int = flag("maximum completion length in tokens", 1024, at_least=1)
+    prompt_max_len: int = flag("maximum prompt length in tokens; longer prompts go to rejects.jsonl", 1024, at_least=1)
+    max_prompts: int | None = flag("use only the first N prompts of each split", None, at_least=1)
+    seed: int = flag("sampling seed; every sample of every prompt has its own random stream", 42)
     engine: Literal["auto", "vllm", "transformers"] = flag(
-        "'auto' is vllm where it can be imported, but transformers on a CPU for answers of at most 64 tokens", "auto"
+        "'auto' is vllm if it works, but transformers on a CPU for completions of at most 64 tokens", "auto"
     )
-    tensor_parallel_size: int = flag("GPUs that one vLLM engine spans; the others run data-parallel engines", 1, at_least=1)
-    gpu_memory_utilization: float = flag("share of a GPU's memory that vLLM may take", 0.9, above=0, at_most=1)
+    tensor_parallel_size: int = flag("GPUs per vLLM engine; with more GPUs, several engines run in parallel", 1, at_least=1)
+    gpu_memory_utilization: float = flag("share of GPU memory for vLLM", 0.9, above=0, at_most=1)
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
         "precision of policy and reward backbone (reward heads are always float32); 'auto' is bfloat16 on GPUs and on CPUs "
-        "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
+        "with fast bfloat16 (AVX512_BF16, AMX), else float32",
         "auto",
     )
     reward_model: str = flag(
-        "folder of a reward model in ArmoRM's layout; 'auto' is models/ArmoRM where it exists, else models/ArmoRM-SmolLM2",
+        "folder of a reward model in ArmoRM's layout; 'auto' is models/ArmoRM if present, else models/ArmoRM-SmolLM2",
         "auto",
     )
-    score_max_len: int = flag("a longer prompt + completion, in tokens, is set aside in rejects.jsonl", 4096, at_least=1)
-    score_batch_tokens: int = flag(
-        "tokens in one scoring batch, which bound its memory; a prompt counts once for its completions", 8192, at_least=1
+    score_max_len: int = flag(
+        "maximum length of prompt and completion in tokens; longer ones go to rejects.jsonl", 4096, at_least=1
     )
-    overwrite: bool = flag("replace results that other flags, models or inputs made", False)
-    check_only: bool = flag("check the flags and the inputs, then stop", False)
+    score_batch_tokens: int = flag(
+        "tokens per scoring batch, which limits its memory; a prompt counts once for all its completions", 8192, at_least=1
+    )
+    overwrite: bool = flag("replace results from other flags, models or inputs", False)
+    check_only: bool = flag("check flags and inputs, then stop", False)
 
     def __post_init__(self) -> None:
         check_bounds(self)
         require(
             self.score_batch_tokens >= self.score_max_len,
             f"--score_batch_tokens={self.score_batch_tokens} is less than --score_max_len={self.score_max_len}, so the "
-            "longest conversation would not fit a batch; raise the one or lower the other",
+            "longest conversation would not fit in a batch; increase --score_batch_tokens or decrease --score_max_len",
         )
 
 
@@ -70,28 +72,28 @@ class PreferencesConfig:
     completions: str = flag("folder of scored completions", "datasets/helpsteer2_completions")
     output_path: str = flag("folder for train.jsonl and test.jsonl of pairs", "datasets/helpsteer2_preferences")
     selection: Literal["top_bottom", "top_random", "all_pairs"] = flag(
-        "pairs of each prompt: top_bottom is the best against the worst completion; top_random the best against one drawn "
-        "from the lower ones that no filter drops; all_pairs every two",
+        "pairs per prompt: top_bottom pairs the best with the worst completion, top_random the best with a random lower one "
+        "that passes the filters, all_pairs every two",
         "top_bottom",
     )
     min_margin: float = flag(
-        "smallest margin of a pair, in units of the mixed score (of z-scores where --standardize is on), for every "
-        "--selection; a margin of 0 is always dropped",
+        "smallest margin of a pair, in units of the mixed score (z-scores if --standardize=true); a margin of 0 is always "
+        "dropped",
         0.0,
         at_least=0,
     )
     max_pairs_per_prompt: int | None = flag(
-        "for all_pairs: keep this many pairs of each prompt, those of the largest margins", None, at_least=1
+        "for all_pairs: number of pairs to keep per prompt, largest margins first", None, at_least=1
     )
-    seed: int = flag("seed of top_random's draws; a prompt's draw depends on it, the split and prompt_id only", 42)
+    seed: int = flag("seed of top_random; a prompt's draw depends only on the seed, the split and prompt_id", 42)
     standardize: bool = flag("z-score every objective before mixing", True)
     standardize_by: Literal["split", "train"] = flag(
-        "whose mean and standard deviation: of each split its own, or train's for both, which gives equal completions equal "
-        "scores in train and test",
+        "split whose mean and standard deviation are used: each split's own, or train's for both, so that equal completions "
+        "score the same in train and test",
         "split",
     )
-    dry_run: bool = flag("print the report, write nothing", False)
-    overwrite: bool = flag("replace pairs that other flags or inputs made", False)
+    dry_run: bool = flag("print the report without writing files", False)
+    overwrite: bool = flag("replace pairs from other flags or inputs", False)
     helpsteer_helpfulness: float = _weight()
     helpsteer_correctness: float = _weight()
     helpsteer_coherence: float = _weight()
@@ -112,7 +114,7 @@ class PreferencesConfig:
     code_instruction_following: float = _weight()
     code_readability: float = _weight()
     ArmoRM: float = flag("weight of the gated stage-2 score", 0.0)
-    weights: list[str] = flag("further NAME=WEIGHT words, for objectives of another reward model", [])
+    weights: list[str] = flag("NAME=WEIGHT arguments for objectives of another reward model", [])
 
     def objective_weights(self) -> dict[str, float]:
         """{objective: weight} of the objectives with a weight over 0; weights sum to 1 within 1e-6."""
@@ -121,7 +123,7 @@ class PreferencesConfig:
         for word in self.weights:
             name, separator, number = word.partition("=")
             require(bool(separator and name), f"--weights {word}: write NAME=WEIGHT")
-            require(name not in FLAG_TO_OBJECTIVE and not named.get(name), f"--weights {word}: {name} is given twice")
+            require(name not in FLAG_TO_OBJECTIVE and not named.get(name), f"--weights {word}: {name} has two weights")
             try:
                 named[name], spelled[name] = float(number), f"--weights {word}"
             except ValueError:
@@ -134,7 +136,7 @@ class PreferencesConfig:
         total = sum(named.values())
         require(
             abs(total - 1.0) <= 1e-6,
-            f"the objective weights sum to {total:g}, not to 1; give e.g. --ArmoRM=1.0 or "
+            f"the objective weights sum to {total:g}, not to 1; pass e.g. --ArmoRM=1.0 or "
             "--ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5",
         )
         return {name: weight for name, weight in named.items() if weight > 0}
@@ -144,12 +146,12 @@ class PreferencesConfig:
         check_bounds(self)
         require(
             self.max_pairs_per_prompt is None or self.selection == "all_pairs",
-            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} goes with --selection=all_pairs; "
-            f"{self.selection} makes one pair of a prompt",
+            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} requires --selection=all_pairs; "
+            f"{self.selection} makes one pair per prompt",
         )
         require(
             self.standardize or self.standardize_by == "split",
-            f"--standardize_by={self.standardize_by} goes with --standardize=true only",
+            f"--standardize_by={self.standardize_by} requires --standardize=true",
         )
 
 

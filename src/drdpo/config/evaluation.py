@@ -1,4 +1,4 @@
-"""Flags of step 4: evaluation, comparisons, a look at data and runs."""
+"""Flags of step 4: evaluation, comparisons, inspection of data and runs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,58 +6,56 @@ from typing import Literal
 from drdpo.cli import check_bounds, flag, positional, require
 
 HF_MAX_LENGTH = 8192
-"""Longest context that backend hf gets unless --max_length says otherwise. Without requests to look at, as for generation,
-lm-eval's search for a batch size tries the full context (Llama 3.x: 131,072), which fits no GPU, and ends at 1."""
+"""Default of the longest context with backend hf. For generation, lm-eval searches for a batch size with the full context
+(Llama 3.x: 131,072 tokens), which fits no GPU, and would end at 1."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Step 4a: per-objective averages of one or more runs, and the spider plot."""
+    """Step 4a: scores of one or more runs by objective, gains over the first, spider plot."""
 
     runs: list[str] = flag(
-        "NAME=FOLDER words, folders of scored completions; the first is the base; a name that stands with several folders "
-        "is one run of several training seeds"
+        "NAME=FOLDER arguments, folders of scored completions; the first is the base; repeat a name with other folders to "
+        "pool training seeds"
     )
-    output_path: str = flag("folder for report.md, spider.png, spider.svg, scores.csv, pairs.csv and answers.csv")
-    objectives: list[str] = flag("objectives to report, in either spelling (default: all that every run has)", [])
+    output_path: str = flag("folder for report.md, spider.png, spider.svg and CSV files")
+    objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
     trained_on: list[str] = flag(
-        "objectives that training saw; the others are marked unseen (default: those that the runs' pairs were mixed from, "
-        "where the manifests tell)",
+        "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",
         [],
     )
     sweep: list[str] = flag(
-        "two objectives r1 r2: evaluate the mixtures alpha r1 + (1 - alpha) r2 for alpha from 0 to 1; writes alpha.csv, "
-        "alpha.png and alpha.svg",
+        "two objectives r1 r2: also evaluate the mixtures alpha r1 + (1 - alpha) r2 for alpha from 0 to 1",
         [],
     )
-    sweep_trained_at: float = flag("the alpha that training used, marked in the plot of --sweep", 0.5, at_least=0, at_most=1)
-    split: Literal["test", "train"] = flag("split to average", "test")
-    bootstrap: int = flag("paired bootstrap samples of the confidence interval", 2000, at_least=100)
+    sweep_trained_at: float = flag("alpha used in training, marked in the plot of --sweep", 0.5, at_least=0, at_most=1)
+    split: Literal["test", "train"] = flag("split to evaluate", "test")
+    bootstrap: int = flag("bootstrap samples for confidence intervals", 2000, at_least=100)
     seed: int = flag("seed of the bootstrap", 42, at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
         require(
             not self.sweep or len(set(self.sweep)) == len(self.sweep) == 2,
-            f"--sweep {' '.join(self.sweep)}: give two different objectives, e.g. --sweep helpsteer_helpfulness "
+            f"--sweep {' '.join(self.sweep)}: pass two different objectives, e.g. --sweep helpsteer_helpfulness "
             "helpsteer_coherence",
         )
 
 
 @dataclass(frozen=True)
 class LeaderboardConfig:
-    """Step 4b: Open LLM Leaderboard v2 through lm-eval."""
+    """Step 4b: Open LLM Leaderboard v2 with lm-eval."""
 
     model_path: str = flag("model to evaluate: a Hugging Face folder or hub id")
     output_path: str | None = flag("folder for results (default outputs/openllm/<model name>)", None)
     tasks: str = flag("comma-separated lm-eval tasks or groups", "leaderboard")
-    limit: float | None = flag("only so many samples per task (below 1: a share), for a trial", None, above=0)
-    include_path: str | None = flag("folder of further task yaml files", None)
-    backend: Literal["hf", "vllm"] = flag("lm-eval back end", "hf")
-    batch_size: str = flag("sequences at a time, or 'auto': what fits a GPU, and 1 on a CPU", "auto")
+    limit: float | None = flag("number of samples per task (below 1: a share), for a trial", None, above=0)
+    include_path: str | None = flag("folder of additional task YAML files", None)
+    backend: Literal["hf", "vllm"] = flag("lm-eval backend", "hf")
+    batch_size: str = flag("batch size, or 'auto': what fits a GPU, 1 on a CPU", "auto")
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
         "precision of the model; 'auto' is bfloat16 on GPUs and on CPUs with fast bfloat16 products (AVX512_BF16, AMX), "
-        "else float32",
+        "otherwise float32",
         "auto",
     )
     max_length: int | None = flag(
@@ -67,62 +65,64 @@ class LeaderboardConfig:
     )
     max_gen_toks: int | None = flag("longest generation; the authors used 1024", None, at_least=1)
     num_fewshot: int | None = flag(
-        "few-shot examples, in place of each task's own number unless that is 0", None, at_least=0
+        "few-shot examples, for tasks that have any (default: each task's own number)", None, at_least=0
     )
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)
-    fewshot_as_multiturn: bool = flag("few-shot examples as turns of a conversation", True)
+    fewshot_as_multiturn: bool = flag("format few-shot examples as turns of a conversation", True)
     tensor_parallel_size: int = flag(
-        "GPUs that one vLLM engine spans (backend vllm); one engine for every so many", 1, at_least=1
+        "tensor-parallel size per vLLM engine (backend vllm); the other GPUs run more engines", 1, at_least=1
     )
     seed: int = flag("seed of the few-shot sampling", 42, at_least=0)
-    overwrite: bool = flag("replace results that other flags or another model made", False)
-    check_only: bool = flag("check the flags and the inputs, then stop", False)
+    overwrite: bool = flag("replace results from other flags or another model", False)
+    check_only: bool = flag("check flags and inputs, then exit", False)
 
     def __post_init__(self) -> None:
         check_bounds(self)
         require(
             self.limit is None or self.limit < 1 or self.limit == int(self.limit),
-            f"--limit={self.limit}: give a whole number of samples, or a share below 1",
+            f"--limit={self.limit}: pass a whole number of samples, or a share below 1",
         )
         require(
             self.batch_size == "auto"
             or (self.batch_size.isascii() and self.batch_size.isdigit() and 0 < len(self.batch_size.lstrip("0")) < 10),
-            f"--batch_size={self.batch_size}: give a positive number or auto",
+            f"--batch_size={self.batch_size}: pass a positive number or auto",
         )
         require(
             self.tensor_parallel_size == 1 or self.backend == "vllm",
-            f"--tensor_parallel_size={self.tensor_parallel_size} is for --backend=vllm; hf holds a whole model per GPU",
+            f"--tensor_parallel_size={self.tensor_parallel_size} requires --backend=vllm; hf loads a whole model per GPU",
         )
         require(
             self.apply_chat_template or not self.fewshot_as_multiturn,
-            "--fewshot_as_multiturn needs --apply_chat_template; give --fewshot_as_multiturn=false as well",
+            "--fewshot_as_multiturn requires --apply_chat_template; also pass --fewshot_as_multiturn=false",
         )
 
 
-# Flags of src/compare_openllm.py and src/compare_mixtures.py, the last steps of the experiments.
+# Flags of src/compare_openllm.py and src/compare_mixtures.py, the last step of each experiment.
 
 
 @dataclass(frozen=True)
 class CompareOpenllmConfig:
-    """Leaderboard results of several models, side by side and beside the published ones."""
+    """Compare leaderboard results of several models with each other and with the published ones."""
 
     runs: list[str] = flag(
-        "NAME=FOLDER words, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER puts a run into a table of its group, "
+        "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
         "e.g. 1B/base=outputs/openllm/base"
     )
     output_path: str = flag("folder for report.md, leaderboard.csv, heatmap.png and heatmap.svg")
     published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
-        "the authors' numbers to show beside ours; auto is those of the size that a GROUP names", "auto"
+        "model size whose published numbers to show; auto uses the GROUP names", "auto"
     )
 
 
 @dataclass(frozen=True)
 class CompareMixturesConfig:
-    """Gains of several training mixtures, beside the published ones."""
+    """Compare the gains of several training mixtures with the published ones."""
 
-    reports: list[str] = flag("NAME=FOLDER words, output folders of evaluate_armorm.py, one for each training mixture")
+    reports: list[str] = flag("NAME=FOLDER arguments, output folders of evaluate_armorm.py, one per training mixture")
     output_path: str = flag("folder for report.md, spiders.png and spiders.svg")
-    published: bool = flag("show the authors' numbers beside the mixtures that bear one of their names", True)
+    published: bool = flag(
+        "show the published numbers of mixtures named like the authors' (e.g. helpfulness_coherence)", True
+    )
 
 
 # Flags of src/inspect_data.py and src/show_run.py.
@@ -130,12 +130,12 @@ class CompareMixturesConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Tables, samples and histograms of data, whichever step made it."""
+    """Tables, samples and histograms of the data of any step."""
 
     path: str = positional("folder or JSON-lines file of prompts, completions, preference pairs or rejected rows")
-    samples: int = flag("rows of each file to print", 3, at_least=0)
-    seed: int = flag("seed of the choice of these rows", 42, at_least=0, below=2**32)
-    output_path: str | None = flag("PNG of the histograms (default: outputs/inspection/<path>.png)", None)
+    samples: int = flag("rows to print per file", 3, at_least=0)
+    seed: int = flag("seed for choosing these rows", 42, at_least=0, below=2**32)
+    output_path: str | None = flag("PNG file for the histograms (default: outputs/inspection/<path>.png)", None)
 
     def __post_init__(self) -> None:
         check_bounds(self)

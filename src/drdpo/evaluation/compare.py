@@ -8,6 +8,7 @@ import pandas as pd
 
 from drdpo.cli import as_dict, require
 from drdpo.config.evaluation import EvaluateConfig
+from drdpo.evaluation.report import csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
     ANSWERS,
     MAY_DIFFER,
@@ -23,7 +24,6 @@ from drdpo.evaluation.runs import (
 )
 from drdpo.evaluation.spider import draw_spider, draw_sweep
 from drdpo.evaluation.statistics import ALPHAS, MIXTURE, Comparison, Estimate, compare
-from drdpo.evaluation.tables import csv_text, differences, markdown_table, text_table, write_report
 from drdpo.folder import git_commit, versions
 from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE, flag_name
@@ -33,22 +33,22 @@ PAIRS = (
     "run", "against", "objective", "paired_prompts", "difference_sd", "ci_low", "ci_high", "win_rate", "win_low", "win_high",
 )  # fmt: skip
 _PAIR_COLUMNS = 6
-"""Reports of more pairs of runs leave them to pairs.csv."""
+"""More pairs of runs than these are in pairs.csv only."""
 _OPTIONAL = ("pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
 
 
 def evaluate_armorm(config: EvaluateConfig) -> None:
-    """Write report.md, spider.png and .svg, scores.csv, pairs.csv and answers.csv to the output folder and print the table;
-    with --sweep also alpha.csv, alpha.png and .svg.
+    """Write report.md, spider.png and .svg, scores.csv and answers.csv to the output folder and print the table; for several
+    runs also pairs.csv, with --sweep also alpha.csv, alpha.png and .svg.
 
-    Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over those that every run has.
+    Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over the prompts that all share.
 
     Args:
         config: the flags; the first run is the base.
 
     Raises:
-        UsageError: a --runs argument that is not NAME=FOLDER, a name given twice, an unknown objective, or another process
-            that is writing to the output folder.
+        UsageError: a --runs argument that is not NAME=FOLDER, a repeated folder, an unknown objective, or a locked output
+            folder.
         DataError: a missing folder or split, unscored or broken rows, no common objective or prompt.
     """
     folders = parse_runs(config.runs)
@@ -90,24 +90,26 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
 
 
 def _swept(config: EvaluateConfig, runs: list[ScoredRun]) -> list[str]:
-    """The two objectives of --sweep by their own names; none without it.
+    """The two objectives of --sweep by their own names; empty without it.
 
     Raises:
-        UsageError: there is one run only, the two are one objective, or the base's scores of one are all equal.
+        UsageError: there is only one run, the two are one objective, or the base's scores in one are all equal.
         DataError: a run lacks one of them.
     """
     if not config.sweep:
         return []
-    require(len(runs) > 1, "--sweep compares runs with a base; pass two --runs or more")
+    require(len(runs) > 1, "--sweep compares runs with a base; pass at least two --runs")
     names = choose_objectives(runs, config.sweep)
     require(len(names) == 2, f"--sweep {' '.join(config.sweep)} names one objective twice")
     for name in names:
-        require(runs[0].sd(name) > 0, f"--sweep: all scores of {runs[0].name} are equal in {name}: it has no z-score")
+        require(
+            runs[0].sd(name) > 0, f"--sweep: all scores of {runs[0].name} are equal in {name}; pass an objective that varies"
+        )
     return names
 
 
 def _trained_on(config: EvaluateConfig, runs: list[ScoredRun], provenances: dict[str, Provenance]) -> list[str]:
-    """The objectives that training saw: --trained_on, else what the manifests record."""
+    """The objectives that training used: --trained_on, else those recorded in the manifests."""
     if config.trained_on:
         return resolve_objectives(runs, config.trained_on)
     return list(dict.fromkeys(name for p in provenances.values() for name in p.mixture))
@@ -120,7 +122,7 @@ def _mixture(provenances: dict[str, Provenance]) -> dict[str, float]:
 
 
 def _unlike(provenances: dict[str, Provenance]) -> list[str]:
-    """Differences between the runs' sampling and scoring, the policy aside."""
+    """Differences in how the runs were sampled and scored, other than the policy."""
     return [
         line
         for step in ("sampling", "scoring")
@@ -207,7 +209,7 @@ def armorm_report(
         parts += _gain_sections(base, others, comparison) + _win_sections(base, others, comparison)
         parts += _pair_sections(runs, comparison)
     if comparison.sweep:
-        parts += _sweep_sections(config, comparison, base.name)
+        parts += _sweep_sections(config, base.name)
     parts += [
         "## Mean scores",
         "Mean over prompts of each prompt's mean score, on the reward model's own scales.",
@@ -222,16 +224,6 @@ def armorm_report(
     return "\n\n".join(parts) + "\n"
 
 
-def interval(estimate: Estimate | None, form: str) -> str:
-    """`+0.894 [+0.721, +1.060]`; n/a for None."""
-    if estimate is None:
-        return "n/a"
-    value = form.format(estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return f"{value} (one prompt: no interval)"
-    return f"{value} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
-
-
 def _gain(comparison: Comparison, run: ScoredRun, objective: str) -> str:
     return interval(comparison.gains[run.name].get(objective), "{:+.3f}")
 
@@ -240,8 +232,8 @@ def _summary(config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparis
     lines = [f"Split `{config.split}`. Every prompt counts once; its score is the mean over its completions."]
     if len(runs) > 1:
         lines.append(
-            f"Runs are joined by prompt_id; gains and win rates use the {len(comparison.common)} prompts that every run "
-            f"has, with {config.bootstrap} bootstrap samples over prompts, seed {config.seed}."
+            f"Gains and win rates use the {len(comparison.common)} prompts that all runs share; their intervals come from "
+            f"{config.bootstrap} bootstrap samples over prompts (seed {config.seed})."
         )
         flat = [name for name in comparison.objectives if runs[0].sd(name) == 0]
         if flat:
@@ -280,24 +272,23 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
         for label in comparison.summaries[others[0].name]
     }
     text = (
-        f"Mean over the paired prompts of (run - {base.name}), divided by the standard deviation of {base.name}'s "
-        "completion scores; in brackets the 95% percentile interval of the paired bootstrap over prompts"
-        + (", and over seeds" if any(run.seeds for run in [base, *others]) else "")
-        + ". The standard deviation is held fixed, as the unit. The intervals are not corrected for multiple comparisons: "
-        "about one in twenty misses its true value."
+        f"Mean difference from {base.name} over the paired prompts, in standard deviations of {base.name}'s completion "
+        "scores. The unit is held fixed. Brackets: 95% percentile interval of a paired bootstrap over prompts"
+        + (" and seeds" if any(run.seeds for run in [base, *others]) else "")
+        + ", without correction for multiple comparisons: about one in twenty misses the true value."
     )
     if summaries.keys() - {MIXTURE}:
-        text += f" The means and the worst are over single objectives, without the gated score ({GATED_SCORE})."
+        text += f" The mean and worst gains omit the gated score ({GATED_SCORE})."
     if MIXTURE in summaries:
         # What training optimised comes first.
         rows.insert(0, [f"**{MIXTURE}**", *summaries.pop(MIXTURE)])
         terms = " + ".join(f"{weight:g} `{flag_name(name)}`" for name, weight in mixture.items())
-        text += f" The {MIXTURE} is {terms}, of the gains below it."
+        text += f" The {MIXTURE} is {terms}, applied to the gains below."
     if trained_on:
         names = ", ".join(f"`{flag_name(name)}`" for name in trained_on)
-        text += f" Training used {names}; objectives marked *unseen* did not enter its pairs."
+        text += f" Training used {names}; objectives marked *unseen* were not used."
         if GATED_SCORE not in trained_on:
-            text += f" {GATED_SCORE} mixes all of them."
+            text += f" {GATED_SCORE} mixes all objectives."
     rows += [[label, *gains] for label, gains in summaries.items()]
     header = ["objective", *(run.name for run in others)]
     return [f"## Gain over {base.name}, in standard deviations", text, markdown_table(header, rows)]
@@ -316,40 +307,31 @@ def _win_sections(base: ScoredRun, others: list[ScoredRun], comparison: Comparis
 
 
 def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
-    """Every two runs but those with the base, which have sections of their own."""
+    """Every two runs other than the base, which has sections of its own."""
     names = [(b.name, a.name) for a, b in combinations(runs[1:], 2)]
     if not names:
         return []
     if len(names) > _PAIR_COLUMNS:
         return ["## Every two runs", f"The {len(names)} pairs of runs are in pairs.csv."]
     header = ["objective", *(f"{run} - {against}" for run, against in names)]
-    gains, wins = [], []
-    for name in comparison.objectives:
-        found = [comparison.pairs[pair][name] for pair in names]
-        gains.append([f"`{flag_name(name)}`", *(interval(d.gain, "{:+.3f}") for d in found)])
-        wins.append([f"`{flag_name(name)}`", *(interval(d.win_rate, "{:.1%}") for d in found)])
-    return [
-        "## Every two runs",
-        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0.",
-        markdown_table(header, gains),
-        "Win rates: the share of the paired prompts on which the first run scores higher; ties count half.",
-        markdown_table(header, wins),
+    rows = [
+        [f"`{flag_name(name)}`", *(interval(comparison.pairs[pair][name].gain, "{:+.3f}") for pair in names)]
+        for name in comparison.objectives
     ]
+    text = (
+        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0. Win "
+        "rates are in pairs.csv."
+    )
+    return ["## Every two runs", text, markdown_table(header, rows)]
 
 
-def _sweep_sections(config: EvaluateConfig, comparison: Comparison, base: str) -> list[str]:
-    """The mixtures from alpha 0 to 1."""
+def _sweep_sections(config: EvaluateConfig, base: str) -> list[str]:
     r1, r2 = (f"`{flag_name(name)}`" for name in config.sweep)
     text = (
         f"r*(alpha) = alpha r1 + (1 - alpha) r2 of z-scores (mean and standard deviation of {base}), r1 = {r1}, r2 = {r2}. "
-        f"{base} is at 0 for every alpha. Training used alpha = {config.sweep_trained_at:g}."
+        f"{base} is at 0 for every alpha. Training used alpha = {config.sweep_trained_at:g}. The numbers are in alpha.csv."
     )
-    rows = [
-        [f"{alpha:.1f}", *(interval(gains[place], "{:+.3f}") for gains in comparison.sweep.values())]
-        for place, alpha in enumerate(ALPHAS)
-    ]
-    table = markdown_table(["alpha", *comparison.sweep], rows)
-    return ["## Other mixtures of the two objectives", text, "![Gain by alpha](alpha.png)", table]
+    return ["## Other mixtures of the two objectives", text, "![Gain by alpha](alpha.png)"]
 
 
 def _seed_sections(runs: list[ScoredRun], objectives: list[str]) -> list[str]:
@@ -365,18 +347,18 @@ def _seed_sections(runs: list[ScoredRun], objectives: list[str]) -> list[str]:
                 for name in objectives
             ]
             parts.append(markdown_table(header, rows))
-    text = "On the prompts that all seeds of a run have; sd over seeds with n - 1."
+    text = "Over the prompts that all seeds of a run share; the standard deviation over seeds divides by n - 1."
     return ["## Mean scores by seed", text, *parts] if parts else []
 
 
 def _answer_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
-    """Length, cut and repeated answers, and their differences from the base's."""
+    """Lengths, cut and repeated answers, and differences from the base."""
     base, *others = runs
     forms = {"tokens": "{:.1f}", "cut": "{:.1%}", "repeated": "{:.1%}"}
     means = [[run.name, *(form.format(run.answers[name].mean()) for name, form in forms.items())] for run in runs]
     parts = [
         "## Answers",
-        "Repeated: the share of an answer's token 4-grams that occurred earlier in it (seq-rep-4, Welleck et al. 2020).",
+        "Repeated 4-grams: share of an answer's token 4-grams that occur earlier in it (seq-rep-4, Welleck et al. 2020).",
         markdown_table(["run", "answer length, mean tokens", "cut by the length limit", "repeated 4-grams"], means),
     ]
     if others:

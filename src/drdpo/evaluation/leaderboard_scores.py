@@ -1,23 +1,23 @@
-"""The public Open LLM Leaderboard's normalised scores, from the harness's raw ones, and the tables of one evaluation.
+"""Normalised scores of the public Open LLM Leaderboard from lm-eval's (the harness's) raw scores, and the tables.
 
 The leaderboard (version 2, 2024) maps the score of guessing to 0 and a perfect score to 100:
 
     normalised = max(raw - low, 0) / (1 - low) * 100,     low = 1 / choices for multiple choice, 0 for generation.
 
-BBH and MuSR are normalised per subtask, whose numbers of choices differ, and then averaged without weights; GPQA, MMLU-Pro
-and MATH as wholes. IFEval is the mean of the strict accuracies per instruction and per prompt. The average is the plain mean
-of the six. The harness itself prints raw means weighted by size; published tables of raw values are those.
+BBH and MuSR are normalised per subtask, because the numbers of choices differ, and then averaged without weights; GPQA,
+MMLU-Pro and MATH are normalised as a whole. IFEval is the mean of the strict accuracies per instruction and per prompt. The
+average is the plain mean of the six. The harness's raw means are weighted by size, as in published tables.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from drdpo.config.evaluation import LeaderboardConfig
-from drdpo.evaluation.tables import markdown_table, text_table
+from drdpo.evaluation.report import markdown_table, text_table
 
 BBH_CHOICES: dict[str, int] = {
     "boolean_expressions": 2, "causal_judgement": 2, "date_understanding": 6, "disambiguation_qa": 3, "formal_fallacies": 2,
@@ -29,12 +29,6 @@ BBH_CHOICES: dict[str, int] = {
     "tracking_shuffled_objects_three_objects": 3, "web_of_lies": 2,
 }  # fmt: skip
 MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
-GPQA_SUBTASKS = ("leaderboard_gpqa_diamond", "leaderboard_gpqa_extended", "leaderboard_gpqa_main")
-MATH_SUBTASKS = (
-    "leaderboard_math_algebra_hard", "leaderboard_math_counting_and_prob_hard", "leaderboard_math_geometry_hard",
-    "leaderboard_math_intermediate_algebra_hard", "leaderboard_math_num_theory_hard", "leaderboard_math_prealgebra_hard",
-    "leaderboard_math_precalculus_hard",
-)  # fmt: skip
 COLUMNS = ("IFEval", "BBH", "MATH", "GPQA", "MuSR", "MMLU-Pro")
 """The benchmarks, in the order of published tables."""
 
@@ -44,28 +38,26 @@ TaskScores = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the leaderboard's six columns; standard errors are None if the harness has none."""
+    """One of the leaderboard's six columns; standard errors are None if the harness reports none."""
 
     name: str
     metric: str
     raw: float
-    """0 to 1, the harness's mean over all questions: subtasks weigh by their size."""
+    """0 to 1, the harness's mean over all questions."""
     raw_stderr: float | None
-    unweighted: float
-    """0 to 1, the plain mean over the subtasks; `raw` if there are none."""
     normalised: float
     """0 to 100."""
     normalised_stderr: float | None
-    """Of the score before it is clamped at 0."""
+    """Of the score before clamping at 0."""
 
 
 def normalise(raw: float, low: float) -> float:
-    """Map the score of guessing, `low`, to 0 and 1 to 100; below guessing is 0."""
+    """Map `low`, the score of guessing, to 0 and 1 to 100; scores below `low` become 0."""
     return max(raw - low, 0.0) / (1.0 - low) * 100.0
 
 
 def benchmarks(scores: TaskScores) -> list[Benchmark]:
-    """Those of the six benchmarks that the harness has run completely, in the leaderboard's order.
+    """The complete ones of the six benchmarks, in the leaderboard's order.
 
     Args:
         scores: the harness's `results`.
@@ -74,29 +66,29 @@ def benchmarks(scores: TaskScores) -> list[Benchmark]:
     musr = {f"leaderboard_musr_{task}": 1 / choices for task, choices in MUSR_CHOICES.items()}
     found = [
         _ifeval(scores),
-        _benchmark(scores, "BBH", "leaderboard_bbh", "acc_norm", bbh, bbh),
-        _benchmark(scores, "MATH", "leaderboard_math_hard", "exact_match", MATH_SUBTASKS, {"leaderboard_math_hard": 0.0}),
-        _benchmark(scores, "GPQA", "leaderboard_gpqa", "acc_norm", GPQA_SUBTASKS, {"leaderboard_gpqa": 1 / 4}),
-        _benchmark(scores, "MuSR", "leaderboard_musr", "acc_norm", musr, musr),
-        _benchmark(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", (), {"leaderboard_mmlu_pro": 1 / 10}),
+        _benchmark(scores, "BBH", "leaderboard_bbh", "acc_norm", bbh),
+        _benchmark(scores, "MATH", "leaderboard_math_hard", "exact_match", {"leaderboard_math_hard": 0.0}),
+        _benchmark(scores, "GPQA", "leaderboard_gpqa", "acc_norm", {"leaderboard_gpqa": 1 / 4}),
+        _benchmark(scores, "MuSR", "leaderboard_musr", "acc_norm", musr),
+        _benchmark(scores, "MMLU-Pro", "leaderboard_mmlu_pro", "acc", {"leaderboard_mmlu_pro": 1 / 10}),
     ]
     return [benchmark for benchmark in found if benchmark is not None]
 
 
 def average(found: list[Benchmark]) -> float | None:
-    """The leaderboard's average, 0 to 100; None unless all six are present."""
+    """The leaderboard's average, 0 to 100; None unless all six benchmarks are complete."""
     return sum(benchmark.normalised for benchmark in found) / 6 if len(found) == 6 else None
 
 
 def average_stderr(found: list[Benchmark]) -> float | None:
-    """Standard error of `average` for independent benchmarks; None if one has none."""
+    """Standard error of `average`, assuming independent benchmarks; None if one has none."""
     errors = [benchmark.normalised_stderr for benchmark in found]
     total = _root_sum(errors)
     return None if average(found) is None or total is None else total / 6
 
 
 def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
-    """A task's value of a metric without filter; None if it was not run."""
+    """A task's value of an unfiltered metric; None if it was not run."""
     value = scores.get(task, {}).get(f"{metric},none")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -106,34 +98,23 @@ def _root_sum(errors: list[float | None]) -> float | None:
     return math.sqrt(sum(error**2 for error in found)) if found and len(found) == len(errors) else None
 
 
-def _benchmark(
-    scores: TaskScores, name: str, task: str, metric: str, subtasks: Iterable[str], lows: dict[str, float]
-) -> Benchmark | None:
-    """None unless all of it was run.
+def _benchmark(scores: TaskScores, name: str, task: str, metric: str, lows: dict[str, float]) -> Benchmark | None:
+    """None if it is incomplete.
 
     Args:
         scores: the harness's `results`.
         name, task, metric: of the benchmark.
-        subtasks: what its unweighted mean is over.
-        lows: {task: score of guessing} of what is normalised, the benchmark itself or its subtasks.
+        lows: {task: score of guessing} of the tasks to normalise, the benchmark itself or its subtasks.
     """
     raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
-    parts = [metric_value(scores, part, metric) for part in subtasks]
     normalised = [normalise(v, low) for part, low in lows.items() if (v := metric_value(scores, part, metric)) is not None]
     if raw is None or len(normalised) < len(lows):
         return None
     errors = {part: metric_value(scores, part, f"{metric}_stderr") for part in lows}
     scaled = _root_sum([None if e is None else e / (1 - lows[part]) * 100 for part, e in errors.items()])
-    known = [value for value in parts if value is not None]
     return Benchmark(
-        name,
-        metric,
-        raw,
-        error,
-        sum(known) / len(known) if known and len(known) == len(parts) else raw,
-        sum(normalised) / len(lows),
-        None if scaled is None else scaled / len(lows),
-    )
+        name, metric, raw, error, sum(normalised) / len(lows), None if scaled is None else scaled / len(lows)
+    )  # fmt: skip
 
 
 def _ifeval(scores: TaskScores) -> Benchmark | None:
@@ -143,10 +124,10 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     if instruction is None or prompt is None:
         return None
     raw = (instruction + prompt) / 2
-    # The harness has no error for instructions, of which a prompt has several; that of the prompts is used for both.
+    # The harness has no standard error for instructions, several of which share a prompt: that of the prompts is used.
     error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
     scaled = None if error is None else error * 100
-    return Benchmark("IFEval", "mean of strict accuracies", raw, error, raw, normalise(raw, 0.0), scaled)
+    return Benchmark("IFEval", "mean of strict accuracies", raw, error, normalise(raw, 0.0), scaled)
 
 
 # The tables --------------------------------------------------------------------------------------------------------
@@ -174,33 +155,29 @@ def raw_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 RAW_HEADER = ["task", "shots", "questions", "metric", "value", "stderr"]
-LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "raw, unweighted", "normalised (0-100)", "stderr"]
+LEADERBOARD_HEADER = ["benchmark", "metric", "raw (0-1)", "stderr", "normalised (0-100)", "stderr"]
 
 
 def leaderboard_rows(found: list[Benchmark]) -> list[list[str]]:
-    """One row per benchmark, and the average if all six are present."""
+    """One row per benchmark, and the average if all six are complete."""
     rows = [
-        [
-            b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.unweighted:.4f}", f"{b.normalised:.2f}",
-            _decimal(b.normalised_stderr, 2),
-        ]
+        [b.name, b.metric, f"{b.raw:.4f}", _decimal(b.raw_stderr), f"{b.normalised:.2f}", _decimal(b.normalised_stderr, 2)]
         for b in found
-    ]  # fmt: skip
+    ]
     mean = average(found)
-    return rows if mean is None else [*rows, ["Average", "", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
+    return rows if mean is None else [*rows, ["Average", "", "", "", f"{mean:.2f}", _decimal(average_stderr(found), 2)]]
 
 
 def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
-    """table.md: the leaderboard's columns that were run, then every task."""
+    """table.md: the leaderboard's columns, then every task."""
     parts = [f"# {config.model_path} on {config.tasks}"]
     if config.limit is not None:
-        parts.append(f"**A trial: limited to {config.limit:g} samples per task; not comparable with full runs.**")
+        parts.append(f"**Trial: limited to {config.limit:g} samples per task; not comparable with full runs.**")
     if found := benchmarks(results["results"]):
         parts += [
             "## Open LLM Leaderboard v2",
-            "Raw: the harness's mean over all questions; unweighted: over subtasks. Normalised: the public leaderboard's "
-            "scale; guessing is 0. The harness has no standard error for IFEval's instructions: that of its prompts is used "
-            "for both.",
+            "Raw: the harness's mean over all questions. Normalised: the scale of the public leaderboard, on which guessing "
+            "scores 0. The harness has no standard error for IFEval's instructions; that of its prompts is used for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]
     parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
@@ -208,13 +185,13 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
 
 
 def terminal(results: Mapping[str, Any]) -> str:
-    """The same for a terminal, without subtasks of groups that have a mean of their own."""
+    """The same for a terminal, without the subtasks of groups that have a mean."""
     inner = {
         child for group, children in results.get("group_subtasks", {}).items() if group in results.get("groups", {})
         for child in children if child not in results.get("groups", {})
     }  # fmt: skip
     found = benchmarks(results["results"])
-    # lm-eval has no group around MMLU-Pro and IFEval, which stay.
+    # MMLU-Pro and IFEval are single tasks and stay.
     inner -= {"leaderboard_mmlu_pro", "leaderboard_ifeval"}
     rows = [row for row in raw_rows(results) if row[0] not in inner]
     tables = [text_table(RAW_HEADER, rows)]
@@ -226,13 +203,13 @@ def terminal(results: Mapping[str, Any]) -> str:
 def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
     """The leaderboard's columns for results.json."""
     found = benchmarks(results["results"])
-    fields = ("raw", "raw_stderr", "unweighted", "normalised", "normalised_stderr")
+    fields = ("raw", "raw_stderr", "normalised", "normalised_stderr")
     columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
     return columns | {"average": average(found), "average_stderr": average_stderr(found)}
 
 
 def json_safe(value: Any) -> Any:
-    """Plain JSON values: numpy numbers become numbers, sets lists, NaN and infinity null, anything else its name or text."""
+    """Plain JSON values: sets become lists, NaN and infinity null, other objects their name or text."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))
 
 

@@ -1,4 +1,4 @@
-"""The ArmoRM experiment as one report: gains of every training mixture, beside what the authors published."""
+"""The ArmoRM experiment in one report: gains of every training mixture, next to the published ones."""
 
 import csv
 import os
@@ -14,10 +14,10 @@ from drdpo.cli import as_dict
 from drdpo.config.evaluation import CompareMixturesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import spider
-from drdpo.evaluation.compare import SCORES, interval
+from drdpo.evaluation.compare import SCORES
+from drdpo.evaluation.report import STYLE, interval, markdown_table, save_picture, write_report
 from drdpo.evaluation.runs import parse_runs, section, sort_objectives
 from drdpo.evaluation.statistics import Estimate
-from drdpo.evaluation.tables import markdown_table, write_report
 from drdpo.folder import read_manifest
 from drdpo.models import fingerprint
 from drdpo.objectives import flag_name
@@ -25,7 +25,7 @@ from drdpo.objectives import flag_name
 SPOKES = (
     "helpsteer-helpfulness", "helpsteer-correctness", "helpsteer-coherence", "ultrafeedback-honesty", "ArmoRM",
 )  # fmt: skip
-"""The spokes of the paper's spider plots, labelled there Helpfulness, Correctness, Coherence, Honesty and ArmoRM."""
+"""The spokes of the paper's spider plots: Helpfulness, Correctness, Coherence, Honesty and ArmoRM."""
 
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "truthfulness_complexity": {
@@ -44,13 +44,13 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
         "WDPO": (0.42, 0.41, 0.41, 0.38, 0.21),
     },
 }
-"""{training mixture: {method: values in the order of SPOKES}}, read off the spider plots of arXiv 2502.01930, +-0.01."""
+"""{training mixture: {method: values in the order of SPOKES}}, read from the spider plots of arXiv 2502.01930, ± 0.01."""
 
 _PANEL, _ROW, _DISC, _BELOW, _FOOT = 5.3, 4.8, 2.95, 0.7, 0.6
-"""Inches: a panel's width and height, its disc, room for labels below the disc, and for the legend."""
+"""Inches: a panel's width and height, its disc, the labels below the disc, and the legend."""
 
-_LEAST_RIM = 0.05
-"""Standard deviations: with a smaller rim, gains of nothing would look large."""
+_SMALLEST_RIM = 0.05
+"""Standard deviations: on a smaller scale, negligible gains would look large."""
 
 Values = dict[str, Sequence[float]]
 """{method: one value per spoke}"""
@@ -67,35 +67,31 @@ class MixtureResult:
     runs: list[str]
     """Without the base."""
     gains: dict[tuple[str, str], Estimate]
-    """{(run, objective): gain over the base in its sd}; without objectives whose base scores are all equal."""
+    """{(run, objective): gain over the base in its sd}, without objectives in which all base scores are equal."""
     published: dict[str, tuple[float, ...]]
     """{method: values in the order of SPOKES}; empty if nothing is published."""
 
     @property
     def spokes(self) -> list[str]:
-        """The paper's five as far as they have gains; if those are fewer than three, all objectives that have gains."""
+        """Those of the paper's five that have gains; if fewer than three, all objectives that have gains."""
         have = [name for name in self.objectives if all((run, name) in self.gains for run in self.runs)]
         paper = [name for name in SPOKES if name in have]
         return paper if len(paper) >= 3 else have
 
 
 def compare_mixtures(config: CompareMixturesConfig) -> None:
-    """Write report.md, and spiders.png and spiders.svg if there are three objectives or more.
-
-    Args:
-        config: the flags.
+    """Write report.md, and spiders.png and spiders.svg if there are at least three objectives.
 
     Raises:
-        UsageError: a --reports argument that is not NAME=FOLDER, a name given twice, or another process that is writing to
-            the output folder.
-        DataError: a folder without a scores.csv of evaluate_armorm, or with one of a single run.
+        UsageError: a --reports argument that is not NAME=FOLDER, a repeated name, or a locked output folder.
+        DataError: a folder without the scores.csv of evaluate_armorm, or with that of a single run.
     """
     results = [_read(name, folders, config.published) for name, folders in parse_runs(config.reports, "--reports").items()]
     output = Path(config.output_path)
     pictures: dict[str, str | bytes] = {}
     if all(len(result.spokes) >= 3 for result in results):
-        with rc_context(spider.RC):
-            pictures |= spider.save_picture(spiders(results), "spiders", dpi=120)
+        with rc_context(STYLE):
+            pictures |= save_picture(spiders(results), "spiders", dpi=120)
     files = pictures | {"report.md": mixtures_report(results, output, pictured=bool(pictures))}
     inputs = {result.name: fingerprint(result.folder / "scores.csv") for result in results}
     made_by = as_dict(config) | {"inputs": inputs}
@@ -105,7 +101,7 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
 
 def _read(name: str, folders: list[Path], published: bool) -> MixtureResult:
     if len(folders) > 1:
-        raise UsageError(f"--reports: the name {name} is given twice; every mixture has one report")
+        raise UsageError(f"--reports: the name {name} is given twice; pass one report per mixture")
     (folder,) = folders
     path = folder / "scores.csv"
     if not path.is_file():
@@ -127,7 +123,7 @@ def _read(name: str, folders: list[Path], published: bool) -> MixtureResult:
                 except ValueError as error:
                     raise DataError(f"{path}, row {number}: a gain is not a number") from error
     if len(runs) < 2:
-        raise DataError(f"mixture {name}: {path} has one run only; a gain needs a base and a run")
+        raise DataError(f"mixture {name}: {path} has only one run; gains need a base and a run")
     theirs = PUBLISHED.get(name, {}) if published else {}
     return MixtureResult(name, folder, sort_objectives(objectives), list(runs)[1:], gains, theirs)
 
@@ -138,16 +134,16 @@ def mixtures_report(results: list[MixtureResult], output: Path, pictured: bool) 
     Args:
         results: one per mixture.
         output: the report's folder, for relative links.
-        pictured: is there a picture?
+        pictured: whether to show spiders.png.
     """
     parts = [
         "# Training on one mixture of objectives, evaluated on others",
         "Gains over the base model in standard deviations of its completion scores, with 95% paired bootstrap intervals. "
-        "Published: values read off the spider plots of arXiv 2502.01930 (± 0.01). The paper does not give their unit; "
-        "a gain in standard deviations is the most likely, so the two columns may have different units.",
+        "Published values are read from the spider plots of arXiv 2502.01930 (± 0.01). The paper does not state their unit, "
+        "which may differ from ours.",
     ]
     if pictured:
-        parts.append("![Spider plots, ours above the published](spiders.png)")
+        parts.append("![Spider plots, ours above the published ones](spiders.png)")
     for result in results:
         parts += _mixture_section(result, output)
     return "\n\n".join(parts) + "\n"
@@ -165,16 +161,16 @@ def _mixture_section(result: MixtureResult, output: Path) -> list[str]:
     link = os.path.relpath(result.folder / "report.md", output)
     trained_on = section(read_manifest(result.folder), "evaluate_armorm", "made_by").get("trained_on") or ()
     text = f"Trained on {', '.join(f'`{flag_name(name)}`' for name in trained_on)}. " if trained_on else ""
-    text += f"Full comparison, with win rates, every two runs and answer lengths: [{link}](<{link}>)."
+    text += f"Full report, with win rates and answer lengths: [{link}](<{link}>)."
     table = markdown_table(header, list(zip(*columns, strict=True)))
     return [f"## {result.name.replace('_', ' + ')}", text, table]
 
 
 def spiders(results: list[MixtureResult]) -> Figure:
-    """Spider plots as the paper draws them: a panel per mixture, a polygon per method; ours above, the published below.
+    """Spider plots as in the paper: a panel per mixture, a polygon per method; ours above, the published ones below.
 
-    Our panels share one scale, the published ones another. A published method has the style of our run of that name in
-    either case; one that was not run has a style of its own.
+    Our panels share one scale, the published ones another. A published method has the style of our run of the same name,
+    ignoring case.
     """
     ours: list[Values] = [
         {run: [result.gains[run, name].value for name in result.spokes] for run in result.runs} for result in results
@@ -182,7 +178,6 @@ def spiders(results: list[MixtureResult]) -> Figure:
     theirs: list[Values] = [dict(result.published) for result in results]
     rows, columns = 2 if any(theirs) else 1, len(results)
     names = {name.upper(): name for values in [*theirs, *ours] for name in values}
-    # Ours first, in their order.
     order = list(dict.fromkeys(name.upper() for values in [*ours, *theirs] for name in values))
     looks = spider.run_styles(["base", *order])
     figure = Figure(figsize=(_PANEL * columns, _ROW * rows + _FOOT))
@@ -198,17 +193,17 @@ def spiders(results: list[MixtureResult]) -> Figure:
     return figure
 
 
-def _panel(figure: Figure, above: int, column: int) -> Any:
-    """Axes with `above` rows of panels below them; the labels around a disc fit into its panel."""
+def _panel(figure: Figure, row: int, column: int) -> Any:
+    """Polar axes in row `row`, counted from the bottom; the labels around the disc fit into its panel."""
     width, height = figure.get_size_inches()
-    left, bottom = (column + 0.5) * _PANEL - _DISC / 2, _FOOT + above * _ROW + _BELOW
+    left, bottom = (column + 0.5) * _PANEL - _DISC / 2, _FOOT + row * _ROW + _BELOW
     return figure.add_axes((left / width, bottom / height, _DISC / width, _DISC / height), projection="polar")
 
 
 def _limits(panels: list[Values]) -> tuple[float, float]:
-    """Values at the centre and rim of every panel; negative gains lie inside the base's ring."""
+    """Values at the centre and rim of every panel; negative gains lie inside the ring of the base."""
     values = [value for panel in panels for row in panel.values() for value in row]
-    low, high = min(0.0, *values), max(_LEAST_RIM, *values)
+    low, high = min(0.0, *values), max(_SMALLEST_RIM, *values)
     reach = high - low
     return (low - 0.25 * reach if low < 0 else 0.0), high + 0.08 * reach
 

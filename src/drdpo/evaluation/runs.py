@@ -1,10 +1,10 @@
-"""Folders of scored completions, averaged per prompt, and what their manifests record about them.
+"""Folders of scored completions: scores averaged per prompt, and how the completions were made.
 
 Shapes: P prompts, C completions.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ import numpy as np
 import pandas as pd
 
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import read_manifest
+from drdpo.folder import read_json_object, read_manifest
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
 from drdpo.records import Completion, Message, check_unique, read_records
 
 ANSWERS = ("tokens", "repeated", "cut")
-"""Metrics of the answers themselves: length in tokens, `repeated_share`, and whether the length limit cut the answer."""
+"""Metrics of the answers: length in tokens, `repeated_share`, and whether the length limit cut the answer."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """The scores of one policy on one split. Every prompt has the same weight, however many completions it has."""
+    """The scores of one policy on one split. Every prompt has the same weight, regardless of its number of completions."""
 
     name: str
     folder: Path
@@ -36,11 +36,11 @@ class ScoredRun:
     completions: pd.DataFrame
     """[C, objectives]: the score of every completion."""
     seeds: tuple["ScoredRun", ...] = ()
-    """If several training seeds are pooled in this run: each of them, on the prompts that all have."""
+    """If several training seeds are pooled in this run: each of them, on the prompts that all share."""
 
     @property
     def members(self) -> tuple["ScoredRun", ...]:
-        """The seeds of the run; a run of one seed is its own only member."""
+        """The seeds of the run; the run itself if there is only one."""
         return self.seeds or (self,)
 
     def mean(self, objective: str) -> float:
@@ -83,7 +83,7 @@ def parse_runs(arguments: list[str], flag: str = "--runs") -> dict[str, list[Pat
             raise UsageError(f"{flag} {argument}: write NAME=FOLDER, e.g. {flag} base=outputs/base dpo=outputs/dpo")
         name, folder = next((split for split in splits if Path(split[1]).is_dir()), splits[0])
         if Path(folder) in folders.setdefault(name, []):
-            raise UsageError(f"{flag}: the name {name} is given twice with {folder}; pass one folder per seed")
+            raise UsageError(f"{flag}: the name {name} is given twice with {folder}; pass a different folder for every seed")
         folders[name].append(Path(folder))
     return folders
 
@@ -102,7 +102,7 @@ def load_run(name: str, folder: Path, split: str) -> ScoredRun:
         there = sorted(file.name for file in folder.glob("*.jsonl"))
         raise DataError(
             f"run {name}: {path}: no such file; the folder has {', '.join(there) or 'no completions'}; "
-            "choose the split by --split=train or --split=test"
+            "choose with --split=train or --split=test"
         )
     rows = read_records(path, Completion.from_row)
     check_unique(path, ((row.prompt_id, row.sample_id) for row in rows), "(prompt_id, sample_id)")
@@ -139,7 +139,7 @@ def _by_prompt(values: pd.DataFrame, prompt_ids: list[int]) -> pd.DataFrame:
 
 
 def pool_seeds(name: str, seeds: list[ScoredRun]) -> ScoredRun:
-    """Several seeds of a run as one: the mean over seeds for every prompt that all seeds have.
+    """Pool the seeds of a run: the mean over seeds for every prompt that all of them share.
 
     Raises:
         DataError: the seeds share no prompt, have different prompts under one id, or were scored in different objectives.
@@ -152,7 +152,7 @@ def pool_seeds(name: str, seeds: list[ScoredRun]) -> ScoredRun:
             raise DataError(f"run {name}: {first.folder} and {run.folder} are not both scored in {', '.join(odd)}")
     common = common_prompts(seeds)
     prompts = {prompt_id: first.prompts[prompt_id] for prompt_id in common}
-    # `completions`, which the standard deviation is taken over, stays whole.
+    # The standard deviation is over `completions`, which keep all prompts.
     members = tuple(
         replace(run, prompts=prompts, scores=run.scores.loc[common], answers=run.answers.loc[common]) for run in seeds
     )
@@ -171,19 +171,19 @@ def common_prompts(runs: list[ScoredRun]) -> list[int]:
     """Ids of the prompts that every run has, ascending.
 
     Raises:
-        DataError: there is none, or one id stands for two different prompts.
+        DataError: there is none, or two runs have different prompts under one id.
     """
     base, *others = runs
     common = [prompt_id for prompt_id in base.prompts if all(prompt_id in run.prompts for run in others)]
     if not common:
         names = ", ".join(run.name for run in runs)
-        raise DataError(f"the runs {names} have no prompt_id in common; compare runs on the same prompts")
+        raise DataError(f"the runs {names} have no prompt_id in common; sample them from the same prompts")
     for run in others:
         for prompt_id in common:
             if run.prompts[prompt_id] != base.prompts[prompt_id]:
                 raise DataError(
                     f'prompt_id {prompt_id}: field "prompt" differs between {base.name} ({base.folder}) and '
-                    f"{run.name} ({run.folder}); the runs sampled different prompt sets"
+                    f"{run.name} ({run.folder}); the runs were sampled from different prompts"
                 )
     return common
 
@@ -220,7 +220,7 @@ def choose_objectives(runs: list[ScoredRun], wanted: list[str]) -> list[str]:
 
 
 def resolve_objectives(runs: list[ScoredRun], words: list[str]) -> list[str]:
-    """Objectives by their own names, from either spelling, each once. A name that no run has must be one of ArmoRM's.
+    """Objectives by their own names, from either spelling, without repetition; a name that no run has must be ArmoRM's.
 
     Raises:
         UsageError: an unknown objective.
@@ -229,33 +229,34 @@ def resolve_objectives(runs: list[ScoredRun], words: list[str]) -> list[str]:
     return list(dict.fromkeys(known.get(flag_name(word)) or objective_from_flag(word) for word in words))
 
 
-# What made the runs -----------------------------------------------------------------------------------------------------
+# How the runs were made ---------------------------------------------------------------------------------------------------
 
 _PLACES = ("save_path", "output_path", "overwrite", "check_only", "resume")
-"""Flags that name folders or ways of running; results do not depend on them."""
+"""Flags on which results do not depend."""
 
 MAY_DIFFER = ("model", "model_path", "model_fingerprint", "sampled", "save_path")
-"""Fields of `made_by` that differ between any two runs: the policy, and the file it sampled."""
+"""Fields of `made_by` that differ between any two runs: the policy and its samples."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made one run. A part without a record is empty, and named in `notes`."""
+    """How one run was made. Steps without a record are empty here and named in `notes`."""
 
     records: dict[str, dict[str, str]]
     """{"sampling" or "scoring": the step's record, by dotted names such as `made_by.temperature`}."""
     policy: str
     """The sampled model, as its flag named it."""
     training: dict[str, str]
-    """Flags of the training that wrote the policy."""
+    """Flags and method of the training that wrote the policy; empty if it is not one of ours."""
     mixture: dict[str, float]
     """{objective: weight} of the training pairs."""
     notes: list[str]
 
     @property
     def method(self) -> str:
-        """How the policy was trained, with the method's own flags."""
-        return method_line(self.training) if self.training else "no training recorded"
+        """How the policy was trained, e.g. `KLDPO (kldpo_tau=0.05), beta=0.01, seed=42`."""
+        shown = [f"{flag}={self.training[flag]}" for flag in ("beta", "seed") if flag in self.training]
+        return ", ".join([method_of(self.training), *shown]) if self.training else "no training recorded"
 
     def made_by(self, step: str) -> dict[str, str]:
         """The flags and fingerprints on which a step's results depend."""
@@ -264,7 +265,7 @@ class Provenance:
 
 
 def read_provenance(folder: Path, split: str) -> Provenance:
-    """Collect what made `folder/<split>.jsonl` from its manifest, that of `sampled/`, and the policy's training.
+    """Read how `folder/<split>.jsonl` was made: its manifest, that of `sampled/`, and the policy's training.
 
     Raises:
         DataError: a manifest that is not JSON.
@@ -280,7 +281,7 @@ def read_provenance(folder: Path, split: str) -> Provenance:
         flat = _flat(record)
         if step == "sample":
             policy = next((flat[n] for n in ("made_by.model_path", "model_path", "flags.model_path") if n in flat), None)
-        # "flags" repeats every flag of the wrapper.
+        # "flags" repeats made_by.
         records[title] = {name: text for name, text in flat.items() if not name.startswith("flags.")}
     training = _training_flags(policy)
     return Provenance(records, policy or "not recorded", training, _mixture(training), notes)
@@ -293,13 +294,14 @@ def section(record: Any, *names: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def method_line(flags: dict[str, str]) -> str:
-    """`KLDPO (kldpo_tau=0.05, beta=0.01, seed=42)`, from the flags of a training."""
+def method_of(flags: Mapping[str, Any]) -> str:
+    """The method of a training and its strength, e.g. `KLDPO (kldpo_tau=0.05)`: as its manifest records it, or derived from
+    the flags of a folder whose manifest does not.
+    """
+    if flags.get("method"):
+        return str(flags["method"])
     names = {"kldpo_tau": "KLDPO", "wdpo_rho": "WDPO", "drdpo_beta": "Dr. DPO"}
-    chosen = next((flag for flag in names if flag in flags), None)
-    shown = [flag for flag in (chosen, "beta", "seed") if flag in flags]
-    name = names[chosen] if chosen else flags.get("method", "DPO")
-    return f"{name} ({', '.join(f'{flag}={flags[flag]}' for flag in shown)})"
+    return next((f"{name} ({flag}={flags[flag]})" for flag, name in names.items() if flags.get(flag) is not None), "DPO")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -314,15 +316,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _training_flags(model_path: str | None) -> dict[str, str]:
-    """The flags of the training that wrote a checkpoint `<save_path>/global_step_<n>`; empty for other models."""
+    """Flags and method of the training that wrote a checkpoint `<save_path>/global_step_<n>`; empty for other models."""
     if model_path is None or not (path := Path(model_path).parent / "config.json").is_file():
         return {}
     try:
-        flags = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        flags = read_json_object(path)
+    except DataError:
         return {}
     # A folder of models may have another config.json; a training's has these two flags.
-    return _flat(flags) if isinstance(flags, dict) and {"dataset_path", "kldpo_tau"} <= set(flags) else {}
+    if not {"dataset_path", "beta"} <= set(flags):
+        return {}
+    return _flat(flags | {"method": section(read_manifest(path.parent), "train", "made_by").get("method")})
 
 
 def _mixture(training: dict[str, str]) -> dict[str, float]:

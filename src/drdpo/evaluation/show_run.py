@@ -1,4 +1,4 @@
-"""State, progress, speed, last metrics and training curves of an output folder. Changes nothing that a run writes."""
+"""State, progress, speed, last metrics and training curves of an output folder, read while a run may be writing to it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ import pandas as pd
 
 from drdpo.config import ShowRunConfig
 from drdpo.errors import DataError, duration, one_line
-from drdpo.evaluation.runs import section
+from drdpo.evaluation.runs import method_of, section
 from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines
 
 PICTURE = "training.png"
 
 _RECENT = 20
-"""The speed is the median over this many steps."""
+"""Steps over which the median speed is taken."""
 
 _PANELS = {
     "loss": ("loss", "eval_loss"),
@@ -24,14 +24,14 @@ _PANELS = {
     "effective sample size": ("effective_sample_size",),
     "gradient norm": ("grad_norm",),
 }
-"""{title: metrics drawn together}; metrics that a run lacks are omitted."""
+"""{title: metrics in one panel}; missing metrics are omitted."""
 
 
 def show_run(config: ShowRunConfig) -> None:
-    """Print the state of an output folder, and draw a training run's curves.
+    """Print the state of an output folder and draw the curves of a training run.
 
     Raises:
-        DataError: no such folder, or no step of the pipeline wrote it.
+        DataError: no such folder, or it is not the output of a step.
     """
     folder = Path(config.path)
     if not folder.is_dir():
@@ -39,7 +39,7 @@ def show_run(config: ShowRunConfig) -> None:
     manifest = read_manifest(folder)
     metrics = folder / "metrics.jsonl"
     if not manifest and not metrics.is_file():
-        raise DataError(f"{folder}: no manifest.json and no metrics.jsonl; no step of the pipeline wrote this folder")
+        raise DataError(f"{folder}: no manifest.json and no metrics.jsonl; pass the output folder of a step")
     print(f"{folder}: {_state(folder, manifest)}")
     if metrics.is_file():
         table = read_metrics(metrics)
@@ -54,7 +54,7 @@ def show_run(config: ShowRunConfig) -> None:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """The complete lines of a metrics.jsonl, by step; if a step was logged twice, its later line."""
+    """The complete lines of a metrics.jsonl, by step; the last line of a step that was logged twice."""
     rows = [line for _, line in whole_lines(path) if _is_count(line.get("step"))]
     table = pd.DataFrame(rows, columns=None if rows else ["step"])
     return table.apply(pd.to_numeric, errors="coerce").drop_duplicates("step", keep="last").set_index("step").sort_index()
@@ -75,23 +75,22 @@ def _state(folder: Path, manifest: dict[str, Any]) -> str:
         return "training, finished"
     names = [path.parent.name.removeprefix("step_") for path in folder.glob("resume/step_*/state.json")]
     saved = [int(name) for name in names if name.isdigit()]
-    return "training, stopped; the same command " + (f"resumes after step {max(saved)}" if saved else "starts it again")
+    return "training, stopped; rerun the same command to " + (f"resume after step {max(saved)}" if saved else "start again")
 
 
 def _training(folder: Path, manifest: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
     record, flags = section(manifest, "train"), section(manifest, "train", "made_by")
     steps, pairs = (value if _is_count(value) else None for value in (record.get("steps"), flags.get("train_batch_size")))
-    methods = ("kldpo_tau", "wdpo_rho", "drdpo_beta")
-    facts = {"method": ", ".join(f"--{name}={flags[name]}" for name in methods if flags.get(name) is not None) or "DPO"}
+    facts = {"method": method_of(flags)}
     if not len(table):
-        return facts | {"progress": "no step yet"}
+        return facts | {"progress": "no steps yet"}
     done, last = int(table.index[-1]), table.iloc[-1].dropna()
     facts["progress"] = f"step {done:,}" + (f" of {steps:,} ({done / steps:.0%})" if steps else "")
     if "pairs_per_second" in table and pairs and (speed := float(table["pairs_per_second"].tail(_RECENT).median())) > 0:
         seconds = pairs / speed
         facts["speed"] = f"{duration(seconds)} a step, {last.get('tokens_per_second', float('nan')):,.0f} tokens/s"
         if steps and done < steps:
-            facts["time to go"] = f"{duration(seconds * (steps - done))}, without evaluations and saving"
+            facts["time left"] = f"{duration(seconds * (steps - done))}, without evaluation and saving"
     facts["last metrics"] = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if "per_second" not in str(name))
     if "eval_loss" in table and table["eval_loss"].notna().any():
         best = int(table["eval_loss"].idxmin())

@@ -1,13 +1,12 @@
-"""The pictures of one report: raw means and gains over the first run, as spiders or bars, and the sweep over mixtures.
+"""The pictures of one report: mean scores and gains over the base, as spider plots or bars, and the sweep over mixtures.
 
-Objectives have different scales, so the raw panel gives every axis its own range, printed under its name: the interquartile
-range of all runs' completion scores, widened only as far as a mean lies outside it. A difference that looks small is small
-beside the spread of single answers. The gain panel has one scale.
+Objectives have different scales, so every axis of the panel of mean scores has its own range, printed under its name: the
+interquartile range of all runs' completion scores, widened to include every mean. Differences that look small are small
+compared with the spread of single answers. The panel of gains has one scale.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import cycle
 from typing import Any
 
@@ -17,25 +16,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from drdpo.evaluation.report import STYLE, save_picture
 from drdpo.evaluation.runs import ScoredRun
 from drdpo.evaluation.statistics import ALPHAS, Comparison
 from drdpo.objectives import GATED_SCORE, flag_name
 
-RC = {
-    "font.family": "DejaVu Sans",
-    "svg.hashsalt": "drdpo",
-    "figure.facecolor": "white",
-    "axes.titleweight": "normal",
-}
 _PANEL_WIDTH, _HEIGHT, _DISC = 7.6, 7.75, 4.8
-"""Inches: a panel, the picture, and a spider's disc with room for the labels around it."""
+"""Inches: width of a panel, height of the picture, and diameter of a disc, which leaves room for labels."""
 _MARGIN = 0.12
-"""Share of an axis's range left free beyond a mean that lies outside the interquartile range."""
+"""Free share of an axis beyond a mean outside the interquartile range."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one run is drawn; marker and colour both tell runs apart."""
+    """How one run is drawn; colour and marker both identify it."""
 
     color: str
     line: str
@@ -44,8 +38,7 @@ class Style:
 
 BASE_STYLE = Style("#333333", "--", "o")
 
-# Okabe and Ito's palette, which readers with any common colour blindness can tell apart; without black (the base's) and
-# without yellow, which is too pale on white.
+# Okabe and Ito's palette for colour-blind readers, without black (the base) and yellow (too pale on white).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("s", "^", "D", "v", "P")
 
@@ -68,17 +61,7 @@ def axis_label(objective: str) -> str:
     return f"{scheme}\n{quality.replace('_', ' ')}" if separator else objective.replace("_", " ")
 
 
-def save_picture(figure: Figure, name: str, dpi: int) -> dict[str, bytes]:
-    """{"<name>.png": its bytes, "<name>.svg": its bytes}; the same figure gives the same bytes."""
-    files = {}
-    for kind in ("png", "svg"):
-        stream = BytesIO()
-        figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
-        files[f"{name}.{kind}"] = stream.getvalue()
-    return files
-
-
-@rc_context(RC)
+@rc_context(STYLE)
 def draw_spider(runs: list[ScoredRun], comparison: Comparison) -> dict[str, bytes]:
     """spider.png and spider.svg. Fewer than three objectives are drawn as bars.
 
@@ -131,7 +114,7 @@ def raw_axis(runs: list[ScoredRun], objective: str) -> Axis:
     low, high = (float(value) for value in np.quantile(scores_C, [0.25, 0.75]))
     means = [run.mean(objective) for run in runs]
     if high <= low:
-        # All scores equal, or nearly all: any range will do that shows the means.
+        # Nearly all scores are equal: any range that shows the means will do.
         reach = max(max(means) - min(means), 1e-3 * abs(low), 1e-6)
         low, high = low - reach, high + reach
     margin = _MARGIN * (high - low)
@@ -151,7 +134,7 @@ def _draw_raw(axes: Any, runs: list[ScoredRun], objectives: list[str], styles: d
     for run in runs:
         polygon(axes, angles, [spoke.place(run.mean(spoke.objective)) for spoke in spokes], styles[run.name])
     for angle, spoke in zip(angles, spokes, strict=True):
-        # As many digits as distinguish the two ends.
+        # Enough digits to distinguish the two ends.
         digits = max(0, 2 - int(np.floor(np.log10(2.5 * (spoke.high - spoke.low)))))
         label = f"{axis_label(spoke.objective)}\n{spoke.low:.{digits}f} … {spoke.high:.{digits}f}"
         if len(runs) == 1:
@@ -171,7 +154,7 @@ def _draw_gains(
     rings = [float(ring) for ring in MaxNLocator(nbins=6).tick_values(low, high) if low < ring <= high]
     axes.set_yticks(rings, labels=[])
     zero_ring(axes, 1.8)
-    # Runs are turned against each other by a little, all spokes of a run alike, so that intervals do not cover each other.
+    # Each run is rotated slightly, so that intervals do not overlap.
     step = min(0.045, 0.5 * 2 * np.pi / len(objectives) / len(others))
     for index, run in enumerate(others):
         style = styles[run.name]
@@ -196,7 +179,7 @@ def _draw_gains(
 
 
 def gain_limits(smallest: float, largest: float) -> tuple[float, float]:
-    """Values at the centre and the rim; negative gains lie inside the base's ring, which must not shrink to a point."""
+    """Values at the centre and the rim. Negative gains lie inside the ring of the base, which keeps some size."""
     low, high = min(smallest, 0.0), max(largest, 0.0)
     reach = max(high - low, 1e-3)
     return low - 0.25 * reach, high + 0.08 * reach
@@ -233,11 +216,11 @@ def polygon(axes: Any, angles: list[float], values: Sequence[float], style: Styl
 
 
 def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
-    """Write the name of a spoke outside the rim, clear of it."""
+    """Write the name of a spoke outside the rim."""
     across, up = np.sin(angle), np.cos(angle)
     low, high = axes.get_ylim()
     size = 10 if spokes <= 8 else 8
-    # Above and below the disc a label is pushed out by half its height to clear the rim, beside it not at all.
+    # Labels above and below the disc are moved by half their height to clear the rim.
     push = np.sign(up) * up**8 * 0.5 * 1.25 * size * (text.count("\n") + 1)
     axes.annotate(
         text, (angle, low + (high - low) * 1.07), (0, push), textcoords="offset points", fontsize=size, linespacing=1.15,
@@ -245,7 +228,7 @@ def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
     )  # fmt: skip
 
 
-# Bars, for one or two objectives: a spider needs three spokes --------------------------------------------------------------
+# Bars, for one or two objectives: a spider plot needs three spokes ---------------------------------------------------------
 
 _BOTTOM, _BARS = 0.17, 0.62
 """Shares of the picture: below the bars, and their height."""
@@ -254,7 +237,7 @@ _BOTTOM, _BARS = 0.17, 0.62
 def _draw_raw_bars(
     figure: Figure, panels: int, runs: list[ScoredRun], objectives: list[str], styles: dict[str, Style]
 ) -> None:
-    """Mean scores, one plot per objective since each has its own scale; every scale includes zero."""
+    """Mean scores, one plot per objective; every scale includes zero."""
     width = 0.76 / panels / len(objectives)
     for index, objective in enumerate(objectives):
         axes = figure.add_axes((0.12 / panels + index * 1.15 * width, _BOTTOM, 0.72 * width, _BARS))
@@ -308,10 +291,10 @@ def _bar_axes(axes: Any) -> None:
 # The sweep ---------------------------------------------------------------------------------------------------------------
 
 
-@rc_context(RC)
+@rc_context(STYLE)
 def draw_sweep(comparison: Comparison, sweep: list[str], trained_at: float, base: str) -> dict[str, bytes]:
-    """alpha.png and alpha.svg: trained on one mixture r*(alpha) = alpha r1 + (1 - alpha) r2, evaluated from 0 to 1, as in
-    the appendix of arXiv 2502.01930.
+    """alpha.png and alpha.svg: gains in the mixtures r*(alpha) = alpha r1 + (1 - alpha) r2 for alpha from 0 to 1, as in the
+    appendix of arXiv 2502.01930.
 
     Args:
         comparison: with a sweep.

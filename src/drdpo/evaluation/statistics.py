@@ -33,7 +33,7 @@ CONFIDENCE = 0.95
 ALPHAS = tuple(step / 10 for step in range(11))
 """Where the sweep of a mixture is evaluated."""
 MIXTURE = "trained mixture"
-"""Name of the summary that weighs the gains as the training pairs weighed the objectives."""
+"""Name of the summary that weights the gains like the training pairs weighted the objectives."""
 _DRAWS = 64
 """Bootstrap samples per block, to bound memory at 64 x P integers."""
 
@@ -55,45 +55,26 @@ class Observations:
     runs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """A mean, and the same mean in every bootstrap sample. Linear in both, so it adds and scales as numbers do."""
+def estimate(means: Array) -> Estimate:
+    """The value and its 95% percentile interval.
 
-    value: float
-    draws_B: Array
-    """Empty from a single prompt."""
-
-    def __sub__(self, other: "Resampled") -> "Resampled":
-        return Resampled(self.value - other.value, self.draws_B - other.draws_B)
-
-    def __add__(self, other: "Resampled") -> "Resampled":
-        return Resampled(self.value + other.value, self.draws_B + other.draws_B)
-
-    def __mul__(self, factor: float) -> "Resampled":
-        return Resampled(self.value * factor, self.draws_B * factor)
-
-    @property
-    def estimate(self) -> Estimate:
-        """With the 95% percentile interval."""
-        if not len(self.draws_B):
-            return Estimate(self.value, None, None)
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(self.draws_B, [tail, 1 - tail])
-        return Estimate(self.value, float(low), float(high))
+    Args:
+        means: [1 + B], from `resample`; [1] has no interval.
+    """
+    value = float(means[0])
+    if len(means) == 1:
+        return Estimate(value, None, None)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means[1:], [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
 
 
-def weighted(gains: dict[str, Resampled], weights: dict[str, float]) -> Resampled:
-    """The weighted sum of gains, at least one."""
-    first, *others = (gain * weights[name] for name, gain in gains.items())
-    return sum(others, start=first)
+def weighted(gains: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
+    """[1 + B] weighted sum of gains."""
+    return sum((gains[name] * weight for name, weight in weights.items()), start=np.zeros(1))
 
 
-def worst(parts: list[Resampled]) -> Resampled:
-    """The smallest of several means, in the value and in every bootstrap sample."""
-    return Resampled(min(part.value for part in parts), np.stack([part.draws_B for part in parts]).min(axis=0))
-
-
-def resample(tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws: int, seed: int) -> dict[Key, Resampled]:
+def resample(tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws: int, seed: int) -> dict[Key, Array]:
     """Bootstrap the mean of every table.
 
     Args:
@@ -101,6 +82,10 @@ def resample(tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws
         seeds: {run: its number of seeds S}.
         draws: bootstrap samples B.
         seed: the same seed gives the same draws.
+
+    Returns:
+        {key: [1 + B]}: the mean, then the mean in every bootstrap sample; [1], the mean only, if P is 1. Linear in the
+        table's values, so that sums and differences of these arrays are those of the estimates.
     """
     if not tables:
         return {}
@@ -112,20 +97,20 @@ def resample(tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws
         run: np.random.default_rng([seed, place]).multinomial(count, np.full(count, 1 / count), size=draws) / count
         for place, (run, count) in enumerate(seeds.items(), start=1)
     }
-    found: dict[Key, Resampled] = {}
+    found: dict[Key, Array] = {}
     start = 0
     for key, table in tables.items():
         columns = slice(start, start + table.values_PK.shape[1])
         start = columns.stop
-        value = float(means_K[columns].mean())
+        value = means_K[columns].mean()
+        found[key] = np.array([value])
         if not len(centred_BK):
-            found[key] = Resampled(value, np.empty(0))
             continue
         weights_BK = np.ones((draws, 1))
         for run in table.runs:
             weights_BK = (weights_BK[:, :, None] * weights[run][:, None, :]).reshape(draws, -1)
-        around_K = means_K[columns] - value
-        found[key] = Resampled(value, value + ((centred_BK[:, columns] + around_K) * weights_BK).sum(axis=1))
+        draws_B = value + ((centred_BK[:, columns] + (means_K[columns] - value)) * weights_BK).sum(axis=1)
+        found[key] = np.concatenate([found[key], draws_B])
     return found
 
 
@@ -156,13 +141,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The estimates of a report. Objectives whose base scores are all equal have no gain."""
+    """The estimates of a report. Objectives in which all base scores are equal have no gain."""
 
     objectives: list[str]
     common: list[int]
     """Ids of the paired prompts."""
     trained_on: list[str]
-    """The objectives that training saw; empty if unknown."""
+    """The objectives that training used; empty if unknown."""
     mixture: dict[str, float]
     """{objective: weight} of the training pairs; empty if unknown."""
     gains: dict[str, dict[str, Estimate]]
@@ -173,7 +158,7 @@ class Comparison:
     """{(run, against): {objective: }}, every two runs once, the later of them first."""
     summaries: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     """{run: {"mean of ...": mean gain over those objectives, "worst of ...": the smallest}}, without the gated score; and
-    MIXTURE: the gain in the mixture that training saw, of z-scores (mean and sd of the first run)."""
+    MIXTURE: the gain in the mixture that was trained on, of z-scores (mean and sd of the first run)."""
     answers: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     """{run: {name in ANSWERS: difference from the first run, in its own unit}}."""
     sweep: dict[str, list[Estimate]] = field(default_factory=dict)
@@ -198,9 +183,9 @@ def compare(
         common: ids of the prompts that every run has.
         draws: bootstrap samples.
         seed: of the bootstrap.
-        trained_on: the objectives that training saw, if known.
+        trained_on: the objectives that training used, if known.
         sweep: two of `objectives`, r1 and r2, whose base scores are not all equal; None for no sweep.
-        mixture: {objective: weight} that training saw, if known.
+        mixture: {objective: weight} of the training pairs, if known.
     """
     base, *others = runs
     pairs = [(run, against) for place, run in enumerate(runs) for against in runs[:place]]
@@ -209,33 +194,32 @@ def compare(
     found = resample(tables, {run.name: len(run.members) for run in runs}, draws, seed)
     units = {name: unit for name in objectives if (unit := base.sd(name)) > 0}
 
-    def difference(run: ScoredRun, against: ScoredRun, objective: str) -> Resampled:
+    def difference(run: ScoredRun, against: ScoredRun, objective: str) -> Array:
         return (found[run.name, objective] - found[against.name, objective]) * (1 / units[objective])
 
+    def pair(run: ScoredRun, against: ScoredRun, objective: str) -> Difference:
+        gain = estimate(difference(run, against, objective)) if objective in units else None
+        return Difference(gain, estimate(found[run.name, against.name, objective, "wins"]))
+
     gains = {run.name: {name: difference(run, base, name) for name in units} for run in others}
+    mixtures = [{sweep[0]: alpha, sweep[1]: 1 - alpha} for alpha in ALPHAS] if sweep else []
     return Comparison(
         objectives,
         common,
         trained_on or [],
         mixture or {},
-        {run: {name: gain.estimate for name, gain in by_name.items()} for run, by_name in gains.items()},
-        {run.name: found[run.name, base.name, GATED_SCORE, "wins"].estimate for run in others if judge},
-        {
-            (run.name, against.name): {
-                name: Difference(
-                    difference(run, against, name).estimate if name in units else None,
-                    found[run.name, against.name, name, "wins"].estimate,
-                )
-                for name in objectives
-            }
-            for run, against in pairs
-        },
+        {run: {name: estimate(gain) for name, gain in by_name.items()} for run, by_name in gains.items()},
+        {run.name: estimate(found[run.name, base.name, GATED_SCORE, "wins"]) for run in others if judge},
+        {(run.name, against.name): {name: pair(run, against, name) for name in objectives} for run, against in pairs},
         {run: _summaries(by_name, trained_on or [], mixture or {}) for run, by_name in gains.items()},
         {
-            run.name: {name: (found[run.name, "", name] - found[base.name, "", name]).estimate for name in ANSWERS}
+            run.name: {name: estimate(found[run.name, "", name] - found[base.name, "", name]) for name in ANSWERS}
             for run in others
         },
-        {run: _mixtures(by_name[sweep[0]], by_name[sweep[1]]) for run, by_name in gains.items()} if sweep else {},
+        # Gains in sd units are means of z-scores, which mix linearly.
+        {run: [estimate(weighted(by_name, alphas)) for alphas in mixtures] for run, by_name in gains.items()}
+        if sweep
+        else {},
     )
 
 
@@ -268,28 +252,20 @@ def _observations(
     return tables
 
 
-def _summaries(gains: dict[str, Resampled], trained_on: list[str], mixture: dict[str, float]) -> dict[str, Estimate]:
-    """The gain in the trained mixture, if all of it has gains; mean and worst gain over all objectives but the gated score,
-    which is a mixture itself, and over the trained and the unseen ones."""
+def _summaries(gains: dict[str, Array], trained_on: list[str], mixture: dict[str, float]) -> dict[str, Estimate]:
+    """The gain in the trained mixture, if every objective of it has one; mean and worst gain over all objectives without the
+    gated score, which is a mixture itself, and over the trained and the unseen ones."""
     single = [name for name in gains if name != GATED_SCORE]
     groups = {"all": single}
     if trained_on:
-        groups |= {
-            "trained": [name for name in single if name in trained_on],
-            "unseen": [name for name in single if name not in trained_on],
-        }
+        groups["trained"] = [name for name in single if name in trained_on]
+        groups["unseen"] = [name for name in single if name not in trained_on]
     found: dict[str, Estimate] = {}
     if mixture and all(name in gains for name in mixture):
-        found[MIXTURE] = weighted({name: gains[name] for name in mixture}, mixture).estimate
+        found[MIXTURE] = estimate(weighted(gains, mixture))
     for label, names in groups.items():
-        if len(names) < 2:
-            continue
-        equal = dict.fromkeys(names, 1 / len(names))
-        found[f"mean of {label} ({len(names)})"] = weighted({name: gains[name] for name in names}, equal).estimate
-        found[f"worst of {label} ({len(names)})"] = worst([gains[name] for name in names]).estimate
+        if len(names) >= 2:
+            found[f"mean of {label} ({len(names)})"] = estimate(weighted(gains, dict.fromkeys(names, 1 / len(names))))
+            # The smallest in every bootstrap sample, whichever objective it is.
+            found[f"worst of {label} ({len(names)})"] = estimate(np.min([gains[name] for name in names], axis=0))
     return found
-
-
-def _mixtures(first: Resampled, second: Resampled) -> list[Estimate]:
-    """[A]: alpha r1 + (1 - alpha) r2 for every one of ALPHAS; gains in sd units are means of z-scores and mix linearly."""
-    return [weighted({"1": first, "2": second}, {"1": alpha, "2": 1 - alpha}).estimate for alpha in ALPHAS]

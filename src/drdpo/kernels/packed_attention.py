@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from drdpo.distributed import send
 from drdpo.kernels.linear_logprob import on_cuda, refuse_graph
@@ -361,12 +360,17 @@ def _attention_of_transformers(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
+def register_shared_prefix() -> None:
+    """Add SHARED_PREFIX to transformers' attentions. Not at import: checks before a launch do not wait for it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
 
 
 @contextmanager
 def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
     """Within the block, a transformers model attends by PrefixPlan."""
+    register_shared_prefix()
     before = backbone.config._attn_implementation
     backbone.set_attn_implementation(SHARED_PREFIX)
     try:

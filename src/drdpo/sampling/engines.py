@@ -1,4 +1,10 @@
-"""The seam between the sampling step and its engines: token ids in, token ids and a finish reason out."""
+"""What every engine takes and gives, and the transformers engine, for machines without vLLM: slower, same interface.
+
+An engine takes token ids and yields token ids with a finish reason. Sample k of a request draws from the stream of the
+request's seed + k, so it depends on neither the order of the prompts nor their number.
+
+Shape suffixes: P prompts, T tokens, R = P * distinct samples (rows), V vocabulary.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,18 +13,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from drdpo.errors import DataError
 
+if TYPE_CHECKING:
+    import torch
+
 _STREAM_BITS = 14
 
 MAX_SAMPLES = 1 << _STREAM_BITS
-"""Most samples of one prompt: each has its own seed, and the seeds of two prompts must not meet."""
+"""Largest number of samples per prompt: each has its own seed, and the seeds of two prompts must not overlap."""
+
+_ROWS = 64
+"""Sequences that the transformers engine generates together; on two CPU cores a larger batch is no faster."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; the same for every request of a call.
+    """Sampling parameters of a call, the same for all its requests.
 
-    A sample ends with the first token of `stop_token_ids`, which it keeps, or after `max_new_tokens`. A temperature of 0
-    is greedy: then the n samples are one and the same.
+    A sample ends with the first token of `stop_token_ids`, which is included, or after `max_new_tokens`. A temperature of
+    0 is greedy: the n samples are then identical.
     """
 
     n: int
@@ -29,13 +41,13 @@ class Sampling:
 
     @property
     def distinct(self) -> int:
-        """How many samples differ; the rest are copies."""
+        """Number of samples that differ; the others are copies."""
         return 1 if self.temperature == 0 else self.n
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, rendered; sample k of it draws from the stream of seed + k."""
+    """One rendered prompt; sample k uses seed + k."""
 
     prompt_token_ids: list[int]
     seed: int
@@ -43,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion; `finish_reason` is "stop" (its last token is a stop token), "length", or an engine's own word."""
+    """One completion; `finish_reason` is "stop" (the last token is a stop token), "length", or the engine's own term."""
 
     token_ids: list[int]
     finish_reason: str
@@ -51,9 +63,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built from.
+    """Arguments of an engine.
 
-    `max_model_len` is in tokens, prompt and completion together; `dtype` is "bfloat16" or "float32".
+    `max_model_len` counts the tokens of prompt and completion; `dtype` is "bfloat16" or "float32".
     """
 
     name: str
@@ -72,12 +84,12 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give memory and processes back."""
+        """Free memory and end processes."""
         ...
 
 
 def stream_seed(seed: int, split: str, prompt_id: int) -> int:
-    """Seed of a prompt's samples: a stable hash, so that results depend on neither the order nor the sharding of prompts.
+    """Seed of a prompt's samples: a stable hash.
 
     Args:
         seed: the run's seed.
@@ -85,25 +97,16 @@ def stream_seed(seed: int, split: str, prompt_id: int) -> int:
         prompt_id: the prompt's key.
 
     Returns:
-        A multiple of MAX_SAMPLES below 2^62: sample k of the prompt uses this number + k, as vLLM does for the n samples
-        of one request, and no other prompt's samples come near.
+        A multiple of MAX_SAMPLES below 2^62. Sample k of the prompt uses this number + k, as vLLM does for the n samples
+        of one request, and no other prompt's range overlaps.
     """
     digest = hashlib.sha256(f"{seed} {split} {prompt_id}".encode()).digest()
     return int.from_bytes(digest[:6], "big") << _STREAM_BITS
 
 
 def copies(samples: list[Sample], n: int) -> list[Sample]:
-    """n samples out of the distinct ones: themselves, or n times the single greedy one."""
+    """n samples from the distinct ones: these, or n times the single greedy one."""
     return samples if len(samples) == n else samples * n
-
-
-# transformers: the engine where vLLM cannot be had; slower, same interface.
-
-if TYPE_CHECKING:
-    import torch
-
-_ROWS = 64
-"""Sequences that are generated together; on two CPU cores more of them gain nothing."""
 
 
 class TransformersEngine:
@@ -126,11 +129,11 @@ class TransformersEngine:
         except (ValueError, OSError) as error:
             raise DataError(f"{settings.model_path}: transformers cannot load this model: {error}") from error
         self._model = model.to(self._device).eval()
-        # The folder's own generation config may hold a top-k or a repetition penalty: nothing but `Sampling` decides here.
+        # The folder's own config may set a top-k or a repetition penalty; only `Sampling` may change how tokens are drawn.
         self._model.generation_config = GenerationConfig()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (index of the request, its n samples in order), in batches of prompts of like length, longest first."""
+        """Yield (index of the request, its n samples in order), in batches of prompts of similar length, longest first."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_token_ids))
         size = max(1, _ROWS // sampling.distinct)
         for start in range(0, len(order), size):
@@ -141,28 +144,20 @@ class TransformersEngine:
                 yield index, copies(of_prompt, sampling.n)
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         del self._model
 
-    def _attend_by(self, implementation: str) -> None:
-        """On a CPU the fused kernel is for prompts; for one token a row, matrix products are faster."""
-        if self._device.type == "cpu":
-            self._model.set_attn_implementation(implementation)
-
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """Samples of a batch, prompt after prompt: P prompts, padded on the left to T tokens, then R = P * distinct rows.
-
-        A prompt is read once for its samples, and a row that has ended is computed no longer.
-        """
+        """R samples, prompt after prompt. Prompts are padded on the left and computed once; finished rows are dropped."""
         import torch
 
         width = max(len(request.prompt_token_ids) for request in requests)
         padding = [width - len(request.prompt_token_ids) for request in requests]
         pad = sampling.stop_token_ids[0]  # any id: the mask hides it
-        input_ids = torch.tensor(
+        input_ids_PT = torch.tensor(
             [[pad] * left + request.prompt_token_ids for left, request in zip(padding, requests, strict=True)],
             device=self._device,
-        )  # [P, T]
+        )
         mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(self._device)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         draw = Draw(sampling, [request.seed + k for request in requests for k in range(sampling.distinct)], self._device)
@@ -171,7 +166,7 @@ class TransformersEngine:
         with torch.inference_mode():
             self._attend_by("sdpa")
             output = self._model(
-                input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+                input_ids=input_ids_PT, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
             )
             cache, logits_RV = output.past_key_values, output.logits[:, -1].repeat_interleave(sampling.distinct, 0)
             cache.batch_repeat_interleave(sampling.distinct)
@@ -195,31 +190,30 @@ class TransformersEngine:
                     rows = [rows[place] for place in open_rows]
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
                 positions = positions + 1
-                output = self._model(
-                    input_ids=tokens[:, None],
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                logits_RV = output.logits[:, -1]
+                step = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+                logits_RV = self._model(input_ids=tokens[:, None], **step).logits[:, -1]
         stops = sampling.stop_token_ids
         return [Sample(tokens, "stop" if tokens[-1] in stops else "length") for tokens in drawn]
 
+    def _attend_by(self, implementation: str) -> None:
+        """On a CPU the fused kernel is faster for prompts, plain matrix products for one token per row."""
+        if self._device.type == "cpu":
+            self._model.set_attn_implementation(implementation)
+
 
 class Draw:
-    """Draws a token of every row from its logits by one uniform number of the row's own stream.
+    """Draws one token per row from its logits, with one uniform number of the row's own stream.
 
-    So a row depends on its seed and not on its batch. Temperature 0 is the argmax.
+    A row therefore depends on its seed and not on its batch. Temperature 0 is the argmax.
     """
 
     def __init__(self, sampling: Sampling, seeds: list[int], device: "torch.device") -> None:
-        """Make a stream of every seed.
+        """Create the streams.
 
         Args:
             sampling: temperature and top_p.
             seeds: one per row.
-            device: where the logits are.
+            device: of the logits.
         """
         import torch
 
@@ -227,7 +221,7 @@ class Draw:
         self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits_RV: "torch.Tensor", rows: list[int]) -> "torch.Tensor":
-        """[R] tokens for logits [R, V] of these rows."""
+        """[R] tokens for the logits [R, V] of these rows."""
         import torch
 
         if self._temperature == 0:
@@ -237,10 +231,10 @@ class Draw:
             from transformers import TopPLogitsWarper
 
             logits_RV = TopPLogitsWarper(self._top_p)(torch.empty(0), logits_RV)
-        # In float64, or the last of 100,000 summands would be rounded away.
+        # In float64: float32 would round away the last of 100,000 summands.
         below_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         uniform_R1 = torch.cat(
             [torch.rand(1, 1, generator=self._streams[row], device=logits_RV.device, dtype=torch.float64) for row in rows]
         )
-        # The first token whose cumulative probability is over the number: never one of probability 0.
+        # The first token whose cumulative probability exceeds the number; never a token of probability 0.
         return torch.searchsorted(below_RV, uniform_R1 * below_RV[:, -1:], right=True).squeeze(1)

@@ -1,4 +1,4 @@
-"""The prompts of a run: found, read, rendered; those that cannot be used are set aside with the reason."""
+"""The prompts of a run: find, read and render them, and reject those that cannot be used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from drdpo.records import SPLITS, Prompt, check_unique, read_records
 _ROOT = Path(__file__).resolve().parents[3]
 
 AUTO_DATASETS = ("helpsteer2_prompts", "embedded_prompts")
-"""Folders under datasets/ that --dataset=auto looks for, the first that exists wins."""
+"""Folders under datasets/ for --dataset=auto; the first that exists is used."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt that can be used; `row` counts the file's prompts from 1."""
+    """A prompt that can be used; `row` is its number in the file, from 1."""
 
     row: int
     prompt: Prompt
@@ -34,7 +34,7 @@ class Reject:
 
 
 def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
-    """The folder of prompts that --dataset names; says which one `auto` is.
+    """The folder of prompts that --dataset names; prints which one `auto` is.
 
     Raises:
         DataError: no such folder.
@@ -42,7 +42,7 @@ def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
     if dataset != "auto":
         folder = Path(dataset)
         if not folder.is_dir():
-            raise DataError(f"{dataset}: no such folder of prompts (it must hold test.jsonl, and train.jsonl for training)")
+            raise DataError(f"{dataset}: no such folder of prompts (with test.jsonl, and train.jsonl for training)")
         return folder
     for name in AUTO_DATASETS:
         folder = root / "datasets" / name
@@ -50,7 +50,7 @@ def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
             print(f"prompts: {folder} (--dataset=auto)", flush=True)
             return folder
     raise DataError(
-        f"no prompts: none of {', '.join(f'datasets/{name}' for name in AUTO_DATASETS)} exists; run: bash setup.sh, or give "
+        f"no prompts: none of {', '.join(f'datasets/{name}' for name in AUTO_DATASETS)} exists; run: bash setup.sh, or pass "
         "--dataset=FOLDER with train.jsonl and test.jsonl"
     )
 
@@ -60,11 +60,11 @@ def read_prompts(dataset: Path, only_test: bool, max_prompts: int | None) -> dic
 
     Args:
         dataset: folder with {train,test}.jsonl.
-        only_test: leave train.jsonl alone.
-        max_prompts: of each split at most, the first ones; the files are checked whole.
+        only_test: do not read train.jsonl.
+        max_prompts: keep only this many first prompts of each split; the files are checked whole.
 
     Raises:
-        DataError: naming file, row and field; also for a prompt_id that comes twice.
+        DataError: naming file, row and field; also for a repeated prompt_id.
     """
     prompts = {}
     for split in ("test",) if only_test else tuple(reversed(SPLITS)):
@@ -78,10 +78,10 @@ def read_prompts(dataset: Path, only_test: bool, max_prompts: int | None) -> dic
 def render(
     tokenizer: Any, prompts: list[Prompt], file: Path, prompt_max_len: int
 ) -> tuple[list[RenderedPrompt], list[Reject]]:
-    """Token ids of each prompt; a prompt that is too long or that the chat template refuses is a reject.
+    """Token ids of each prompt; prompts that are too long or that the chat template rejects are returned apart.
 
     Raises:
-        DataError: no prompt is left.
+        DataError: no prompt can be used.
     """
     from jinja2.exceptions import TemplateError
 
@@ -91,7 +91,7 @@ def render(
         try:
             token_ids = chat.prompt_token_ids(tokenizer, prompt.prompt)
         except (TemplateError, ValueError, TypeError) as error:
-            rejects.append(Reject(str(file), row, prompt.prompt_id, f"the chat template refuses it: {error}"))
+            rejects.append(Reject(str(file), row, prompt.prompt_id, f"the chat template rejects it: {error}"))
             continue
         if len(token_ids) > prompt_max_len:
             reason = f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}"
@@ -106,7 +106,7 @@ def render(
 def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end an answer: the template's end of turn first, then the model's and the tokenizer's end of sequence.
 
-    Llama 3's instruct models name three in their generation config; base models whose answers run on name one.
+    Llama 3's instruct models list three in their generation config, many models a single one.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -120,10 +120,10 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_context(model_path: str, prompt_max_len: int, max_new_tokens: int) -> int:
-    """Tokens that a prompt and its completion may need together.
+    """Largest number of tokens of a prompt with its completion.
 
     Raises:
-        UsageError: the model has fewer positions.
+        UsageError: the model has a shorter context.
         DataError: the model's config cannot be read.
     """
     from transformers import AutoConfig
@@ -137,6 +137,6 @@ def check_context(model_path: str, prompt_max_len: int, max_new_tokens: int) -> 
     if context is not None and need > context:
         raise UsageError(
             f"--prompt_max_len={prompt_max_len} and --max_new_tokens={max_new_tokens} need {need} tokens, but {model_path} "
-            f"has a context of {context}; give smaller ones that together stay within it"
+            f"has a context of {context}; pass smaller values"
         )
     return need

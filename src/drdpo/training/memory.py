@@ -20,7 +20,7 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX as PACKED
-from drdpo.kernels.packed_attention import PrefixGroup, refusal
+from drdpo.kernels.packed_attention import PrefixGroup, refusal, register_shared_prefix
 from drdpo.training.data import Batch, PackedBatch, Pair, form_batch, row_tokens, step_batches, step_indices
 from drdpo.training.engine import BUCKET
 from drdpo.training.log import Shape, shape_of
@@ -400,6 +400,8 @@ def meta_policy(config: TrainConfig) -> Policy:
 
 def _without_weights(settings: Any, config: TrainConfig) -> Any:
     from transformers import AutoModelForCausalLM
+
+    register_shared_prefix()
 
     def build(attention: str) -> Any:
         with torch.device("meta"):

@@ -14,7 +14,7 @@ from drdpo import distributed
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
-from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan
+from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
 from drdpo.training import losses
 from drdpo.training.data import Batch, PackedBatch, Pair
 from drdpo.training.finite import FiniteWatch
@@ -251,6 +251,7 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
+    register_shared_prefix()
     # The checks run on the CPU, which CUDA's attention kernels do not know, or with nf4 where the weights are.
     checked = "sdpa" if attention in CUDA_ATTENTION else attention
     quantized = _four_bit_options(dtype) if quantize == "nf4" else {}

@@ -17,7 +17,6 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.checkpoint import check_world
 from drdpo.training.data import (
     Pair,
     dealt_lengths,
@@ -120,6 +119,9 @@ def check_inputs(config: TrainConfig) -> None:
         if asked == "auto" and world > 1:
             del now["dtype"]  # settled when the ranks meet
         _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        # It imports engine and policy, for which a check before a launch should not wait.
+        from drdpo.training.checkpoint import check_world
+
         check_world(folder / "resume")
     if config.check_only:
         announce(precision)

@@ -1,4 +1,4 @@
-"""The transformers engine: what it samples, and what its samples depend on."""
+"""The transformers engine: the distribution of its samples, and what they depend on."""
 
 import json
 import shutil
@@ -8,22 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drdpo import chat
 from drdpo.sampling.engines import Draw, EngineSettings, Request, Sample, Sampling, TransformersEngine, copies, stream_seed
-
-QUESTIONS = [
-    "What is rain?", "Name a fruit.", "Say hi.", "Why is the sky blue, in one line?", "List three colours.",
-    "Who wrote Emma?", "Is it late?", "Add two and two.", "Spell cat.", "Translate 'dog' into French, please, and say why.",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def requests(tiny_policy: Path) -> list[Request]:
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    return [
-        Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": content}]), stream_seed(1, "test", number))
-        for number, content in enumerate(QUESTIONS)
-    ]
 
 
 @pytest.fixture(scope="module")

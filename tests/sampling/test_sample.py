@@ -1,4 +1,4 @@
-"""The whole step on the tiny model: files, skipping, refusals, going on, bad input."""
+"""The whole step on the tiny model: files, skipping, refusals, resuming, bad input."""
 
 import json
 import os
@@ -49,8 +49,8 @@ def test_files_hold_n_samples_of_every_prompt_in_order(flags: Flags) -> None:
             assert (completion.finish_reason == "stop") == (completion.token_ids[-1] == 2)
             assert completion.finish_reason == "stop" or len(completion.token_ids) == 6
     manifest = json.loads((sampled(config) / "manifest.json").read_text())
-    assert manifest["sample test"]["counts"]["completions"] == 30
-    assert manifest["sample train"]["counts"] == {**manifest["sample train"]["counts"], "prompts": 4, "rejected": 0}
+    assert manifest["sample_test"]["counts"]["completions"] == 30
+    assert manifest["sample_train"]["counts"] == {**manifest["sample_train"]["counts"], "prompts": 4, "rejected": 0}
     assert sorted(file.name for file in sampled(config).iterdir()) == [
         "manifest.json", "rejects.jsonl", "test.jsonl", "train.jsonl",
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def test_auto_and_the_precision_that_it_is_are_the_same_run(flags: Flags, capsys
     found = resolve_dtype("auto")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--dtype=")]
     assert said == [f"--dtype=auto is {found.dtype}: {found.reason}"]
-    manifest = json.loads((sampled(config) / "manifest.json").read_text())["sample test"]
+    manifest = json.loads((sampled(config) / "manifest.json").read_text())["sample_test"]
     assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == (found.dtype, found.reason)
     sample_completions(flags(only_test=True, dtype=found.dtype))
     assert capsys.readouterr().out.splitlines()[-1].endswith("skipped")
@@ -94,18 +94,23 @@ def test_a_finished_step_is_skipped_with_a_line(
     capsys.readouterr()
     monkeypatch.setattr(step, "open_engines", lambda *_: pytest.fail("an engine was started"))
     for same in (flags(only_test=True), flags(only_test=True, engine="auto")):
-        part = sampled(same) / ".test.part.jsonl"  # of a run that was killed just before it removed this
-        part.write_text("{}\n")
+        parts = sampled(same) / ".test.parts"  # of a run that was killed just before it removed them
+        parts.mkdir()
         sample_completions(same)
-        assert not part.exists()
-        assert capsys.readouterr().out.splitlines() == [
-            f"{sampled(same) / 'test.jsonl'} is there already, made with these flags, model and prompts; skipped"
-        ]
+        assert not parts.exists()
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(str(sampled(same) / "test.jsonl")) and line.endswith("skipped")
 
 
 def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags: Flags, prompts: Path, tmp_path: Path) -> None:
     sample_completions(config := flags(only_test=True))
     before = (sampled(config) / "test.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"temperature \(1.0 -> 0.5\)"):
+        sample_completions(flags(only_test=True, temperature=0.5))
+    # The manifest of version 0.1 wrote the step's name with a blank.
+    manifest = sampled(config) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("sample_test", "sample test"))
+    sample_completions(config)
     with pytest.raises(UsageError, match=r"temperature \(1.0 -> 0.5\)"):
         sample_completions(flags(only_test=True, temperature=0.5))
     other = tmp_path / "other model"
@@ -152,21 +157,21 @@ def test_two_engines_write_the_file_that_one_writes(flags: Flags, tmp_path: Path
     assert (sampled(two) / "test.jsonl").read_bytes() == (sampled(one) / "test.jsonl").read_bytes()
 
 
-def dies_after(batches: int) -> Any:
-    """A stand-in for the engine's generate that fails as a process that was broken off would."""
+def dies_after(prompts: int) -> Any:
+    """The engine's generate, but it fails after this many prompts."""
     generate = engines.TransformersEngine.generate
-    left = iter(range(batches))
+    left = iter(range(prompts))
 
     def failing(self: Any, requests: Any, sampling: Any) -> Iterator[tuple[int, list[Sample]]]:
         for result in generate(self, requests, sampling):
             if next(left, None) is None:
-                raise ProcessError("broken off")
+                raise ProcessError("interrupted")
             yield result
 
     return failing
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_file(
+def test_an_interrupted_run_resumes_to_the_same_file(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(step, "CPU_BLOCK", 9)  # three prompts
@@ -176,14 +181,14 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_file(
         broken.setattr(engines.TransformersEngine, "generate", dies_after(8))
         with pytest.raises(ProcessError):
             sample_completions(config)
-    assert [file.name for file in sampled(config).iterdir()] == [".test.part.jsonl"]
-    with pytest.raises(UsageError, match=r"unfinished samples made otherwise: seed \(42 -> 1\)"):
+    assert [file.name for file in sampled(config).iterdir()] == [".test.parts"]
+    with pytest.raises(UsageError, match=r"unfinished results .*: seed \(42 -> 1\)"):
         sample_completions(flags(only_test=True, seed=1))
     capsys.readouterr()
     sample_completions(config)
-    assert "18 of 30 completions are there from a run that was broken off" in capsys.readouterr().out
+    assert "18 of 30 completions are finished" in capsys.readouterr().out
     assert (sampled(config) / "test.jsonl").read_bytes() == (sampled(whole) / "test.jsonl").read_bytes()
-    assert not (sampled(config) / ".test.part.jsonl").exists()
+    assert not (sampled(config) / ".test.parts").exists()
 
 
 def test_a_full_disk_leaves_no_half_file(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,7 @@ def test_a_full_disk_leaves_no_half_file(flags: Flags, monkeypatch: pytest.Monke
         broken.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             sample_completions(config)
-    assert [file.name for file in sampled(config).iterdir()] == [".test.part.jsonl"]
+    assert [file.name for file in sampled(config).iterdir()] == [".test.parts"]
     sample_completions(config)
     assert len(rows_of(sampled(config) / "test.jsonl")) == 30
 
@@ -266,16 +271,9 @@ def test_a_file_in_place_of_the_folder_is_refused(flags: Flags, tmp_path: Path) 
 
 def command(root: Path, config: CompletionsConfig) -> list[str]:
     names = (
-        "save_path",
-        "model_path",
-        "dataset",
-        "best_of_n",
-        "max_new_tokens",
-        "prompt_max_len",
-        "engine",
-        "dtype",
+        "save_path", "model_path", "dataset", "best_of_n", "max_new_tokens", "prompt_max_len", "engine", "dtype",
         "temperature",
-    )
+    )  # fmt: skip
     words = [f"--{name}={getattr(config, name)}" for name in names]
     return [sys.executable, str(root / "src" / "generate_completions.py"), *words, "--only_test=true"]
 
@@ -306,16 +304,16 @@ def test_bad_input_is_one_line_and_status_1(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_file(
+def test_a_killed_run_resumes_to_the_same_file(
     root: Path, forks: Forks, flags: Flags, prompts: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(96)]
     (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = flags(best_of_n=4, max_new_tokens=8)
-    part = sampled(config) / ".test.part.jsonl"
+    part = sampled(config) / ".test.parts" / "0.0.jsonl"
     run = forks.start(command(root, config))
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (part.is_file() and part.read_bytes().count(b"\n") >= 2):
+    while time.monotonic() < deadline and not (part.is_file() and part.read_bytes().count(b"\n") >= 1):
         assert run.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
@@ -323,7 +321,7 @@ def test_a_killed_run_goes_on_to_the_same_file(
     assert not (sampled(config) / "test.jsonl").exists()
     ended = forks.run(command(root, config))
     assert ended.returncode == 0, ended.stderr
-    assert "completions are there from a run that was broken off" in ended.stdout
+    assert "test: resuming; " in ended.stdout
     whole = flags(best_of_n=4, max_new_tokens=8, save_path=str(tmp_path / "whole"))
     assert forks.run(command(root, whole)).returncode == 0
     assert (sampled(config) / "test.jsonl").read_bytes() == (sampled(whole) / "test.jsonl").read_bytes()

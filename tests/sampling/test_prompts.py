@@ -1,4 +1,4 @@
-"""Prompts: found, read, rendered, set aside; what ends an answer; what fits the model."""
+"""Prompts are found, read, rendered or rejected; stop tokens; the context of the model."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_the_bos_stands_once_and_first(tokenizer: Any) -> None:
     assert tokenizer.decode(ids).endswith("<|im_start|>user\nWhat is rain?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_long_prompt_is_set_aside_with_the_reason(tokenizer: Any) -> None:
+def test_a_long_prompt_is_rejected_with_the_reason(tokenizer: Any) -> None:
     prompts = [user(3, "short"), user(4, "word " * 200), user(8, "also short")]
     rendered, rejects = render(tokenizer, prompts, Path("d/test.jsonl"), 64)
     assert [(prompt.row, prompt.prompt.prompt_id) for prompt in rendered] == [(1, 3), (3, 8)]
@@ -78,7 +78,7 @@ def test_a_prompt_that_just_fits_is_kept(tokenizer: Any) -> None:
         render(tokenizer, [prompt], Path("test.jsonl"), length - 1)
 
 
-def test_what_the_template_refuses_is_set_aside(tiny_policy: Path) -> None:
+def test_prompts_that_the_template_rejects_are_rejects(tiny_policy: Path) -> None:
     strict = chat.load_tokenizer(str(tiny_policy))
     strict.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
@@ -87,7 +87,7 @@ def test_what_the_template_refuses_is_set_aside(tiny_policy: Path) -> None:
     system = Prompt(1, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
     rendered, rejects = render(strict, [system, user(2, "Hi")], Path("test.jsonl"), 64)
     assert [prompt.prompt.prompt_id for prompt in rendered] == [2]
-    assert rejects == [Reject("test.jsonl", 1, 1, "the chat template refuses it: no system turns")]
+    assert rejects == [Reject("test.jsonl", 1, 1, "the chat template rejects it: no system turns")]
 
 
 def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -104,5 +104,5 @@ def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: P
 
 def test_prompt_and_completion_must_fit_the_model(tiny_policy: Path) -> None:
     assert check_context(str(tiny_policy), 1024, 1024) == 2048
-    with pytest.raises(UsageError, match=r"need 2049 tokens, but .* has a context of 2048; give smaller ones"):
+    with pytest.raises(UsageError, match=r"need 2049 tokens, but .* has a context of 2048"):
         check_context(str(tiny_policy), 1024, 1025)

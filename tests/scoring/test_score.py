@@ -1,17 +1,17 @@
-"""Step 1b on a small random reward model: right scores, nothing lost, nothing overwritten, one process or two."""
+"""Step 1b on a small random reward model: right scores, one process or two, nothing lost, resuming after a kill."""
 
 import json
-import os
 import shutil
-import subprocess
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness.forks import Forks
+from harness.forks import Fork, Forks
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
@@ -19,7 +19,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.scoring import score
 from drdpo.scoring.armorm import load_armorm, pad_right
-from drdpo.scoring.score import Scorer, score_completions
+from drdpo.scoring.score import Reading, Scorer, score_completions
 
 Row = dict[str, Any]
 
@@ -82,7 +82,9 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     assert "test: 2 completions" in printed
     mean = sum(one["scores"]["right"] for one in rows) / 5
     assert f"{mean:.4f}" in next(line for line in printed.splitlines() if line.strip().startswith("right"))
-    assert sorted(file.name for file in save_path.iterdir()) == ["manifest.json", "sampled", "test.jsonl", "train.jsonl"]
+    assert sorted(file.name for file in save_path.iterdir()) == [
+        "manifest.json", "rejects.jsonl", "sampled", "test.jsonl", "train.jsonl",
+    ]  # fmt: skip
     assert [one for _, one in read_rows(save_path / "sampled" / "train.jsonl")] == ROWS
     manifest = json.loads((save_path / "manifest.json").read_text())["score_train"]
     assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
@@ -112,7 +114,7 @@ def test_two_processes_score_as_one_does(
         assert one == pytest.approx(other, abs=1e-4)
     assert "train: 5 completions" in ranks[0].stdout
     assert ranks[1].stdout == ""
-    assert not (save_path / ".score_parts").exists()
+    assert not list(save_path.glob(".*"))
 
 
 def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(
@@ -124,7 +126,7 @@ def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(
     capsys.readouterr()
     score_completions(config())
     printed = capsys.readouterr().out
-    assert "test.jsonl: scored already with the same model and flags; skipped" in printed
+    assert f"{save_path / 'test.jsonl'}: already scored" in printed
     assert (save_path / "test.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"dtype \(float32 -> bfloat16\).*--overwrite=true"):
         score_completions(config(dtype="bfloat16"))
@@ -135,7 +137,7 @@ def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(
     assert [one["prompt_id"] for _, one in read_rows(save_path / "test.jsonl")] == [2]
 
 
-def test_rows_that_cannot_be_scored_are_set_aside(
+def test_completions_that_cannot_be_scored_are_rejects(
     config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -150,7 +152,7 @@ def test_rows_that_cannot_be_scored_are_set_aside(
     template = (folder / "chat_template.jinja").read_text()
     bare = "{% if messages[0]['role'] == 'system' %}{{ messages[-1]['content'] }}{% else %}" + template + "{% endif %}"
     (folder / "chat_template.jinja").write_text(bare)
-    kept = {"file": "prompts/train.jsonl", "row": 3, "prompt_id": 30, "reason": "longer than --prompt_max_len"}
+    kept = {"file": "sampled/other.jsonl", "row": 3, "prompt_id": 30, "sample_id": 0, "reason": "longer"}
     write_rows(save_path / "rejects.jsonl", [kept])
     score_completions(config(reward_model=str(folder), score_max_len=28))
     assert [one["prompt_id"] for _, one in read_rows(save_path / "train.jsonl")] == [4]
@@ -176,7 +178,7 @@ def test_rows_that_cannot_be_scored_are_set_aside(
 
 
 def test_nothing_scored_is_an_error(config: Callable[..., CompletionsConfig], save_path: Path) -> None:
-    with pytest.raises(DataError, match="not one of 5 completions could be scored; the first: longer than"):
+    with pytest.raises(DataError, match="none of 5 completions could be scored; the first: longer than"):
         score_completions(config(score_max_len=3))
     assert not (save_path / "train.jsonl").exists()
 
@@ -190,7 +192,7 @@ def test_save_path_may_be_a_model_folder(config: Callable[..., CompletionsConfig
 def test_bad_inputs_are_named(
     config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, published: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="so the longest conversation would not fit a batch"):
+    with pytest.raises(UsageError, match="longest conversation would not fit"):
         config(score_max_len=500, score_batch_tokens=499)
     with pytest.raises(UsageError, match="reads at most 8192 tokens"):
         score_completions(config(score_max_len=9000, score_batch_tokens=9000))
@@ -198,10 +200,10 @@ def test_bad_inputs_are_named(
         score_completions(config(reward_model=str(tmp_path / "nowhere")))
     with pytest.raises(DataError, match="no tokenizer"):
         score_completions(config(reward_model=str(published)))
-    other = tmp_path / "of another family"
+    other = tmp_path / "another family"
     shutil.copytree(embedded_like, other)
     (other / "chat_template.jinja").write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}")
-    with pytest.raises(DataError, match="of another family than the reward model"):
+    with pytest.raises(DataError, match="does not belong to this reward model"):
         score_completions(config(reward_model=str(other)))
     sampled = save_path / "sampled" / "test.jsonl"
     write_rows(sampled, [ROWS[0], ROWS[0]])
@@ -215,7 +217,7 @@ def test_bad_inputs_are_named(
         score_completions(config())
 
 
-def test_rows_that_the_template_refuses_are_set_aside(
+def test_completions_that_the_template_rejects_are_rejects(
     config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "strict"
@@ -227,13 +229,13 @@ def test_rows_that_the_template_refuses_are_set_aside(
     assert [one["prompt_id"] for _, one in read_rows(save_path / "train.jsonl")] == [4, 4, 9]
     rejects = [one for _, one in read_rows(save_path / "rejects.jsonl")]
     assert [(one["row"], one["reason"]) for one in rejects] == [
-        (3, "the chat template refuses it (no system turns)"),
-        (4, "the chat template refuses it (no system turns)"),
+        (3, "the chat template rejects it (no system turns)"),
+        (4, "the chat template rejects it (no system turns)"),
     ]
     why = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]["why"]
-    assert why == {"the chat template refuses it": 2}
+    assert why == {"the chat template rejects it": 2}
     template.write_text("{{ raise_exception('not today') }}")
-    with pytest.raises(DataError, match="template refuses a question with its answer"):
+    with pytest.raises(DataError, match="template rejects a question with its answer"):
         score_completions(config(reward_model=str(folder), overwrite=True))
 
 
@@ -251,15 +253,12 @@ def test_check_only_needs_no_samples_but_checks_those_there(
         score_completions(config(check_only=True))
 
 
-def test_check_only_loads_no_model_and_writes_nothing(save_path: Path, embedded_like: Path, root: Path) -> None:
-    code = (
-        "import runpy, sys; sys.modules |= dict.fromkeys(('transformers.modeling_utils', 'drdpo.scoring.armorm')); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    flags = [f"--save_path={save_path}", "--model_path=x", f"--reward_model={embedded_like}", "--check_only=true"]
-    command = [sys.executable, "-c", code, str(root / "src" / "score_completions.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "8"})
-    assert done.returncode == 0, done.stderr
+def test_check_only_loads_no_model_and_writes_nothing(
+    config: Callable[..., CompletionsConfig], save_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # and waits for no other process
+    monkeypatch.setattr(score, "Scorer", lambda *_: pytest.fail("a model was loaded"))
+    score_completions(config(check_only=True))
     assert [file.name for file in save_path.iterdir()] == ["sampled"]
 
 
@@ -270,7 +269,7 @@ def test_a_backbone_that_cannot_be_packed_is_named(
     shutil.copytree(embedded_like, folder)
     written = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 256}
     (folder / "config.json").write_text(json.dumps(written))
-    with pytest.raises(DataError, match=r"cannot be scored in packed rows .*sliding_window"):
+    with pytest.raises(DataError, match=r"cannot score packed rows .*sliding_window"):
         score_completions(config(reward_model=str(folder)))
 
 
@@ -284,17 +283,155 @@ def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recor
     loaded.device = torch.device("cuda")
     capsys.readouterr()
     assert loaded._attend(torch.float32) == "sdpa" and not loaded.model.flash_attention
-    assert capsys.readouterr().out == "attention: sdpa instead of flash, because flash attention takes 16-bit numbers only\n"
+    assert "sdpa instead of flash, because flash attention takes 16-bit" in capsys.readouterr().out
     monkeypatch.setattr(score, "refusal", lambda settings, device, dtype: None)
     assert loaded._attend(torch.bfloat16) == "flash" and loaded.model.flash_attention
 
 
-def test_parts_that_a_kill_left_beside_finished_scores_go(config: Callable[..., CompletionsConfig], save_path: Path) -> None:
+def test_parts_that_a_kill_left_beside_finished_scores_are_removed(
+    config: Callable[..., CompletionsConfig], save_path: Path
+) -> None:
     score_completions(config())
     scored = (save_path / "train.jsonl").read_bytes()
-    left = save_path / ".score_parts" / "train"
-    left.mkdir(parents=True)
-    (left / "0.jsonl").write_text("{}\n")
+    (save_path / ".train.parts").mkdir()
     score_completions(config())
-    assert not left.parent.exists()
+    assert not (save_path / ".train.parts").exists()
     assert (save_path / "train.jsonl").read_bytes() == scored
+
+
+PROMPTS, SAMPLES = 60, 3
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    return [
+        {
+            "prompt_id": prompt, "sample_id": sample,
+            "prompt": [{"role": "user", "content": f"Count to {prompt}, then say why " + "it matters " * (prompt % 7)}],
+            "completion": [{"role": "assistant", "content": " ".join(map(str, range(prompt % 11 + 5 * sample)))}],
+            "token_ids": [5], "finish_reason": "stop",
+        }
+        for prompt in range(PROMPTS)
+        for sample in range(SAMPLES)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def many(tmp_path: Path, rows: list[Row], embedded_like: Path) -> Callable[..., CompletionsConfig]:
+    def make(name: str, **fields: Any) -> CompletionsConfig:
+        folder = tmp_path / name
+        for split in ("train", "test"):
+            if not (folder / "sampled" / f"{split}.jsonl").exists():
+                write_rows(folder / "sampled" / f"{split}.jsonl", rows)
+        given = {"save_path": str(folder), "model_path": "unused", "reward_model": str(embedded_like), "dtype": "float32"}
+        return CompletionsConfig(**(given | {"only_test": True, "score_max_len": 90, "score_batch_tokens": 90} | fields))
+
+    return make
+
+
+def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Interrupt scoring as by Ctrl-C after this many batches; returns a list that collects the batches scored."""
+    score, scored = Scorer.score, []
+
+    def stopping(self: Scorer, reading: Reading, number: int) -> dict[int, dict[str, Any]]:
+        if len(scored) == batches:
+            raise KeyboardInterrupt
+        scored.append(number)
+        return score(self, reading, number)
+
+    monkeypatch.setattr(Scorer, "score", stopping)
+    return scored
+
+
+def test_only_what_is_missing_is_scored(
+    many: Callable[..., CompletionsConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    score_completions(many("whole"))
+    folder = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        first = interrupted_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            score_completions(many("broken"))
+    part = folder / ".test.parts" / "0.0.jsonl"
+    with part.open("ab") as stream:
+        stream.write(part.read_bytes().splitlines()[0][:-9])  # a line cut by the kill
+    assert not (folder / "test.jsonl").exists()
+    with monkeypatch.context() as patch:
+        second = interrupted_after(10_000, patch)
+        score_completions(many("broken"))
+    assert len(first) == 7
+    assert not set(first) & set(second)
+    assert sorted(first + second) == list(range(len(first) + len(second)))
+    assert (folder / "test.jsonl").read_bytes() == (tmp_path / "whole" / "test.jsonl").read_bytes()
+    assert not (folder / ".test.parts").exists()
+    assert "test: resuming; " in capsys.readouterr().out
+
+
+def test_unfinished_scores_of_other_flags_are_refused_or_dropped(
+    many: Callable[..., CompletionsConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_completions(many("whole", dtype="bfloat16"))
+    with monkeypatch.context() as patch:
+        interrupted_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            score_completions(many("broken"))
+    with pytest.raises(UsageError, match=r"unfinished results .*: dtype \(float32 -> bfloat16\)"):
+        score_completions(many("broken", dtype="bfloat16"))
+    with pytest.raises(UsageError, match=r"score_batch_tokens \(90 -> 91\)"):
+        score_completions(many("broken", score_batch_tokens=91))
+    score_completions(many("broken", dtype="bfloat16", overwrite=True))
+    assert (tmp_path / "broken" / "test.jsonl").read_bytes() == (tmp_path / "whole" / "test.jsonl").read_bytes()
+
+
+def test_other_batches_start_again(
+    many: Callable[..., CompletionsConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_completions(many("whole"))
+    with monkeypatch.context() as patch:
+        interrupted_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            score_completions(many("broken"))
+    plan = tmp_path / "broken" / ".test.parts" / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"plan": "of an older version"}))
+    with monkeypatch.context() as patch:
+        scored = interrupted_after(10_000, patch)
+        score_completions(many("broken"))
+    assert scored == list(range(len(scored)))
+    assert (tmp_path / "broken" / "test.jsonl").read_bytes() == (tmp_path / "whole" / "test.jsonl").read_bytes()
+
+
+def start(forks: Forks, root: Path, folder: Path, reward_model: Path, ranks: int) -> list[Fork]:
+    flags = [f"--save_path={folder}", "--model_path=x", f"--reward_model={reward_model}", "--dtype=float32"]
+    flags += ["--score_max_len=90", "--score_batch_tokens=90"]
+    return forks.start_ranks([sys.executable, root / "src" / "score_completions.py", *flags], ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks_after", [1, 2])
+def test_sigkill_in_the_middle_then_the_same_command(
+    ranks_after: int,
+    many: Callable[..., CompletionsConfig],
+    tmp_path: Path,
+    root: Path,
+    forks: Forks,
+    embedded_like: Path,
+) -> None:
+    many("whole"), many("killed")
+    (whole,) = start(forks, root, tmp_path / "whole", embedded_like, 1)
+    (killed,) = start(forks, root, tmp_path / "killed", embedded_like, 1)
+    part = tmp_path / "killed" / ".train.parts" / "0.0.jsonl"
+    deadline = time.monotonic() + 240
+    while not (part.is_file() and part.stat().st_size > 0):
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert whole.wait(240) == 0, whole.communicate()
+    assert not (tmp_path / "killed" / "test.jsonl").exists(), "it was killed in the middle"
+    again = start(forks, root, tmp_path / "killed", embedded_like, ranks_after)
+    outputs = [process.communicate(timeout=240) for process in again]
+    assert [process.returncode for process in again] == [0] * ranks_after, outputs
+    assert "train: resuming; " in outputs[0][0]
+    for split in ("train", "test"):
+        for name in (f"{split}.jsonl", f"sampled/{split}.jsonl"):
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,18 +1,22 @@
-"""README and docs: tables match the flags, commands parse, links and anchors exist, the citation is that of CITATION.cff."""
+"""README and docs: tables, commands, flags, links, code and quoted messages match the repository."""
 
+import ast
+import json
 import re
-from pathlib import Path
 
 import pytest
 import readme
 import yaml
+from fit_reward_heads import FitConfig
+from harness import ROOT
 
 from drdpo import config
 from drdpo.cli import parse
 from drdpo.objectives import FLAG_TO_OBJECTIVE
+from drdpo.records import Preference, Prompt
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+OWN = (ROOT / "docs" / "own.md").read_text(encoding="utf-8")
 
 SCRIPTS = {
     "setup.sh": config.AssetsConfig,
@@ -45,13 +49,13 @@ def test_every_step_has_one_flag_table():
 
 
 @pytest.mark.parametrize("command", readme.commands(TEXT), ids=lambda words: " ".join(words)[:60])
-def test_every_command_parses(command, root):
+def test_every_command_of_the_readme_parses(command):
     if command in OTHERS:
-        assert command[0] != "bash" or (root / command[1]).is_file()
+        assert command[0] != "bash" or (ROOT / command[1]).is_file()
         return
     program, script, *flags = command
     assert (program, script) in {("python" if s.endswith(".py") else "bash", s) for s in SCRIPTS}, command
-    assert (root / script).is_file()
+    assert (ROOT / script).is_file()
     parse(SCRIPTS[script], "", flags)
 
 
@@ -113,3 +117,68 @@ def test_the_citation_is_that_of_citation_cff():
     assert fields["author"] == " and ".join(names)
     assert (fields["booktitle"], int(fields["year"])) == (paper["collection-title"], paper["year"])
     assert paper["identifiers"][0]["value"] == f"arXiv:{fields['eprint']}"
+
+
+# Flags and commands of the guides
+
+OTHER_FLAGS = (
+    "cvar_share help torch_index dev pairs rounds only_checkpointing steps longest_double_backward "  # ours, not of a step
+    "signal nodes gpus nnodes hostfile no require"  # sbatch, torchrun, deepspeed, pip
+).split()
+
+
+@pytest.mark.parametrize("page", readme.PAGES[2:], ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page):
+    known = {name for each in config.__all__ for name in getattr(config, each).__dataclass_fields__}
+    known |= {*OTHER_FLAGS, *FitConfig.__dataclass_fields__}
+    assert set(re.findall(r"--([a-z]\w+)", page.read_text(encoding="utf-8"))) <= known
+
+
+def test_commands_of_own_md_parse():
+    classes = {
+        "src/inspect_data.py": config.InspectConfig, "train_alignment.sh": config.TrainConfig,
+        "experiments/fit_reward_heads.py": FitConfig,
+    }  # fmt: skip
+    found = readme.commands(OWN)
+    assert {words[1] for words in found} == set(classes)
+    for words in found:
+        parse(classes[words[1]], "", words[2:])
+
+
+def test_the_code_and_rows_of_own_md_are_real():
+    (code,) = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)
+    assert code.strip() in (ROOT / "experiments" / "own_method.py").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", OWN, re.DOTALL)
+    pairs = [Preference.from_trl(json.loads(line), 1) for line in block.splitlines()]
+    assert len(pairs) == 3 and pairs[0] == pairs[1] == pairs[2]
+    (prompt,) = re.findall(r'`(\{"prompt_id".*?\})`', OWN)
+    assert Prompt.from_row(json.loads(prompt)).prompt_id == 0
+
+
+# Quoted messages
+
+TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+QUOTED = re.findall(r"^ +error: (?:\.\.\. )?(.+)$", TROUBLE, re.MULTILINE)
+"""The fragments that identify a message; the rest of it may change."""
+
+
+def templates(source: str) -> list[str]:
+    """The texts of a Python source, an f-string's values as <>."""
+    nodes = list(ast.walk(ast.parse(source)))
+    parts = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
+    return ["".join(str(part.value) if isinstance(part, ast.Constant) else "<>" for part in group) for group in parts]
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    """Texts of the package, and the wrappers' lines with their variables as <>."""
+    python = [text for path in (ROOT / "src").rglob("*.py") for text in templates(path.read_text(encoding="utf-8"))]
+    bash = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("src/env.sh", "setup.sh"))
+    return [*python, *re.sub(r"\$(\{[^}]*\}|\w+)", "<>", bash).splitlines()]
+
+
+def test_every_quoted_message_is_in_the_source(sources):
+    assert len(QUOTED) >= 10
+    for message in QUOTED:
+        assert any(re.sub(r"<\w+>", "<>", message) in text for text in sources), f"docs/troubleshooting.md: {message}"
+    assert "<>: holds <> rows, not one" in templates('raise DataError(f"{path}: holds {a + b} rows, " "not one")')

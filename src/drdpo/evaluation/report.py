@@ -1,15 +1,27 @@
-"""What the reports share: tables, CSV files, the list of differences and the folder they are written to."""
+"""What the reports share: tables, CSV files, pictures, intervals, differences between runs, and how they are written."""
 
-import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from io import StringIO
+from collections.abc import Collection, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from tabulate import tabulate
 
 from drdpo.errors import DataError
+from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "svg.hashsalt": "drdpo",
+    "figure.facecolor": "white",
+    "axes.titleweight": "normal",
+}
+"""matplotlib's settings for all pictures; a fixed salt makes SVG files reproducible."""
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -25,18 +37,36 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     return str(tabulate(rows, header, tablefmt="simple", colalign=align if rows else None, disable_numparse=True))
 
 
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A CSV file. Numbers have full precision; None is an empty field."""
-    stream = StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
-    return stream.getvalue()
+    return str(pd.DataFrame(rows, columns=list(header), dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def save_picture(figure: "Figure", name: str, dpi: int) -> dict[str, bytes]:
+    """{"<name>.png": bytes, "<name>.svg": bytes}; equal figures give equal bytes."""
+    files = {}
+    for kind in ("png", "svg"):
+        stream = BytesIO()
+        figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+        files[f"{name}.{kind}"] = stream.getvalue()
+    return files
+
+
+def interval(estimate: Estimate | None, form: str) -> str:
+    """`+0.894 [+0.721, +1.060]`; n/a for None."""
+    if estimate is None:
+        return "n/a"
+    value = form.format(estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return f"{value} (one prompt: no interval)"
+    return f"{value} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
 
 
 def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Collection[str]) -> list[str]:
-    """One line per field in which records differ.
+    """One line per field in which the records of runs differ.
 
     Args:
-        what: the records' subject, e.g. "scoring".
+        what: the subject of the records, e.g. "scoring".
         records: {run: {field: value}}.
         ignore: fields that may differ.
     """
@@ -65,7 +95,7 @@ def write_report(
         UsageError: another process is writing there.
     """
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: --output_path is a file, not a folder")
+        raise DataError(f"{folder}: is a file; pass a folder as --output_path")
     with lock_folder(folder):
         sweep(folder)
         with atomic_files(*(folder / name for name in files)) as asides:

