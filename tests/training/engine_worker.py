@@ -37,8 +37,8 @@ class Training:
         policy = load_policy(
             model, dtype, config.attention, config.recompute, config.second_derivative, config.lora_quantize
         )
-        if config.lora_rank:
-            add_lora(policy, config)
+        if config.lora:
+            add_lora(policy, config.lora)
         widen_first_tokens(policy, config)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
@@ -91,7 +91,7 @@ def broken_step(training: Training, facts: dict) -> None:
         facts["error"] = str(error)
     if training.config.zero_stage == 0:
         try:
-            save_model(engine, chat.load_tokenizer(MODEL), OUTPUT / "broken", training.config)
+            save_model(engine, chat.load_tokenizer(MODEL), OUTPUT / "broken", training.config.lora)
         except DataError as error:
             facts["save_error"] = str(error)
 
@@ -122,7 +122,7 @@ def main() -> None:
             known["first_loss"] = training.steps(0, 3)
             training.write_weights(name)
         if case.get("save"):
-            save_model(training.engine, tokenizer, OUTPUT / f"{name} saved", training.config)
+            save_model(training.engine, tokenizer, OUTPUT / f"{name} saved", training.config.lora)
         if case.get("break"):
             broken_step(training, known)
         training.engine.destroy()

@@ -64,7 +64,7 @@ def main() -> None:
             save_file({key: value.detach().clone() for key, value in weights.items()}, output / f"{name}.safetensors")
             (output / f"{name}.json").write_text(json.dumps(facts))
         if save:
-            save_model(engine, chat.load_tokenizer(model), output / f"{name} saved", config)
+            save_model(engine, chat.load_tokenizer(model), output / f"{name} saved", config.lora)
         distributed.barrier()
         engine.destroy()
 

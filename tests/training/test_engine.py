@@ -20,7 +20,7 @@ from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
-from drdpo.training.memory import meta_policy, predict
+from drdpo.training.memory import meta_policy, plan_of, predict
 from drdpo.training.objective import survey
 from drdpo.training.policy import Answers, Policy, load_policy
 from drdpo.training.run import check_inputs
@@ -308,7 +308,7 @@ def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
     for offload in (True, False):
         config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
         policy: Policy = meta_policy(config)
-        shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
+        shares.append([predict(policy, plan_of(config, 1), 0, 0, process).optimizer for process in (None, 1)])
     assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0
 
 

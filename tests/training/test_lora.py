@@ -55,7 +55,7 @@ def config_of(path: Path, **flags) -> TrainConfig:
 
 def policy_with_lora(path: Path, config: TrainConfig, dtype=torch.float32):
     policy = load_policy(str(path), dtype, config.attention, gradient_checkpointing=False)
-    add_lora(policy, config)
+    add_lora(policy, config.lora)
     return policy
 
 
@@ -302,7 +302,7 @@ def test_merging_by_hand():
         "a.base_layer.bias": torch.tensor([7.0, 8.0]),
         "norm.weight": torch.tensor([4.0]),
     }
-    plain = merged(weights, config)
+    plain = merged(weights, config.lora)
     assert plain.keys() == {"a.weight", "a.bias", "norm.weight"}
     assert plain["a.weight"].tolist() == [[2.5, 3.0], [-3.0, -5.0]]
     assert weights["a.base_layer.weight"].tolist() == [[1.0, 0.0], [0.0, 1.0]], "training goes on from the old ones"
@@ -318,7 +318,7 @@ def test_a_checkpoint_of_the_adapters_alone(tiny_policy, tmp_path):
             if "lora_B" in name:
                 value.normal_()
     engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
-    save_model(engine, chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", config)
+    save_model(engine, chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", config.lora)
     names = {path.name for path in (tmp_path / "global_step_1").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
     assert not {"config.json", "model.safetensors"} & names
@@ -351,4 +351,4 @@ def test_what_lora_refuses(tiny_policy):
     config = config_of(tiny_policy)
     policy = Policy(GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2)))
     with pytest.raises(UsageError, match=r"--lora_rank=4: .* no torch Linear"):
-        add_lora(policy, config)
+        add_lora(policy, config.lora)

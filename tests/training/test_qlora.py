@@ -26,7 +26,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
-from drdpo.training.memory import meta_policy, predict, weight_bytes
+from drdpo.training.memory import meta_policy, plan_of, predict
 from drdpo.training.objective import objective
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import reference_key
@@ -89,7 +89,7 @@ def policy_of(config: TrainConfig, moved: bool = True):
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
-    add_lora(policy, config)
+    add_lora(policy, config.lora)
     generator = torch.Generator().manual_seed(1)
     for name, value in policy.named_parameters():
         if moved and "lora_B" in name:
@@ -152,10 +152,9 @@ def test_the_weights_are_near_the_stored_ones_and_take_the_bytes_that_are_predic
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     others = sum(parameter.numel() for parameter in policy.parameters() if parameter.is_floating_point())
     meta = meta_policy(config)
-    predicted = weight_bytes(meta, config)
+    predicted = predict(meta, plan_of(config, 1), 0, 0, 0).weights
     # At most one layer's weight is dequantized at a time.
     assert predicted == pytest.approx(held + 2 * others + 2 * 64 * 128, rel=1e-3)
-    assert predict(meta, config, 1, 0, 0, 0).weights == predicted
     assert sum(p.numel() for p in meta.parameters()) == linear + others, "the preflight counts parameters, not bytes"
 
 
@@ -186,8 +185,8 @@ def test_a_merged_checkpoint_is_the_stored_weights_and_the_adapters(model, model
     config = config_of(models[model], lora_targets=["q_proj", "down_proj"])
     policy = policy_of(config)
     engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
-    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "whole", config)
-    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "alone", replace(config, lora_merge=False))
+    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "whole", config.lora)
+    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "alone", replace(config, lora_merge=False).lora)
     settings = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert "quantization_config" not in settings
     saved, base = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", models[model]))
@@ -217,7 +216,7 @@ def test_a_base_that_is_gone_is_said(models, tmp_path):
     engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
     gone = replace(config, model_path=str(tmp_path / "gone"))
     with pytest.raises(DataError, match=r"gone: cannot be read to merge.*--lora_merge=false"):
-        save_model(engine, chat.load_tokenizer(str(models["llama"])), tmp_path / "whole", gone)
+        save_model(engine, chat.load_tokenizer(str(models["llama"])), tmp_path / "whole", gone.lora)
     assert not (tmp_path / "whole").exists()
 
 

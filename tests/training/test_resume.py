@@ -11,7 +11,7 @@ from drdpo.training.checkpoint import states
 pytestmark = pytest.mark.slow
 
 # Where a rank kills itself, start after start: in a step, between a step and its line, in the writing of a state.
-STEP, LINE, MODEL = "loop:train_step", "metrics:MetricsLog.write", "loop:save_model"
+STEP, LINE, MODEL = "loop:train_step", "log:MetricsLog.write", "loop:save_model"
 INDEX, PLACE = "checkpoint:write_index", "checkpoint:_into_place"
 CASES = {
     "dpo zero2": ({}, [fault(STEP, 2, rank=1), fault(INDEX, 1), fault(PLACE, 1, when="before"), fault(PLACE, 1)]),
@@ -89,7 +89,7 @@ def test_a_damaged_state_is_skipped_for_the_one_before(how, save, forks, undistu
         victim.write_bytes(content[:-100])
         (before / victim.name).write_bytes(b"")
     assert run_ranks(forks, flags_of(tiny_policy, data, save), log) == [0, 0], said(log)
-    lines = [line for line in said(log).splitlines() if "not whole" in line]
+    lines = [line for line in said(log).splitlines() if "skipped a damaged state" in line]
     assert len(lines) == 1 and f"step_2/{victim.name}" in lines[0]
     assert lines[0].endswith("from the beginning" if how == "both cut" else "from the state after step 1")
     check_equal(save, undisturbed("dpo zero2"))
@@ -114,5 +114,5 @@ def test_lost_metrics_and_another_number_of_ranks_are_refused(save, forks, tiny_
     (save / "metrics.jsonl").write_text(lines[0])
     statuses = run_ranks(forks, flags, log)
     assert statuses[0] == 1 and statuses[1] != 0
-    assert "holds 1 whole lines" in said(log) and "2 steps behind it" in said(log)
+    assert "contains 1 whole lines" in said(log) and "completed 2 steps" in said(log)
     assert "Traceback" not in said(log)

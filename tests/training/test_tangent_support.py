@@ -59,7 +59,7 @@ def pairs_of_lengths(*lengths: tuple[int, int, int]) -> list[Pair]:
 
 def add_adapters(policy, config):
     """Adapters that do something: zero at the start, one half of them would leave half of the gradients zero."""
-    add_lora(policy, config)
+    add_lora(policy, config.lora)
     torch.manual_seed(0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:

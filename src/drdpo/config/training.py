@@ -13,6 +13,21 @@ PACKED_ATTENTION = "shared_prefix"
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """What adapters are made of and how they are saved; `model_path` and `dtype` are those of the weights they belong to."""
+
+    model_path: str
+    dtype: str
+    rank: int
+    alpha: int
+    targets: list[str]
+    """Last names of the linear layers; empty: all of the decoder blocks."""
+    merge: bool
+    quantize: Literal["none", "nf4"]
+    seed: int
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Step 3: align a policy. At most one of --kldpo_tau, --wdpo_rho and --drdpo_beta; none of them is plain DPO."""
 
@@ -197,6 +212,16 @@ class TrainConfig:
         if self.wdpo_rho is not None:
             return "wdpo"
         return "drdpo" if self.drdpo_beta is not None else "dpo"
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """None trains the weights."""
+        if not self.lora_rank:
+            return None
+        return LoraSettings(
+            self.model_path, self.dtype, self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_merge,
+            self.lora_quantize, self.seed,
+        )  # fmt: skip
 
     @property
     def trackers(self) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drdpo import distributed
+from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.folder import sole_writer
@@ -95,8 +96,8 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
-    if config.lora_rank:
-        add_lora(policy, config)
+    if config.lora:
+        add_lora(policy, config.lora)
     if config.method == "wdpo" and config.solver == "tangent":
         check_architecture(policy, config)
         widen_first_tokens(policy, config)
@@ -107,17 +108,17 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     done = load_state(engine, run.folder / "resume")
     if done:
         _say(f"continuing after step {done} of {run.steps}")
-    log = MetricsLog(run.folder, done, config)
+    log = MetricsLog(run.folder, done, config.trackers, as_dict(config))
     try:
         _steps(engine, run, shape, references, done, log, stop)
     finally:
         log.close()
     last = run.folder / f"global_step_{run.steps}"
     if not is_saved(last):
-        save_model(engine, run.tokenizer, last, config)
+        save_model(engine, run.tokenizer, last, config.lora)
     if distributed.is_main():
         note_run(run, complete=True)
-        print(summary(config, run.folder, run.steps), flush=True)
+        print(summary(run.folder, config.method, config.train_batch_size), flush=True)
 
 
 def train_step(
@@ -186,9 +187,12 @@ def _steps(
         batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         parts = train_step(engine, batches, config, step)
-        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch, **step_metrics(parts, config)}
+        root = config.robust_scope if config.wdpo_penalty == "root" else None
+        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch}
+        metrics |= step_metrics(parts, config.beta, config.weighted, config.wdpo_rho, root)
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
-        metrics |= throughput([batch for batch, _ in batches], shape, config, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        metrics |= throughput([batch for batch, _ in batches], shape, config.dtype, config.train_batch_size, seconds)
         metrics["peak_memory_gib"] = peak_memory_gib()
         check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], run.train)
         if step == 0:
@@ -201,11 +205,11 @@ def _steps(
         bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
             distributed.on_main(log.flush)
-            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config)
+            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config.lora)
             if config.save_resume:
                 save_state(engine, run.folder / "resume", step + 1)
                 saved = step + 1
-            distributed.on_main(lambda: remove_old_checkpoints(run.folder, config))
+            distributed.on_main(lambda: remove_old_checkpoints(run.folder, config.keep_checkpoints, config.keep_steps))
 
 
 def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:

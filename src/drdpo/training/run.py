@@ -103,7 +103,7 @@ def check_inputs(config: TrainConfig) -> None:
     check_device(kernels=True)
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
-    check_trackers(config)
+    check_trackers(config.trackers)
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
