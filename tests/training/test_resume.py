@@ -89,9 +89,8 @@ def test_a_damaged_state_is_skipped_for_the_one_before(how, save, forks, undistu
         victim.write_bytes(content[:-100])
         (before / victim.name).write_bytes(b"")
     assert run_ranks(forks, flags_of(tiny_policy, data, save), log) == [0, 0], said(log)
-    lines = [line for line in said(log).splitlines() if "skipped a damaged state" in line]
-    assert len(lines) == 1 and f"step_2/{victim.name}" in lines[0]
-    assert lines[0].endswith("from the beginning" if how == "both cut" else "from the state after step 1")
+    (line,) = [line for line in said(log).splitlines() if f"step_2/{victim.name}" in line]
+    assert ("the beginning" if how == "both cut" else "after step 1") in line
     check_equal(save, undisturbed("dpo zero2"))
 
 
@@ -109,10 +108,10 @@ def test_reference_log_probs_are_never_those_of_trained_weights(save, forks, und
 def test_lost_metrics_and_another_number_of_ranks_are_refused(save, forks, tiny_policy, data, tmp_path):
     flags, log = flags_of(tiny_policy, data, save), tmp_path / "log"
     assert run_ranks(forks, flags, log, world=1) == [2]
-    assert "written by 2 processes and cannot be resumed by 1" in said(log)
+    assert "2 processes" in said(log)
     lines = (save / "metrics.jsonl").read_text().splitlines(keepends=True)
     (save / "metrics.jsonl").write_text(lines[0])
     statuses = run_ranks(forks, flags, log)
     assert statuses[0] == 1 and statuses[1] != 0
-    assert "contains 1 whole lines" in said(log) and "completed 2 steps" in said(log)
+    assert "metrics.jsonl" in said(log) and "1 whole lines" in said(log)
     assert "Traceback" not in said(log)
