@@ -11,7 +11,8 @@ from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.kernels import packed_attention
 from drdpo.training import engine, memory, run
-from drdpo.training.data import Pair, form_batch, row_tokens
+from drdpo.training.data import Pair, form_batch
+from drdpo.training.losses import method_of
 from drdpo.training.memory import resolve_attention, rows_that_fit
 from drdpo.training.objective import Population, objective
 from drdpo.training.policy import load_policy, widen_first_tokens
@@ -117,7 +118,7 @@ def test_the_row_that_is_predicted_is_full(flags):
     config = config_of(**flags)
     for tokens in memory.ROWS:
         pairs = memory._row_of(tokens, config)
-        assert 0.95 * tokens < sum(row_tokens(pair, config) for pair in pairs) <= tokens
+        assert 0.95 * tokens < sum(pair.row_tokens(config.prompt_once) for pair in pairs) <= tokens
 
 
 class _Tokenizer:
@@ -130,7 +131,9 @@ def test_activations_are_kept_where_memory_allows(free, expected, told, tiny_pol
     monkeypatch.setattr(memory, "_free", lambda: (free, 1))
     for asked in ("auto", "true", "false"):
         config = config_of(tiny_policy, gradient_checkpointing=asked)
-        found, _ = memory.preflight(Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+        found, _ = memory.preflight(
+            Run(config, method_of(config), tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
+        )
         assert found.config.gradient_checkpointing == (expected if asked == "auto" else asked)
         assert (f"recompute {told}" in capsys.readouterr().out) == (asked == "auto")
 
@@ -161,10 +164,11 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
         policy = load_policy(
             str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.second_derivative
         )
-        widen_first_tokens(policy, config)
-        batch = form_batch(pairs, [0, 1, 2], config, 0)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
+        batch = form_batch(pairs, [0, 1, 2], config.packing, config.prompt_once)
         population = Population(torch.tensor([0.1, 0.9, 0.5])) if config.weighted else None
-        part = objective(policy, batch, torch.zeros(3, 2), config, population)
+        part = objective(policy, batch, torch.zeros(3, 2), method_of(config), population)
         part.total.backward()
         found.append([part.total.detach(), *(parameter.grad for parameter in policy.parameters())])
     assert all(float(grad.abs().max()) > 0 for grad in found[0])

@@ -9,8 +9,8 @@ import torch
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.log import MetricsLog, check_trackers, step_metrics, summary
+from drdpo.training.losses import Pairs
 from drdpo.training.objective import Objective
-from drdpo.training.policy import PairValues
 
 STAND_IN = '''
 import json, os, pathlib
@@ -172,7 +172,7 @@ def test_the_summary_of_two_starts_by_hand(tmp_path):
          "peak_memory_gib": 2.5, "eval_loss": 0.6, "eval_accuracy": 0.5, "eval_margin": 0.125},
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = summary(TrainConfig("m", "d", str(tmp_path), train_batch_size=8, kldpo_tau=0.05), tmp_path, 2)
+    text = summary(TrainConfig("m", "d", str(tmp_path), train_batch_size=8, kldpo_tau=0.05), "DPO", tmp_path, 2)
     said = {name.strip(): value for name, value in (line.split("  ", 1) for line in text.splitlines())}
     said = {name: value.strip() for name, value in said.items()}
     # 8 / 4 + 8 / 2 seconds for 16 pairs.
@@ -187,28 +187,24 @@ def test_the_summary_of_two_starts_by_hand(tmp_path):
 def test_the_summary_without_evaluation_has_no_empty_lines(tmp_path):
     line = {"step": 1, "epoch": 1, "loss": 0.5, "accuracy": 1, "margin": 0, "pairs_per_second": 1, "peak_memory_gib": 1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    text = summary(TrainConfig("m", "d", str(tmp_path)), tmp_path, 1)
+    text = summary(TrainConfig("m", "d", str(tmp_path)), "DPO", tmp_path, 1)
     assert [line for line in text.splitlines() if line.startswith("eval") or not line.split("  ", 1)[1].strip()] == []
 
 
 def part(penalties: list[float], losses: list[float]) -> Objective:
-    pairs = len(penalties)
-    values = PairValues(torch.tensor(losses), torch.ones(pairs), torch.ones(2 * pairs), torch.zeros(0))
-    return Objective(torch.zeros(()), values, torch.ones(pairs), torch.tensor(penalties))
+    count = len(penalties)
+    pairs = Pairs(torch.ones(count), torch.ones(2 * count), {})
+    return Objective(torch.zeros(()), torch.tensor(losses), pairs, torch.ones(count), torch.tensor(penalties))
 
 
 @pytest.mark.parametrize(
-    ("flags", "penalty_term"),
-    [
-        # Squared norms 1 and 7 in one micro-batch, 20 and 30 in the next: means 4 and 25, of all 14.5.
-        ({"wdpo_penalty": "root", "robust_scope": "micro"}, (2 + 5) / 2),
-        ({"wdpo_penalty": "root"}, 14.5**0.5),
-        ({}, 14.5),
-    ],
+    ("root", "penalty_term"),
+    # Squared norms 1 and 7 in one micro-batch, 20 and 30 in the next: means 4 and 25, of all 14.5.
+    [("micro", (2 + 5) / 2), ("step", 14.5**0.5), (None, 14.5)],
 )
-def test_the_objective_is_what_was_minimised(flags, penalty_term):
-    config = TrainConfig("-", "-", "-", wdpo_rho=0.1, train_batch_size=4, micro_batch_size=2, **flags)
-    metrics = step_metrics([part([1.0, 7.0], [1.0, 2.0]), part([20.0, 30.0], [3.0, 6.0])], config)
+def test_the_objective_is_what_was_minimised(root, penalty_term):
+    parts = [part([1.0, 7.0], [1.0, 2.0]), part([20.0, 30.0], [3.0, 6.0])]
+    metrics = step_metrics(parts, 0.01, weighted=False, rho=0.1, root=root)
     assert metrics["loss"] == pytest.approx(3.0)
     assert metrics["penalty"] == pytest.approx(14.5)
     assert metrics["objective"] == pytest.approx(3.0 + 0.1 * penalty_term)
@@ -222,8 +218,6 @@ def test_the_ranks_nth_micro_batches_are_one_population(monkeypatch):
         return torch.cat([values, others.get(tuple(values.shape), values) if values.max() > 6 else values])
 
     monkeypatch.setattr("drdpo.distributed.gather", gather)
-    config = TrainConfig(
-        "-", "-", "-", wdpo_rho=0.1, wdpo_penalty="root", robust_scope="micro", train_batch_size=8, micro_batch_size=2
-    )
-    metrics = step_metrics([part([1.0, 7.0], [0.0, 0.0]), part([20.0, 30.0], [0.0, 0.0])], config)
+    parts = [part([1.0, 7.0], [0.0, 0.0]), part([20.0, 30.0], [0.0, 0.0])]
+    metrics = step_metrics(parts, 0.01, weighted=False, rho=0.1, root="micro")
     assert metrics["objective"] == pytest.approx(0.1 * (4**0.5 + 24**0.5) / 2)

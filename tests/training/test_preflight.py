@@ -19,6 +19,7 @@ from drdpo.errors import DataError
 from drdpo.training.data import Pair, collate, pack
 from drdpo.training.log import Shape, dpo_flops, peak_flops, shape_of, throughput
 from drdpo.training.loop import train_alignment
+from drdpo.training.losses import method_of
 from drdpo.training.memory import GATHERED, Memory, advice, dry_run, meta_policy, predict, preflight
 from drdpo.training.policy import widen_first_tokens
 from drdpo.training.run import Run, check_inputs
@@ -39,17 +40,18 @@ def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
     config = config_of(path, **flags)
     batch = pack(pairs, range(len(pairs)), True) if config.packing else collate(pairs, range(len(pairs)), 0)
     policy = meta_policy(config)
-    widen_first_tokens(policy, config)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
     return dry_run(policy, batch, config)
 
 
 def test_preflight_by_hand(tiny_policy, tmp_path, capsys):
     pairs = pairs_of((4, 2, 1), (6, 1, 1), (2, 3, 5), (1, 1, 1), (2, 2, 2))
-    config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1, lora_targets=["q_proj"])
-    run = Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 2}}, {})
+    config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1)
+    run = Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 2}}, {})
     _, shape = preflight(run)
     told = capsys.readouterr().out
-    trained = 2 * (32 + 32)
+    trained = 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)  # rank 1: inputs + outputs of seven maps a layer
     assert shape.trained == trained
     assert f"{PARAMETERS + trained:,} parameters, {trained} of them trained, in float32" in told
     # Five pairs, four a step: one of 7, 8, 10, 3 and 6 tokens is left out of the first epoch.
@@ -147,7 +149,7 @@ def test_a_model_that_cannot_be_dry_run_is_told_of(tmp_path, capsys):
     MixtralForCausalLM(settings).save_pretrained(tmp_path / "experts")
     pairs = pairs_of(*[(4, 2, 1)] * 4)
     config = config_of(tmp_path / "experts")
-    preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+    preflight(Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
     told = capsys.readouterr().out
     assert "not predicted: the model's forward pass needs more than shapes" in told
     assert "8 steps of 4 pairs = 8.00 epochs" in told
@@ -157,7 +159,9 @@ def test_a_model_with_attentions_of_its_own_passes_the_preflight(tmp_path, capsy
     FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
     pairs = pairs_of(*[(4, 2, 1)] * 4)
     config = config_of(tmp_path, packing=False)
-    _, shape = preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+    _, shape = preflight(
+        Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
+    )
     assert shape.head == 300 * 32
     assert "predicted peak" in capsys.readouterr().out
 
@@ -188,7 +192,7 @@ def test_offload_is_told_where_the_optimizer_is_what_does_not_fit(tiny_policy, t
             return sizes[-1]
 
         monkeypatch.setattr("drdpo.training.memory.predict", seen)
-        run = Run(config, tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
+        run = Run(config, method_of(config), tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {})
         preflight(run)
         monkeypatch.setattr(module, "_free", lambda need=sizes[0], short=short: (need.total - short, 1))
         preflight(run)

@@ -13,18 +13,18 @@ from drdpo.training.checkpoint import kept_steps, remove_old_checkpoints, states
 
 
 @pytest.mark.parametrize(
-    ("steps", "losses", "newest", "named", "expected"),
+    ("steps", "losses", "newest", "expected"),
     [
-        ([2, 4, 6, 8], {2: 0.1}, 0, [], {2, 4, 6, 8}),
-        ([2], {}, 1, [], {2}),
-        ([10, 8, 2, 4], {}, 2, [], {8, 10}),
-        ([2, 4, 6, 8], {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.7}, 1, [], {4, 8}),
-        ([2, 4, 6, 8], {2: 0.4, 4: 0.4, 5: 0.1}, 1, [6, 7], {2, 6, 8}),
-        ([2, 4, 6, 8], {8: 0.1}, 1, [], {8}),
+        ([2, 4, 6, 8], {2: 0.1}, 0, {2, 4, 6, 8}),
+        ([2], {}, 1, {2}),
+        ([10, 8, 2, 4], {}, 2, {8, 10}),
+        ([2, 4, 6, 8], {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.7}, 1, {4, 8}),
+        ([2, 4, 6, 8], {2: 0.4, 4: 0.4, 5: 0.1}, 1, {2, 8}),
+        ([2, 4, 6, 8], {8: 0.1}, 1, {8}),
     ],
 )
-def test_the_newest_the_best_and_the_named_stay(steps, losses, newest, named, expected):
-    assert kept_steps(steps, losses, newest, named) == expected
+def test_the_newest_and_the_best_stay(steps, losses, newest, expected):
+    assert kept_steps(steps, losses, newest) == expected
 
 
 def test_others_are_removed(tmp_path):

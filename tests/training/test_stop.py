@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from drdpo.errors import ProcessError
-from drdpo.training.stop import is_lost_rank, lost_rank_in_one_line
+from drdpo.errors import ProcessError, UsageError
+from drdpo.training.stop import is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp"
 LOST = [
@@ -52,4 +52,15 @@ def test_a_lost_rank_is_told_to_torchrun_where_it_asks(tmp_path, monkeypatch) ->
         raise RuntimeError(LOST[0])
     assert stopped.value.code == 1
     written = json.loads((tmp_path / "error.json").read_text())["message"]
-    assert "--comm_timeout=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
+    assert "DRDPO_TIMEOUT=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
+
+
+def test_the_time_to_wait_is_a_positive_number(monkeypatch):
+    monkeypatch.delenv("DRDPO_TIMEOUT", raising=False)
+    assert seconds_to_wait() == 1800
+    monkeypatch.setenv("DRDPO_TIMEOUT", "15")
+    assert seconds_to_wait() == 15
+    for text in ("0", "-3", "1.5", "soon"):
+        monkeypatch.setenv("DRDPO_TIMEOUT", text)
+        with pytest.raises(UsageError, match=f"DRDPO_TIMEOUT={text}"):
+            seconds_to_wait()

@@ -1,12 +1,9 @@
 """Flags of train_alignment.sh."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from drdpo.cli import check_bounds, flag, require
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PACKED_ATTENTION = "shared_prefix"
 """What transformers calls drdpo.kernels.packed_attention."""
@@ -22,7 +19,6 @@ class TrainConfig:
     kldpo_tau: float | None = flag("KLDPO with this temperature", None, above=0)
     wdpo_rho: float | None = flag("WDPO with this radius", None, above=0)
     drdpo_beta: float | None = flag("Dr. DPO with this temperature", None, above=0)
-    kldpo_cap: float = flag("largest KLDPO weight", 10.0, above=0)
     kldpo_normalize: bool = flag("KLDPO weights as the paper's Algorithm 2: a softmax over the population", False)
     wdpo_penalty: Literal["squared", "root"] = flag(
         "'squared': mean of rho |grad|^2, as the authors' code; 'root': rho sqrt(mean |grad|^2), Algorithm 1", "squared"
@@ -52,13 +48,9 @@ class TrainConfig:
     )
     loss_type: Literal["sigmoid", "ipo", "robust"] = flag("pointwise loss: DPO, IPO or rDPO", "sigmoid")
     label_smoothing: float = flag("cDPO's smoothing (sigmoid) or rDPO's flip rate (robust)", 0.0, at_least=0, below=0.5)
-    beta: float = flag("strength of the KL leash to the reference", 0.01, above=0)
-    learning_rate: float = flag("peak learning rate", 5e-7, above=0)
+    beta: float = flag("KL penalty coefficient (DPO's beta)", 0.01, above=0)
+    learning_rate: float = flag("peak learning rate of AdamW (0.9, 0.95); a cosine lowers it to a tenth", 5e-7, above=0)
     warmup_ratio: float = flag("share of the steps that warm up linearly", 0.1, at_least=0, at_most=1)
-    min_lr_ratio: float = flag("the cosine ends at this share of the peak", 0.1, at_least=0, at_most=1)
-    adam_beta1: float = flag("AdamW", 0.9, at_least=0, below=1)
-    adam_beta2: float = flag("AdamW", 0.95, at_least=0, below=1)
-    weight_decay: float = flag("AdamW", 0.0, at_least=0)
     max_grad_norm: float = flag("gradient clipping", 1.0, above=0)
     max_epochs: int = flag("passes over the pairs", 8, at_least=1)
     max_steps: int | None = flag("stop after so many optimizer steps; the schedule spans them", None, at_least=1)
@@ -85,7 +77,6 @@ class TrainConfig:
     keep_checkpoints: int = flag(
         "keep so many of the newest checkpoints, and the one of least evaluation loss; 0 keeps all", 0, at_least=0
     )
-    keep_steps: list[int] = flag("with --keep_checkpoints: steps whose checkpoints stay as well, e.g. 158 316", [])
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
         "precision of the forward and backward pass; optimizer states are float32; 'auto' is bfloat16 on GPUs and on CPUs "
         "with fast bfloat16 products (AVX512_BF16, AMX), else float32",
@@ -103,8 +94,8 @@ class TrainConfig:
         False,
     )
     lora_rank: int = flag(
-        "train LoRA adapters of this rank in place of the weights; 0 trains the weights. LoRA usually wants about ten times "
-        "the --learning_rate",
+        "train LoRA adapters of this rank, with alpha 32, on the linear layers of all decoder blocks; "
+        "0 trains the weights. LoRA usually wants about ten times the --learning_rate",
         0,
         at_least=0,
     )
@@ -112,12 +103,8 @@ class TrainConfig:
         "'nf4' is QLoRA: with --lora_rank bitsandbytes holds the frozen linear layers of the decoder blocks in 4 bits (NF4, "
         "double quantization, 0.52 bytes a parameter); embeddings, output head and norms keep --dtype. The reference is the "
         "quantized model; --lora_merge=true merges into the full-precision weights of --model_path, read again on the CPU "
-        "for every checkpoint. Not with WDPO, --zero_stage=3 or --torch_compile",
+        "for every checkpoint. Not with WDPO or --zero_stage=3",
         "none",
-    )
-    lora_alpha: int = flag("LoRA's changes count --lora_alpha / --lora_rank", 32, above=0)
-    lora_targets: list[str] = flag(
-        "last names of the linear layers that get adapters, e.g. q_proj v_proj (default: all of the decoder blocks)", []
     )
     lora_merge: bool = flag(
         "checkpoints are whole models with the adapters merged in, for the next steps, and the adapters in their subfolder "
@@ -142,23 +129,11 @@ class TrainConfig:
     optimizer_offload: bool = flag(
         "keep ZeRO's optimizer states in the CPU's memory and step there; --zero_stage 1 to 3", False
     )
-    torch_compile: bool = flag(
-        "compile every decoder layer at its first use: of packed rows all but the attention, whose loop over the row's "
-        "groups stays as it is; of padded rows the attention too; not the embeddings nor the output head; not for WDPO's "
-        "exact and tangent solvers, nor --zero_stage=3",
-        False,
-    )
     seed: int = flag("seed of the shuffling", 42)
     save_resume: bool = flag(
         "save DeepSpeed's state (12 to 16 bytes a parameter) with every checkpoint and on SIGTERM and SIGUSR1, to continue "
         "from; the newest two stay",
         True,
-    )
-    comm_timeout: int = flag(
-        "seconds that processes wait for one that does not answer, before the run ends with an error; the waits for a "
-        "checkpoint to be written are longer",
-        1800,
-        at_least=1,
     )
     resume: Literal["auto", "never"] = flag(
         "'auto' continues the run in save_path; 'never' starts anew and replaces it", "auto"
@@ -171,27 +146,10 @@ class TrainConfig:
     check_only: bool = flag("check the flags and the inputs, then stop", False)
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 
-    def own_losses(self, margins_B: "Tensor") -> "Tensor | None":
-        """[B] differentiable losses of margins [B], for a method of your own (docs/own.md); None is --loss_type's."""
-        return None
-
-    def own_weights(self, losses_B: "Tensor", population_P: "Tensor") -> "Tensor | None":
-        """[B] detached weights of losses [B] in a population [P], for a method of your own (docs/own.md); None is 1."""
-        return None
-
-    @property
-    def own_name(self) -> dict[str, str]:
-        """For manifests: the name of a method of your own, which no flag gives."""
-        return {} if type(self) is TrainConfig else {"method": self.method}
-
-    @property
-    def weighted(self) -> bool:
-        """Does a pair's weight depend on the other pairs' losses?"""
-        return self.method in ("kldpo", "drdpo") or type(self).own_weights is not TrainConfig.own_weights
-
     @property
     def method(self) -> str:
-        """The robust method that the flags choose: dpo, kldpo, wdpo or drdpo."""
+        """Which of the methods the flags choose: dpo, kldpo, wdpo or drdpo. For checks of flags; the trainer goes by
+        drdpo.training.losses.Method."""
         if self.kldpo_tau is not None:
             return "kldpo"
         if self.wdpo_rho is not None:
@@ -217,9 +175,20 @@ class TrainConfig:
         return self.wdpo_solver
 
     @property
+    def tangent(self) -> bool:
+        """Is there a penalty, by the tangent solver?"""
+        return self.method == "wdpo" and self.solver == "tangent"
+
+    @property
     def wide_first_tokens(self) -> bool:
         """Are sequences' first tokens computed in float32? See drdpo.training.patches."""
-        return self.method == "wdpo" and self.solver == "tangent" and self.dtype == "bfloat16"
+        return self.tangent and self.dtype == "bfloat16"
+
+    @property
+    def prompt_once(self) -> bool:
+        """Do packed rows have each prompt once for its two answers? Otherwise the penalty needs the gradients on its two
+        copies."""
+        return self.method != "wdpo" or self.wdpo_prompt == "once"
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
@@ -273,25 +242,11 @@ def _check_rules(config: TrainConfig) -> None:
         not (config.zero_stage == 0 and config.dtype == "bfloat16"),
         "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; give --zero_stage=1 or --dtype=float32",
     )
-    _check_saving(config)
     _check_lora(config)
     _check_log(config)
     _check_tokens(config)
     _check_attention(config)
     _check_speed(config)
-
-
-def _check_saving(config: TrainConfig) -> None:
-    require(
-        config.keep_checkpoints > 0 or not config.keep_steps,
-        "--keep_steps has no meaning without --keep_checkpoints, as all stay; give that too",
-    )
-    for step in config.keep_steps:
-        saved = config.save_steps and step % config.save_steps == 0
-        require(
-            step > 0 and (saved or step == config.max_steps or config.max_steps is None),
-            f"--keep_steps={step}: no checkpoint is saved after that step; --save_steps={config.save_steps}",
-        )
 
 
 def _check_log(config: TrainConfig) -> None:
@@ -334,22 +289,6 @@ def _check_speed(config: TrainConfig) -> None:
         not (config.optimizer_offload and config.zero_stage == 0),
         "--optimizer_offload=true with --zero_stage=0: DeepSpeed offloads what ZeRO holds; give --zero_stage=1, 2 or 3",
     )
-    if not config.torch_compile:
-        return
-    require(
-        config.zero_stage <= 2,
-        "--torch_compile=true with --zero_stage=3: compiled layers do not fetch their weights; give --zero_stage=2",
-    )
-    require(
-        not config.second_derivative,
-        "--torch_compile=true with --wdpo_solver=exact: compiled layers have no second derivative; leave out "
-        "--torch_compile",
-    )
-    require(
-        config.method != "wdpo" or config.solver != "tangent",
-        "--torch_compile=true with --wdpo_solver=tangent: its pass along the gradient does not call the layers; leave out "
-        "--torch_compile",
-    )
 
 
 def _check_lora(config: TrainConfig) -> None:
@@ -364,17 +303,9 @@ def _check_lora(config: TrainConfig) -> None:
             "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; give "
             "--zero_stage=2",
         )
-        require(
-            config.lora_quantize == "none" or not config.torch_compile,
-            "--lora_quantize=nf4 with --torch_compile=true: compiling 4-bit layers is not supported; leave out one of them",
-        )
         return
-    given = {
-        "lora_alpha": config.lora_alpha != 32, "lora_targets": config.lora_targets, "lora_merge": not config.lora_merge,
-        "lora_quantize": config.lora_quantize != "none",
-    }  # fmt: skip
-    for name, changed in given.items():
-        require(not changed, f"--{name} has no meaning without --lora_rank; give that too")
+    for name, changed in (("lora_merge", not config.lora_merge), ("lora_quantize", config.lora_quantize != "none")):
+        require(not changed, f"--{name} has no meaning without --lora_rank; pass that too")
 
 
 def _check_method(config: TrainConfig) -> None:
@@ -384,7 +315,6 @@ def _check_method(config: TrainConfig) -> None:
         f"{' and '.join(f'--{name}' for name in chosen)} choose different methods; give one of them",
     )
     _check_idle(config)
-    _check_scope(config)
     if config.method != "wdpo":
         return
     require(
@@ -406,7 +336,7 @@ def _check_idle(config: TrainConfig) -> None:
     """Refuse flags of a method that is not chosen, which would be without effect."""
     owners = {
         "wdpo_rho": ("wdpo_penalty", "wdpo_prompt", "wdpo_solver", "wdpo_fraction"),
-        "kldpo_tau": ("kldpo_cap", "kldpo_normalize"),
+        "kldpo_tau": ("kldpo_normalize",),
     }
     for strength, names in owners.items():
         for name in names if getattr(config, strength) is None else ():
@@ -415,22 +345,6 @@ def _check_idle(config: TrainConfig) -> None:
                 value == type(config).__dataclass_fields__[name].default,
                 f"--{name}={value} has no meaning without --{strength}; give that too",
             )
-    require(
-        not config.kldpo_normalize or config.kldpo_cap == type(config).__dataclass_fields__["kldpo_cap"].default,
-        f"--kldpo_cap={config.kldpo_cap} with --kldpo_normalize=true: Algorithm 2's weights have no cap; leave one out",
-    )
-
-
-def _check_scope(config: TrainConfig) -> None:
-    """Refuse a population where no pair's term depends on the other pairs."""
-    if config.weighted or (config.method == "wdpo" and config.wdpo_penalty == "root"):
-        return
-    name = "WDPO with --wdpo_penalty=squared" if config.method == "wdpo" else "plain DPO"
-    require(
-        config.robust_scope == "step",
-        f"--robust_scope={config.robust_scope} has no meaning for {name}, where no pair's term depends on the other pairs; "
-        "leave it out, or choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root",
-    )
 
 
 def _check_exact(config: TrainConfig) -> None:

@@ -140,27 +140,26 @@ def keep_only(folder: Path, kept: list[State]) -> None:
 # --keep_checkpoints: which of the folders global_step_<n> stay.
 
 
-def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int, named: Sequence[int]) -> set[int]:
+def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int) -> set[int]:
     """Which checkpoints stay.
 
     Args:
         steps: of all checkpoints.
         losses: evaluation loss by step, as far as evaluated.
         newest: so many of the newest stay, at least one; 0 keeps all.
-        named: stay as well.
 
     Returns:
-        The newest, the named, and of those that were evaluated the one of least loss, the earlier one of equals.
+        The newest, and of those that were evaluated the one of least loss, the earlier one of equals.
     """
     if newest == 0:
         return set(steps)
     evaluated = [step for step in sorted(steps) if step in losses]
     best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
-    return {*sorted(steps)[-newest:], *best, *(step for step in named if step in steps)}
+    return {*sorted(steps)[-newest:], *best}
 
 
 def remove_old_checkpoints(folder: Path, config: TrainConfig) -> None:
-    """Delete what --keep_checkpoints and --keep_steps do not keep. On rank 0, after a checkpoint is complete.
+    """Delete what --keep_checkpoints does not keep. On rank 0, after a checkpoint is complete.
 
     Args:
         folder: save_path, with metrics.jsonl.
@@ -168,7 +167,7 @@ def remove_old_checkpoints(folder: Path, config: TrainConfig) -> None:
     """
     places = {int(path.name.removeprefix("global_step_")): path for path in folder.glob("global_step_*")
               if path.name.removeprefix("global_step_").isdigit()}  # fmt: skip
-    kept = kept_steps(list(places), evaluation_losses(folder), config.keep_checkpoints, config.keep_steps)
+    kept = kept_steps(list(places), evaluation_losses(folder), config.keep_checkpoints)
     for step, path in places.items():
         if step not in kept:
             # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.

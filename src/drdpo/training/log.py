@@ -12,7 +12,7 @@ import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from drdpo.training import losses
 from drdpo.training.data import Batch
 
 if TYPE_CHECKING:
+    from drdpo.training.data import AnyBatch
+    from drdpo.training.losses import Pairs
     from drdpo.training.objective import Objective
-    from drdpo.training.policy import AnyBatch, PairValues, Policy
+    from drdpo.training.policy import Policy
 
 WANDB_ID = "wandb.json"
 """{id, project} of the folder's wandb run. Never a key."""
@@ -43,11 +45,10 @@ PEAK_BF16 = {
 Metrics = dict[str, float]
 
 
-def pair_table(values: "PairValues", beta: float) -> Tensor:
+def pair_table(losses_B: Tensor, pairs: "Pairs", beta: float) -> Tensor:
     """[B, 4] per pair: plain loss, is the margin positive, chosen reward, rejected reward (beta times the log-ratio)."""
-    pairs = len(values.losses_B)
-    rewards_S = beta * values.log_ratios_S
-    columns = (values.losses_B, (values.margins_B > 0).float(), rewards_S[:pairs], rewards_S[pairs:])
+    chosen_B, rejected_B = (beta * pairs.log_ratios_S).chunk(2)
+    columns = (losses_B, (pairs.margins_B > 0).float(), chosen_B, rejected_B)
     return torch.stack([column.detach().float() for column in columns], dim=1)
 
 
@@ -63,39 +64,49 @@ def table_means(table_P4: Tensor) -> Metrics:
     }
 
 
-def step_metrics(parts: list["Objective"], config: TrainConfig) -> Metrics:
+def step_metrics(
+    parts: list["Objective"],
+    beta: float,
+    weighted: bool,
+    rho: float | None = None,
+    root: Literal["step", "micro"] | None = None,
+) -> Metrics:
     """Metrics of one optimizer step over all its micro-batches and ranks; every rank must call.
 
     `loss` is the plain, unweighted mean, which is comparable across methods; `objective` is what was minimized.
+
+    Args:
+        parts: contributions of this rank's micro-batches.
+        beta: of the rewards.
+        weighted: do pairs have robust weights?
+        rho: of WDPO's penalty, if there is one.
+        root: for the root penalty, its population: all pairs of the step, or the ranks' n-th micro-batches.
     """
-    metrics = table_means(distributed.gather(torch.cat([pair_table(part.values, config.beta) for part in parts])))
-    weighted = distributed.gather(torch.cat([part.weights_B * part.values.losses_B.detach() for part in parts]))
-    metrics["objective"] = float(weighted.mean())
-    if config.weighted:
+    metrics = table_means(distributed.gather(torch.cat([pair_table(part.losses_B, part.pairs, beta) for part in parts])))
+    terms = distributed.gather(torch.cat([part.weights_B * part.losses_B.detach() for part in parts]))
+    metrics["objective"] = float(terms.mean())
+    if weighted:
         weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))
         metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
-    if config.method == "wdpo":
-        assert config.wdpo_rho is not None
-        # Over the pairs that carry the penalty.
-        penalties_P = distributed.gather(torch.cat([part.penalties_B for part in parts if part.penalties_B is not None]))
-        metrics["penalty"] = penalty = float(penalties_P.mean())
-        metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
-        errors = [part.errors_B for part in parts if part.errors_B is not None]
-        if errors:
-            metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
-        root = config.wdpo_penalty == "root"
-        metrics["objective"] += config.wdpo_rho * (_mean_root(parts, config) if root else penalty)
-    return metrics
-
-
-def _mean_root(parts: list["Objective"], config: TrainConfig) -> float:
-    """sqrt(mean |grad l|^2) of the population; under --robust_scope=micro the mean of the populations' roots."""
+    if rho is None:
+        return metrics
+    # Of the micro-batches that have the penalty.
     penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
-    if config.robust_scope == "step":
-        return float(distributed.gather(torch.cat(penalties)).mean().sqrt())
-    # The ranks' n-th micro-batches are one population; all have the same number of pairs, or TrainConfig refuses.
-    local_NB = torch.stack(penalties)
-    return float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
+    penalties_P = distributed.gather(torch.cat(penalties))
+    metrics["penalty"] = float(penalties_P.mean())
+    metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
+    errors = [part.errors_B for part in parts if part.errors_B is not None]
+    if errors:
+        metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
+    value = metrics["penalty"]
+    if root == "step":
+        value = float(penalties_P.mean().sqrt())
+    elif root == "micro":
+        # The mean of the populations' roots; all micro-batches have the same number of pairs, or the flags are refused.
+        local_NB = torch.stack(penalties)
+        value = float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
+    metrics["objective"] += rho * value
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -204,11 +215,12 @@ def on_the_bar(metrics: Metrics) -> dict[str, str]:
     return {**shown, "mfu": f"{metrics['mfu']:.0%}"} if "mfu" in metrics else shown
 
 
-def summary(config: TrainConfig, folder: Path, steps: int) -> str:
+def summary(config: TrainConfig, method: str, folder: Path, steps: int) -> str:
     """A table of two columns about a finished run, from save_path/metrics.jsonl.
 
     Args:
         config: of the run.
+        method: its name.
         folder: save_path.
         steps: of the run.
     """
@@ -216,7 +228,7 @@ def summary(config: TrainConfig, folder: Path, steps: int) -> str:
     last = lines[-1]
     seconds = sum(config.train_batch_size / line["pairs_per_second"] for line in lines)
     rows = {
-        "method": config.method,
+        "method": method,
         "steps": f"{steps:,} ({last['epoch']:.2f} epochs)",
         "loss": f"{last['loss']:.4f} (first {lines[0]['loss']:.4f})",
         "accuracy": f"{last['accuracy']:.3f}",

@@ -17,6 +17,8 @@ from drdpo.errors import DataError, UsageError
 from drdpo.training.policy import Policy, quiet_bitsandbytes
 
 ADAPTER = "default"
+ALPHA = 32
+"""Changes are multiplied by ALPHA / rank."""
 _PREFIX = "base_model.model."
 """What peft puts before the names of parameters in an adapter's file."""
 
@@ -26,10 +28,10 @@ def add_lora(policy: Policy, config: TrainConfig) -> None:
 
     Args:
         policy: as loaded, or on the meta device.
-        config: of the run: rank, alpha, targets; the seed draws A, the same on every rank.
+        config: of the run; the seed draws A, the same on every rank.
 
     Raises:
-        UsageError: a target is no linear layer of the decoder blocks.
+        UsageError: the decoder blocks have no linear layers.
     """
     quiet_bitsandbytes()
     from peft import inject_adapter_in_model
@@ -50,7 +52,7 @@ def lora_config(model: Any, config: TrainConfig) -> Any:
     """peft's description of the adapters.
 
     Raises:
-        UsageError: a target is no linear layer of the decoder blocks, or these have none.
+        UsageError: the decoder blocks have no linear layers.
     """
     from peft import LoraConfig
 
@@ -59,14 +61,8 @@ def lora_config(model: Any, config: TrainConfig) -> Any:
         raise UsageError(
             f"--lora_rank={config.lora_rank}: the blocks of {config.model_path} have no torch Linear layers; leave it out"
         )
-    targets = config.lora_targets or sorted(linear)
-    unknown = [name for name in targets if name not in linear]
-    if unknown:
-        raise UsageError(
-            f"--lora_targets={' '.join(unknown)}: no linear layer of the model's blocks; it has {', '.join(sorted(linear))}"
-        )
     return LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none", target_modules=targets,
+        r=config.lora_rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules=sorted(linear),
         task_type="CAUSAL_LM", base_model_name_or_path=config.model_path,
     )  # fmt: skip
 
@@ -91,7 +87,7 @@ def merged(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]
         if adapter:
             up_Dr, weight = weights[f"{layer}.lora_B.{ADAPTER}.weight"], plain[f"{layer}.weight"]
             # In float32: a small change would be lost in bfloat16's rounding twice.
-            change = up_Dr.float() @ down_rD.float() * (config.lora_alpha / config.lora_rank)
+            change = up_Dr.float() @ down_rD.float() * (ALPHA / config.lora_rank)
             plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
     return plain
 

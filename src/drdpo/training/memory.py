@@ -21,12 +21,13 @@ from drdpo.errors import DataError, UsageError
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX as PACKED
 from drdpo.kernels.packed_attention import PrefixGroup, refusal
-from drdpo.training.data import Batch, PackedBatch, Pair, form_batch, row_tokens, step_batches, step_indices
+from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, form_batch
 from drdpo.training.engine import BUCKET
 from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
+from drdpo.training.losses import method_of
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import AnyBatch, Policy, check_rotary, fix_rotary, widen_first_tokens
+from drdpo.training.policy import Policy, check_rotary, fix_rotary, widen_first_tokens
 from drdpo.training.run import Run
 from drdpo.training.wdpo import check_architecture
 
@@ -159,7 +160,7 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     try:
         with _Alive(policy.head.weight.shape[0], known) as alive:
-            objective(policy, given, torch.zeros(pairs, 2, device=meta), config, population).total.backward()
+            objective(policy, given, torch.zeros(pairs, 2, device=meta), method_of(config), population).total.backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -294,7 +295,7 @@ def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
 
 def _row_of(tokens: int, config: TrainConfig) -> list[Pair]:
     """Pairs of equal parts, some 256 tokens each, that fill a row."""
-    parts = row_tokens(Pair([0], [0], [0]), config)
+    parts = Pair([0], [0], [0]).row_tokens(config.prompt_once)
     pairs = max(1, tokens // (256 * parts))
     part = [0] * (tokens // (pairs * parts))
     return [Pair(part, part, part)] * pairs
@@ -314,7 +315,7 @@ def predicted(config: TrainConfig, policy: Policy, pairs: list[Pair], recompute:
         RuntimeError: the model's forward pass needs more than shapes.
     """
     set_recomputation(policy, recompute)
-    batch = form_batch(pairs, list(range(len(pairs))), config, pad_token_id=0)
+    batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
     return predict(policy, config, distributed.world_size(), *dry_run(policy, batch, config), process)
 
 
@@ -349,7 +350,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
 
     Raises:
         DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
-        UsageError: --lora_targets names no linear layer of the model, or pairs are too long for its rotary positions.
+        UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
     """
     policy = shapes(run.config, [*run.train, *run.test])
     shape = shape_of(policy)
@@ -367,11 +368,12 @@ def preflight(run: Run) -> tuple[Run, Shape]:
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     """The policy of a run without its weights, as a dry run needs it. Raises as preflight does."""
     policy = meta_policy(config)
-    check_rotary(policy, list(pairs), config)
+    check_rotary(policy, pairs, config.model_path)
     fix_rotary(policy)
-    if config.method == "wdpo" and config.solver == "tangent":
-        check_architecture(policy, config)
-        widen_first_tokens(policy, config)
+    if config.tangent:
+        check_architecture(policy, config.model_path)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
     return policy
 
 
@@ -380,7 +382,7 @@ def meta_policy(config: TrainConfig) -> Policy:
 
     Raises:
         DataError: there is no such model, or transformers does not know its architecture.
-        UsageError: --lora_targets names no linear layer of the model.
+        UsageError: the model's blocks have no linear layers for --lora_rank.
     """
     from transformers import AutoConfig
 
@@ -416,20 +418,15 @@ def _without_weights(settings: Any, config: TrainConfig) -> Any:
 
 def _dealt(run: Run) -> list[list[int]]:
     """All ranks' micro-batches of the first epoch, or of the run where that is shorter."""
-    config, world = run.config, distributed.world_size()
-    dealt = []
-    for step in range(min(run.steps, run.steps_per_epoch)):
-        indices = step_indices(len(run.train), config.train_batch_size, config.seed, step)
-        for rank in range(world):
-            dealt += step_batches(indices, run.train_lengths, config, rank, world)
-    return dealt
+    plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
+    return [rows for step in range(min(run.steps, run.steps_per_epoch)) for plan in plans for rows in plan.of_step(step)]
 
 
 def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
     """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
     if not config.packing:
         return 2 * len(pairs) * max(len(pair) for pair in pairs)
-    return sum(row_tokens(pair, config) for pair in pairs)
+    return sum(pair.row_tokens(config.prompt_once) for pair in pairs)
 
 
 def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> list[tuple[str, str]]:
