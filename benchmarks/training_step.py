@@ -38,6 +38,7 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     from drdpo.training.data import Pair, form_batch
     from drdpo.training.log import peak_memory_gib
     from drdpo.training.loop import train_step
+    from drdpo.training.losses import method_of
     from drdpo.training.policy import load_policy, widen_first_tokens
 
     deepspeed_engine.initialise()
@@ -48,16 +49,22 @@ def measure(flags: dict, model_path: str, tokens: int, steps: int) -> dict[str, 
     policy = load_policy(
         model_path, getattr(torch, config.dtype), config.attention, config.recompute, config.second_derivative
     )
-    widen_first_tokens(policy, config)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
     engine = deepspeed_engine.start_engine(policy, config, steps=steps + 1)
     before = peak_memory_gib()
     torch.manual_seed(0)
     text = torch.randint(3, 40000, (3, tokens // 2)).tolist()
-    batches = [(form_batch([Pair(*text)], [0], config, 0).to(engine.device), torch.zeros(1, 2, device=engine.device))] * 2
+    batches = [
+        (
+            form_batch([Pair(*text)], [0], config.packing, config.prompt_once).to(engine.device),
+            torch.zeros(1, 2, device=engine.device),
+        )
+    ] * 2
     seconds = []
     for _ in range(steps + 1):
         started = time.perf_counter()
-        train_step(engine, batches, config)
+        train_step(engine, batches, config, method_of(config))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

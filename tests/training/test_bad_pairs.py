@@ -186,7 +186,7 @@ def test_reference_log_probs_of_anything_else_are_never_used(what, command, tiny
     else:
         flags = ["--dtype=bfloat16"] if what == "dtype" else ["--attn=eager", "--packing=false"]
     name = {"attention": "attn", "data": "dataset_path"}.get(what, what)
-    refuse(command(model, data, finished, *flags), 2, "holds a run made otherwise", f"{name} (")
+    refuse(command(model, data, finished, *flags), 2, "from a different configuration", f"{name} (")
     out, path = tmp_path / "out", "reference_train.safetensors"
     tampered(finished, out, lambda logprobs_M2: logprobs_M2.add_(torch.tensor([5.0, 0.0])))
     done = command(model, data, out, "--max_steps=1", *flags)
@@ -200,7 +200,7 @@ def test_the_same_folder_with_other_rows_is_refused(command, tiny_policy, tmp_pa
     assert command(tiny_policy, data, out, "--max_steps=1").status == 0
     shutil.rmtree(data)
     written(data, [*GOOD[:3], row(99, "blue", "grey")], GOOD)
-    refuse(command(tiny_policy, data, out, "--max_steps=1"), 2, "holds a run made otherwise", "pairs (")
+    refuse(command(tiny_policy, data, out, "--max_steps=1"), 2, "from a different configuration", "pairs (")
 
 
 def test_another_models_log_probs_under_the_right_key_are_refused_at_a_small_beta(command, tiny_policy, good, finished,

@@ -206,18 +206,18 @@ def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("steps", "losses", "newest", "named", "expected"),
+    ("steps", "losses", "newest", "expected"),
     [
-        ([2, 4, 6, 8], {2: 0.1}, 0, [], {2, 4, 6, 8}),
-        ([2], {}, 1, [], {2}),
-        ([10, 8, 2, 4], {}, 2, [], {8, 10}),
-        ([2, 4, 6, 8], {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.7}, 1, [], {4, 8}),
-        ([2, 4, 6, 8], {2: 0.4, 4: 0.4, 5: 0.1}, 1, [6, 7], {2, 6, 8}),
-        ([2, 4, 6, 8], {8: 0.1}, 1, [], {8}),
+        ([2, 4, 6, 8], {2: 0.1}, 0, {2, 4, 6, 8}),
+        ([2], {}, 1, {2}),
+        ([10, 8, 2, 4], {}, 2, {8, 10}),
+        ([2, 4, 6, 8], {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.7}, 1, {4, 8}),
+        ([2, 4, 6, 8], {2: 0.4, 4: 0.4, 5: 0.1}, 1, {2, 8}),
+        ([2, 4, 6, 8], {8: 0.1}, 1, {8}),
     ],
 )
-def test_the_newest_the_best_and_the_named_stay(steps, losses, newest, named, expected):
-    assert kept_steps(steps, losses, newest, named) == expected
+def test_the_newest_and_the_best_stay(steps, losses, newest, expected):
+    assert kept_steps(steps, losses, newest) == expected
 
 
 def test_others_are_removed(tmp_path):
@@ -227,7 +227,7 @@ def test_others_are_removed(tmp_path):
     (tmp_path / "global_step_4 of mine").mkdir()
     lines = [{"step": step, "loss": 1.0, **({"eval_loss": 1 / step} if step < 3 else {})} for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    remove_old_checkpoints(tmp_path, 1, [])
+    remove_old_checkpoints(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.glob("*global*")) == [
         "global_step_2",
         "global_step_4",
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_moved_does_not_end_the_run(tmp_path, capsys
     # What an earlier removal left, which no folder can be renamed to.
     (tmp_path / ".global_step_1.old").mkdir()
     (tmp_path / ".global_step_1.old" / ".nfs0001").write_text("")
-    remove_old_checkpoints(tmp_path, 1, [])
+    remove_old_checkpoints(tmp_path, 1)
     assert (tmp_path / "global_step_2").is_dir()
     assert "global_step_1 could not be removed (Directory not empty)" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The engine's promises: the step's population whatever the split, offload, compiled layers, ZeRO-3 checkpoints."""
+"""The engine's promises: the step's population whatever the split, offload, ZeRO-3 checkpoints."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
+from drdpo.training.losses import method_of
 from drdpo.training.memory import meta_policy, plan_of, predict
 from drdpo.training.objective import survey
 from drdpo.training.policy import Answers, Policy, load_policy
@@ -56,10 +57,6 @@ OFFLOAD |= {
 ACCUMULATED = {
     f"accumulated zero{stage}": {**COMMON, "dtype": "bfloat16", "zero_stage": stage, "micro_batch_size": 1}
     for stage in (1, 2, 3)
-}
-COMPILED = {
-    f"layers {how}": {**COMMON, "micro_batch_size": 2, "steps": 3, "torch_compile": how == "compiled"}
-    for how in ("compiled", "as they are")
 }
 SAVED = {
     f"{head}-{dtype}": {**COMMON, "dtype": dtype, "zero_stage": 3, "micro_batch_size": 2, "save": True}
@@ -176,18 +173,6 @@ def test_stages_sum_bfloat16_micro_batches_alike(one_rank):
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(work):
-    folder = work(COMPILED, 1)
-    plain, compiled = (figures(folder, f"layers {how}") for how in ("as they are", "compiled"))
-    assert compiled["losses"] == pytest.approx(plain["losses"], abs=1e-4)
-    assert compiled["norms"] == pytest.approx(plain["norms"], rel=1e-4)
-    apart = flat(folder / "layers compiled.safetensors") - flat(folder / "layers as they are.safetensors")
-    assert float(apart.norm() / flat(folder / "layers as they are.safetensors").norm()) < 1e-5
-    # Rows of every later step have other lengths, and nothing is compiled anew.
-    assert compiled["graphs"][0] > 0 and len(set(compiled["graphs"])) == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", SAVED)
 def test_what_zero_3_saves_reloads_bit_equal(case, two_ranks):
     gathered, folder = load_file(two_ranks / f"{case}.safetensors"), two_ranks / f"{case} saved"
@@ -226,7 +211,7 @@ def weights_by_hand(config: TrainConfig, margins: list[float], split: list[list[
         set_gradient_accumulation_boundary=lambda last: None,
     )  # fmt: skip
     batches = [(SimpleNamespace(indices_B=torch.tensor(rows)), torch.zeros(len(rows), 2)) for rows in split]
-    return torch.cat([part.weights_B for part in train_step(engine, batches, config)]), policy
+    return torch.cat([part.weights_B for part in train_step(engine, batches, config, method_of(config))]), policy
 
 
 # Losses, in units of ln 2: sigmoid(0) = 1/2 is 1, sigmoid(-ln 3) = 1/4 is 2, sigmoid(-ln 15) = 1/16 is 4.
@@ -264,7 +249,7 @@ def test_one_micro_batch_is_not_surveyed():
 def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, tiny_policy, pairs, monkeypatch):
     config = config_of(kldpo_tau=0.1, packing=packing)
     policy = load_policy(str(tiny_policy), torch.float32, config.attention, gradient_checkpointing=False)
-    batches = [(form_batch(pairs, rows, config, 2), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
+    batches = [(form_batch(pairs, rows, config.packing, config.prompt_once), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
     sent, known, head = [], [], policy.head.forward
 
     def spy(kernel, hidden_ND, *arguments, **options):
@@ -274,7 +259,7 @@ def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, ti
         return logprob_N
 
     monkeypatch.setattr(policy.head, "forward", spy)
-    population = survey(policy, batches, config)
+    population = survey(policy, batches, method_of(config))
     answers = [len(pair.chosen) + len(pair.rejected) for pair in pairs[:4]]
     assert sent == [answers[0] + answers[1], answers[2] + answers[3]]
     assert known == [False, False] and not population.losses_P.requires_grad
@@ -325,9 +310,6 @@ def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
         ({"attn": "sdpa", "wdpo_rho": 0.1, "packing": False}, "--attn=eager"),
         ({"attn": "flash", "wdpo_rho": 0.1, "packing": False}, "second derivative"),
         ({"optimizer_offload": True, "zero_stage": 0}, "--zero_stage=1, 2 or 3"),
-        ({"torch_compile": True, "zero_stage": 3}, "--zero_stage=2"),
-        ({"torch_compile": True, "wdpo_rho": 0.1, "wdpo_solver": "exact"}, "second derivative"),
-        ({"torch_compile": True, "wdpo_rho": 0.1}, "does not call the layers"),
     ],
 )
 def test_flags_that_cannot_be_honoured_are_refused(flags, words):
@@ -345,9 +327,6 @@ def test_flags_that_this_machine_cannot_honour_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="flash-attn, which is not installed"):
         check_inputs(config_of(attn="flash", packing=False, dtype="bfloat16"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UsageError, match=r"C\+\+ compiler no-such-compiler"):
-        check_inputs(config_of(torch_compile=True))
 
 
 @pytest.mark.parametrize(

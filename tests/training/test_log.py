@@ -21,9 +21,9 @@ from drdpo.training.log import (
     summary,
     throughput,
 )
+from drdpo.training.losses import Pairs
 from drdpo.training.memory import meta_policy
 from drdpo.training.objective import Objective
-from drdpo.training.policy import PairValues
 
 STAND_IN = '''
 import json, os, pathlib
@@ -79,7 +79,7 @@ def test_log_is_a_list_of_known_names():
     assert trackers("none") == []
     with pytest.raises(UsageError, match="'mlflow' is not"):
         trackers("tensorboard,mlflow")
-    with pytest.raises(UsageError, match="none stands alone"):
+    with pytest.raises(UsageError, match="none excludes"):
         trackers("none,wandb")
 
 
@@ -184,12 +184,12 @@ def test_the_summary_of_two_starts_by_hand(tmp_path):
          "peak_memory_gib": 2.5, "eval_loss": 0.6, "eval_accuracy": 0.5, "eval_margin": 0.125},
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = summary(tmp_path, "kldpo", 8)
+    text = summary(tmp_path, "KLDPO", 8)
     said = {name.strip(): value for name, value in (line.split("  ", 1) for line in text.splitlines())}
     said = {name: value.strip() for name, value in said.items()}
     # 8 / 4 + 8 / 2 seconds for 16 pairs.
     assert said == {
-        "method": "kldpo", "steps": "2 (1.00 epochs)", "loss": "0.5000 (first 0.6931)", "accuracy": "0.750",
+        "method": "KLDPO", "steps": "2 (1.00 epochs)", "loss": "0.5000 (first 0.6931)", "accuracy": "0.750",
         "margin": "0.25",
         "eval loss": "0.6000", "eval accuracy": "0.500", "eval margin": "0.125", "time in steps": "6.0 s",
         "pairs per second": "2.67", "peak memory": "3.00 GiB", "checkpoint": str(tmp_path / "global_step_2"),
@@ -204,9 +204,9 @@ def test_the_summary_without_evaluation_has_no_empty_lines(tmp_path):
 
 
 def part(penalties: list[float], losses: list[float]) -> Objective:
-    pairs = len(penalties)
-    values = PairValues(torch.tensor(losses), torch.ones(pairs), torch.ones(2 * pairs), torch.zeros(0))
-    return Objective(torch.zeros(()), values, torch.ones(pairs), torch.tensor(penalties))
+    count = len(penalties)
+    pairs = Pairs(torch.ones(count), torch.ones(2 * count), {})
+    return Objective(torch.zeros(()), torch.tensor(losses), pairs, torch.ones(count), torch.tensor(penalties))
 
 
 @pytest.mark.parametrize(

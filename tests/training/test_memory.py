@@ -21,8 +21,9 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
 from drdpo.kernels import packed_attention
 from drdpo.training import engine, memory, run
-from drdpo.training.data import Pair, collate, form_batch, pack, row_tokens
+from drdpo.training.data import Pair, collate, form_batch, pack
 from drdpo.training.loop import train_alignment
+from drdpo.training.losses import method_of
 from drdpo.training.memory import (
     GATHERED,
     Memory,
@@ -62,15 +63,17 @@ FOUR = pairs_of(*[(4, 2, 1)] * 4)
 
 
 def run_of(config: TrainConfig, pairs: list[Pair] = FOUR, cut: int = 0) -> Run:
-    return Run(config, Path("-"), SimpleNamespace(pad_token_id=0), pairs, pairs, {"train": {"answer cut": cut}}, {})
+    tokenizer, counts = SimpleNamespace(pad_token_id=0), {"train": {"answer cut": cut}}
+    return Run(config, method_of(config), Path("-"), tokenizer, pairs, pairs, counts, {})
 
 
 def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
     config = config_of(path, **flags)
     batch = pack(pairs, range(len(pairs)), True) if config.packing else collate(pairs, range(len(pairs)), 0)
     policy = meta_policy(config)
-    widen_first_tokens(policy, config)
-    return dry_run(policy, batch, config)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
+    return dry_run(policy, batch, method_of(config))
 
 
 # The preflight.
@@ -78,12 +81,12 @@ def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
 
 def test_preflight_by_hand(tiny_policy, capsys):
     pairs = pairs_of((4, 2, 1), (6, 1, 1), (2, 3, 5), (1, 1, 1), (2, 2, 2))
-    config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1, lora_targets=["q_proj"])
+    config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1)
     _, shape = preflight(run_of(config, pairs, cut=2))
     printed = capsys.readouterr().out
-    trained = 2 * (32 + 32)
+    trained = 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)  # rank 1: inputs + outputs of seven maps a layer
     assert shape.trained == trained
-    assert f"{PARAMETERS + trained:,} parameters, {trained} of them trained, in float32" in printed
+    assert f"{PARAMETERS + trained:,} parameters, {trained:,} of them trained, in float32" in printed
     # Five pairs, four a step: one of 7, 8, 10, 3 and 6 tokens is left out of the first epoch.
     (tokens,) = re.findall(r"5 pairs, (\d+) tokens an epoch packed, 2 answers cut by --max_len=8", printed)
     assert int(tokens) in {34 - left for left in (7, 8, 10, 3, 6)}
@@ -177,9 +180,9 @@ def test_a_dry_run_for_eight_processes_writes_nothing(tiny_policy, tmp_path, mon
         TrainConfig(str(tiny_policy), str(data), str(tmp_path / "out"), train_batch_size=size, **flags) for size in (16, 8)
     )
     with pytest.raises(DataError, match="10 usable train pairs, fewer than 16"):
-        check_inputs(few)
-    check_inputs(enough)
-    train_alignment(enough)
+        check_inputs(few, method_of(few))
+    check_inputs(enough, method_of(enough))
+    train_alignment(enough, method_of(enough))
     printed = capsys.readouterr().out
     assert "a step is 1 micro-batch of 1 on each of 8 processes" in printed
     assert "predicted peak" in printed
@@ -311,11 +314,11 @@ def test_packed_rows_attend_by_flash_on_cuda_and_by_sdpa_on_a_cpu(tiny_policy, o
     assert resolve_attention(open_config(tiny_policy, wdpo_rho=0.1, wdpo_solver="exact")).attn == "eager"
     # Reference log-probs are keyed by what attends.
     pairs = [Pair([1], [2], [3])]
-    flash = reference_key("model", pairs, resolve_attention(config))
+    flash = reference_key("model", pairs, run.arithmetic_of(resolve_attention(config)))
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
     assert resolve_attention(config).attn == "sdpa"
     assert not capsys.readouterr().out
-    assert reference_key("model", pairs, resolve_attention(config)) != flash
+    assert reference_key("model", pairs, run.arithmetic_of(resolve_attention(config))) != flash
 
 
 @pytest.mark.parametrize(
@@ -348,8 +351,9 @@ def test_what_is_left_open_does_not_stop_a_run_that_resumes(on_cuda, monkeypatch
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
     assert run._left_open(open_config()) == {"attn"}
     # The same numbers come out with and without recomputation: see below.
-    assert "gradient_checkpointing" not in run._made_by(open_config("no such folder"))
-    assert run._made_by(open_config("no such folder", deterministic=True))["deterministic"]
+    config = open_config("no such folder", deterministic=True)
+    made_by = run._made_by(config, method_of(config))
+    assert "gradient_checkpointing" not in made_by and made_by["deterministic"]
 
 
 @dataclass
@@ -361,7 +365,7 @@ class _Need:
 def bytes_a_token(monkeypatch):
     """A token of a row takes one byte with recomputation and four without."""
 
-    def predicted(config, policy, pairs, recompute):
+    def predicted(config, method, policy, pairs, recompute):
         return _Need(config.micro_batch_tokens * (1 if recompute else 4))
 
     monkeypatch.setattr(memory, "predicted", predicted)
@@ -369,7 +373,7 @@ def bytes_a_token(monkeypatch):
 
 def test_rows_hold_what_fits_and_always_the_longest_pair(bytes_a_token):
     def rows(size: float, **flags) -> int:
-        return rows_that_fit(open_config(**{"max_len": 512, **flags}), None, int(size / memory.MARGIN) + 1)
+        return rows_that_fit(open_config(**{"max_len": 512, **flags}), None, None, int(size / memory.MARGIN) + 1)
 
     assert [rows(4 * 16_384), rows(4 * 16_384 - 10), rows(16_384)] == [16_384, 8_192, 4_096]
     # 4,096 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
@@ -391,11 +395,11 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
     def rows(gib: float, **flags) -> int | None:
         properties = SimpleNamespace(total_memory=int(gib / memory.MARGIN) + 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return resolve_rows(replace(config, **flags), None).micro_batch_tokens
+        return resolve_rows(replace(config, **flags), None, None).micro_batch_tokens
 
     started = replace(config, micro_batch_tokens=rows(16_384))
     assert started.micro_batch_tokens == 4_096 and rows(16_384, gradient_checkpointing="true") == 16_384
-    write_manifest(tmp_path, "train", run._made_by(started))
+    write_manifest(tmp_path, "train", run._made_by(started, method_of(started)))
     for flags in ({}, {"gradient_checkpointing": "true"}, {"gradient_checkpointing": "false"}):
         assert [rows(16_384, **flags), rows(10**6, **flags)] == [4_096, 4_096]
     assert rows(10**6, resume="never") == 16_384
@@ -405,8 +409,8 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
 def test_the_row_that_is_predicted_is_full(flags):
     config = open_config(**flags)
     for tokens in memory.ROWS:
-        pairs = memory._row_of(tokens, config)
-        assert 0.95 * tokens < sum(row_tokens(pair, config) for pair in pairs) <= tokens
+        pairs = memory._row_of(tokens, config.prompt_once)
+        assert 0.95 * tokens < sum(pair.row_tokens(config.prompt_once) for pair in pairs) <= tokens
 
 
 @pytest.mark.parametrize(("free", "expected", "line"), [(10**12, "false", "off: without"), (10**6, "true", "on: without")])
@@ -445,10 +449,11 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
         policy = load_policy(
             str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.second_derivative
         )
-        widen_first_tokens(policy, config)
-        batch = form_batch(pairs, [0, 1, 2], config, 0)
-        population = Population(torch.tensor([0.1, 0.9, 0.5])) if config.weighted else None
-        part = objective(policy, batch, torch.zeros(3, 2), config, population)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
+        batch, method = form_batch(pairs, [0, 1, 2], config.packing, config.prompt_once), method_of(config)
+        population = Population(torch.tensor([0.1, 0.9, 0.5])) if method.weights else None
+        part = objective(policy, batch, torch.zeros(3, 2), method, population)
         part.total.backward()
         found.append([part.total.detach(), *(parameter.grad for parameter in policy.parameters())])
     assert all(float(grad.abs().max()) > 0 for grad in found[0])

@@ -13,6 +13,7 @@ from harness.forks import Forks
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
+from drdpo.training.losses import method_of
 from drdpo.training.run import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,15 +67,11 @@ def refuse(done, status: int, *words: str) -> None:
         (["--attn=flash", "--packing=false"], ["--attn=flash needs", "--attn=sdpa"]),
         (["--attn=flash_attention_2"], ["invalid choice"]),
         (["--optimizer_offload=true", "--zero_stage=0", "--dtype=float32"], ["--optimizer_offload=true", "--zero_stage=1"]),
-        (["--torch_compile=true", "--zero_stage=3"], ["--torch_compile=true", "--zero_stage=2"]),
         (["--wdpo_rho=0.1", "--wdpo_solver=exact", "--zero_stage=3"], ["--zero_stage=3", "--zero_stage=2"]),
         (["--wdpo_rho=0.1", "--wdpo_fraction=0.1", "--micro_batch_size=1"], ["--wdpo_fraction=0.1 of 4", "0.25 or more"]),
         (["--zero_stage=0", "--dtype=bfloat16"], ["--zero_stage=0", "bfloat16"]),
         (["--loss_type=ipo", "--label_smoothing=0.1"], ["--label_smoothing"]),
         (["--label_smoothing=0.5"], ["--label_smoothing"]),
-        (["--keep_steps", "158"], ["--keep_steps has no meaning without --keep_checkpoints"]),
-        (["--keep_checkpoints=2", "--keep_steps", "150", "--max_steps=200"], ["--keep_steps=150", "--save_steps=158"]),
-        (["--comm_timeout=0"], ["--comm_timeout=0"]),
     ],
 )  # fmt: skip
 def test_a_wrong_command_ends_with_status_2(flags, words, forks, tiny_policy, data, tmp_path):
@@ -82,17 +79,9 @@ def test_a_wrong_command_ends_with_status_2(flags, words, forks, tiny_policy, da
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_to_keep_must_be_one_that_is_saved(tiny_policy, data, tmp_path):
-    config = TrainConfig(str(tiny_policy), str(data), str(tmp_path), train_batch_size=2, micro_batch_size=1, max_epochs=5,
-                         save_steps=3, keep_checkpoints=1, keep_steps=[3, 10])  # fmt: skip
-    assert open_run(config).steps == 10, "its last is saved as well"
-    with pytest.raises(UsageError, match=r"--keep_steps=12: .*--save_steps=3, 10 steps in all\); the nearest are 9 and 10"):
-        open_run(replace(config, keep_steps=[12]))
-
-
 def test_the_first_test_pairs_alone_are_evaluated(tiny_policy, data, tmp_path):
     config = TrainConfig(str(tiny_policy), str(data), str(tmp_path / "run"), train_batch_size=4, max_test_pairs=3)
-    run = open_run(config)
+    run = open_run(config, method_of(config))
     assert (len(run.train), len(run.test)) == (4, 3)
     with pytest.raises(UsageError, match="--max_test_pairs=0 must be at least 1"):
         replace(config, max_test_pairs=0)
@@ -128,7 +117,7 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(fork
 
     out = tmp_path / "out"
     config, _ = settle(TrainConfig(str(tiny_policy), str(data), str(out), train_batch_size=4))
-    write_manifest(out, "train", {**_made_by(config), "pairs": "x"})
+    write_manifest(out, "train", {**_made_by(config, method_of(config)), "pairs": "x"})
     assert train(forks, tiny_policy, data, out).returncode == 0
     refuse(train(forks, tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
     assert train(forks, tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0

@@ -13,9 +13,9 @@ import torch
 from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
 from harness.stand_ins import make_environment
 
-from drdpo.errors import ProcessError
+from drdpo.errors import ProcessError, UsageError
 from drdpo.training.checkpoint import states
-from drdpo.training.stop import STATUS, is_lost_rank, lost_rank_in_one_line
+from drdpo.training.stop import STATUS, is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 
 STEP = "loop:train_step"
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp"
@@ -61,7 +61,18 @@ def test_a_lost_rank_is_reported_to_torchrun_if_it_asks(tmp_path, monkeypatch):
         raise RuntimeError(LOST[0])
     assert stopped.value.code == 1
     written = json.loads((tmp_path / "error.json").read_text())["message"]
-    assert "--comm_timeout=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
+    assert "DRDPO_TIMEOUT=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
+
+
+def test_the_time_to_wait_is_a_positive_number(monkeypatch):
+    monkeypatch.delenv("DRDPO_TIMEOUT", raising=False)
+    assert seconds_to_wait() == 1800
+    monkeypatch.setenv("DRDPO_TIMEOUT", "15")
+    assert seconds_to_wait() == 15
+    for text in ("0", "-3", "1.5", "soon"):
+        monkeypatch.setenv("DRDPO_TIMEOUT", text)
+        with pytest.raises(UsageError, match=f"DRDPO_TIMEOUT={text}"):
+            seconds_to_wait()
 
 
 NOTES = """

@@ -96,7 +96,7 @@ def _write_model(model: Any, weights: Weights, tokenizer: Tokenizer, folder: Pat
                 if lora.quantize != "none":
                     whole = load_base(lora)
                     weights = whole.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
-                whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, lora)))
+                whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, lora.rank)))
             else:
                 save_adapter(model, weights, aside)
             tokenizer.save_pretrained(aside)
@@ -148,37 +148,36 @@ def check_room(folder: Path, needed: int, device: torch.device) -> None:
 # --keep_checkpoints: which of the folders global_step_<n> stay.
 
 
-def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int, named: Sequence[int]) -> set[int]:
+def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int) -> set[int]:
     """Which checkpoints stay.
 
     Args:
         steps: of all checkpoints.
         losses: evaluation loss by step, as far as evaluated.
         newest: number of the newest that stay, at least one; 0 keeps all.
-        named: steps that stay as well.
 
     Returns:
-        The newest, the named, and of those that were evaluated the one with the lowest loss, the earlier one of equals.
+        The newest, and of those that were evaluated the one with the lowest loss, the earlier one of equals.
     """
     if newest == 0:
         return set(steps)
     evaluated = [step for step in sorted(steps) if step in losses]
     best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
-    return {*sorted(steps)[-newest:], *best, *(step for step in named if step in steps)}
+    return {*sorted(steps)[-newest:], *best}
 
 
-def remove_old_checkpoints(folder: Path, newest: int, named: Sequence[int]) -> None:
+def remove_old_checkpoints(folder: Path, newest: int) -> None:
     """Delete the checkpoints of a run that kept_steps does not keep. On rank 0, after a checkpoint is complete.
 
     Args:
         folder: save_path, with the evaluation losses in metrics.jsonl.
-        newest, named: as for kept_steps.
+        newest: as for kept_steps.
     """
     metrics = folder / "metrics.jsonl"
     lines = [line for _, line in whole_lines(metrics)] if metrics.is_file() else []
     losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
     places = _by_step(folder, "global_step_")
-    kept = kept_steps(list(places), losses, newest, named)
+    kept = kept_steps(list(places), losses, newest)
     for step, path in places.items():
         if step not in kept:
             # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.

@@ -23,8 +23,10 @@ from drdpo.training import losses
 from drdpo.training.data import Batch
 
 if TYPE_CHECKING:
+    from drdpo.training.data import AnyBatch
+    from drdpo.training.losses import Pairs
     from drdpo.training.objective import Objective
-    from drdpo.training.policy import AnyBatch, PairValues, Policy
+    from drdpo.training.policy import Policy
 
 WANDB_ID = "wandb.json"
 """{id, project} of the folder's wandb run. Never a key."""
@@ -40,11 +42,10 @@ Tensor Core", halved where they count sparsity."""
 Metrics = dict[str, float]
 
 
-def pair_table(values: "PairValues", beta: float) -> Tensor:
+def pair_table(losses_B: Tensor, pairs: "Pairs", beta: float) -> Tensor:
     """[B, 4] per pair: plain loss, is the margin positive, chosen reward, rejected reward (beta times the log-ratio)."""
-    pairs = len(values.losses_B)
-    rewards_S = beta * values.log_ratios_S
-    columns = (values.losses_B, (values.margins_B > 0).float(), rewards_S[:pairs], rewards_S[pairs:])
+    chosen_B, rejected_B = (beta * pairs.log_ratios_S).chunk(2)
+    columns = (losses_B, (pairs.margins_B > 0).float(), chosen_B, rejected_B)
     return torch.stack([column.detach().float() for column in columns], dim=1)
 
 
@@ -78,8 +79,8 @@ def step_metrics(
         rho: of WDPO's penalty, if there is one.
         root: for the root penalty, its population: all pairs of the step, or the ranks' n-th micro-batches.
     """
-    metrics = table_means(distributed.gather(torch.cat([pair_table(part.values, beta) for part in parts])))
-    terms = distributed.gather(torch.cat([part.weights_B * part.values.losses_B.detach() for part in parts]))
+    metrics = table_means(distributed.gather(torch.cat([pair_table(part.losses_B, part.pairs, beta) for part in parts])))
+    terms = distributed.gather(torch.cat([part.weights_B * part.losses_B.detach() for part in parts]))
     metrics["objective"] = float(terms.mean())
     if weighted:
         weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))

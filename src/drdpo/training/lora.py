@@ -17,6 +17,8 @@ from drdpo.errors import DataError, UsageError, one_line
 from drdpo.training.policy import Policy, quiet_bitsandbytes
 
 ADAPTER = "default"
+ALPHA = 32
+"""Changes are multiplied by ALPHA / rank."""
 _PREFIX = "base_model.model."
 """What peft puts before the names of parameters in an adapter's file."""
 
@@ -26,17 +28,22 @@ def add_lora(policy: Policy, lora: LoraSettings) -> None:
 
     Args:
         policy: as loaded, or on the meta device.
-        lora: rank, alpha and targets; the seed draws A, the same on every rank.
+        lora: the seed draws A, the same on every rank.
 
     Raises:
-        UsageError: a target is no linear layer of the decoder blocks, or these have none.
+        UsageError: the decoder blocks have no linear layers.
     """
     quiet_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
     model = policy.language_model
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if not linear:
+        raise UsageError(f"--lora_rank={lora.rank}: the blocks of {lora.model_path} have no torch Linear layers; omit it")
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=_targets(model, lora),
+        r=lora.rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none",
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in linear}),
         task_type="CAUSAL_LM", base_model_name_or_path=lora.model_path,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -50,26 +57,12 @@ def add_lora(policy: Policy, lora: LoraSettings) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _targets(model: Any, lora: LoraSettings) -> list[str]:
-    """Last names of the layers that get adapters."""
-    head = model.get_output_embeddings()
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
-    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    if not known:
-        raise UsageError(f"--lora_rank={lora.rank}: the blocks of {lora.model_path} have no torch Linear layers; omit it")
-    if unknown := [name for name in lora.targets if name not in known]:
-        raise UsageError(
-            f"--lora_targets={' '.join(unknown)}: no linear layer of the model's blocks; it has {', '.join(known)}"
-        )
-    return lora.targets or known
-
-
-def merged(weights: dict[str, Tensor], lora: LoraSettings) -> dict[str, Tensor]:
+def merged(weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Weights of a plain model, W + (alpha / r) B A in W's dtype, under their plain names.
 
     Args:
         weights: of the adapters and of the frozen model, whole; frozen ones with or without peft's `base_layer` in the name.
-        lora: alpha and rank.
+        rank: r.
     """
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
     for name, down_rD in weights.items():
@@ -77,7 +70,7 @@ def merged(weights: dict[str, Tensor], lora: LoraSettings) -> dict[str, Tensor]:
         if adapter:
             up_Dr, weight = weights[f"{layer}.lora_B.{ADAPTER}.weight"], plain[f"{layer}.weight"]
             # In float32: bfloat16 would round a small change away twice.
-            change = up_Dr.float() @ down_rD.float() * (lora.alpha / lora.rank)
+            change = up_Dr.float() @ down_rD.float() * (ALPHA / rank)
             plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
     return plain
 

@@ -29,12 +29,13 @@ from drdpo.folder import read_manifest
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX as PACKED
 from drdpo.kernels.packed_attention import PrefixGroup, refusal
-from drdpo.training.data import Batch, PackedBatch, Pair, form_batch, row_tokens, step_batches, step_indices
+from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, form_batch
 from drdpo.training.engine import BUCKET
 from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
+from drdpo.training.losses import Method
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import AnyBatch, Policy, check_rotary, fix_rotary, widen_first_tokens
+from drdpo.training.policy import Policy, check_rotary, fix_rotary, widen_first_tokens
 from drdpo.training.run import Run
 from drdpo.training.wdpo import check_architecture
 
@@ -63,7 +64,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
 
     Raises:
         DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
-        UsageError: --lora_targets names no linear layer of the model, or pairs are too long for its rotary positions.
+        UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
     """
     policy = shapes(run.config, [*run.train, *run.test])
     shape = shape_of(policy)
@@ -72,7 +73,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
     if distributed.is_main():
         dealt = _dealt(run)
         largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
-        recompute, lines = _memory(run.config, policy, [run.train[row] for row in largest], *memory)
+        recompute, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
         lines = [*_work(run, shape, dealt), _lengths(run), *lines]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
     return replace(run, config=_recomputing(run.config, _of_all(float(recompute))[0] > 0)), shape
@@ -84,20 +85,15 @@ def _recomputing(config: TrainConfig, recompute: bool) -> TrainConfig:
 
 def _dealt(run: Run) -> list[list[int]]:
     """All ranks' micro-batches of the first epoch, or of the run if that is shorter."""
-    config, world = run.config, distributed.world_size()
-    dealt = []
-    for step in range(min(run.steps, run.steps_per_epoch)):
-        indices = step_indices(len(run.train), config.train_batch_size, config.seed, step)
-        for rank in range(world):
-            dealt += step_batches(indices, run.train_lengths, config, rank, world)
-    return dealt
+    plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
+    return [rows for step in range(min(run.steps, run.steps_per_epoch)) for plan in plans for rows in plan.of_step(step)]
 
 
 def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
     """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
     if not config.packing:
         return 2 * len(pairs) * max(len(pair) for pair in pairs)
-    return sum(row_tokens(pair, config) for pair in pairs)
+    return sum(pair.row_tokens(config.prompt_once) for pair in pairs)
 
 
 def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
@@ -133,19 +129,19 @@ def _lengths(run: Run) -> tuple[str, str]:
     return "tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(found)
 
 
-def _memory(config: TrainConfig, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, Lines]:
+def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, Lines]:
     """Are activations recomputed, and what is printed about memory.
 
     Args:
-        config: of the run.
+        run: with its flags.
         policy: on the meta device.
         pairs: of the largest micro-batch.
         free, sharers: from _free.
     """
-    process = None if distributed.use_cuda() else _resident()
+    config, process = run.config, None if distributed.use_cuda() else _resident()
     lines = []
     try:
-        need = predicted(config, policy, pairs, config.gradient_checkpointing == "true", process)
+        need = predicted(config, run.method, policy, pairs, config.gradient_checkpointing == "true", process)
         if config.gradient_checkpointing == "auto":
             limit = int(CPU_SHARE * free) // sharers if process else int(MARGIN * free)
             config = _recomputing(config, need.total > limit)
@@ -157,7 +153,7 @@ def _memory(config: TrainConfig, policy: Policy, pairs: list[Pair], free: int, s
                               f"{_gib(limit)}, {share} {_gib(free)} that are free{each}")
             )  # fmt: skip
             if config.recompute:
-                need = predicted(config, policy, pairs, True, process)
+                need = predicted(config, run.method, policy, pairs, True, process)
     except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
         # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
         reason = one_line(str(error), 100)
@@ -272,7 +268,7 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
     return replace(config, attn="sdpa")
 
 
-def resolve_rows(config: TrainConfig, policy: Policy) -> TrainConfig:
+def resolve_rows(config: TrainConfig, method: Method, policy: Policy) -> TrainConfig:
     """The flags with --micro_batch_tokens, where deals_by_tokens says so. Every rank must call.
 
     A run in save_path that is resumed keeps its rows, whatever --gradient_checkpointing is now and the GPUs are. A new one
@@ -281,16 +277,17 @@ def resolve_rows(config: TrainConfig, policy: Policy) -> TrainConfig:
 
     Args:
         config: with the kernel of resolve_attention.
+        method: of the run.
         policy: on the meta device.
     """
     before = read_manifest(Path(config.save_path)).get("train") if config.resume == "auto" else None
     kept = int(_of_all(float(before["made_by"].get("micro_batch_tokens") or 0 if before else 0))[0])
     memory = torch.cuda.get_device_properties(distributed.device()).total_memory
     least = int(min(_of_all(float(memory))))
-    return replace(config, micro_batch_tokens=kept or rows_that_fit(config, policy, least))
+    return replace(config, micro_batch_tokens=kept or rows_that_fit(config, method, policy, least))
 
 
-def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
+def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: int) -> int:
     """--micro_batch_tokens of a new run for GPUs of that many bytes; see resolve_rows."""
     least = 2 * config.max_len
     choices = [tokens for tokens in ROWS if tokens >= least] or [least]
@@ -299,7 +296,8 @@ def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
         tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
     for tokens, recompute in tried:
         try:
-            need = predicted(replace(config, micro_batch_tokens=tokens), policy, _row_of(tokens, config), recompute)
+            flags = replace(config, micro_batch_tokens=tokens)
+            need = predicted(flags, method, policy, _row_of(tokens, config.prompt_once), recompute)
         except Exception:  # the model's forward pass looks at values: nothing is known
             return choices[-1]
         if need.total <= MARGIN * memory:
@@ -307,9 +305,9 @@ def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
     return choices[-1]
 
 
-def _row_of(tokens: int, config: TrainConfig) -> list[Pair]:
+def _row_of(tokens: int, prompt_once: bool) -> list[Pair]:
     """Pairs of equal parts, about 256 tokens each, that fill a row."""
-    parts = row_tokens(Pair([0], [0], [0]), config)
+    parts = Pair([0], [0], [0]).row_tokens(prompt_once)
     pairs = max(1, tokens // (256 * parts))
     part = [0] * (tokens // (pairs * parts))
     return [Pair(part, part, part)] * pairs
@@ -319,12 +317,12 @@ def _row_of(tokens: int, config: TrainConfig) -> list[Pair]:
 
 
 def predicted(
-    config: TrainConfig, policy: Policy, pairs: list[Pair], recompute: bool, process: int | None = None
+    config: TrainConfig, method: Method, policy: Policy, pairs: list[Pair], recompute: bool, process: int | None = None
 ) -> "Memory":
     """Peak memory of a step whose largest micro-batch is these pairs, with or without recomputation of activations.
 
     Args:
-        config: of the run.
+        config, method: of the run.
         policy: on the meta device.
         pairs: that go through the model together.
         recompute: as --gradient_checkpointing.
@@ -334,8 +332,8 @@ def predicted(
         RuntimeError: the model's forward pass needs more than shapes.
     """
     set_recomputation(policy, recompute)
-    batch = form_batch(pairs, list(range(len(pairs))), config, pad_token_id=0)
-    return predict(policy, plan_of(config, distributed.world_size()), *dry_run(policy, batch, config), process)
+    batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+    return predict(policy, plan_of(config, distributed.world_size()), *dry_run(policy, batch, method), process)
 
 
 def set_recomputation(policy: Policy, recompute: bool) -> None:
@@ -349,11 +347,12 @@ def set_recomputation(policy: Policy, recompute: bool) -> None:
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     """The policy of a run without its weights, as a dry run needs it. Raises as preflight does."""
     policy = meta_policy(config)
-    check_rotary(policy, list(pairs), config)
+    check_rotary(policy, pairs, config.model_path)
     fix_rotary(policy)
-    if config.method == "wdpo" and config.solver == "tangent":
-        check_architecture(policy, config)
-        widen_first_tokens(policy, config)
+    if config.tangent:
+        check_architecture(policy, config.model_path)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
     return policy
 
 
@@ -362,7 +361,7 @@ def meta_policy(config: TrainConfig) -> Policy:
 
     Raises:
         DataError: there is no such model, or transformers does not know its architecture.
-        UsageError: --lora_targets names no linear layer of the model.
+        UsageError: the model's blocks have no linear layers for --lora_rank.
     """
     from transformers import AutoConfig
 
@@ -501,7 +500,7 @@ def _weight_bytes(policy: Policy, plan: Plan) -> int:
     return element * (total - sum(sizes) + max(sizes)) + round(codes)
 
 
-def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, int]:
+def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
     """Peak bytes of a forward and backward pass of one micro-batch: (in the model, in the output head).
 
     Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
@@ -509,14 +508,14 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
     Args:
         policy: from meta_policy or shapes.
         batch: the largest of the run.
-        config: of the run.
+        method: of the run.
 
     Raises:
         Exception: of any kind, if the model's forward pass looks at values.
     """
     meta = torch.device("meta")
     # WDPO's exact solver attends to padded rows by plain products, which shapes take as they are.
-    given = (_as_packed(batch) if isinstance(batch, Batch) and not config.second_derivative else batch).to(meta)
+    given = (_as_packed(batch) if isinstance(batch, Batch) and not policy.second_derivative else batch).to(meta)
     pairs = len(given.indices_B)
     # As under ZeRO, a parameter's gradient leaves as soon as it exists.
     hooks = [
@@ -529,7 +528,7 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     try:
         with _Alive(policy.head.weight.shape[0], known) as alive:
-            objective(policy, given, torch.zeros(pairs, 2, device=meta), config, population).total.backward()
+            objective(policy, given, torch.zeros(pairs, 2, device=meta), method, population).total.backward()
     finally:
         for hook in hooks:
             hook.remove()

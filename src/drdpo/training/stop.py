@@ -2,7 +2,7 @@
 
 SIGTERM and SIGUSR1 end the run at the next step boundary, the same one on every rank.
 A rank whose process dies closes its connections, which the others notice at once under gloo. One that hangs, or whose host
-loses power or its network, is noticed after --comm_timeout seconds by those that wait for it. Under NCCL torch's watchdog
+loses power or its network, is noticed after DRDPO_TIMEOUT seconds by those that wait for it. Under NCCL torch's watchdog
 then ends the process, and torchrun the other ranks of a machine where one has died.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from drdpo import distributed
-from drdpo.errors import ProcessError, one_line
+from drdpo.errors import ProcessError, UsageError, one_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STATUS = os.EX_TEMPFAIL
@@ -75,6 +75,18 @@ def is_lost_rank(error: BaseException) -> bool:
     )
 
 
+def seconds_to_wait() -> int:
+    """How long ranks wait for one that does not answer: the environment variable DRDPO_TIMEOUT, 1800 by default.
+
+    Raises:
+        UsageError: it is not a positive whole number.
+    """
+    text = os.environ.get("DRDPO_TIMEOUT") or "1800"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"DRDPO_TIMEOUT={text} must be a number of seconds, 1 or more")
+    return int(text)
+
+
 @contextmanager
 def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     """Turn what torch raises when a rank does not answer into a ProcessError.
@@ -83,7 +95,7 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     one, unless a rank of its machine failed for another reason.
 
     Args:
-        timeout: --comm_timeout, seconds.
+        timeout: from seconds_to_wait.
     """
     try:
         yield
@@ -92,7 +104,7 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
             raise
         reason = one_line(str(error), 200)
         lost = ProcessError(
-            f"rank {distributed.rank()} lost another rank: it died, or did not answer for --comm_timeout={timeout} seconds "
+            f"rank {distributed.rank()} lost another rank: it died, or did not answer for DRDPO_TIMEOUT={timeout} seconds "
             f"({reason}); rerun the same command to resume from the last saved state"
         )
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
