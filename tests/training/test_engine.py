@@ -21,7 +21,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
 from drdpo.training.losses import method_of
-from drdpo.training.memory import meta_policy, plan_of, predict
+from drdpo.training.memory import plan_of, predict, shapes
 from drdpo.training.objective import survey
 from drdpo.training.policy import Answers, Policy, load_policy
 from drdpo.training.run import check_inputs
@@ -280,7 +280,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
             num_key_value_heads=1, architectures=["LlamaForCausalLM"],
         ).save_pretrained(tmp_path)  # fmt: skip
         config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3, dtype="bfloat16")
-        policy = meta_policy(config)
+        policy = shapes(config)
         assert largest_vector(policy) == width
         settings = engine_config(config, 1, 10**9, largest_vector(policy))["zero_optimization"]
         assert settings["stage3_param_persistence_threshold"] == expected
@@ -292,7 +292,7 @@ def test_an_offloaded_optimizer_takes_no_room_on_a_gpu(tiny_policy):
     shares = []
     for offload in (True, False):
         config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
-        policy: Policy = meta_policy(config)
+        policy: Policy = shapes(config)
         shares.append([predict(policy, plan_of(config, 1), 0, 0, process).optimizer for process in (None, 1)])
     assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0
 

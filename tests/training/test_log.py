@@ -22,7 +22,7 @@ from drdpo.training.log import (
     throughput,
 )
 from drdpo.training.losses import Pairs
-from drdpo.training.memory import meta_policy
+from drdpo.training.memory import shapes
 from drdpo.training.objective import Objective
 
 STAND_IN = '''
@@ -259,7 +259,7 @@ def test_flops_by_hand(tiny_policy):
     assert dpo_flops(frozen, batch) == (60 + 400) * 7 + 4 * 50 * 3 + 12 * 2 * 8 * 22.5
     # Two padded rows of six and five tokens.
     assert dpo_flops(shape, collate(ONE, [0], 0)) == 6 * 100 * 11 + 6 * 50 * 3 + 12 * 2 * 8 * (18 + 12.5)
-    found = shape_of(meta_policy(TrainConfig(str(tiny_policy), "-", "-", dtype="float32")))
+    found = shape_of(shapes(TrainConfig(str(tiny_policy), "-", "-", dtype="float32")))
     # Embeddings and tied head; two layers and the final norm.
     head, blocks = 49_152 * 32, 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     assert (found.parameters, found.blocks, found.head) == (head + blocks, blocks, head)

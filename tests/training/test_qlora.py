@@ -27,7 +27,7 @@ from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
-from drdpo.training.memory import meta_policy, plan_of, predict
+from drdpo.training.memory import plan_of, predict, shapes
 from drdpo.training.objective import objective
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import reference_key
@@ -152,7 +152,7 @@ def test_the_weights_are_near_the_stored_ones_and_take_the_bytes_that_are_predic
     assert torch.equal(policy.head.weight, stored["model.embed_tokens.weight"].bfloat16()), "head and embeddings stay whole"
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     others = sum(parameter.numel() for parameter in policy.parameters() if parameter.is_floating_point())
-    meta = meta_policy(config)
+    meta = shapes(config)
     predicted = predict(meta, plan_of(config, 1), 0, 0, 0).weights
     # At most one layer's weight is dequantized at a time.
     assert predicted == pytest.approx(held + 2 * others + 2 * 64 * 128, rel=1e-3)

@@ -10,7 +10,7 @@ from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
-from drdpo.training.memory import meta_policy, preflight
+from drdpo.training.memory import preflight, shapes
 from drdpo.training.policy import Policy, check_rotary, load_policy
 from drdpo.training.run import Run
 
@@ -89,4 +89,4 @@ def test_fixed_kinds_have_no_limit(tmp_path):
         **SIZES, max_position_embeddings=8, rope_parameters=rope, architectures=["LlamaForCausalLM"]
     ).save_pretrained(tmp_path)
     config = config_of(tmp_path)
-    check_rotary(meta_policy(config), [pair_of(8, 24, 5)], config)
+    check_rotary(shapes(config), [pair_of(8, 24, 5)], config.model_path)

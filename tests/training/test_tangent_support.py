@@ -20,7 +20,7 @@ from drdpo.errors import DataError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
-from drdpo.training.memory import meta_policy
+from drdpo.training.memory import shapes
 from drdpo.training.objective import objective
 from drdpo.training.policy import Policy, load_policy, widen_first_tokens
 from drdpo.training.wdpo import check_architecture, check_tangent
@@ -160,7 +160,7 @@ def test_a_refusal_tells_what_auto_is_and_a_stage_that_exact_runs_under(tmp_path
     model.save_pretrained(tmp_path)
     config = config_of(model_path=str(tmp_path), zero_stage=3)
     with pytest.raises(DataError, match=r"=auto, which is tangent .*exact with --packing=false and --zero_stage=2"):
-        check_architecture(meta_policy(config), config)
+        check_architecture(shapes(config), config.model_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

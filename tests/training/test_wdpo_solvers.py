@@ -13,7 +13,7 @@ from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
-from drdpo.training.memory import dry_run, meta_policy
+from drdpo.training.memory import dry_run, shapes
 from drdpo.training.objective import objective, penalty_scales
 from drdpo.training.policy import Policy, load_policy, widen_first_tokens
 from drdpo.training.wdpo import check_tangent
@@ -130,7 +130,7 @@ def test_the_dry_run_takes_every_solver(tiny_policy, pairs):
     for solver in ("exact", "tangent"):
         config = config_of(wdpo_solver=solver, model_path=str(tiny_policy))
         sizes[solver], _ = dry_run(
-            meta_policy(config), form_batch(pairs, range(4), config.packing, config.prompt_once), method_of(config)
+            shapes(config), form_batch(pairs, range(4), config.packing, config.prompt_once), method_of(config)
         )
     assert 0 < sizes["tangent"] < sizes["exact"]
 

@@ -63,7 +63,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         The run, with --gradient_checkpointing=auto resolved, and what a step's work depends on.
 
     Raises:
-        DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
+        DataError: there is no such model, transformers does not know its architecture, or --wdpo_solver=tangent does not.
         UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
     """
     policy = shapes(run.config, [*run.train, *run.test])
@@ -331,12 +331,12 @@ def predicted(
     Raises:
         RuntimeError: the model's forward pass needs more than shapes.
     """
-    set_recomputation(policy, recompute)
+    _set_recomputation(policy, recompute)
     batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
     return predict(policy, plan_of(config, distributed.world_size()), *dry_run(policy, batch, method), process)
 
 
-def set_recomputation(policy: Policy, recompute: bool) -> None:
+def _set_recomputation(policy: Policy, recompute: bool) -> None:
     """Recompute activations in the backward pass, or keep them; non-reentrant, the form that has a second derivative."""
     if recompute:
         policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -345,24 +345,7 @@ def set_recomputation(policy: Policy, recompute: bool) -> None:
 
 
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
-    """The policy of a run without its weights, as a dry run needs it. Raises as preflight does."""
-    policy = meta_policy(config)
-    check_rotary(policy, pairs, config.model_path)
-    fix_rotary(policy)
-    if config.tangent:
-        check_architecture(policy, config.model_path)
-    if config.wide_first_tokens:
-        widen_first_tokens(policy)
-    return policy
-
-
-def meta_policy(config: TrainConfig) -> Policy:
-    """The policy of a run without its weights: shapes alone, from the model's config.json.
-
-    Raises:
-        DataError: there is no such model, or transformers does not know its architecture.
-        UsageError: the model's blocks have no linear layers for --lora_rank.
-    """
+    """The policy of a run without its weights: shapes alone, from the model's config.json. Raises as preflight does."""
     from transformers import AutoConfig
 
     try:
@@ -375,7 +358,13 @@ def meta_policy(config: TrainConfig) -> Policy:
     policy.flash_attention = config.packed_flash
     if config.lora:
         add_lora(policy, config.lora)
-    set_recomputation(policy, config.recompute)
+    _set_recomputation(policy, config.recompute)
+    check_rotary(policy, pairs, config.model_path)
+    fix_rotary(policy)
+    if config.tangent:
+        check_architecture(policy, config.model_path)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
     return policy
 
 
@@ -506,7 +495,7 @@ def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
     Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
 
     Args:
-        policy: from meta_policy or shapes.
+        policy: from shapes.
         batch: the largest of the run.
         method: of the run.
 
