@@ -27,9 +27,7 @@ from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_w
 
 from harness.faults import plant
 
-MODULES = (
-    "training.loop", "generation.sampling", "rewards.scoring", "rewards.scorer", "rewards.pairing", "evaluation.spider",
-)  # fmt: skip
+MODULES = ("training.loop", "sampling.sample", "scoring.score", "pairing", "evaluation.spider")
 
 
 def run(task: dict[str, Any], streams: list[int]) -> None:

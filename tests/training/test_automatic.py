@@ -167,7 +167,7 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
         if config.wide_first_tokens:
             widen_first_tokens(policy)
         batch = form_batch(pairs, [0, 1, 2], config.packing, config.prompt_once)
-        population = Population(torch.tensor([0.1, 0.9, 0.5])) if config.weighted else None
+        population = Population(torch.tensor([0.1, 0.9, 0.5])) if method_of(config).weights else None
         part = objective(policy, batch, torch.zeros(3, 2), method_of(config), population)
         part.total.backward()
         found.append([part.total.detach(), *(parameter.grad for parameter in policy.parameters())])

@@ -172,12 +172,12 @@ def test_the_summary_of_two_starts_by_hand(tmp_path):
          "peak_memory_gib": 2.5, "eval_loss": 0.6, "eval_accuracy": 0.5, "eval_margin": 0.125},
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = summary(TrainConfig("m", "d", str(tmp_path), train_batch_size=8, kldpo_tau=0.05), "DPO", tmp_path, 2)
+    text = summary(TrainConfig("m", "d", str(tmp_path), train_batch_size=8, kldpo_tau=0.05), "KLDPO", tmp_path, 2)
     said = {name.strip(): value for name, value in (line.split("  ", 1) for line in text.splitlines())}
     said = {name: value.strip() for name, value in said.items()}
     # 8 / 4 + 8 / 2 seconds for 16 pairs.
     assert said == {
-        "method": "kldpo", "steps": "2 (1.00 epochs)", "loss": "0.5000 (first 0.6931)", "accuracy": "0.750",
+        "method": "KLDPO", "steps": "2 (1.00 epochs)", "loss": "0.5000 (first 0.6931)", "accuracy": "0.750",
         "margin": "0.25",
         "eval loss": "0.6000", "eval accuracy": "0.500", "eval margin": "0.125", "time in steps": "6.0 s",
         "pairs per second": "2.67", "peak memory": "3.00 GiB", "checkpoint": str(tmp_path / "global_step_2"),

@@ -53,7 +53,7 @@ def test_preflight_by_hand(tiny_policy, tmp_path, capsys):
     told = capsys.readouterr().out
     trained = 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)  # rank 1: inputs + outputs of seven maps a layer
     assert shape.trained == trained
-    assert f"{PARAMETERS + trained:,} parameters, {trained} of them trained, in float32" in told
+    assert f"{PARAMETERS + trained:,} parameters, {trained:,} of them trained, in float32" in told
     # Five pairs, four a step: one of 7, 8, 10, 3 and 6 tokens is left out of the first epoch.
     (tokens,) = re.findall(r"5 pairs, (\d+) tokens an epoch packed, 2 answers cut by --max_len=8", told)
     assert int(tokens) in {34 - left for left in (7, 8, 10, 3, 6)}
@@ -171,7 +171,8 @@ def test_a_model_that_does_not_fit_is_warned_of(tiny_policy, tmp_path, capsys, m
 
     monkeypatch.setattr(module, "_free", lambda: (1000, 2))
     pairs = pairs_of(*[(4, 2, 1)] * 4)
-    preflight(Run(config_of(tiny_policy), tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
+    config = config_of(tiny_policy)
+    preflight(Run(config, method_of(config), tmp_path, _Tokenizer(), pairs, pairs, {"train": {"answer cut": 0}}, {}))
     assert re.search(r"warning +2 processes need \d.*, but 0\.00 GiB is free", capsys.readouterr().out)
 
 
@@ -299,8 +300,8 @@ def test_a_dry_run_for_eight_processes_writes_nothing(tiny_policy, data, tmp_pat
     flags = {"train_batch_size": 8, "micro_batch_size": 1, "dry_run": True}
     few, enough = (TrainConfig(str(tiny_policy), str(folder), str(tmp_path / "out"), **flags) for folder in (data, many))
     with pytest.raises(DataError, match="4 usable train pairs, fewer than 8"):
-        check_inputs(few)
-    check_inputs(enough)
+        check_inputs(few, method_of(few))
+    check_inputs(enough, method_of(enough))
     train_alignment(enough)
     told = capsys.readouterr().out
     assert "a step is 1 micro-batch of 1 on each of 8 processes" in told
