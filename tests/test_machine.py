@@ -181,7 +181,7 @@ def test_a_flag_that_needs_float32_is_judged_by_what_auto_is_here(monkeypatch, t
     cpu(monkeypatch, True, 2.0)
     with pytest.raises(UsageError, match=r"bfloat16.*\(--dtype=auto is bfloat16 here: .*2\.0 times as fast as float32\)"):
         check_inputs(config, method_of(config))
-    check_inputs(dataclasses.replace(config, dtype="float32"))
+    check_inputs(dataclasses.replace(config, dtype="float32"), method_of(config))
     with pytest.raises(UsageError, match="bfloat16"):
         dataclasses.replace(config, dtype="bfloat16")
 
@@ -263,7 +263,7 @@ def steps(root: Path, model: Path, out: Path) -> dict[str, Callable[[], object]]
     return {
         "sampling": lambda: sample_completions(completions),
         "scoring": lambda: score_completions(completions),
-        "training": lambda: check_inputs(train_config(model, out)),
+        "training": lambda: check_inputs(train_config(model, out), method_of(train_config(model, out))),
         "leaderboard": lambda: evaluate_openllm(LeaderboardConfig(str(model), str(out / "leaderboard"))),
         "leaderboard by vllm": lambda: machine.settle(LeaderboardConfig(str(model)), untouched=True),
     }

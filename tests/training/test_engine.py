@@ -210,7 +210,7 @@ def weights_by_hand(config: TrainConfig, margins: list[float], split: list[list[
         module=policy, device=torch.device("cpu"), backward=lambda total, scale_wrt_gas: None, step=lambda: None,
         set_gradient_accumulation_boundary=lambda last: None,
     )  # fmt: skip
-    batches = [(SimpleNamespace(indices_B=torch.tensor(rows)), torch.zeros(len(rows), 2)) for rows in split]
+    batches = [(SimpleNamespace(indices_B=torch.tensor(rows), columns={}), torch.zeros(len(rows), 2)) for rows in split]
     return torch.cat([part.weights_B for part in train_step(engine, batches, config, method_of(config))]), policy
 
 
@@ -318,15 +318,18 @@ def test_flags_that_cannot_be_honoured_are_refused(flags, words):
 
 
 def test_flags_that_this_machine_cannot_honour_are_refused(monkeypatch):
+    def check(config: TrainConfig) -> None:
+        check_inputs(config, method_of(config))
+
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
     with pytest.raises(UsageError, match=r"--attn=flex needs a CUDA device.*--attn=sdpa"):
-        check_inputs(config_of(attn="flex", packing=False))
+        check(config_of(attn="flex", packing=False))
     with pytest.raises(UsageError, match=r"--attn=flash needs a CUDA device"):
-        check_inputs(config_of(attn="flash", dtype="bfloat16"))
+        check(config_of(attn="flash", dtype="bfloat16"))
     monkeypatch.setattr(distributed, "use_cuda", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="flash-attn, which is not installed"):
-        check_inputs(config_of(attn="flash", packing=False, dtype="bfloat16"))
+        check(config_of(attn="flash", packing=False, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_the_check_gives_its_tokens_where_the_model_is():
 
 
 def test_flags_of_attention_and_packing():
-    assert packed_attention.NAME == PACKED_ATTENTION == config_of().attention
+    assert packed_attention.SHARED_PREFIX == PACKED_ATTENTION == config_of().attention
     assert config_of(packing=False).attention == "sdpa"
     assert config_of(packing=False, wdpo_rho=0.1).attention == "eager"
     assert config_of().packing and config_of(wdpo_rho=0.1).packing

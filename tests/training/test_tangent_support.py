@@ -154,12 +154,12 @@ def test_exact_takes_the_models_that_are_refused(name):
     assert apart(*gradients) < 1e-5
 
 
-def test_a_refusal_tells_what_auto_is_and_a_stage_that_exact_runs_under(tmp_path):
-    """Told by the preflight, from the model's config.json alone."""
+def test_a_refusal_names_the_other_solver_and_a_stage_it_runs_under(tmp_path):
+    """In the preflight, from the model's config.json alone."""
     model = GraniteConfig(**SIZES, logits_scaling=1.0)
     model.save_pretrained(tmp_path)
     config = config_of(model_path=str(tmp_path), zero_stage=3)
-    with pytest.raises(DataError, match=r"=auto, which is tangent .*exact with --packing=false and --zero_stage=2"):
+    with pytest.raises(DataError, match=r"GraniteModel.*exact with --packing=false and --zero_stage=2"):
         check_architecture(shapes(config), config.model_path)
 
 
