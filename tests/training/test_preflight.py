@@ -302,7 +302,7 @@ def test_a_dry_run_for_eight_processes_writes_nothing(tiny_policy, data, tmp_pat
     with pytest.raises(DataError, match="4 usable train pairs, fewer than 8"):
         check_inputs(few, method_of(few))
     check_inputs(enough, method_of(enough))
-    train_alignment(enough)
+    train_alignment(enough, method_of(enough))
     told = capsys.readouterr().out
     assert "a step is 1 micro-batch of 1 on each of 8 processes" in told
     assert "predicted peak" in told
