@@ -39,7 +39,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, resolve_attention, shapes
-from drdpo.training.objective import needs_population, objective, survey
+from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy
 from drdpo.training.run import Run
 
@@ -149,10 +149,11 @@ def micro_batch(
     ]
     known = [*policy.parameters(), *policy.buffers(), *(part for part in vars(batch).values() if isinstance(part, Tensor))]
     with fake_cuda.Counts(known, rates) as counts:
-        population = survey(policy, [(batch, reference_B2)], method_of(config)) if needs_population(config) else None
+        method = method_of(config)
+        population = survey(policy, [(batch, reference_B2)], method) if method.needs_population else None
         policy.watch = FiniteWatch(fake_cuda.DEVICE)
         policy.watch.next_batch()
-        part = objective(policy, batch, reference_B2, method_of(config), population)
+        part = objective(policy, batch, reference_B2, method, population)
         policy.watch.look(part.total)
         part.total.backward()
     for hook in hooks:

@@ -46,7 +46,7 @@ def test_losses_and_weights_by_hand():
     same = torch.ones(4)
     assert method.weights(same, same, pairs).tolist() == [1, 1, 1, 1], "ties share: at the start it is the plain mean"
     assert cvar(config_of(cvar_share=1.0)).weights(population, population, pairs).tolist() == [1, 1, 1, 1]
-    assert method.needs_population and method.strength == {"cvar_share": 0.5}
+    assert method.needs_population and method.label == "CVaR (cvar_share=0.5)"
 
 
 REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
@@ -172,4 +172,4 @@ def test_it_trains_by_its_wrapper(tiny_policy, forks, tmp_path):
     assert lines[-1]["objective"] > lines[-1]["loss"], "the hardest pair's loss is above the mean"
     assert (tmp_path / "a run" / "global_step_4" / "model.safetensors").is_file()
     manifest = json.loads((tmp_path / "a run" / "manifest.json").read_text())["train"]["made_by"]
-    assert manifest["method"] == "CVaR" and manifest["cvar_share"] == 0.25
+    assert manifest["method"] == "CVaR (cvar_share=0.25)" and manifest["cvar_share"] == 0.25

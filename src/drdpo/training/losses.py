@@ -60,7 +60,7 @@ class Method:
     """What an optimizer step minimizes; with weights or a penalty, not both (ValueError)."""
 
     name: str
-    """In the progress bar, the manifest and the reports."""
+    """In the progress bar and the summary."""
     loss: Callable[[Pairs], Tensor]
     """[B] differentiable losses. Under a penalty with the tangent solver, a function of the margins alone."""
     weights: Callable[[Tensor, Tensor, Pairs], Tensor] | None = None
@@ -72,11 +72,17 @@ class Method:
     reads: tuple[str, ...] = ()
     """Number fields of a preference row that loss or weights use: chosen_score, rejected_score."""
     strength: Mapping[str, float] = field(default_factory=dict)
-    """The method's own flags, for the manifest and the reports."""
+    """The method's own flags, for the label in the manifest and the reports."""
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.penalty is not None:
             raise ValueError(f"{self.name}: a method has weights or a penalty, not both")
+
+    @property
+    def label(self) -> str:
+        """Name and strength, e.g. `KLDPO (kldpo_tau=0.05)`."""
+        strength = ", ".join(f"{flag}={number}" for flag, number in self.strength.items())
+        return f"{self.name} ({strength})" if strength else self.name
 
     @property
     def needs_population(self) -> bool:

@@ -84,6 +84,34 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
             of one pair, a --wdpo_fraction of less than one micro-batch, or as settle.
         DataError: model folder or data set are not usable.
     """
+    _check_batches(config, method)
+    seconds_to_wait()
+    check_device(kernels=True)
+    _check_machine(config)
+    asked, (config, precision) = config.dtype, settle(config)
+    check_trackers(config.trackers)
+    check_model_folder(config.model_path)
+    if Path(config.dataset_path).exists():
+        for split in ("train", "test"):
+            rows = len(load_preferences(config.dataset_path, split, method.reads))
+            if split == "train":
+                _check_enough(config, rows, split)
+    folder = Path(config.save_path)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--save_path={folder} is a file, not a folder")
+    refuse_if_locked(folder)
+    before = read_manifest(folder).get("train")
+    if before is not None and config.resume == "auto":
+        now = {name: value for name, value in _made_by(config, method).items() if name not in _left_open(config)}
+        if asked == "auto" and distributed.world_size() > 1:
+            del now["dtype"]  # settled when the ranks meet
+        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        check_world(folder / "resume")
+    if config.check_only:
+        announce(precision)
+
+
+def _check_batches(config: TrainConfig, method: Method) -> None:
     world, micro = distributed.world_size(), config.micro_batch
     if config.train_batch_size % (micro * world) and deals_by_tokens(config):
         micro = 1
@@ -111,30 +139,6 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
                 f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than 1; "
                 f"pass --wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
             )
-    seconds_to_wait()
-    check_device(kernels=True)
-    _check_machine(config)
-    asked, (config, precision) = config.dtype, settle(config)
-    check_trackers(config.trackers)
-    check_model_folder(config.model_path)
-    if Path(config.dataset_path).exists():
-        for split in ("train", "test"):
-            rows = len(load_preferences(config.dataset_path, split, method.reads))
-            if split == "train":
-                _check_enough(config, rows, split)
-    folder = Path(config.save_path)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--save_path={folder} is a file, not a folder")
-    refuse_if_locked(folder)
-    before = read_manifest(folder).get("train")
-    if before is not None and config.resume == "auto":
-        now = {name: value for name, value in _made_by(config, method).items() if name not in _left_open(config)}
-        if asked == "auto" and world > 1:
-            del now["dtype"]  # settled when the ranks meet
-        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
-        check_world(folder / "resume")
-    if config.check_only:
-        announce(precision)
 
 
 def deals_by_tokens(config: TrainConfig) -> bool:
@@ -206,7 +210,7 @@ def pairs_hash(pairs: list[Pair]) -> str:
 def _made_by(config: TrainConfig, method: Method) -> dict[str, Any]:
     """What the trained model depends on, as far as it is known before the pairs are tokenised."""
     flags = {name: value for name, value in as_dict(config).items() if name not in NOT_COMPARED}
-    return {**flags, "method": method.name, "model": fingerprint(config.model_path)}
+    return {**flags, "method": method.label, "model": fingerprint(config.model_path)}
 
 
 def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> None:
@@ -264,8 +268,7 @@ def _claim(run: Run) -> None:
 
 def note_run(run: Run, complete: bool) -> None:
     """Write the run's manifest."""
-    facts = {"counts": run.counts, "steps": run.steps, "complete": complete, "dtype_reason": run.dtype_reason,
-             "strength": dict(run.method.strength)}  # fmt: skip
+    facts = {"counts": run.counts, "steps": run.steps, "complete": complete, "dtype_reason": run.dtype_reason}
     write_manifest(run.folder, "train", run.made_by, **facts)
 
 
