@@ -35,10 +35,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import LlamaConfig
 
 from drdpo.config import TrainConfig
-from drdpo.training.data import Pair, form_batch, row_tokens
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.finite import FiniteWatch
+from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, resolve_attention, shapes
-from drdpo.training.objective import needs_population, objective, survey
+from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy
 from drdpo.training.run import Run
 
@@ -118,7 +119,7 @@ def resolved(config: TrainConfig, pairs: list[Pair]) -> TrainConfig:
         with fake_cuda.FakeTensors():
             config = resolve_attention(config)
         sizes: Any = {"train": {"answer cut": 0}}
-        return preflight(Run(config, Path("-"), SimpleNamespace(), pairs, pairs, sizes, {}))[0].config
+        return preflight(Run(config, method_of(config), Path("-"), SimpleNamespace(), pairs, pairs, sizes, {}))[0].config
 
 
 def policy_on_cuda(config: TrainConfig) -> Policy:
@@ -138,7 +139,7 @@ def micro_batch(
     policy: Policy, pairs: list[Pair], config: TrainConfig, rates: dict[str, Rates] | None = None
 ) -> fake_cuda.Counts:
     """Count one micro-batch, forward and backward, in FakeTensors; for KLDPO and Dr. DPO with its share of the survey."""
-    batch = form_batch(pairs, list(range(len(pairs))), config, 0).to(fake_cuda.DEVICE)
+    batch = form_batch(pairs, list(range(len(pairs))), config.packing, config.prompt_once).to(fake_cuda.DEVICE)
     reference_B2 = torch.zeros(len(pairs), 2, device=fake_cuda.DEVICE)
     hooks = [
         # As under ZeRO, a parameter's gradient is removed as soon as it is complete.
@@ -148,10 +149,11 @@ def micro_batch(
     ]
     known = [*policy.parameters(), *policy.buffers(), *(part for part in vars(batch).values() if isinstance(part, Tensor))]
     with fake_cuda.Counts(known, rates) as counts:
-        population = survey(policy, [(batch, reference_B2)], config) if needs_population(config) else None
+        method = method_of(config)
+        population = survey(policy, [(batch, reference_B2)], method) if method.needs_population else None
         policy.watch = FiniteWatch(fake_cuda.DEVICE)
         policy.watch.next_batch()
-        part = objective(policy, batch, reference_B2, config, population)
+        part = objective(policy, batch, reference_B2, method, population)
         policy.watch.look(part.total)
         part.total.backward()
     for hook in hooks:
@@ -176,7 +178,7 @@ def row(model: str, method: str, pairs: int, flags: dict[str, Any], folder: Path
     flops = counts.flops
     return {
         "model": model, "method": method, "pairs": pairs, "flags": flags, "default": not flags,
-        "tokens": sum(row_tokens(pair, config) for pair in given),
+        "tokens": sum(pair.row_tokens(config.prompt_once) for pair in given),
         "launches": counts.launches.total(),
         "gemm_tflop": round((flops.total() - flops["triton"]) / 1e12, 3),
         "gemm_fp32_tflop": round(flops["float32"] / 1e12, 3),

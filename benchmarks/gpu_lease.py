@@ -43,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from drdpo.config import TrainConfig
 from drdpo.training.data import Pair, form_batch
+from drdpo.training.losses import method_of
 from drdpo.training.objective import objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,15 +264,16 @@ class Step:
             settings_of(shape, "eager").save_pretrained(folder)
             config = TrainConfig(folder, "-", "-", **{"dtype": "bfloat16", "gradient_checkpointing": "false", **flags})
             self.config = config = resolve_attention(config)
-            self.predicted = sum(dry_run(shapes(config), form_batch(pairs, range(len(pairs)), config, 0), config)) / 2**30
+            largest = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+            self.predicted = sum(dry_run(shapes(config), largest, method_of(config))) / 2**30
         with made_on(lease.device, getattr(torch, config.dtype)):
             model = LlamaForCausalLM(settings_of(shape, config.attention))
         if config.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = Policy(model, config.second_derivative).train()
         self.policy.flash_attention = config.packed_flash
-        if config.method == "wdpo" and config.solver == "tangent":
-            widen_first_tokens(self.policy, config)
+        if config.wide_first_tokens:
+            widen_first_tokens(self.policy)
         self._lease = lease
         self.keep: list[Tensor] | None = None
         for parameter in self.policy.parameters():
@@ -283,11 +285,13 @@ class Step:
         parameter.grad = None
 
     def batch(self, pairs: list[Pair]) -> Any:
-        return form_batch(pairs, list(range(len(pairs))), self.config, 0).to(self._lease.device)
+        return form_batch(pairs, list(range(len(pairs))), self.config.packing, self.config.prompt_once).to(
+            self._lease.device
+        )
 
     def run(self, batch: Any) -> None:
         reference_B2 = torch.zeros(len(batch.indices_B), 2, device=self._lease.device)
-        objective(self.policy, batch, reference_B2, self.config, None).total.backward()
+        objective(self.policy, batch, reference_B2, method_of(self.config), None).total.backward()
 
 
 def micro_batch(

@@ -136,6 +136,7 @@ def our_step(arguments):
     from drdpo.training import engine as deepspeed_engine
     from drdpo.training.data import form_batch
     from drdpo.training.loop import train_step
+    from drdpo.training.losses import method_of
     from drdpo.training.policy import load_policy
 
     deepspeed_engine.initialise()
@@ -150,7 +151,12 @@ def our_step(arguments):
     def step(pairs) -> None:
         rows = [list(range(start, start + arguments.micro_batch)) for start in range(0, len(pairs), arguments.micro_batch)]
         nothing = torch.zeros(arguments.micro_batch, 2, device=engine.device)
-        train_step(engine, [(form_batch(pairs, row, config, 0).to(engine.device), nothing) for row in rows], config)
+        train_step(
+            engine,
+            [(form_batch(pairs, row, config.packing, config.prompt_once).to(engine.device), nothing) for row in rows],
+            config,
+            method_of(config),
+        )
 
     return step
 

@@ -69,7 +69,8 @@ def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
                          gradient_checkpointing=checkpointing, **flags)  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.second_derivative).to(device)
-    widen_first_tokens(policy, config)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
     return config, policy, device
 
 
@@ -96,9 +97,10 @@ def step_of(way: str, config, policy, device: str, pair):
     import torch
 
     from drdpo.training.data import form_batch
+    from drdpo.training.losses import method_of
     from drdpo.training.objective import objective
 
-    batch = form_batch([pair], [0], config, 0).to(device)
+    batch = form_batch([pair], [0], config.packing, config.prompt_once).to(device)
     if way == "original":
         from transformers import AutoModelForCausalLM
 
@@ -107,7 +109,7 @@ def step_of(way: str, config, policy, device: str, pair):
         return lambda: original_loss(policy.language_model, reference, batch, config.wdpo_rho)
     with torch.no_grad():
         reference_B2 = policy(batch).logprob_S[None]
-    return lambda: objective(policy, batch, reference_B2, config, None).total
+    return lambda: objective(policy, batch, reference_B2, method_of(config), None).total
 
 
 def memory(key: str) -> float:

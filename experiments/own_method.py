@@ -19,26 +19,14 @@ from drdpo.errors import one_line_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from drdpo.training.losses import Method, Pairs
+
 
 @dataclass(frozen=True)
 class CvarConfig(TrainConfig):
     """Step 3 by CVaR of the hinge loss."""
 
     cvar_share: float = flag("share of the step's pairs, the hardest, that count", 0.25, above=0, at_most=1)
-
-    @property
-    def method(self) -> str:
-        return "cvar"
-
-    def own_losses(self, margins_B: "Tensor") -> "Tensor":
-        """[B] max(0, 1 - beta h)."""
-        return (1 - self.beta * margins_B).clamp(min=0)
-
-    def own_weights(self, losses_B: "Tensor", population_P: "Tensor") -> "Tensor":
-        """[B] 1 / share for the hardest pairs, 0 for the others; pairs as hard as the last of them share its weight."""
-        count = math.ceil(self.cvar_share * len(population_P))
-        last = population_P.topk(count).values[-1]
-        return (losses_B >= last) / (population_P >= last).to(losses_B.dtype).mean()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +37,24 @@ class CvarConfig(TrainConfig):
             require(value == default, f"--{name}={value}: the loss is the hinge; leave it out")
 
 
+def cvar(config: CvarConfig) -> "Method":
+    from drdpo.training.losses import Method
+
+    def hinge(pairs: "Pairs") -> "Tensor":
+        """[B] max(0, 1 - beta h)."""
+        return (1 - config.beta * pairs.margins_B).clamp(min=0)
+
+    def hardest(losses_B: "Tensor", population_P: "Tensor", pairs: "Pairs") -> "Tensor":
+        """[B] 1 / share for the hardest pairs, 0 for the others; pairs as hard as the last of them share its weight."""
+        count = math.ceil(config.cvar_share * len(population_P))
+        last = population_P.topk(count).values[-1]
+        return (losses_B >= last) / (population_P >= last).to(losses_B.dtype).mean()
+
+    return Method("CVaR", hinge, hardest, strength={"cvar_share": config.cvar_share})
+
+
 if __name__ == "__main__":
     from train_alignment import main
 
     with one_line_errors():
-        main(CvarConfig)
+        main(CvarConfig, cvar)

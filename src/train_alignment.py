@@ -2,26 +2,33 @@
 
 import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import one_line_errors
 
+if TYPE_CHECKING:
+    from drdpo.training.losses import Method
 
-def main(config_class: type[TrainConfig] = TrainConfig) -> None:
+
+def main(config_class: type[TrainConfig] = TrainConfig, own_method: "Callable[[Any], Method] | None" = None) -> None:
     # They wait until drdpo.training.stop handles them: a run that is still starting ends with status 75 too.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     # DeepSpeed's launcher adds a flag, which only repeats the variable LOCAL_RANK.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     config = parse(config_class, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.", words)
+    from drdpo.training.losses import method_of
     from drdpo.training.run import check_inputs
 
-    check_inputs(config)
+    method = (own_method or method_of)(config)
+    check_inputs(config, method)
     if config.check_only:
         return
     from drdpo.training.loop import train_alignment
 
-    train_alignment(config)
+    train_alignment(config, method)
 
 
 if __name__ == "__main__":

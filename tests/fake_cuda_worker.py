@@ -21,8 +21,9 @@ from drdpo.kernels.packed_attention import PackedRow
 from drdpo.scoring.armorm import ArmoRM, RewardLayout, Span
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.log import pair_table
+from drdpo.training.losses import method_of
 from drdpo.training.memory import dry_run, resolve_attention, shapes
-from drdpo.training.policy import check_packing, check_plain_head, pair_values, switch_off_dropout
+from drdpo.training.policy import check_packing, check_plain_head, pairs_of, switch_off_dropout
 
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -85,10 +86,11 @@ def evaluation(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     config = config_of(folder, flags)
     with FakeTensors(), torch.no_grad():
         policy = gpu_counts.policy_on_cuda(config).eval()
-        batch = form_batch(PAIRS, range(len(PAIRS)), config, 0).to(fake_cuda.DEVICE)
+        batch = form_batch(PAIRS, range(len(PAIRS)), config.packing, config.prompt_once).to(fake_cuda.DEVICE)
         reference_B2 = torch.zeros(len(PAIRS), 2, device=fake_cuda.DEVICE)
         with Counts() as counts:
-            assert pair_table(pair_values(policy, batch, reference_B2, config), config.beta).is_cuda
+            pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
+            assert pair_table(method_of(config).loss(pairs), pairs, config.beta).is_cuda
     return told(counts)
 
 
@@ -123,7 +125,7 @@ def planted(folder: Path) -> dict[str, Any]:
     with FakeTensors():
         config = config_of(folder, {})
         policy = gpu_counts.policy_on_cuda(config)
-        policy(form_batch(PAIRS, range(len(PAIRS)), config, 0))
+        policy(form_batch(PAIRS, range(len(PAIRS)), config.packing, config.prompt_once))
     return {}
 
 
@@ -145,7 +147,8 @@ MEMORY: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def predicted(config: TrainConfig, pairs: list[Pair]) -> float:
     """GiB that the preflight predicts for activations and head."""
-    return sum(dry_run(shapes(config), form_batch(pairs, range(len(pairs)), config, 0), config)) / 2**30
+    batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+    return sum(dry_run(shapes(config), batch, method_of(config))) / 2**30
 
 
 def recount(folder: Path, row: dict[str, Any]) -> dict[str, Any]:

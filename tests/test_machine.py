@@ -20,6 +20,7 @@ from drdpo.evaluation.leaderboard import evaluate_openllm
 from drdpo.sampling.sample import sample_completions
 from drdpo.scoring.score import score_completions
 from drdpo.training.log import peak_flops
+from drdpo.training.losses import method_of
 from drdpo.training.run import _made_by, check_inputs
 
 H100, T4 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla T4", (7, 5))
@@ -190,11 +191,11 @@ def train_config(tiny_policy: Path, tmp_path: Path, **flags: Any) -> TrainConfig
 def test_a_flag_that_needs_float32_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
     config = train_config(tiny_policy, tmp_path, zero_stage=0)
     cpu(monkeypatch, True, 0.2)
-    check_inputs(config)
+    check_inputs(config, method_of(config))
     cpu(monkeypatch, True, 2.0)
     with pytest.raises(UsageError, match=r"bfloat16.*\(--dtype=auto is bfloat16 here: .*2\.0 times as fast as float32\)"):
-        check_inputs(config)
-    check_inputs(dataclasses.replace(config, dtype="float32"))
+        check_inputs(config, method_of(config))
+    check_inputs(dataclasses.replace(config, dtype="float32"), method_of(config))
     with pytest.raises(UsageError, match="bfloat16"):
         dataclasses.replace(config, dtype="bfloat16")
 
@@ -203,12 +204,12 @@ def test_flash_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path
     config = train_config(tiny_policy, tmp_path, attn="flash")
     cpu(monkeypatch, True, 0.2)
     with pytest.raises(UsageError, match="--attn=flash needs a CUDA device"):
-        check_inputs(config)
+        check_inputs(config, method_of(config))
     with pytest.raises(UsageError, match=r"--attn=flash with --dtype=float32.*--dtype=auto is float32 here"):
         machine.settle(config)
     see(monkeypatch, H100)
     monkeypatch.setattr(machine, "check_compiler", lambda: None)
-    check_inputs(config)
+    check_inputs(config, method_of(config))
 
 
 def test_wide_first_tokens_follow_the_resolved_precision(monkeypatch, tiny_policy, tmp_path):
@@ -276,7 +277,7 @@ def steps(root: Path, model: Path, out: Path) -> dict[str, Callable[[], object]]
     return {
         "sampling": lambda: sample_completions(completions),
         "scoring": lambda: score_completions(completions),
-        "training": lambda: check_inputs(train_config(model, out)),
+        "training": lambda: check_inputs(train_config(model, out), method_of(train_config(model, out))),
         "leaderboard": lambda: evaluate_openllm(LeaderboardConfig(str(model), str(out / "leaderboard"))),
         "leaderboard by vllm": lambda: machine.settle(LeaderboardConfig(str(model)), untouched=True),
     }

@@ -15,8 +15,14 @@ from drdpo.evaluation.compare import evaluate_armorm
 from drdpo.pairing import generate_preferences
 from drdpo.sampling.sample import sample_completions
 from drdpo.scoring.score import score_completions
+from drdpo.training.losses import method_of
 from drdpo.training.reference import read_reference, write_reference
 from drdpo.training.run import check_inputs
+
+
+def check_training(config: TrainConfig) -> None:
+    check_inputs(config, method_of(config))
+
 
 MESSAGES = {
     "prompt": [{"role": "user", "content": "Why is it late, and how late is it?"}],
@@ -72,7 +78,7 @@ READERS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Path, Path, Path]
         ),
     ),
     "train": (
-        ("prompt", "chosen", "rejected"), "", lambda given, out, model, _: check_inputs(
+        ("prompt", "chosen", "rejected"), "", lambda given, out, model, _: check_training(
             TrainConfig(str(model), str(given), str(out), train_batch_size=2, micro_batch_size=1)
         ),
     ),

@@ -8,6 +8,7 @@ import torch
 
 from drdpo.config import TrainConfig
 from drdpo.training.data import Pair, form_batch
+from drdpo.training.losses import method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, load_policy
 
@@ -54,10 +55,10 @@ def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: Trai
     """The objective's value and the gradient of all parameters of one optimizer step in some micro-batches."""
     scales = [1.0] * len(split) if scales is None else scales
     dtype = next(policy.parameters()).dtype
-    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows].to(dtype)) for rows in split]
-    population = survey(policy, parts, config)
+    parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].to(dtype)) for rows in split]
+    population = survey(policy, parts, method_of(config))
     found = [
-        objective(policy, batch, reference, config, population, scale)
+        objective(policy, batch, reference, method_of(config), population, scale)
         for (batch, reference), scale in zip(parts, scales, strict=True)
     ]
     total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / len(pairs)

@@ -64,7 +64,7 @@ def flags_of(model: Path, data: Path, save: Path, **flags: Any) -> dict:
     return {
         "model_path": str(model), "dataset_path": str(data), "save_path": str(save), "train_batch_size": 4,
         "micro_batch_size": 1, "learning_rate": 1e-3, "beta": 0.1, "max_epochs": 2, "eval_steps": 2, "save_steps": 1,
-        "dtype": "float32", "gradient_checkpointing": False, "comm_timeout": 60, **flags,
+        "dtype": "float32", "gradient_checkpointing": False, **flags,
     }  # fmt: skip
 
 

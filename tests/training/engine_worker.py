@@ -16,12 +16,14 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, load_state, save_model, save_state
-from drdpo.training.data import Pair, form_batch, micro_batches, padded_shards
+from drdpo.training.data import Pair
 from drdpo.training.finite import check_step
 from drdpo.training.loop import train_step
 from drdpo.training.lora import add_lora
+from drdpo.training.losses import method_of
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_logprobs
+from drdpo.training.run import batch_plan
 
 MODEL, OUTPUT = sys.argv[3], Path(sys.argv[4])
 RANKS = ()
@@ -37,27 +39,27 @@ class Training:
         policy = load_policy(
             model, dtype, config.attention, config.recompute, config.second_derivative, config.lora_quantize
         )
-        if config.lora_rank:
-            add_lora(policy, config)
-        widen_first_tokens(policy, config)
+        if config.lora:
+            add_lora(policy, config.lora)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             self.engine = deepspeed_engine.start_engine(policy, config, steps=3)
-        self.lengths = [len(pair) for pair in pairs]
-        shards = padded_shards(range(len(pairs)), self.lengths, config.micro_batch, *RANKS)
-        self.reference_M2 = reference_logprobs(self.engine, pairs, shards, config, 2, "the case's")
+        self.plan = batch_plan(config, pairs, pad_token_id=2)
+        self.reference_M2 = reference_logprobs(self.engine, self.plan, self.plan.without_steps(), "the case's")
 
     def batches(self, step: int) -> list:
         size = self.config.train_batch_size
-        dealt = micro_batches(range(step * size, (step + 1) * size), self.lengths, self.config.micro_batch, *RANKS, True)
-        return [(form_batch(self.pairs, rows, self.config, 2), self.reference_M2[rows]) for rows in dealt]
+        dealt = self.plan.deal(range(step * size, (step + 1) * size))
+        return [(self.plan.batch(rows), self.reference_M2[rows]) for rows in dealt]
 
     def steps(self, first: int, last: int) -> float:
         """Mean loss of the first one on this rank."""
         losses = []
         for step in range(first, last):
-            parts = train_step(self.engine, self.batches(step), self.config)
-            losses.append(float(torch.cat([part.values.losses_B for part in parts]).mean()))
+            parts = train_step(self.engine, self.batches(step), self.config, method_of(self.config))
+            losses.append(float(torch.cat([part.losses_B for part in parts]).mean()))
         return losses[0]
 
     def write_weights(self, name: str) -> None:
@@ -80,7 +82,7 @@ def broken_step(training: Training, facts: dict) -> None:
                 output.register_hook(lambda gradient: gradient * float("nan"))
 
     handle = engine.module.language_model.model.norm.register_forward_hook(spoil)
-    parts = train_step(engine, batches, training.config)
+    parts = train_step(engine, batches, training.config, method_of(training.config))
     handle.remove()
     facts["losses_finite"] = all(bool(torch.isfinite(part.total)) for part in parts)
     facts["spoilt"] = [training.pairs[index].prompt_id for index in batches[1][0].indices_B.tolist()]
@@ -91,7 +93,7 @@ def broken_step(training: Training, facts: dict) -> None:
         facts["error"] = str(error)
     if training.config.zero_stage == 0:
         try:
-            save_model(engine, chat.load_tokenizer(MODEL), OUTPUT / "broken", training.config)
+            save_model(engine, chat.load_tokenizer(MODEL), OUTPUT / "broken", training.config.lora)
         except DataError as error:
             facts["save_error"] = str(error)
 
@@ -122,7 +124,7 @@ def main() -> None:
             known["first_loss"] = training.steps(0, 3)
             training.write_weights(name)
         if case.get("save"):
-            save_model(training.engine, tokenizer, OUTPUT / f"{name} saved", training.config)
+            save_model(training.engine, tokenizer, OUTPUT / f"{name} saved", training.config.lora)
         if case.get("break"):
             broken_step(training, known)
         training.engine.destroy()

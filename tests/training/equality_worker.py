@@ -18,16 +18,12 @@ from drdpo import chat, distributed
 from drdpo.config import TrainConfig
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, save_model
-from drdpo.training.data import Pair, dealt_lengths, evaluation_batches, form_batch, step_batches
+from drdpo.training.data import Pair
 from drdpo.training.loop import train_step
+from drdpo.training.losses import method_of
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_logprobs
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+from drdpo.training.run import batch_plan
 
 
 def main() -> None:
@@ -40,31 +36,29 @@ def main() -> None:
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(model, dtype, config.attention, config.recompute, config.second_derivative)
-        widen_first_tokens(policy, config)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             engine = deepspeed_engine.start_engine(policy, config, steps)
-        lengths = dealt_lengths(pairs, config)
-        ranks = distributed.rank(), distributed.world_size()
-        shards = evaluation_batches(range(len(pairs)), lengths, config, *ranks)
-        reference_M2 = reference_logprobs(engine, pairs, shards, config, 2, name)
-        facts: dict[str, list[float]] = {"losses": [], "norms": [], "graphs": [], "sizes": []}
+        plan = batch_plan(config, pairs, pad_token_id=2)
+        reference_M2 = reference_logprobs(engine, plan, plan.without_steps(), name)
+        facts: dict[str, list[float]] = {"losses": [], "norms": [], "sizes": []}
         for step in range(steps):
             indices = list(range(step * config.train_batch_size, (step + 1) * config.train_batch_size))
-            dealt = step_batches(indices, lengths, config, *ranks)
-            batches = [(form_batch(pairs, rows, config, 2), reference_M2[rows]) for rows in dealt]
-            parts = train_step(engine, batches, config, step)
-            facts["losses"].append(float(distributed.gather(torch.cat([part.values.losses_B for part in parts])).mean()))
+            dealt = plan.deal(indices)
+            batches = [(plan.batch(rows), reference_M2[rows]) for rows in dealt]
+            parts = train_step(engine, batches, config, method_of(config), step)
+            facts["losses"].append(float(distributed.gather(torch.cat([part.losses_B for part in parts])).mean()))
             facts["norms"].append(float(engine.get_global_grad_norm()))
             facts["sizes"] += distributed.gather(torch.tensor([float(len(rows)) for rows in dealt])).tolist()
-            facts["graphs"].append(compiled_graphs())
         language_model = engine.module.language_model
         weights = _gathered(language_model) if config.zero_stage == 3 else dict(language_model.named_parameters())
         if distributed.is_main():
             save_file({key: value.detach().clone() for key, value in weights.items()}, output / f"{name}.safetensors")
             (output / f"{name}.json").write_text(json.dumps(facts))
         if save:
-            save_model(engine, chat.load_tokenizer(model), output / f"{name} saved", config)
+            save_model(engine, chat.load_tokenizer(model), output / f"{name} saved", config.lora)
         distributed.barrier()
         engine.destroy()
 

@@ -1,10 +1,13 @@
 """Who trains on what, when: permutations, deals to ranks, padding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from drdpo.config import TrainConfig
-from drdpo.training.data import Pair, collate, evaluation_batches, micro_batches, padded_shards, step_indices, token_batches
+from drdpo.training.data import Pair, collate, micro_batches, padded_shards, step_indices, token_batches
+from drdpo.training.run import batch_plan
 
 
 def test_an_epoch_takes_every_pair_once_and_epochs_differ():
@@ -83,9 +86,23 @@ def test_a_pair_beyond_the_budget_is_refused():
 
 
 def test_evaluation_batches_of_a_budget_fill_up_little():
-    config = TrainConfig("-", "-", "-", micro_batch_tokens=100)
-    dealt = [evaluation_batches(range(5), [3000, 10, 10, 10, 10], config, rank, 2) for rank in range(2)]
+    config, short = TrainConfig("-", "-", "-", micro_batch_tokens=100), Pair([1] * 4, [2] * 3, [3] * 3)
+    plan = batch_plan(config, [Pair([1] * 1000, [2] * 1000, [3] * 1000), *[short] * 4])
+    dealt = [replace(plan, rank=rank, world=2).without_steps() for rank in range(2)]
     assert [[len(batch) for batch in rank] for rank in dealt] == [[1, 1, 1], [1, 1, 1]]
-    dealt = evaluation_batches(range(1, 5), [3000, 10, 10, 10, 10], config, 0, 1)
-    assert dealt == [[1, 2, 3, 4]], "as many as there are, not as many as the budget holds"
-    assert [len(batch) for batch in evaluation_batches(range(11), [10] * 11, config, 0, 1)] == [6, 6]
+    assert plan.without_steps(range(1, 5)) == [[1, 2, 3, 4]], "as many as there are, not as many as the budget allows"
+    assert [len(batch) for batch in batch_plan(config, [short] * 11).without_steps()] == [6, 6]
+
+
+@pytest.mark.parametrize("flags", [{"micro_batch_size": 2}, {"micro_batch_tokens": 40}])
+def test_the_first_epoch_and_what_is_left_of_it_are_all_pairs(flags):
+    pairs = [Pair([1] * (1 + k % 3), [2] * (1 + k % 5), [3] * 2) for k in range(11)]
+    plans = [
+        replace(batch_plan(TrainConfig("-", "-", "-", train_batch_size=4, **flags), pairs), rank=r, world=2) for r in (0, 1)
+    ]
+    everything = [index for plan in plans for rows in plan.of_first_epoch() for index in rows if index >= 0]
+    assert sorted(everything) == list(range(11))
+    for step in (0, 1, 2):
+        rows = [row for plan in plans for row in plan.of_step(step)]
+        assert sorted(index for row in rows for index in row) == sorted(step_indices(11, 4, 42, step))
+        assert len(plans[0].of_step(step)) == len(plans[1].of_step(step))

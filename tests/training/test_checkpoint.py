@@ -1,14 +1,20 @@
-"""What counts as a state, what a full disk does to a checkpoint, and a loss that is not a number to a run."""
+"""Checkpoints and states: what counts as one, which stay, what a full disk or a loss that is not finite does."""
 
 import errno
 import hashlib
+import json
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from harness.runs import check_equal, flags_of, run_ranks, said, write_pairs
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from drdpo import chat
 from drdpo.config import TrainConfig
@@ -19,7 +25,9 @@ from drdpo.training.checkpoint import (
     check_room,
     damage,
     describe,
+    kept_steps,
     load_state,
+    remove_old_checkpoints,
     save_model,
     save_state,
     states,
@@ -33,15 +41,11 @@ from drdpo.training.policy import load_policy
 
 
 def engine_around(model=None, save=None) -> SimpleNamespace:
-    import torch
-
     model = torch.nn.Linear(1, 1) if model is None else model
     return SimpleNamespace(module=model, zero_optimization_stage=lambda: 2, save_checkpoint=save, device=torch.device("cpu"))
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tiny_policy, tmp_path, monkeypatch):
-    import torch
-
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
 
     def full(folder, **_):
@@ -50,21 +54,19 @@ def test_a_full_disk_leaves_no_half_checkpoint(tiny_policy, tmp_path, monkeypatc
 
     monkeypatch.setattr(policy.language_model, "save_pretrained", full)
     with pytest.raises(DataError, match=r"global_step_2: the checkpoint could not be written .*No space left"):
-        save_model(engine_around(policy), None, tmp_path / "global_step_2", TrainConfig("m", "d", "s", dtype="float32"))
+        save_model(engine_around(policy), None, tmp_path / "global_step_2", None)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_leave_the_checkpoint_before_as_it_was(value, tiny_policy, tmp_path):
-    import torch
-
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
     (tmp_path / "global_step_2").mkdir()
     (tmp_path / "global_step_2" / "config.json").write_text("old")
     with torch.no_grad():
         policy.language_model.model.layers[1].mlp.up_proj.weight[3, 4] = value
-    with pytest.raises(DataError, match=r"global_step_2: not written, as model.layers.1.mlp.up_proj.weight holds"):
-        save_model(engine_around(policy), None, tmp_path / "global_step_2", TrainConfig("m", "d", "s", dtype="float32"))
+    with pytest.raises(DataError, match=r"global_step_2: not written, as model.layers.1.mlp.up_proj.weight has"):
+        save_model(engine_around(policy), None, tmp_path / "global_step_2", None)
     assert [path.name for path in (tmp_path / "global_step_2").iterdir()] == ["config.json"]
     assert (tmp_path / "global_step_2" / "config.json").read_text() == "old"
 
@@ -90,7 +92,7 @@ def test_states_count_when_all_their_files_are_whole_and_newest_first(tmp_path):
     assert torn[1].endswith("step_11/a.pt has 6 bytes, not 7")
     assert damage(found[0], ["a.pt"]) is None
     (tmp_path / "step_10" / "a.pt").write_bytes(b"Weights")
-    assert "step_10/a.pt does not hold" in damage(found[0], ["a.pt"])
+    assert "step_10/a.pt was changed" in damage(found[0], ["a.pt"])
     (tmp_path / "step_9" / "a.pt").unlink()
     assert [state.step for state in states(tmp_path)[0]] == [10, 2]
 
@@ -158,7 +160,7 @@ def test_a_state_of_another_user_is_not_loaded(tmp_path):
     check_owner(place)
 
 
-def test_what_cannot_be_removed_is_told_of_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_removed_is_reported_and_the_run_continues(tmp_path, monkeypatch, capsys):
     def save(folder, tag, **_):
         (Path(folder) / tag).mkdir()
 
@@ -178,20 +180,18 @@ def test_what_cannot_be_removed_is_told_of_and_the_run_goes_on(tmp_path, monkeyp
     ids=["whole", "merged", "adapters", "nf4"],
 )
 def test_the_bytes_that_are_checked_for_are_those_that_are_written(flags, tiny_policy, tmp_path):
-    import torch
-
     config = TrainConfig(str(tiny_policy), "d", "s", dtype="float32", **flags)
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False, quantize=config.lora_quantize)
-    if config.lora_rank:
-        add_lora(policy, config)
-    save_model(engine_around(policy), chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", config)
+    if config.lora:
+        add_lora(policy, config.lora)
+    save_model(engine_around(policy), chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", config.lora)
     written = sum(path.stat().st_size for path in (tmp_path / "global_step_1").rglob("*.safetensors"))
-    told = written_bytes(policy.language_model, policy.language_model.state_dict(), config)
+    counted = written_bytes(policy.language_model, policy.language_model.state_dict(), config.lora)
     # The headers come on top.
-    assert told < written < 1.01 * told + 2**14
+    assert counted < written < 1.01 * counted + 2**14
 
 
-def test_no_room_on_the_disk_is_told_before_a_byte_is_written(tmp_path, monkeypatch):
+def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     state_in(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=SLACK + 31))
     # Two weights of four bytes, trained: 4 + 12 bytes each.
@@ -202,9 +202,54 @@ def test_no_room_on_the_disk_is_told_before_a_byte_is_written(tmp_path, monkeypa
     check_room(tmp_path / "x", 10**12, engine_around().device)
 
 
-def test_figures_that_are_not_finite_end_the_run_and_name_the_pairs():
-    import torch
+# --keep_checkpoints.
 
+
+@pytest.mark.parametrize(
+    ("steps", "losses", "newest", "expected"),
+    [
+        ([2, 4, 6, 8], {2: 0.1}, 0, {2, 4, 6, 8}),
+        ([2], {}, 1, {2}),
+        ([10, 8, 2, 4], {}, 2, {8, 10}),
+        ([2, 4, 6, 8], {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.7}, 1, {4, 8}),
+        ([2, 4, 6, 8], {2: 0.4, 4: 0.4, 5: 0.1}, 1, {2, 8}),
+        ([2, 4, 6, 8], {8: 0.1}, 1, {8}),
+    ],
+)
+def test_the_newest_and_the_best_stay(steps, losses, newest, expected):
+    assert kept_steps(steps, losses, newest) == expected
+
+
+def test_others_are_removed(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"global_step_{step}").mkdir()
+        (tmp_path / f"global_step_{step}" / "config.json").write_text("{}")
+    (tmp_path / "global_step_4 of mine").mkdir()
+    lines = [{"step": step, "loss": 1.0, **({"eval_loss": 1 / step} if step < 3 else {})} for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    remove_old_checkpoints(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.glob("*global*")) == [
+        "global_step_2",
+        "global_step_4",
+        "global_step_4 of mine",
+    ]
+
+
+def test_a_checkpoint_that_cannot_be_moved_does_not_end_the_run(tmp_path, capsys):
+    for step in (1, 2):
+        (tmp_path / f"global_step_{step}").mkdir()
+    # What an earlier removal left, which no folder can be renamed to.
+    (tmp_path / ".global_step_1.old").mkdir()
+    (tmp_path / ".global_step_1.old" / ".nfs0001").write_text("")
+    remove_old_checkpoints(tmp_path, 1)
+    assert (tmp_path / "global_step_2").is_dir()
+    assert "global_step_1 could not be removed (Directory not empty)" in capsys.readouterr().err
+
+
+# Full disks and numbers that are not finite, under the real engine.
+
+
+def test_metrics_that_are_not_finite_end_the_run_and_name_the_pairs():
     pairs = [Pair([1], [2], [3], prompt_id) for prompt_id in (40, 41, 42, 43)]
     indices = [torch.tensor([2, 0]), torch.tensor([1, 3])]
     watch = FiniteWatch(torch.device("cpu"))
@@ -225,3 +270,56 @@ def test_figures_that_are_not_finite_end_the_run_and_name_the_pairs():
     check_evaluation({"eval_loss": 0.5}, 7)
     with pytest.raises(DataError, match="after step 7: eval_loss is nan"):
         check_evaluation({"eval_loss": float("nan")}, 7)
+
+
+@pytest.mark.slow
+def test_weights_that_explode_stop_the_run_and_leave_the_last_good_checkpoint(forks, tiny_policy, tmp_path):
+    data, log, out = write_pairs(tmp_path / "pairs"), tmp_path / "log", tmp_path / "out"
+    flags = flags_of(tiny_policy, data, out, train_batch_size=2, max_steps=3, learning_rate=1e30, warmup_ratio=0)
+    assert run_ranks(forks, flags | {"max_epochs": 8}, log, world=1) == [1], said(log)
+    (message,) = [line for line in said(log).splitlines() if line.startswith("error: ")]
+    assert re.search(r"step 2: .*(loss is nan|grad_norm is inf).* micro-batch of prompt_id \d", message), message
+    assert "Traceback" not in said(log)
+    assert sorted(path.name for path in out.glob("global_step_*")) == ["global_step_1"]
+    assert [path.name for path in (out / "resume").glob("step_*")] == ["step_1"]
+    assert all(torch.isfinite(value).all() for value in load_file(out / "global_step_1" / "model.safetensors").values())
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 60 MB."""
+    place = tmp_path / "small disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noticed", ["before writing", "while writing"])
+def test_a_full_disk_keeps_the_last_state_and_room_lets_the_run_continue(noticed, forks, small_disk, tiny_policy, tmp_path):
+    """A checkpoint takes 6 MB of it, a state 25 MB."""
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    save = small_disk / "a run"
+    flags = flags_of(tiny_policy, data, save, keep_checkpoints=1, eval_steps=0)
+    blind = {"at": "shutil:disk_usage", "returns": {"total": 1e15, "free": 1e15}} if noticed == "while writing" else None
+    statuses = run_ranks(forks, flags, log, [blind] if blind else [], world=1)
+    assert statuses == [1], said(log)
+    assert "Traceback" not in said(log)
+    error = said(log).splitlines()[-1]
+    assert error.startswith("error: ")
+    assert ("not written, as it takes" if noticed == "before writing" else "could not be") in error
+    kept = states(save / "resume")[0]
+    assert (save / f"global_step_{kept[0].step}" / "config.json").is_file()
+    assert not list((save / "resume").glob(".step_*"))
+    os.sync()
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    assert run_ranks(forks, flags, log, world=1) == [0], said(log)
+    assert f"continuing after step {kept[0].step} of 4" in said(log)
+    assert sorted(path.name for path in save.glob("global_step_*")) == ["global_step_4"]
+    whole = flags_of(tiny_policy, data, tmp_path / "whole", eval_steps=0)
+    assert run_ranks(forks, whole, log, world=1) == [0], said(log)
+    check_equal(save, tmp_path / "whole")

@@ -17,7 +17,8 @@ from drdpo.config import TrainConfig
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
-from drdpo.training.memory import meta_policy, predict
+from drdpo.training.losses import method_of
+from drdpo.training.memory import plan_of, predict, shapes
 from drdpo.training.objective import survey
 from drdpo.training.policy import Answers, Policy, load_policy
 
@@ -199,8 +200,8 @@ def weights_by_hand(config: TrainConfig, margins: list[float], split: list[list[
         module=policy, device=torch.device("cpu"), backward=lambda total, scale_wrt_gas: None, step=lambda: None,
         set_gradient_accumulation_boundary=lambda last: None,
     )  # fmt: skip
-    batches = [(SimpleNamespace(indices_B=torch.tensor(rows)), torch.zeros(len(rows), 2)) for rows in split]
-    return torch.cat([part.weights_B for part in train_step(engine, batches, config)]), policy
+    batches = [(SimpleNamespace(indices_B=torch.tensor(rows), columns={}), torch.zeros(len(rows), 2)) for rows in split]
+    return torch.cat([part.weights_B for part in train_step(engine, batches, config, method_of(config))]), policy
 
 
 # Losses, in units of ln 2: sigmoid(0) = 1/2 is 1, sigmoid(-ln 3) = 1/4 is 2, sigmoid(-ln 15) = 1/16 is 4.
@@ -238,7 +239,7 @@ def test_one_micro_batch_is_not_surveyed():
 def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, tiny_policy, pairs, monkeypatch):
     config = config_of(kldpo_tau=0.1, packing=packing)
     policy = load_policy(str(tiny_policy), torch.float32, config.attention, gradient_checkpointing=False)
-    batches = [(form_batch(pairs, rows, config, 2), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
+    batches = [(form_batch(pairs, rows, config.packing, config.prompt_once), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
     sent, known, head = [], [], policy.head.forward
 
     def spy(kernel, hidden_ND, *arguments, **options):
@@ -248,7 +249,7 @@ def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, ti
         return logprob_N
 
     monkeypatch.setattr(policy.head, "forward", spy)
-    population = survey(policy, batches, config)
+    population = survey(policy, batches, method_of(config))
     answers = [len(pair.chosen) + len(pair.rejected) for pair in pairs[:4]]
     assert sent == [answers[0] + answers[1], answers[2] + answers[3]]
     assert known == [False, False] and not population.losses_P.requires_grad
@@ -269,7 +270,7 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
             num_key_value_heads=1, architectures=["LlamaForCausalLM"],
         ).save_pretrained(tmp_path)  # fmt: skip
         config = TrainConfig(str(tmp_path), "-", "-", zero_stage=3, dtype="bfloat16")
-        policy = meta_policy(config)
+        policy = shapes(config)
         assert largest_vector(policy) == width
         settings = engine_config(config, 1, 10**9, largest_vector(policy))["zero_optimization"]
         assert settings["stage3_param_persistence_threshold"] == expected
@@ -281,8 +282,8 @@ def test_an_offloaded_optimizer_takes_no_gpu_memory(tiny_policy):
     shares = []
     for offload in (True, False):
         config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
-        policy: Policy = meta_policy(config)
-        shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
+        policy: Policy = shapes(config)
+        shares.append([predict(policy, plan_of(config, 1), 0, 0, process).optimizer for process in (None, 1)])
     assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0
 
 

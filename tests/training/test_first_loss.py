@@ -7,8 +7,8 @@ import torch
 
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
+from drdpo.training.losses import Pairs, method_of
 from drdpo.training.objective import Objective, check_first_step
-from drdpo.training.policy import PairValues
 
 REFERENCE_B2 = torch.tensor([[-100.0, -300.0]])  # 200 nats in the mean
 
@@ -20,8 +20,9 @@ def check(apart: list[float], **flags) -> None:
     losses_B = torch.nn.functional.softplus(-config.beta * margins_B)
     if config.loss_type == "ipo":
         losses_B = (margins_B - 1 / (2 * config.beta)).square()
-    values = PairValues(losses_B, margins_B, apart_S, torch.zeros(0))
-    check_first_step([Objective(losses_B.mean(), values, torch.ones(1))], [REFERENCE_B2], config)
+    part = Objective(losses_B.mean(), losses_B, Pairs(margins_B, apart_S, {}), torch.ones(1))
+    stored = "out/reference_train.safetensors"
+    check_first_step([part], [REFERENCE_B2], method_of(config), config.dtype, config.model_path, stored)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

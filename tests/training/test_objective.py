@@ -9,9 +9,9 @@ from harness.policies import REFERENCE_M2
 
 from drdpo.errors import DataError
 from drdpo.training.data import Pair, collate
-from drdpo.training.losses import gradient_penalty
+from drdpo.training.losses import gradient_penalty, method_of
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import Policy, load_policy, pair_values
+from drdpo.training.policy import Policy, load_policy, pairs_of
 
 config_of = partial(policies.config_of, packing=False)  # other forms: test_packing.py, test_wdpo_solvers.py
 
@@ -36,17 +36,23 @@ def relative_error(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> floa
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
+def losses_of(policy: Policy, batch, reference_B2: torch.Tensor = REFERENCE_M2) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] losses of DPO, and the input embeddings they depend on."""
+    logprob_S, embeds_STD = policy(batch)
+    return method_of(config_of()).loss(pairs_of(logprob_S, reference_B2, batch)), embeds_STD
+
+
 def whole(policy: Policy, pairs: list[Pair], **flags):
-    return objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, config_of(**flags), None)
+    return objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, method_of(config_of(**flags)), None)
 
 
 def test_penalty_gradient_equals_finite_differences(policy, pairs):
     """d/dtheta of mean |grad_e l|^2 along random directions, central differences in float64."""
-    batch, config = collate(pairs, range(4), 0), config_of(wdpo_rho=1.0)
+    batch = collate(pairs, range(4), 0)
 
     def penalty(create_graph: bool) -> torch.Tensor:
-        values = pair_values(policy, batch, REFERENCE_M2, config)
-        return gradient_penalty(values.losses_B, values.embeds, create_graph).mean()
+        losses_B, embeds_STD = losses_of(policy, batch)
+        return gradient_penalty(losses_B, embeds_STD, create_graph).mean()
 
     exact = gradients(policy, penalty(create_graph=True))
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -85,16 +91,15 @@ def test_wdpo_with_vanishing_rho_is_dpo(policy, pairs):
 def test_gradient_does_not_depend_on_the_micro_batch_split(policy, pairs, flags):
     config = config_of(**flags)
     parts = [(collate(pairs, rows, 0), REFERENCE_M2[rows]) for rows in ([3], [0], [2], [1])]
-    population = survey(policy, parts, config) if flags else None
-    total = sum(objective(policy, batch, reference, config, population).total for batch, reference in parts) / 4
+    population = survey(policy, parts, method_of(config)) if flags else None
+    total = sum(objective(policy, batch, reference, method_of(config), population).total for batch, reference in parts) / 4
     assert relative_error(gradients(policy, total), gradients(policy, whole(policy, pairs, **flags).total)) < 1e-6
 
 
 def test_figures_of_a_step_keep_no_graph_and_no_embeddings(policy, pairs):
     part = whole(policy, pairs, wdpo_rho=0.1).detached()
-    tensors = [part.total, *part.values, part.weights_B, part.penalties_B]
+    tensors = [part.total, part.losses_B, *part.pairs[:2], part.weights_B, part.penalties_B]
     assert not any(tensor.requires_grad for tensor in tensors)
-    assert part.values.embeds.untyped_storage().nbytes() == 0
 
 
 def test_a_loaded_policy_recomputes_activations(tiny_policy):
@@ -106,8 +111,8 @@ def test_a_loaded_policy_recomputes_activations(tiny_policy):
 
 def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
     batch = collate(pairs, range(4), 0)
-    values = pair_values(policy, batch, REFERENCE_M2, config_of(wdpo_rho=0.1))
-    written_out = values.losses_B.mean() + 0.1 * gradient_penalty(values.losses_B, values.embeds, True).mean().sqrt()
+    losses_B, embeds_STD = losses_of(policy, batch)
+    written_out = losses_B.mean() + 0.1 * gradient_penalty(losses_B, embeds_STD, True).mean().sqrt()
     ours = gradients(policy, whole(policy, pairs, wdpo_rho=0.1, wdpo_penalty="root").total)
     assert relative_error(ours, gradients(policy, written_out)) < 1e-6
 
@@ -120,9 +125,8 @@ def test_checkpointing_changes_no_gradient(tiny_policy, policy, pairs):
 
 
 def test_padding_changes_nothing(policy, pairs):
-    config = config_of()
-    alone = [pair_values(policy, collate(pairs, [row], 0), REFERENCE_M2[[row]], config).losses_B for row in range(4)]
-    together = pair_values(policy, collate(pairs, range(4), 0), REFERENCE_M2, config).losses_B
+    alone = [losses_of(policy, collate(pairs, [row], 0), REFERENCE_M2[[row]])[0] for row in range(4)]
+    together = losses_of(policy, collate(pairs, range(4), 0))[0]
     assert torch.allclose(torch.cat(alone), together, atol=1e-10)
 
 

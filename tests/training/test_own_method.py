@@ -3,19 +3,23 @@
 import json
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
 from harness import ROOT
 from harness.policies import REFERENCE_M2, policy_of
-from own_method import CvarConfig
+from own_method import CvarConfig, cvar
 
+from drdpo import chat
 from drdpo.config import TrainConfig
-from drdpo.errors import UsageError
-from drdpo.training.data import collate, form_batch
+from drdpo.errors import DataError, UsageError
+from drdpo.records import Preference, write_records
+from drdpo.training.data import Batch, collate, form_batch, load_preferences, pack, tokenise
+from drdpo.training.losses import Method, Pairs, Penalty, method_of
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import pair_values
+from drdpo.training.policy import load_policy, pairs_of
+from drdpo.training.wdpo import check_tangent
 
 PATHS = {"model_path": "-", "dataset_path": "-", "save_path": "-"}
 
@@ -24,16 +28,23 @@ def config_of(**flags) -> CvarConfig:
     return CvarConfig(**PATHS, **{"beta": 0.5, "dtype": "float32", "packing": False} | flags)
 
 
+def pairs_with(margins: list[float], **columns: list[float]) -> Pairs:
+    tensors = {name: torch.tensor(column) for name, column in columns.items()}
+    return Pairs(torch.tensor(margins), torch.zeros(2 * len(margins)), tensors)
+
+
 def test_losses_and_weights_by_hand():
-    config = config_of(cvar_share=0.5)
+    pairs, method = pairs_with([0.0, 1.0, 4.0, -2.0]), cvar(config_of(cvar_share=0.5))
     # 1 - 0.5 h
-    assert config.own_losses(torch.tensor([0.0, 1.0, 4.0, -2.0])).tolist() == [1.0, 0.5, 0.0, 2.0]
+    assert method.loss(pairs).tolist() == [1.0, 0.5, 0.0, 2.0]
     population = torch.tensor([3.0, 1.0, 2.0, 0.0])
-    assert config.own_weights(population, population).tolist() == [2, 0, 2, 0]
-    assert config.own_weights(population[:1], population).tolist() == [2], "a micro-batch asks for its own pairs' weights"
+    assert method.weights(population, population, pairs).tolist() == [2, 0, 2, 0]
+    one = method.weights(population[:1], population, pairs_with([0.0]))
+    assert one.tolist() == [2], "a micro-batch asks for the weights of its own pairs"
     same = torch.ones(4)
-    assert config.own_weights(same, same).tolist() == [1, 1, 1, 1], "ties share: at the start it is the plain mean"
-    assert config_of(cvar_share=1.0).own_weights(population, population).tolist() == [1, 1, 1, 1]
+    assert method.weights(same, same, pairs).tolist() == [1, 1, 1, 1], "ties share: at the start it is the plain mean"
+    assert cvar(config_of(cvar_share=1.0)).weights(population, population, pairs).tolist() == [1, 1, 1, 1]
+    assert method.needs_population and method.label == "CVaR (cvar_share=0.5)"
 
 
 def gradients_of(policy, total: torch.Tensor) -> torch.Tensor:
@@ -44,42 +55,70 @@ def gradients_of(policy, total: torch.Tensor) -> torch.Tensor:
 def test_its_step_is_the_mean_over_the_hardest_pairs(tiny_policy, pairs):
     config = config_of(cvar_share=0.5)
     policy = policy_of(tiny_policy, config)
-    whole = objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, config, None)
-    margins = pair_values(policy, collate(pairs, range(4), 0), REFERENCE_M2, config).margins_B
+    whole = objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, cvar(config), None)
+    batch = collate(pairs, range(4), 0)
+    margins = pairs_of(policy(batch).logprob_S, REFERENCE_M2, batch).margins_B
     hardest = torch.sort(torch.relu(1 - 0.5 * margins), descending=True).values[:2]
     assert (gradients_of(policy, whole.total) - gradients_of(policy, hardest.mean())).abs().max() < 1e-6
     assert sorted(whole.weights_B.tolist()) == [0, 0, 2, 2]
     # Two micro-batches, weights from the whole step.
     halves = [(collate(pairs, rows, 0), REFERENCE_M2[list(rows)]) for rows in (range(2), range(2, 4))]
-    population = survey(policy, halves, config)
-    split = torch.cat([objective(policy, *half, config, population).weights_B for half in halves])
+    population = survey(policy, halves, cvar(config))
+    split = torch.cat([objective(policy, *half, cvar(config), population).weights_B for half in halves])
     assert split.tolist() == whole.weights_B.tolist()
-
-
-@dataclass(frozen=True)
-class SmoothConfig(TrainConfig):
-    """A loss of one's own under WDPO's penalty."""
-
-    def own_losses(self, margins_B: torch.Tensor) -> torch.Tensor:
-        return torch.sqrt(1 + (1 - self.beta * margins_B).square())
 
 
 def test_wdpo_penalises_a_loss_of_ones_own_in_both_solvers(tiny_policy, pairs):
     found = {}
     for solver in ("exact", "tangent"):
-        config = SmoothConfig(**PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, micro_batch_size=4)
+        config = TrainConfig(**PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, micro_batch_size=4)
+        method = replace(method_of(config), loss=lambda pairs: torch.sqrt(1 + (1 - 0.5 * pairs.margins_B).square()))
         policy = policy_of(tiny_policy, config)
-        part = objective(policy, form_batch(pairs, range(4), config, 0), REFERENCE_M2, config, None)
+        batch = form_batch(pairs, range(4), config.packing, config.prompt_once)
+        part = objective(policy, batch, REFERENCE_M2, method)
         found[solver] = (gradients_of(policy, part.total), part.penalties_B)
-        assert part.values.losses_B.tolist() == config.own_losses(part.values.margins_B).tolist()
+        assert part.losses_B.tolist() == method.loss(part.pairs).tolist()
     torch.testing.assert_close(found["tangent"][1], found["exact"][1], rtol=1e-5, atol=1e-12)
     assert (found["tangent"][0] - found["exact"][0]).norm() < 1e-5 * found["exact"][0].norm()
 
 
-def test_the_names_that_manifests_get():
-    assert config_of().own_name == {"method": "cvar"}
-    assert TrainConfig(**PATHS).own_name == {}
-    assert TrainConfig(**PATHS).own_losses(torch.zeros(1)) is None
+def test_the_tangent_solver_refuses_a_loss_of_more_than_the_margin(tiny_policy):
+    """Its gradient would be wrong without a sign of it."""
+    config = TrainConfig(str(tiny_policy), "-", "-", dtype="float32", wdpo_rho=0.1)
+    method = replace(method_of(config), loss=lambda pairs: pairs.log_ratios_S.view(2, -1).square().sum(dim=0))
+    policy = load_policy(str(tiny_policy), torch.float32, config.attention, False)
+    with pytest.raises(DataError, match=r"depends on the log-ratios.*--wdpo_solver=exact"):
+        check_tangent(policy, config.model_path, method)
+
+
+def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
+    """Weights by the scores' difference, of each pair alone: no survey, and a row without a score is refused."""
+    fields = ("chosen_score", "rejected_score")
+    method = Method("by score", lambda pairs: (1 - pairs.margins_B).square(),
+                    lambda losses_B, population_P, pairs: pairs.columns[fields[0]] - pairs.columns[fields[1]],
+                    population=False, reads=fields)  # fmt: skip
+    assert not method.needs_population
+    turns = (
+        [{"role": "user", "content": "a"}],
+        [{"role": "assistant", "content": "b"}],
+        [{"role": "assistant", "content": "c"}],
+    )
+    rows = [Preference(row, *turns, chosen, 0.5) for row, chosen in enumerate((1.0, 2.5))]
+    write_records(tmp_path / "train.jsonl", rows)
+    pairs, _ = tokenise(load_preferences(str(tmp_path), "train", fields), chat.load_tokenizer(str(tiny_policy)), 99, fields)
+    policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
+    for batch in (collate(pairs, range(2), 0), pack(pairs, range(2), True).to(torch.device("cpu"))):
+        part = objective(policy, batch, torch.zeros(2, 2), method) if isinstance(batch, Batch) else None
+        assert batch.columns["chosen_score"].tolist() == [1.0, 2.5]
+        assert part is None or part.weights_B.tolist() == [0.5, 2.0]
+    write_records(tmp_path / "train.jsonl", [rows[0], Preference(1, *turns)])
+    with pytest.raises(DataError, match=r'train.jsonl, row 2: field "chosen_score" is missing'):
+        load_preferences(str(tmp_path), "train", fields)
+
+
+def test_weights_and_a_penalty_are_not_combined():
+    with pytest.raises(ValueError, match="weights or a penalty"):
+        Method("both", lambda pairs: pairs.margins_B, lambda losses_B, population_P, pairs: losses_B, penalty=Penalty(0.1))
 
 
 @pytest.mark.parametrize(
@@ -109,4 +148,4 @@ def test_it_trains_by_its_wrapper(tiny_policy, forks, data, tmp_path):
     assert lines[-1]["objective"] > lines[-1]["loss"], "the hardest pair's loss is above the mean"
     assert (tmp_path / "a run" / "global_step_4" / "model.safetensors").is_file()
     manifest = json.loads((tmp_path / "a run" / "manifest.json").read_text())["train"]["made_by"]
-    assert manifest["method"] == "cvar" and manifest["cvar_share"] == 0.25
+    assert manifest["method"] == "CVaR (cvar_share=0.25)" and manifest["cvar_share"] == 0.25

@@ -12,6 +12,7 @@ from drdpo.config.training import PACKED_ATTENTION
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels import packed_attention
 from drdpo.training.data import Pair, collate, form_batch, pack
+from drdpo.training.losses import method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, check_packing, load_policy
 
@@ -40,12 +41,12 @@ def padded(tiny_policy) -> Policy:
 
 def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig):
     """Losses [4] and the gradient of all parameters of one optimizer step in some micro-batches."""
-    parts = [(form_batch(pairs, rows, config, 0), REFERENCE_M2[rows].float()) for rows in split]
-    population = survey(policy, parts, config) if config.method != "dpo" else None
-    found = [objective(policy, batch, reference, config, population) for batch, reference in parts]
+    parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].float()) for rows in split]
+    population = survey(policy, parts, method_of(config)) if config.method != "dpo" else None
+    found = [objective(policy, batch, reference, method_of(config), population) for batch, reference in parts]
     total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / 4
     gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
-    losses = torch.cat([part.values.losses_B.detach() for part in found])[
+    losses = torch.cat([part.losses_B.detach() for part in found])[
         torch.tensor([row for rows in split for row in rows]).argsort()
     ]
     return losses, torch.cat([gradient.flatten() for gradient in gradients])

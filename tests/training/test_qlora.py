@@ -26,10 +26,12 @@ from drdpo.errors import DataError, UsageError
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
-from drdpo.training.memory import meta_policy, predict, weight_bytes
+from drdpo.training.losses import method_of
+from drdpo.training.memory import plan_of, predict, shapes
 from drdpo.training.objective import objective
 from drdpo.training.policy import load_policy
 from drdpo.training.reference import reference_key
+from drdpo.training.run import arithmetic_of
 
 METHODS = {
     "dpo": {}, "kldpo": {"kldpo_tau": 0.1}, "drdpo": {"drdpo_beta": 0.5},
@@ -76,7 +78,6 @@ def config_of(path: Path | str = "-", **flags) -> TrainConfig:
         "dtype": "float32",
         "beta": 0.5,
         "lora_rank": 4,
-        "lora_alpha": 12,
         "lora_quantize": "nf4",
         "train_batch_size": 4,
     }
@@ -89,7 +90,7 @@ def policy_of(config: TrainConfig, moved: bool = True):
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
-    add_lora(policy, config)
+    add_lora(policy, config.lora)
     generator = torch.Generator().manual_seed(1)
     for name, value in policy.named_parameters():
         if moved and "lora_B" in name:
@@ -112,10 +113,10 @@ def dequantized(policy, path: Path, folder: Path) -> Path:
 
 
 def gradients(policy, pairs, config) -> tuple[float, dict[str, torch.Tensor]]:
-    batch = form_batch(pairs, list(range(4)), config, 2)
+    batch = form_batch(pairs, list(range(4)), config.packing, config.prompt_once)
     with torch.no_grad():
         reference_B2 = policy(batch).logprob_S.view(2, -1).T + torch.tensor([[0.3, -0.2]])
-    total = objective(policy, batch, reference_B2, config, None).total
+    total = objective(policy, batch, reference_B2, method_of(config), None).total
     total.backward()
     return float(total.detach()), {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
 
@@ -151,11 +152,10 @@ def test_the_weights_are_near_the_stored_ones_and_take_the_bytes_that_are_predic
     assert torch.equal(policy.head.weight, stored["model.embed_tokens.weight"].bfloat16()), "head and embeddings stay whole"
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     others = sum(parameter.numel() for parameter in policy.parameters() if parameter.is_floating_point())
-    meta = meta_policy(config)
-    predicted = weight_bytes(meta, config)
+    meta = shapes(config)
+    predicted = predict(meta, plan_of(config, 1), 0, 0, 0).weights
     # At most one layer's weight is dequantized at a time.
     assert predicted == pytest.approx(held + 2 * others + 2 * 64 * 128, rel=1e-3)
-    assert predict(meta, config, 1, 0, 0, 0).weights == predicted
     assert sum(p.numel() for p in meta.parameters()) == linear + others, "the preflight counts parameters, not bytes"
 
 
@@ -165,29 +165,30 @@ def test_before_the_first_step_policy_and_reference_are_one(models, pairs, monke
     for dtype in ("float32", "bfloat16"):
         config = config_of(models["llama"], dtype=dtype)
         policy = policy_of(config, moved=False)
-        batch = form_batch(pairs, list(range(4)), config, 2)
+        batch = form_batch(pairs, list(range(4)), config.packing, config.prompt_once)
         policy.eval()
         with torch.no_grad():
             reference_B2 = policy(batch).logprob_S.view(2, -1).T
         policy.train()
-        found = objective(policy, batch, reference_B2, config, None)
-        assert found.values.losses_B.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
+        found = objective(policy, batch, reference_B2, method_of(config), None)
+        assert found.losses_B.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
         found.total.backward()
         assert all(p.grad is not None for n, p in policy.named_parameters() if "lora_B" in n)
         states = [layer.weight.quant_state for layer in quantized_layers(policy).values()]
         assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
-    assert reference_key("m", pairs, config) != reference_key("m", pairs, replace(config, lora_quantize="none"))
+    keys = {reference_key("m", pairs, arithmetic_of(replace(config, lora_quantize=kind))) for kind in ("none", "nf4")}
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen"])
 def test_a_merged_checkpoint_is_the_stored_weights_and_the_adapters(model, models, tmp_path):
     from peft import PeftModel
 
-    config = config_of(models[model], lora_targets=["q_proj", "down_proj"])
+    config = config_of(models[model])
     policy = policy_of(config)
     engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
-    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "whole", config)
-    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "alone", replace(config, lora_merge=False))
+    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "whole", config.lora)
+    save_model(engine, chat.load_tokenizer(str(models[model])), tmp_path / "alone", replace(config, lora_merge=False).lora)
     settings = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert "quantization_config" not in settings
     saved, base = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", models[model]))
@@ -195,9 +196,9 @@ def test_a_merged_checkpoint_is_the_stored_weights_and_the_adapters(model, model
     assert saved.keys() == base.keys()
     for name, weight in base.items():
         layer = name.removesuffix(".weight")
-        if layer.endswith(("q_proj", "down_proj")):
+        if layer.endswith("_proj"):
             down_rD, up_Dr = (own[f"{layer}.lora_{part}.default.weight"] for part in "AB")
-            assert torch.allclose(saved[name], weight + 3 * up_Dr @ down_rD, atol=1e-6)
+            assert torch.allclose(saved[name], weight + 8 * up_Dr @ down_rD, atol=1e-6)
             assert not torch.allclose(saved[name], weight, atol=1e-3)
         else:
             assert torch.equal(saved[name], weight), name
@@ -217,7 +218,7 @@ def test_a_base_that_is_gone_is_said(models, tmp_path):
     engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2, device=torch.device("cpu"))
     gone = replace(config, model_path=str(tmp_path / "gone"))
     with pytest.raises(DataError, match=r"gone: cannot be read to merge.*--lora_merge=false"):
-        save_model(engine, chat.load_tokenizer(str(models["llama"])), tmp_path / "whole", gone)
+        save_model(engine, chat.load_tokenizer(str(models["llama"])), tmp_path / "whole", gone.lora)
     assert not (tmp_path / "whole").exists()
 
 
@@ -235,11 +236,9 @@ def test_weights_that_are_stored_quantized_are_refused(models, tmp_path):
 
 def test_what_qlora_refuses():
     with pytest.raises(UsageError, match="--lora_quantize has no meaning without --lora_rank"):
-        config_of(lora_rank=0, lora_alpha=32)
+        config_of(lora_rank=0)
     with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --zero_stage=3: .*--zero_stage=2"):
         config_of(zero_stage=3)
-    with pytest.raises(UsageError, match="--lora_quantize=nf4 with --torch_compile=true"):
-        config_of(torch_compile=True)
     for solver in ("tangent", "exact"):
         with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --wdpo_rho .*--lora_quantize=none"):
             config_of(wdpo_rho=0.1, wdpo_solver=solver)

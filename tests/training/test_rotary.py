@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
-from drdpo.training.memory import meta_policy, preflight
+from drdpo.training.losses import method_of
+from drdpo.training.memory import preflight, shapes
 from drdpo.training.policy import Policy, check_rotary, load_policy
 from drdpo.training.run import Run
 
@@ -48,7 +49,7 @@ def pair_of(*lengths: int) -> Pair:
 
 def logprobs(policy: Policy, pairs: list[Pair], config: TrainConfig) -> torch.Tensor:
     with torch.no_grad():
-        return policy(form_batch(pairs, range(len(pairs)), config, 0)).logprob_S.view(2, -1)[:, 0]
+        return policy(form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)).logprob_S.view(2, -1)[:, 0]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -61,11 +62,11 @@ def test_up_to_the_limit_a_pair_does_not_feel_its_neighbours_and_beyond_it_does(
     beside = logprobs(policy, [short, whole, whole], config)
     torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-5)
     assert len(whole) == LIMIT
-    check_rotary(policy, [short, whole], config)
+    check_rotary(policy, [short, whole], config.model_path)
     # What is refused: without the refusal the numbers would change, in either form.
     assert not torch.allclose(logprobs(policy, [short, longer], config), alone, atol=1e-2, rtol=1e-3)
     with pytest.raises(UsageError, match=rf"the longest pair has 32: give --max_len={LIMIT}"):
-        check_rotary(policy, [short, longer], config)
+        check_rotary(policy, [short, longer], config.model_path)
 
 
 class _Tokenizer:
@@ -76,8 +77,8 @@ def test_the_preflight_refuses_and_otherwise_predicts(model, tmp_path, capsys):
     config, counts = config_of(model), {"train": {"answer cut": 0}}
     pairs, longer = [pair_of(4, 3, 6)] * 2, [pair_of(8, 24, 5)]
     with pytest.raises(UsageError, match=rf"beyond {LIMIT} tokens .*{model.name}"):
-        preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, longer, counts, {}))
-    preflight(Run(config, tmp_path / "out", _Tokenizer(), pairs, pairs, counts, {}))
+        preflight(Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, longer, counts, {}))
+    preflight(Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, pairs, counts, {}))
     assert "predicted peak" in capsys.readouterr().out
 
 
@@ -88,4 +89,4 @@ def test_fixed_kinds_have_no_limit(tmp_path):
         **SIZES, max_position_embeddings=8, rope_parameters=rope, architectures=["LlamaForCausalLM"]
     ).save_pretrained(tmp_path)
     config = config_of(tmp_path)
-    check_rotary(meta_policy(config), [pair_of(8, 24, 5)], config)
+    check_rotary(shapes(config), [pair_of(8, 24, 5)], config.model_path)

@@ -20,6 +20,7 @@ from drdpo.errors import UsageError
 from drdpo.folder import lock_folder, write_manifest
 from drdpo.machine import settle
 from drdpo.training.checkpoint import write_index
+from drdpo.training.losses import method_of
 from drdpo.training.run import _made_by, check_inputs, open_run
 
 
@@ -93,11 +94,16 @@ REFUSED = {
 }
 
 
+def check_flags(words: list[str]) -> None:
+    config = parse(TrainConfig, "", words)
+    check_inputs(config, method_of(config))
+
+
 @pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
 def test_flags_that_cannot_be_honoured_are_refused(flags, tiny_policy, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
     with pytest.raises((UsageError, SystemExit)) as refused:
-        check_inputs(parse(TrainConfig, "", words_of(tiny_policy, data, tmp_path / "out", *flags)))
+        check_flags(words_of(tiny_policy, data, tmp_path / "out", *flags))
     line = str(refused.value) if refused.type is UsageError else capsys.readouterr().err
     for word in REFUSED[flags]:
         assert word in line, line
@@ -108,7 +114,7 @@ def test_flash_attention_that_is_not_installed_is_refused(tiny_policy, data, tmp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = words_of(tiny_policy, data, tmp_path / "out", "--attn=flash", "--packing=false", "--dtype=bfloat16")
     with pytest.raises(UsageError, match="flash-attn, which is not installed"):
-        check_inputs(parse(TrainConfig, "", words))
+        check_flags(words)
 
 
 def test_a_wrong_command_ends_with_status_2(check, tiny_policy, data, tmp_path):
@@ -121,7 +127,7 @@ def test_a_wrong_command_ends_with_status_2(check, tiny_policy, data, tmp_path):
 
 def test_the_first_test_pairs_alone_are_evaluated(tiny_policy, data, tmp_path):
     config = TrainConfig(str(tiny_policy), str(data), str(tmp_path / "run"), train_batch_size=4, max_test_pairs=3)
-    run = open_run(config)
+    run = open_run(config, method_of(config))
     assert (len(run.train), len(run.test)) == (4, 3)
 
 
@@ -145,7 +151,7 @@ def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(c
 def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(check, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
     config, _ = settle(TrainConfig(str(tiny_policy), str(data), str(out), train_batch_size=4))
-    write_manifest(out, "train", {**_made_by(config), "pairs": "x"})
+    write_manifest(out, "train", {**_made_by(config, method_of(config)), "pairs": "x"})
     assert check(tiny_policy, data, out).returncode == 0
     refuse(check(tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
     assert check(tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0

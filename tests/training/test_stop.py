@@ -1,14 +1,23 @@
-"""Which errors say that another rank is lost, and which are a rank's own."""
+"""How a run ends early: SIGTERM and SIGUSR1 save at the next step and exit with 75; a lost rank is reported in one line."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
+from harness.stand_ins import make_environment
 
-from drdpo.errors import ProcessError
-from drdpo.training.stop import is_lost_rank, lost_rank_in_one_line
+from drdpo.errors import ProcessError, UsageError
+from drdpo.training.checkpoint import states
+from drdpo.training.stop import STATUS, is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 
+STEP = "loop:train_step"
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp"
 LOST = [
     f"{SOURCE}/pair.cc:547] Connection closed by peer [127.0.0.1]:33544",
@@ -29,21 +38,21 @@ OWN = [
 
 
 @pytest.mark.parametrize("message", LOST)
-def test_a_lost_rank(message: str) -> None:
+def test_a_lost_rank(message: str):
     assert is_lost_rank(RuntimeError(message))
 
 
 @pytest.mark.parametrize("message", OWN)
-def test_an_error_of_its_own(message: str) -> None:
+def test_an_error_of_its_own(message: str):
     assert not is_lost_rank(RuntimeError(message))
     assert not is_lost_rank(ValueError(LOST[0]))
 
 
-def test_torchs_own_class_counts_whatever_it_says() -> None:
+def test_torchs_own_class_counts_whatever_its_message():
     assert is_lost_rank(torch.distributed.DistNetworkError(os.strerror(32)))
 
 
-def test_a_lost_rank_is_told_to_torchrun_where_it_asks(tmp_path, monkeypatch) -> None:
+def test_a_lost_rank_is_reported_to_torchrun_if_it_asks(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     with pytest.raises(ProcessError, match="rank 0 lost another rank"), lost_rank_in_one_line(7):
         raise RuntimeError(LOST[0])
@@ -52,4 +61,172 @@ def test_a_lost_rank_is_told_to_torchrun_where_it_asks(tmp_path, monkeypatch) ->
         raise RuntimeError(LOST[0])
     assert stopped.value.code == 1
     written = json.loads((tmp_path / "error.json").read_text())["message"]
-    assert "--comm_timeout=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
+    assert "DRDPO_TIMEOUT=7" in written["message"] and LOST[0] in written["extraInfo"]["py_callstack"]
+
+
+def test_the_time_to_wait_is_a_positive_number(monkeypatch):
+    monkeypatch.delenv("DRDPO_TIMEOUT", raising=False)
+    assert seconds_to_wait() == 1800
+    monkeypatch.setenv("DRDPO_TIMEOUT", "15")
+    assert seconds_to_wait() == 15
+    for text in ("0", "-3", "1.5", "soon"):
+        monkeypatch.setenv("DRDPO_TIMEOUT", text)
+        with pytest.raises(UsageError, match=f"DRDPO_TIMEOUT={text}"):
+            seconds_to_wait()
+
+
+NOTES = """
+import os, signal, sys, torch
+from drdpo.training.stop import stop_on_signal
+sent, cpu = signal.Signals[sys.argv[1]], torch.device("cpu")
+os.kill(os.getpid(), sent)
+for expected in (sent.name, None):
+    with stop_on_signal() as stop:
+        assert stop.agreed(cpu) == expected, stop.name
+with stop_on_signal() as stop:
+    os.kill(os.getpid(), sent)
+    assert stop.agreed(cpu) == sent.name
+assert signal.getsignal(sent) == signal.SIG_DFL
+print("noted")
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_is_noted_also_one_that_was_blocked(sent):
+    """In a process that starts with the signals blocked, as by src/train_alignment.py."""
+    block = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.{sent}}}); os.execv(sys.executable, "
+    command = [sys.executable, "-c", block + "[sys.executable, '-c', *sys.argv[1:]])", NOTES, sent]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "noted\n", done.stderr
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Stand-ins: a launcher that ends with 75 on a signal, and SLURM's srun and scontrol."""
+    slurm = {"python": "slurm/python", "srun": "slurm/srun", "scontrol": "slurm/scontrol"}
+    prefix = make_environment(tmp_path / "an environment", slurm)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "DRDPO"))}
+    ours = {"DRDPO_ENV": str(prefix), "LAUNCHED": str(tmp_path / "launched"), "DRDPO_PROCESSES": "2"}
+    return {**kept, **ours, "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def wrapped(root, environment, tiny_policy, tmp_path):
+    """Start a wrapper; once the launcher runs, send a signal; return the exit status and the stand-ins' notes."""
+    data = write_pairs(tmp_path / "pairs")
+
+    def run(script: str, sent: signal.Signals | None, *flags: str, **variables: str) -> tuple[int, dict[str, str]]:
+        command = ["bash", str(root / script), f"--model_path={tiny_policy}", f"--dataset_path={data}",
+                   f"--save_path={tmp_path / 'my run'}", "--train_batch_size=4", "--micro_batch_size=1", *flags]  # fmt: skip
+        with (tmp_path / "said").open("w") as output:
+            process = subprocess.Popen(command, env={**environment, **variables}, stderr=output, stdout=output)
+            deadline = time.monotonic() + 120
+            nodes = int(variables.get("SLURM_JOB_NUM_NODES", "1"))
+            launched = tmp_path / "launched"
+            while sent and (not launched.is_file() or launched.read_text().count("train_alignment.py\n") < nodes):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+                time.sleep(0.05)
+            if sent is not None:
+                time.sleep(0.3)
+                process.send_signal(sent)
+            status = process.wait(timeout=120)
+        notes = {path.suffix: path.read_text() for path in tmp_path.glob("launched*")}
+        return status, notes
+
+    return run
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_wrapper_reaches_the_launcher(sent, wrapped, tmp_path):
+    status, notes = wrapped("train_alignment.sh", sent)
+    assert status == 75, (tmp_path / "said").read_text()
+    assert notes[".told"].split() == [sent.name]
+    assert "--standalone" in notes[""].splitlines()
+
+
+def test_the_launchers_status_and_a_wrong_number_of_machines(wrapped, tmp_path):
+    assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7")[0] == 7
+    for variables, words in [
+        ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="),
+        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
+        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "1"}, "MASTER_ADDR"),
+        ({"DRDPO_NODES": "two"}, "DRDPO_NODES=two"),
+    ]:
+        assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7", **variables)[0] == 2
+        assert words in (tmp_path / "said").read_text()
+
+
+SLURM = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]"}
+
+
+@pytest.mark.parametrize(("sent", "queued"), [(signal.SIGUSR1, "requeue 40007\n"), (signal.SIGTERM, None)])
+def test_the_job_requeues_itself_before_the_time_limit_but_not_when_it_is_cancelled(sent, queued, wrapped, tmp_path):
+    status, notes = wrapped("train_alignment.slurm", sent, **SLURM)
+    assert status == 75, (tmp_path / "said").read_text()
+    assert notes.get(".requeue") == queued
+
+
+def test_a_requeued_job_resumes_whatever_it_was_started_with(wrapped, tmp_path):
+    for count, last in (("0", "--resume=never"), ("2", "--resume=auto")):
+        status, notes = wrapped(
+            "train_alignment.slurm", None, "--resume=never", LAUNCH_STATUS="0", SLURM_RESTART_COUNT=count,
+            SLURM_CPUS_PER_TASK="7", **SLURM
+        )  # fmt: skip
+        assert status == 0, (tmp_path / "said").read_text()
+        assert [word for word in notes[""].splitlines() if word.startswith("--resume")][-1] == last
+    assert "goes on (--resume=auto) instead of starting anew" in (tmp_path / "said").read_text()
+
+
+def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
+    status, notes = wrapped(
+        "train_alignment.slurm", signal.SIGUSR1, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="7", DRDPO_PROCESSES="1",
+        **SLURM
+    )  # fmt: skip
+    assert status == 75, (tmp_path / "said").read_text()
+    assert notes[".requeue"] == "requeue 40007\n"
+    words = notes[""].splitlines()
+    assert {"--node-rank=0", "--node-rank=1"} < set(words)
+    for word in ("--nnodes=2", "--nproc-per-node=1", "--master-addr=first", "--master-port=12007"):
+        assert words.count(word) == 2, words
+    assert {"--ntasks-per-node=1", "cpus=7"} <= set(notes[".srun"].splitlines())
+
+
+@pytest.mark.slow
+def test_stopped_twice_equals_undisturbed(forks, tiny_policy, tmp_path):
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    assert run_ranks(forks, flags_of(tiny_policy, data, tmp_path / "whole"), log) == [0, 0], said(log)
+    save = tmp_path / "stopped"
+    # No state but those of the signals.
+    flags = flags_of(tiny_policy, data, save, save_steps=0)
+    for rank, sent, step in ((1, "SIGUSR1", 2), (0, "SIGTERM", 3)):
+        faults = [fault(STEP, 2 if step == 2 else 1, rank=rank, signal=sent)]
+        assert run_ranks(forks, flags, log, faults) == [STATUS, STATUS], said(log)
+        assert f"stopped by {sent} after step {step} of 4, state saved" in said(log)
+        assert states(save / "resume")[0][0].step == step
+        assert len(metrics_of(save)) == step
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
+    check_equal(save, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_written(forks, tiny_policy, tmp_path):
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    save = tmp_path / "stopped"
+    flags = flags_of(tiny_policy, data, save)
+    # After those of the training pairs, before those of the test pairs.
+    assert run_ranks(forks, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STATUS, STATUS], said(
+        log
+    )
+    assert "stopped by SIGUSR1 before the first step; the same command starts with it" in said(log)
+    kept = {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")}
+    assert sorted(kept) == ["reference_test.safetensors", "reference_train.safetensors"]
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
+    assert {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")} == kept
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(forks, tiny_policy, tmp_path):
+    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+    flags = flags_of(tiny_policy, data, tmp_path / "out", save_resume=False)
+    assert run_ranks(forks, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STATUS, STATUS]
+    assert "error: stopped by SIGTERM after step 1 of 4; --save_resume=false" in said(log)

@@ -19,7 +19,8 @@ from transformers import (
 from drdpo.errors import DataError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
-from drdpo.training.memory import meta_policy
+from drdpo.training.losses import method_of
+from drdpo.training.memory import shapes
 from drdpo.training.objective import objective
 from drdpo.training.policy import Policy, load_policy, widen_first_tokens
 from drdpo.training.wdpo import check_architecture, check_tangent
@@ -59,7 +60,7 @@ def pairs_of_lengths(*lengths: tuple[int, int, int]) -> list[Pair]:
 
 def add_adapters(policy, config):
     """Adapters that do something: zero at the start, one half of them would leave half of the gradients zero."""
-    add_lora(policy, config)
+    add_lora(policy, config.lora)
     torch.manual_seed(0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -77,7 +78,7 @@ def test_models_that_are_built_as_llama_pass_and_equal_exact(model, adapters, tm
         if adapters:
             add_adapters(policy, config)
         if solver == "tangent":
-            check_tangent(policy, config)
+            check_tangent(policy, config.model_path, method_of(config))
         gradients.append(step(policy.double().train(), pairs, [[3, 0], [1, 2]], config)[1])
     if adapters:
         assert len(gradients[0]) < 8_000, "the adapters alone"
@@ -95,9 +96,10 @@ def test_they_pass_in_bfloat16_with_first_tokens_in_float32(model, adapters, tmp
         policy = load_policy(str(folder), getattr(torch, dtype), config.attention, True)
         if adapters:
             add_adapters(policy, config)
-        widen_first_tokens(policy, config)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
         assert policy.wide_first == (dtype == "bfloat16")
-        check_tangent(policy, config)
+        check_tangent(policy, config.model_path, method_of(config))
         gradients.append(step(policy, pairs, [[0], [1]], config)[1])
     # Measured .02 to .14: these weights are large, and attention and adapters stay in bfloat16.
     assert apart(*gradients) < 0.3
@@ -119,8 +121,8 @@ def test_other_models_are_refused(words, model):
     config = config_of(wdpo_solver="tangent", dtype="bfloat16")
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(model, attn_implementation=config.attention).bfloat16()).train()
-    with pytest.raises(DataError, match=rf"--wdpo_solver=tangent cannot .*{words}.*; give --wdpo_solver=exact"):
-        check_tangent(policy, config)
+    with pytest.raises(DataError, match=rf"--wdpo_solver=tangent cannot .*{words}.*; pass --wdpo_solver=exact"):
+        check_tangent(policy, config.model_path, method_of(config))
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "Gemma2Model"])  # its own mask needs a window
@@ -130,7 +132,10 @@ def test_exact_takes_the_models_that_are_refused(name):
     language_model = AutoModelForCausalLM.from_config(REFUSED[name], attn_implementation="eager").double()
     policy, config = Policy(language_model, second_derivative=True).train(), config_of(wdpo_solver="exact")
     pairs = pairs_of_lengths((4, 9, 6), (1, 1, 3))
-    batch, reference_B2 = form_batch(pairs, [0, 1], config, 0), torch.tensor([[-50.0, -20.0], [-9.0, -30.0]]).double()
+    batch, reference_B2 = (
+        form_batch(pairs, [0, 1], config.packing, config.prompt_once),
+        torch.tensor([[-50.0, -20.0], [-9.0, -30.0]]).double(),
+    )
     total = 0.0
     for pair, reference_2 in zip(pairs, reference_B2, strict=True):
         log_ratios, embeds = [], []
@@ -142,36 +147,37 @@ def test_exact_takes_the_models_that_are_refused(name):
         loss = -torch.nn.functional.logsigmoid(config.beta * (log_ratios[0] - log_ratios[1]))
         slopes = torch.autograd.grad(loss, embeds, create_graph=True)
         total += (loss + config.wdpo_rho * sum(slope.square().sum() for slope in slopes)) / len(pairs)
-    ours = objective(policy, batch, reference_B2, config, None).total
+    ours = objective(policy, batch, reference_B2, method_of(config), None).total
     assert ours.item() == pytest.approx(total.item(), rel=1e-6)
     parameters = list(policy.parameters())
     gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)]) for value in (ours, total)]
     assert apart(*gradients) < 1e-5
 
 
-def test_a_refusal_tells_what_auto_is_and_a_stage_that_exact_runs_under(tmp_path):
-    """Told by the preflight, from the model's config.json alone."""
+def test_a_refusal_names_the_other_solver_and_a_stage_it_runs_under(tmp_path):
+    """In the preflight, from the model's config.json alone."""
     model = GraniteConfig(**SIZES, logits_scaling=1.0)
     model.save_pretrained(tmp_path)
     config = config_of(model_path=str(tmp_path), zero_stage=3)
-    with pytest.raises(DataError, match=r"=auto, which is tangent .*exact with --packing=false and --zero_stage=2"):
-        check_architecture(meta_policy(config), config)
+    with pytest.raises(DataError, match=r"GraniteModel.*exact with --packing=false and --zero_stage=2"):
+        check_architecture(shapes(config), config.model_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_that_computes_something_else_is_found_by_its_numbers(dtype, tiny_policy):
     config = config_of(wdpo_solver="tangent", dtype=str(dtype).removeprefix("torch."))
     policy = policy_of(tiny_policy, config, dtype=dtype)
-    widen_first_tokens(policy, config)
-    check_tangent(policy, config)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
+    check_tangent(policy, config.model_path, method_of(config))
     handle = policy.language_model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out / 2)
     with pytest.raises(DataError, match="hidden states are not"):
-        check_tangent(policy, config)
+        check_tangent(policy, config.model_path, method_of(config))
     handle.remove()
     layer = policy.language_model.model.layers[0].mlp
     layer.up_proj = NotLinear(layer.up_proj)
     with pytest.raises(DataError, match=r"mlp.up_proj is not linear"):
-        check_tangent(policy, config)
+        check_tangent(policy, config.model_path, method_of(config))
 
 
 class NotLinear(torch.nn.Module):

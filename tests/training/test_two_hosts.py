@@ -81,14 +81,15 @@ def undisturbed(hosts, tiny_policy, data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("how", "dead"), [("dies", 0), ("dies", 1), ("hangs", 1)])
-def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path):
+def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_policy, data, tmp_path, monkeypatch):
     save, log = tmp_path / "a run", tmp_path / "log"
-    flags = flags_of(tiny_policy, data, save, comm_timeout=15)
+    monkeypatch.setenv("DRDPO_TIMEOUT", "15")
+    flags = flags_of(tiny_policy, data, save)
     lost = fault(STEP, 3, rank=dead, signal="SIGKILL" if how == "dies" else "SIGSTOP")
     ranks, other = start_on(hosts, flags, log, faults=[lost]), 1 - dead
     assert ranks[other].wait() == 1, said(log, other)
     last = [line for line in said(log, other).splitlines() if line.startswith("error: ")][-1]
-    assert last.startswith(f"error: rank {other} lost another rank") and "--comm_timeout=15" in last
+    assert last.startswith(f"error: rank {other} lost another rank") and "DRDPO_TIMEOUT=15" in last
     assert "Traceback" not in said(log, other)
     assert statuses([ranks[dead]]) == [-9]
     assert run_on(hosts, flags, log) == [0, 0], said(log)
@@ -96,10 +97,11 @@ def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_poli
     check_equal(save, undisturbed)
 
 
-def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, tmp_path):
+def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, tmp_path, monkeypatch):
     """No connection is closed: the receiver learns it from the timeout, the sender from the kernel."""
     save, log = tmp_path / "a run", tmp_path / "log"
-    flags = flags_of(tiny_policy, data, save, comm_timeout=10)
+    monkeypatch.setenv("DRDPO_TIMEOUT", "10")
+    flags = flags_of(tiny_policy, data, save)
     ranks = start_on(hosts, flags, log)
     (name, interface), _ = network
     deadline = time.monotonic() + 120

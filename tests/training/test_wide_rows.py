@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from drdpo.kernels.packed_attention import PrefixGroup
 from drdpo.training.data import Pair, form_batch
+from drdpo.training.losses import method_of
 from drdpo.training.objective import objective
 from drdpo.training.patches import first_rows, rows_in_float32
 from drdpo.training.policy import load_policy, widen_first_tokens
@@ -90,10 +91,17 @@ def test_the_penalty_of_a_real_model_is_near_to_float32(smollm):
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         config = config_of(wdpo_solver="tangent", wdpo_rho=1e9, beta=0.01, dtype=str(dtype).removeprefix("torch."))
         policy = load_policy(str(smollm), dtype, config.attention, True)
-        widen_first_tokens(policy, config)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
         found = []
         for pair in pairs:
-            total = objective(policy, form_batch([pair], [0], config, 0), torch.zeros(1, 2), config, None).total
+            total = objective(
+                policy,
+                form_batch([pair], [0], config.packing, config.prompt_once),
+                torch.zeros(1, 2),
+                method_of(config),
+                None,
+            ).total
             parts = torch.autograd.grad(total, list(policy.parameters()))
             found.append(torch.cat([part.flatten() for part in parts]).double())
         return found

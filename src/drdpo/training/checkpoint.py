@@ -1,4 +1,10 @@
-"""Checkpoints: plain Hugging Face folders for use, DeepSpeed state for going on."""
+"""Checkpoints: global_step_<n>, plain Hugging Face folders for use, and resume/step_<n>, DeepSpeed's state to resume from.
+
+A state has an index of its files, state.json: {step, world_size, files: {name: {size, sha256}}}. It is written under another
+name, index last, flushed to disk and only then renamed: a save that was cut short is never taken for a state, and a state
+whose files were cut or changed later is recognised and the one before used. Sizes are compared wherever states are listed,
+contents only where a state is loaded.
+"""
 
 import hashlib
 import json
@@ -15,20 +21,182 @@ from safetensors import SafetensorError
 
 from drdpo import distributed
 from drdpo.chat import Tokenizer
-from drdpo.config import TrainConfig
+from drdpo.config.training import LoraSettings
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import LOCK, atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
 from drdpo.training.engine import Engine
 from drdpo.training.lora import load_base, merged, save_adapter
 from drdpo.training.stop import is_lost_rank, patient
 
-# Which DeepSpeed states in save_path/resume are complete, newest first. Needs no torch, so that a check is quick.
-#
-# A state is a folder step_<n> with an index of its own files, state.json: {step, world_size, files: {name: {size,
-# sha256}}}. It is written under another name, with the index last, flushed to disk and only then renamed; so a save
-# that was cut short is never taken for a state, and one whose files were cut or changed later is recognised.
-
 INDEX = "state.json"
+KEPT = 2
+"""States that stay: the newest, and the one before in case the newest is damaged."""
+SLACK = 2**24
+"""Bytes for a tokenizer and headers."""
+
+Weights = dict[str, torch.Tensor]
+
+
+def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None) -> None:
+    """Write the policy as a Hugging Face folder (safetensors in the training dtype, tokenizer), whole or not at all.
+
+    With LoRA the folder contains the merged model, and the adapters in its subfolder `adapter` as peft lays them out;
+    without `lora.merge` it contains the adapters alone. Quantized weights are merged into those of `lora.model_path`.
+
+    Args:
+        engine: of any ZeRO stage; every rank must call.
+        tokenizer: of the policy.
+        folder: save_path/global_step_<n>.
+        lora: of the policy's adapters, if it has some.
+
+    Raises:
+        DataError: a weight is not finite, or the disk is full; every rank raises the former.
+    """
+    # Rank 0 writes while the others wait.
+    with patient(4 * _elements(engine.module)):
+        model = engine.module.language_model
+        weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
+        _check_weights(engine, weights, folder)
+        check_room(folder, written_bytes(model, weights, lora), engine.device)
+        distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora))
+
+
+def _gathered(model: Any) -> Weights:
+    """Full weights of a model that ZeRO-3 has partitioned, on the CPU of rank 0, one parameter at a time."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            if distributed.is_main():
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
+    """A gradient can be finite and the step it takes not."""
+    bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
+    found = distributed.gather(torch.tensor([float(len(bad))], device=engine.device))
+    if found.any():
+        raise DataError(
+            f"{folder}: not written, as {bad[0] if bad else 'a weight'} has values that are not finite; lower "
+            "--learning_rate; earlier checkpoints are kept"
+        )
+
+
+def _write_model(model: Any, weights: Weights, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None) -> None:
+    try:
+        with atomic_folder(folder) as aside:
+            if lora is None:
+                model.save_pretrained(aside, state_dict=_untied(model, weights))
+            elif lora.merge:
+                save_adapter(model, weights, aside / "adapter")
+                whole = model
+                if lora.quantize != "none":
+                    whole = load_base(lora)
+                    weights = whole.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
+                whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, lora.rank)))
+            else:
+                save_adapter(model, weights, aside)
+            tokenizer.save_pretrained(aside)
+    except SafetensorError as error:
+        # How safetensors reports a full disk.
+        raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
+
+
+def written_bytes(model: Any, weights: Weights, lora: LoraSettings | None) -> int:
+    """Bytes of the weights that save_model writes for a model with these weights, whole, by name."""
+    if lora and not lora.merge:
+        return sum(weight.nbytes for name, weight in weights.items() if ".lora_" in name)
+    if lora and lora.quantize != "none":
+        # Written in full precision; transformers counts 4-bit weights one by one.
+        return int(getattr(torch, lora.dtype).itemsize * model.num_parameters())
+    return sum(weight.nbytes for weight in _untied(model, weights).values())
+
+
+def _untied(model: Any, weights: Weights) -> Weights:
+    """Without the tied head, which is the embedding: written twice it would be loaded as a second, stale copy."""
+    if not model.config.tie_word_embeddings:
+        return weights
+    head = model.get_output_embeddings().weight
+    tied = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head]
+    return {name: value for name, value in weights.items() if name not in tied[1:]}
+
+
+def check_room(folder: Path, needed: int, device: torch.device) -> None:
+    """Stop every rank if the disk has no room, before a byte is written; every rank must call.
+
+    Args:
+        folder: to be written; its parent exists.
+        needed: bytes, by rank 0's count.
+        device: of the ranks' collectives.
+
+    Raises:
+        DataError: on every rank.
+    """
+    usage = shutil.disk_usage(folder.parent)
+    # File systems that do not know report zero.
+    short = distributed.is_main() and usage.total > 0 and usage.free < needed + SLACK
+    if distributed.gather(torch.tensor([float(short)], device=device)).any():
+        raise DataError(
+            f"{folder}: not written, as it takes {(needed + SLACK) / 1e9:.2f} GB and the disk has {usage.free / 1e9:.2f} GB "
+            "left; earlier checkpoints are kept; make room, then rerun the same command"
+        )
+
+
+# --keep_checkpoints: which of the folders global_step_<n> stay.
+
+
+def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int) -> set[int]:
+    """Which checkpoints stay.
+
+    Args:
+        steps: of all checkpoints.
+        losses: evaluation loss by step, as far as evaluated.
+        newest: number of the newest that stay, at least one; 0 keeps all.
+
+    Returns:
+        The newest, and of those that were evaluated the one with the lowest loss, the earlier one of equals.
+    """
+    if newest == 0:
+        return set(steps)
+    evaluated = [step for step in sorted(steps) if step in losses]
+    best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
+    return {*sorted(steps)[-newest:], *best}
+
+
+def remove_old_checkpoints(folder: Path, newest: int) -> None:
+    """Delete the checkpoints of a run that kept_steps does not keep. On rank 0, after a checkpoint is complete.
+
+    Args:
+        folder: save_path, with the evaluation losses in metrics.jsonl.
+        newest: as for kept_steps.
+    """
+    metrics = folder / "metrics.jsonl"
+    lines = [line for _, line in whole_lines(metrics)] if metrics.is_file() else []
+    losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
+    places = _by_step(folder, "global_step_")
+    kept = kept_steps(list(places), losses, newest)
+    for step, path in places.items():
+        if step not in kept:
+            # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
+            gone = path.with_name(f".{path.name}.old")
+            try:
+                path.replace(gone)
+            except OSError as error:
+                print(f"warning: {path} could not be removed ({error.strerror})", file=sys.stderr)
+            else:
+                remove_tree(gone)
+
+
+def _by_step(folder: Path, prefix: str) -> dict[int, Path]:
+    """The folders <prefix><n> by n, newest first."""
+    paths = {path.name.removeprefix(prefix): path for path in folder.glob(f"{prefix}*")}
+    return {int(step): paths[step] for step in sorted(filter(str.isdigit, paths), key=int, reverse=True)}
+
+
+# States to resume from.
 
 
 @dataclass(frozen=True)
@@ -37,10 +205,10 @@ class State:
 
     folder: Path
     step: int
-    """Optimizer steps done."""
+    """Finished optimizer steps."""
     world_size: int
     files: dict[str, dict[str, Any]]
-    """Size in bytes and sha256 of every file by name."""
+    """{size, sha256} of every file by name."""
 
 
 def write_index(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
@@ -56,24 +224,29 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def states(folder: Path) -> tuple[list[State], list[str]]:
-    """The states in save_path/resume whose files have their sizes, newest first; and what is wrong with others.
-
-    Contents are compared by `damage`, as reading them takes long.
-    """
+    """The states in save_path/resume whose files have their sizes, newest first; and what is wrong with the others."""
     found, torn = [], []
-    places = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    for place in sorted(places, key=lambda path: int(path.name.removeprefix("step_")), reverse=True):
+    for place in _by_step(folder, "step_").values():
         try:
             index = read_json_object(place / INDEX)
             state = State(place, int(index["step"]), int(index["world_size"]), dict(index["files"]))
-            wrong = next((text for name in state.files if (text := _wrong_size(state, name))), None)
+            wrong = next(filter(None, (_wrong_size(state, name) for name in state.files)), None)
         except (OSError, DataError, KeyError, TypeError, ValueError):
-            state, wrong = None, f"{place / INDEX} is missing or not readable"
-        if state is None or wrong:
-            torn.append(str(wrong))
+            torn.append(f"{place / INDEX} is missing or not readable")
+            continue
+        if wrong:
+            torn.append(wrong)
         else:
             found.append(state)
     return found, torn
+
+
+def _wrong_size(state: State, name: str) -> str | None:
+    path, size = state.folder / name, state.files[name]["size"]
+    if not path.is_file():
+        return f"{path} is missing"
+    found = path.stat().st_size
+    return None if found == size else f"{path} has {found} bytes, not {size}"
 
 
 def damage(state: State, names: list[str]) -> str | None:
@@ -84,34 +257,25 @@ def damage(state: State, names: list[str]) -> str | None:
         except (OSError, KeyError, TypeError):
             same = False
         if not same:
-            return f"{state.folder / name} does not hold what was written"
-    return None
-
-
-def _wrong_size(state: State, name: str) -> str | None:
-    path, size = state.folder / name, state.files[name]["size"]
-    if not path.is_file():
-        return f"{path} is missing"
-    if path.stat().st_size != size:
-        return f"{path} has {path.stat().st_size} bytes, not {size}"
+            return f"{state.folder / name} was changed after it was written"
     return None
 
 
 def check_world(folder: Path) -> None:
-    """Raise UsageError when another number of processes wrote the state in save_path/resume that would be continued."""
+    """Raise UsageError if another number of processes wrote the state in save_path/resume that would be resumed."""
     newest = next(iter(states(folder)[0]), None)
     if newest and newest.world_size != distributed.world_size():
         raise UsageError(
             f"{folder} was written by {newest.world_size} processes and cannot be resumed by "
-            f"{distributed.world_size()}; use as many, or start anew with --resume=never"
+            f"{distributed.world_size()}; use {newest.world_size}, or start over with --resume=never"
         )
 
 
 def check_owner(place: Path) -> None:
-    """Refuse a state that somebody else put there: DeepSpeed unpickles it, and a pickle can run any code as who reads it.
+    """Refuse a state that somebody else put there: DeepSpeed unpickles it, and a pickle can run any code as its reader.
 
-    Its owner must be this user, the superuser, or whoever a file that this process makes belongs to, as the run's lock: NFS
-    may hand the superuser's files to nobody.
+    Its owner must be this user, the superuser, or the owner of a file that this process makes, such as the run's lock: NFS
+    may map the superuser to nobody.
 
     Args:
         place: save_path/resume/step_<n>.
@@ -125,203 +289,16 @@ def check_owner(place: Path) -> None:
         owner = path.stat().st_uid
         if owner not in trusted:
             raise UsageError(
-                f"{path} belongs to user {owner}, and loading it could run that user's code as yours; take it over with "
-                "chown if you trust it, or start anew with --resume=never"
+                f"{path} belongs to user {owner}, and loading it could run that user's code as yours; chown it if you trust "
+                "it, or start over with --resume=never"
             )
 
 
-def keep_only(folder: Path, kept: list[State]) -> None:
+def _keep_only(folder: Path, kept: list[State]) -> None:
     """Remove every state in save_path/resume but these, and what saves that were cut short left."""
     for other in [*folder.glob("step_*"), *folder.glob(".step_*")]:
         if other not in [state.folder for state in kept]:
             remove_tree(other)
-
-
-# --keep_checkpoints: which of the folders global_step_<n> stay.
-
-
-def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int, named: Sequence[int]) -> set[int]:
-    """Which checkpoints stay.
-
-    Args:
-        steps: of all checkpoints.
-        losses: evaluation loss by step, as far as evaluated.
-        newest: so many of the newest stay, at least one; 0 keeps all.
-        named: stay as well.
-
-    Returns:
-        The newest, the named, and of those that were evaluated the one of least loss, the earlier one of equals.
-    """
-    if newest == 0:
-        return set(steps)
-    evaluated = [step for step in sorted(steps) if step in losses]
-    best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
-    return {*sorted(steps)[-newest:], *best, *(step for step in named if step in steps)}
-
-
-def remove_old_checkpoints(folder: Path, config: TrainConfig) -> None:
-    """Delete what --keep_checkpoints and --keep_steps do not keep. On rank 0, after a checkpoint is complete.
-
-    Args:
-        folder: save_path, with metrics.jsonl.
-        config: of the run.
-    """
-    places = {int(path.name.removeprefix("global_step_")): path for path in folder.glob("global_step_*")
-              if path.name.removeprefix("global_step_").isdigit()}  # fmt: skip
-    kept = kept_steps(list(places), evaluation_losses(folder), config.keep_checkpoints, config.keep_steps)
-    for step, path in places.items():
-        if step not in kept:
-            # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
-            gone = path.with_name(f".{path.name}.old")
-            try:
-                path.replace(gone)
-            except OSError as error:
-                print(f"warning: {path} could not be removed ({error.strerror})", file=sys.stderr)
-            else:
-                remove_tree(gone)
-
-
-def evaluation_losses(folder: Path) -> dict[int, float]:
-    """Evaluation loss by step, from metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    lines = [line for _, line in whole_lines(path)] if path.is_file() else []
-    return {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
-
-
-# Is there room on the disk for a checkpoint, before a byte of it is written?
-
-SLACK = 2**24
-"""Bytes for a tokenizer and headers."""
-
-
-def check_room(folder: Path, needed: int, device: torch.device) -> None:
-    """Stop every rank where the disk has no room; every rank must call.
-
-    Args:
-        folder: to be written; its parent is there.
-        needed: bytes, by rank 0's count.
-        device: of the ranks' collectives.
-
-    Raises:
-        DataError: on every rank.
-    """
-    usage = shutil.disk_usage(folder.parent)
-    # File systems that cannot tell say zero.
-    short = distributed.is_main() and usage.total > 0 and usage.free < needed + SLACK
-    if distributed.gather(torch.tensor([float(short)], device=device)).any():
-        raise DataError(
-            f"{folder}: not written, as it takes {gigabytes(needed + SLACK)} and the disk has {gigabytes(usage.free)} left; "
-            "earlier checkpoints are kept; make room, then give the same command again"
-        )
-
-
-def gigabytes(size: int) -> str:
-    """A size in bytes, for people."""
-    return f"{size / 1e9:.2f} GB"
-
-
-KEPT = 2
-"""States that stay: the newest, and the one before should the newest be damaged."""
-
-
-def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: TrainConfig) -> None:
-    """Write the policy as a Hugging Face folder (safetensors in the training dtype, tokenizer), whole or not at all.
-
-    With LoRA the folder holds the merged model, and the adapters in its subfolder `adapter` as peft lays them out; with
-    --lora_merge=false it holds the adapters alone. Quantized weights are merged in full precision, from --model_path.
-
-    Args:
-        engine: of any ZeRO stage; every rank must call.
-        tokenizer: of the policy.
-        folder: save_path/global_step_<n>.
-        config: of the run.
-
-    Raises:
-        DataError: a weight is not finite, or the disk is full; every rank raises the former.
-    """
-    # Rank 0 writes while the others wait.
-    with patient(4 * _elements(engine.module)):
-        _save_model(engine, tokenizer, folder, config)
-
-
-def _save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, config: TrainConfig) -> None:
-    model = engine.module.language_model
-    weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
-    _check_weights(engine, weights, folder)
-    check_room(folder, written_bytes(model, weights, config), engine.device)
-    distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, config))
-
-
-def _write_model(
-    model: Any, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, folder: Path, config: TrainConfig
-) -> None:
-    try:
-        with atomic_folder(folder) as aside:
-            if not config.lora_rank:
-                model.save_pretrained(aside, state_dict=_untied(model, weights))
-            elif config.lora_merge:
-                save_adapter(model, weights, aside / "adapter")
-                whole = model
-                if config.lora_quantize != "none":
-                    whole = load_base(config)
-                    weights = whole.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
-                whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, config)))
-            else:
-                save_adapter(model, weights, aside)
-            tokenizer.save_pretrained(aside)
-    except SafetensorError as error:
-        # What safetensors makes of a full disk.
-        raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
-
-
-def written_bytes(model: Any, weights: dict[str, torch.Tensor], config: TrainConfig) -> int:
-    """Bytes of the weights that save_model writes.
-
-    Args:
-        model: the run's.
-        weights: of it, whole, by name.
-        config: of the run.
-    """
-    adapters = sum(weight.nbytes for name, weight in weights.items() if ".lora_" in name)
-    if config.lora_rank and not config.lora_merge:
-        return adapters
-    if config.lora_quantize != "none":
-        # Written in full precision; transformers counts 4-bit weights one by one.
-        return int(getattr(torch, config.dtype).itemsize * model.num_parameters())
-    return sum(weight.nbytes for weight in _untied(model, weights).values())
-
-
-def _check_weights(engine: Engine, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """A gradient can be finite and the step it takes not."""
-    bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
-    found = distributed.gather(torch.tensor([float(len(bad))], device=engine.device))
-    if found.any():
-        raise DataError(
-            f"{folder}: not written, as {bad[0] if bad else 'a weight'} holds values that are not finite; lower "
-            "--learning_rate; earlier checkpoints are kept"
-        )
-
-
-def _untied(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the tied head, which is the embedding: written twice it would be loaded as a second, stale copy."""
-    if not model.config.tie_word_embeddings:
-        return weights
-    head = model.get_output_embeddings().weight
-    tied = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head]
-    return {name: value for name, value in weights.items() if name not in tied[1:]}
-
-
-def _gathered(model: Any) -> dict[str, torch.Tensor]:
-    """Full weights of a model that ZeRO-3 has partitioned, on the CPU of rank 0, one parameter at a time."""
-    import deepspeed
-
-    weights = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter):
-            if distributed.is_main():
-                weights[name] = parameter.detach().to("cpu", copy=True)
-    return weights
 
 
 def save_state(engine: Engine, folder: Path, step: int) -> None:
@@ -332,49 +309,35 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
     Args:
         engine: the running engine.
         folder: save_path/resume, on a file system that all ranks share.
-        step: optimizer steps done.
+        step: finished optimizer steps.
 
     Raises:
         DataError: the disk is full, or a rank cannot see what another one wrote.
     """
-    with patient(_state_bytes(engine)):
-        _save_state(engine, folder, step)
-
-
-def _save_state(engine: Engine, folder: Path, step: int) -> None:
-    aside = folder / f".step_{step}.tmp"
-    distributed.on_main(lambda: _make_room(folder))
-    check_room(folder / f"step_{step}", _state_bytes(engine), engine.device)
-    try:
-        engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=_has_frozen(engine))
-        distributed.barrier()
-        files = _described(engine, aside)
-        distributed.on_main(lambda: _into_place(aside, folder, step, files))
-    except (OSError, RuntimeError) as error:
-        # RuntimeError is what torch makes of a full disk, and of a rank that is gone.
-        if is_lost_rank(error):
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-        raise DataError(
-            f"{folder / f'step_{step}'}: the state could not be written ({error}); the one before is kept"
-        ) from error
+    aside, size = folder / f".step_{step}.tmp", _state_bytes(engine)
+    with patient(size):
+        distributed.on_main(lambda: _make_room(folder))
+        check_room(folder / f"step_{step}", size, engine.device)
+        try:
+            engine.save_checkpoint(
+                str(folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
+            )
+            distributed.barrier()
+            files = _described(engine, aside)
+            distributed.on_main(lambda: _into_place(aside, folder, step, files))
+        except (OSError, RuntimeError) as error:
+            # torch raises RuntimeError when a disk is full, and when a rank is gone.
+            if is_lost_rank(error):
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+            raise DataError(
+                f"{folder / f'step_{step}'}: the state could not be written ({error}); the one before is kept"
+            ) from error
 
 
 def _make_room(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    keep_only(folder, states(folder)[0][:1])
-
-
-def _into_place(aside: Path, folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    place = folder / f"step_{step}"
-    write_index(aside, step, distributed.world_size(), files)
-    flush(aside)
-    if place.exists():
-        # Damaged, or it would have been loaded.
-        os.replace(place, place.with_name(f".{place.name}.old"))
-    os.replace(aside, place)
-    flush(folder)
-    keep_only(folder, states(folder)[0][:KEPT])
+    _keep_only(folder, states(folder)[0][:1])
 
 
 def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
@@ -392,6 +355,18 @@ def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def _into_place(aside: Path, folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    place = folder / f"step_{step}"
+    write_index(aside, step, distributed.world_size(), files)
+    flush(aside)
+    if place.exists():
+        # Damaged, or it would have been loaded.
+        os.replace(place, place.with_name(f".{place.name}.old"))
+    os.replace(aside, place)
+    flush(folder)
+    _keep_only(folder, states(folder)[0][:KEPT])
+
+
 def _state_bytes(engine: Engine) -> int:
     """Bytes of all ranks' state, by formula: AdamW's moments, float32 weights, and the weights in the training dtype."""
     size = next(parameter.element_size() for parameter in engine.module.parameters() if parameter.requires_grad)
@@ -399,21 +374,25 @@ def _state_bytes(engine: Engine) -> int:
 
 
 def _elements(policy: torch.nn.Module, trained: bool = False) -> int:
-    """How many numbers a policy's weights, or those of them that are trained, hold."""
+    """Elements of a policy's weights, or of those that are trained."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad or not trained]
     # ZeRO-3 leaves a parameter's true size in ds_numel.
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
+def _has_frozen(engine: Engine) -> bool:
+    return not all(parameter.requires_grad for parameter in engine.module.parameters())
+
+
 def load_state(engine: Engine, folder: Path) -> int:
-    """Load the newest complete state; says, on rank 0, which ones were damaged and skipped.
+    """Load the newest complete state; rank 0 prints if a damaged one was skipped.
 
     Args:
         engine: freshly started.
         folder: save_path/resume.
 
     Returns:
-        Optimizer steps done; 0 where there is no state.
+        Finished optimizer steps; 0 without a state.
 
     Raises:
         DataError: DeepSpeed cannot read the state.
@@ -425,26 +404,22 @@ def load_state(engine: Engine, folder: Path) -> int:
     chosen = None
     for step in steps:
         state = next((state for state in found if state.step == step), None)
-        bad = damage(state, distributed.shard(sorted(state.files))) if state else f"{folder}/step_{step}: not seen"
+        bad = damage(state, distributed.shard(sorted(state.files))) if state else f"{folder}/step_{step} is not visible"
         if not distributed.gather(torch.tensor([float(bad is not None)], device=engine.device)).any():
             chosen = state
             break
-        torn.append(bad or f"{folder}/step_{step} does not hold what was written, as another rank sees it")
+        torn.append(bad or f"{folder}/step_{step} is damaged, as another rank sees it")
     if torn and distributed.is_main():
         where = f"the state after step {chosen.step}" if chosen else "the beginning"
-        print(f"{torn[0]}: a state that is not whole; skipped, going on from {where}", flush=True)
-    # One that is damaged but newer would be taken for the one to keep when the next is saved.
+        print(f"skipped a damaged state: {torn[0]}; resuming from {where}", flush=True)
+    # A newer one that is damaged would be taken for the one to keep when the next is saved.
     kept = [state for state in found if chosen is not None and state.step <= chosen.step]
-    distributed.on_main(lambda: keep_only(folder, kept))
+    distributed.on_main(lambda: _keep_only(folder, kept))
     if chosen is None:
         return 0
     distributed.on_main(lambda: check_owner(chosen.folder))
     # Frozen weights are not in the state: they are those that were loaded.
     loaded, _ = engine.load_checkpoint(str(folder), tag=chosen.folder.name, load_module_strict=not _has_frozen(engine))
     if loaded is None:
-        raise DataError(f"{chosen.folder}: DeepSpeed cannot read this state; start anew with --resume=never")
+        raise DataError(f"{chosen.folder}: DeepSpeed cannot read this state; start over with --resume=never")
     return chosen.step
-
-
-def _has_frozen(engine: Engine) -> bool:
-    return not all(parameter.requires_grad for parameter in engine.module.parameters())

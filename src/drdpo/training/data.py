@@ -1,10 +1,17 @@
-"""Preferences from a folder, a saved data set or the hub, as token ids of prompt, chosen and rejected answer."""
+"""Preference pairs as token ids, and the micro-batches that they go through the model in.
+
+In order: rows of a data set; their token ids (Pair); which pairs make an optimizer step, on which rank and in which
+micro-batch (BatchPlan); and the two forms of a micro-batch, padded (Batch) or as one packed row (PackedBatch).
+
+Shape suffixes: B pairs, S = 2B sequences (all chosen rows, then all rejected), T tokens of a padded row, N tokens of a
+packed row, A answer tokens.
+"""
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,6 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from drdpo import chat, distributed
-from drdpo.config import TrainConfig
 from drdpo.distributed import send
 from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow, PrefixGroup
@@ -29,14 +35,23 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     prompt_id: int | None = field(default=None, compare=False)
-    """Of the record; says which pair is meant."""
+    """Of the record, for messages."""
+    columns: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """The row's fields that Method.reads names."""
 
     def __len__(self) -> int:
         """Tokens of the longer sequence."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
+    def row_tokens(self, prompt_once: bool) -> int:
+        """Tokens that the pair takes in a packed row."""
+        return (1 if prompt_once else 2) * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-def load_preferences(dataset_path: str, split: str) -> list[Preference]:
+
+# From rows to token ids -------------------------------------------------------------------------------------------------
+
+
+def load_preferences(dataset_path: str, split: str, reads: Sequence[str] = ()) -> list[Preference]:
     """Read one split of a preference data set.
 
     Args:
@@ -44,6 +59,7 @@ def load_preferences(dataset_path: str, split: str) -> list[Preference]:
             records or TRL's form: prompt, chosen and rejected as message lists or texts, or chosen and rejected with
             the shared prompt inside.
         split: "train" or "test".
+        reads: see Method.
 
     Raises:
         DataError: no such data set or split, no rows, or a row without the fields; names file, row and field.
@@ -58,31 +74,55 @@ def load_preferences(dataset_path: str, split: str) -> list[Preference]:
     preferences = []
     for number, row in rows:
         try:
-            preferences.append(Preference.from_trl(row, number))
+            preference = Preference.from_trl(row, number)
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
+        for name in reads:
+            if getattr(preference, name) is None:
+                raise DataError(f'{source}, row {number}: field "{name}" is missing, and the method reads it')
+        preferences.append(preference)
     if not preferences:
         raise DataError(f"{source}: the data set has no rows")
     return preferences
 
 
+def _hub_rows(dataset_path: str, split: str) -> Any:
+    import datasets
+
+    folder = Path(dataset_path)
+    try:
+        splits = datasets.load_from_disk(dataset_path) if folder.is_dir() else datasets.load_dataset(dataset_path)
+    except Exception as error:
+        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{dataset_path}: neither a folder of preferences nor a data set of the hub ({reason})") from error
+    names = [split] if split == "train" else ["test", "validation", "eval"]
+    for name in names:
+        if name in splits:
+            return splits[name]
+    raise DataError(f"{dataset_path}: no split {' or '.join(names)} (it has {', '.join(splits)})")
+
+
 REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers", "answer cut", "text encoded")
 
 
-def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int) -> tuple[list[Pair], dict[str, int]]:
+def tokenise(
+    preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int, reads: Sequence[str] = ()
+) -> tuple[list[Pair], dict[str, int]]:
     """Turn preferences into token ids.
 
-    Sampled ids are used where they are there and spell the stored text in this tokenizer; otherwise the text is encoded.
-    An answer is cut at max_len tokens in all and then has no end-of-turn token.
+    Sampled ids are used if the record has them and they spell the stored text in this tokenizer; otherwise the text is
+    encoded. An answer is cut at max_len tokens in all and then has no end-of-turn token.
 
     Args:
         preferences: of one split.
         tokenizer: of the policy.
         max_len: longest prompt + answer in tokens.
+        reads: see Method.
 
     Returns:
-        The pairs that can be trained on, and counts of what was done: "prompt too long", "template
-        refuses", "empty answer" and "equal answers" were left out, "answer cut" and "text encoded" were not.
+        The pairs that can be trained on, and counts by REASONS: pairs that are dropped ("prompt too long", "template
+        refuses", "empty answer", "equal answers") and answers that stay ("answer cut", "text encoded").
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     for preference in progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main()):
@@ -109,88 +149,95 @@ def tokenise(preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: 
         elif answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
-            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id))
+            columns = {name: float(getattr(preference, name)) for name in reads}
+            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, columns))
     return pairs, counts
 
 
 def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int] | None) -> tuple[list[int], bool]:
-    """Ids of an answer, and whether they had to be made from its text."""
+    """Ids of an answer, and whether its text had to be encoded."""
     if sampled is None:
         return chat.answer_token_ids(tokenizer, answer), True
-    known = all(token < len(tokenizer) for token in sampled)
-    if known and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
+    in_vocabulary = all(token < len(tokenizer) for token in sampled)
+    if in_vocabulary and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
         return list(sampled), False
     return chat.answer_token_ids(tokenizer, answer), True
 
 
-def _hub_rows(dataset_path: str, split: str) -> Any:
-    import datasets
-
-    folder = Path(dataset_path)
-    try:
-        found = datasets.load_from_disk(dataset_path) if folder.is_dir() else datasets.load_dataset(dataset_path)
-    except Exception as error:
-        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{dataset_path}: neither a folder of preferences nor a data set of the hub ({reason})") from error
-    names = [split] if split == "train" else ["test", "validation", "eval"]
-    for name in names:
-        if name in found:
-            return found[name]
-    raise DataError(f"{dataset_path}: no split {' or '.join(names)} (it has {', '.join(found)})")
-
-
-def row_tokens(pair: Pair, config: TrainConfig) -> int:
-    """Tokens that a pair takes in a packed row."""
-    prompts = 2 if config.method == "wdpo" and config.wdpo_prompt == "per_sequence" else 1
-    return prompts * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-
-
-def dealt_lengths(pairs: Sequence[Pair], config: TrainConfig) -> list[int]:
-    """The length of every pair that dealing goes by: tokens in a row, or of the longer sequence."""
-    return [len(pair) if config.micro_batch_tokens is None else row_tokens(pair, config) for pair in pairs]
-
-
-# Which pairs make an optimizer step, on which rank, in which micro-batch; and their padded tensors.
-#
-# Shape suffixes: S = 2B sequences (all chosen rows, then all rejected), T tokens, A answer tokens.
+# Which pairs go through the model together ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch in the padded two-row form."""
+class BatchPlan:
+    """Which pairs of a split make an optimizer step, on which rank and in which micro-batch, and their form.
 
-    indices_B: Tensor
-    """[B] position of every pair in its split; joins the reference log-probs."""
-    input_ids_ST: Tensor
-    attention_mask_ST: Tensor
-    answer_mask_ST: Tensor
-    """[S, T] True where a token belongs to the answer."""
-    states_A: Tensor
-    """[A] where in the S T tokens the state is that predicts each answer token: at the token before it."""
-    targets_A: Tensor
-    sequence_A: Tensor
-    """[A] the sequence that each answer token belongs to."""
+    A function of these values alone. All ranks have equally many micro-batches.
+    """
+
+    pairs: Sequence[Pair]
+    batch_size: int
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch: int
+    """Pairs per rank and forward pass; a multiple of it and the ranks makes a batch."""
+    row_tokens: int | None
+    """Instead of micro_batch: as many pairs per rank and forward pass as fit a packed row of this length."""
+    by_length: bool
+    """Put pairs of similar length together. Not if a micro-batch is a population, whose lengths must be mixed."""
+    seed: int
+    """Of the shuffling."""
+    packing: bool
+    """One packed row per micro-batch, instead of two padded rows per pair."""
+    prompt_once: bool
+    """In packed rows, each prompt once for its two answers."""
+    pad_token_id: int
+    rank: int
+    world: int
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of every pair: tokens in a packed row under row_tokens, else of the longer sequence."""
+        return [len(pair) if self.row_tokens is None else pair.row_tokens(self.prompt_once) for pair in self.pairs]
 
     @property
-    def prompt_mask_BT(self) -> Tensor:
-        """[B, T] True where both sequences of a pair hold the prompt."""
-        pairs = len(self.indices_B)
-        return self.attention_mask_ST[:pairs].bool() & ~self.answer_mask_ST[:pairs]
+    def steps_per_epoch(self) -> int:
+        return len(self.pairs) // self.batch_size
 
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.attention_mask_ST.sum())
+    def of_step(self, step: int) -> list[list[int]]:
+        """This rank's micro-batches, as indices of pairs, of the optimizer step after `step` finished ones."""
+        return self.deal(step_indices(len(self.pairs), self.batch_size, self.seed, step))
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(send(getattr(self, name), device) for name in self.__dataclass_fields__))
+    def of_first_epoch(self) -> list[list[int]]:
+        """This rank's micro-batches of the first epoch, then of the pairs that fill no step of it (-1 is padding)."""
+        steps = range(self.steps_per_epoch)
+        used = {index for step in steps for index in step_indices(len(self.pairs), self.batch_size, self.seed, step)}
+        left = [index for index in range(len(self.pairs)) if index not in used]
+        return [rows for step in steps for rows in self.of_step(step)] + self.without_steps(left)
+
+    def without_steps(self, indices: Sequence[int] | None = None) -> list[list[int]]:
+        """This rank's share of the pairs, or of these, in batches of one size; -1 is padding."""
+        indices, size = range(len(self.pairs)) if indices is None else indices, self.micro_batch
+        if self.row_tokens is not None and indices:
+            size = max(1, self.row_tokens // max(self.lengths[index] for index in indices))
+            # Equal sizes need the least padding.
+            batches = -(-len(indices) // (size * self.world))
+            size = -(-len(indices) // (batches * self.world))
+        return padded_shards(indices, self.lengths, size, self.rank, self.world)
+
+    def deal(self, indices: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of the pairs of one optimizer step."""
+        if self.row_tokens is not None:
+            return token_batches(indices, self.lengths, self.row_tokens, self.rank, self.world)
+        return micro_batches(indices, self.lengths, self.micro_batch, self.rank, self.world, self.by_length)
+
+    def batch(self, indices: Sequence[int]) -> "AnyBatch":
+        """A micro-batch of these pairs, -1 being padding, on the CPU."""
+        return form_batch(self.pairs, indices, self.packing, self.prompt_once, self.pad_token_id)
 
 
 def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The pairs of one optimizer step.
 
-    Every epoch is a new permutation, a function of (seed, epoch) alone; its last pairs that fill no batch are left out
+    Every epoch is a new permutation, a function of (seed, epoch) alone. Its last pairs, if they fill no batch, are left out
     of that epoch.
 
     Args:
@@ -223,7 +270,7 @@ def micro_batches(
         lengths: tokens of every pair of the split.
         micro_batch: pairs per rank and forward pass.
         rank, world: this rank and how many there are.
-        by_length: put pairs of similar length together, which saves padding and leaves the step as a whole the same.
+        by_length: put pairs of similar length together, which saves padding and does not change the step as a whole.
 
     Returns:
         This rank's micro-batches, as many as every other rank's.
@@ -276,10 +323,90 @@ def token_batches(indices: Sequence[int], tokens: Sequence[int], budget: int, ra
 def padded_shards(
     indices: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int
 ) -> list[list[int]]:
-    """Pairs, length-sorted, as this rank's batches; -1 fills up so that all ranks have the same number."""
+    """Pairs, sorted by length, as this rank's batches; -1 pads so that all ranks have the same number."""
     order = sorted(indices, key=lambda index: (lengths[index], index))
     order += [-1] * (-len(order) % (micro_batch * world))
     return micro_batches(order, [*lengths, 0], micro_batch, rank, world, by_length=False)
+
+
+# The two forms of a micro-batch -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch in the padded form: two rows a pair."""
+
+    indices_B: Tensor
+    """[B] position of every pair in its split; joins the reference log-probs."""
+    input_ids_ST: Tensor
+    attention_mask_ST: Tensor
+    answer_mask_ST: Tensor
+    """[S, T] True where a token belongs to the answer."""
+    states_A: Tensor
+    """[A] where in the S T tokens the state is that predicts each answer token: at the token before it."""
+    targets_A: Tensor
+    sequence_A: Tensor
+    """[A] the sequence that each answer token belongs to."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B] float32 each, see Pair."""
+
+    @property
+    def prompt_mask_BT(self) -> Tensor:
+        """[B, T] True where both sequences of a pair have the prompt."""
+        pairs = len(self.indices_B)
+        return self.attention_mask_ST[:pairs].bool() & ~self.answer_mask_ST[:pairs]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.attention_mask_ST.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, **_sent(self, device))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch as one row without padding: every pair's prompt once or twice, then its answers."""
+
+    indices_B: Tensor
+    """[B] position of every pair in its split; joins the reference log-probs."""
+    input_ids_1N: Tensor
+    positions_1N: Tensor
+    pair_N: Tensor
+    """[N] the pair that each token belongs to."""
+    states_A: Tensor
+    """[A] where in the row the state is that predicts each answer token: for an answer's first, the prompt's last."""
+    targets_A: Tensor
+    sequence_A: Tensor
+    """[A] the sequence that each answer token belongs to."""
+    groups: tuple[PrefixGroup, ...]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B] float32 each, see Pair."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row."""
+        return self.input_ids_1N.numel()
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return replace(self, **_sent(self, device))
+
+
+AnyBatch = Batch | PackedBatch
+
+
+def _sent(batch: AnyBatch, device: torch.device) -> dict[str, Any]:
+    """The fields of a batch that are tensors, on a device."""
+    tensors: dict[str, Any] = {name: send(part, device) for name, part in vars(batch).items() if isinstance(part, Tensor)}
+    return {**tensors, "columns": {name: send(column_B, device) for name, column_B in batch.columns.items()}}
+
+
+def form_batch(
+    pairs: Sequence[Pair], indices: Sequence[int], packing: bool = True, prompt_once: bool = True, pad_token_id: int = 0
+) -> AnyBatch:
+    """A micro-batch of these pairs: see `pack` and `collate`."""
+    return pack(pairs, indices, prompt_once) if packing else collate(pairs, indices, pad_token_id)
 
 
 def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
@@ -288,13 +415,17 @@ def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
     return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
 
 
+def _columns(pairs: list[Pair]) -> dict[str, Tensor]:
+    return {name: torch.tensor([pair.columns[name] for pair in pairs]) for name in pairs[0].columns}
+
+
 def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) -> Batch:
     """Pad pairs on the right into one Batch.
 
     Args:
         pairs: all pairs of the split.
-        indices: those of the batch; -1 stands for none: the shortest pair takes its place, its result to be thrown away.
-        pad_token_id: fills up; masked, so any id does.
+        indices: those of the batch; -1 marks padding: the shortest pair is used and its result discarded.
+        pad_token_id: of the padding; masked, so any id works.
     """
     taken = batch_pairs(pairs, indices)
     chosen = [(pair.prompt, pair.chosen) for pair in taken]
@@ -315,76 +446,8 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
         answer_mask_ST[row, len(prompt) : length] = True
     return Batch(
         torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST,
-        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences),
+        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), _columns(taken),
     )  # fmt: skip
-
-
-# Which pairs go through the model together, on which rank, as the flags say.
-#
-# --micro_batch_size puts as many pairs into every forward pass, --micro_batch_tokens as many as a number of tokens
-# allows.
-
-
-def step_batches(
-    indices: Sequence[int], lengths: Sequence[int], config: TrainConfig, rank: int, world: int
-) -> list[list[int]]:
-    """This rank's micro-batches of one optimizer step, as many as every other rank's.
-
-    Args:
-        indices: the step's pairs, over all ranks.
-        lengths: of all pairs of the split, from drdpo.training.data.dealt_lengths.
-        config: of the run.
-        rank, world: this rank and how many there are.
-    """
-    if config.micro_batch_tokens is not None:
-        return token_batches(indices, lengths, config.micro_batch_tokens, rank, world)
-    # A population of one micro-batch must not hold pairs of one length only.
-    return micro_batches(indices, lengths, config.micro_batch, rank, world, by_length=config.robust_scope == "step")
-
-
-def evaluation_batches(
-    indices: Sequence[int], lengths: Sequence[int], config: TrainConfig, rank: int, world: int
-) -> list[list[int]]:
-    """This rank's share of any pairs, in batches of one size; -1 fills up. Arguments as for step_batches."""
-    size = config.micro_batch
-    if config.micro_batch_tokens is not None and indices:
-        size = max(1, config.micro_batch_tokens // max(lengths[index] for index in indices))
-        # Of equal size: little is left to fill up.
-        batches = -(-len(indices) // (size * world))
-        size = -(-len(indices) // (batches * world))
-    return padded_shards(indices, lengths, size, rank, world)
-
-
-# Micro-batches as one packed row: every pair's prompt once, then its two answers, without padding.
-#
-# Shape suffixes: B pairs, S = 2B sequences (all chosen, then all rejected), N tokens of the row, A answer tokens.
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """One micro-batch in the packed form."""
-
-    indices_B: Tensor
-    """[B] position of every pair in its split; joins the reference log-probs."""
-    input_ids_1N: Tensor
-    positions_1N: Tensor
-    pair_N: Tensor
-    """[N] the pair that each token belongs to."""
-    states_A: Tensor
-    """[A] where in the row the state is that predicts each answer token: for an answer's first, the prompt's last."""
-    targets_A: Tensor
-    sequence_A: Tensor
-    """[A] the sequence that each answer token belongs to."""
-    groups: tuple[PrefixGroup, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the row."""
-        return self.input_ids_1N.numel()
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        tensors = {name: send(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
 
 
 def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> PackedBatch:
@@ -392,9 +455,9 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> Pa
 
     Args:
         pairs: all pairs of the split.
-        indices: those of the batch; -1 stands for none: the shortest pair takes its place, its result to be thrown away.
-        prompt_once: False holds the prompt in front of each answer, for WDPO's penalty per sequence, which needs the
-            gradients of the two prompts apart.
+        indices: those of the batch; -1 marks padding: the shortest pair is used and its result discarded.
+        prompt_once: False puts the prompt in front of each answer, for a penalty that needs the gradients on the two
+            copies apart.
     """
     groups: list[tuple[int, list[list[int]]]] = []
     taken = batch_pairs(pairs, indices)
@@ -414,18 +477,5 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> Pa
     return PackedBatch(
         torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
         torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),
+        _columns(taken),
     )  # fmt: skip
-
-
-def form_batch(pairs: Sequence[Pair], indices: Sequence[int], config: TrainConfig, pad_token_id: int) -> Batch | PackedBatch:
-    """A micro-batch in the form that the flags ask for.
-
-    Args:
-        pairs: all pairs of the split.
-        indices: those of the batch; -1 stands for none.
-        config: of the run.
-        pad_token_id: for the padded form.
-    """
-    if not config.packing:
-        return collate(pairs, indices, pad_token_id)
-    return pack(pairs, indices, prompt_once=config.method != "wdpo" or config.wdpo_prompt == "once")

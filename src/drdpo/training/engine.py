@@ -14,7 +14,8 @@ import torch
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.training.policy import Policy, compile_layers
+from drdpo.training.patches import note_gradient_norm
+from drdpo.training.policy import Policy
 
 Engine = Any
 """A deepspeed.DeepSpeedEngine around a Policy; see drdpo.training.loop.train_step for which of both runs forward."""
@@ -75,37 +76,23 @@ def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
     import deepspeed
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    if config.torch_compile:
-        compile_layers(policy)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     trained = sum(parameter.numel() for parameter in parameters)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, round(steps * config.warmup_ratio), steps, min_lr_rate=config.min_lr_ratio
+        optimizer, round(steps * config.warmup_ratio), steps, min_lr_rate=0.1
     )
     engine, *_ = deepspeed.initialize(
         model=policy, optimizer=optimizer, lr_scheduler=schedule,
         config=engine_config(config, distributed.world_size(), trained, largest_vector(policy)),
     )  # fmt: skip
     if config.zero_stage == 0:
-        # Without ZeRO DeepSpeed clips but tells no norm, and a gradient that is not finite would go unseen.
-        def clip() -> None:
-            engine._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-
-        engine.clip_fp32_gradients = clip
+        note_gradient_norm(engine, parameters, config.max_grad_norm)
     return engine
 
 
 BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once at most, its default."""
-
-
 KEPT_WHOLE = 100_000
 """Elements of a weight that ZeRO-3 leaves whole on every process, DeepSpeed's default."""
 

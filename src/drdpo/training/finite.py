@@ -1,6 +1,8 @@
-"""Losses and gradients that are not finite: noticed in every micro-batch without waiting for the device, told by pair.
+"""Detects losses and gradients that are not finite, per micro-batch and without a device sync; errors name the pairs.
 
-DeepSpeed skips a step whose gradients are not finite without a word, and would go on skipping to the end.
+DeepSpeed silently skips a step whose gradients are not finite, and would skip all later ones too.
+
+Shape suffixes: B pairs, M micro-batches of all ranks, P pairs of the step over all ranks.
 """
 
 import math
@@ -18,19 +20,19 @@ SHOWN = 8
 
 
 class FiniteWatch:
-    """Notes which micro-batches of a step hold values that are not finite, on their device."""
+    """Records, on the device, which micro-batches of a step have numbers that are not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._bad: list[Tensor] = []
 
     def next_batch(self) -> None:
-        """What is looked at from now on belongs to the step's next micro-batch."""
+        """Start the step's next micro-batch."""
         self._bad.append(torch.zeros((), dtype=torch.bool, device=self._device))
 
-    def look(self, values: Tensor) -> None:
-        """Note whether values, e.g. a gradient for the embeddings, which all others flow into, are finite."""
-        self._bad[-1] = self._bad[-1] | ~torch.isfinite(values.detach()).all()
+    def look(self, numbers: Tensor) -> None:
+        """Record whether these are finite, e.g. the gradient of the embeddings, into which all others flow."""
+        self._bad[-1] = self._bad[-1] | ~torch.isfinite(numbers.detach()).all()
 
     @property
     def bad_M(self) -> Tensor:
@@ -39,7 +41,7 @@ class FiniteWatch:
 
 
 def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
-    """Stop at a step whose figures are not finite; every rank must call.
+    """Stop at a step whose metrics are not finite; every rank must call.
 
     Args:
         metrics: of the step, the same on all ranks.
@@ -48,7 +50,7 @@ def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[
         pairs: of the training split.
 
     Raises:
-        DataError: a figure is not finite; names the pairs of the micro-batches it came from.
+        DataError: a metric is not finite; names the pairs of the micro-batches it came from.
     """
     wrong = _not_finite(metrics)
     if not wrong:
@@ -68,7 +70,7 @@ def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[
 
 
 def check_evaluation(metrics: dict[str, float], step: int) -> None:
-    """Raise DataError where figures on the test pairs are not finite: then the step before has broken the weights."""
+    """Raise DataError if metrics of the test pairs are not finite: the step before has broken the weights."""
     wrong = _not_finite(metrics)
     if wrong:
         raise DataError(
@@ -83,7 +85,7 @@ def _not_finite(metrics: dict[str, float]) -> str:
 
 def _named(indices: list[int], pairs: Sequence[Pair]) -> str:
     ids = [pairs[index].prompt_id for index in indices]
-    label = "prompt_id" if all(known is not None for known in ids) else "row"
-    words = [str(known if label == "prompt_id" else index + 1) for known, index in zip(ids, indices, strict=True)]
+    label = "row" if None in ids else "prompt_id"
+    words = [str(index + 1 if label == "row" else prompt_id) for prompt_id, index in zip(ids, indices, strict=True)]
     more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
     return f"{label} {', '.join(words[:SHOWN])}{more}"

@@ -1,4 +1,4 @@
-"""Metrics of a run: computed per step, appended to metrics.jsonl, sent to the trackers of --log, and summarized at the end.
+"""Metrics of a run: computed per step, appended to metrics.jsonl, sent to the trackers of --log, summarized at the end.
 
 Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences.
 """
@@ -7,47 +7,45 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import torch
 from torch import Tensor
 
 from drdpo import distributed
-from drdpo.cli import as_dict
-from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError, duration, one_line
 from drdpo.folder import atomic_file, read_json_object, whole_lines
 from drdpo.training import losses
 from drdpo.training.data import Batch
 
 if TYPE_CHECKING:
+    from drdpo.training.data import AnyBatch
+    from drdpo.training.losses import Pairs
     from drdpo.training.objective import Objective
-    from drdpo.training.policy import AnyBatch, PairValues, Policy
+    from drdpo.training.policy import Policy
 
 WANDB_ID = "wandb.json"
 """{id, project} of the folder's wandb run. Never a key."""
 WANDB_PIN = "wandb==0.31.0"
-"""The oldest version that fits. It is optional, so it is not in the locks."""
+"""The oldest version that works. It is optional, so it is not in the locks."""
 PEAK_BF16 = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12,
 }  # fmt: skip
-"""Dense bfloat16 FLOP/s; the first key that is in torch's name of the device counts. Source: NVIDIA's data sheets, line
-"BFLOAT16 Tensor Core", halved where they count sparsity."""
+"""Dense bfloat16 FLOP/s by the first key that is in torch's name of the device. Source: NVIDIA's data sheets, line "BFLOAT16
+Tensor Core", halved where they count sparsity."""
 
 Metrics = dict[str, float]
 
 
-def pair_table(values: "PairValues", beta: float) -> Tensor:
+def pair_table(losses_B: Tensor, pairs: "Pairs", beta: float) -> Tensor:
     """[B, 4] per pair: plain loss, is the margin positive, chosen reward, rejected reward (beta times the log-ratio)."""
-    pairs = len(values.losses_B)
-    rewards_S = beta * values.log_ratios_S
-    columns = (values.losses_B, (values.margins_B > 0).float(), rewards_S[:pairs], rewards_S[pairs:])
+    chosen_B, rejected_B = (beta * pairs.log_ratios_S).chunk(2)
+    columns = (losses_B, (pairs.margins_B > 0).float(), chosen_B, rejected_B)
     return torch.stack([column.detach().float() for column in columns], dim=1)
 
 
@@ -63,39 +61,49 @@ def table_means(table_P4: Tensor) -> Metrics:
     }
 
 
-def step_metrics(parts: list["Objective"], config: TrainConfig) -> Metrics:
+def step_metrics(
+    parts: list["Objective"],
+    beta: float,
+    weighted: bool,
+    rho: float | None = None,
+    root: Literal["step", "micro"] | None = None,
+) -> Metrics:
     """Metrics of one optimizer step over all its micro-batches and ranks; every rank must call.
 
     `loss` is the plain, unweighted mean, which is comparable across methods; `objective` is what was minimized.
+
+    Args:
+        parts: contributions of this rank's micro-batches.
+        beta: of the rewards.
+        weighted: do pairs have robust weights?
+        rho: of WDPO's penalty, if there is one.
+        root: for the root penalty, its population: all pairs of the step, or the ranks' n-th micro-batches.
     """
-    metrics = table_means(distributed.gather(torch.cat([pair_table(part.values, config.beta) for part in parts])))
-    weighted = distributed.gather(torch.cat([part.weights_B * part.values.losses_B.detach() for part in parts]))
-    metrics["objective"] = float(weighted.mean())
-    if config.weighted:
+    metrics = table_means(distributed.gather(torch.cat([pair_table(part.losses_B, part.pairs, beta) for part in parts])))
+    terms = distributed.gather(torch.cat([part.weights_B * part.losses_B.detach() for part in parts]))
+    metrics["objective"] = float(terms.mean())
+    if weighted:
         weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))
         metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
-    if config.method == "wdpo":
-        assert config.wdpo_rho is not None
-        # Over the pairs that carry the penalty.
-        penalties_P = distributed.gather(torch.cat([part.penalties_B for part in parts if part.penalties_B is not None]))
-        metrics["penalty"] = penalty = float(penalties_P.mean())
-        metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
-        errors = [part.errors_B for part in parts if part.errors_B is not None]
-        if errors:
-            metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
-        root = config.wdpo_penalty == "root"
-        metrics["objective"] += config.wdpo_rho * (_mean_root(parts, config) if root else penalty)
-    return metrics
-
-
-def _mean_root(parts: list["Objective"], config: TrainConfig) -> float:
-    """sqrt(mean |grad l|^2) of the population; under --robust_scope=micro the mean of the populations' roots."""
+    if rho is None:
+        return metrics
+    # Of the micro-batches that have the penalty.
     penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
-    if config.robust_scope == "step":
-        return float(distributed.gather(torch.cat(penalties)).mean().sqrt())
-    # The ranks' n-th micro-batches are one population; all have the same number of pairs, or TrainConfig refuses.
-    local_NB = torch.stack(penalties)
-    return float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
+    penalties_P = distributed.gather(torch.cat(penalties))
+    metrics["penalty"] = float(penalties_P.mean())
+    metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
+    errors = [part.errors_B for part in parts if part.errors_B is not None]
+    if errors:
+        metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
+    value = metrics["penalty"]
+    if root == "step":
+        value = float(penalties_P.mean().sqrt())
+    elif root == "micro":
+        # The mean of the populations' roots; all micro-batches have the same number of pairs, or the flags are refused.
+        local_NB = torch.stack(penalties)
+        value = float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
+    metrics["objective"] += rho * value
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -159,22 +167,23 @@ def dpo_flops(shape: Shape, batch: "AnyBatch") -> float:
     return a_token * batch.tokens + a_target * len(batch.targets_A) + 12 * shape.layers * shape.attention * seen
 
 
-def throughput(batches: list["AnyBatch"], shape: Shape, config: TrainConfig, seconds: float) -> Metrics:
+def throughput(batches: list["AnyBatch"], shape: Shape, dtype: str, pairs: int, seconds: float) -> Metrics:
     """tokens_per_second, pairs_per_second and, if the device's peak is known, mfu of a step; every rank must call.
 
     Args:
         batches: this rank's micro-batches.
         shape: of the policy.
-        config: of the run.
+        dtype: of its forward pass.
+        pairs: of the step, over all ranks.
         seconds: that the step took.
     """
     device = distributed.device()
-    peak = peak_flops(torch.cuda.get_device_name(device), config.dtype) if device.type == "cuda" else None
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     tokens = float(sum(batch.tokens for batch in batches))
     work = sum(dpo_flops(shape, batch) for batch in batches) if peak else 0.0
     # In units of 10^12: float32, which GPUs gather fastest, is exact enough for a metric.
     totals = distributed.gather(torch.tensor([tokens, work / 1e12], device=device)).view(-1, 2).double().sum(dim=0)
-    metrics = {"tokens_per_second": float(totals[0]) / seconds, "pairs_per_second": config.train_batch_size / seconds}
+    metrics = {"tokens_per_second": float(totals[0]) / seconds, "pairs_per_second": pairs / seconds}
     if peak:
         metrics["mfu"] = float(totals[1]) * 1e12 / seconds / (peak * distributed.world_size())
     return metrics
@@ -184,13 +193,9 @@ def peak_memory_gib() -> float:
     """Most memory this process has held: allocated on the GPU, or resident on the CPU."""
     if distributed.use_cuda():
         return float(torch.cuda.max_memory_allocated()) / 2**30
-    # Linux's ru_maxrss includes the parent's memory after a fork.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    # Not ru_maxrss, which includes the parent's memory after a fork.
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 2**20
 
 
 def on_the_bar(metrics: Metrics) -> dict[str, str]:
@@ -204,19 +209,19 @@ def on_the_bar(metrics: Metrics) -> dict[str, str]:
     return {**shown, "mfu": f"{metrics['mfu']:.0%}"} if "mfu" in metrics else shown
 
 
-def summary(config: TrainConfig, folder: Path, steps: int) -> str:
-    """A table of two columns about a finished run, from save_path/metrics.jsonl.
+def summary(folder: Path, method: str, pairs: int) -> str:
+    """Text summary of a finished run, from save_path/metrics.jsonl.
 
     Args:
-        config: of the run.
         folder: save_path.
-        steps: of the run.
+        method: its name.
+        pairs: per optimizer step.
     """
     lines = [line for _, line in whole_lines(folder / "metrics.jsonl")]
-    last = lines[-1]
-    seconds = sum(config.train_batch_size / line["pairs_per_second"] for line in lines)
+    last, steps = lines[-1], len(lines)
+    seconds = sum(pairs / line["pairs_per_second"] for line in lines)
     rows = {
-        "method": config.method,
+        "method": method,
         "steps": f"{steps:,} ({last['epoch']:.2f} epochs)",
         "loss": f"{last['loss']:.4f} (first {lines[0]['loss']:.4f})",
         "accuracy": f"{last['accuracy']:.3f}",
@@ -225,7 +230,7 @@ def summary(config: TrainConfig, folder: Path, steps: int) -> str:
         "eval accuracy": f"{last['eval_accuracy']:.3f}" if "eval_accuracy" in last else "",
         "eval margin": f"{last['eval_margin']:.4g}" if "eval_margin" in last else "",
         "time in steps": duration(seconds),
-        "pairs per second": f"{config.train_batch_size * len(lines) / seconds:.3g}",
+        "pairs per second": f"{pairs * steps / seconds:.3g}",
         "peak memory": f"{max(line['peak_memory_gib'] for line in lines):.2f} GiB",
         "checkpoint": str(folder / f"global_step_{steps}"),
     }
@@ -236,8 +241,14 @@ def summary(config: TrainConfig, folder: Path, steps: int) -> str:
 class MetricsLog:
     """Appends to save_path/metrics.jsonl and to the trackers of --log; on rank 0 only, a no-op elsewhere."""
 
-    def __init__(self, save_path: Path, done: int, config: TrainConfig) -> None:
-        """Open the log of a run that has completed `done` steps; later lines are dropped.
+    def __init__(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
+        """Open the log of a run; lines of later steps are dropped.
+
+        Args:
+            folder: save_path.
+            done: finished steps.
+            trackers: any of "tensorboard" and "wandb".
+            flags: of the run, for wandb.
 
         Raises:
             DataError: a line of these steps is missing.
@@ -247,7 +258,7 @@ class MetricsLog:
         self._trackers: list[TensorBoard | Wandb] = []
         if not distributed.is_main():
             return
-        path = save_path / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         # A process that was killed while writing leaves a partial line; its step is repeated.
         lines = [line for _, line in whole_lines(path)] if path.is_file() else []
         kept = lines[:done]
@@ -258,9 +269,9 @@ class MetricsLog:
             )
         with atomic_file(path) as stream:
             stream.writelines(json.dumps(line) + "\n" for line in kept)
-        for name in config.trackers:
+        for name in trackers:
             self._trackers.append(
-                TensorBoard(save_path, done) if name == "tensorboard" else Wandb(config, save_path, kept, len(lines))
+                TensorBoard(folder, done) if name == "tensorboard" else Wandb(folder, flags, kept, len(lines))
             )
         self._stream = path.open("a", encoding="utf-8")
 
@@ -301,13 +312,13 @@ class TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Later steps of an earlier start will be repeated.
+        # An earlier start's later steps will be repeated.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def write(self, metrics: Metrics) -> None:
         for name, value in _grouped(metrics).items():
             self._writer.add_scalar(name, value, int(metrics["step"]))
-        # At once, or a kill would lose steps that the saved state counts as completed.
+        # At once, or a kill would lose steps that the saved state counts as finished.
         self._writer.flush()
 
     def close(self) -> None:
@@ -317,13 +328,13 @@ class TensorBoard:
 class Wandb:
     """One run of Weights & Biases per folder, with its files in save_path/wandb; WANDB_* variables apply."""
 
-    def __init__(self, config: TrainConfig, folder: Path, kept: list[Metrics], logged: int) -> None:
+    def __init__(self, folder: Path, flags: dict[str, Any], kept: list[Metrics], logged: int) -> None:
         """Start or resume the folder's run.
 
         Args:
-            config: of the run.
             folder: save_path.
-            kept: lines of metrics.jsonl of the completed steps.
+            flags: of the run.
+            kept: lines of metrics.jsonl of the finished steps.
             logged: steps that an earlier start has logged; those beyond `kept` will be repeated.
         """
         import wandb
@@ -332,7 +343,7 @@ class Wandb:
         run = _wandb_identity(folder)
         try:
             self._run: Any = wandb.init(
-                project=run["project"], id=run["id"], resume="allow", dir=str(folder), config=as_dict(config),
+                project=run["project"], id=run["id"], resume="allow", dir=str(folder), config=flags,
                 name=os.environ.get("WANDB_NAME") or folder.resolve().name,
                 # Neither source nor output of the program leaves this machine; no prompt, no endless wait.
                 settings=wandb.Settings(console="off", disable_git=True, save_code=False, login_timeout=1, init_timeout=120,
@@ -343,7 +354,7 @@ class Wandb:
                 f"--log=wandb could not start: {one_line(str(error), 300)}; set WANDB_MODE=offline, or remove wandb from "
                 "--log"
             ) from error
-        # The server knows the last step it has. Offline there is none, and whatever was logged once will be sent once.
+        # The server knows its last step. Offline there is none; whatever was logged once will be sent once.
         self._next = logged + 1 if _offline() and run["resumed"] else int(self._run.step)
         for metrics in kept:
             self.write(metrics)
@@ -369,13 +380,13 @@ class Wandb:
             self._lost = True
 
 
-def check_trackers(config: TrainConfig) -> None:
+def check_trackers(trackers: list[str]) -> None:
     """Refuse --log=wandb if it could not work, before anything slow; wandb would ask for a key and wait.
 
     Raises:
         UsageError: the package is missing or too old, WANDB_MODE disables it, or it is online without a key.
     """
-    if "wandb" not in config.trackers or not distributed.is_main():
+    if "wandb" not in trackers or not distributed.is_main():
         return
     if importlib.util.find_spec("wandb") is None:
         raise UsageError(

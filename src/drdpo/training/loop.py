@@ -1,4 +1,7 @@
-"""The training loop: one for every method."""
+"""The training loop: one for every method.
+
+What is patched in libraries is in drdpo.training.patches.
+"""
 
 import sys
 import time
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drdpo import distributed
+from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.folder import sole_writer
@@ -17,7 +21,7 @@ from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import load_state, remove_old_checkpoints, save_model, save_state
-from drdpo.training.data import Pair, form_batch
+from drdpo.training.data import AnyBatch, BatchPlan
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.log import (
@@ -32,15 +36,14 @@ from drdpo.training.log import (
     throughput,
 )
 from drdpo.training.lora import add_lora
+from drdpo.training.losses import Method
 from drdpo.training.memory import preflight, resolve_attention, resolve_rows, shapes
-from drdpo.training.objective import Objective, check_first_step, needs_population, objective, penalty_scales, survey
-from drdpo.training.policy import AnyBatch, load_policy, pair_values, widen_first_tokens
+from drdpo.training.objective import Objective, check_first_step, objective, penalty_scales, survey
+from drdpo.training.policy import load_policy, pairs_of, widen_first_tokens
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import (
     Run,
-    batches_of_first_epoch,
-    batches_of_step,
-    batches_of_test,
+    arithmetic_of,
     claim_folder,
     deals_by_tokens,
     is_complete,
@@ -48,35 +51,36 @@ from drdpo.training.run import (
     note_run,
     open_run,
 )
-from drdpo.training.stop import STATUS, StopRequest, lost_rank_in_one_line, stop_on_signal
+from drdpo.training.stop import STATUS, StopRequest, lost_rank_in_one_line, seconds_to_wait, stop_on_signal
 from drdpo.training.wdpo import check_architecture, check_tangent
 
 
-def train_alignment(config: TrainConfig) -> None:
+def train_alignment(config: TrainConfig, method: Method) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
     config, precision = settle(config, kernels=True)
-    with stop_on_signal() as stop, lost_rank_in_one_line(config.comm_timeout):
+    timeout = seconds_to_wait()
+    with stop_on_signal() as stop, lost_rank_in_one_line(timeout):
         if config.deterministic:
             deepspeed_engine.be_deterministic()
         if not config.dry_run:
-            deepspeed_engine.initialise(timedelta(seconds=config.comm_timeout))
+            deepspeed_engine.initialise(timedelta(seconds=timeout))
         try:
             if not config.dry_run:
                 config, precision = agree(config, precision)
             announce(precision)
-            _align(config, stop, precision)
+            _align(config, method, stop, precision)
         except (UsageError, DataError, ProcessError, SystemExit):
-            # These end every rank. A rank that is lost is another matter: it would be waited for.
+            # Errors of every rank. For a lost rank this would wait forever.
             distributed.leave()
             raise
         distributed.leave()
 
 
-def _align(config: TrainConfig, stop: StopRequest, precision: Precision) -> None:
+def _align(config: TrainConfig, method: Method, stop: StopRequest, precision: Precision) -> None:
     config = resolve_attention(config)
     if deals_by_tokens(config):
-        config = resolve_rows(config, shapes(config))
-    run = open_run(config, precision.reason)
+        config = resolve_rows(config, method, shapes(config))
+    run = open_run(config, method, precision.reason)
     if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return
@@ -89,65 +93,67 @@ def _align(config: TrainConfig, stop: StopRequest, precision: Precision) -> None
 
 
 def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
-    """Everything after the checks, in a folder that is ours."""
+    """Everything after the checks, in a folder that this run may write."""
     config = run.config
     policy = load_policy(
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
-    if config.lora_rank:
-        add_lora(policy, config)
-    if config.method == "wdpo" and config.solver == "tangent":
-        check_architecture(policy, config)
-        widen_first_tokens(policy, config)
-        check_tangent(policy, config)
+    if config.lora:
+        add_lora(policy, config.lora)
+    if config.tangent:
+        check_architecture(policy, config.model_path)
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
+        check_tangent(policy, config.model_path, run.method)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     engine.module.flash_attention = config.packed_flash
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
     done = load_state(engine, run.folder / "resume")
     if done:
         _say(f"continuing after step {done} of {run.steps}")
-    log = MetricsLog(run.folder, done, config)
+    log = MetricsLog(run.folder, done, config.trackers, as_dict(config))
     try:
         _steps(engine, run, shape, references, done, log, stop)
     finally:
         log.close()
     last = run.folder / f"global_step_{run.steps}"
     if not is_saved(last):
-        save_model(engine, run.tokenizer, last, config)
+        save_model(engine, run.tokenizer, last, config.lora)
     if distributed.is_main():
         note_run(run, complete=True)
-        print(summary(config, run.folder, run.steps), flush=True)
+        print(summary(run.folder, run.method.name, config.train_batch_size), flush=True)
 
 
 def train_step(
-    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, step: int = 0
+    engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, method: Method, step: int = 0
 ) -> list[Objective]:
     """One optimizer step.
 
     Args:
         engine: around the policy.
         batches: this rank's micro-batches with their reference log-probs [B, 2], as many as every other rank's; over the
-            ranks they hold config.train_batch_size pairs, each batch any number of them.
+            ranks config.train_batch_size pairs, any number of them in each.
         config: of the run.
-        step: optimizer steps done before this one; --wdpo_fraction draws by it.
+        method: what to minimize.
+        step: optimizer steps done before this one; it seeds --wdpo_fraction's draw.
 
     Returns:
         What every micro-batch contributed, detached from its graph.
     """
     population = None
-    if needs_population(config) and config.robust_scope == "step" and len(batches) > 1:
-        population = survey(engine.module, batches, config)
-    # The bare module, or DeepSpeed takes the inner gradient of WDPO's exact solver for the backward pass. ZeRO-3, which that
-    # solver cannot use, counts micro-batches in the engine's own forward: around it, each would replace the gradients of the
-    # one before.
+    if method.needs_population and config.robust_scope == "step" and len(batches) > 1:
+        population = survey(engine.module, batches, method)
+    # The bare module, or DeepSpeed mistakes the inner gradient of WDPO's exact solver for the backward pass. ZeRO-3, which
+    # that solver cannot use, counts micro-batches in the engine's own forward: without it, each would replace the gradients
+    # of the one before.
     policy = engine if config.zero_stage == 3 else engine.module
     watch = engine.module.watch = FiniteWatch(engine.device)
     parts = []
-    scales = penalty_scales(len(batches), config, step)
+    scales = penalty_scales(len(batches), method.penalty.fraction if method.penalty else 1.0, config.seed, step)
     for number, (batch, reference_B2) in enumerate(batches, start=1):
         watch.next_batch()
-        part = objective(policy, batch, reference_B2, config, population, scales[number - 1])
+        part = objective(policy, batch, reference_B2, method, population, scales[number - 1])
         watch.look(part.total)
         # Micro-batches count by their pairs; DeepSpeed takes the mean over the ranks.
         share = len(batch.indices_B) * distributed.world_size() / config.train_batch_size
@@ -160,12 +166,13 @@ def train_step(
 
 def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]:
     """Plain, unweighted loss, accuracy and rewards on all test pairs; every rank must call."""
-    shards = batches_of_test(run)
-    tables = []
+    plan, tables = run.plans["test"], []
+    shards = plan.without_steps()
     with evaluating(engine) as policy:
         for indices in progress(shards, desc="evaluate", unit="batch", leave=False, disable=not distributed.is_main()):
-            batch, reference_B2 = _on_device(engine, run, run.test, indices, reference_M2)
-            table_B4 = pair_table(pair_values(policy, batch, reference_B2, run.config), run.config.beta)
+            batch, reference_B2 = _on_device(engine, plan, indices, reference_M2)
+            pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
+            table_B4 = pair_table(run.method.loss(pairs), pairs, run.config.beta)
             tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4], dim=1))
     table_K5 = distributed.gather(torch.cat(tables))
     means = table_means(table_K5[table_K5[:, 0] >= 0][:, 1:])
@@ -175,24 +182,30 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
 def _steps(
     engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: StopRequest
 ) -> None:
-    config, saved = run.config, done
-    bar = progress(range(done, run.steps), initial=done, total=run.steps, desc=config.method, unit="step",
+    config, plan, saved = run.config, run.plans["train"], done
+    bar = progress(range(done, run.steps), initial=done, total=run.steps, desc=run.method.name, unit="step",
                disable=not distributed.is_main())  # fmt: skip
     for step in bar:
         if (name := stop.agreed(engine.device)) is not None:
             _stop(engine, run, step, saved, log, name)
         started = time.perf_counter()
-        dealt = batches_of_step(run, step)
-        batches = [_on_device(engine, run, run.train, indices, references["train"]) for indices in dealt]
+        batches = [_on_device(engine, plan, indices, references["train"]) for indices in plan.of_step(step)]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
-        parts = train_step(engine, batches, config, step)
-        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch, **step_metrics(parts, config)}
+        parts = train_step(engine, batches, config, run.method, step)
+        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch}
+        penalty = run.method.penalty
+        root = config.robust_scope if penalty and penalty.root else None
+        weighted = run.method.weights is not None
+        metrics |= step_metrics(parts, config.beta, weighted, penalty.rho if penalty else None, root)
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
-        metrics |= throughput([batch for batch, _ in batches], shape, config, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        metrics |= throughput([batch for batch, _ in batches], shape, config.dtype, config.train_batch_size, seconds)
         metrics["peak_memory_gib"] = peak_memory_gib()
         check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], run.train)
         if step == 0:
-            check_first_step(parts, [reference_B2 for _, reference_B2 in batches], config)
+            references_B2 = [reference_B2 for _, reference_B2 in batches]
+            stored = str(run.folder / "reference_train.safetensors")
+            check_first_step(parts, references_B2, run.method, config.dtype, config.model_path, stored)
         last = step + 1 == run.steps
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.update(evaluate(engine, run, references["test"]))
@@ -201,11 +214,11 @@ def _steps(
         bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
             distributed.on_main(log.flush)
-            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config)
+            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config.lora)
             if config.save_resume:
                 save_state(engine, run.folder / "resume", step + 1)
                 saved = step + 1
-            distributed.on_main(lambda: remove_old_checkpoints(run.folder, config))
+            distributed.on_main(lambda: remove_old_checkpoints(run.folder, config.keep_checkpoints))
 
 
 def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:
@@ -232,23 +245,21 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
 
 
 def _reference(engine: Engine, run: Run, split: str) -> Tensor:
-    pairs = getattr(run, split)
+    plan, pairs = run.plans[split], getattr(run, split)
     path = run.folder / f"reference_{split}.safetensors"
-    key = reference_key(run.made_by["model"], pairs, run.config)
+    key = reference_key(run.made_by["model"], pairs, arithmetic_of(run.config))
     logprobs_M2 = read_reference(path, key, len(pairs))
     # All ranks must agree: one that sees the file while another does not would wait for it forever.
     have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
     if logprobs_M2 is None or not have.bool().all():
-        batches = batches_of_first_epoch(run) if split == "train" else batches_of_test(run)
-        logprobs_M2 = reference_logprobs(engine, pairs, batches, run.config, run.pad_token_id, split)
+        batches = plan.of_first_epoch() if split == "train" else plan.without_steps()
+        logprobs_M2 = reference_logprobs(engine, plan, batches, split)
         distributed.on_main(partial(write_reference, path, key, logprobs_M2))
     return logprobs_M2
 
 
-def _on_device(
-    engine: Engine, run: Run, pairs: list[Pair], indices: list[int], reference_M2: Tensor
-) -> tuple[AnyBatch, Tensor]:
-    batch = form_batch(pairs, indices, run.config, run.pad_token_id)
+def _on_device(engine: Engine, plan: BatchPlan, indices: list[int], reference_M2: Tensor) -> tuple[AnyBatch, Tensor]:
+    batch = plan.batch(indices)
     return batch.to(engine.device), distributed.send(reference_M2[batch.indices_B], engine.device)
 
 

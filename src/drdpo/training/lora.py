@@ -1,7 +1,7 @@
-"""LoRA (2106.09685): low-rank adapters beside frozen weights, W + (alpha / r) B A, trained in place of the weights.
+"""LoRA (2106.09685): train low-rank adapters beside frozen weights, W + (alpha / r) B A, instead of the weights.
 
-B starts at zero, so the policy before its first step is the model without adapters, bit for bit: the reference log-probs
-that are taken from it are those of the frozen reference, and no second model is needed.
+B starts at zero, so before its first step the policy is the model without adapters, bit for bit: its log-probs are those of
+the frozen reference, and no second model is needed.
 """
 
 import copy
@@ -12,107 +12,85 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from drdpo.config import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.config.training import LoraSettings
+from drdpo.errors import DataError, UsageError, one_line
 from drdpo.training.policy import Policy, quiet_bitsandbytes
 
 ADAPTER = "default"
+ALPHA = 32
+"""Changes are multiplied by ALPHA / rank."""
 _PREFIX = "base_model.model."
 """What peft puts before the names of parameters in an adapter's file."""
 
 
-def add_lora(policy: Policy, config: TrainConfig) -> None:
+def add_lora(policy: Policy, lora: LoraSettings) -> None:
     """Put adapters beside linear layers and freeze everything else.
 
     Args:
         policy: as loaded, or on the meta device.
-        config: of the run: rank, alpha, targets; the seed draws A, the same on every rank.
+        lora: the seed draws A, the same on every rank.
 
     Raises:
-        UsageError: a target is no linear layer of the decoder blocks.
+        UsageError: the decoder blocks have no linear layers.
     """
     quiet_bitsandbytes()
-    from peft import inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     model = policy.language_model
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if not linear:
+        raise UsageError(f"--lora_rank={lora.rank}: the blocks of {lora.model_path} have no torch Linear layers; omit it")
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none",
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in linear}),
+        task_type="CAUSAL_LM", base_model_name_or_path=lora.model_path,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        inject_adapter_in_model(lora_config(model, config), model, adapter_name=ADAPTER)
+        torch.manual_seed(lora.seed)
+        inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
     dtype = model.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if parameter.requires_grad:
-            # peft keeps adapters in float32 beside bfloat16 weights; DeepSpeed holds the float32 copy that is trained.
+            # peft keeps adapters in float32 beside bfloat16 weights; DeepSpeed has the float32 copy that is trained.
             parameter.data = parameter.data.to(dtype)
 
 
-def lora_config(model: Any, config: TrainConfig) -> Any:
-    """peft's description of the adapters.
-
-    Raises:
-        UsageError: a target is no linear layer of the decoder blocks, or these have none.
-    """
-    from peft import LoraConfig
-
-    linear = block_linears(model)
-    if not linear:
-        raise UsageError(
-            f"--lora_rank={config.lora_rank}: the blocks of {config.model_path} have no torch Linear layers; leave it out"
-        )
-    targets = config.lora_targets or sorted(linear)
-    unknown = [name for name in targets if name not in linear]
-    if unknown:
-        raise UsageError(
-            f"--lora_targets={' '.join(unknown)}: no linear layer of the model's blocks; it has {', '.join(sorted(linear))}"
-        )
-    return LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none", target_modules=targets,
-        task_type="CAUSAL_LM", base_model_name_or_path=config.model_path,
-    )  # fmt: skip
-
-
-def block_linears(model: Any) -> set[str]:
-    """Last names of the linear layers inside the decoder blocks: not the embeddings, not the output head."""
-    head = model.get_output_embeddings()
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
-    return {name.rsplit(".", 1)[-1] for name in linear}
-
-
-def merged(weights: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+def merged(weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Weights of a plain model, W + (alpha / r) B A in W's dtype, under their plain names.
 
     Args:
         weights: of the adapters and of the frozen model, whole; frozen ones with or without peft's `base_layer` in the name.
-        config: of the run.
+        rank: r.
     """
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
     for name, down_rD in weights.items():
         layer, adapter, _ = name.partition(f".lora_A.{ADAPTER}.")
         if adapter:
             up_Dr, weight = weights[f"{layer}.lora_B.{ADAPTER}.weight"], plain[f"{layer}.weight"]
-            # In float32: a small change would be lost in bfloat16's rounding twice.
-            change = up_Dr.float() @ down_rD.float() * (config.lora_alpha / config.lora_rank)
+            # In float32: bfloat16 would round a small change away twice.
+            change = up_Dr.float() @ down_rD.float() * (ALPHA / rank)
             plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
     return plain
 
 
-def load_base(config: TrainConfig) -> Any:
-    """The model of --model_path on the CPU in the run's dtype, for merging: not the quantized one, which lost precision.
+def load_base(lora: LoraSettings) -> Any:
+    """The model in full precision on the CPU, to merge adapters into: the quantized weights have lost precision.
 
     Raises:
-        DataError: --model_path cannot be read any more.
+        DataError: it cannot be read any more.
     """
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            config.model_path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
+            lora.model_path, dtype=getattr(torch, lora.dtype), use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{config.model_path}: cannot be read to merge the adapters into it ({reason}); --lora_merge=false saves the "
-            "adapters alone"
+            f"{lora.model_path}: cannot be read to merge the adapters into it ({one_line(str(error), 300)}); "
+            "--lora_merge=false saves the adapters alone"
         ) from error
 
 

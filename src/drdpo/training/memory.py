@@ -1,4 +1,11 @@
-"""What a run will do and need, told before anything slow: sizes, work, lengths, memory and whether it fits."""
+"""What a run will need, printed before anything slow, and what is chosen for the machine where flags leave it open.
+
+The preflight prints sizes, work, lengths and the predicted peak memory of an optimizer step: ZeRO's shares by formula, the
+rest by a dry run. The dry run sends the largest micro-batch through the real policy and objective on torch's meta device,
+where tensors have shapes but no content, and counts what is alive; so it covers every architecture, method and kind of
+checkpointing. By the same prediction --micro_batch_tokens and --gradient_checkpointing are chosen, and by what the GPU and
+the model support --attn.
+"""
 
 import os
 import sys
@@ -17,34 +24,393 @@ from torch.utils._pytree import tree_map_only
 
 from drdpo import distributed
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError, UsageError, one_line
+from drdpo.folder import read_manifest
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX as PACKED
 from drdpo.kernels.packed_attention import PrefixGroup, refusal, register_shared_prefix
-from drdpo.training.data import Batch, PackedBatch, Pair, form_batch, row_tokens, step_batches, step_indices
+from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, form_batch
 from drdpo.training.engine import BUCKET
 from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
+from drdpo.training.losses import Method
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import AnyBatch, Policy, check_rotary, fix_rotary, widen_first_tokens
+from drdpo.training.policy import Policy, check_rotary, fix_rotary, widen_first_tokens
 from drdpo.training.run import Run
 from drdpo.training.wdpo import check_architecture
 
-# What an optimizer step will hold in memory, before a weight is read: ZeRO's shares by formula, the rest by a dry run.
-#
-# The dry run sends one micro-batch through the real policy and objective on torch's meta device, where tensors have
-# shapes but no content, and counts what is alive. So it knows every architecture, method and kind of checkpointing that
-# the code has.
-
+MARGIN = 0.9
+"""Share of a GPU's memory that a prediction may take."""
+CPU_SHARE = 0.5
+"""Of a CPU's: the machine stays usable."""
+ROWS = (16_384, 8_192, 4_096, 2_048, 1_024)
+"""Tokens of a row from which CUDA's default is chosen: beyond the largest a GPU is no busier."""
+BUSY = 4_096
+"""Tokens of a row that keep a GPU busy: shorter ones wait for their kernels to be launched."""
+PERCENTILES = (50, 90, 99, 100)
 HEAD_KERNELS = linear_logprob.__code__.co_filename
 """The file whose functions work on logits, a block of the vocabulary at a time."""
 GATHERED = 1_000_000_000
 """Elements of weights that ZeRO-3 keeps gathered at most, DeepSpeed's default (stage3_max_live_parameters)."""
 
+Lines = list[tuple[str, str]]
+
+
+def preflight(run: Run) -> tuple[Run, Shape]:
+    """Print, on rank 0, what the run will do and the memory it will need. Every rank must call.
+
+    Returns:
+        The run, with --gradient_checkpointing=auto resolved, and what a step's work depends on.
+
+    Raises:
+        DataError: there is no such model, transformers does not know its architecture, or --wdpo_solver=tangent does not.
+        UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
+    """
+    policy = shapes(run.config, [*run.train, *run.test])
+    shape = shape_of(policy)
+    memory = _free()
+    recompute = run.config.recompute
+    if distributed.is_main():
+        dealt = _dealt(run)
+        largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
+        recompute, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
+        lines = [*_work(run, shape, dealt), _lengths(run), *lines]
+        print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
+    return replace(run, config=_recomputing(run.config, _of_all(float(recompute))[0] > 0)), shape
+
+
+def _recomputing(config: TrainConfig, recompute: bool) -> TrainConfig:
+    return replace(config, gradient_checkpointing="true" if recompute else "false")
+
+
+def _dealt(run: Run) -> list[list[int]]:
+    """All ranks' micro-batches of the first epoch, or of the run if that is shorter."""
+    plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
+    return [rows for step in range(min(run.steps, run.steps_per_epoch)) for plan in plans for rows in plan.of_step(step)]
+
+
+def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
+    """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
+    if not config.packing:
+        return 2 * len(pairs) * max(len(pair) for pair in pairs)
+    return sum(pair.row_tokens(config.prompt_once) for pair in pairs)
+
+
+def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
+    config, world = run.config, distributed.world_size()
+    tokens = sum(_batch_tokens([run.train[row] for row in rows], config) for rows in dealt)
+    trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
+    span = "an epoch" if run.steps >= run.steps_per_epoch else "in all"
+    form = "packed" if config.packing else "padded"
+    cut = run.counts["train"]["answer cut"]
+    batches = config.train_batch_size // (config.micro_batch * world)
+    parts = f"{batches} micro-batch{'es' if batches > 1 else ''} of {config.micro_batch}"
+    if config.micro_batch_tokens is not None:
+        parts = f"packed rows of at most {config.micro_batch_tokens:,} tokens"
+    return [
+        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
+        ("data", f"{len(run.train):,} pairs, {tokens:,} tokens {span} {form}, {cut:,} answers cut by "
+                 f"--max_len={config.max_len}"),
+        ("work", f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.steps / run.steps_per_epoch:.2f} epochs; "
+                 f"a step is {parts} on each of {world} process{'es' if world > 1 else ''}"),
+    ]  # fmt: skip
+
+
+def _lengths(run: Run) -> tuple[str, str]:
+    kinds = {
+        "prompt": [len(pair.prompt) for pair in run.train],
+        "answer": [len(answer) for pair in run.train for answer in (pair.chosen, pair.rejected)],
+        "pair": [_batch_tokens([pair], run.config) for pair in run.train],
+    }
+    found = []
+    for name, lengths in kinds.items():
+        values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+        found.append(f"{name} " + " ".join(f"{value:,.0f}" for value in values))
+    return "tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(found)
+
+
+def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, Lines]:
+    """Are activations recomputed, and what is printed about memory.
+
+    Args:
+        run: with its flags.
+        policy: on the meta device.
+        pairs: of the largest micro-batch.
+        free, sharers: from _free.
+    """
+    config, process = run.config, None if distributed.use_cuda() else _resident()
+    lines = []
+    try:
+        need = predicted(config, run.method, policy, pairs, config.gradient_checkpointing == "true", process)
+        if config.gradient_checkpointing == "auto":
+            limit = int(CPU_SHARE * free) // sharers if process else int(MARGIN * free)
+            config = _recomputing(config, need.total > limit)
+            verdict = ("on", "exceeds") if config.recompute else ("off", "fits")
+            share = f"{CPU_SHARE:.0%} of the memory's" if process else f"{MARGIN:.0%} of a GPU's"
+            each = f", for each of {sharers} processes" if sharers > 1 else ""
+            lines.append(
+                ("recompute", f"{verdict[0]}: without recomputation the predicted peak of {_gib(need.total)} {verdict[1]} "
+                              f"{_gib(limit)}, {share} {_gib(free)} that are free{each}")
+            )  # fmt: skip
+            if config.recompute:
+                need = predicted(config, run.method, policy, pairs, True, process)
+    except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
+        # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
+        reason = one_line(str(error), 100)
+        return config.recompute, [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(need).items() if size)
+    lines.append(("memory", f"predicted peak {_gib(need.total)} a {'process' if process else 'device'}: {parts}"))
+    lines.append(("", advice(need, config, distributed.world_size())))
+    if need.total * sharers <= free:
+        return config.recompute, [*lines, ("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else ""))]
+    moved = need.optimizer + need.copies
+    offload = not process and config.zero_stage and not config.optimizer_offload and need.total - moved <= free
+    helps = f"; --optimizer_offload=true moves {_gib(moved)} of it to the CPU's memory" if offload else ""
+    total = f"{sharers} processes need {_gib(need.total * sharers)}" if sharers > 1 else f"needs {_gib(need.total)}"
+    warning = f"{total}, but {_gib(free)} is free: the run may end for lack of memory{helps}"
+    return config.recompute, [*lines, ("warning", warning)]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _free() -> tuple[int, int]:
+    """Bytes that are free for training, on the fullest of the ranks' GPUs, and how many processes share them."""
+    if distributed.use_cuda():
+        return int(min(_of_all(float(torch.cuda.mem_get_info(distributed.device())[0])))), 1
+    import psutil
+
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    free = int(psutil.virtual_memory().available) + sharers * _resident()
+    # A container may have less than the machine.
+    for path in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            free = min(free, int(text))
+    return free, sharers
+
+
+def _resident() -> int:
+    """Bytes that this process has in memory now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _of_all(value: float) -> list[float]:
+    """Numbers of all ranks. Under --dry_run they do not talk to each other, and rank 0 alone prints."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed.gather_floats([value]) if joined else [value]
+
+
+def advice(need: "Memory", config: TrainConfig, world: int) -> str:
+    """The largest part, and the flag that lowers it."""
+    sizes = {name: size for name, size in vars(need).items() if name != "process"}
+    part = max(sizes, key=lambda name: sizes[name])
+    flags: list[tuple[bool, str]]
+    if part in ("activations", "head"):
+        flags = [
+            (part == "activations" and not config.recompute, "--gradient_checkpointing=true"),
+            (config.second_derivative, "--wdpo_solver=tangent with --packing=true"),
+            (not config.packing, "--packing=true"),
+            (config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
+            (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
+            (True, "a smaller --max_len"),
+        ]
+    else:
+        stage = 3 if part == "weights" and config.lora_quantize == "none" else 2
+        offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
+        # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
+        element = getattr(torch, config.dtype).itemsize
+        gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
+        flags = [
+            (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),
+            # On a CPU it is the same memory.
+            (part in ("optimizer", "copies") and not need.process and not config.optimizer_offload, offload),
+            (part != "weights" and not config.lora_rank, "--lora_rank=16"),
+            (config.dtype == "float32", "--dtype=bfloat16"),
+            (config.zero_stage >= stage, "more processes"),
+            (True, "a smaller model"),
+        ]
+    return f"the largest part is {part}; {next(flag for fits, flag in flags if fits)} lowers it"
+
+
+# Choices for the machine.
+
+
+def resolve_attention(config: TrainConfig) -> TrainConfig:
+    """The flags with the kernel instead of --attn=auto: for packed rows on CUDA flash attention where it supports the model,
+    else what the flags' property `attention_kernel` says. Every rank must call.
+
+    Raises:
+        UsageError: --attn=flash is given, and this machine's flash attention does not support the model.
+    """
+    if not config.packing or config.attn not in ("auto", "flash") or not distributed.use_cuda():
+        return replace(config, attn=config.attention_kernel)
+    from transformers import AutoConfig
+
+    reason = None
+    if config.attn == "auto" and config.wide_first_tokens:
+        reason = "--wdpo_solver=tangent attends in float32 to keep its accuracy"
+    else:
+        settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+        reason = refusal(settings, distributed.device(), getattr(torch, config.dtype))
+    if not any(_of_all(float(reason is not None))):
+        return replace(config, attn="flash")
+    if config.attn == "flash":
+        raise UsageError(
+            "--attn=flash: torch's flash attention does not support this model here: "
+            f"{reason or 'another process found so'}; pass --attn=sdpa"
+        )
+    if distributed.is_main():
+        print(f"--attn=auto: sdpa instead of flash, because {reason or 'another process cannot use it'}", flush=True)
+    return replace(config, attn="sdpa")
+
+
+def resolve_rows(config: TrainConfig, method: Method, policy: Policy) -> TrainConfig:
+    """The flags with --micro_batch_tokens, where deals_by_tokens says so. Every rank must call.
+
+    A run in save_path that is resumed keeps its rows, whatever --gradient_checkpointing is now and the GPUs are. A new one
+    takes the largest of ROWS that fit: without recomputation down to BUSY tokens, if the flags allow that, else with it. A
+    row must have room for the longest pair that --max_len allows.
+
+    Args:
+        config: with the kernel of resolve_attention.
+        method: of the run.
+        policy: on the meta device.
+    """
+    before = read_manifest(Path(config.save_path)).get("train") if config.resume == "auto" else None
+    kept = int(_of_all(float(before["made_by"].get("micro_batch_tokens") or 0 if before else 0))[0])
+    memory = torch.cuda.get_device_properties(distributed.device()).total_memory
+    least = int(min(_of_all(float(memory))))
+    return replace(config, micro_batch_tokens=kept or rows_that_fit(config, method, policy, least))
+
+
+def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: int) -> int:
+    """--micro_batch_tokens of a new run for GPUs of that many bytes; see resolve_rows."""
+    least = 2 * config.max_len
+    choices = [tokens for tokens in ROWS if tokens >= least] or [least]
+    tried = [(tokens, config.recompute) for tokens in choices]
+    if config.gradient_checkpointing == "auto":
+        tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
+    for tokens, recompute in tried:
+        try:
+            flags = replace(config, micro_batch_tokens=tokens)
+            need = predicted(flags, method, policy, _row_of(tokens, config.prompt_once), recompute)
+        except Exception:  # the model's forward pass looks at values: nothing is known
+            return choices[-1]
+        if need.total <= MARGIN * memory:
+            return tokens
+    return choices[-1]
+
+
+def _row_of(tokens: int, prompt_once: bool) -> list[Pair]:
+    """Pairs of equal parts, about 256 tokens each, that fill a row."""
+    parts = Pair([0], [0], [0]).row_tokens(prompt_once)
+    pairs = max(1, tokens // (256 * parts))
+    part = [0] * (tokens // (pairs * parts))
+    return [Pair(part, part, part)] * pairs
+
+
+# The prediction.
+
+
+def predicted(
+    config: TrainConfig, method: Method, policy: Policy, pairs: list[Pair], recompute: bool, process: int | None = None
+) -> "Memory":
+    """Peak memory of a step whose largest micro-batch is these pairs, with or without recomputation of activations.
+
+    Args:
+        config, method: of the run.
+        policy: on the meta device.
+        pairs: that go through the model together.
+        recompute: as --gradient_checkpointing.
+        process: see predict.
+
+    Raises:
+        RuntimeError: the model's forward pass needs more than shapes.
+    """
+    _set_recomputation(policy, recompute)
+    batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+    return predict(policy, plan_of(config, distributed.world_size()), *dry_run(policy, batch, method), process)
+
+
+def _set_recomputation(policy: Policy, recompute: bool) -> None:
+    """Recompute activations in the backward pass, or keep them; non-reentrant, the form that has a second derivative."""
+    if recompute:
+        policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        policy.language_model.gradient_checkpointing_disable()
+
+
+def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
+    """The policy of a run without its weights: shapes alone, from the model's config.json. Raises as preflight does."""
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+        model = _without_weights(settings, getattr(torch, config.dtype), "eager" if config.second_derivative else PACKED)
+    except (OSError, ValueError, ImportError) as error:
+        reason = one_line(str(error), 300)
+        raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
+    policy = Policy(model, config.second_derivative).train()
+    policy.flash_attention = config.packed_flash
+    if config.lora:
+        add_lora(policy, config.lora)
+    _set_recomputation(policy, config.recompute)
+    check_rotary(policy, pairs, config.model_path)
+    fix_rotary(policy)
+    if config.tangent:
+        check_architecture(policy, config.model_path)
+    if config.wide_first_tokens:
+        widen_first_tokens(policy)
+    return policy
+
+
+def _without_weights(settings: Any, dtype: torch.dtype, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    register_shared_prefix()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except KeyError:
+        if attention == "eager":
+            raise
+        # A model with attentions of its own (Falcon): predicted with one over the whole row, which takes more.
+        return _without_weights(settings, dtype, "eager")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the memory of an optimizer step depends on beside the policy and its batches."""
+
+    dtype: torch.dtype
+    world: int
+    """W, processes."""
+    stage: int
+    """Of ZeRO."""
+    several: bool
+    """Has a process more than one micro-batch a step?"""
+    offload: bool
+    """--optimizer_offload."""
+    quantized: bool
+    """--lora_quantize=nf4."""
+
+
+def plan_of(config: TrainConfig, world: int) -> Plan:
+    """The plan of a run on `world` processes."""
+    several = config.train_batch_size > config.micro_batch * world
+    dtype, quantized = getattr(torch, config.dtype), config.lora_quantize != "none"
+    return Plan(dtype, world, config.zero_stage, several, config.optimizer_offload, quantized)
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the moment when most is held."""
+    """Bytes on one device at the moment of its peak."""
 
     weights: int
     gradients: int
@@ -64,13 +430,12 @@ class Memory:
         return sum(vars(self).values())
 
 
-def predict(policy: Policy, config: TrainConfig, world: int, activations: int, head: int, process: int | None) -> Memory:
+def predict(policy: Policy, plan: Plan, activations: int, head: int, process: int | None) -> Memory:
     """Peak memory of an optimizer step on one device.
 
     With P parameters, T of them trained, b bytes an element of the training dtype, W devices and ZeRO stage z:
 
-        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); see weight_bytes for
-                     --lora_quantize=nf4
+        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); with NF4 see _weight_bytes
         optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
         gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
                      reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
@@ -78,52 +443,46 @@ def predict(policy: Policy, config: TrainConfig, world: int, activations: int, h
                      micro-batch after a step's first adds a float32 copy of its gradients to their sum, (4 + b) T/W
         activations and head   from dry_run
 
-    Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both:
-    its allocator keeps blocks of less than 32 MiB that were freed. What it cannot use again is not in the formula.
-
-    With --optimizer_offload a GPU holds neither optimizer nor copies.
+    Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both: its
+    allocator keeps freed blocks of less than 32 MiB. What it cannot reuse is not in the formula. With --optimizer_offload a
+    GPU has neither optimizer nor copies.
 
     Args:
-        policy: on the meta device, with adapters where there are some.
-        config: of the run.
-        world: W.
+        policy: on the meta device, with its adapters.
+        plan: of the run.
         activations, head: bytes.
-        process: bytes of the process before a model is loaded, where the device is a CPU; else None.
+        process: bytes of the process before a model is loaded, if the device is a CPU; else None.
     """
-    size = getattr(torch, config.dtype).itemsize
-    stage, parameters = config.zero_stage, list(policy.parameters())
+    size, stage, parameters = plan.dtype.itemsize, plan.stage, list(policy.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    share = trained // world if stage else trained
-    weights = weight_bytes(policy, config) if stage < 3 else size * (total // world + min(total, GATHERED))
+    share = trained // plan.world if stage else trained
+    weights = _weight_bytes(policy, plan) if stage < 3 else size * (total // plan.world + min(total, GATHERED))
     gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
     optimizer, copies = (12 if stage else 8) * share, 4 * share if stage else 0
-    if size == 2 and stage in (1, 2) and config.train_batch_size > config.micro_batch * world:
+    if size == 2 and stage in (1, 2) and plan.several:
         copies += size * share
-    if config.optimizer_offload and process is None:
-        optimizer, copies = 0, 0
-    if process is None and copies > activations + head:
-        activations, head = 0, 0
-    elif process is None:
-        copies = 0
+    if process is None:
+        if plan.offload:
+            optimizer, copies = 0, 0
+        if copies > activations + head:
+            activations, head = 0, 0
+        else:
+            copies = 0
     return Memory(weights, gradients, optimizer, activations, head, copies, process or 0)
 
 
-def weight_bytes(policy: Policy, config: TrainConfig) -> int:
-    """Bytes of all weights that a process holds whole.
+def _weight_bytes(policy: Policy, plan: Plan) -> int:
+    """Bytes of all weights that a process has whole.
 
-    Under --lora_quantize=nf4 each n frozen weights of linear layers take n/2 bytes for their codes, n/64 for 8-bit scales
-    and 4 n/(64 256) for the scales of those; the largest layer's weight is dequantized while it is multiplied by.
-
-    Args:
-        policy: on the meta device, with adapters if the run has some.
-        config: of the run.
+    With NF4 each n frozen weights of linear layers take n/2 bytes for their codes, n/64 for 8-bit scales and 4 n/(64 256)
+    for the scales of those; the largest layer's weight is dequantized while it is multiplied by.
     """
-    element = getattr(torch, config.dtype).itemsize
+    element = plan.dtype.itemsize
     total = sum(parameter.numel() for parameter in policy.parameters())
-    if config.lora_quantize == "none":
+    if not plan.quantized:
         return element * total
     linear = [module.weight for module in policy.modules() if isinstance(module, nn.Linear)]
     sizes = [weight.numel() for weight in linear if weight is not policy.head.weight and not weight.requires_grad]
@@ -131,24 +490,24 @@ def weight_bytes(policy: Policy, config: TrainConfig) -> int:
     return element * (total - sum(sizes) + max(sizes)) + round(codes)
 
 
-def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, int]:
-    """Bytes that a forward and backward pass of one micro-batch hold at most: (in the model, in the output head).
+def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
+    """Peak bytes of a forward and backward pass of one micro-batch: (in the model, in the output head).
 
     Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
 
     Args:
-        policy: on the meta device, as drdpo.training.memory.meta_policy makes it.
+        policy: from shapes.
         batch: the largest of the run.
-        config: of the run.
+        method: of the run.
 
     Raises:
-        Exception: of any kind, where the model's forward pass looks at values.
+        Exception: of any kind, if the model's forward pass looks at values.
     """
     meta = torch.device("meta")
     # WDPO's exact solver attends to padded rows by plain products, which shapes take as they are.
-    given = (_as_packed(batch) if isinstance(batch, Batch) and not config.second_derivative else batch).to(meta)
+    given = (_as_packed(batch) if isinstance(batch, Batch) and not policy.second_derivative else batch).to(meta)
     pairs = len(given.indices_B)
-    # As under ZeRO, a parameter's gradient leaves as soon as it is there.
+    # As under ZeRO, a parameter's gradient leaves as soon as it exists.
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         for parameter in policy.parameters()
@@ -159,15 +518,24 @@ def dry_run(policy: Policy, batch: AnyBatch, config: TrainConfig) -> tuple[int, 
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     try:
         with _Alive(policy.head.weight.shape[0], known) as alive:
-            objective(policy, given, torch.zeros(pairs, 2, device=meta), config, population).total.backward()
+            objective(policy, given, torch.zeros(pairs, 2, device=meta), method, population).total.backward()
     finally:
         for hook in hooks:
             hook.remove()
     return alive.at_peak["model"], alive.at_peak["head"]
 
 
+def _as_packed(batch: Batch) -> PackedBatch:
+    """A packed row with the shapes of a padded batch; its content means nothing."""
+    rows, width = batch.input_ids_ST.shape
+    nothing_A = torch.zeros_like(batch.targets_A)
+    tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
+    groups = (PrefixGroup(0, (width,)),) * rows
+    return PackedBatch(batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups)
+
+
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors on the meta device that are alive, and keeps the count of when they were most.
+    """Counts the bytes of all tensors on the meta device that are alive, and keeps the counts of their peak.
 
     Args:
         vocabulary: tensors with a side of this length are the output head's, as are all that its kernels make.
@@ -208,375 +576,3 @@ def _called_by(file: str) -> bool:
     while frame is not None and frame.f_code.co_filename != file:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
-
-
-def _as_packed(batch: Batch) -> PackedBatch:
-    """A packed row with the shapes of a padded batch; its content means nothing."""
-    rows, width = batch.input_ids_ST.shape
-    nothing_A = torch.zeros_like(batch.targets_A)
-    tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
-    groups = (PrefixGroup(0, (width,)),) * rows
-    return PackedBatch(batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups)
-
-
-# What --attn, --micro_batch_tokens and --gradient_checkpointing are where the flags leave it to the machine.
-
-MARGIN = 0.9
-"""Share of a GPU's memory that a prediction may take."""
-CPU_SHARE = 0.5
-"""Of a CPU's: the machine stays usable."""
-ROWS = (16_384, 8_192, 4_096, 2_048, 1_024)
-"""Tokens of a row from which CUDA's default is chosen: beyond the largest a GPU is no busier."""
-BUSY = 4_096
-"""Tokens of a row that keep a GPU busy: shorter ones wait for their kernels to be launched."""
-
-
-def resolve_attention(config: TrainConfig) -> TrainConfig:
-    """The flags with the kernel in place of --attn=auto: for packed rows on CUDA flash attention where it serves the model,
-    else what the flags' property `attention_kernel` says. Every rank must call.
-
-    Raises:
-        UsageError: --attn=flash is given, and this machine's flash attention does not serve the model.
-    """
-    if not config.packing or config.attn not in ("auto", "flash") or not distributed.use_cuda():
-        return replace(config, attn=config.attention_kernel)
-    from transformers import AutoConfig
-
-    reason = None
-    if config.attn == "auto" and config.wide_first_tokens:
-        reason = "--wdpo_solver=tangent attends in float32 to keep its accuracy"
-    else:
-        settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        reason = refusal(settings, distributed.device(), getattr(torch, config.dtype))
-    if any(of_all(float(reason is not None))):
-        if config.attn == "flash":
-            raise UsageError(
-                "--attn=flash: torch's flash attention does not serve this model here: "
-                f"{reason or 'another process found so'}; pass --attn=sdpa"
-            )
-        if distributed.is_main():
-            print(f"--attn=auto: sdpa instead of flash, because {reason or 'another process cannot use it'}", flush=True)
-        return replace(config, attn="sdpa")
-    return replace(config, attn="flash")
-
-
-def resolve_rows(config: TrainConfig, policy: Policy) -> TrainConfig:
-    """The flags with --micro_batch_tokens, where deals_by_tokens says so: a function of the model, the flags, the number of
-    ranks and the GPUs' memory as they are sold, so that a resumed run has the same rows. Every rank must call.
-
-    The most of ROWS that fit: without recomputation down to BUSY tokens, if the flags allow that, else with it. A row must
-    hold the longest pair that --max_len allows.
-
-    Args:
-        config: with the kernel of resolve_attention.
-        policy: on the meta device.
-    """
-    memory = torch.cuda.get_device_properties(distributed.device()).total_memory
-    return replace(config, micro_batch_tokens=rows_that_fit(config, policy, int(min(of_all(float(memory))))))
-
-
-def rows_that_fit(config: TrainConfig, policy: Policy, memory: int) -> int:
-    """--micro_batch_tokens for a GPU of that many bytes; see resolve_rows."""
-    least = 2 * config.max_len
-    choices = [tokens for tokens in ROWS if tokens >= least] or [least]
-    tried = [(tokens, config.recompute) for tokens in choices]
-    if config.gradient_checkpointing == "auto":
-        tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
-    for tokens, recompute in tried:
-        try:
-            need = predicted(replace(config, micro_batch_tokens=tokens), policy, _row_of(tokens, config), recompute)
-        except Exception:  # the model's forward pass looks at values: nothing is known
-            return choices[-1]
-        if need.total <= MARGIN * memory:
-            return tokens
-    return choices[-1]
-
-
-def _row_of(tokens: int, config: TrainConfig) -> list[Pair]:
-    """Pairs of equal parts, some 256 tokens each, that fill a row."""
-    parts = row_tokens(Pair([0], [0], [0]), config)
-    pairs = max(1, tokens // (256 * parts))
-    part = [0] * (tokens // (pairs * parts))
-    return [Pair(part, part, part)] * pairs
-
-
-def predicted(config: TrainConfig, policy: Policy, pairs: list[Pair], recompute: bool, process: int | None = None) -> Memory:
-    """Peak memory of a step whose largest micro-batch is these pairs, with or without recomputation of activations.
-
-    Args:
-        config: of the run.
-        policy: on the meta device.
-        pairs: as they go through the model together.
-        recompute: as --gradient_checkpointing.
-        process: see drdpo.training.memory.predict.
-
-    Raises:
-        RuntimeError: the model's forward pass needs more than shapes.
-    """
-    set_recomputation(policy, recompute)
-    batch = form_batch(pairs, list(range(len(pairs))), config, pad_token_id=0)
-    return predict(policy, config, distributed.world_size(), *dry_run(policy, batch, config), process)
-
-
-def set_recomputation(policy: Policy, recompute: bool) -> None:
-    """Recompute activations in the backward pass, or keep them; non-reentrant, the form that has a second derivative."""
-    if recompute:
-        policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        policy.language_model.gradient_checkpointing_disable()
-
-
-def of_main(value: float) -> float:
-    """Rank 0's number, on every rank."""
-    return of_all(value)[0]
-
-
-def of_all(value: float) -> list[float]:
-    """Numbers of all ranks. Under --dry_run they do not talk to each other, and rank 0 alone prints."""
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed.gather_floats([value]) if joined else [value]
-
-
-PERCENTILES = (50, 90, 99, 100)
-_GIB = 2**30
-
-
-def preflight(run: Run) -> tuple[Run, Shape]:
-    """Print, on rank 0, what the run will do and the memory it will need. Every rank must call.
-
-    Returns:
-        The run, in whose flags --gradient_checkpointing=auto is resolved, and what a step's work depends on.
-
-    Raises:
-        DataError: the model's architecture cannot be made from its config.json, or --wdpo_solver=tangent does not know it.
-        UsageError: --lora_targets names no linear layer of the model, or pairs are too long for its rotary positions.
-    """
-    policy = shapes(run.config, [*run.train, *run.test])
-    shape = shape_of(policy)
-    memory = _free()
-    recompute = run.config.recompute
-    if distributed.is_main():
-        dealt = _dealt(run)
-        largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
-        recompute, told = _memory(run, policy, [run.train[row] for row in largest], *memory)
-        lines = [*_work(run, shape, dealt), *_lengths(run), *told]
-        print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
-    return replace(run, config=_checkpointing(run.config, of_main(float(recompute)) > 0)), shape
-
-
-def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
-    """The policy of a run without its weights, as a dry run needs it. Raises as preflight does."""
-    policy = meta_policy(config)
-    check_rotary(policy, list(pairs), config)
-    fix_rotary(policy)
-    if config.method == "wdpo" and config.solver == "tangent":
-        check_architecture(policy, config)
-        widen_first_tokens(policy, config)
-    return policy
-
-
-def meta_policy(config: TrainConfig) -> Policy:
-    """The policy of a run without its weights: shapes alone, from the model's config.json.
-
-    Raises:
-        DataError: there is no such model, or transformers does not know its architecture.
-        UsageError: --lora_targets names no linear layer of the model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        model = _without_weights(settings, config)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
-    policy = Policy(model, config.second_derivative).train()
-    policy.flash_attention = config.packed_flash
-    if config.lora_rank:
-        add_lora(policy, config)
-    set_recomputation(policy, config.recompute)
-    return policy
-
-
-def _without_weights(settings: Any, config: TrainConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    register_shared_prefix()
-
-    def build(attention: str) -> Any:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                settings, dtype=getattr(torch, config.dtype), attn_implementation=attention, trust_remote_code=False
-            )
-
-    try:
-        return build("eager" if config.second_derivative else PACKED)
-    except KeyError:
-        # A model whose attentions are its own (Falcon): predicted with one over the whole row, which takes more.
-        return build("eager")
-
-
-def _dealt(run: Run) -> list[list[int]]:
-    """All ranks' micro-batches of the first epoch, or of the run where that is shorter."""
-    config, world = run.config, distributed.world_size()
-    dealt = []
-    for step in range(min(run.steps, run.steps_per_epoch)):
-        indices = step_indices(len(run.train), config.train_batch_size, config.seed, step)
-        for rank in range(world):
-            dealt += step_batches(indices, run.train_lengths, config, rank, world)
-    return dealt
-
-
-def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
-    """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
-    if not config.packing:
-        return 2 * len(pairs) * max(len(pair) for pair in pairs)
-    return sum(row_tokens(pair, config) for pair in pairs)
-
-
-def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> list[tuple[str, str]]:
-    config, world = run.config, distributed.world_size()
-    tokens = sum(_batch_tokens([run.train[row] for row in rows], config) for rows in dealt)
-    trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
-    cut = run.counts["train"]["answer cut"]
-    form = "packed" if config.packing else "padded"
-    batches = config.train_batch_size // (config.micro_batch * world)
-    parts = f"{batches} micro-batch{'es' if batches > 1 else ''} of {config.micro_batch} on each of {world} "
-    if config.micro_batch_tokens is not None:
-        parts = f"packed rows of at most {config.micro_batch_tokens:,} tokens on each of {world} "
-    span = "an epoch" if run.steps >= run.steps_per_epoch else "in all"
-    data = f"{len(run.train):,} pairs, {tokens:,} tokens {span} {form}, {cut:,} answers cut by --max_len={config.max_len}"
-    work = (
-        f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.steps / run.steps_per_epoch:.2f} epochs; a step is "
-        f"{parts}process{'es' if world > 1 else ''}"
-    )
-    return [
-        ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
-        ("data", data),
-        ("work", work),
-    ]
-
-
-def _lengths(run: Run) -> list[tuple[str, str]]:
-    answers = [len(answer) for pair in run.train for answer in (pair.chosen, pair.rejected)]
-    kinds = {
-        "prompt": [len(pair.prompt) for pair in run.train],
-        "answer": answers,
-        "pair": [_batch_tokens([pair], run.config) for pair in run.train],
-    }
-    told = []
-    for name, lengths in kinds.items():
-        values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
-        told.append(f"{name} " + " ".join(f"{value:,.0f}" for value in values))
-    return [("tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(told))]
-
-
-def _checkpointing(config: TrainConfig, recompute: bool) -> TrainConfig:
-    return replace(config, gradient_checkpointing="true" if recompute else "false")
-
-
-def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, list[tuple[str, str]]]:
-    """Are activations recomputed, and what is to be told of memory.
-
-    Args:
-        run: with its flags.
-        policy: on the meta device.
-        pairs: of the largest micro-batch.
-        free, sharers: from _free.
-    """
-    config, world, cuda = run.config, distributed.world_size(), distributed.use_cuda()
-    process = None if cuda else _resident()
-    lines = []
-    try:
-        need = predicted(config, policy, pairs, config.gradient_checkpointing == "true", process)
-        if config.gradient_checkpointing == "auto":
-            limit = int(MARGIN * free) if cuda else int(CPU_SHARE * free) // sharers
-            config = _checkpointing(config, need.total > limit)
-            what = f"{MARGIN:.0%} of a GPU's" if cuda else f"{CPU_SHARE:.0%} of the memory's"
-            what += f" {_gib(free)} that are free"
-            lines = [
-                ("recompute", f"{'on' if config.recompute else 'off'}: without recomputation the predicted peak of "
-                              f"{_gib(need.total)} {'exceeds' if config.recompute else 'fits'} {_gib(limit)}, {what}"
-                              f"{f', for each of {sharers} processes' if sharers > 1 else ''}")
-            ]  # fmt: skip
-            if config.recompute:
-                need = predicted(config, policy, pairs, True, process)
-    except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
-        # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
-        reason = " ".join(str(error).split())[:100]
-        return config.recompute, [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
-    parts = {name: size for name, size in vars(need).items() if size}
-    where = "device" if cuda else "process"
-    lines += [
-        ("memory", f"predicted peak {_gib(need.total)} a {where}: " + ", ".join(f"{k} {_gib(v)}" for k, v in parts.items())),
-        ("", advice(need, config, world)),
-    ]
-    if need.total * sharers > free:
-        moved = need.optimizer + need.copies
-        offload = config.zero_stage and not config.optimizer_offload and need.total - moved <= free
-        helps = f"; --optimizer_offload=true moves {_gib(moved)} of it to the CPU's memory" if cuda and offload else ""
-        of = f"{sharers} processes need {_gib(need.total * sharers)}" if sharers > 1 else f"needs {_gib(need.total)}"
-        lines.append(("warning", f"{of}, but {_gib(free)} is free: the run may end for lack of memory{helps}"))
-    else:
-        lines.append(("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else "")))
-    return config.recompute, lines
-
-
-def advice(need: Memory, config: TrainConfig, world: int) -> str:
-    """Which part is the largest, and the flag that lowers it."""
-    sizes = {name: size for name, size in vars(need).items() if name != "process"}
-    part = max(sizes, key=lambda name: sizes[name])
-    flags: list[tuple[bool, str]]
-    if part in ("activations", "head"):
-        flags = [
-            (part == "activations" and not config.recompute, "--gradient_checkpointing=true"),
-            (config.second_derivative, "--wdpo_solver=tangent with --packing=true"),
-            (not config.packing, "--packing=true"),
-            (config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
-            (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
-            (True, "a smaller --max_len"),
-        ]
-    else:
-        stage = 3 if part == "weights" and config.lora_quantize == "none" else 2
-        on_gpu = not need.process
-        offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
-        # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
-        element = getattr(torch, config.dtype).itemsize
-        gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
-        flags = [
-            (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),
-            # On a CPU it is the same memory.
-            (part in ("optimizer", "copies") and on_gpu and not config.optimizer_offload, offload),
-            (part != "weights" and not config.lora_rank, "--lora_rank=16"),
-            (config.dtype == "float32", "--dtype=bfloat16"),
-            (config.zero_stage >= stage, "more processes"),
-            (True, "a smaller model"),
-        ]
-    return f"the largest part is {part}; {next(flag for fits, flag in flags if fits)} lowers it"
-
-
-def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"
-
-
-def _resident() -> int:
-    """Bytes this process holds now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _free() -> tuple[int, int]:
-    """Bytes that are free for training, on the fullest of the ranks' GPUs, and how many processes share them."""
-    if distributed.use_cuda():
-        return int(min(of_all(float(torch.cuda.mem_get_info(distributed.device())[0])))), 1
-    import psutil
-
-    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
-    free = int(psutil.virtual_memory().available) + sharers * _resident()
-    # A container may be given less than the machine has.
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text: Any = Path(path).read_text().strip() if Path(path).is_file() else ""
-        if text.isdigit():
-            free = min(free, int(text))
-    return free, sharers

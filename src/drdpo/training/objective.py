@@ -1,6 +1,7 @@
 """A micro-batch's contribution to the step: weighted losses and, for WDPO, the gradient penalty.
 
-Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, T tokens, D width.
+Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, T tokens, D width, K numbers of the
+first step's answers.
 """
 
 import random
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor
 
 from drdpo import distributed
-from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.training import losses
-from drdpo.training.data import Batch, PackedBatch
-from drdpo.training.policy import AnyBatch, PairValues, Policy, losses_of, pair_values, values_of
+from drdpo.training.data import AnyBatch, Batch, PackedBatch
+from drdpo.training.losses import Method, Pairs, Penalty, gradient_penalty
+from drdpo.training.policy import Policy, pairs_of
 from drdpo.training.wdpo import input_gradient, tangent_answers
 
 
@@ -30,201 +30,215 @@ class Objective(NamedTuple):
     total: Tensor
     """Scalar: mean over the micro-batch of w l + c |grad l|^2, c being rho; for the root penalty rho / (2 sqrt M):
     the gradient is then right, though the value is not the root's."""
-    values: PairValues
+    losses_B: Tensor
+    """[B] plain losses."""
+    pairs: Pairs
     weights_B: Tensor
     penalties_B: Tensor | None = None
-    """[B] |grad l|^2 where the micro-batch carries WDPO's penalty."""
+    """[B] |grad l|^2 if the micro-batch has the penalty."""
     errors_B: Tensor | None = None
     """[B] with the tangent solver: relative difference between two estimates of the margin's slope along the gradient, zero
     without rounding."""
 
     def detached(self) -> "Objective":
-        """The figures alone: neither graph nor embeddings stay in memory."""
-        return self._replace(total=self.total.detach(), values=self.values.detached())
+        """The numbers alone, without a graph."""
+        return self._replace(total=self.total.detach(), losses_B=self.losses_B.detach(), pairs=self.pairs.detached())
 
 
-def needs_population(config: TrainConfig) -> bool:
-    """Does a pair's term depend on the other pairs?"""
-    return config.weighted or (config.method == "wdpo" and config.wdpo_penalty == "root")
-
-
-def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig) -> Population:
+def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], method: Method) -> Population:
     """The population of a whole optimizer step, over all its micro-batches and ranks, before any of its gradients.
 
     Args:
         policy: the bare module.
         batches: this rank's micro-batches with their reference log-probs.
-        config: of the run.
+        method: that needs a population.
     """
-    if config.method == "wdpo":
-        penalties = [_surveyed(policy, batch, reference_B2, config) for batch, reference_B2 in batches]
+    if method.penalty is not None:
+        penalties = [_penalties_alone(policy, batch, reference_B2, method) for batch, reference_B2 in batches]
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
     with torch.no_grad():
-        local = [pair_values(policy, batch, reference_B2, config).losses_B for batch, reference_B2 in batches]
+        local = [method.loss(pairs_of(policy(batch).logprob_S, reference_B2, batch)) for batch, reference_B2 in batches]
     return Population(losses_P=distributed.gather(torch.cat(local)))
 
 
-def penalty_scales(count: int, config: TrainConfig, step: int) -> list[float]:
-    """What multiplies the penalty of each of a step's micro-batches under --wdpo_fraction: zero, or the inverse of the
-    chance that a micro-batch carries it, so that the gradient's expectation is the whole penalty's.
+def penalty_scales(count: int, fraction: float, seed: int, step: int) -> list[float]:
+    """What multiplies the penalty of each of a step's micro-batches: zero, or the inverse of the chance that a micro-batch
+    has it, so that the gradient's expectation is the whole penalty's.
 
     Args:
-        count: micro-batches of this rank; all ranks have as many and draw alike.
-        config: wdpo_fraction and seed.
+        count: micro-batches of this rank; all ranks have equally many and draw alike.
+        fraction: share of them that have the penalty, at least one.
+        seed: of the draw.
         step: optimizer steps done before this one.
     """
-    carrying = max(1, round(config.wdpo_fraction * count))
-    drawn = random.Random(f"{config.seed}/penalty/{step}").sample(range(count), carrying)
-    return [count / carrying if number in drawn else 0.0 for number in range(count)]
+    chosen = max(1, round(fraction * count))
+    drawn = random.Random(f"{seed}/penalty/{step}").sample(range(count), chosen)
+    return [count / chosen if number in drawn else 0.0 for number in range(count)]
 
 
 def objective(
     policy: Policy,
     batch: AnyBatch,
     reference_B2: Tensor,
-    config: TrainConfig,
-    population: Population | None,
+    method: Method,
+    population: Population | None = None,
     penalty_scale: float = 1.0,
 ) -> Objective:
     """The differentiable objective of one micro-batch.
 
     Args:
-        policy: the bare module, or for a method without second derivative the DeepSpeed engine around it.
+        policy: the bare module, or unless the exact solver is used the DeepSpeed engine around it.
         batch: B pairs.
         reference_B2: [B, 2] reference log-probs.
-        config: of the run.
-        population: from `survey`; None where this micro-batch, over all ranks, is the population.
+        method: what to minimize.
+        population: from `survey`; None if this micro-batch, over all ranks, is the population.
         penalty_scale: from `penalty_scales`.
     """
-    if config.method == "wdpo" and penalty_scale > 0:
-        solve = _exact if config.solver == "exact" else _tangent
-        return solve(policy, batch, reference_B2, config, population, penalty_scale)
-    values = pair_values(policy, batch, reference_B2, config)
-    weights_B = torch.ones_like(values.losses_B)
-    if config.weighted:
-        losses_P = population.losses_P if population else None
-        weights_B = _weights(values.losses_B, distributed.gather(values.losses_B) if losses_P is None else losses_P, config)
-    return Objective((weights_B * values.losses_B).mean(), values, weights_B)
+    if method.penalty is not None and penalty_scale > 0:
+        solve = _exact if method.penalty.solver == "exact" else _tangent
+        return solve(policy, batch, reference_B2, method, population, penalty_scale)
+    pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
+    losses_B = method.loss(pairs)
+    weights_B = _weights(losses_B, pairs, method, population)
+    return Objective((weights_B * losses_B).mean(), losses_B, pairs, weights_B)
+
+
+def _weights(losses_B: Tensor, pairs: Pairs, method: Method, population: Population | None) -> Tensor:
+    if method.weights is None:
+        return torch.ones_like(losses_B)
+    losses_P = population.losses_P if population else None
+    if losses_P is None:
+        losses_P = distributed.gather(losses_B) if method.population else losses_B
+    return method.weights(losses_B.detach(), losses_P.detach(), pairs.detached())
 
 
 def _exact(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None, scale: float
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, population: Population | None, scale: float
 ) -> Objective:
     """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
-    values = pair_values(policy, batch, reference_B2, config)
-    penalties_B = _penalties(values, batch, config, create_graph=True)
-    total = values.losses_B.mean() + _factor(penalties_B, config, population, scale) * penalties_B.mean()
-    return Objective(total, values, torch.ones_like(values.losses_B), penalties_B.detach())
+    losses_B, penalties_B, pairs = _penalties(policy, batch, reference_B2, method, create_graph=True)
+    total = losses_B.mean() + _factor(penalties_B, method.penalty, population, scale) * penalties_B.mean()
+    return Objective(total, losses_B, pairs, torch.ones_like(losses_B), penalties_B.detach())
 
 
 def _tangent(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig, population: Population | None, scale: float
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, population: Population | None, scale: float
 ) -> Objective:
     """WDPO by a pass along the gradient: l + c D^2 with D = l'(m) dm, dm the margin's derivative along the unit gradient v,
     which is held fixed.
 
     |g|^2 is the largest (g . v)^2 of all unit v, so its gradient at that v is the gradient of D^2. What rounding does to v
-    changes D to second order only, where |g| from the backward pass bears all of it.
+    changes D to second order only, whereas |g| from the backward pass has all of it.
     """
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
-    # The gradient for the embeddings is taken outside the engine, which would take it for the backward pass of the step.
+    # Taken outside the engine, which would mistake it for the backward pass of the step.
     bare = policy if isinstance(policy, Policy) else policy.module
-    found = input_gradient(bare, batch, reference_B2, config)
-    factor = _factor(found.loss_slopes_B.square(), config, population, scale)
-    logprob_S, moved_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, found))
-    values = values_of(logprob_S, found.values.embeds, reference_B2, config)
-    (loss_slopes_B,) = torch.autograd.grad(values.losses_B.sum(), values.margins_B, create_graph=True)
-    chosen_B, rejected_B = moved_S.chunk(2)
-    moved_B = chosen_B - rejected_B
-    penalties_B = (loss_slopes_B * moved_B).square()
-    total = (values.losses_B + factor * penalties_B).mean()
-    # The figures are those of the first pass, whose losses are the plain ones.
-    value = (found.values.losses_B + factor * penalties_B.detach()).mean()
-    expected_B = found.margin_slopes_B
-    errors_B = (moved_B.detach() - expected_B).abs() / expected_B
+    gradient = input_gradient(bare, batch, reference_B2, method)
+    factor = _factor(gradient.loss_slopes_B.square(), method.penalty, population, scale)
+    logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient.direction_1ND))
+    pairs = pairs_of(logprob_S, reference_B2, batch)
+    losses_B = method.loss(pairs)
+    (loss_slopes_B,) = torch.autograd.grad(losses_B.sum(), pairs.margins_B, create_graph=True)
+    chosen_B, rejected_B = slope_S.chunk(2)
+    margin_slopes_B = chosen_B - rejected_B
+    penalties_B = (loss_slopes_B * margin_slopes_B).square()
+    total = (losses_B + factor * penalties_B).mean()
+    # The reported numbers are those of the first pass, whose losses are the plain ones.
+    value = (gradient.losses_B + factor * penalties_B.detach()).mean()
+    expected_B = gradient.margin_slopes_B
+    errors_B = (margin_slopes_B.detach() - expected_B).abs() / expected_B
     errors_B = torch.where(expected_B > 0, errors_B, torch.zeros_like(expected_B))
-    ones_B = torch.ones_like(found.values.losses_B)
-    return Objective(total - total.detach() + value, found.values, ones_B, penalties_B.detach(), errors_B)
+    ones_B = torch.ones_like(gradient.losses_B)
+    return Objective(
+        total - total.detach() + value, gradient.losses_B, gradient.pairs, ones_B, penalties_B.detach(), errors_B
+    )
 
 
-def _factor(penalties_B: Tensor, config: TrainConfig, population: Population | None, scale: float) -> Tensor:
+def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population | None, scale: float) -> Tensor:
     """What multiplies the mean of |grad l|^2."""
-    assert config.wdpo_rho is not None
-    if config.wdpo_penalty == "squared":
-        return torch.tensor(config.wdpo_rho * scale, dtype=penalties_B.dtype)
+    assert penalty is not None
+    if not penalty.root:
+        return torch.tensor(penalty.rho * scale, dtype=penalties_B.dtype)
     # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
     mean = population.mean_penalty if population else None
     mean = distributed.gather(penalties_B).mean() if mean is None else mean
-    # Chosen on the device: a question here would wait for it.
-    return torch.where(mean > 0, config.wdpo_rho / (2 * mean.sqrt()), torch.zeros_like(mean))
+    # Chosen on the device: an if would wait for it.
+    return torch.where(mean > 0, penalty.rho / (2 * mean.sqrt()), torch.zeros_like(mean))
 
 
-def _surveyed(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> Tensor:
+def _penalties_alone(policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method) -> Tensor:
     """[B] |grad l|^2 without a graph."""
-    if config.solver == "exact":
-        return _penalties(pair_values(policy, batch, reference_B2, config), batch, config, create_graph=False)
+    assert method.penalty is not None
+    if method.penalty.solver == "exact":
+        return _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
-    return input_gradient(policy, batch, reference_B2, config).loss_slopes_B.square()
+    return input_gradient(policy, batch, reference_B2, method).loss_slopes_B.square()
 
 
-def _penalties(values: PairValues, batch: AnyBatch, config: TrainConfig, create_graph: bool) -> Tensor:
-    assert isinstance(batch, Batch), "TrainConfig refuses the packed form"
-    shared_BT = batch.prompt_mask_BT if config.wdpo_prompt == "once" else None
-    return losses.gradient_penalty(values.losses_B, values.embeds, create_graph, shared_BT)
+def _penalties(
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, create_graph: bool
+) -> tuple[Tensor, Tensor, Pairs]:
+    """([B] losses, [B] |grad l|^2, pairs) of a padded batch."""
+    assert isinstance(batch, Batch) and method.penalty is not None, "TrainConfig refuses the packed form"
+    logprob_S, embeds_STD = policy(batch)
+    pairs = pairs_of(logprob_S, reference_B2, batch)
+    losses_B = method.loss(pairs)
+    shared_BT = batch.prompt_mask_BT if method.penalty.prompt_once else None
+    return losses_B, gradient_penalty(losses_B, embeds_STD, create_graph, shared_BT), pairs
 
 
-def _weights(losses_B: Tensor, losses_P: Tensor, config: TrainConfig) -> Tensor:
-    own_B = config.own_weights(losses_B.detach(), losses_P.detach())
-    if own_B is not None:
-        return own_B
-    if config.kldpo_tau is not None:
-        return losses.kl_weights(losses_B, losses_P, config.kldpo_tau, config.kldpo_cap, config.kldpo_normalize)
-    assert config.drdpo_beta is not None
-    return losses.drdpo_weights(losses_B, losses_P, config.drdpo_beta)
-
-
-# Before the first step policy and reference are one model: are their log-probs?
+# Before the first step policy and reference are one model: are their log-probs? -------------------------------------------
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
-"""Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats beside it for the shortest answers.
+"""Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest answers.
 
-The same micro-batches through the same code give the same bits. What may differ are compiled layers, a GPU's kernels, and
-micro-batches dealt otherwise by an earlier start on another number of processes. On SmolLM2-135M other micro-batches change
-a log-prob by 3e-8 of it in float32 and by 2e-4 in bfloat16 (four answers, CPU). The bfloat16 tolerance is fifty times that
-by judgement, not by a measurement on a GPU; a reference nearer than that goes unseen."""
+The same micro-batches through the same code give the same bits. What may differ are a GPU's kernels, and micro-batches of an
+earlier start on another number of processes. On SmolLM2-135M other micro-batches change a log-prob by 3e-8 of it in float32
+and by 2e-4 in bfloat16 (four answers, CPU). The bfloat16 tolerance is fifty times that by judgement, not by a measurement on
+a GPU; a reference closer than that is not noticed."""
 
 
-def check_first_step(parts: list[Objective], references: list[Tensor], config: TrainConfig) -> None:
+def check_first_step(
+    parts: list[Objective], references: list[Tensor], method: Method, dtype: str, model_path: str, reference_file: str
+) -> None:
     """Refuse reference log-probs that are not the untrained policy's own; every rank must call.
 
-    The loss alone would not tell: at beta 0.01 a margin of 10 nats moves it by 0.05.
+    The loss alone would not show it: at beta 0.01 a margin of 10 nats changes it by 0.05.
 
     Args:
         parts: what this rank's micro-batches contributed to the first step.
         references: [B, 2] reference log-probs of each.
-        config: of the run.
+        method: of the run.
+        dtype: of the run.
+        model_path, reference_file: for the message.
 
     Raises:
         DataError: the loss is not that of a zero margin, or the log-probs are too far apart.
     """
-    losses_P = distributed.gather(torch.cat([part.values.losses_B for part in parts]))
-    apart_K = distributed.gather(torch.cat([part.values.log_ratios_S for part in parts])).double().abs()
+    losses_P = distributed.gather(torch.cat([part.losses_B for part in parts]))
+    # ln 2, 1 / (4 beta^2) for ipo, or what a method's own loss is at a margin of zero.
+    expected_P = distributed.gather(torch.cat([_loss_at_zero(part.pairs, method) for part in parts]))
+    difference_K = distributed.gather(torch.cat([part.pairs.log_ratios_S for part in parts])).double().abs()
     size_K = distributed.gather(torch.cat([reference_B2.flatten() for reference_B2 in references])).double().abs()
-    share, nats = TOLERANCES[config.dtype]
-    # ln 2, 1 / (4 beta^2) for ipo, or what a method's own losses are at a margin of zero.
-    loss, expected = float(losses_P.double().mean()), float(losses_of(torch.zeros(1, dtype=torch.float64), config))
-    loss_tolerance = (0.05 if config.dtype == "bfloat16" else 1e-3) * max(1.0, expected)
-    apart, allowed = float(apart_K.mean()), share * float(size_K.mean()) + nats
+    share, nats = TOLERANCES[dtype]
+    loss, expected = float(losses_P.double().mean()), float(expected_P.mean())
+    loss_tolerance = (0.05 if dtype == "bfloat16" else 1e-3) * max(1.0, expected)
+    difference, allowed = float(difference_K.mean()), share * float(size_K.mean()) + nats
     if not abs(loss - expected) <= loss_tolerance:
         reason = f"the first loss is {loss:.4f}, not {expected:.4f}"
-    elif not apart <= allowed:
+    elif not difference <= allowed:
         reason = (
-            f"before the first step the policy's log-probs are {apart:.4g} away from the reference's in the mean, where "
-            f"rounding allows {allowed:.2g}"
+            f"before the first step the policy's log-probs are {difference:.4g} away from the reference's in the mean, more "
+            f"than the {allowed:.2g} of rounding"
         )
     else:
         return
     raise DataError(
-        f"{reason}: the reference log-probs do not belong to {config.model_path}; delete "
-        f"{config.save_path}/reference_train.safetensors, or give --resume=never"
+        f"{reason}: the reference log-probs do not belong to {model_path}; delete {reference_file}, or pass --resume=never"
     )
+
+
+def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
+    """[B] losses if policy and reference were the same, float64."""
+    margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
+    return method.loss(Pairs(margins_B, log_ratios_S, pairs.columns)).double()

@@ -1,12 +1,21 @@
-"""A sequence's first tokens in float32 arithmetic on bfloat16 weights, for WDPO's input gradient and tangent pass.
+"""Every patch of a library's code, with its reason.
 
-A model's activations at a sequence's first tokens grow a thousandfold, and all later tokens attend to them. What rounding
-does there is most of what separates the penalty's gradient in bfloat16 from float32's, and these rows are few: their
-products are taken in float32, and for all rows sums over layers and attention (Policy.attention_dtype). Products of the
-other rows stay in bfloat16, as do adapters. Over six pairs of 2 x 256 tokens on SmolLM2-135M the worst error is 8% so; with
-attention in bfloat16 it was 27% on one of them, without any row in float32 72%.
+* torch.nn.functional.linear, within `rows_in_float32` and `bias_of_value_only`. Modules are called as they are, so that
+  adapters around them and the hooks by which ZeRO-3 fetches their weights work. A TorchFunctionMode would not do: it does
+  not see the linear map that ZeRO-3 puts in place of torch's.
+* The forward of decoder layers, by `widen`: a layer enters `rows_in_float32` itself, so that its recomputation under
+  gradient checkpointing does too.
+* DeepSpeed's clipping without ZeRO, by `note_gradient_norm`.
+* Values, not code, are changed where they are used: the dropouts, the rotary kind and bitsandbytes' layers of a model
+  (drdpo.training.policy), and DeepSpeed's list of compiled operations (drdpo.training.engine).
 
-Shape suffixes: N rows, I inputs, O outputs.
+Why rows in float32: a model's activations at a sequence's first tokens grow a thousandfold, and all later tokens attend to
+them. Rounding there is most of what separates the penalty's gradient in bfloat16 from float32's, and these rows are few. So
+WDPO's input gradient and tangent pass take their products in float32, and for all rows sums over layers and attention
+(Policy.attention_dtype). Products of the other rows stay in bfloat16, as do adapters. Over six pairs of 2 x 256 tokens on
+SmolLM2-135M the worst error is 8% so; with attention in bfloat16 it was 27% on one of them, without any row in float32 72%.
+
+Shape suffixes: N rows, R rows in float32, I inputs, O outputs, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,17 +31,40 @@ from drdpo.distributed import send
 from drdpo.kernels.linear_logprob import refuse_graph
 from drdpo.kernels.packed_attention import PrefixGroup
 
+
+@contextmanager
+def _linear_replaced(by: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, nn.functional.linear is by(the linear before, x, weight, bias)."""
+    linear = nn.functional.linear
+    nn.functional.linear = partial(by, linear)
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
+def bias_of_value_only() -> Any:
+    """Within it, linear maps of a value and its tangent, stacked as [2, N, I], add their bias to the value alone."""
+    return _linear_replaced(_linear_of_pair)
+
+
+def _linear_of_pair(linear: Any, pair_2NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    if bias_O is None:
+        return linear(pair_2NI, weight_OI)
+    return torch.stack([linear(pair_2NI[0], weight_OI, bias_O), linear(pair_2NI[1], weight_OI)])
+
+
 POSITIONS = 4
 """Tokens of a sequence that count as its first."""
 
 
 class WideRows(NamedTuple):
-    """What a decoder layer under `widen` is given along with its hidden states."""
+    """The keyword `wide_rows` of a decoder layer under `widen`."""
 
     rows_R: Tensor
     """Indices of the rows in float32."""
     frozen: bool
-    """No gradient of a parameter is wanted."""
+    """See rows_in_float32."""
 
 
 class _LinearOfRows(Function):
@@ -45,7 +77,7 @@ class _LinearOfRows(Function):
         narrow_NI = x.to(weight_OI.dtype).flatten(0, -2)
         ctx.save_for_backward(None if frozen else narrow_NI, weight_OI, rows_R)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        # Not by nn.functional.linear, which the tangent pass replaces where there is a bias.
+        # Not by nn.functional.linear, which bias_of_value_only may have replaced.
         rough_NO = narrow_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, narrow_NI, weight_OI.T)
         out = rough_NO.to(x.dtype).view(*x.shape[:-1], -1)
         fine = x.index_select(-2, rows_R) @ weight_OI.to(x.dtype).T
@@ -80,10 +112,7 @@ def first_rows(groups: Sequence[PrefixGroup], device: torch.device) -> Tensor:
 
 
 def widen(layers: Sequence[nn.Module]) -> None:
-    """Let decoder layers that are called with a keyword `wide_rows` (a WideRows) run as that says.
-
-    In the layer, so that its recomputation under gradient checkpointing does so too.
-    """
+    """Let decoder layers that are called with a keyword `wide_rows` (a WideRows) run under rows_in_float32."""
     for layer in layers:
         layer.forward = partial(_widened, layer.forward)
 
@@ -95,27 +124,28 @@ def _widened(forward: Callable[..., Any], *arguments: Any, wide_rows: WideRows |
         return forward(*arguments, **options)
 
 
-@contextmanager
-def rows_in_float32(rows_R: Tensor, frozen: bool = False) -> Iterator[None]:
+def rows_in_float32(rows_R: Tensor, frozen: bool = False) -> Any:
     """Within it, linear maps of float32 inputs [..., N, I] by weights of less precision give float32 results [..., N, O]:
     the product of the given rows is taken in float32, that of the others in the weight's dtype.
 
-    A checkpointed layer must enter it itself, to find it in its recomputation too.
-
     Args:
         rows_R: indices in [0, N).
-        frozen: weights are taken for constants: autograd would have their gradients computed, and thrown away, wherever
-            they are trained at all.
+        frozen: treat weights as constants: autograd would otherwise compute, and discard, the gradients of trained ones.
     """
-    linear = nn.functional.linear
 
-    def linear_of_rows(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    def linear_of_rows(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if x.dtype == weight_OI.dtype:
             return linear(x, weight_OI, bias_O)
         return _LinearOfRows.apply(x, weight_OI, bias_O, rows_R, frozen)
 
-    nn.functional.linear = linear_of_rows
-    try:
-        yield
-    finally:
-        nn.functional.linear = linear
+    return _linear_replaced(linear_of_rows)
+
+
+def note_gradient_norm(engine: Any, parameters: list[nn.Parameter], max_norm: float) -> None:
+    """Let a DeepSpeed engine without ZeRO, which clips but keeps no norm, keep it: a gradient that is not finite would
+    otherwise go unnoticed."""
+
+    def clip() -> None:
+        engine._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+    engine.clip_fp32_gradients = clip

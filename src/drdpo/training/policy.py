@@ -1,109 +1,39 @@
-"""The policy: a causal language model that gives the log-probability of every sequence's answer.
+"""The policy: a causal language model that computes the log-probability of every answer, and its margins to the reference.
 
-Shape suffixes: S sequences, T tokens, D width, V vocabulary, N answer tokens.
+In order: the policy itself; loading a model as one; and what a model must be to serve as one, checked by its numbers on a
+few tokens.
+
+Shape suffixes: B pairs, S = 2B sequences, T tokens, N tokens of a packed row or of answers, D width, V vocabulary.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from drdpo import distributed
-from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
-from drdpo.training import losses
-from drdpo.training.data import Batch, PackedBatch, Pair
+from drdpo.training.data import AnyBatch, PackedBatch, Pair
 from drdpo.training.finite import FiniteWatch
+from drdpo.training.losses import Pairs
 from drdpo.training.patches import WideRows, first_rows, widen
-
-# What a loaded model must be to serve as a policy: told from its numbers on a few tokens.
-#
-# Shape suffixes: S sequences, T tokens, N tokens of a packed row, D width, V vocabulary.
-
-
-def refuse_quantized(model: Any, path: str) -> None:
-    """Refuse weights that are stored in few bits: they cannot be trained, nor can adapters be merged into them."""
-    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
-        raise DataError(
-            f"{path}: the weights are stored quantized; give the model in full precision (--lora_rank with "
-            "--lora_quantize=nf4 holds its frozen weights in 4 bits)"
-        )
-
-
-def switch_off_dropout(model: Any, path: str) -> None:
-    """Dropout would give policy and reference different log-probs, and recomputation works in training mode only."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    ids_ST = torch.arange(16, device=model.device)[None] % model.config.vocab_size
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        training, evaluating = (model.train(mode).base_model(input_ids=ids_ST, use_cache=False)[0] for mode in (True, False))
-    if not torch.equal(training, evaluating):
-        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
-
-
-def check_packing(model: Any, path: str) -> None:
-    """Refuse a model in which packed sequences would see each other: sliding windows, recurrent or convolutional layers."""
-    generator = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(min(1000, model.config.vocab_size), (24,), generator=generator).tolist()
-    sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
-    row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
-    plan = PrefixPlan(row.groups, model.device, model.dtype)
-    packed_1N, position_1N, *alone_1T = (
-        torch.tensor([values], device=model.device) for values in (row.token_ids, row.positions, *sequences)
-    )
-    try:
-        with torch.no_grad():
-            packed_ND = model.base_model(
-                input_ids=packed_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan
-            ).last_hidden_state[0].float()  # fmt: skip
-            alone = [model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float() for ids_1T in alone_1T]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
-    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
-    for number, alone_TD in enumerate(alone):
-        apart = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
-        if not float(apart.norm()) <= tolerance * float(alone_TD.norm()):
-            raise DataError(f"{path}: packed sequences of this model see each other; give --packing=false")
-
-
-def check_plain_head(model: Any, path: str) -> None:
-    """Refuse soft-capped, scaled or biased logits, which linear_logprob does not compute."""
-    ids_ST = torch.arange(8, device=model.device)[None] % model.config.vocab_size
-    with torch.no_grad():
-        hidden_TD = model.base_model(input_ids=ids_ST, use_cache=False).last_hidden_state[0]
-        ours_T = linear_logprob(hidden_TD, model.get_output_embeddings().weight, ids_ST[0])
-        logits_TV = model(input_ids=ids_ST, use_cache=False).logits[0].float()
-        theirs_T = logits_TV.log_softmax(dim=1).gather(1, ids_ST[0][:, None]).squeeze(1)
-    if not torch.allclose(ours_T.float(), theirs_T, rtol=0.02, atol=0.02):
-        raise DataError(
-            f"{path}: the model's logits are not its hidden states times its output head (soft-capped, scaled or biased "
-            "logits are not supported)"
-        )
-
-
-CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
-"""What transformers calls attentions that run on CUDA only."""
 
 
 class Answers(NamedTuple):
     logprob_S: Tensor
     """[S] log pi(answer | prompt), summed over the answer's tokens, float32."""
     embeds: Tensor
-    """[S, T, D], packed [1, N, D]: the input embeddings it was computed from."""
+    """[S, T, D], packed [1, N, D]: the input embeddings they were computed from."""
 
 
 class OutputHead(nn.Module):
     """The output head as a map from hidden states to log-probabilities.
 
-    A module of its own that holds the (possibly tied) weight, so that ZeRO-3 gathers it here as for any other layer.
+    A module of its own with the (possibly tied) weight, so that ZeRO-3 gathers it here as for any other layer.
     """
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
@@ -133,7 +63,7 @@ class Policy(nn.Module):
         self.wide_first = False
         """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
         self.watch: FiniteWatch | None = None
-        """Looks at every gradient for the embeddings that this policy gives out."""
+        """Checks every gradient with respect to the input embeddings."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
 
     @property
@@ -141,12 +71,12 @@ class Policy(nn.Module):
         """float32 where first tokens are: their keys, rounded, shift all weights alike; flash attention takes none."""
         return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
 
-    def forward(self, batch: Batch | PackedBatch, run: Callable[["Policy"], Any] | None = None) -> Any:
+    def forward(self, batch: AnyBatch, run: Callable[["Policy"], Any] | None = None) -> Any:
         """Log-probabilities of the answers of a batch.
 
         Args:
             batch: B pairs as S = 2B padded rows, or as one packed row.
-            run: what to do in place of that with this policy; a DeepSpeed engine around it lets only forward through.
+            run: a function of this policy to call instead; a DeepSpeed engine around it passes on forward alone.
 
         Returns:
             Answers, or what `run` returns.
@@ -156,29 +86,27 @@ class Policy(nn.Module):
         embeds = self.embed(batch)
         return Answers(self.logprob(batch, embeds), embeds)
 
-    def embed(self, batch: Batch | PackedBatch) -> Tensor:
+    def embed(self, batch: AnyBatch) -> Tensor:
         """[S, T, D], packed [1, N, D]: the input embeddings of a batch."""
         ids = batch.input_ids_1N if isinstance(batch, PackedBatch) else batch.input_ids_ST
         embeds = self.language_model.get_input_embeddings()(ids)
-        # Of a frozen table too: WDPO differentiates for the embeddings.
+        # Of a frozen table too: WDPO differentiates with respect to the embeddings.
         if torch.is_grad_enabled():
             embeds.requires_grad_()
             if self.watch is not None:
                 embeds.register_hook(self.watch.look)
         return embeds
 
-    def logprob(self, batch: Batch | PackedBatch, embeds: Tensor) -> Tensor:
+    def logprob(self, batch: AnyBatch, embeds: Tensor) -> Tensor:
         """[S] log-probabilities of the answers of a batch from (changed) input embeddings."""
         hidden_ND, targets_N, sequence_N = self.answer_states(batch, embeds)
         kernel = plain_logprob if self.second_derivative else linear_logprob
         return sum_by_sequence(self.head(kernel, hidden_ND, targets_N), sequence_N, batch)
 
-    def answer_states(
-        self, batch: Batch | PackedBatch, embeds: Tensor, frozen: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def answer_states(self, batch: AnyBatch, embeds: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N].
 
-        `frozen`: the gradient for the embeddings alone will be asked for.
+        `frozen`: only the gradient with respect to the embeddings will be computed.
         """
         if isinstance(batch, PackedBatch):
             plan = PrefixPlan(batch.groups, embeds.device, self.attention_dtype, self.flash_attention)
@@ -208,23 +136,40 @@ def decoder_of(policy: Policy) -> Any:
     raise DataError("it has no layers, norm and rotary_emb as Llama has")
 
 
-def widen_first_tokens(policy: Policy, config: TrainConfig) -> None:
-    """Let a run whose penalty needs it compute sequences' first tokens in float32, in the policy, its reference and its
-    evaluation alike: before the first step all margins are zero only if both come from the same arithmetic.
+def widen_first_tokens(policy: Policy) -> None:
+    """Compute sequences' first tokens in float32, in the policy, its reference and its evaluation alike: before the first
+    step all margins are zero only if both come from the same arithmetic.
 
     Args:
         policy: of an architecture that check_architecture has passed, with its adapters.
-        config: of the run.
     """
-    if config.wide_first_tokens:
-        widen(decoder_of(policy).layers)
-        policy.wide_first = True
+    widen(decoder_of(policy).layers)
+    policy.wide_first = True
 
 
-def sum_by_sequence(values_N: Tensor, sequence_N: Tensor, batch: Batch | PackedBatch) -> Tensor:
-    """[S] sums of answer tokens' values [N] over each sequence."""
-    zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=values_N.dtype, device=values_N.device)
-    return zeros_S.index_add(0, sequence_N, values_N)
+def pairs_of(logprob_S: Tensor, reference_B2: Tensor, batch: AnyBatch) -> Pairs:
+    """What a method may know of the pairs of a batch.
+
+    Args:
+        logprob_S: [S] log-probs of the answers under the policy.
+        reference_B2: [B, 2] those of the chosen and rejected answers under the frozen reference.
+        batch: B pairs.
+    """
+    log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
+    chosen_B, rejected_B = log_ratios_S.chunk(2)
+    return Pairs(chosen_B - rejected_B, log_ratios_S, batch.columns)
+
+
+def sum_by_sequence(terms_N: Tensor, sequence_N: Tensor, batch: AnyBatch) -> Tensor:
+    """[S] sums over each sequence of its answer tokens' terms [N]."""
+    zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=terms_N.dtype, device=terms_N.device)
+    return zeros_S.index_add(0, sequence_N, terms_N)
+
+
+# Loading ---------------------------------------------------------------------------------------------------------------
+
+CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
+"""What transformers calls attentions that run on CUDA only."""
 
 
 def load_policy(
@@ -247,12 +192,12 @@ def load_policy(
 
     Raises:
         DataError: no such model, one whose weights are stored quantized or whose logits are not hidden states times the
-            output head, or, for packed rows, one that mixes tokens in another way than causal attention does.
+            output head, or, for packed rows, one that mixes tokens otherwise than by causal attention.
     """
     from transformers import AutoModelForCausalLM
 
     register_shared_prefix()
-    # The checks run on the CPU, which CUDA's attention kernels do not know, or with nf4 where the weights are.
+    # The checks run on the CPU, where CUDA's attention kernels do not work, or with nf4 where the weights are.
     checked = "sdpa" if attention in CUDA_ATTENTION else attention
     quantized = _four_bit_options(dtype) if quantize == "nf4" else {}
     try:
@@ -302,40 +247,88 @@ def quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def compile_layers(policy: Policy) -> None:
-    """Compile every decoder layer in place (regional compilation), once for all row lengths; names of parameters stay.
+# What a model must be --------------------------------------------------------------------------------------------------
 
-    Checkpointing wraps the layer from outside, so the recomputation is compiled as well. A packed row's attention loops over
-    its groups, whose lengths change from row to row: traced, each row would be compiled anew, so it stays outside.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if policy.language_model.config._attn_implementation == SHARED_PREFIX:
-        ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[SHARED_PREFIX]))
-    layers = getattr(policy.language_model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+def refuse_quantized(model: Any, path: str) -> None:
+    """Refuse weights that are stored quantized: they cannot be trained, nor can adapters be merged into them."""
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
         raise DataError(
-            "--torch_compile=true: the model has no list of decoder layers to compile; leave out --torch_compile"
+            f"{path}: the weights are stored quantized; give the model in full precision (--lora_rank with "
+            "--lora_quantize=nf4 loads its frozen weights in 4 bits)"
         )
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
-# Rotary positions that depend on a micro-batch's longest sequence: refused where that would change log-probs.
+def switch_off_dropout(model: Any, path: str) -> None:
+    """Dropout would give policy and reference different log-probs, and activations are recomputed in training mode only."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    ids_ST = torch.arange(16, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        training, evaluating = (model.train(mode).base_model(input_ids=ids_ST, use_cache=False)[0] for mode in (True, False))
+    if not torch.equal(training, evaluating):
+        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
+
+
+def check_packing(model: Any, path: str) -> None:
+    """Refuse a model in which packed sequences affect each other: sliding windows, recurrent or convolutional layers."""
+    generator = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(min(1000, model.config.vocab_size), (24,), generator=generator).tolist()
+    sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
+    row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
+    plan = PrefixPlan(row.groups, model.device, model.dtype)
+    packed_1N, position_1N, *alone_1T = (
+        torch.tensor([values], device=model.device) for values in (row.token_ids, row.positions, *sequences)
+    )
+    try:
+        with torch.no_grad():
+            packed_ND = model.base_model(
+                input_ids=packed_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan
+            ).last_hidden_state[0].float()  # fmt: skip
+            alone = [model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float() for ids_1T in alone_1T]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
+    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
+    for number, alone_TD in enumerate(alone):
+        error_TD = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
+        if not float(error_TD.norm()) <= tolerance * float(alone_TD.norm()):
+            raise DataError(f"{path}: packed sequences of this model see each other; give --packing=false")
+
+
+def check_plain_head(model: Any, path: str) -> None:
+    """Refuse soft-capped, scaled or biased logits, which linear_logprob does not compute."""
+    ids_ST = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        hidden_TD = model.base_model(input_ids=ids_ST, use_cache=False).last_hidden_state[0]
+        ours_T = linear_logprob(hidden_TD, model.get_output_embeddings().weight, ids_ST[0])
+        logits_TV = model(input_ids=ids_ST, use_cache=False).logits[0].float()
+        theirs_T = logits_TV.log_softmax(dim=1).gather(1, ids_ST[0][:, None]).squeeze(1)
+    if not torch.allclose(ours_T.float(), theirs_T, rtol=0.02, atol=0.02):
+        raise DataError(
+            f"{path}: the model's logits are not its hidden states times its output head (soft-capped, scaled or biased "
+            "logits are not supported)"
+        )
+
+
+# Rotary positions that depend on a micro-batch's longest sequence.
 #
-# Of transformers' kinds, "dynamic" (dynamic NTK) and "longrope" choose their frequencies anew in every forward pass, by
-# the largest position in it: beyond a length that the model's config.json gives, a sequence's log-prob depends on what
-# stands beside it, and for "dynamic" on what was run before. Up to that length the frequencies are those of the start,
-# in packed rows, whose positions restart with every pair, as in padded ones. All other kinds are fixed.
+# Of transformers' kinds, "dynamic" (dynamic NTK) and "longrope" choose their frequencies in every forward pass, by the
+# largest position in it: beyond a length that the model's config.json gives, a sequence's log-prob depends on the other
+# sequences of the batch, and for "dynamic" on earlier batches. Up to that length the frequencies are the initial ones, in
+# packed rows, whose positions restart with every pair, as in padded ones. All other kinds are fixed.
 
 
-def check_rotary(policy: Policy, pairs: list[Pair], config: TrainConfig) -> None:
+def check_rotary(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None:
     """Refuse pairs so long that the frequencies of the policy's rotary positions change with the batch.
 
     Args:
         policy: as loaded, or on the meta device.
         pairs: of the run.
-        config: of the run.
+        model_path: for the message.
 
     Raises:
         UsageError: there are such pairs.
@@ -345,7 +338,7 @@ def check_rotary(policy: Policy, pairs: list[Pair], config: TrainConfig) -> None
         for kind, limit in _limits(module):
             if longest > limit:
                 raise UsageError(
-                    f"{config.model_path}: beyond {limit} tokens the model's rotary positions ({kind}) are those of the "
+                    f"{model_path}: beyond {limit} tokens the model's rotary positions ({kind}) are those of the "
                     f"longest sequence in a "
                     f"batch, so a pair's log-probs, packed or padded, would depend on the pairs beside it; "
                     f"the longest pair has {longest}: give --max_len={limit}"
@@ -353,7 +346,7 @@ def check_rotary(policy: Policy, pairs: list[Pair], config: TrainConfig) -> None
 
 
 def fix_rotary(policy: Policy) -> None:
-    """Keep the frequencies of the start, which are right for what check_rotary has passed: a policy on the meta device has
+    """Keep the initial frequencies, which are right for pairs that check_rotary has passed: a policy on the meta device has
     no positions to choose by."""
     for module in policy.language_model.modules():
         if _limits(module):
@@ -362,69 +355,16 @@ def fix_rotary(policy: Policy) -> None:
 
 
 def _limits(module: Any) -> list[tuple[str, int]]:
-    """[(kind, longest sequence with the frequencies of the start)] of a module of rotary positions."""
+    """[(kind, longest sequence with the initial frequencies)] of a module of rotary positions."""
     kinds = getattr(module, "rope_type", None)
     settings = getattr(getattr(module, "config", None), "rope_parameters", None)
     # Gemma 3 and others have one kind for each type of layer.
     by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
-    found = []
+    limits = []
     for layer, kind in by_layer.items():
         if kind == "longrope" and settings is not None:
             own = settings if layer is None else settings[layer]
-            found.append((kind, int(own["original_max_position_embeddings"])))
+            limits.append((kind, int(own["original_max_position_embeddings"])))
         elif isinstance(kind, str) and "dynamic" in kind:
-            found.append((kind, int(module.original_max_seq_len)))
-    return found
-
-
-# What one forward pass tells of pairs: losses, margins, log-ratios.
-#
-# Shape suffixes: B pairs of a micro-batch, S = 2B sequences, T tokens, N tokens of a packed row, D width.
-
-AnyBatch = Batch | PackedBatch
-
-
-class PairValues(NamedTuple):
-    """What one forward pass tells of B pairs."""
-
-    losses_B: Tensor
-    margins_B: Tensor
-    """[B] h, the difference of the answers' log-ratios to the reference."""
-    log_ratios_S: Tensor
-    """[S] log pi - log ref of every answer, chosen first."""
-    embeds: Tensor
-    """[S, T, D], packed [1, N, D]: the policy's input embeddings."""
-
-    def detached(self) -> "PairValues":
-        """The figures alone: neither graph nor embeddings stay in memory."""
-        losses_B, margins_B, log_ratios_S = (part.detach() for part in self[:3])
-        return PairValues(losses_B, margins_B, log_ratios_S, self.embeds.new_empty(0))
-
-
-def pair_values(policy: Policy, batch: AnyBatch, reference_B2: Tensor, config: TrainConfig) -> PairValues:
-    """Run the policy over a micro-batch.
-
-    Args:
-        policy: the bare module, or for a method without second derivative the DeepSpeed engine around it.
-        batch: B pairs.
-        reference_B2: [B, 2] the frozen reference's log-probs of chosen and rejected answers.
-        config: beta, loss_type, label_smoothing.
-    """
-    logprob_S, embeds = policy(batch)
-    return values_of(logprob_S, embeds, reference_B2, config)
-
-
-def values_of(logprob_S: Tensor, embeds: Tensor, reference_B2: Tensor, config: TrainConfig) -> PairValues:
-    """The same from the answers' log-probs."""
-    log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
-    chosen_B, rejected_B = log_ratios_S.chunk(2)
-    margins_B = chosen_B - rejected_B
-    return PairValues(losses_of(margins_B, config), margins_B, log_ratios_S, embeds)
-
-
-def losses_of(margins_B: Tensor, config: TrainConfig) -> Tensor:
-    """[B] pointwise losses of margins: the method's own, else --loss_type's."""
-    own_B = config.own_losses(margins_B)
-    if own_B is not None:
-        return own_B
-    return losses.pair_losses(margins_B, config.beta, config.label_smoothing, config.loss_type)
+            limits.append((kind, int(module.original_max_seq_len)))
+    return limits

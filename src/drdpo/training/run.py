@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,30 +16,25 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.data import (
-    Pair,
-    dealt_lengths,
-    evaluation_batches,
-    load_preferences,
-    row_tokens,
-    step_batches,
-    step_indices,
-    tokenise,
-)
+from drdpo.training.data import BatchPlan, Pair, load_preferences, tokenise
 from drdpo.training.log import WANDB_ID, check_trackers
+from drdpo.training.losses import Method
+from drdpo.training.patches import POSITIONS
+from drdpo.training.stop import seconds_to_wait
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "keep_steps", "comm_timeout", "log", "gradient_checkpointing",
+    "log", "gradient_checkpointing",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training loop needs to know of its inputs."""
+    """What the training loop needs to know of its inputs."""
 
     config: TrainConfig
+    method: Method
     folder: Path
     tokenizer: chat.Tokenizer
     train: list[Pair]
@@ -48,11 +42,6 @@ class Run:
     counts: dict[str, Any]
     made_by: dict[str, Any]
     dtype_reason: str = ""
-
-    @property
-    def pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
 
     @property
     def steps(self) -> int:
@@ -64,19 +53,67 @@ class Run:
         return len(self.train) // self.config.train_batch_size
 
     @cached_property
-    def train_lengths(self) -> list[int]:
-        """Of every training pair, as dealing goes by it."""
-        return dealt_lengths(self.train, self.config)
+    def plans(self) -> dict[str, BatchPlan]:
+        """This rank's micro-batches of each split."""
+        pad = self.tokenizer.pad_token_id
+        pad = int(self.tokenizer.eos_token_id if pad is None else pad)
+        return {split: batch_plan(self.config, pairs, pad) for split, pairs in (("train", self.train), ("test", self.test))}
 
 
-def check_inputs(config: TrainConfig) -> None:
+def batch_plan(config: TrainConfig, pairs: list[Pair], pad_token_id: int = 0) -> BatchPlan:
+    """This rank's plan of a split's micro-batches, as the flags say."""
+    return BatchPlan(
+        pairs, config.train_batch_size, config.micro_batch, config.micro_batch_tokens, config.robust_scope == "step",
+        config.seed, config.packing, config.prompt_once, pad_token_id, distributed.rank(), distributed.world_size(),
+    )  # fmt: skip
+
+
+def arithmetic_of(config: TrainConfig) -> str:
+    """What a log-prob depends on besides weights and pairs."""
+    kernel = config.attention_kernel + " and plain log-softmax" * config.second_derivative
+    wide = str(POSITIONS if config.wide_first_tokens else 0)
+    return " ".join([config.dtype, config.attention, kernel, config.lora_quantize, wide])
+
+
+def check_inputs(config: TrainConfig, method: Method) -> None:
     """Refuse what cannot be trained, before any model is loaded; --check_only prints what --dtype=auto is.
 
     Raises:
-        UsageError: batch, micro-batch and processes do not divide, a robust population of one pair, a --wdpo_fraction of
-            less than one micro-batch, or as settle.
+        UsageError: batch, micro-batch and processes do not divide, --robust_scope=micro without a population, a population
+            of one pair, a --wdpo_fraction of less than one micro-batch, or as settle.
         DataError: model folder or data set are not usable.
     """
+    _check_batches(config, method)
+    seconds_to_wait()
+    check_device(kernels=True)
+    _check_machine(config)
+    asked, (config, precision) = config.dtype, settle(config)
+    check_trackers(config.trackers)
+    check_model_folder(config.model_path)
+    if Path(config.dataset_path).exists():
+        for split in ("train", "test"):
+            rows = len(load_preferences(config.dataset_path, split, method.reads))
+            if split == "train":
+                _check_enough(config, rows, split)
+    folder = Path(config.save_path)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--save_path={folder} is a file, not a folder")
+    refuse_if_locked(folder)
+    before = read_manifest(folder).get("train")
+    if before is not None and config.resume == "auto":
+        now = {name: value for name, value in _made_by(config, method).items() if name not in _left_open(config)}
+        if asked == "auto" and distributed.world_size() > 1:
+            del now["dtype"]  # settled when the ranks meet
+        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        # It imports engine and policy, for which a check before a launch should not wait.
+        from drdpo.training.checkpoint import check_world
+
+        check_world(folder / "resume")
+    if config.check_only:
+        announce(precision)
+
+
+def _check_batches(config: TrainConfig, method: Method) -> None:
     world, micro = distributed.world_size(), config.micro_batch
     if config.train_batch_size % (micro * world) and deals_by_tokens(config):
         micro = 1
@@ -86,8 +123,13 @@ def check_inputs(config: TrainConfig) -> None:
             f"--train_batch_size={config.train_batch_size} is not divisible by {times}{world} process"
             f"{'es' if world > 1 else ''}"
         )
+    if config.robust_scope == "micro" and not method.needs_population:
+        raise UsageError(
+            f"--robust_scope=micro has no meaning for {method.name}: no pair's term depends on other pairs; leave it out, or"
+            " choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root"
+        )
     population = config.train_batch_size if config.robust_scope == "step" else micro * world
-    if config.weighted and population == 1:
+    if method.weights is not None and method.population and population == 1:
         raise UsageError(
             "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
             "--micro_batch_size under --robust_scope=micro"
@@ -99,32 +141,6 @@ def check_inputs(config: TrainConfig) -> None:
                 f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than 1; "
                 f"pass --wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
             )
-    check_device(kernels=True)
-    _check_machine(config)
-    asked, (config, precision) = config.dtype, settle(config)
-    check_trackers(config)
-    check_model_folder(config.model_path)
-    if Path(config.dataset_path).exists():
-        for split in ("train", "test"):
-            rows = len(load_preferences(config.dataset_path, split))
-            if split == "train":
-                _check_enough(config, rows, split)
-    folder = Path(config.save_path)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--save_path={folder} is a file, not a folder")
-    refuse_if_locked(folder)
-    before = read_manifest(folder).get("train")
-    if before is not None and config.resume == "auto":
-        now = {name: value for name, value in _made_by(config).items() if name not in _left_open(config)}
-        if asked == "auto" and world > 1:
-            del now["dtype"]  # settled when the ranks meet
-        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
-        # It imports engine and policy, for which a check before a launch should not wait.
-        from drdpo.training.checkpoint import check_world
-
-        check_world(folder / "resume")
-    if config.check_only:
-        announce(precision)
 
 
 def deals_by_tokens(config: TrainConfig) -> bool:
@@ -147,57 +163,35 @@ def _check_machine(config: TrainConfig) -> None:
             raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; give --attn=sdpa")
         if config.attn == "flash" and not config.packing and importlib.util.find_spec("flash_attn") is None:
             raise UsageError("--attn=flash needs the package flash-attn, which is not installed; give --attn=sdpa")
-    if config.torch_compile:
-        # Inductor's own choice on a CPU; on CUDA Triton builds its launchers with a C compiler, which comes with it.
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise UsageError(
-                f"--torch_compile=true needs the C++ compiler {compiler} ($CXX), which is not there; install it or leave "
-                "out --torch_compile"
-            )
 
 
-def open_run(config: TrainConfig, dtype_reason: str = "") -> Run:
+def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run:
     """Read and tokenise the pairs; writes nothing. `dtype_reason`: why --dtype is what it is, for the manifest.
 
     Raises:
-        UsageError: the folder holds a run with other flags, model or pairs.
+        UsageError: the folder contains a run with other flags, model or pairs.
         DataError: too few usable pairs.
     """
     tokenizer = chat.load_tokenizer(config.model_path)
     pairs, counts = {}, {}
     for split in ("train", "test"):
-        preferences = load_preferences(config.dataset_path, split)
+        preferences = load_preferences(config.dataset_path, split, method.reads)
         if split == "test":
             preferences = preferences[: config.max_test_pairs]
-        pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len)
+        pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, method.reads)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
-        told = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+        reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
         if distributed.is_main():
-            print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{' (' + told + ')' if told else ''}")
+            print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
         _check_budget(config, pairs[split], split)
-        _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({told})' if told else ''}")
-    made_by = {**_made_by(config), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
-    run = Run(config, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
-    _check_kept(run)
-    return run
-
-
-def _check_kept(run: Run) -> None:
-    """Refuse --keep_steps where no checkpoint will ever be."""
-    every = run.config.save_steps
-    saved = {*(range(every, run.steps, every) if every else ()), run.steps}
-    for step in run.config.keep_steps:
-        if step not in saved:
-            near = " and ".join(str(other) for other in sorted(sorted(saved, key=lambda other: abs(other - step))[:2]))
-            raise UsageError(
-                f"--keep_steps={step}: no checkpoint is saved after that step (--save_steps={every}, {run.steps} steps in "
-                f"all); the nearest are {near}"
-            )
+        _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
+    made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
+    folder = Path(config.save_path)
+    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
 
 
 def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
-    longest = max((row_tokens(pair, config) for pair in pairs), default=0)
+    longest = max((pair.row_tokens(config.prompt_once) for pair in pairs), default=0)
     if config.micro_batch_tokens is not None and longest > config.micro_batch_tokens:
         raise UsageError(
             f"--micro_batch_tokens={config.micro_batch_tokens}: the longest {split} pair takes {longest} tokens of a row; "
@@ -206,17 +200,19 @@ def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
 
 
 def pairs_hash(pairs: list[Pair]) -> str:
-    """Hash of the token ids of pairs, in order."""
+    """Hash of the token ids of pairs, and of the columns that the method reads, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
+        if pair.columns:
+            digest.update(repr(sorted(pair.columns.items())).encode())
     return digest.hexdigest()
 
 
-def _made_by(config: TrainConfig) -> dict[str, Any]:
+def _made_by(config: TrainConfig, method: Method) -> dict[str, Any]:
     """What the trained model depends on, as far as it is known before the pairs are tokenised."""
     flags = {name: value for name, value in as_dict(config).items() if name not in NOT_COMPARED}
-    return {**flags, **config.own_name, "model": fingerprint(config.model_path)}
+    return {**flags, "method": method.label, "model": fingerprint(config.model_path)}
 
 
 def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> None:
@@ -232,12 +228,13 @@ def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]
     changes = changed(before, made_by)
     if changes:
         raise UsageError(
-            f"{folder} holds a run made otherwise: {changes}; give another --save_path, or --resume=never to replace it"
+            f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "
+            "--resume=never to replace it"
         )
 
 
 def is_complete(run: Run) -> bool:
-    """Does the run's folder hold this run, complete?
+    """Does the run's folder contain this run, complete?
 
     Raises:
         UsageError: another run is in it, and --resume=auto asks to continue.
@@ -250,12 +247,12 @@ def is_complete(run: Run) -> bool:
 
 
 def is_saved(folder: Path) -> bool:
-    """Does global_step_<n> hold a model or, under --lora_merge=false, an adapter?"""
+    """Does global_step_<n> contain a model or, under --lora_merge=false, an adapter?"""
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def claim_folder(run: Run) -> None:
-    """Make the run's folder ours. Every rank must call, after is_complete and as sole_writer."""
+    """Prepare the run's folder for writing. Every rank must call, after is_complete and as sole_writer."""
     distributed.barrier()
     distributed.on_main(lambda: _claim(run))
 
@@ -282,29 +279,3 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)
-
-
-# This rank's share of a run's pairs, in micro-batches.
-
-
-def batches_of_step(run: Run, step: int) -> list[list[int]]:
-    """This rank's micro-batches of one optimizer step."""
-    indices = step_indices(len(run.train), run.config.train_batch_size, run.config.seed, step)
-    return step_batches(indices, run.train_lengths, run.config, distributed.rank(), distributed.world_size())
-
-
-def batches_of_first_epoch(run: Run) -> list[list[int]]:
-    """This rank's micro-batches of the first epoch, then the pairs that fill no step of it."""
-    size, ranks = run.config.train_batch_size, (distributed.rank(), distributed.world_size())
-    used = {
-        index for step in range(run.steps_per_epoch) for index in step_indices(len(run.train), size, run.config.seed, step)
-    }
-    left = [index for index in range(len(run.train)) if index not in used]
-    batches = [indices for step in range(run.steps_per_epoch) for indices in batches_of_step(run, step)]
-    return batches + evaluation_batches(left, run.train_lengths, run.config, *ranks)
-
-
-def batches_of_test(run: Run) -> list[list[int]]:
-    """This rank's micro-batches of the test pairs."""
-    lengths = dealt_lengths(run.test, run.config)
-    return evaluation_batches(range(len(run.test)), lengths, run.config, distributed.rank(), distributed.world_size())

@@ -1,8 +1,8 @@
-"""How a run ends early: by a signal, with a saved state, or because another rank is lost, in one line.
+"""How a run ends early: by a signal, with a saved state, or because another rank is lost, with one line.
 
-SIGTERM and SIGUSR1 end the run at the next step boundary, on every rank at the same one.
+SIGTERM and SIGUSR1 end the run at the next step boundary, the same one on every rank.
 A rank whose process dies closes its connections, which the others notice at once under gloo. One that hangs, or whose host
-loses power or its network, is noticed after --comm_timeout seconds by those that wait for it. Under NCCL torch's watchdog
+loses power or its network, is noticed after DRDPO_TIMEOUT seconds by those that wait for it. Under NCCL torch's watchdog
 then ends the process, and torchrun the other ranks of a machine where one has died.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from drdpo import distributed
-from drdpo.errors import ProcessError
+from drdpo.errors import ProcessError, UsageError, one_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STATUS = os.EX_TEMPFAIL
@@ -56,7 +56,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGUSR1, also those that came while src/train_alignment.py had them blocked; main thread only."""
+    """Note SIGTERM and SIGUSR1, also those that arrived while src/train_alignment.py blocked them; main thread only."""
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -69,10 +69,22 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Does this error of a collective say that another rank does not answer?"""
+    """Does this error of a collective mean that another rank does not answer?"""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
     )
+
+
+def seconds_to_wait() -> int:
+    """How long ranks wait for one that does not answer: the environment variable DRDPO_TIMEOUT, 1800 by default.
+
+    Raises:
+        UsageError: it is not a positive whole number.
+    """
+    text = os.environ.get("DRDPO_TIMEOUT") or "1800"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"DRDPO_TIMEOUT={text} must be a number of seconds, 1 or more")
+    return int(text)
 
 
 @contextmanager
@@ -83,17 +95,17 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     one, unless a rank of its machine failed for another reason.
 
     Args:
-        timeout: --comm_timeout, seconds.
+        timeout: from seconds_to_wait.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(str(error), 200)
         lost = ProcessError(
-            f"rank {distributed.rank()} lost another rank: it died, or did not answer for --comm_timeout={timeout} seconds "
-            f"({reason}); the same command goes on from the last saved state"
+            f"rank {distributed.rank()} lost another rank: it died, or did not answer for DRDPO_TIMEOUT={timeout} seconds "
+            f"({reason}); rerun the same command to resume from the last saved state"
         )
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             get_error_handler().record_exception(lost)
@@ -103,10 +115,10 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
 
 @contextmanager
 def patient(size: int) -> Iterator[None]:
-    """Let the ranks wait for each other for as much longer as writing takes on a slow disk.
+    """Let the ranks wait longer for each other, by as much as writing takes on a slow disk.
 
     Args:
-        size: bytes that are written; a second is allowed for every 10 MB.
+        size: bytes to be written; a second is allowed for every 10 MB.
     """
     if not torch.distributed.is_initialized():
         yield

@@ -1,42 +1,36 @@
-"""A Llama-like policy on values and tangents at once: log-probabilities of answers and how they move along a direction.
+"""WDPO's tangent solver: the input gradient of every pair, and a pass along it, for Llama-like policies on packed rows.
 
-The pair (x, dx) goes through every layer stacked as [2, N, D]. Linear maps are called as the modules they are, on the stack,
-so adapters and gathered parameters need nothing of their own; the rest are the kernels of drdpo.kernels.tangent_*. Only
-ordinary reverse mode runs through it, so each layer is recomputed in the backward pass as for any other method.
+The penalty's parameter gradient needs no double backward. `input_gradient` finds the direction in which a pair's margin
+grows fastest; `tangent_answers` sends the pair (x, dx) of a value and its tangent along that direction through every layer,
+stacked as [2, N, D]; drdpo.training.objective combines the two. Linear maps are called as the modules they are, on the
+stack, so adapters and gathered parameters work unchanged; the rest are the kernels of drdpo.kernels.tangent. Only ordinary
+reverse mode runs through it, so each layer is recomputed in the backward pass as for any other method.
 
-Shape suffixes: N tokens of the row, A answer tokens, D width, H query heads, K key-value heads, E width of a head, S = 2B
-sequences.
+Shape suffixes: B pairs, S = 2B sequences, N tokens of a packed row, A answer tokens, D width, H query heads, K key-value
+heads, E width of a head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drdpo.config import TrainConfig
 from drdpo.errors import DataError
 from drdpo.kernels.linear_logprob import logprob_and_slope, tangent_logprob
 from drdpo.kernels.tangent import rms_norm, silu_gate, tangent_attention
 from drdpo.training.data import PackedBatch, Pair, pack
-from drdpo.training.patches import first_rows, rows_in_float32
-from drdpo.training.policy import PairValues, Policy, decoder_of, losses_of, sum_by_sequence, values_of
-
-# The gradient of every pair for its input embeddings, by one ordinary backward pass: what WDPO's tangent solver needs.
-#
-# A pair's loss l(m) depends on the embeddings through its margin m alone, so grad_e l = l'(m) q with q = grad_e m, and
-# the direction q / |q| serves the loss, the penalty and every kind of loss alike. Pairs do not attend to each other: q
-# of the summed margins separates by pair.
-#
-# Shape suffixes: B pairs, S = 2B sequences, N tokens of a packed row, A answer tokens, D width.
+from drdpo.training.losses import Method, Pairs
+from drdpo.training.patches import bias_of_value_only, first_rows, rows_in_float32
+from drdpo.training.policy import Policy, decoder_of, pairs_of, sum_by_sequence
 
 
 class InputGradient(NamedTuple):
     """Of B pairs, all without a graph."""
 
-    values: PairValues
+    losses_B: Tensor
+    pairs: Pairs
     direction_1ND: Tensor
     """[1, N, D] q / |q| of every pair; zero for a pair without any gradient, so that nothing moves."""
     margin_slopes_B: Tensor
@@ -45,61 +39,66 @@ class InputGradient(NamedTuple):
     """[B] l'(m) |q|, the loss's slope along the direction; its square is the penalty |grad_e l|^2."""
 
 
-def input_gradient(policy: Policy, batch: PackedBatch, reference_B2: Tensor, config: TrainConfig) -> InputGradient:
-    """One forward pass and one backward pass to the input embeddings; no gradient of a parameter is computed.
+def input_gradient(policy: Policy, batch: PackedBatch, reference_B2: Tensor, method: Method) -> InputGradient:
+    """The gradient of every pair with respect to its input embeddings, by one forward and one backward pass.
+
+    A pair's loss l(m) depends on the embeddings through its margin m alone, so grad_e l = l'(m) q with q = grad_e m, and the
+    direction q / |q| serves the loss, the penalty and every kind of loss alike. Pairs do not attend to each other: q of the
+    summed margins separates by pair. No gradient of a parameter is computed.
 
     Args:
         policy: the bare module.
         batch: B pairs.
         reference_B2: [B, 2] reference log-probs.
-        config: of the run.
+        method: whose loss is a function of the margins.
     """
     embeds_1ND = policy.embed(batch).detach()
     # The direction keeps float32's digits where the layers do.
     embeds_1ND = (embeds_1ND.float() if policy.wide_first else embeds_1ND).requires_grad_()
     with torch.enable_grad():
         hidden_AD, targets_A, sequence_A = policy.answer_states(batch, embeds_1ND, frozen=True)
-    known = policy.head(logprob_and_slope, hidden_AD.detach(), targets_A)
+    head = policy.head(logprob_and_slope, hidden_AD.detach(), targets_A)
     # The margin is the chosen answer's log-prob less the rejected one's.
-    signs_A = 1 - 2 * (sequence_A >= len(batch.indices_B)).to(known.slope_ND.dtype)
-    (grad_1ND,) = torch.autograd.grad(hidden_AD, embeds_1ND, known.slope_ND * signs_A[:, None])
-    grad_1ND = grad_1ND.to(known.logprob_N.dtype)
+    signs_A = 1 - 2 * (sequence_A >= len(batch.indices_B)).to(head.slope_ND.dtype)
+    (grad_1ND,) = torch.autograd.grad(hidden_AD, embeds_1ND, head.slope_ND * signs_A[:, None])
+    grad_1ND = grad_1ND.to(head.logprob_N.dtype)
     squares_N = grad_1ND[0].square().sum(dim=1)
     norm_B = squares_N.new_zeros(len(batch.indices_B)).index_add(0, batch.pair_N, squares_N).sqrt()
     scale_B = torch.where(norm_B > 0, 1 / norm_B, torch.zeros_like(norm_B))
-    logprob_S = sum_by_sequence(known.logprob_N, sequence_A, batch)
-    values = values_of(logprob_S, embeds_1ND.detach().new_empty(0), reference_B2, config)
-    return InputGradient(
-        values, scale_B[batch.pair_N][None, :, None] * grad_1ND, norm_B, _loss_slopes(values.margins_B, config) * norm_B
-    )
+    pairs = pairs_of(sum_by_sequence(head.logprob_N, sequence_A, batch), reference_B2, batch)
+    direction_1ND = scale_B[batch.pair_N][None, :, None] * grad_1ND
+    return InputGradient(method.loss(pairs), pairs, direction_1ND, norm_B, _loss_slopes(pairs, method) * norm_B)
 
 
-def _loss_slopes(margins_B: Tensor, config: TrainConfig) -> Tensor:
+def _loss_slopes(pairs: Pairs, method: Method) -> Tensor:
+    """[B] l'(m)."""
     with torch.enable_grad():
-        margins_B = margins_B.detach().requires_grad_()
-        return torch.autograd.grad(losses_of(margins_B, config).sum(), margins_B)[0]
+        margins_B = pairs.margins_B.detach().requires_grad_()
+        return torch.autograd.grad(method.loss(pairs._replace(margins_B=margins_B)).sum(), margins_B)[0]
 
+
+# The pass on values and tangents ----------------------------------------------------------------------------------------
 
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Of transformers, whose formulas these are. Others have the same modules and use them otherwise (SmolLM3 skips the rotary
-positions of some layers), which numbers in bfloat16 on a short row need not show."""
+"""Of transformers, whose formulas these are. Others use the same modules in another way (SmolLM3 skips the rotary positions
+of some layers), which numbers in bfloat16 on a short row need not show."""
 
 
-def tangent_answers(policy: Policy, batch: PackedBatch, found: InputGradient) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [S] of the answers, and their derivatives [S] along found.direction_1ND; both with a graph.
+def tangent_answers(policy: Policy, batch: PackedBatch, direction_1ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [S] of the answers, and their derivatives [S] along a direction; both with a graph.
 
     Args:
         policy: that check_tangent has passed.
         batch: B pairs.
-        found: what input_gradient says of it.
+        direction_1ND: of the input embeddings, see InputGradient.
     """
-    pair_2AD = answer_pairs(policy, batch, policy.embed(batch), found.direction_1ND)
-    # Of these states, not of the first pass's, which rounding sets apart: with their log-sum-exp these states' probabilities
-    # do not sum to one. On SmolLM2-135M in bfloat16 a pair's penalty gradient was 14% off with theirs, 7% with these.
-    known = policy.head(logprob_and_slope, pair_2AD[0].detach(), batch.targets_A)
-    logprob_A, moved_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, known)
-    return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(moved_A, batch.sequence_A, batch)
+    pair_2AD = answer_pairs(policy, batch, policy.embed(batch), direction_1ND)
+    # Of these states, not of the first pass's, from which they differ by rounding: with its log-sum-exp the probabilities do
+    # not sum to one. On SmolLM2-135M in bfloat16 a pair's penalty gradient was 14% off with those, 7% with these.
+    head = policy.head(logprob_and_slope, pair_2AD[0].detach(), batch.targets_A)
+    logprob_A, slope_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, head)
+    return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(slope_A, batch.sequence_A, batch)
 
 
 def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, direction_1ND: Tensor) -> Tensor:
@@ -149,32 +148,11 @@ def _layer_of_pair(
 
 def linear_pair(module: nn.Module, pair_2ND: Tensor) -> Tensor:
     """A linear map of a value and its tangent: one product, unless it has a bias, which belongs to the value alone."""
-    # The bias of a map inside an adapter is the adapter's too, as peft says it.
+    # peft's adapters have the bias of the map inside as their own attribute.
     if getattr(module, "bias", None) is None:
         return module(pair_2ND)
-    with _bias_of_values():
+    with bias_of_value_only():
         return module(pair_2ND)
-
-
-@contextmanager
-def _bias_of_values() -> Iterator[None]:
-    """Within it, torch's linear maps add their bias to the value of a stacked pair and not to its tangent.
-
-    So the module itself is called: adapters around it, and the hooks by which ZeRO-3 fetches its weight, need nothing more.
-    Not by a TorchFunctionMode, which does not see the linear map that ZeRO-3 puts in place of torch's.
-    """
-    linear = nn.functional.linear
-
-    def linear_of_pair(pair_2ND: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None:
-            return linear(pair_2ND, weight)
-        return torch.stack([linear(pair_2ND[0], weight, bias), linear(pair_2ND[1], weight)])
-
-    nn.functional.linear = linear_of_pair
-    try:
-        yield
-    finally:
-        nn.functional.linear = linear
 
 
 def _norm(module: Any, pair: Tensor) -> Tensor:
@@ -188,58 +166,61 @@ def _rotated(pair_2NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
     return pair_2NHE * cos_N1E + torch.cat([-second, first], dim=-1) * sin_N1E
 
 
-# May a policy be trained by WDPO's tangent solver? Told from its modules, and from numbers on a small row.
+# May a policy be trained by the tangent solver? By its modules, and by numbers on a small row -----------------------------
 
 
-def check_architecture(policy: Policy, config: TrainConfig) -> None:
-    """Refuse an architecture that drdpo.training.wdpo does not compute.
+def check_architecture(policy: Policy, model_path: str) -> None:
+    """Refuse an architecture that the tangent pass does not compute.
 
     Args:
         policy: as loaded, or on the meta device.
-        config: of the run.
+        model_path: for the message.
 
     Raises:
-        DataError: it is not one of DECODERS, or gates otherwise than they do by default.
+        DataError: it is not one of DECODERS, or does not have their default gate.
     """
     try:
         decoder = decoder_of(policy)
         name = type(decoder).__name__
         if name not in DECODERS:
-            raise DataError(f"it is a {name}, and the solver knows {', '.join(DECODERS)}")
+            raise DataError(f"it is a {name}, and the solver supports {', '.join(DECODERS)}")
         for layer in decoder.layers:
             if "silu" not in type(layer.mlp.act_fn).__name__.lower():
                 raise DataError(f"its layers gate by {type(layer.mlp.act_fn).__name__}, not by SiLU")
     except DataError as error:
-        raise _refusal(error, config) from error
+        raise _refusal(error, model_path) from error
 
 
-def check_tangent(policy: Policy, config: TrainConfig) -> None:
-    """Refuse a policy that drdpo.training.wdpo does not compute.
+def check_tangent(policy: Policy, model_path: str, method: Method) -> None:
+    """Refuse a policy or a loss that the tangent solver would get wrong.
 
     Args:
         policy: as loaded, before DeepSpeed takes it.
-        config: of the run.
+        model_path: for the message.
+        method: with a penalty.
 
     Raises:
-        DataError: its architecture is another, an adapter is not linear, or values or slopes on a small row are not the
-            policy's own.
+        DataError: another architecture, an adapter that is not linear, values or slopes on a small row that are not the
+            policy's own, or a loss that depends on more than the margins.
     """
-    check_architecture(policy, config)
+    check_architecture(policy, model_path)
     try:
+        _check_loss(method)
         for layer in decoder_of(policy).layers:
             for part, names in LINEAR.items():
                 for name in names:
                     _check_linear(getattr(getattr(layer, part), name), f"{part}.{name}")
         with torch.random.fork_rng(devices=[]):
-            _check_numbers(policy, config)
+            _check_numbers(policy, method)
     except DataError as error:
-        raise _refusal(error, config) from error
+        raise _refusal(error, model_path) from error
 
 
-def _refusal(error: DataError, config: TrainConfig) -> DataError:
-    solver = "auto, which is tangent for packed rows," if config.wdpo_solver == "auto" else "tangent"
-    exact = "--wdpo_solver=exact with --packing=false" + (" and --zero_stage=2" if config.zero_stage == 3 else "")
-    return DataError(f"{config.model_path}: --wdpo_solver={solver} cannot differentiate this model: {error}; give {exact}")
+def _refusal(error: DataError, model_path: str) -> DataError:
+    return DataError(
+        f"{model_path}: --wdpo_solver=tangent cannot differentiate this model: {error}; pass --wdpo_solver=exact with "
+        "--packing=false and --zero_stage=2 or less"
+    )
 
 
 def _check_linear(module: nn.Module, name: str) -> None:
@@ -256,25 +237,37 @@ def _check_linear(module: nn.Module, name: str) -> None:
         raise DataError(f"its {name} is not linear")
 
 
-def _check_numbers(policy: Policy, config: TrainConfig) -> None:
+def _check_loss(method: Method) -> None:
+    """Its gradient must come through the margins alone, as input_gradient assumes."""
+    columns = {name: torch.ones(1) for name in method.reads}
+    with torch.enable_grad():
+        loss_B = method.loss(Pairs(torch.zeros(1), torch.zeros(2, requires_grad=True), columns))
+    if loss_B.requires_grad:
+        raise DataError("the loss depends on the log-ratios, not on the margins alone")
+
+
+def _check_numbers(policy: Policy, method: Method) -> None:
     """Hidden states must be those of the policy's own forward pass, the margin's slope that of its own backward pass."""
+    assert method.penalty is not None
     generator = torch.Generator().manual_seed(0)
     vocabulary = policy.head.weight.shape[0]
     ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (6, 9, 5)]
     embedding = policy.language_model.get_input_embeddings().weight
-    batch = pack([Pair(*ids)], [0], prompt_once=config.wdpo_prompt == "once").to(embedding.device)
-    found = input_gradient(policy, batch, torch.zeros(1, 2, device=embedding.device), config)
+    columns = dict.fromkeys(method.reads, 1.0)
+    prompt, chosen, rejected = ids
+    batch = pack([Pair(prompt, chosen, rejected, columns=columns)], [0], method.penalty.prompt_once).to(embedding.device)
+    gradient = input_gradient(policy, batch, torch.zeros(1, 2, device=embedding.device), method)
     with torch.no_grad():
         embeds_1ND = policy.embed(batch)
         own_AD = policy.answer_states(batch, embeds_1ND)[0]
-        ours_AD = answer_pairs(policy, batch, embeds_1ND, found.direction_1ND)[0]
-        chosen, rejected = tangent_answers(policy, batch, found)[1]
+        ours_AD = answer_pairs(policy, batch, embeds_1ND, gradient.direction_1ND)[0]
+        chosen, rejected = tangent_answers(policy, batch, gradient.direction_1ND)[1]
     tolerance = 0.1 if embeds_1ND.dtype == torch.bfloat16 else 1e-3
-    if not _apart(ours_AD, own_AD) <= tolerance:
+    if not _relative_error(ours_AD, own_AD) <= tolerance:
         raise DataError("its hidden states are not those of Llama's formulas")
-    if not _apart(chosen - rejected, found.margin_slopes_B[0]) <= tolerance:
+    if not _relative_error(chosen - rejected, gradient.margin_slopes_B[0]) <= tolerance:
         raise DataError("its derivatives are not those of Llama's formulas")
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> float:
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())

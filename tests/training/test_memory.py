@@ -1,0 +1,470 @@
+"""What a run will need and what is chosen for the machine: metrics and memory by hand, and against what a real run holds."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness.runs import flags_of, run_ranks, said, write_pairs
+from safetensors.torch import load_file
+from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from drdpo import distributed
+from drdpo.cli import parse
+from drdpo.config import TrainConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.folder import write_manifest
+from drdpo.kernels import packed_attention
+from drdpo.training import engine, memory, run
+from drdpo.training.data import Pair, collate, form_batch, pack
+from drdpo.training.loop import train_alignment
+from drdpo.training.losses import method_of
+from drdpo.training.memory import (
+    GATHERED,
+    Memory,
+    advice,
+    dry_run,
+    plan_of,
+    predict,
+    preflight,
+    resolve_attention,
+    resolve_rows,
+    rows_that_fit,
+    shapes,
+)
+from drdpo.training.objective import Population, objective
+from drdpo.training.policy import load_policy, widen_first_tokens
+from drdpo.training.reference import reference_key
+from drdpo.training.run import Run, check_inputs
+
+PARAMETERS = 49_152 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+"""Of the tiny policy: embeddings (the head is tied), two layers, the final norm."""
+
+
+def config_of(path: Path | str = "-", **flags) -> TrainConfig:
+    return TrainConfig(str(path), "-", "-", **{"dtype": "float32", "train_batch_size": 4, "micro_batch_size": 1, **flags})
+
+
+def open_config(path: Path | str = "-", **flags) -> TrainConfig:
+    """What the machine chooses is left open."""
+    return TrainConfig(str(path), "-", "-", **{"dtype": "bfloat16", "train_batch_size": 4, **flags})
+
+
+def pairs_of(*lengths: tuple[int, int, int]) -> list[Pair]:
+    return [Pair(*([5] * length for length in row), number) for number, row in enumerate(lengths)]
+
+
+FOUR = pairs_of(*[(4, 2, 1)] * 4)
+
+
+def run_of(config: TrainConfig, pairs: list[Pair] = FOUR, cut: int = 0) -> Run:
+    tokenizer, counts = SimpleNamespace(pad_token_id=0), {"train": {"answer cut": cut}}
+    return Run(config, method_of(config), Path("-"), tokenizer, pairs, pairs, counts, {})
+
+
+def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
+    config = config_of(path, **flags)
+    batch = pack(pairs, range(len(pairs)), True) if config.packing else collate(pairs, range(len(pairs)), 0)
+    return dry_run(shapes(config), batch, method_of(config))
+
+
+# The preflight.
+
+
+def test_preflight_by_hand(tiny_policy, capsys):
+    pairs = pairs_of((4, 2, 1), (6, 1, 1), (2, 3, 5), (1, 1, 1), (2, 2, 2))
+    config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1)
+    _, shape = preflight(run_of(config, pairs, cut=2))
+    printed = capsys.readouterr().out
+    trained = 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)  # rank 1: inputs + outputs of seven maps a layer
+    assert shape.trained == trained
+    assert f"{PARAMETERS + trained:,} parameters, {trained:,} of them trained, in float32" in printed
+    # Five pairs, four a step: one of 7, 8, 10, 3 and 6 tokens is left out of the first epoch.
+    (tokens,) = re.findall(r"5 pairs, (\d+) tokens an epoch packed, 2 answers cut by --max_len=8", printed)
+    assert int(tokens) in {34 - left for left in (7, 8, 10, 3, 6)}
+    assert "3 steps of 4 pairs = 3.00 epochs; a step is 4 micro-batches of 1 on each of 1 process\n" in printed
+    assert "at 50%, 90%, 99%, 100%: prompt 2 6 6 6; answer 1 3 5 5; pair 7 10 10 10" in printed
+    assert re.search(r"predicted peak \d+\.\d\d GiB a process: weights", printed)
+
+
+def test_a_model_that_cannot_be_dry_run_is_reported(tmp_path, capsys):
+    torch.manual_seed(0)
+    settings = MixtralConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(settings).save_pretrained(tmp_path / "experts")
+    preflight(run_of(config_of(tmp_path / "experts")))
+    printed = capsys.readouterr().out
+    assert "not predicted: the model's forward pass needs more than shapes" in printed
+    assert "8 steps of 4 pairs = 8.00 epochs" in printed
+
+
+def test_a_model_with_attentions_of_its_own_passes_the_preflight(tmp_path, capsys):
+    FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path)
+    _, shape = preflight(run_of(config_of(tmp_path, packing=False)))
+    assert shape.head == 300 * 32
+    assert "predicted peak" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_gets_a_warning(tiny_policy, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "_free", lambda: (1000, 2))
+    preflight(run_of(config_of(tiny_policy)))
+    assert re.search(r"warning +2 processes need \d.*, but 0\.00 GiB is free", capsys.readouterr().out)
+
+
+def test_offload_is_advised_if_only_the_optimizer_does_not_fit(tiny_policy, capsys, monkeypatch):
+    monkeypatch.setattr("drdpo.distributed.use_cuda", lambda: True)
+    advised = []
+    for short, offload in ((1, False), (12 * PARAMETERS + 1, False), (1, True)):
+        monkeypatch.setattr(memory, "_free", lambda: (10**15, 1))
+        sizes = []
+        real = predict
+
+        def seen(*given, sizes=sizes, real=real):
+            sizes.append(real(*given))
+            return sizes[-1]
+
+        monkeypatch.setattr(memory, "predict", seen)
+        run = run_of(config_of(tiny_policy, optimizer_offload=offload))
+        preflight(run)
+        monkeypatch.setattr(memory, "_free", lambda need=sizes[0], short=short: (need.total - short, 1))
+        preflight(run)
+        (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        advised.append("--optimizer_offload=true moves 0.02 GiB of it to the CPU's memory" in warning)
+    assert abs(12 * PARAMETERS / 2**30 - 0.02) < 0.005
+    # Not if the rest would not fit either, nor if it is given already.
+    assert advised == [True, False, False]
+
+
+def test_advice_names_a_flag_for_the_largest_part():
+    nothing = Memory(0, 0, 0, 0, 0, 0, process=10**12)
+    for part, flags, world, word in (
+        ("activations", {"gradient_checkpointing": False}, 1, "--gradient_checkpointing=true"),
+        ("activations", {"micro_batch_size": 4}, 1, "--micro_batch_size=2"),
+        ("activations", {"packing": False}, 1, "--packing=true"),
+        ("activations", {"wdpo_rho": 0.1, "wdpo_solver": "exact"}, 1, "--wdpo_solver=tangent with --packing=true"),
+        ("head", {}, 1, "--max_len"),
+        ("optimizer", {"zero_stage": 0}, 2, "--zero_stage=2"),
+        ("optimizer", {}, 1, "--lora_rank=16"),
+        ("gradients", {"lora_rank": 4}, 1, "--dtype=bfloat16"),
+        ("weights", {}, 2, "--zero_stage=3"),
+    ):
+        text = advice(replace(nothing, **{part: 4 * 3 * GATHERED}), config_of(**flags), world)
+        assert part in text and word in text, text
+    on_gpu = replace(nothing, process=0, optimizer=10**12)
+    for flags, world, word in (
+        ({}, 1, "--optimizer_offload=true lowers"),
+        ({"zero_stage": 1}, 2, "--zero_stage=2"),
+        ({"zero_stage": 0}, 1, "--optimizer_offload=true with --zero_stage=2 lowers"),
+        ({"optimizer_offload": True}, 1, "--lora_rank=16"),
+    ):
+        assert word in advice(on_gpu, config_of(**flags), world)
+    small = replace(nothing, weights=4 * GATHERED)
+    assert "--zero_stage=3" not in advice(small, config_of(), 2), "it keeps so many weights gathered that nothing is gained"
+
+
+def test_a_dry_run_for_eight_processes_writes_nothing(tiny_policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    data = write_pairs(tmp_path / "pairs")
+    flags = {"micro_batch_size": 1, "dry_run": True, "dtype": "float32"}
+    few, enough = (
+        TrainConfig(str(tiny_policy), str(data), str(tmp_path / "out"), train_batch_size=size, **flags) for size in (16, 8)
+    )
+    with pytest.raises(DataError, match="10 usable train pairs, fewer than 16"):
+        check_inputs(few, method_of(few))
+    check_inputs(enough, method_of(enough))
+    train_alignment(enough, method_of(enough))
+    printed = capsys.readouterr().out
+    assert "a step is 1 micro-batch of 1 on each of 8 processes" in printed
+    assert "predicted peak" in printed
+    assert list(tmp_path.iterdir()) == [data]
+
+
+# The prediction.
+
+
+def test_shares_of_zero_by_hand(tiny_policy):
+    """Bytes a parameter: float32 or bfloat16 weights, moments, gradients, by stage, on four devices."""
+    size = PARAMETERS
+    for stage, dtype, expected in (
+        (0, "float32", (4 * size, 4 * size, 8 * size, 0)),
+        (1, "bfloat16", (2 * size, 4 * size + 2 * size, 12 * (size // 4), 4 * (size // 4))),
+        (2, "bfloat16", (2 * size, 4 * (size // 4) + 2 * size, 12 * (size // 4), 4 * (size // 4))),
+        (2, "float32", (4 * size, 8 * (size // 4) + 4 * size, 12 * (size // 4), 4 * (size // 4))),
+        (3, "bfloat16", (2 * (size // 4 + size), 4 * (size // 4) + 2 * size, 12 * (size // 4), 4 * (size // 4))),
+    ):
+        config = config_of(tiny_policy, zero_stage=stage, dtype=dtype)
+        found = predict(shapes(config), plan_of(config, 4), activations=1000, head=500, process=77)
+        assert (found.weights, found.gradients, found.optimizer, found.copies) == expected, (stage, dtype)
+        assert (found.activations, found.head, found.process) == (1000, 500, 77)
+        assert found.total == sum(expected) + 1577
+    # A second micro-batch has its gradients in bfloat16 and as the float32 copy that is added to the sum.
+    config = config_of(tiny_policy, zero_stage=2, dtype="bfloat16", train_batch_size=8)
+    assert predict(shapes(config), plan_of(config, 4), 0, 0, None).copies == (4 + 2) * (size // 4)
+    # On a GPU the larger of activations and copies counts: they are alive one after the other.
+    config = config_of(tiny_policy, zero_stage=2)
+    small, large = (predict(shapes(config), plan_of(config, 4), alive, 0, None) for alive in (1, 10**9))
+    assert (small.activations, small.copies) == (0, 4 * (size // 4))
+    assert (large.activations, large.copies) == (10**9, 0)
+
+
+def test_adapters_need_no_gradients_of_the_weights(tiny_policy):
+    config = config_of(tiny_policy, lora_rank=2)
+    found = predict(shapes(config), plan_of(config, 1), 0, 0, 0)
+    trained = 2 * 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
+    assert found.weights == 4 * (PARAMETERS + trained)
+    assert found.optimizer == 12 * trained
+
+
+def test_the_dry_run_counts_what_a_forward_pass_keeps(tiny_policy):
+    pairs = pairs_of((100, 150, 150))
+    tokens = 400
+    model, head = memory_of(tiny_policy, pairs, gradient_checkpointing=False)
+    again, _ = memory_of(tiny_policy, pairs, gradient_checkpointing=True)
+    double, _ = memory_of(tiny_policy, pairs * 2, gradient_checkpointing=False)
+    exact, _ = memory_of(tiny_policy, pairs, gradient_checkpointing=False, wdpo_rho=0.1, wdpo_solver="exact")
+    # A Llama layer keeps, in float32 values a token: twice the input's norm x / rms, and its product with the norm's weight
+    # (4 D); its input and the middle of the layer (2 D); queries, keys, values, attended values (3 D here); MLP: 4 I.
+    by_hand = 2 * tokens * 4 * (4 * 32 + 2 * 32 + 3 * 32 + 4 * 64)
+    assert by_hand < model < 1.6 * by_hand
+    assert again < 0.75 * model
+    assert 1.9 < double / model < 2.1
+    assert exact > 1.3 * model, "a double backward keeps more"
+    # The output head: its gradient, and logits of a block of the vocabulary in float32, of which a few copies are alive.
+    gradient, block = 4 * 49_152 * 32, 4 * sys.modules["drdpo.kernels.linear_logprob"]._BLOCK_ELEMENTS[True]
+    assert gradient + block < head < gradient + 4 * block
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"kldpo_tau": 0.1}, {"drdpo_beta": 1.0}, {"wdpo_rho": 0.1, "wdpo_solver": "exact"},
+        {"wdpo_rho": 0.1, "wdpo_solver": "exact", "wdpo_penalty": "root"}, {"wdpo_rho": 0.1, "wdpo_solver": "tangent"},
+        {"packing": False}, {"wdpo_rho": 0.1, "wdpo_solver": "exact", "lora_rank": 2},
+        {"wdpo_rho": 0.1, "wdpo_solver": "tangent", "lora_rank": 2}, {"dtype": "bfloat16", "lora_rank": 2, "zero_stage": 3},
+        {"wdpo_rho": 0.1, "dtype": "bfloat16"}, {"wdpo_rho": 0.1, "dtype": "bfloat16", "lora_rank": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_method_can_be_dry_run(flags, tiny_policy):
+    model, head = memory_of(tiny_policy, pairs_of((20, 30, 10), (5, 8, 40)), **flags)
+    assert model + head > 2 * 49_152 * 32
+
+
+@pytest.fixture(scope="module")
+def middling(smollm, tmp_path_factory) -> Path:
+    """A random model of 36M parameters: what a run holds beside its libraries is most of a GiB."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=49_152, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("models") / "middling"
+    LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (smollm / name).is_file():
+            shutil.copy(smollm / name, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 8}], ids=["whole", "lora"])
+def test_the_predicted_peak_is_what_a_real_run_holds(lora, forks, middling, tmp_path):
+    data, log, save = write_pairs(tmp_path / "pairs"), tmp_path / "log", tmp_path / "out"
+    size = {"train_batch_size": 2, "micro_batch_size": 2, "max_steps": 2, "eval_steps": 0, "save_steps": 0}
+    flags = flags_of(middling, data, save, save_resume=False, dtype="auto", **size, **lora)
+    assert run_ranks(forks, flags, log, world=1) == [0], said(log)
+    (peak, process) = map(float, *re.findall(r"predicted peak (\S+) GiB a process: .*process (\S+) GiB", said(log)))
+    held = json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_gib"]
+    # Little is held beside the libraries with LoRA, and how much of these is resident depends on the machine.
+    assert held == pytest.approx(peak, rel=0.4 if lora else 0.25), (held, peak, process)
+    # Whole weights take more than the libraries: the prediction is not those alone.
+    assert lora or peak > 1.5 * process
+    saved, base = (load_file(path / "model.safetensors") for path in (save / "global_step_2", middling))
+    assert saved.keys() == base.keys()
+    assert any(not torch.equal(saved[name], base[name]) for name in base)
+    assert (save / "global_step_2" / "adapter" / "adapter_model.safetensors").is_file() == bool(lora)
+
+
+# Choices for the machine: attention, rows, recomputation.
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    monkeypatch.setattr(distributed, "use_cuda", lambda: True)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: None)
+
+
+def test_packed_rows_attend_by_flash_on_cuda_and_by_sdpa_on_a_cpu(tiny_policy, on_cuda, monkeypatch, capsys):
+    config = open_config(tiny_policy)
+    assert resolve_attention(config).attn == "flash"
+    assert resolve_attention(replace(config, kldpo_tau=0.1)).packed_flash
+    assert resolve_attention(replace(config, attn="sdpa")).attn == "sdpa"
+    assert resolve_attention(replace(config, packing=False)).attn == "sdpa"
+    assert resolve_attention(open_config(tiny_policy, wdpo_rho=0.1, wdpo_solver="exact")).attn == "eager"
+    # Reference log-probs are keyed by what attends.
+    pairs = [Pair([1], [2], [3])]
+    flash = reference_key("model", pairs, run.arithmetic_of(resolve_attention(config)))
+    monkeypatch.setattr(distributed, "use_cuda", lambda: False)
+    assert resolve_attention(config).attn == "sdpa"
+    assert not capsys.readouterr().out
+    assert reference_key("model", pairs, run.arithmetic_of(resolve_attention(config))) != flash
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"dtype": "float32"}, "flash attention takes 16-bit numbers only"),
+        ({"wdpo_rho": 0.1}, "--wdpo_solver=tangent attends in float32 to keep its accuracy"),
+    ],
+)
+def test_one_line_says_why_a_run_cannot_use_flash(flags, reason, tiny_policy, on_cuda, capsys):
+    assert resolve_attention(open_config(tiny_policy, **flags)).attn == "sdpa"
+    assert capsys.readouterr().out == f"--attn=auto: sdpa instead of flash, because {reason}\n"
+
+
+def test_flash_that_a_flag_asks_for_is_used_or_refused(tiny_policy, on_cuda, monkeypatch, capsys):
+    asked = open_config(tiny_policy, attn="flash")
+    assert resolve_attention(replace(asked, wdpo_rho=0.1)).packed_flash
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: "head_dim must be at most 256")
+    with pytest.raises(UsageError, match=r"--attn=flash.*head_dim must be at most 256; pass --attn=sdpa"):
+        resolve_attention(asked)
+    assert resolve_attention(replace(asked, attn="auto")).attn == "sdpa"
+    assert "because head_dim must be at most 256" in capsys.readouterr().out
+
+
+def test_what_is_left_open_does_not_stop_a_run_that_resumes(on_cuda, monkeypatch):
+    assert run._left_open(open_config()) == {"attn", "micro_batch_size", "micro_batch_tokens"}
+    assert run._left_open(open_config(attn="sdpa", micro_batch_size=2)) == set()
+    for given in ({"micro_batch_tokens": 9}, {"packing": False}, {"robust_scope": "micro", "kldpo_tau": 1.0}):
+        assert not run.deals_by_tokens(open_config(**given))
+    monkeypatch.setattr(distributed, "use_cuda", lambda: False)
+    assert run._left_open(open_config()) == {"attn"}
+    # The same numbers come out with and without recomputation: see below.
+    config = open_config("no such folder", deterministic=True)
+    made_by = run._made_by(config, method_of(config))
+    assert "gradient_checkpointing" not in made_by and made_by["deterministic"]
+
+
+@dataclass
+class _Need:
+    total: float
+
+
+@pytest.fixture
+def bytes_a_token(monkeypatch):
+    """A token of a row takes one byte with recomputation and four without."""
+
+    def predicted(config, method, policy, pairs, recompute):
+        return _Need(config.micro_batch_tokens * (1 if recompute else 4))
+
+    monkeypatch.setattr(memory, "predicted", predicted)
+
+
+def test_rows_hold_what_fits_and_always_the_longest_pair(bytes_a_token):
+    def rows(size: float, **flags) -> int:
+        return rows_that_fit(open_config(**{"max_len": 512, **flags}), None, None, int(size / memory.MARGIN) + 1)
+
+    assert [rows(4 * 16_384), rows(4 * 16_384 - 10), rows(16_384)] == [16_384, 8_192, 4_096]
+    # 4,096 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
+    assert rows(16_384, gradient_checkpointing="true") == 16_384
+    assert rows(16_384, gradient_checkpointing="false") == 4_096
+    assert [rows(1024), rows(0), rows(0, max_len=20_000), rows(10**9, max_len=20_000)] == [1024, 1024, 40_000, 40_000]
+    # Short rows do not keep a GPU busy: better longer ones with recomputation.
+    assert [rows(4 * 2_048), rows(4 * 2_048, gradient_checkpointing="false")] == [8_192, 2_048]
+    for asked in ("true", "false"):
+        sizes = [rows(size, gradient_checkpointing=asked) for size in range(0, 10**5, 500)]
+        assert sizes == sorted(sizes) and set(sizes) == set(memory.ROWS)
+
+
+def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
+    bytes_a_token, on_cuda, tmp_path, monkeypatch
+):
+    config = TrainConfig("-", "-", str(tmp_path), dtype="bfloat16", train_batch_size=4, max_len=512)
+
+    def rows(gib: float, **flags) -> int | None:
+        properties = SimpleNamespace(total_memory=int(gib / memory.MARGIN) + 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return resolve_rows(replace(config, **flags), None, None).micro_batch_tokens
+
+    started = replace(config, micro_batch_tokens=rows(16_384))
+    assert started.micro_batch_tokens == 4_096 and rows(16_384, gradient_checkpointing="true") == 16_384
+    write_manifest(tmp_path, "train", run._made_by(started, method_of(started)))
+    for flags in ({}, {"gradient_checkpointing": "true"}, {"gradient_checkpointing": "false"}):
+        assert [rows(16_384, **flags), rows(10**6, **flags)] == [4_096, 4_096]
+    assert rows(10**6, resume="never") == 16_384
+
+
+@pytest.mark.parametrize("flags", [{}, {"wdpo_rho": 0.1}, {"wdpo_rho": 0.1, "wdpo_prompt": "once"}], ids=str)
+def test_the_row_that_is_predicted_is_full(flags):
+    config = open_config(**flags)
+    for tokens in memory.ROWS:
+        pairs = memory._row_of(tokens, config.prompt_once)
+        assert 0.95 * tokens < sum(pair.row_tokens(config.prompt_once) for pair in pairs) <= tokens
+
+
+@pytest.mark.parametrize(("free", "expected", "line"), [(10**12, "false", "off: without"), (10**6, "true", "on: without")])
+def test_activations_are_kept_if_memory_allows(free, expected, line, tiny_policy, monkeypatch, capsys):
+    pairs = [Pair([5] * 40, [6] * 20, [7] * 30)] * 4
+    monkeypatch.setattr(memory, "_free", lambda: (free, 1))
+    for asked in ("auto", "true", "false"):
+        found, _ = preflight(run_of(open_config(tiny_policy, gradient_checkpointing=asked), pairs))
+        assert found.config.gradient_checkpointing == (expected if asked == "auto" else asked)
+        assert (f"recompute {line}" in capsys.readouterr().out) == (asked == "auto")
+
+
+def test_a_command_line_may_ask_for_it_either_way():
+    words = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
+    assert parse(TrainConfig, "", words).gradient_checkpointing == "auto"
+    for word, recompute in (("true", True), ("false", False), ("auto", True)):
+        assert parse(TrainConfig, "", [*words, f"--gradient_checkpointing={word}"]).recompute is recompute
+    assert open_config(gradient_checkpointing=False).gradient_checkpointing == "false"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"dtype": "float32"}, {"kldpo_tau": 0.1}, {"packing": False}, {"wdpo_rho": 0.1},
+     {"wdpo_rho": 0.1, "dtype": "float32"}, {"wdpo_rho": 0.1, "wdpo_solver": "exact"},
+     {"wdpo_rho": 0.1, "packing": False, "dtype": "float32"}],
+    ids=str,
+)  # fmt: skip
+def test_recomputation_changes_no_bit(flags, tiny_policy):
+    """So a run may resume with it where it started without."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [Pair(*(torch.randint(300, (length,), generator=generator).tolist() for length in lengths))
+             for lengths in ((7, 5, 9), (12, 3, 4), (2, 20, 6))]  # fmt: skip
+    found = []
+    for recompute in (False, True):
+        config = open_config(tiny_policy, gradient_checkpointing=recompute, beta=0.5, **flags)
+        policy = load_policy(
+            str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.second_derivative
+        )
+        if config.wide_first_tokens:
+            widen_first_tokens(policy)
+        batch, method = form_batch(pairs, [0, 1, 2], config.packing, config.prompt_once), method_of(config)
+        population = Population(torch.tensor([0.1, 0.9, 0.5])) if method.weights else None
+        part = objective(policy, batch, torch.zeros(3, 2), method, population)
+        part.total.backward()
+        found.append([part.total.detach(), *(parameter.grad for parameter in policy.parameters())])
+    assert all(float(grad.abs().max()) > 0 for grad in found[0])
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+
+
+def test_deterministic_kernels_are_asked_for_or_the_flag_is_refused(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        engine.be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    with pytest.raises(UsageError, match=r"--deterministic=true with --attn=flash and --packing=false.*pass --attn=sdpa"):
+        open_config(deterministic=True, packing=False, attn="flash")
