@@ -5,7 +5,9 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -15,7 +17,7 @@ from drdpo.cli import spelled  # noqa: E402
 
 _TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
-_MEASURED = re.compile(r"<!-- (quickstart|gpu_counts) -->\n.*?<!-- end -->", re.DOTALL)
+_MEASURED = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -36,39 +38,101 @@ def flag_table(class_name: str) -> str:
     return "\n".join(lines)
 
 
+def results(name: str) -> dict[str, Any]:
+    """The stored results of a benchmark."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    lines = [head, "|" + "---|" * (head.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
 def quickstart_table() -> str:
-    """A markdown table of the results of benchmarks/quickstart.py."""
-    measured = ROOT / "benchmarks" / "results" / "quickstart.json"
-    results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
-    methods = ("dpo", "kldpo", "wdpo")
-    lines = ["| CPU | seed | DPO | KLDPO | WDPO | minutes on one core | memory |", "|---|---|---|---|---|---|---|"]
-    for cpu, entry in results.items():
+    """The runs of benchmarks/quickstart.py."""
+    rows = []
+    for cpu, entry in results("quickstart").items():
         kind = f"{entry['dtype']}{', limited to AVX2' if cpu == 'avx2' else ''}"
         for seed, run in entry["seeds"].items():
-            gains = [run["gains_sd"][method] for method in methods]
+            gains = [run["gains_sd"][method] for method in ("dpo", "kldpo", "wdpo")]
             cells = [f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" for gain in gains]
-            minutes = sum(run["seconds"].values()) / 60
-            lines.append(f"| {kind} | {seed} | {' | '.join(cells)} | {minutes:.1f} | {run['peak_gib']:.1f} GiB |")
-    return "\n".join(lines)
+            rows.append([kind, seed, *cells, f"{sum(run['seconds'].values()) / 60:.1f}", f"{run['peak_gib']:.1f} GiB"])
+    return table("| CPU | seed | DPO | KLDPO | WDPO | minutes on one core | memory |", rows)
 
 
-def gpu_table() -> str:
-    """A markdown table of the counts of benchmarks/gpu_counts.py for the 1B model with default flags."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_counts.json").read_text(encoding="utf-8"))["rows"]
-    lines = ["| method | pairs | launches | bytes moved | peak | time by the model, H100 |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        if row["model"] == "Llama-3.2-1B" and row["default"]:
-            figures = (
-                f"{row['launches']:,} | {row['gib_moved']:.0f} GiB | {row['peak_gib']:.1f} GiB | {row['h100_ms']:.0f} ms"
-            )
-            lines.append(f"| {row['method'].upper()} | {row['pairs']} | {figures} |")
-    return "\n".join(lines)
+def gpu_counts_table() -> str:
+    """The counts of benchmarks/gpu_counts.py for the 1B model with default flags."""
+    rows = [
+        [row["method"].upper(), str(row["pairs"]), f"{row['launches']:,}", f"{row['gib_moved']:.0f} GiB",
+         f"{row['peak_gib']:.1f} GiB", f"{row['h100_ms']:.0f} ms"]
+        for row in results("gpu_counts")["rows"] if row["model"] == "Llama-3.2-1B" and row["default"]
+    ]  # fmt: skip
+    return table("| method | pairs | launches | bytes moved | peak | time by the model, H100 |", rows)
+
+
+def train_step_table() -> str:
+    """Speed and memory of benchmarks/train_step.py beside TRL's."""
+    names = {"trl": "TRL DPOTrainer", "authors": "the authors' formulation", "padded": "drdpo, `--packing=false`",
+             "packed": "**drdpo**"}  # fmt: skip
+    ways = results("train_step")["ways"]
+    peak = "peak_gib_over_weights_and_optimizer"
+    rows = [
+        [name, f"{ways[way]['faster_than_trl_by']:.2f}", f"{ways[way][peak] / ways['trl'][peak]:.2f}"]
+        for way, name in names.items()
+    ]
+    return table("| | pairs per second / TRL's | peak memory over weights and optimizer / TRL's |", rows)
+
+
+def linear_logprob_table() -> str:
+    """The output head of benchmarks/linear_logprob.py."""
+    rows = []
+    for case in results("linear_logprob")["cases"]:
+        ways = case["ways"]
+        times = [1 / ways["matmuls"]["forward_times_drdpo"]]
+        times += [1 / ways[way]["both_times_drdpo"] for way in ("matmuls", "trl", "plain")]
+        peaks = [f"{1024 * ways[way]['peak_gib']:,.0f} MiB" for way in ("drdpo", "plain", "compile", "trl", "cce")]
+        rows.append([case["case"].replace("x", " x "), *(f"{ratio:.2f}" for ratio in times), *peaks])
+    head = "| V x D x tokens | ours / products, forward | ours / products, both | ours / TRL's chunks | ours / log_softmax "
+    return table(head + "| memory: ours | log_softmax | torch.compile | TRL's chunks | cut-cross-entropy |", rows)
+
+
+def wdpo_table() -> str:
+    """Time, memory and errors of benchmarks/wdpo.py at its shortest length in bfloat16."""
+    names = {"dpo": "DPO", "original": "the authors' formulation", "exact": "`exact`",
+             "exact once": "`exact`, `--wdpo_prompt=once`", "tangent": "`tangent` (default)",
+             "tangent once": "`tangent`, `--wdpo_prompt=once`"}  # fmt: skip
+    found = results("wdpo")
+    first = [row for row in found["rows"] if row["tokens"] == found["rows"][0]["tokens"] and row["checkpointing"]]
+    rows = []
+    for row in first:
+        error = found["errors"][str(row["tokens"])].get(f"{row['way']}, {row['dtype']}")
+        cells = [f"{error['error']:.0%}", f"{error['worst']:.0%}", f"{error['cosine']:.3f}"] if error else ["-"] * 3
+        rows.append([names[row["way"]], f"{row['time_ratio']:.1f}", f"{row['memory_ratio']:.1f}", *cells])
+    return table("| | time | memory | error in bf16 | worst | lowest cosine |", rows)
+
+
+def scoring_table() -> str:
+    """The ways of scoring of benchmarks/scoring.py."""
+    rows = []
+    for case in results("scoring")["cases"]:
+        ways = case["ways"]
+        peak = ways["packed"]["peak_gib_over_the_model"] / ways["padded"]["peak_gib_over_the_model"]
+        faster = [f"{ways[way]['packed_is_faster_by']:.1f}x" for way in ("one", "padded")]
+        rows.append([case["answers"], str(case["n"]), *faster, f"{peak:.2f}"])
+    return table(
+        "| answers | n | faster than one at a time | faster than padded batches of 8 | peak memory / padded |", rows
+    )
+
+
+MEASURED = {
+    "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
+    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "scoring": scoring_table,
+}  # fmt: skip
 
 
 def with_tables(text: str) -> str:
     """A page with its tables generated from the config classes and from measured results."""
-    tables = {"quickstart": quickstart_table, "gpu_counts": gpu_table}
-    text = _MEASURED.sub(lambda match: f"<!-- {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->", text)
+    text = _MEASURED.sub(lambda match: f"<!-- results: {match[1]} -->\n{MEASURED[match[1]]()}\n<!-- end -->", text)
     return _TABLE.sub(lambda match: f"<!-- flags: {match[1]} -->\n{flag_table(match[1])}\n<!-- end -->", text)
 
 

@@ -392,7 +392,7 @@ def changed(before: dict[str, Any], made_by: dict[str, Any]) -> str:
     return ", ".join(f"{name} ({before.get(name)} -> {now.get(name)})" for name in names)
 
 
-# Resumable parts
+# Resumable parts of a result.
 
 
 class Parts:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from drdpo.evaluation.runs import ANSWERS, ScoredRun
-from drdpo.evaluation.spider import draw_spider, gain_limits, raw_axis
+from drdpo.evaluation.spider import draw_spider, gain_limits, raw_spoke
 from drdpo.evaluation.statistics import compare
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
@@ -60,7 +60,7 @@ def test_raw_axis_is_the_quartiles_widened_to_hold_every_mean() -> None:
     (objective,) = names = [ARMORM_OBJECTIVES[0]]
     for shift in (0.0, 3.0):
         runs = fabricate(["base", "dpo"], names, shift)
-        axis = raw_axis(runs, objective)
+        axis = raw_spoke(runs, objective)
         low, high = np.quantile(np.concatenate([run.completions[objective] for run in runs]), [0.25, 0.75])
         assert axis.low <= low
         assert axis.high >= high
@@ -73,7 +73,7 @@ def test_raw_axis_of_equal_scores() -> None:
     runs = fabricate(["only"], [ARMORM_OBJECTIVES[0]])
     runs[0].completions[ARMORM_OBJECTIVES[0]] = 5.0
     runs[0].scores[ARMORM_OBJECTIVES[0]] = 5.0
-    assert raw_axis(runs, ARMORM_OBJECTIVES[0]).place(5.0) == pytest.approx(0.5)
+    assert raw_spoke(runs, ARMORM_OBJECTIVES[0]).place(5.0) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(-0.5, -0.1), (-0.2, 0.3), (0.1, 0.4), (0.0, 0.0)])

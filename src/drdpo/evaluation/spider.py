@@ -96,7 +96,7 @@ def legend(figure: Figure, labels: list[str], styles: list[Style], columns: int)
 
 
 @dataclass(frozen=True)
-class Axis:
+class Spoke:
     """One spoke: an objective and its values at the centre and at the rim."""
 
     objective: str
@@ -108,7 +108,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def raw_axis(runs: list[ScoredRun], objective: str) -> Axis:
+def raw_spoke(runs: list[ScoredRun], objective: str) -> Spoke:
     """The raw panel's range of an objective; see the module's docstring."""
     scores_C = np.concatenate([run.completions[objective] for run in runs])
     low, high = (float(value) for value in np.quantile(scores_C, [0.25, 0.75]))
@@ -118,7 +118,7 @@ def raw_axis(runs: list[ScoredRun], objective: str) -> Axis:
         reach = max(max(means) - min(means), 1e-3 * abs(low), 1e-6)
         low, high = low - reach, high + reach
     margin = _MARGIN * (high - low)
-    return Axis(objective, min(low, min(means) - margin), max(high, max(means) + margin))
+    return Spoke(objective, min(low, min(means) - margin), max(high, max(means) + margin))
 
 
 def _panel(figure: Figure, index: int, panels: int) -> Any:
@@ -128,7 +128,7 @@ def _panel(figure: Figure, index: int, panels: int) -> Any:
 
 
 def _draw_raw(axes: Any, runs: list[ScoredRun], objectives: list[str], styles: dict[str, Style]) -> None:
-    spokes = [raw_axis(runs, objective) for objective in objectives]
+    spokes = [raw_spoke(runs, objective) for objective in objectives]
     angles = web(axes, len(spokes), (0, 1))
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
     for run in runs:

@@ -14,7 +14,7 @@ from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, co
 _GIB = 1 << 30
 
 _CPU_SEQUENCES = 16
-"""Full-length sequences for which a CPU engine's key-value cache has room at least; it holds more short ones."""
+"""Minimum capacity of a CPU engine's key-value cache, in full-length sequences."""
 
 _CPU_BATCHED_TOKENS = 2048
 """Smallest token budget of one step of a CPU engine."""
@@ -162,7 +162,7 @@ def _of_no_cpu_backend(record: logging.LogRecord) -> bool:
 
 
 def _bind_no_single_node() -> None:
-    """Omit binding memory to a NUMA node on a machine with a single one, where it only prints a warning."""
+    """On a machine with a single NUMA node, do not bind memory to it, which would only print a warning."""
     import torch
 
     if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) == 1:

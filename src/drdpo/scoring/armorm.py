@@ -55,7 +55,7 @@ class Rewards(NamedTuple):
     """[B] float32, the gated score."""
 
 
-# A reward model folder, checked without reading a weight
+# A reward model folder, checked without reading weights.
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def check_shapes(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]], e
             )
 
 
-# The model
+# The model.
 
 
 class Span(NamedTuple):
@@ -414,7 +414,7 @@ def _cast(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor
     return tensor.float()
 
 
-# Batches within a budget of tokens: padded on the right, or packed with shared prefixes once
+# Batches within a budget of tokens: padded on the right, or packed with shared prefixes once.
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

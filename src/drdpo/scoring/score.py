@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
+import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 
@@ -260,9 +260,13 @@ def write_scored(
 
 def report(split: str, completions: list[Completion]) -> str:
     """A table of the mean and standard deviation of every objective over a split."""
-    scores = pd.DataFrame([completion.scores for completion in completions])
-    table = pd.DataFrame({"mean": scores.mean(), "sd": scores.std(ddof=0)})
-    return f"{split}: {len(completions)} completions\n{table.to_string(float_format='%.4f', justify='right')}"
+    names = list(completions[0].scores)
+    width = max(map(len, names))
+    lines = [f"{split}: {len(completions)} completions", f"  {'objective':<{width}}      mean        sd"]
+    for name in names:
+        values = np.array([completion.scores[name] for completion in completions])
+        lines.append(f"  {name:<{width}}  {values.mean():>8.4f}  {values.std():>8.4f}")
+    return "\n".join(lines)
 
 
 class Reading(NamedTuple):
