@@ -23,7 +23,6 @@ ROOMS = {
     "triton": ["kernels/"],
     "lm_eval": ["evaluation/leaderboard.py"],
     "matplotlib": ["evaluation/"],
-    "pandas": ["evaluation/"],
     "huggingface_hub": ["assets/"],
     "filelock": ["folder.py"],
 }
@@ -142,7 +141,7 @@ def test_no_two_classes_share_a_name() -> None:
 
 def test_files_and_functions_are_short() -> None:
     for file, tree in TREES.items():
-        assert len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) <= 620, file
+        assert len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) <= 600, file
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and room(file) != "kernels":
                 assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
