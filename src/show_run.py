@@ -7,7 +7,7 @@ from drdpo.errors import one_line_errors
 
 def main() -> None:
     config = parse(
-        ShowRunConfig, "Print state, progress, speed and last figures of a folder's run; draw its training curves."
+        ShowRunConfig, "Print state, progress, speed and last metrics of a folder's run; draw its training curves."
     )
     from drdpo.evaluation.show_run import show_run
 

@@ -35,7 +35,7 @@ def test_dropout_that_cannot_be_switched_off_and_attention_that_cannot_be_packed
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.3, attention_dropout=0.3
     )
     path = saved(config, tmp_path)
-    with pytest.raises(DataError, match=r"knows no attention called 'shared_prefix'; give --packing=false"):
+    with pytest.raises(DataError, match=r"knows no attention called 'shared_prefix'; pass --packing=false"):
         load_policy(path, torch.float32, "shared_prefix", gradient_checkpointing=False)
     with pytest.raises(DataError, match=r"drops values out in training mode; set the dropouts in its config.json to 0"):
         load_policy(path, torch.float32, "eager", gradient_checkpointing=False)

@@ -230,7 +230,7 @@ def test_weights_that_are_stored_quantized_are_refused(models, tmp_path):
     )
     few.save_pretrained(tmp_path)
     for quantize in ("none", "nf4"):
-        with pytest.raises(DataError, match="stored quantized; give the model in full precision"):
+        with pytest.raises(DataError, match="stored quantized; pass the model in full precision"):
             load_policy(str(tmp_path), torch.float32, "sdpa", False, quantize=quantize)
 
 

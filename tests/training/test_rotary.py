@@ -65,7 +65,7 @@ def test_up_to_the_limit_a_pair_does_not_feel_its_neighbours_and_beyond_it_does(
     check_rotary(policy, [short, whole], config.model_path)
     # What is refused: without the refusal the numbers would change, in either form.
     assert not torch.allclose(logprobs(policy, [short, longer], config), alone, atol=1e-2, rtol=1e-3)
-    with pytest.raises(UsageError, match=rf"the longest pair has 32: give --max_len={LIMIT}"):
+    with pytest.raises(UsageError, match=rf"the longest pair has 32: pass --max_len={LIMIT}"):
         check_rotary(policy, [short, longer], config.model_path)
 
 

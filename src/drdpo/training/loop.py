@@ -230,13 +230,13 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
     """
     if not run.config.save_resume:
         raise ProcessError(
-            f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state to go on from"
+            f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state to resume from"
         )
     if step > saved:
         distributed.on_main(log.flush)
         save_state(engine, run.folder / "resume", step)
-    what = f"after step {step} of {run.steps}, state saved; the same command goes on" if step else (
-        "before the first step; the same command starts with it"
+    what = f"after step {step} of {run.steps}, state saved; rerun the same command to resume" if step else (
+        "before the first step; rerun the same command to start"
     )  # fmt: skip
     _say(f"stopped by {name} {what}")
     # torchrun ends the others when the first one has ended.

@@ -214,7 +214,7 @@ def load_policy(
         if checked != attention:
             model.set_attn_implementation(attention)
     except KeyError as error:
-        raise DataError(f"{path}: the model knows no attention called {error}; give --packing=false") from error
+        raise DataError(f"{path}: the model knows no attention called {error}; pass --packing=false") from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
     if gradient_checkpointing:
@@ -254,7 +254,7 @@ def refuse_quantized(model: Any, path: str) -> None:
     """Refuse weights that are stored quantized: they cannot be trained, nor can adapters be merged into them."""
     if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
         raise DataError(
-            f"{path}: the weights are stored quantized; give the model in full precision (--lora_rank with "
+            f"{path}: the weights are stored quantized; pass the model in full precision (--lora_rank with "
             "--lora_quantize=nf4 loads its frozen weights in 4 bits)"
         )
 
@@ -291,12 +291,12 @@ def check_packing(model: Any, path: str) -> None:
             ).last_hidden_state[0].float()  # fmt: skip
             alone = [model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float() for ids_1T in alone_1T]
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: the model cannot be packed ({error}); give --packing=false") from error
+        raise DataError(f"{path}: the model cannot be packed ({error}); pass --packing=false") from error
     tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
     for number, alone_TD in enumerate(alone):
         error_TD = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
         if not float(error_TD.norm()) <= tolerance * float(alone_TD.norm()):
-            raise DataError(f"{path}: packed sequences of this model see each other; give --packing=false")
+            raise DataError(f"{path}: packed sequences of this model see each other; pass --packing=false")
 
 
 def check_plain_head(model: Any, path: str) -> None:
@@ -341,7 +341,7 @@ def check_rotary(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None
                     f"{model_path}: beyond {limit} tokens the model's rotary positions ({kind}) are those of the "
                     f"longest sequence in a "
                     f"batch, so a pair's log-probs, packed or padded, would depend on the pairs beside it; "
-                    f"the longest pair has {longest}: give --max_len={limit}"
+                    f"the longest pair has {longest}: pass --max_len={limit}"
                 )
 
 

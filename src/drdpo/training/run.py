@@ -160,9 +160,9 @@ def _check_machine(config: TrainConfig) -> None:
     """Refuse flags that this machine cannot honour."""
     if config.attn in ("flex", "flash"):
         if not distributed.use_cuda():
-            raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; give --attn=sdpa")
+            raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; pass --attn=sdpa")
         if config.attn == "flash" and not config.packing and importlib.util.find_spec("flash_attn") is None:
-            raise UsageError("--attn=flash needs the package flash-attn, which is not installed; give --attn=sdpa")
+            raise UsageError("--attn=flash needs the package flash-attn, which is not installed; pass --attn=sdpa")
 
 
 def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run:
@@ -220,7 +220,7 @@ def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> 
     if pairs < least:
         raise DataError(
             f"{config.dataset_path}: {pairs} usable {split} pairs{of}, fewer than {least}"
-            + (f"; give --train_batch_size={pairs} or less" if split == "train" and pairs else "")
+            + (f"; pass --train_batch_size={pairs} or less" if split == "train" and pairs else "")
         )
 
 
