@@ -39,7 +39,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.finite import FiniteWatch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, resolve_attention, shapes
-from drdpo.training.objective import needs_population, objective, survey
+from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy
 from drdpo.training.run import Run
 
@@ -119,7 +119,9 @@ def resolved(config: TrainConfig, pairs: list[Pair]) -> TrainConfig:
         with fake_cuda.FakeTensors():
             config = resolve_attention(config)
         sizes: Any = {"train": {"answer cut": 0}}
-        return preflight(Run(config, method_of(config), Path("-"), SimpleNamespace(), pairs, pairs, sizes, {}))[0].config
+        return preflight(
+            Run(config, method_of(config), Path("-"), SimpleNamespace(pad_token_id=0), pairs, pairs, sizes, {})
+        )[0].config
 
 
 def policy_on_cuda(config: TrainConfig) -> Policy:
@@ -149,10 +151,11 @@ def micro_batch(
     ]
     known = [*policy.parameters(), *policy.buffers(), *(part for part in vars(batch).values() if isinstance(part, Tensor))]
     with fake_cuda.Counts(known, rates) as counts:
-        population = survey(policy, [(batch, reference_B2)], method_of(config)) if needs_population(config) else None
+        method = method_of(config)
+        population = survey(policy, [(batch, reference_B2)], method) if method.needs_population else None
         policy.watch = FiniteWatch(fake_cuda.DEVICE)
         policy.watch.next_batch()
-        part = objective(policy, batch, reference_B2, method_of(config), population)
+        part = objective(policy, batch, reference_B2, method, population)
         policy.watch.look(part.total)
         part.total.backward()
     for hook in hooks:

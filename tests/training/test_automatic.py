@@ -17,7 +17,7 @@ from drdpo.training.memory import resolve_attention, rows_that_fit
 from drdpo.training.objective import Population, objective
 from drdpo.training.policy import load_policy, widen_first_tokens
 from drdpo.training.reference import reference_key
-from drdpo.training.run import Run
+from drdpo.training.run import Run, arithmetic_of
 
 
 def config_of(path="-", **flags) -> TrainConfig:
@@ -68,9 +68,9 @@ def test_flash_that_a_flag_asks_for_is_used_or_refused(tiny_policy, on_cuda, mon
 
 def test_reference_log_probs_are_keyed_by_what_attends(tiny_policy, on_cuda, monkeypatch):
     config, pairs = config_of(tiny_policy), [Pair([1], [2], [3])]
-    flash = reference_key("model", pairs, resolve_attention(config))
+    flash = reference_key("model", pairs, arithmetic_of(resolve_attention(config)))
     monkeypatch.setattr(distributed, "use_cuda", lambda: False)
-    assert reference_key("model", pairs, resolve_attention(config)) != flash
+    assert reference_key("model", pairs, arithmetic_of(resolve_attention(config))) != flash
 
 
 def test_what_is_left_open_does_not_stop_a_run_that_resumes(on_cuda, monkeypatch):

@@ -30,7 +30,7 @@ from drdpo.training.losses import method_of
 from drdpo.training.memory import meta_policy, predict, weight_bytes
 from drdpo.training.objective import objective
 from drdpo.training.policy import load_policy
-from drdpo.training.reference import reference_key
+from drdpo.training.run import arithmetic_of
 
 METHODS = {
     "dpo": {}, "kldpo": {"kldpo_tau": 0.1}, "drdpo": {"drdpo_beta": 0.5},
@@ -176,7 +176,7 @@ def test_before_the_first_step_policy_and_reference_are_one(models, pairs, monke
         assert all(p.grad is not None for n, p in policy.named_parameters() if "lora_B" in n)
         states = [layer.weight.quant_state for layer in quantized_layers(policy).values()]
         assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
-    assert reference_key("m", pairs, config) != reference_key("m", pairs, replace(config, lora_quantize="none"))
+    assert arithmetic_of(config) != arithmetic_of(replace(config, lora_quantize="none"))
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen"])
