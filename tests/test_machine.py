@@ -223,8 +223,10 @@ def test_auto_and_what_it_is_make_the_same_run(monkeypatch, tiny_policy, tmp_pat
     cpu(monkeypatch, True, 0.2)
     config = train_config(tiny_policy, tmp_path)
     explicit = dataclasses.replace(config, dtype="float32")
-    assert _made_by(machine.settle(config)[0]) == _made_by(machine.settle(explicit)[0])
-    assert _made_by(machine.settle(config)[0])["dtype"] == "float32"
+    made_by, same = (
+        _made_by(settled, method_of(settled)) for settled in (machine.settle(config)[0], machine.settle(explicit)[0])
+    )
+    assert made_by == same and made_by["dtype"] == "float32"
 
 
 def test_the_dry_run_and_the_check_show_the_precision(monkeypatch, forks: Forks, root, tiny_policy, tmp_path):

@@ -217,7 +217,7 @@ def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_writte
     assert run_ranks(forks, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STATUS, STATUS], said(
         log
     )
-    assert "stopped by SIGUSR1 before the first step; the same command starts with it" in said(log)
+    assert "stopped by SIGUSR1 before the first step; rerun the same command to start" in said(log)
     kept = {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")}
     assert sorted(kept) == ["reference_test.safetensors", "reference_train.safetensors"]
     assert run_ranks(forks, flags, log) == [0, 0], said(log)
