@@ -119,7 +119,9 @@ def resolved(config: TrainConfig, pairs: list[Pair]) -> TrainConfig:
         with fake_cuda.FakeTensors():
             config = resolve_attention(config)
         sizes: Any = {"train": {"answer cut": 0}}
-        return preflight(Run(config, method_of(config), Path("-"), SimpleNamespace(), pairs, pairs, sizes, {}))[0].config
+        return preflight(
+            Run(config, method_of(config), Path("-"), SimpleNamespace(pad_token_id=0), pairs, pairs, sizes, {})
+        )[0].config
 
 
 def policy_on_cuda(config: TrainConfig) -> Policy:
