@@ -36,11 +36,10 @@ from transformers import LlamaConfig
 
 from drdpo.config import TrainConfig
 from drdpo.training.data import Pair, form_batch
-from drdpo.training.finite import FiniteWatch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, resolve_attention, shapes
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import Policy
+from drdpo.training.policy import FiniteWatch, Policy
 from drdpo.training.run import Run
 
 OUTPUT = Path(__file__).parent / "results" / "gpu_counts.json"

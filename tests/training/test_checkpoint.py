@@ -35,9 +35,9 @@ from drdpo.training.checkpoint import (
     written_bytes,
 )
 from drdpo.training.data import Pair
-from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.lora import add_lora
-from drdpo.training.policy import load_policy
+from drdpo.training.objective import check_evaluation, check_step
+from drdpo.training.policy import FiniteWatch, load_policy
 
 
 def engine_around(model=None, save=None) -> SimpleNamespace:

@@ -23,7 +23,6 @@ from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import load_state, remove_old_checkpoints, save_model, save_state
 from drdpo.training.data import AnyBatch, BatchPlan
 from drdpo.training.engine import Engine, evaluating
-from drdpo.training.finite import FiniteWatch, check_evaluation, check_step
 from drdpo.training.log import (
     MetricsLog,
     Shape,
@@ -38,8 +37,16 @@ from drdpo.training.log import (
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
 from drdpo.training.memory import preflight, resolve_attention, resolve_rows, shapes
-from drdpo.training.objective import Objective, check_first_step, objective, penalty_scales, survey
-from drdpo.training.policy import load_policy, pairs_of, widen_first_tokens
+from drdpo.training.objective import (
+    Objective,
+    check_evaluation,
+    check_first_step,
+    check_step,
+    objective,
+    penalty_scales,
+    survey,
+)
+from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, widen_first_tokens
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import (
     Run,

@@ -1,10 +1,13 @@
-"""A micro-batch's contribution to the step: weighted losses and, for WDPO, the gradient penalty.
+"""A micro-batch's contribution to the step: weighted losses and, for WDPO, the gradient penalty; then the checks of a step's
+numbers.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, T tokens, D width, K numbers of the
-first step's answers.
+first step's answers, M micro-batches of all ranks.
 """
 
+import math
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +15,9 @@ from torch import Tensor
 
 from drdpo import distributed
 from drdpo.errors import DataError
-from drdpo.training.data import AnyBatch, Batch, PackedBatch
+from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair
 from drdpo.training.losses import Method, Pairs, Penalty, gradient_penalty
-from drdpo.training.policy import Policy, pairs_of
+from drdpo.training.policy import FiniteWatch, Policy, pairs_of
 from drdpo.training.wdpo import input_gradient, tangent_answers
 
 
@@ -242,3 +245,60 @@ def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
     """[B] losses if policy and reference were the same, float64."""
     margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
     return method.loss(Pairs(margins_B, log_ratios_S, pairs.columns)).double()
+
+
+# Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones. --
+
+SHOWN = 8
+"""Pairs that a message names."""
+
+
+def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
+    """Stop at a step whose metrics are not finite; every rank must call.
+
+    Args:
+        metrics: of the step, the same on all ranks.
+        watch: of the step.
+        indices: [B] of each of this rank's micro-batches.
+        pairs: of the training split.
+
+    Raises:
+        DataError: a metric is not finite; names the pairs of the micro-batches it came from.
+    """
+    wrong = _not_finite(metrics)
+    if not wrong:
+        return
+    bad_M = distributed.gather(watch.bad_M.float()).bool().cpu()
+    device = watch.bad_M.device
+    indices_P = distributed.gather(torch.cat(list(indices)).to(device)).cpu()
+    sizes_M = distributed.gather(torch.tensor([len(part) for part in indices], device=device)).cpu()
+    if bad_M.any():
+        whose = f"from the micro-batch of {_named(indices_P[bad_M.repeat_interleave(sizes_M)].tolist(), pairs)}"
+    else:
+        whose = f"from no micro-batch alone but the sum over the step's {len(indices_P)} pairs"
+    raise DataError(
+        f"step {int(metrics['step'])}: {wrong}, {whose}; nothing of this step is saved and earlier checkpoints are "
+        "kept; look at these pairs, or lower --learning_rate or the method's strength"
+    )
+
+
+def check_evaluation(metrics: dict[str, float], step: int) -> None:
+    """Raise DataError if metrics of the test pairs are not finite: the step before has broken the weights."""
+    wrong = _not_finite(metrics)
+    if wrong:
+        raise DataError(
+            f"after step {step}: {wrong}; nothing of this step is saved and earlier checkpoints are kept; lower "
+            "--learning_rate or the method's strength"
+        )
+
+
+def _not_finite(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+
+
+def _named(indices: list[int], pairs: Sequence[Pair]) -> str:
+    ids = [pairs[index].prompt_id for index in indices]
+    label = "row" if None in ids else "prompt_id"
+    words = [str(index + 1 if label == "row" else prompt_id) for prompt_id, index in zip(ids, indices, strict=True)]
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return f"{label} {', '.join(words[:SHOWN])}{more}"

@@ -18,7 +18,6 @@ from drdpo.errors import DataError, UsageError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
 from drdpo.training.data import AnyBatch, PackedBatch, Pair
-from drdpo.training.finite import FiniteWatch
 from drdpo.training.losses import Pairs
 from drdpo.training.patches import WideRows, first_rows, widen
 
@@ -28,6 +27,27 @@ class Answers(NamedTuple):
     """[S] log pi(answer | prompt), summed over the answer's tokens, float32."""
     embeds: Tensor
     """[S, T, D], packed [1, N, D]: the input embeddings they were computed from."""
+
+
+class FiniteWatch:
+    """Records, on the device, which micro-batches of a step have numbers that are not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bad: list[Tensor] = []
+
+    def next_batch(self) -> None:
+        """Start the step's next micro-batch."""
+        self._bad.append(torch.zeros((), dtype=torch.bool, device=self._device))
+
+    def look(self, numbers: Tensor) -> None:
+        """Record whether these are finite, e.g. the gradient of the embeddings, into which all others flow."""
+        self._bad[-1] = self._bad[-1] | ~torch.isfinite(numbers.detach()).all()
+
+    @property
+    def bad_M(self) -> Tensor:
+        """[M] bool, by micro-batch."""
+        return torch.stack(self._bad)
 
 
 class OutputHead(nn.Module):
