@@ -247,7 +247,7 @@ def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
     return method.loss(Pairs(margins_B, log_ratios_S, pairs.columns)).double()
 
 
-# Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones. --
+# Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones.
 
 SHOWN = 8
 """Pairs that a message names."""
