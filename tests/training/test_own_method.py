@@ -14,11 +14,12 @@ from own_method import CvarConfig, cvar
 from drdpo import chat
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.records import Preference, write_records
-from drdpo.training.data import Batch, collate, form_batch, load_preferences, pack, tokenise
+from drdpo.records import Preference, to_row, write_rows
+from drdpo.training.data import Batch, collate, form_batch, load_columns, load_preferences, pack, tokenise
 from drdpo.training.losses import Method, Pairs, Penalty, method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import load_policy, pairs_of
+from drdpo.training.run import check_inputs
 from drdpo.training.wdpo import check_tangent
 
 PATHS = {"model_path": "-", "dataset_path": "-", "save_path": "-"}
@@ -93,9 +94,9 @@ def test_the_tangent_solver_refuses_a_loss_of_more_than_the_margin(tiny_policy):
 
 def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
     """Weights by the scores' difference, of each pair alone: no survey, and a row without a score is refused."""
-    fields = ("chosen_score", "rejected_score")
+    fields = ("chosen_score", "trust")
     method = Method("by score", lambda pairs: (1 - pairs.margins_B).square(),
-                    lambda losses_B, population_P, pairs: pairs.columns[fields[0]] - pairs.columns[fields[1]],
+                    lambda losses_B, population_P, pairs: pairs.columns[fields[0]] * pairs.columns[fields[1]],
                     population=False, reads=fields)  # fmt: skip
     assert not method.needs_population
     turns = (
@@ -103,17 +104,31 @@ def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
         [{"role": "assistant", "content": "b"}],
         [{"role": "assistant", "content": "c"}],
     )
-    rows = [Preference(row, *turns, chosen, 0.5) for row, chosen in enumerate((1.0, 2.5))]
-    write_records(tmp_path / "train.jsonl", rows)
-    pairs, _ = tokenise(load_preferences(str(tmp_path), "train", fields), chat.load_tokenizer(str(tiny_policy)), 99, fields)
+    rows = [
+        {**to_row(Preference(row, *turns, chosen, 0.5)), "trust": trust}
+        for row, chosen, trust in ((0, 1.0, 2), (1, 2.5, 0.5))
+    ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    pairs, _ = tokenise(
+        load_preferences(str(tmp_path), "train"), chat.load_tokenizer(str(tiny_policy)), 99,
+        load_columns(str(tmp_path), "train", fields),
+    )  # fmt: skip
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
     for batch in (collate(pairs, range(2), 0), pack(pairs, range(2), True).to(torch.device("cpu"))):
         part = objective(policy, batch, torch.zeros(2, 2), method) if isinstance(batch, Batch) else None
         assert batch.columns["chosen_score"].tolist() == [1.0, 2.5]
-        assert part is None or part.weights_B.tolist() == [0.5, 2.0]
-    write_records(tmp_path / "train.jsonl", [rows[0], Preference(1, *turns)])
-    with pytest.raises(DataError, match=r'train.jsonl, row 2: field "chosen_score" is missing'):
-        load_preferences(str(tmp_path), "train", fields)
+        assert part is None or part.weights_B.tolist() == [2.0, 1.25]
+    for wrong, words in ((None, "missing"), ("much", "no finite number"), (True, "no finite number")):
+        write_rows(tmp_path / "train.jsonl", [rows[0], {**rows[1], "trust": wrong}])
+        with pytest.raises(DataError, match=f'train.jsonl, row 2: field "trust" is {words}'):
+            load_columns(str(tmp_path), "train", fields)
+
+
+def test_a_penalty_without_wdpos_flag_is_refused(tiny_policy):
+    """What a row holds and what is checked follow the flag."""
+    config = TrainConfig(str(tiny_policy), "-", "-", dtype="float32")
+    with pytest.raises(UsageError, match="pass --wdpo_rho"):
+        check_inputs(config, replace(method_of(config), penalty=Penalty(0.1)))
 
 
 def test_weights_and_a_penalty_are_not_combined():

@@ -8,8 +8,9 @@ packed row, A answer tokens.
 """
 
 import heapq
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,7 +52,7 @@ class Pair:
 # From rows to token ids -------------------------------------------------------------------------------------------------
 
 
-def load_preferences(dataset_path: str, split: str, reads: Sequence[str] = ()) -> list[Preference]:
+def load_preferences(dataset_path: str, split: str) -> list[Preference]:
     """Read one split of a preference data set.
 
     Args:
@@ -59,31 +60,47 @@ def load_preferences(dataset_path: str, split: str, reads: Sequence[str] = ()) -
             records or TRL's form: prompt, chosen and rejected as message lists or texts, or chosen and rejected with
             the shared prompt inside.
         split: "train" or "test".
-        reads: see Method.
 
     Raises:
         DataError: no such data set or split, no rows, or a row without the fields; names file, row and field.
     """
-    folder = Path(dataset_path)
-    if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
-        source = str(folder / f"{split}.jsonl")
-        rows = read_rows(Path(source))
-    else:
-        source = f"{dataset_path} [{split}]"
-        rows = enumerate(_hub_rows(dataset_path, split), start=1)
+    source, rows = _rows(dataset_path, split)
     preferences = []
     for number, row in rows:
         try:
-            preference = Preference.from_trl(row, number)
+            preferences.append(Preference.from_trl(row, number))
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
-        for name in reads:
-            if getattr(preference, name) is None:
-                raise DataError(f'{source}, row {number}: field "{name}" is missing, and the method reads it')
-        preferences.append(preference)
     if not preferences:
         raise DataError(f"{source}: the data set has no rows")
     return preferences
+
+
+def load_columns(dataset_path: str, split: str, reads: Sequence[str]) -> list[dict[str, float]]:
+    """The number fields of every row that Method.reads names.
+
+    Raises:
+        DataError: as load_preferences; a row's field is missing or no finite number; names file, row and field.
+    """
+    source, rows = _rows(dataset_path, split)
+    columns = []
+    for number, row in rows:
+        for name in reads:
+            if row.get(name) is None:
+                raise DataError(f'{source}, row {number}: field "{name}" is missing, and the method reads it')
+            if isinstance(row[name], bool) or not isinstance(row[name], int | float) or not abs(row[name]) < math.inf:
+                raise DataError(f'{source}, row {number}: field "{name}" is no finite number, and the method reads it')
+        columns.append({name: float(row[name]) for name in reads})
+    return columns
+
+
+def _rows(dataset_path: str, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
+    """The name of a split for messages, and its rows with their numbers from 1."""
+    folder = Path(dataset_path)
+    if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
+        path = folder / f"{split}.jsonl"
+        return str(path), read_rows(path)
+    return f"{dataset_path} [{split}]", enumerate(_hub_rows(dataset_path, split), start=1)
 
 
 def _hub_rows(dataset_path: str, split: str) -> Any:
@@ -107,7 +124,10 @@ REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers
 
 
 def tokenise(
-    preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int, reads: Sequence[str] = ()
+    preferences: list[Preference],
+    tokenizer: chat.Tokenizer,
+    max_len: int,
+    columns: Sequence[Mapping[str, float]] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """Turn preferences into token ids.
 
@@ -118,14 +138,15 @@ def tokenise(
         preferences: of one split.
         tokenizer: of the policy.
         max_len: longest prompt + answer in tokens.
-        reads: see Method.
+        columns: from load_columns, one for each preference.
 
     Returns:
         The pairs that can be trained on, and counts by REASONS: pairs that are dropped ("prompt too long", "template
         refuses", "empty answer", "equal answers") and answers that stay ("answer cut", "text encoded").
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
-    for preference in progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main()):
+    shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
+    for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
         except (TemplateError, ValueError):
@@ -149,8 +170,7 @@ def tokenise(
         elif answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
-            columns = {name: float(getattr(preference, name)) for name in reads}
-            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, columns))
+            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers))
     return pairs, counts
 
 

@@ -70,7 +70,7 @@ class Method:
     the step is spared the forward passes that collect it."""
     penalty: Penalty | None = None
     reads: tuple[str, ...] = ()
-    """Number fields of a preference row that loss or weights use: chosen_score, rejected_score."""
+    """Number fields of the preference rows that loss or weights use, e.g. chosen_score; both splits must have them."""
     strength: Mapping[str, float] = field(default_factory=dict)
     """The method's own flags, for the label in the manifest and the reports."""
 

@@ -22,7 +22,7 @@ from drdpo.training.wdpo import input_gradient, tangent_answers
 
 
 class Population(NamedTuple):
-    """What the robust terms need to know of the pairs beyond this micro-batch."""
+    """What the robust terms need to know of all pairs of the population, which includes this micro-batch."""
 
     losses_P: Tensor | None = None
     mean_penalty: Tensor | None = None

@@ -16,7 +16,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.data import BatchPlan, Pair, load_preferences, tokenise
+from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
 from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method
 from drdpo.training.patches import POSITIONS
@@ -83,6 +83,11 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
             of one pair, a --wdpo_fraction of less than one micro-batch, or as settle.
         DataError: model folder or data set are not usable.
     """
+    if method.penalty is not None and config.wdpo_rho is None:
+        raise UsageError(
+            f"{method.name} has a penalty, which the flags of WDPO prepare a run for: pass --wdpo_rho, and keep the penalty "
+            "that method_of makes from it"
+        )
     _check_batches(config, method)
     seconds_to_wait()
     check_device(kernels=True)
@@ -92,7 +97,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
-            rows = len(load_preferences(config.dataset_path, split, method.reads))
+            rows = len(load_preferences(config.dataset_path, split))
+            if method.reads:
+                load_columns(config.dataset_path, split, method.reads)
             if split == "train":
                 _check_enough(config, rows, split)
     folder = Path(config.save_path)
@@ -175,10 +182,11 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     tokenizer = chat.load_tokenizer(config.model_path)
     pairs, counts = {}, {}
     for split in ("train", "test"):
-        preferences = load_preferences(config.dataset_path, split, method.reads)
+        preferences = load_preferences(config.dataset_path, split)
+        columns = load_columns(config.dataset_path, split, method.reads) if method.reads else [{}] * len(preferences)
         if split == "test":
-            preferences = preferences[: config.max_test_pairs]
-        pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, method.reads)
+            preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
+        pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
         reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
         if distributed.is_main():
