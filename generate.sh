@@ -7,21 +7,8 @@ if wants_help "$@"; then
     exit
 fi
 
-# checks_only FLAG...: is --check_only set, alone or to a value that means true?
-checks_only() {
-    local value=false
-    while (($#)); do
-        case "$1" in
-            --check[_-]only=*) value="${1#*=}" ;;
-            --check[_-]only) value="${2:-true}" ;;
-        esac
-        shift
-    done
-    case "${value,,}" in n | no | f | false | 0) return 1 ;; esac
-}
-
 bash "$ROOT/generate_completions.sh" "$@"
-if checks_only "$@"; then
+if is_set check_only "$@"; then
     exit
 fi
 save_path="$(flag_value save_path "$@")"

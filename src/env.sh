@@ -59,6 +59,20 @@ flag_value() {
     printf '%s' "$value"
 }
 
+# is_set NAME FLAG...: is the flag --NAME set, alone or to a value that means true?
+is_set() {
+    local name="$1" value=false
+    shift
+    while (($#)); do
+        case "$1" in
+            "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
+            "--$name" | "--${name//_/-}") value="${2:-true}" ;;
+        esac
+        shift
+    done
+    case "${value,,}" in n | no | f | false | 0) return 1 ;; esac
+}
+
 # ask_cuda: print how many GPUs CUDA sees and the driver's CUDA version, e.g. "8 12040" for 12.4; nothing without a driver. It
 # needs neither nvidia-smi, which containers may lack, nor torch, which setup.sh has yet to install.
 ask_cuda() {
@@ -105,6 +119,7 @@ refuse_command() {
 # check_launch PROCESSES NODES NODE: refuse to start so many processes on each of NODES machines, of which this is number NODE.
 check_launch() {
     [[ "$1" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=$1 is not a positive number"
+    [[ -z "${DRDPO_HOSTFILE:-}" ]] || refuse_command "DRDPO_HOSTFILE is not supported; set DRDPO_NODES on every machine"
     ((gpu_count == 0 || $1 <= gpu_count)) ||
         refuse_command "DRDPO_PROCESSES=$1, but $gpu_count GPUs are visible; one process needs one GPU"
     [[ "$2" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$2 is not a positive number"
@@ -159,8 +174,10 @@ launch() {
 launch_run() {
     local launched logs
     logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
-    # A dry run writes nothing.
-    [[ " $*" != *" --dry"[_-]run* ]] || logs=/dev/null
+    # These write nothing.
+    if is_set dry_run "$@" || is_set check_only "$@"; then
+        logs=/dev/null
+    fi
     prepare_launch "$logs" "$@"
     run exec "${launched[@]}"
 }

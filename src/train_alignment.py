@@ -3,17 +3,15 @@
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from drdpo.cli import parse
 from drdpo.config import TrainConfig
 from drdpo.errors import one_line_errors
 
-if TYPE_CHECKING:
-    from drdpo.training.losses import Method
 
-
-def main(config_class: type[TrainConfig] = TrainConfig, own_method: "Callable[[Any], Method] | None" = None) -> None:
+def main(config_class: type[TrainConfig] = TrainConfig, own_method: Callable[[Any], Any] | None = None) -> None:
+    """Train; own_method makes the Method of a config (docs/own.md), by default the one that the flags choose."""
     # They wait until drdpo.training.stop handles them: a run that is still starting ends with status 75 too.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     # DeepSpeed's launcher adds a flag, which only repeats the variable LOCAL_RANK.
@@ -24,11 +22,10 @@ def main(config_class: type[TrainConfig] = TrainConfig, own_method: "Callable[[A
 
     method = (own_method or method_of)(config)
     check_inputs(config, method)
-    if config.check_only:
-        return
-    from drdpo.training.loop import train_alignment
+    if not config.check_only:
+        from drdpo.training.loop import train_alignment
 
-    train_alignment(config, method)
+        train_alignment(config, method)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,11 @@ HAND_WRITTEN = {
 """What no library does for us -> the files that do it: backward passes, kernels, packing, chat rendering, the command line,
 signals, atomic files and folders. Elsewhere a library or these files are used."""
 
-READS_CONFIG = {"run.py", "loop.py", "engine.py"} | {
-    # Until these take the values they need:
-    "checkpoint.py", "data.py", "log.py", "lora.py", "memory.py", "objective.py", "policy.py", "reference.py", "wdpo.py",
-}  # fmt: skip
-"""Files of training/ that may name TrainConfig."""
+READS_CONFIG = {"run.py", "loop.py", "engine.py", "losses.py", "memory.py"}
+"""Files of training/ that may name TrainConfig: losses.py makes the method of one, memory.py chooses the flags that are left
+to the machine. All others take values."""
 
 PATCHES = {
-    "training/wdpo.py": {"nn.functional.linear"},
     "training/engine.py": {"torch.utils.deterministic.fill_uninitialized_memory"},  # torch's own switch
     "sampling/vllm_engine.py": {"torch.ops._C.init_cpu_memory_env"},
 }

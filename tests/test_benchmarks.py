@@ -62,7 +62,7 @@ def test_warnings_and_redrawn_bars_are_noise(check: ModuleType) -> None:
 
 
 def test_a_finished_run_is_not_timed_again(check: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is there"):
+    with pytest.raises(SystemExit, match="exists"):
         check.run(7, tmp_path, {}, [])
 
 

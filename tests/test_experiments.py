@@ -149,7 +149,7 @@ def test_the_tiny_chain_runs_and_skips_its_steps_again(clone: Path, tiny_policy:
     else:
         for run in ("tiny/base", "tiny/DPO step last"):
             assert f"| {run} | stand_in_choice |" in text
-        assert "A trial" in text
+        assert "**Trial" in text
         checkpoint = next((output / "tiny" / "DPO").glob("global_step_*"))
         results = json.loads((output / "tiny" / "leaderboard" / "DPO" / "last" / "results.json").read_text())
         assert results["n-samples"]["stand_in_choice"]["effective"] == 3

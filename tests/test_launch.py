@@ -46,6 +46,8 @@ class Launched:
              "--nproc-per-node=2", f"--log-dir={folder / 'logs'}", str(folder / "worker.py"), how, "--log=none"],
             env={**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # A shell's & makes its commands ignore SIGINT, and the tests with them.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def log(self, rank: int, name: str = "stdout.log") -> Path:

@@ -26,13 +26,20 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_a_line_every_ten_percent(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     for item in progress(range(1000), desc="score", unit="completion"):
         assert 0 <= item < 1000
-        seconds[0] += 1.0
+        seconds[0] += 0.5
     lines = lines_of(capsys)
-    assert lines[0] == "score: 10% (completion 100 of 1000, 100 s)"
+    assert lines[0] == "score: 10% (completion 100 of 1000, 50 s)"
     assert [line.split()[1] for line in lines] == [f"{tenth}0%" for tenth in range(1, 11)]
 
 
-def test_what_was_done_before_is_not_told_again(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_work_has_a_line_every_minute(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in progress(range(632), desc="KLDPO", unit="step"):
+        seconds[0] += 31.0
+    lines = lines_of(capsys)
+    assert len(lines) == 316 and lines[0] == "KLDPO: 0% (step 2 of 632, 62 s)"
+
+
+def test_finished_units_are_not_counted_again(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress(desc="sample", unit="completion", total=10, initial=4) as bar:
         for count in (2, 4):
             seconds[0] += 60.0

@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
-    """Add --some_name, also spelled --some-name; if it is true by default also --no_some_name."""
+    """Add --some_name, also spelled --some-name; if it is not false by default also --no_some_name."""
     text = field.metadata["help"].replace("%", "%%")  # argparse fills in what follows a %
     if field.metadata.get("positional"):
         parser.add_argument(field.name, type=kind, help=text)
@@ -118,7 +118,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
     else:
         settings["type"] = kind
     parser.add_argument(*_spellings(field.name), **settings)
-    if default is True:
+    if kind is bool and default is not False:
         parser.add_argument(
             *_spellings(f"no_{field.name}"), action="store_false", dest=field.name, default=argparse.SUPPRESS,
             help=f"--{field.name}=false",

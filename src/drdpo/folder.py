@@ -273,7 +273,7 @@ def _sign(handle: int, path: Path) -> None:
     }
     with _blaming(path):
         # NFS keeps a removed file under another name, which filelock does not notice.
-        if not os.path.samestat(os.fstat(handle), path.stat()):
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
             raise UsageError(f"{path.parent} was released by another run at this moment; rerun the command")
         try:
             os.ftruncate(handle, 0)

@@ -10,6 +10,7 @@ Local rank 0 prints to the terminal; each process writes to FOLDER/*/attempt_0/<
 
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -27,11 +28,16 @@ SOON = 2
 """Seconds within which a rank under gloo notices that another died; ranks that torchrun has to kill end later."""
 
 
+passed_on: set[int] = set()
+"""Signals that this process has passed on."""
+
+
 def pass_on(number: int, frame: FrameType | None) -> None:
     """Signal handler: pass the signal to every process. If none has started, nothing needs saving."""
     processes = psutil.Process().children()
     if not processes:
         sys.exit(STOPPED)
+    passed_on.add(number)
     for process in processes:
         process.send_signal(number)
 
@@ -85,11 +91,13 @@ def explain(error: "ChildFailedError", folder: Path) -> int:
     """Print why the run failed, unless the process on the terminal already did, and return the exit status."""
     failures = list(error.failures.values())
     # torchrun ends the other processes when the first one has ended; the state was complete before that.
-    if any(failure.exitcode == STOPPED for failure in failures):
+    # A process that a signal ended had not begun: it handles them from its first lines on, and nothing needs saving.
+    if any(failure.exitcode == STOPPED or -failure.exitcode in passed_on for failure in failures):
         return STOPPED
     for failure in failures:
-        on_terminal = failure.local_rank == 0 or log_of(failure, folder) is None
-        if on_terminal and failure.exitcode > 0 and lost(failure) is None:
+        log = log_of(failure, folder)
+        heard = log is None or (failure.local_rank == 0 and log.stat().st_size > 0)
+        if heard and failure.exitcode > 0 and lost(failure) is None:
             return failure.exitcode
     rank = cause(error.failures)
     failure = error.failures[rank]
@@ -98,7 +106,8 @@ def explain(error: "ChildFailedError", folder: Path) -> int:
         what = f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}"
     else:
         last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1] if log else ""
-        what = lost(failure) or f"rank {rank} ended with status {status}: {last.removeprefix('error: ')}"
+        nothing = f"it wrote nothing ({shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there)"
+        what = lost(failure) or f"rank {rank} ended with status {status}: {last.removeprefix('error: ') or nothing}"
     print(f"error: {what}" + (f" (its output: {log.parent})" if log else ""), file=sys.stderr)
     return status
 

@@ -1,4 +1,4 @@
-"""Progress of a loop: a bar on a terminal, or a line every ten percent in a file."""
+"""Progress of a loop: a bar on a terminal, or a line every ten percent, and every minute, in a file."""
 
 import sys
 import time
@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+
+PATIENT_SECONDS = 60.0
+"""Maximum between two lines, if a unit is finished in it."""
 
 QUIET_SECONDS = 2.0
 """Minimum between two lines and before the first, so that quick work prints none."""
@@ -34,13 +37,18 @@ class Lines(Iterable[Item]):
         pass
 
     def update(self, count: int = 1) -> None:
-        """Count, and print a line if another tenth is finished."""
+        """Count, and print a line if another tenth is finished or a minute is over."""
         self._done += count
         now, tenth = time.monotonic(), self._tenths()
-        if tenth > self._tenth and now - self._printed >= QUIET_SECONDS:
+        since = now - self._printed
+        if since >= PATIENT_SECONDS or (tenth > self._tenth and since >= QUIET_SECONDS):
             self._tenth, self._printed = tenth, now
             what = f"{self._unit} {self._done} of {self._total}, {now - self._started:.0f} s{self._postfix}"
-            print(f"{self._desc}: {10 * tenth}% ({what})", file=sys.stderr, flush=True)
+            print(
+                f"{self._desc}: {100 * self._done // self._total if self._total else 0}% ({what})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def set_postfix(self, values: dict[str, Any]) -> None:
         """Metrics for the next line."""

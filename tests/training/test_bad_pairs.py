@@ -158,7 +158,7 @@ def test_reference_log_probs_that_give_another_first_loss_are_refused(command, t
 
 def test_reference_log_probs_with_holes_or_damage_are_refused(command, tiny_policy, good, finished, tmp_path):
     tampered(finished, tmp_path / "holes", lambda logprobs_M2: logprobs_M2[3, 1].fill_(float("nan")))
-    refuse(command(tiny_policy, good, tmp_path / "holes"), 1, "reference_train.safetensors", "have holes")
+    refuse(command(tiny_policy, good, tmp_path / "holes"), 1, "reference_train.safetensors", "incomplete")
     tampered(finished, tmp_path / "cut", lambda logprobs_M2: None)
     path = tmp_path / "cut" / "reference_train.safetensors"
     path.write_bytes(path.read_bytes()[:-8])

@@ -174,7 +174,7 @@ def test_a_requeued_job_resumes_whatever_it_was_started_with(wrapped, tmp_path):
         )  # fmt: skip
         assert status == 0, (tmp_path / "said").read_text()
         assert [word for word in notes[""].splitlines() if word.startswith("--resume")][-1] == last
-    assert "goes on (--resume=auto) instead of starting anew" in (tmp_path / "said").read_text()
+    assert "it resumes (--resume=auto)" in (tmp_path / "said").read_text()
 
 
 def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):

@@ -47,7 +47,7 @@ class TrainConfig:
         "auto",
     )
     wdpo_fraction: float = flag(
-        "apply the penalty to a random share of a step's micro-batches (at least one), rescaled to stay unbiased",
+        "apply the penalty to a random share of a step's micro-batches, rescaled to stay unbiased",
         1.0,
         above=0,
         at_most=1,

@@ -274,7 +274,7 @@ def read_provenance(folder: Path, split: str) -> Provenance:
     policy = None
     for title, step, place in (("sampling", "sample", folder / "sampled"), ("scoring", "score", folder)):
         manifest = read_manifest(place)
-        record = section(manifest, f"{step}_{split}") or section(manifest, f"{step} {split}")
+        record = section(manifest, f"{step}_{split}")
         if "made_by" not in record:
             notes.append(f"{place / 'manifest.json'} has no record of {step}_{split}")
             continue

@@ -297,7 +297,7 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     for tokens, recompute in tried:
         try:
             flags = replace(config, micro_batch_tokens=tokens)
-            need = predicted(flags, method, policy, _row_of(tokens, config.prompt_once), recompute)
+            need = predicted(flags, method, policy, _row_of(tokens, config.prompt_once, method.reads), recompute)
         except Exception:  # the model's forward pass looks at values: nothing is known
             return choices[-1]
         if need.total <= MARGIN * memory:
@@ -305,12 +305,12 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     return choices[-1]
 
 
-def _row_of(tokens: int, prompt_once: bool) -> list[Pair]:
+def _row_of(tokens: int, prompt_once: bool, reads: Sequence[str] = ()) -> list[Pair]:
     """Pairs of equal parts, about 256 tokens each, that fill a row."""
     parts = Pair([0], [0], [0]).row_tokens(prompt_once)
     pairs = max(1, tokens // (256 * parts))
     part = [0] * (tokens // (pairs * parts))
-    return [Pair(part, part, part)] * pairs
+    return [Pair(part, part, part, columns=dict.fromkeys(reads, 0.0))] * pairs
 
 
 # The prediction.

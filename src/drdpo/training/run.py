@@ -18,7 +18,7 @@ from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
 from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
 from drdpo.training.log import WANDB_ID, check_trackers
-from drdpo.training.losses import Method
+from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
 from drdpo.training.stop import seconds_to_wait
 
@@ -83,11 +83,7 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
             of one pair, a --wdpo_fraction of less than one micro-batch, or as settle.
         DataError: model folder or data set are not usable.
     """
-    if method.penalty is not None and config.wdpo_rho is None:
-        raise UsageError(
-            f"{method.name} has a penalty, which the flags of WDPO prepare a run for: pass --wdpo_rho, and keep the penalty "
-            "that method_of makes from it"
-        )
+    _check_own(config, method)
     _check_batches(config, method)
     seconds_to_wait()
     check_device(kernels=True)
@@ -120,6 +116,21 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         announce(precision)
 
 
+def _check_own(config: TrainConfig, method: Method) -> None:
+    """Refuse an own method that the rest of the run would take for another."""
+    chosen = method_of(config)
+    if type(config) is not TrainConfig and method.label == chosen.label:
+        raise UsageError(
+            f"{type(config).__name__} is a command line of its own, but its method is called {method.label}, as one of "
+            "train_alignment.sh: pass a function to main that returns a Method with another name, see docs/own.md"
+        )
+    if method.penalty not in (None, chosen.penalty):
+        raise UsageError(
+            f"{method.name} has a penalty that --wdpo_rho and its flags did not make, and they prepare a run for it: pass "
+            "--wdpo_rho and keep the penalty of method_of"
+        )
+
+
 def _check_batches(config: TrainConfig, method: Method) -> None:
     world, micro = distributed.world_size(), config.micro_batch
     if config.train_batch_size % (micro * world) and deals_by_tokens(config):
@@ -131,9 +142,10 @@ def _check_batches(config: TrainConfig, method: Method) -> None:
             f"{'es' if world > 1 else ''}"
         )
     if config.robust_scope == "micro" and not method.needs_population:
+        squared = " with --wdpo_penalty=squared" if method.penalty else ""
         raise UsageError(
-            f"--robust_scope=micro has no meaning for {method.name}: no pair's term depends on other pairs; leave it out, or"
-            " choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root"
+            f"--robust_scope=micro has no meaning for {method.name}{squared}: no pair's term depends on other "
+            "pairs; omit it, or choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root"
         )
     population = config.train_batch_size if config.robust_scope == "step" else micro * world
     if method.weights is not None and method.population and population == 1:
@@ -234,6 +246,11 @@ def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> 
 
 def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]) -> None:
     changes = changed(before, made_by)
+    if changes and before.get("method") is None:
+        raise UsageError(
+            f"{folder} contains a run of an older version of this code; finish it there, or pass another --save_path, or "
+            "--resume=never to replace it"
+        )
     if changes:
         raise UsageError(
             f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "
