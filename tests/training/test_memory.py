@@ -370,7 +370,8 @@ def bytes_a_token(monkeypatch):
 
 def test_rows_hold_what_fits_and_always_the_longest_pair(bytes_a_token):
     def rows(size: float, **flags) -> int:
-        return rows_that_fit(open_config(**{"max_len": 512, **flags}), None, None, int(size / memory.MARGIN) + 1)
+        config = open_config(**{"max_len": 512, **flags})
+        return rows_that_fit(config, method_of(config), None, int(size / memory.MARGIN) + 1)
 
     assert [rows(4 * 16_384), rows(4 * 16_384 - 10), rows(16_384)] == [16_384, 8_192, 4_096]
     # 4,096 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
@@ -392,7 +393,7 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
     def rows(gib: float, **flags) -> int | None:
         properties = SimpleNamespace(total_memory=int(gib / memory.MARGIN) + 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return resolve_rows(replace(config, **flags), None, None).micro_batch_tokens
+        return resolve_rows(replace(config, **flags), method_of(config), None).micro_batch_tokens
 
     started = replace(config, micro_batch_tokens=rows(16_384))
     assert started.micro_batch_tokens == 4_096 and rows(16_384, gradient_checkpointing="true") == 16_384

@@ -295,9 +295,9 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     if config.gradient_checkpointing == "auto":
         tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
     for tokens, recompute in tried:
+        flags, pairs = replace(config, micro_batch_tokens=tokens), _row_of(tokens, config.prompt_once, method.reads)
         try:
-            flags = replace(config, micro_batch_tokens=tokens)
-            need = predicted(flags, method, policy, _row_of(tokens, config.prompt_once, method.reads), recompute)
+            need = predicted(flags, method, policy, pairs, recompute)
         except Exception:  # the model's forward pass looks at values: nothing is known
             return choices[-1]
         if need.total <= MARGIN * memory:
