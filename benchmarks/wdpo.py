@@ -6,7 +6,7 @@
     exact        --wdpo_solver=exact: padded rows, eager attention, double backward; "once": --wdpo_prompt=once
     tangent      --wdpo_solver=tangent: packed, prompt per sequence; "once": --wdpo_prompt=once
 
-A step is the forward and backward pass of one pair of real text (the repository's documents), half of each sequence answer.
+A step is the forward and backward pass of one pair of real text (the bundled prompts), half of each sequence answer.
 Optimizer and engine cost the same for all and are excluded. Each solver runs in its own process (peak memory is a property
 of the process), in turn, for several rounds, so that a drift of the machine's speed affects all alike; ratios are taken
 within a round and their median is reported. On a CPU the time is that of all busy cores (wall time times their number),
@@ -51,7 +51,8 @@ def real_pairs(model: str, tokens: int, count: int):
 
     from drdpo.training.data import Pair
 
-    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "README.md"))
+    rows = (ROOT / "src" / "drdpo" / "assets" / "prompts" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(turn["content"] for row in rows for turn in json.loads(row)["prompt"])
     ids, half = AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"], tokens // 2
     starts = [number * (len(ids) - 3 * half) // max(1, count - 1) for number in range(count)]
     return [Pair(*(ids[start + part * half :][:half] for part in range(3))) for start in starts]
