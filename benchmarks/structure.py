@@ -3,8 +3,8 @@
 A room is a folder of src/drdpo; the modules beside them are the ground floor. A circle is a set of modules that import each
 other, also by imports inside functions or under TYPE_CHECKING. The step's files are those of src whose functions run between
 the choice of the first step's pairs and the end of the optimizer step, in a real run of src/train_alignment.py on a random
-model of two layers in bfloat16, together with train_alignment.sh, src/env.sh and src/train_alignment.py. Triton's kernels
-run on CUDA only.
+model of two layers in bfloat16, together with train_alignment.sh and src/train_alignment.py. Files that launch, gather, show
+and stop a step are listed apart. Triton's kernels run on CUDA only.
 
     PYTHONPATH=src python benchmarks/structure.py [--checkout=FOLDER] [--model=models/SmolLM2-135M] [--steps=false]
 
@@ -33,6 +33,8 @@ STEP = ("_steps", "train_step")
 """Functions of drdpo.training.loop: the step begins with a call of the first and ends with a return of the second."""
 METHODS = {"DPO": [], "WDPO": ["--wdpo_rho=0.01"]}
 ENTRY = ("train_alignment.sh", "src/env.sh", "src/train_alignment.py")
+AROUND = {"env.sh", "distributed.py", "progress.py", "stop.py", "preemption.py", "waiting.py", "logs.py"}
+"""Files that launch a step, gather over its ranks, show it and stop it: listed apart from those that compute it."""
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -193,10 +195,12 @@ def main() -> None:
     for method, flags in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             read = files_of_step(checkout, [*make_inputs(Path(folder), options.model), *flags])
-        counts = [lines(checkout / name) for name in read]
-        print(f"\nfiles of one {method} step: {len(read)}, {sum(counts):,} lines")
-        for name, count in zip(read, counts, strict=True):
-            print(f"    {name:44}{count:>6}")
+        counts = {name: lines(checkout / name) for name in read}
+        step = [name for name in read if Path(name).name not in AROUND]
+        print(f"\nfiles of one {method} step: {len(step)}, {sum(counts[name] for name in step):,} lines")
+        for name in step:
+            print(f"    {name:44}{counts[name]:>6}")
+        print("around it: " + ", ".join(f"{name} {counts[name]}" for name in read if name not in step))
 
 
 if __name__ == "__main__":
