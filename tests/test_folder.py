@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.errors import UsageError
-from drdpo.folder import atomic_file, atomic_folder, lock_folder, refuse_if_locked, sweep
+from drdpo.folder import atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
 
 FULL_DISK = """
 import os, sys
@@ -227,3 +227,25 @@ def test_a_fork_that_ends_takes_no_lock_with_it(tmp_path):
         os.waitpid(child, 0)
         with pytest.raises(UsageError, match=f"process {os.getpid()}"):
             refuse_if_locked(tmp_path / "out")
+
+
+KILLED_WHILE_STARTING = """
+import os, signal, sys, time
+from pathlib import Path
+from drdpo.folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(0.4)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_lock_that_a_killed_owners_child_still_holds_is_waited_for(root, tmp_path):
+    """As between fork and exec of a program that the owner was starting: a child has its file open."""
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_STARTING, str(tmp_path)], env=environment)
+    assert done.returncode == -9
+    assert owner_of(tmp_path) is None
+    with lock_folder(tmp_path):
+        pass

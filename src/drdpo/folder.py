@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -250,11 +251,18 @@ def owner_of(folder: Path) -> str | None:
     except OSError:
         # No lock yet, or a folder that cannot be read, which the run itself will report.
         return None
+    deadline = time.monotonic() + _PATIENCE
     try:
-        # A shared lock for an instant only tests whether it is held.
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _owner(folder / LOCK)
+        while True:
+            try:
+                # A shared lock for an instant only tests whether it is held.
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                # A program that a killed owner was just starting holds its lock for another moment.
+                if not _ended(folder / LOCK) or time.monotonic() > deadline:
+                    return _owner(folder / LOCK)
+                time.sleep(0.05)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -281,6 +289,20 @@ def _sign(handle: int, path: Path) -> None:
         except OSError:
             path.unlink()  # while it is ours
             raise
+
+
+def _ended(path: Path) -> bool:
+    """Was the owner a process of this host that is no longer there?"""
+    try:
+        owner = json.loads(path.read_bytes())
+        if owner["host"] != socket.gethostname():
+            return False
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
 
 
 def _owner(path: Path) -> str:
