@@ -1,8 +1,10 @@
 """Step 1b on a small random reward model: right scores, one process or two, nothing lost, resuming after a kill."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -435,3 +437,14 @@ def test_sigkill_in_the_middle_then_the_same_command(
     for split in ("train", "test"):
         for name in (f"{split}.jsonl", f"sampled/{split}.jsonl"):
             assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_flushed_denormals_cause_no_warning_of_numpy(root):
+    """Libraries that are loaded later ask numpy for the limits of its types."""
+    script = (
+        "import numpy, torch; from drdpo.scoring.score import use_cpu_well; use_cpu_well(torch.device('cpu')); "
+        "print(numpy.finfo(numpy.float32).smallest_subnormal, numpy.finfo(numpy.float64))"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root / "src")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -406,6 +406,9 @@ def use_cpu_well(device: torch.device) -> None:
     """On a CPU: flush denormals, which slow down matrix products, and divide the cores among the ranks."""
     if device.type != "cpu":
         return
+    for kind in (np.float32, np.float64):
+        # numpy warns if it first looks at the limits of a type while denormals are flushed, as libraries let it do.
+        np.finfo(kind)
     torch.set_flush_denormal(True)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.world_size()))
