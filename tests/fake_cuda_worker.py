@@ -139,7 +139,7 @@ def memory(folder: Path, pairs: int, layers: int, flags: dict[str, Any]) -> dict
 
 
 MEMORY: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "dpo sdpa": (4, 4, {"attn": "sdpa"}), "dpo recomputed": (16, 16, {"gradient_checkpointing": "true"}),
+    "dpo sdpa": (4, 4, {"attn": "sdpa"}), "dpo recomputed": (16, 4, {"gradient_checkpointing": "true"}),
     "wdpo": (1, 4, METHODS["wdpo"]), "wdpo exact": (1, 4, EXACT),
 }  # fmt: skip
 """Pairs, layers and flags."""
