@@ -30,6 +30,10 @@ if how == "loses rank 1":
         raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 if how == "refuses" and rank == 0:
     time.sleep(60)
+if how == "is silent":
+    sys.exit(1)
+if how == "does not listen":
+    time.sleep(60)
 if how in ("refuses", "refuse"):
     sys.exit(print("error: train.jsonl, row 3: no prompt", file=sys.stderr) or 2)
 """
@@ -95,3 +99,17 @@ def test_a_users_error_is_one_line_whichever_process_finds_it(how, line, root, t
     assert err.startswith(line) and err.count("\n") == 1, err
     assert out == "rank 0 of 2 is ready\n"
     assert launched.log(1).read_text() == "rank 1 of 2 is ready\n"
+
+
+def test_a_signal_to_processes_that_do_not_handle_it_yet_ends_with_75(root, tmp_path):
+    launched = Launched(root, tmp_path, "does not listen")
+    launched.await_both()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.end()[0] == 75
+
+
+def test_a_failure_that_wrote_nothing_is_still_one_line(root, tmp_path):
+    """As on a full disk, where the logs are."""
+    status, _, err = Launched(root, tmp_path, "is silent").end()
+    assert status == 1 and err.count("\n") == 1, err
+    assert "ended with status 1: it wrote nothing" in err and "GiB are free" in err

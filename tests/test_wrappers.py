@@ -250,3 +250,8 @@ def test_generate_evaluates_what_it_made_unless_it_only_checks(words, evaluates,
     scripts = [line for line in lines if not line.startswith(" ")]
     assert scripts == ["generate_completions.py", "score_completions.py", "evaluate_armorm.py"][: 3 if evaluates else 2]
     assert not evaluates or lines[-3:] == ["  --runs", "  x=out puts/x", "  --output_path=out puts/x"]
+
+
+def test_a_hostfile_is_refused_and_not_ignored(root, environment, flags, tmp_path):
+    done = train(root, environment | {"DRDPO_HOSTFILE": "hosts"}, tmp_path, *flags)
+    assert done.returncode == 2 and "DRDPO_HOSTFILE is not supported" in done.stderr

@@ -131,6 +131,14 @@ def test_a_penalty_without_wdpos_flag_is_refused(tiny_policy):
         check_inputs(config, replace(method_of(config), penalty=Penalty(0.1)))
 
 
+def test_an_own_command_line_with_the_name_of_a_known_method_is_refused():
+    """It would be taken for that method's run: a class without a function of its own, or with a changed loss alone."""
+    config = config_of()
+    for method in (method_of(config), replace(method_of(config), loss=cvar(config).loss)):
+        with pytest.raises(UsageError, match=r"CvarConfig is a command line of its own.*docs/own.md"):
+            check_inputs(config, method)
+
+
 def test_weights_and_a_penalty_are_not_combined():
     with pytest.raises(ValueError, match="weights or a penalty"):
         Method("both", lambda pairs: pairs.margins_B, lambda losses_B, population_P, pairs: losses_B, penalty=Penalty(0.1))

@@ -155,6 +155,10 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(chec
     assert check(tiny_policy, data, out).returncode == 0
     refuse(check(tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
     assert check(tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
+    older = {name: value for name, value in _made_by(config, method_of(config)).items() if name != "method"}
+    write_manifest(out, "train", {**older, "pairs": "x"})
+    refuse(check(tiny_policy, data, out), 2, "older version", "--resume=never")
+    write_manifest(out, "train", {**_made_by(config, method_of(config)), "pairs": "x"})
     (out / "resume" / "step_1").mkdir(parents=True)
     write_index(out / "resume" / "step_1", 1, 2, {})
     refuse(check(tiny_policy, data, out), 2, "2 processes", "by 1")
