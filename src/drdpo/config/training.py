@@ -208,9 +208,8 @@ class TrainConfig:
 
     @property
     def prompt_once(self) -> bool:
-        """Do packed rows have each prompt once for its two answers? Otherwise the penalty needs the gradients on its two
-        copies."""
-        return self.method != "wdpo" or self.wdpo_prompt == "once"
+        """Packed rows have each prompt once for its two answers."""
+        return True
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:

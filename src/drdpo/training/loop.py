@@ -160,12 +160,12 @@ def train_step(
     scales = penalty_scales(len(batches), method.penalty.fraction if method.penalty else 1.0, config.seed, step)
     for number, (batch, reference_B2) in enumerate(batches, start=1):
         watch.next_batch()
-        part = objective(policy, batch, reference_B2, method, population, scales[number - 1])
-        watch.look(part.total)
         # Micro-batches count by their pairs; DeepSpeed takes the mean over the ranks.
         share = len(batch.indices_B) * distributed.world_size() / config.train_batch_size
+        part = objective(policy, batch, reference_B2, method, population, scales[number - 1], share)
+        watch.look(part.total)
         engine.set_gradient_accumulation_boundary(number == len(batches))
-        engine.backward(share * part.total, scale_wrt_gas=False)
+        engine.backward(part.total, scale_wrt_gas=False)
         engine.step()
         parts.append(part.detached())
     return parts

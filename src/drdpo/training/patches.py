@@ -33,7 +33,7 @@ from drdpo.kernels.packed_attention import PrefixGroup
 
 
 @contextmanager
-def _linear_replaced(by: Callable[..., Tensor]) -> Iterator[None]:
+def linear_by(by: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, nn.functional.linear is by(the linear before, x, weight, bias)."""
     linear = nn.functional.linear
     nn.functional.linear = partial(by, linear)
@@ -41,17 +41,6 @@ def _linear_replaced(by: Callable[..., Tensor]) -> Iterator[None]:
         yield
     finally:
         nn.functional.linear = linear
-
-
-def bias_of_value_only() -> Any:
-    """Within it, linear maps of a value and its tangent, stacked as [2, N, I], add their bias to the value alone."""
-    return _linear_replaced(_linear_of_pair)
-
-
-def _linear_of_pair(linear: Any, pair_2NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    if bias_O is None:
-        return linear(pair_2NI, weight_OI)
-    return torch.stack([linear(pair_2NI[0], weight_OI, bias_O), linear(pair_2NI[1], weight_OI)])
 
 
 POSITIONS = 4
@@ -65,6 +54,26 @@ class WideRows(NamedTuple):
     """Indices of the rows in float32."""
     frozen: bool
     """See rows_in_float32."""
+
+
+def product(x: Tensor, weight_OI: Tensor, rows_R: Tensor | None) -> Tensor:
+    """x W^T [..., N, O] in the dtype of x, without a graph. If the weight has another, the product is taken in that, and of
+    the given rows in the dtype of x."""
+    if x.dtype == weight_OI.dtype:
+        return x @ weight_OI.T
+    y = (x.to(weight_OI.dtype) @ weight_OI.T).to(x.dtype)
+    if rows_R is None:
+        return y
+    return y.index_copy_(-2, rows_R, x.index_select(-2, rows_R) @ weight_OI.to(x.dtype).T)
+
+
+def weight_gradient(dtype: torch.dtype, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> Tensor:
+    """[O, I] the sum of grad^T x over pairs (grad [N, O], x [N, I]), of what a weight's dtype keeps of both."""
+    grad_NO, x_NI = first
+    total_OI = grad_NO.to(dtype).T @ x_NI.to(dtype)
+    for grad_NO, x_NI in others:
+        total_OI.addmm_(grad_NO.to(dtype).T, x_NI.to(dtype))
+    return total_OI
 
 
 class _LinearOfRows(Function):
@@ -138,7 +147,7 @@ def rows_in_float32(rows_R: Tensor, frozen: bool = False) -> Any:
             return linear(x, weight_OI, bias_O)
         return _LinearOfRows.apply(x, weight_OI, bias_O, rows_R, frozen)
 
-    return _linear_replaced(linear_of_rows)
+    return linear_by(linear_of_rows)
 
 
 def note_gradient_norm(engine: Any, parameters: list[nn.Parameter], max_norm: float) -> None:
