@@ -142,7 +142,7 @@ def _tangent(
     scale: float,
     share: float,
 ) -> Objective:
-    """WDPO by drdpo.training.wdpo: the gradient of l + c |g|^2, g = l'(m) q, from passes along 2 c l'^2 q, which is held fixed.
+    """WDPO by drdpo.training.wdpo: the gradient of l + c |g|^2, g = l'(m) q, by passes along 2 c l'^2 q, held fixed.
 
     |q|^2 is the largest (q . v)^2 of all unit v, so what rounding does to q changes the slope along it to second order only,
     whereas |q| has all of it: the reported penalty is that of the slope.

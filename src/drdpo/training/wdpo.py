@@ -10,18 +10,18 @@ derivative of m along t. So four passes over the layers, each of which leaves th
     3  tangents   dx of every layer, the derivative of x along t, on the values of pass 1; at the end dm
     4  gradients  of A m + dm for all weights (A = l' + 2 rho l' l'' |q|^2)
 
-The adjoint of dx in dm is lambda itself, which pass 2 has found. So pass 4 propagates only mu, the adjoint of x, and a linear
-map y = W x takes
+The adjoint of dx in dm is lambda itself, which pass 2 has found. So pass 4 propagates only mu, the adjoint of x, and a
+linear map y = W x takes
 
     mu_x = W^T mu_y,    dW = mu_y x^T + lambda_y dx^T
 
-while a norm, gate or attention adds to J^T mu_y the derivative of <lambda_y, f'(x) dx> for x (drdpo.kernels.tangent). With F
-for the products of a forward pass, the passes cost 1 + 1 + 1 + 3 F, a DPO step 3 F. Pass 4 is an ordinary backward pass of
-autograd through a graph whose values are known: nodes compute nothing on the way forward, and the gradients of weights arrive
-as any others, which ZeRO and adapters rely on.
+while a norm, gate or attention f adds to J^T mu_y the derivative of <lambda_y, f'(x) dx> for x (drdpo.kernels.tangent). With
+F for the products of a forward pass, the passes cost 1 + 1 + 1 + 3 F, a DPO step 3 F. Pass 4 is an ordinary backward pass of
+autograd through a graph whose values are known: its nodes compute nothing on the way forward, and the gradients of weights
+arrive as any others, as ZeRO requires.
 
-What is kept of a layer between the passes is its borders (x, dx, lambda and two more rows of the model's width) or, without
-gradient checkpointing, its inside too; what is not kept is computed again, from the borders, when a pass comes by.
+What is kept of a layer between the passes is its border (Layer.border) or, without gradient checkpointing, its inside too.
+What is not kept is computed again when a pass comes by.
 
 With --wdpo_prompt=per_sequence a prompt, whose values are the same in both sequences, has an adjoint and a tangent in each.
 So values and mu are in one row in which the prompt stands once ("once", N rows), adjoints and tangents in one with the
@@ -234,8 +234,8 @@ class Layer:
         # Qwen3 has norms over the width of a head.
         self.head_norms = [getattr(self.attention, name) for name in ("q_norm", "k_norm") if hasattr(self.attention, name)]
         self.border: dict[str, Tensor] = {}
-        """x and dx of the layer's input and of its middle; lambda of its output, and of its second norm's output, which
-        spares later passes most products of pass 2."""
+        """x and dx of the layer's input and of its middle; lambda of its second norm's output, which spares pass 4 most
+        products of pass 2."""
         self.known: Values | None = None
         self.back: Adjoints | None = None
         self.moved: Tangents | None = None
@@ -267,18 +267,20 @@ class Layer:
 
     def adjoints(self, for_y_MD: Tensor) -> Tensor:
         """Pass 2: from lambda of the output, that of the input [M, D]."""
-        self.border["for y"] = for_y_MD
-        back = self._adjoints(self.known or self._values())
+        back = self._adjoints(self.known or self._values(), for_y_MD)
         self.back = back if self.keeps else None
+        return self._for_x(back)
+
+    def _for_x(self, back: Adjoints) -> Tensor:
         return _normed_back(self.norms[0], self.row.spread(self.border["x"]), back.normed_MD).add_(back.mid_MD)
 
-    def _adjoints(self, known: Values) -> Adjoints:
+    def _adjoints(self, known: Values, for_y_MD: Tensor) -> Adjoints:
         border, row = self.border, self.row
-        gated_MI = self._map(row.adjoint, "down_proj", border["for y"])
+        gated_MI = self._map(row.adjoint, "down_proj", for_y_MD)
         if "for normed" not in border:
-            grads = kernels.silu_gate_backward(row.spread(known.gate_NI), row.spread(known.up_NI), gated_MI)
-            border["for normed"] = self._joined(GATES, grads)
-        mid_MD = _normed_back(self.norms[1], row.spread(border["mid"]), border["for normed"]).add_(border["for y"])
+            for_gates = kernels.silu_gate_backward(row.spread(known.gate_NI), row.spread(known.up_NI), gated_MI)
+            border["for normed"] = self._joined(GATES, for_gates)
+        mid_MD = _normed_back(self.norms[1], row.spread(border["mid"]), border["for normed"]).add_(for_y_MD)
         heads, out_MHE, lse_HM = self._apart(known)
         for_out_MHE = self._map(row.adjoint, "o_proj", mid_MD).view(out_MHE.shape).to(row.dtype)
         scaling = self.attention.scaling
@@ -326,13 +328,17 @@ class Layer:
         gated_NI = _Node.apply(self._gate, (hollow(gate_NI.shape[1]),), gate_NI, up_NI)
         return stream_ND, self._node("down_proj", gated_NI)
 
-    def recall(self) -> None:
-        """Have the layer's inside, and what its last map needs."""
+    def recall(self, for_y_MD: Tensor) -> None:
+        """Have the layer's inside, and what its last map needs.
+
+        Args:
+            for_y_MD: [M, D] lambda of the output.
+        """
         known = self.known = self.known or self._values()
-        self.back = self.back or self._adjoints(known)
+        self.back = self.back or self._adjoints(known, for_y_MD)
         moved = self.moved = self.moved or self._tangents(known)
         gated_NI = kernels.silu_gate_forward(known.gate_NI, known.up_NI)
-        self._expect("down_proj", gated_NI, self._gated_tangent(known, moved), self.border["for y"])
+        self._expect("down_proj", gated_NI, self._gated_tangent(known, moved), for_y_MD)
 
     def _inside(self) -> tuple[Values, Adjoints, Tangents]:
         if self.known is None or self.back is None or self.moved is None:
@@ -384,10 +390,11 @@ class Layer:
         known_parts = border["x"], border["dx"], for_normed_ND, back.normed_MD
         grad_ND, for_weight_D = self.row.norm_second(self.norms[0], *known_parts, wanted[-1])
         grad_ND += for_x_ND
+        for_x_MD = self._for_x(back)
         self.known = self.back = self.moved = None
         self.border = {}
         if self.below is not None:
-            self.below.recall()
+            self.below.recall(for_x_MD)
         return [*[grad_ND] * (len(wanted) - 1), for_weight_D]
 
     # Linear maps.
@@ -506,8 +513,8 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def _normed_tangent(norm: Any, x: Tensor, dx: Tensor) -> Tensor:
-    parts = (part.view(-1, len(norm.weight)) for part in (x, dx))
-    return kernels.rms_norm_tangent(*parts, norm.weight, norm.variance_epsilon).view(x.shape)
+    x_, dx_ = (part.view(-1, len(norm.weight)) for part in (x, dx))
+    return kernels.rms_norm_tangent(x_, dx_, norm.weight, norm.variance_epsilon).view(x.shape)
 
 
 def _normed_back(norm: Any, x: Tensor, grad: Tensor) -> Tensor:
@@ -545,12 +552,16 @@ class Passes:
     def __init__(self, policy: Policy, batch: PackedBatch, prompt_once: bool) -> None:
         decoder = decoder_of(policy)
         with torch.no_grad():
-            self._embeds_ND = self._embedded(policy, batch)
+            self._embeds_ND = self._embedded(policy, batch).detach()
             self.row = Row(policy, batch, self._embeds_ND, prompt_once)
         self.norm = decoder.norm
         self.layers: list[Layer] = []
         for module in decoder.layers:
             self.layers.append(Layer(module, self.row, self.layers[-1] if self.layers else None))
+        for norm in [self.norm, *(norm for layer in self.layers for norm in (*layer.norms, *layer.head_norms))]:
+            # ZeRO-3 leaves a norm's weight whole once it has been gathered (engine_config).
+            if not norm.weight.numel():
+                norm.weight.all_gather()
 
     @staticmethod
     def _embedded(policy: Policy, batch: PackedBatch) -> Tensor:
@@ -572,12 +583,16 @@ class Passes:
     def adjoints(self, for_hidden_AD: Tensor) -> Tensor:
         """Pass 2: lambda of the input embeddings [M, D]."""
         self._for_hidden_AD = for_hidden_AD.to(self._x_AD.dtype)
-        for_x_AD = _normed_back(self.norm, self._x_AD, self._for_hidden_AD)
-        lambda_MD = for_x_AD.new_zeros(len(self.row.pair_M), for_x_AD.shape[1])
-        lambda_MD.index_add_(0, self.row.apart.states_A, for_x_AD)
+        lambda_MD = self._for_last_x()
         for layer in reversed(self.layers):
             lambda_MD = layer.adjoints(lambda_MD)
         return lambda_MD
+
+    def _for_last_x(self) -> Tensor:
+        """[M, D] lambda of the last layer's output."""
+        for_x_AD = _normed_back(self.norm, self._x_AD, self._for_hidden_AD)
+        lambda_MD = for_x_AD.new_zeros(len(self.row.pair_M), for_x_AD.shape[1])
+        return lambda_MD.index_add_(0, self.row.apart.states_A, for_x_AD)
 
     @torch.no_grad()
     def tangents(self, direction_MD: Tensor) -> Tensor:
@@ -599,7 +614,7 @@ class Passes:
         for_x_AD, for_weight_D = kernels.rms_norm_second(self._x_AD, self._dx_AD, *known_parts, wanted[-1])
         grad_ND = for_x_AD.new_zeros(len(self.row.once.cos_N1E), for_x_AD.shape[1])
         grad_ND.index_add_(0, self.row.once.states_A, for_x_AD)
-        self.layers[-1].recall()
+        self.layers[-1].recall(self._for_last_x())
         return [*[grad_ND] * (len(wanted) - 1), for_weight_D]
 
 
@@ -771,7 +786,7 @@ def _check_numbers(policy: Policy, method: Method) -> None:
     vocabulary = policy.head.weight.shape[0]
     ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (6, 9, 5)]
     device = policy.head.weight.device
-    batch = pack([Pair(*ids, columns=dict.fromkeys(method.reads, 1.0))], [0], prompt_once=True).to(device)
+    batch = pack([Pair(ids[0], ids[1], ids[2], columns=dict.fromkeys(method.reads, 1.0))], [0], prompt_once=True).to(device)
     ours = input_gradient(policy, batch, torch.zeros(1, 2, device=device), method)
     with torch.no_grad():
         chosen, rejected = tangent_answers(policy, batch, ours, torch.ones(1, device=device))[1]
