@@ -153,8 +153,8 @@ def decoder_of(policy: Policy) -> Any:
 
 
 def widen_values(policy: Policy) -> None:
-    """Compute values in float32, in the policy, its reference and its evaluation alike: before the first step all margins are
-    zero only if both come from the same arithmetic.
+    """Compute values in float32, in the policy, its reference and its evaluation alike: before the first step all margins
+    are zero only if both come from the same arithmetic.
 
     Args:
         policy: of an architecture that check_architecture has passed, with its adapters.

@@ -141,6 +141,7 @@ class Row:
 
     def value(self, module: Any, x_NI: Tensor) -> Tensor:
         """x W^T + b"""
+
         def by(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
             y = value_product(x, weight_OI)
             return y if bias_O is None else y.add_(bias_O)
@@ -173,8 +174,11 @@ def _apart(groups: Sequence[PrefixGroup]) -> tuple[list[int], list[int], list[in
     last = {row: place for place, row in enumerate(rows)}
     first = {row: place for place, row in reversed([*enumerate(rows)])}
     lengths = [group.prefix + length for group in groups for length in group.suffixes]
-    return rows, [first[n] for n in range(start)], [last[n] for n in range(start)], tuple(
-        PrefixGroup(0, (length,)) for length in lengths
+    return (
+        rows,
+        [first[n] for n in range(start)],
+        [last[n] for n in range(start)],
+        tuple(PrefixGroup(0, (length,)) for length in lengths),
     )
 
 
@@ -669,9 +673,7 @@ def _loss_slopes(pairs: Pairs, method: Method) -> Tensor:
         return torch.autograd.grad(method.loss(pairs._replace(margins_B=margins_B)).sum(), margins_B)[0]
 
 
-def tangent_answers(
-    policy: Policy, batch: PackedBatch, gradient: InputGradient, scale_B: Tensor
-) -> tuple[Tensor, Tensor]:
+def tangent_answers(policy: Policy, batch: PackedBatch, gradient: InputGradient, scale_B: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [S] of the answers, and their derivatives [S] along c q: pass 3, and the graph of pass 4, in which
     the gradient for the derivatives must be 1 for chosen answers and -1 for rejected ones.
 
