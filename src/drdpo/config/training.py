@@ -202,8 +202,8 @@ class TrainConfig:
         return self.method == "wdpo" and self.solver == "tangent"
 
     @property
-    def wide_first_tokens(self) -> bool:
-        """Are sequences' first tokens computed in float32? See drdpo.training.patches."""
+    def wide_values(self) -> bool:
+        """Are values computed in float32, with weights of less precision? See drdpo.training.patches."""
         return self.tangent and self.dtype == "bfloat16"
 
     @property

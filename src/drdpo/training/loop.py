@@ -46,7 +46,7 @@ from drdpo.training.objective import (
     penalty_scales,
     survey,
 )
-from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, widen_first_tokens
+from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, widen_values
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import (
     Run,
@@ -110,8 +110,8 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         add_lora(policy, config.lora)
     if config.tangent:
         check_architecture(policy, config.model_path)
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
+        if config.wide_values:
+            widen_values(policy)
         check_tangent(policy, config.model_path, run.method)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     engine.module.flash_attention = config.packed_flash

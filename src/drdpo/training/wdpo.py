@@ -51,7 +51,7 @@ from drdpo.kernels.tangent import Heads
 from drdpo.training.data import PackedBatch, Pair, pack
 from drdpo.training.lora import ADAPTER
 from drdpo.training.losses import Method, Pairs
-from drdpo.training.patches import first_rows, linear_by, product, weight_gradient
+from drdpo.training.patches import linear_by, product, value_product, weight_gradient
 from drdpo.training.policy import Policy, decoder_of, pairs_of, sum_by_sequence
 
 QKV, GATES = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -70,8 +70,6 @@ class Form(NamedTuple):
     groups: tuple[PrefixGroup, ...]
     cos_N1E: Tensor
     sin_N1E: Tensor
-    wide_R: Tensor | None
-    """Rows whose products are taken in float32, see drdpo.training.patches."""
     states_A: Tensor
     """Where the states are that predict the answers' tokens."""
 
@@ -92,13 +90,11 @@ class Row:
         cos_N1E, sin_N1E = (part[0, :, None] for part in rotary(embeds_ND, position_ids=batch.positions_1N))
         self.dtype = policy.attention_dtype
         self.zero = embeds_ND.new_zeros(())
-        device, wide = embeds_ND.device, policy.wide_first
+        device = embeds_ND.device
         self.pair_M = batch.pair_N
         self.rows_M: Tensor | None = None
         """The token of `once` that each of `apart` is."""
-        self.once = Form(
-            batch.groups, cos_N1E, sin_N1E, first_rows(batch.groups, device) if wide else None, batch.states_A
-        )
+        self.once = Form(batch.groups, cos_N1E, sin_N1E, batch.states_A)
         self.apart = self.once
         if prompt_once or not any(group.prefix for group in batch.groups):
             return
@@ -109,8 +105,7 @@ class Row:
         self._again_of_E = self.rows_M[self._again_E]
         rejected_A = batch.sequence_A >= len(batch.indices_B)
         states_A = torch.where(rejected_A, last[batch.states_A], self._first_N[batch.states_A])
-        wide_M = first_rows(groups, device) if wide else None
-        self.apart = Form(groups, cos_N1E[self.rows_M], sin_N1E[self.rows_M], wide_M, states_A)
+        self.apart = Form(groups, cos_N1E[self.rows_M], sin_N1E[self.rows_M], states_A)
         self.pair_M = batch.pair_N[self.rows_M]
 
     def spread(self, values: Tensor) -> Tensor:
@@ -147,7 +142,7 @@ class Row:
     def value(self, module: Any, x_NI: Tensor) -> Tensor:
         """x W^T + b"""
         def by(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-            y = product(x, weight_OI, self.once.wide_R)
+            y = value_product(x, weight_OI)
             return y if bias_O is None else y.add_(bias_O)
 
         with linear_by(by):
@@ -155,12 +150,12 @@ class Row:
 
     def tangent(self, module: Any, dx_MI: Tensor) -> Tensor:
         """dx W^T: the bias belongs to the value alone."""
-        with linear_by(lambda linear, dx, weight_OI, bias_O=None: product(dx, weight_OI, self.apart.wide_R)):
+        with linear_by(lambda linear, dx, weight_OI, bias_O=None: product(dx, weight_OI)):
             return module(dx_MI)
 
     def adjoint(self, module: Any, for_y_MO: Tensor) -> Tensor:
         """lambda_y W"""
-        with linear_by(lambda linear, grad, weight_OI, bias_O=None: product(grad, weight_OI.T, self.apart.wide_R)):
+        with linear_by(lambda linear, grad, weight_OI, bias_O=None: product(grad, weight_OI.T)):
             return module(for_y_MO)
 
 
@@ -448,7 +443,7 @@ class Layer:
             grad_NO = grad_NO * scale
         grads: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
-            grads[0] = product(grad_NO, weight_OI.T, self.row.once.wide_R)
+            grads[0] = product(grad_NO, weight_OI.T)
         if wanted[1]:
             grads[1] = weight_gradient(weight_OI.dtype, (grad_NO, x_NI), (for_y_MO, dx_MI))
         if len(wanted) > 2 and wanted[2]:
@@ -571,7 +566,7 @@ class Passes:
     @staticmethod
     def _embedded(policy: Policy, batch: PackedBatch) -> Tensor:
         embeds_ND = policy.embed(batch)[0]
-        return embeds_ND.float() if policy.wide_first else embeds_ND
+        return embeds_ND.float() if policy.wide_values else embeds_ND
 
     @torch.no_grad()
     def values(self, policy: Policy, batch: PackedBatch) -> Known:
