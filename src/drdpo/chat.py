@@ -7,11 +7,16 @@ it is encoded as plain text."""
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from drdpo.errors import DataError
 from drdpo.records import Message
 
 DATE_STRING = "26 Jul 2024"
 """Today's date for Llama 3.2's template: the one in its documentation."""
+
+UNRENDERABLE = (TemplateError, ValueError, TypeError)
+"""Errors of rendering: the template's own, this module's, and those of a template that fails on a message."""
 
 Tokenizer = Any
 """A transformers PreTrainedTokenizerFast."""

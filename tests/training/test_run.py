@@ -69,6 +69,8 @@ REFUSED = {
     ("--wdpo_rho=-1",): ["--wdpo_rho=-1.0"],
     ("--drdpo_beta=nan",): ["--drdpo_beta=nan"],
     ("--beta=0",): ["--beta=0.0"],
+    ("--test_share=0.1", "--test_split=b"): ["--test_share and --test_split", "pass one"],
+    ("--test_share=1",): ["--test_share=1.0"],
     ("--max_test_pairs=0",): ["--max_test_pairs=0"],
     ("--label_smoothing=0.5",): ["--label_smoothing"],
     ("--loss_type=ipo", "--label_smoothing=0.1"): ["--label_smoothing"],

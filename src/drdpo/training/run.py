@@ -16,7 +16,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
+from drdpo.training.data import BatchPlan, Pair, load_split, tokenise
 from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
@@ -93,11 +93,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     check_model_folder(config.model_path)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
-            rows = len(load_preferences(config.dataset_path, split))
-            if method.reads:
-                load_columns(config.dataset_path, split, method.reads)
+            preferences, _ = load_split(config.data, split, method.reads)
             if split == "train":
-                _check_enough(config, rows, split)
+                _check_enough(config, len(preferences), split)
     folder = Path(config.save_path)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--save_path={folder} is a file, not a folder")
@@ -194,8 +192,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     tokenizer = chat.load_tokenizer(config.model_path)
     pairs, counts = {}, {}
     for split in ("train", "test"):
-        preferences = load_preferences(config.dataset_path, split)
-        columns = load_columns(config.dataset_path, split, method.reads) if method.reads else [{}] * len(preferences)
+        preferences, columns = load_split(config.data, split, method.reads)
         if split == "test":
             preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
