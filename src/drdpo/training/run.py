@@ -28,6 +28,10 @@ NOT_COMPARED = (
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
+ROUNDINGS = ("micro_batch_size", "micro_batch_tokens")
+"""Flags that divide a step's pairs, which changes its roundings alone, unless a micro-batch is a population or has
+--wdpo_fraction's penalty or not. A run that ran out of memory may resume with others."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -105,7 +109,8 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         now = {name: value for name, value in _made_by(config, method).items() if name not in _left_open(config)}
         if asked == "auto" and distributed.world_size() > 1:
             del now["dtype"]  # settled when the ranks meet
-        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        known = {name: before["made_by"].get(name) for name in now}
+        _other_roundings(config, folder, {**before, "made_by": known}, now)
         # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import check_world
 
@@ -243,7 +248,13 @@ def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> 
         )
 
 
-def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]) -> None:
+def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Refuse to resume the run of a manifest's entry as another run; which flags change roundings alone, for a message."""
+    before, roundings = entry["made_by"], ""
+    if config.robust_scope == "step" and config.wdpo_fraction == 1 and not entry.get("complete"):
+        kept = {name: made_by[name] for name in ROUNDINGS if name in made_by}
+        roundings = changed({name: before.get(name) for name in kept}, kept)
+        before = before | kept
     changes = changed(before, made_by)
     if changes and before.get("method") is None:
         raise UsageError(
@@ -255,6 +266,7 @@ def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]
             f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "
             "--resume=never to replace it"
         )
+    return roundings
 
 
 def is_complete(run: Run) -> bool:
@@ -266,7 +278,9 @@ def is_complete(run: Run) -> bool:
     before = read_manifest(run.folder).get("train")
     if before is None or run.config.resume == "never":
         return False
-    _refuse_change(run.folder, before["made_by"], run.made_by)
+    roundings = _other_roundings(run.config, run.folder, before, run.made_by)
+    if roundings and distributed.is_main():
+        print(f"{run.folder}: resuming with another {roundings}, so not bit-identical to a run without it", flush=True)
     return bool(before.get("complete")) and is_saved(run.folder / f"global_step_{run.steps}")
 
 
