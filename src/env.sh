@@ -169,9 +169,9 @@ launch() {
     run "${launched[@]}"
 }
 
-# launch_run SCRIPT FLAG...: the same, replacing this shell, so that signals reach the processes. Several processes also write to
+# exec_launch SCRIPT FLAG...: the same, replacing this shell, so that signals reach the processes. Several processes also write to
 # a folder in <save_path>/logs, a new one for each start.
-launch_run() {
+exec_launch() {
     local launched logs
     logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
     # These write nothing.

@@ -97,7 +97,7 @@ def score_completions(config: CompletionsConfig) -> None:
             if (file := _sampled(config, split)).exists():
                 read_sampled(file)
         return
-    distributed.initialise()
+    distributed.join()
     try:
         config, precision = agree(config, precision)
         announce(precision)

@@ -15,7 +15,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError, ProcessError, UsageError
+from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
 from drdpo.folder import sole_writer
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
@@ -58,7 +58,7 @@ from drdpo.training.run import (
     note_run,
     open_run,
 )
-from drdpo.training.stop import STATUS, StopRequest, lost_rank_in_one_line, seconds_to_wait, stop_on_signal
+from drdpo.training.stop import StopRequest, lost_rank_in_one_line, seconds_to_wait, stop_on_signal
 from drdpo.training.wdpo import check_architecture, check_tangent
 
 
@@ -70,7 +70,7 @@ def train_alignment(config: TrainConfig, method: Method) -> None:
         if config.deterministic:
             deepspeed_engine.be_deterministic()
         if not config.dry_run:
-            deepspeed_engine.initialise(timedelta(seconds=timeout))
+            deepspeed_engine.join_with_deepspeed(timedelta(seconds=timeout))
         try:
             if not config.dry_run:
                 config, precision = agree(config, precision)
@@ -233,7 +233,7 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
 
     Raises:
         ProcessError: --save_resume=false, so nothing can go on.
-        SystemExit: drdpo.training.stop.STATUS.
+        SystemExit: drdpo.errors.STOPPED.
     """
     if not run.config.save_resume:
         raise ProcessError(
@@ -248,7 +248,7 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
     _say(f"stopped by {name} {what}")
     # torchrun ends the others when the first one has ended.
     distributed.barrier()
-    sys.exit(STATUS)
+    sys.exit(STOPPED)
 
 
 def _reference(engine: Engine, run: Run, split: str) -> Tensor:
