@@ -44,18 +44,24 @@ wants_help() {
     return 1
 }
 
-# flag_value NAME FLAG...: the value of --NAME=value or --NAME value.
+# flag_value NAME FLAG...: the value of --NAME=value or --NAME value, or of NAME in the file of --config.
 flag_value() {
-    local name="$1" value=""
+    local name="$1" value="" file=""
     shift
     while (($#)); do
         # drdpo.cli accepts dashes for underscores.
         case "$1" in
             "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
             "--$name" | "--${name//_/-}") value="${2:-}" ;;
+            --config=*) file="${1#*=}" ;;
+            --config) file="${2:-}" ;;
         esac
         shift
     done
+    if [[ -z "$value" && -n "$file" ]]; then
+        # An unreadable file is reported by the step itself.
+        value="$(python -c 'import sys; from drdpo.cli import flag_in_file; print(flag_in_file(*sys.argv[1:]))' "$file" "$name" 2>/dev/null || true)"
+    fi
     printf '%s' "$value"
 }
 

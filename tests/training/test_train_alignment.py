@@ -109,3 +109,9 @@ def test_a_stopped_run_ends_with_75_and_resumes_to_equal_the_uninterrupted(run, 
     assert "Traceback" not in err
     assert "after step" in two_ranks(forks, root, words)
     check_equal(again, run)
+
+
+def test_a_run_is_repeated_from_its_config_json(run, root, forks, tmp_path):
+    again = tmp_path / "again"
+    two_ranks(forks, root, [f"--config={run / 'config.json'}", f"--save_path={again}"])
+    check_equal(again, run)
