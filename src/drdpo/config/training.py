@@ -154,8 +154,8 @@ class TrainConfig:
         "'auto' resumes the run in --save_path; 'never' starts over and replaces it", "auto"
     )
     log: str = flag(
-        "where metrics go besides metrics.jsonl: tensorboard, wandb, both comma-separated, or none; wandb must be installed "
-        "separately and reads its own WANDB_* variables",
+        "where metrics go besides metrics.jsonl: tensorboard, trackio, wandb, several comma-separated, or none; trackio "
+        "and wandb must be installed separately",
         "tensorboard",
     )
     check_only: bool = flag("check flags and inputs, then stop", False)
@@ -274,7 +274,8 @@ def _check_rules(config: TrainConfig) -> None:
 def _check_log(config: TrainConfig) -> None:
     names = [name.strip() for name in config.log.split(",")]
     for name in names:
-        require(name in ("tensorboard", "wandb", "none"), f"--log={config.log}: '{name}' is not tensorboard, wandb or none")
+        known = ("tensorboard", "trackio", "wandb", "none")
+        require(name in known, f"--log={config.log}: '{name}' is not one of {', '.join(known)}")
     require("none" not in names or len(names) == 1, f"--log={config.log}: none excludes the others; omit one")
 
 

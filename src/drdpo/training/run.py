@@ -17,10 +17,10 @@ from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, 
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
 from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
-from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
 from drdpo.training.stop import seconds_to_wait
+from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
@@ -302,5 +302,5 @@ def note_run(run: Run, complete: bool) -> None:
 def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
+    for name in ("metrics.jsonl", DASHBOARD, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)
