@@ -77,6 +77,8 @@ def test_checkpoint_loads_and_generates_and_keeps_the_tokenizer(run, tiny_policy
     text = "Hello 12345, <|im_end|> x"
     assert tokenizer(text)["input_ids"] == base(text)["input_ids"]
     assert tokenizer.chat_template == base.chat_template
+    card = (folder / "README.md").read_text()
+    assert "aligned by **WDPO (wdpo_rho=0.01)**" in card and "step 4 of 4" in card and "| eval loss |" in card
     ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert ids.shape[1] > 3
 

@@ -158,6 +158,7 @@ class TrainConfig:
         "and wandb must be installed separately",
         "tensorboard",
     )
+    push_to_hub: str | None = flag("upload the last checkpoint to this hub repository (owner/name, private if new)", None)
     check_only: bool = flag("check flags and inputs, then stop", False)
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 

@@ -24,7 +24,7 @@ from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing",
+    "log", "gradient_checkpointing", "push_to_hub",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
