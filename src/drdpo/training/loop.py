@@ -204,7 +204,7 @@ def _steps(
         batches = [_on_device(engine, plan, indices, references["train"]) for indices in plan.of_step(step)]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         parts = train_step(engine, batches, config, run.method, step)
-        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch}
+        metrics = {"step": step + 1, "epoch": run.epochs(step + 1)}
         penalty = run.method.penalty
         root = config.robust_scope if penalty and penalty.root else None
         weighted = run.method.weights is not None

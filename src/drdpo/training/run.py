@@ -45,12 +45,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.config.max_steps or self.config.max_epochs * self.steps_per_epoch
+        """Optimizer steps of the run; the pairs that do not fill a last one are not trained on once more."""
+        return self.config.max_steps or self.config.max_epochs * len(self.train) // self.config.train_batch_size
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train) // self.config.train_batch_size
+    def epochs(self, steps: int) -> float:
+        """Passes over the training pairs that so many steps make."""
+        return steps * self.config.train_batch_size / len(self.train)
 
     @cached_property
     def plans(self) -> dict[str, BatchPlan]:
@@ -206,6 +206,8 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
+    if len(pairs["train"]) % config.train_batch_size:
+        made_by["incomplete_steps"] = "filled from the next epoch"  # earlier versions omitted their pairs
     folder = Path(config.save_path)
     return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
 
