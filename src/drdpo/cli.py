@@ -128,6 +128,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
         settings["choices"] = get_args(kind)
     elif get_origin(kind) is list:
         settings |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif get_origin(kind) is dict:
+        settings["type"] = _json_object
     elif kind is bool:
         settings |= {"type": _truth, "nargs": "?", "const": True}
     else:
@@ -209,6 +211,16 @@ def _truth(word: str) -> bool:
     if word.lower() not in _TRUTH:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
     return _TRUTH[word.lower()]
+
+
+def _json_object(word: str) -> dict[str, Any]:
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a JSON object such as " + '{"name": false}')
+    return value
 
 
 def _check_word(shown: str, word: Any) -> None:

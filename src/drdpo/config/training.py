@@ -1,7 +1,7 @@
 """Flags of train_alignment.sh."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from drdpo.cli import check_bounds, flag, require
 
@@ -85,6 +85,11 @@ class TrainConfig:
         "maximum tokens of prompt + answer; longer answers are truncated, pairs with a longer prompt dropped",
         2048,
         at_least=1,
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the chat template, e.g. '{\"enable_thinking\": false}' for Qwen3 without "
+        "thinking; those that sampled the pairs",
+        None,
     )
     max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None, at_least=1)
     eval_steps: int = flag("evaluate on the test pairs every N steps; 0: only at the end", 79, at_least=0)

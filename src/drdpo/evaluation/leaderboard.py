@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drdpo.chat import DATE_STRING, load_tokenizer
+from drdpo.chat import DATE_STRING, load_tokenizer, template_arguments
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, world_size
@@ -68,7 +68,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if is_main():
         # The other ranks wait when lm-eval joins the process group.
         if config.apply_chat_template:
-            load_tokenizer(config.model_path)
+            load_tokenizer(config.model_path, config.chat_template_kwargs)
         check_data(manager, leaves)
     model_args |= _parallelism(config) | _context(config)
     # If rank 0 fails to lock, the launcher stops the others.
@@ -109,9 +109,10 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
         "pretrained": config.model_path,
         "dtype": config.dtype,
         "trust_remote_code": False,
-        # Llama 3.2's template inserts today's date by default, and results must not depend on the day.
-        "chat_template_args": {"date_string": DATE_STRING},
+        "chat_template_args": template_arguments(config.chat_template_kwargs),
     }
+    if (config.chat_template_kwargs or {}).get("enable_thinking") is False:
+        arguments["enable_thinking"] = False  # lm-eval's vllm backend takes it out of chat_template_args
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from drdpo import chat, distributed
@@ -149,22 +148,21 @@ def tokenise(
     for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
-        except (TemplateError, ValueError):
+            room = max_len - len(prompt)
+            if room < 1:
+                counts["prompt too long"] += 1
+                continue
+            whole = [
+                _answer(tokenizer, preference.prompt, preference.chosen, preference.chosen_token_ids),
+                _answer(tokenizer, preference.prompt, preference.rejected, preference.rejected_token_ids),
+            ]
+        except ValueError:
             counts["template refuses"] += 1
             continue
-        room = max_len - len(prompt)
-        if room < 1:
-            counts["prompt too long"] += 1
-            continue
-        answers = []
-        for message, sampled in (
-            (preference.chosen, preference.chosen_token_ids),
-            (preference.rejected, preference.rejected_token_ids),
-        ):
-            ids, encoded = _answer(tokenizer, message, sampled)
+        answers = [ids[:room] for ids, _ in whole]
+        for ids, encoded in whole:
             counts["text encoded"] += encoded
             counts["answer cut"] += len(ids) > room
-            answers.append(ids[:room])
         if not all(answers):
             counts["empty answer"] += 1
         elif answers[0] == answers[1]:
@@ -174,14 +172,14 @@ def tokenise(
     return pairs, counts
 
 
-def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int] | None) -> tuple[list[int], bool]:
+def _answer(
+    tokenizer: chat.Tokenizer, prompt: list[Message], answer: list[Message], sampled: list[int] | None
+) -> tuple[list[int], bool]:
     """Ids of an answer, and whether its text had to be encoded."""
-    if sampled is None:
-        return chat.answer_token_ids(tokenizer, answer), True
-    in_vocabulary = all(token < len(tokenizer) for token in sampled)
-    if in_vocabulary and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
+    text = answer[0]["content"].strip()
+    if sampled is not None and max(sampled, default=0) < len(tokenizer) and chat.decode(tokenizer, sampled) == text:
         return list(sampled), False
-    return chat.answer_token_ids(tokenizer, answer), True
+    return chat.answer_token_ids(tokenizer, answer, prompt), True
 
 
 # Which pairs go through the model together ------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         UsageError: the folder contains a run with other flags, model or pairs.
         DataError: too few usable pairs.
     """
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
     for split in ("train", "test"):
         preferences = load_preferences(config.dataset_path, split)
