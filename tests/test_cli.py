@@ -145,7 +145,7 @@ def test_flags_of_a_file_stand_before_those_of_the_command_line(
 @pytest.mark.parametrize(
     ("text", "says"),
     [(None, "No such file"), ("{", "Expecting"), ("[1]", "not an object"), ('{"odd": 1}', "odd is no flag"),
-     ('{"some_count": {}}', "value of some_count"), ('{"some_count": {"flags": 1}}', "value of some_count")],
+     ('{"some_count": [{}]}', "value of some_count"), ('{"some_count": [[1]]}', "value of some_count")],
 )  # fmt: skip
 def test_a_file_that_has_no_flags_is_refused_by_name(text: str | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "flags.json"

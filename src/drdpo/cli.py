@@ -197,6 +197,8 @@ def _load(path: Path) -> list[dict[Any, Any]]:
 
 
 def _spelled_value(path: Path, name: str, value: Any) -> list[str]:
+    if isinstance(value, dict):  # JSON on the command line too
+        return [json.dumps(value)]
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str | bool | int | float) for each in values):
         raise DataError(f"--config={path}: the value of {name} is neither text, number, truth value nor a list of them")

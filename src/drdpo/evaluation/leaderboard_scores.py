@@ -10,7 +10,7 @@ average is the plain mean of the six. The harness's raw means are weighted by si
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +180,7 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
             "scores 0. The harness has no standard error for IFEval's instructions; that of its prompts is used for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]
-    parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
+    parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1), *_notes(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,7 +197,26 @@ def terminal(results: Mapping[str, Any]) -> str:
     tables = [text_table(RAW_HEADER, rows)]
     if found:
         tables.append(text_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, *_notes(results)])
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """What of the tasks the model did not see."""
+    if "cut_prompts" not in results:
+        return []
+    samples = results.get("n-samples", {})
+    cut = [f"{task} {count} of {samples[task]['effective']}" for task, count in results["cut_prompts"].items() if count]
+    notes = [f"Prompts cut from the left to fit the context: {', '.join(cut) or 'none'}."]
+    lost = results.get("lost_descriptions")
+    return [*notes, lost_note(lost)] if lost else notes
+
+
+def lost_note(tasks: Sequence[str]) -> str:
+    """One sentence about task descriptions that a template without a system role drops."""
+    return (
+        "The chat template prints no system message, so lm-eval drops the description of the task from the prompts of "
+        f"{', '.join(tasks)}."
+    )
 
 
 def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
