@@ -265,7 +265,7 @@ def _check_answers(tokenizer: Tokenizer, template: str) -> None:
     except ValueError as error:
         raise DataError(
             f"{tokenizer.name_or_path}: answers given as text cannot be encoded: {error}; use answers with token ids "
-            "(chosen_token_ids and rejected_token_ids, sampled by generate_completions.sh), other --chat_template_kwargs, or "
+            "(chosen_token_ids and rejected_token_ids, as step 1 samples them), other --chat_template_kwargs, or "
             "another chat_template.jinja"
         ) from error
 
