@@ -276,7 +276,7 @@ def test_a_comparison_of_unlike_runs_is_marked(tmp_path: Path, two_runs: list[st
 
 def test_same_input_same_bytes(tmp_path: Path, two_runs: list[str]) -> None:
     output = evaluate(tmp_path, two_runs)
-    names = ("answers.csv", "pairs.csv", "scores.csv", "report.md", "spider.png", "spider.svg")
+    names = ("answers.csv", "pairs.csv", "scores.csv", "report.html", "report.md", "spider.png", "spider.svg")
     before = {name: (output / name).read_bytes() for name in names}
     assert before["spider.png"].startswith(b"\x89PNG")
     evaluate(tmp_path, two_runs)

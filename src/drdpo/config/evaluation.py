@@ -18,7 +18,7 @@ class EvaluateConfig:
         "NAME=FOLDER arguments, folders of scored completions; the first is the base; repeat a name with other folders to "
         "pool training seeds"
     )
-    output_path: str = flag("folder for report.md, spider.png, spider.svg and CSV files")
+    output_path: str = flag("folder for report.md, report.html, spider.png, spider.svg and CSV files")
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
     trained_on: list[str] = flag(
         "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",
@@ -117,7 +117,7 @@ class CompareOpenllmConfig:
         "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
         "e.g. 1B/base=outputs/openllm/base"
     )
-    output_path: str = flag("folder for report.md, leaderboard.csv, heatmap.png and heatmap.svg")
+    output_path: str = flag("folder for report.md, report.html, leaderboard.csv, heatmap.png and heatmap.svg")
     published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
         "model size whose published numbers to show; auto uses the GROUP names", "auto"
     )
@@ -128,7 +128,7 @@ class CompareMixturesConfig:
     """Compare the gains of several training mixtures with the published ones."""
 
     reports: list[str] = flag("NAME=FOLDER arguments, output folders of evaluate_armorm.py, one per training mixture")
-    output_path: str = flag("folder for report.md, spiders.png and spiders.svg")
+    output_path: str = flag("folder for report.md, report.html, spiders.png and spiders.svg")
     published: bool = flag(
         "show the published numbers of mixtures named like the authors' (e.g. helpfulness_coherence)", True
     )
