@@ -108,7 +108,7 @@ class CompareOpenllmConfig:
         "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
         "e.g. 1B/base=outputs/openllm/base"
     )
-    output_path: str = flag("folder for report.md, leaderboard.csv, heatmap.png and heatmap.svg")
+    output_path: str = flag("folder for report.md and leaderboard.csv")
     published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
         "model size whose published numbers to show; auto uses the GROUP names", "auto"
     )

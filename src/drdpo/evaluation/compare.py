@@ -34,6 +34,8 @@ PAIRS = (
 )  # fmt: skip
 _PAIR_COLUMNS = 6
 """More pairs of runs than these are in pairs.csv only."""
+_ENOUGH_SEEDS = 5
+"""With fewer the spread over seeds is hardly known."""
 _OPTIONAL = ("pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
 
 
@@ -274,7 +276,11 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
     text = (
         f"Mean difference from {base.name} over the paired prompts, in standard deviations of {base.name}'s completion "
         "scores. The unit is held fixed. Brackets: 95% percentile interval of a paired bootstrap over prompts"
-        + (" and seeds" if any(run.seeds for run in [base, *others]) else "")
+        + (
+            ", for runs of several seeds a t interval over prompts and seeds"
+            if base.seeds or any(r.seeds for r in others)
+            else ""
+        )
         + ", without correction for multiple comparisons: about one in twenty misses the true value."
     )
     if summaries.keys() - {MIXTURE}:
@@ -318,10 +324,14 @@ def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
         [f"`{flag_name(name)}`", *(interval(comparison.pairs[pair][name].gain, "{:+.3f}") for pair in names)]
         for name in comparison.objectives
     ]
-    text = (
-        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0. Win "
-        "rates are in pairs.csv."
-    )
+    text = f"Differences, in standard deviations of {runs[0].name}'s scores. "
+    if any(1 < len(run.members) < _ENOUGH_SEEDS for run in runs):
+        text += f"With fewer than {_ENOUGH_SEEDS} seeds they tell no two methods apart, whatever the intervals. "
+    elif not any(run.seeds for run in runs):
+        text += "Two runs differ if the interval excludes 0; that says nothing about other training seeds. "
+    else:
+        text += "Two runs differ if the interval excludes 0. "
+    text += "Win rates are in pairs.csv."
     return ["## Every two runs", text, markdown_table(header, rows)]
 
 
