@@ -266,7 +266,7 @@ def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str])
     (dpo / "manifest.json").write_text(json.dumps({"score_test": scored}))
     text = report_of(evaluate(tmp_path, two_runs))
     assert "KLDPO (kldpo_tau=0.05), beta=0.01, seed=7" in text
-    for fact in ("global_step_3", "datasets/some_prompts", "models/RM", "f00d", "1.2.3", "](spider.png)"):
+    for fact in ("global_step_3", "datasets/some_prompts", "models/RM", "f00d", "1.2.3"):
         assert fact in text
     assert f"{base / 'manifest.json'} has no record of score_test" in text
     # base: 2 prompts, none left out; dpo: 3, one left out.
@@ -287,14 +287,19 @@ def test_a_comparison_of_unlike_runs_is_marked(tmp_path: Path, two_runs: list[st
     assert "the scoring differs in reward_model" in capsys.readouterr().out
 
 
-def test_same_input_same_bytes(tmp_path: Path, two_runs: list[str]) -> None:
-    output = evaluate(tmp_path, two_runs)
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    scores = {H: [0.0, 1.0], C: [2.0, 1.0], "ArmoRM": [0.0, 3.0]}
+    runs = [f"{name}={write_run(tmp_path / name, scores)}" for name in ("base", "dpo")]
+    output = evaluate(tmp_path, runs)
+    assert "](spider.png)" in report_of(output)
     names = ("answers.csv", "pairs.csv", "scores.csv", "report.md", "spider.png", "spider.svg")
     before = {name: (output / name).read_bytes() for name in names}
     assert before["spider.png"].startswith(b"\x89PNG")
-    evaluate(tmp_path, two_runs)
+    evaluate(tmp_path, runs)
     assert {name: (output / name).read_bytes() for name in names} == before
-    assert sorted(path.name for path in output.iterdir()) == sorted([*names, "manifest.json"])
+    # Two objectives are not drawn, and the older picture goes.
+    evaluate(tmp_path, runs, objectives=[H, C])
+    assert not (output / "spider.png").exists() and "spider.png" not in report_of(output)
 
 
 def test_output_into_the_runs_own_folder(two_runs: list[str]) -> None:

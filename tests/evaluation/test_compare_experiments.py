@@ -260,9 +260,9 @@ def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base (0)", "Dpo", "KLDPO", "WDPO"]
     styles = [line.get_color() for line in figure.legends[0].get_lines()]
     assert len(set(styles)) == 4
-    # One colour a method, in both panels.
-    assert [line.get_color() for line in ours.lines] == styles[1:2]
-    assert [line.get_color() for line in theirs.lines] == styles[1:]
+    # The ring of the base, then one colour a method, in both panels.
+    assert [line.get_color() for line in ours.lines] == styles[:2]
+    assert [line.get_color() for line in theirs.lines] == styles
     assert ours.get_ylim()[1] > 0.05, "gains of nothing stay near the centre"
 
 

@@ -18,7 +18,7 @@ class EvaluateConfig:
         "NAME=FOLDER arguments, folders of scored completions; the first is the base; repeat a name with other folders to "
         "pool training seeds"
     )
-    output_path: str = flag("folder for report.md, spider.png, spider.svg and CSV files")
+    output_path: str = flag("folder for report.md, CSV files and, from three objectives on, spider.png and spider.svg")
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
     trained_on: list[str] = flag(
         "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",

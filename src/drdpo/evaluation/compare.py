@@ -36,12 +36,12 @@ _PAIR_COLUMNS = 6
 """More pairs of runs than these are in pairs.csv only."""
 _ENOUGH_SEEDS = 5
 """With fewer the spread over seeds is hardly known."""
-_OPTIONAL = ("pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
+_OPTIONAL = ("spider.png", "spider.svg", "pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
 
 
 def evaluate_armorm(config: EvaluateConfig) -> None:
-    """Write report.md, spider.png and .svg, scores.csv and answers.csv to the output folder and print the table; for several
-    runs also pairs.csv, with --sweep also alpha.csv, alpha.png and .svg.
+    """Write report.md, scores.csv and answers.csv to the output folder and print the table; for three objectives also
+    spider.png and .svg, for several runs pairs.csv, with --sweep alpha.csv, alpha.png and .svg.
 
     Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over the prompts that all share.
 
@@ -75,7 +75,7 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     files = _tables(runs, comparison) | draw_spider(runs, comparison)
     if swept:
         files |= draw_sweep(comparison, config.sweep, config.sweep_trained_at, runs[0].name)
-    files["report.md"] = armorm_report(config, runs, comparison, provenances)
+    files["report.md"] = armorm_report(config, runs, comparison, provenances, "spider.png" in files)
     inputs = {name: [fingerprint(place / f"{config.split}.jsonl") for place in places] for name, places in folders.items()}
     facts: dict[str, object] = {
         "counts": {run.name: {"completions": len(run.completions), "prompts": len(run.prompts)} for run in runs},
@@ -192,21 +192,27 @@ def _terminal_table(runs: list[ScoredRun], comparison: Comparison) -> str:
 
 
 def armorm_report(
-    config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparison, provenances: dict[str, Provenance]
+    config: EvaluateConfig,
+    runs: list[ScoredRun],
+    comparison: Comparison,
+    provenances: dict[str, Provenance],
+    pictured: bool,
 ) -> str:
-    """The Markdown report, for a folder with spider.png.
+    """The Markdown report.
 
     Args:
         config: the flags.
         runs: the base first.
         comparison: of these runs.
         provenances: {run, or run and seed: what made it}, in the order of the runs.
+        pictured: whether to show spider.png.
     """
     base, *others = runs
     title = f"# {', '.join(run.name for run in others)} against {base.name}" if others else f"# {base.name}"
     parts = [title, _summary(config, runs, comparison)]
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in _unlike(provenances)]
-    parts += ["![Mean scores and gains](spider.png)", "## Runs", _runs_table(runs, comparison, provenances)]
+    parts += ["![Mean scores and gains](spider.png)"] if pictured else []
+    parts += ["## Runs", _runs_table(runs, comparison, provenances)]
     if others:
         parts += _gain_sections(base, others, comparison) + _win_sections(base, others, comparison)
         parts += _pair_sections(runs, comparison)

@@ -198,8 +198,8 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
         rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in published.items()]
         parts += [
             f"### Published raw scores, {title} (arXiv 2502.01930)",
-            "The paper does not name its version of lm-eval. MATH above is exact_match, which is Math-Verify's since version "
-            "3 of the task. It was exact_match_original before; compare that one with published numbers of 2024.",
+            "The paper does not name its version of lm-eval. MATH above is exact_match, which is Math-Verify's since "
+            "version 3 of the task. It was exact_match_original before; compare that one with published numbers of 2024.",
             markdown_table(header, rows),
         ]
     return parts
