@@ -235,7 +235,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock on rank 0 for all ranks; every rank must call this, after distributed.initialise.
+    """Hold a folder's lock on rank 0 for all ranks; every rank must call this, after distributed.join.
 
     Raises:
         UsageError: on rank 0, if another run holds it. The others end silently, with the same status.

@@ -1,7 +1,7 @@
 """Flags of step 4: evaluation, comparisons, inspection of data and runs."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from drdpo.cli import check_bounds, flag, positional, require
 
@@ -68,6 +68,11 @@ class LeaderboardConfig:
         "few-shot examples, for tasks that have any (default: each task's own number)", None, at_least=0
     )
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the chat template, e.g. '{\"enable_thinking\": false}' for Qwen3 without "
+        "thinking; those of training",
+        None,
+    )
     fewshot_as_multiturn: bool = flag("format few-shot examples as turns of a conversation", True)
     tensor_parallel_size: int = flag(
         "tensor-parallel size per vLLM engine (backend vllm); the other GPUs run more engines", 1, at_least=1
@@ -90,6 +95,10 @@ class LeaderboardConfig:
         require(
             self.tensor_parallel_size == 1 or self.backend == "vllm",
             f"--tensor_parallel_size={self.tensor_parallel_size} requires --backend=vllm; hf loads a whole model per GPU",
+        )
+        require(
+            self.apply_chat_template or not self.chat_template_kwargs,
+            "--chat_template_kwargs requires --apply_chat_template",
         )
         require(
             self.apply_chat_template or not self.fewshot_as_multiturn,

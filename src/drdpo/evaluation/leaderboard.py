@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids
+from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_arguments
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, rank, world_size
@@ -147,9 +147,10 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
         "pretrained": config.model_path,
         "dtype": config.dtype,
         "trust_remote_code": False,
-        # Llama 3.2's template inserts today's date by default, and results must not depend on the day.
-        "chat_template_args": {"date_string": DATE_STRING},
+        "chat_template_args": template_arguments(config.chat_template_kwargs),
     }
+    if (config.chat_template_kwargs or {}).get("enable_thinking") is False:
+        arguments["enable_thinking"] = False  # lm-eval's vllm backend takes it out of chat_template_args
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
 
 
@@ -324,7 +325,7 @@ def _write(
     """Write table.md, manifest.json and results.json, and print the tables."""
     digest = None
     if config.apply_chat_template:
-        template = load_tokenizer(config.model_path).chat_template
+        template = load_tokenizer(config.model_path, config.chat_template_kwargs).chat_template
         digest = hashlib.sha256(str(template).encode("utf-8")).hexdigest()
     whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
@@ -483,7 +484,7 @@ def _shows_system(config: LeaderboardConfig) -> bool:
     Raises:
         DataError: the template cannot render a question without a system message, which most tasks need.
     """
-    tokenizer = load_tokenizer(config.model_path)
+    tokenizer = load_tokenizer(config.model_path, config.chat_template_kwargs)
     question: Message = {"role": "user", "content": "x"}
     try:
         prompt_token_ids(tokenizer, [question])
