@@ -18,7 +18,9 @@ class EvaluateConfig:
         "NAME=FOLDER arguments, folders of scored completions; the first is the base; repeat a name with other folders to "
         "pool training seeds"
     )
-    output_path: str = flag("folder for report.md, report.html, spider.png, spider.svg and CSV files")
+    output_path: str = flag(
+        "folder for report.md, report.html, CSV files and, from three objectives on, spider.png and spider.svg"
+    )
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
     trained_on: list[str] = flag(
         "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",
@@ -117,7 +119,7 @@ class CompareOpenllmConfig:
         "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
         "e.g. 1B/base=outputs/openllm/base"
     )
-    output_path: str = flag("folder for report.md, report.html, leaderboard.csv, heatmap.png and heatmap.svg")
+    output_path: str = flag("folder for report.md, report.html and leaderboard.csv")
     published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
         "model size whose published numbers to show; auto uses the GROUP names", "auto"
     )

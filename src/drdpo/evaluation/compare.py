@@ -38,12 +38,14 @@ _PAIR_COLUMNS = 6
 """More pairs of runs than these are in pairs.csv only."""
 _CHANGES = 12
 """Prompts that report.html shows with their answers."""
-_OPTIONAL = ("pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
+_ENOUGH_SEEDS = 5
+"""With fewer the spread over seeds is hardly known."""
+_OPTIONAL = ("spider.png", "spider.svg", "pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
 
 
 def evaluate_armorm(config: EvaluateConfig) -> None:
-    """Write report.md, spider.png and .svg, scores.csv and answers.csv to the output folder and print the table; for several
-    runs also pairs.csv, with --sweep also alpha.csv, alpha.png and .svg.
+    """Write report.md, scores.csv and answers.csv to the output folder and print the table; for three objectives also
+    spider.png and .svg, for several runs pairs.csv, with --sweep alpha.csv, alpha.png and .svg.
 
     Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over the prompts that all share.
 
@@ -77,7 +79,7 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     files = _tables(runs, comparison) | draw_spider(runs, comparison)
     if swept:
         files |= draw_sweep(comparison, config.sweep, config.sweep_trained_at, runs[0].name)
-    files["report.md"] = armorm_report(config, runs, comparison, provenances)
+    files["report.md"] = armorm_report(config, runs, comparison, provenances, "spider.png" in files)
     inputs = {name: [fingerprint(place / f"{config.split}.jsonl") for place in places] for name, places in folders.items()}
     facts: dict[str, object] = {
         "counts": {run.name: {"completions": len(run.completions), "prompts": len(run.prompts)} for run in runs},
@@ -218,21 +220,27 @@ def _terminal_table(runs: list[ScoredRun], comparison: Comparison) -> str:
 
 
 def armorm_report(
-    config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparison, provenances: dict[str, Provenance]
+    config: EvaluateConfig,
+    runs: list[ScoredRun],
+    comparison: Comparison,
+    provenances: dict[str, Provenance],
+    pictured: bool,
 ) -> str:
-    """The Markdown report, for a folder with spider.png.
+    """The Markdown report.
 
     Args:
         config: the flags.
         runs: the base first.
         comparison: of these runs.
         provenances: {run, or run and seed: what made it}, in the order of the runs.
+        pictured: whether to show spider.png.
     """
     base, *others = runs
     title = f"# {', '.join(run.name for run in others)} against {base.name}" if others else f"# {base.name}"
     parts = [title, _summary(config, runs, comparison)]
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in _unlike(provenances)]
-    parts += ["![Mean scores and gains](spider.png)", "## Runs", _runs_table(runs, comparison, provenances)]
+    parts += ["![Mean scores and gains](spider.png)"] if pictured else []
+    parts += ["## Runs", _runs_table(runs, comparison, provenances)]
     if others:
         parts += _gain_sections(base, others, comparison) + _win_sections(base, others, comparison)
         parts += _pair_sections(runs, comparison)
@@ -302,7 +310,11 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
     text = (
         f"Mean difference from {base.name} over the paired prompts, in standard deviations of {base.name}'s completion "
         "scores. The unit is held fixed. Brackets: 95% percentile interval of a paired bootstrap over prompts"
-        + (" and seeds" if any(run.seeds for run in [base, *others]) else "")
+        + (
+            ", for runs of several seeds a t interval over prompts and seeds"
+            if base.seeds or any(r.seeds for r in others)
+            else ""
+        )
         + ", without correction for multiple comparisons: about one in twenty misses the true value."
     )
     if summaries.keys() - {MIXTURE}:
@@ -346,10 +358,14 @@ def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
         [f"`{flag_name(name)}`", *(interval(comparison.pairs[pair][name].gain, "{:+.3f}") for pair in names)]
         for name in comparison.objectives
     ]
-    text = (
-        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0. Win "
-        "rates are in pairs.csv."
-    )
+    text = f"Differences, in standard deviations of {runs[0].name}'s scores. "
+    if any(1 < len(run.members) < _ENOUGH_SEEDS for run in runs):
+        text += f"With fewer than {_ENOUGH_SEEDS} seeds they tell no two methods apart, whatever the intervals. "
+    elif not any(run.seeds for run in runs):
+        text += "Two runs differ if the interval excludes 0; that says nothing about other training seeds. "
+    else:
+        text += "Two runs differ if the interval excludes 0. "
+    text += "Win rates are in pairs.csv."
     return ["## Every two runs", text, markdown_table(header, rows)]
 
 

@@ -93,6 +93,19 @@ def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def math_original(scores: TaskScores) -> float | None:
+    """MATH by exact_match_original, the comparison of 2024, over all questions; None if it was not run.
+
+    Since version 3 of the task exact_match means Math-Verify, which accepts more answers; lm-eval aggregates only that.
+    """
+    found = [
+        (value, values.get("sample_len", 0)) for task, values in scores.items()
+        if task.startswith("leaderboard_math_") and (value := metric_value(scores, task, "exact_match_original")) is not None
+    ]  # fmt: skip
+    questions = sum(count for _, count in found)
+    return sum(value * count for value, count in found) / questions if questions else None
+
+
 def _root_sum(errors: list[float | None]) -> float | None:
     found = [error for error in errors if error is not None]
     return math.sqrt(sum(error**2 for error in found)) if found and len(found) == len(errors) else None
@@ -180,6 +193,10 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
             "scores 0. The harness has no standard error for IFEval's instructions; that of its prompts is used for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]
+    if (original := math_original(results["results"])) is not None:
+        parts.append(
+            f"MATH's exact_match is Math-Verify's; by the comparison of 2024 (exact_match_original) it is {original:.4f}."
+        )
     parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1), *_notes(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -224,7 +241,8 @@ def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
     found = benchmarks(results["results"])
     fields = ("raw", "raw_stderr", "normalised", "normalised_stderr")
     columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
-    return columns | {"average": average(found), "average_stderr": average_stderr(found)}
+    means = {"average": average(found), "average_stderr": average_stderr(found)}
+    return columns | means | {"math_exact_match_original": math_original(results["results"])}
 
 
 def json_safe(value: Any) -> Any:
