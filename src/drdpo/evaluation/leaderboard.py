@@ -20,7 +20,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_scores import json_safe, leaderboard_json, markdown, terminal
 from drdpo.folder import already_made, atomic_file, lock_folder, refuse_if_locked, sweep, write_manifest
 from drdpo.machine import announce, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         DataError: the model folder cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
-    check_model_folder(config.model_path)
+    check_model(config.model_path, chat=config.apply_chat_template)
     _check_backend(config)
     output = output_folder(config)
     config, precision = settle(config, untouched=config.backend == "vllm")
