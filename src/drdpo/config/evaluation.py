@@ -136,7 +136,14 @@ class CompareMixturesConfig:
     )
 
 
-# Flags of src/inspect_data.py and src/show_run.py.
+# Flags of src/check_model.py, src/inspect_data.py and src/show_run.py.
+
+
+@dataclass(frozen=True)
+class CheckModelConfig:
+    """What a model is, and what each step says of it."""
+
+    path: str = positional("model folder, or hub id, of which config.json alone is read")
 
 
 @dataclass(frozen=True)
