@@ -60,7 +60,8 @@ def fault(at: str, call: int, rank: int = 0, when: str = "after", signal: str = 
 
 
 def flags_of(model: Path, data: Path, save: Path, **flags: Any) -> dict:
-    """Four steps of two micro-batches a rank, evaluated after two, saved after each; the third takes pairs of two epochs."""
+    """Four steps of two micro-batches a rank, evaluated after two and saved after each; of ten pairs, the third
+    takes the last two of the first epoch."""
     return {
         "model_path": str(model), "dataset_path": str(data), "save_path": str(save), "train_batch_size": 4,
         "micro_batch_size": 1, "learning_rate": 1e-3, "beta": 0.1, "max_steps": 4, "eval_steps": 2, "save_steps": 1,

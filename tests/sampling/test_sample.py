@@ -336,3 +336,14 @@ def test_gpus_have_equally_many_blocks_within_the_largest(prompts: int, n: int, 
     blocks = -(-prompts // size)
     assert blocks <= engines or -(-blocks // engines) * size * n <= 1.03 * prompts * n / engines + size
     assert _LazyEngines(None, [{}] * engines, on_gpu=False).block_size(prompts, n) == max(1, 128 // n)
+
+
+def test_samples_of_other_template_arguments_are_not_mixed(flags: Flags, tiny_policy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "thinker"))
+    template = folder / "chat_template.jinja"
+    off = "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    template.write_text(template.read_text() + off)
+    one = {"model_path": str(folder), "only_test": True, "max_prompts": 1, "max_new_tokens": 2}
+    sample_completions(flags(**one))
+    with pytest.raises(UsageError, match=r"chat_template_kwargs \(None -> .'enable_thinking': False.\)"):
+        sample_completions(flags(**one, chat_template_kwargs={"enable_thinking": False}))

@@ -200,7 +200,8 @@ def test_ids_of_another_tokenizer_are_not_trusted(ids, tokenizer):
 
 
 def test_a_row_that_the_template_refuses_is_counted(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{% if messages[0]['role'] == 'system' %}{{ messages + 1 }}{% endif %}a")
+    broken = "{% if messages[0]['role'] == 'system' %}{{ messages + 1 }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", broken + tokenizer.chat_template)
     two = Preference(0, [{"role": "system", "content": "x"}, *PROMPT], said("a"), said("b"))
     pairs, counts = tokenise([preference(), two], tokenizer, 100)
     assert (len(pairs), counts["template refuses"]) == (1, 1)
@@ -214,7 +215,7 @@ def test_an_answer_without_text_is_dropped_and_counted(texts, tokenizer):
 
 def test_a_template_that_fails_on_every_row_is_quoted(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] + 1 }}")
-    with pytest.raises(DataError, match=r"template refuses the prompt of every pair; the last: can only concatenate str"):
+    with pytest.raises(DataError, match=r"template renders no pair; the last: .*can only concatenate str"):
         tokenise([preference()], tokenizer, 100)
 
 

@@ -88,8 +88,8 @@ def render(
     for row, prompt in enumerate(prompts, start=1):
         try:
             token_ids = chat.prompt_token_ids(tokenizer, prompt.prompt)
-        except chat.UNRENDERABLE as error:
-            rejects.append(Reject(str(file), row, prompt.prompt_id, f"the chat template rejects it: {error}"))
+        except ValueError as error:
+            rejects.append(Reject(str(file), row, prompt.prompt_id, str(error)))
             continue
         if len(token_ids) > prompt_max_len:
             reason = f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}"

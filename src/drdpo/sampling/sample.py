@@ -29,7 +29,7 @@ from drdpo.folder import (
     write_manifest,
 )
 from drdpo.machine import announce, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, Prompt, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
@@ -44,6 +44,7 @@ GPU_BLOCK = 8192
 
 _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
+    "chat_template_kwargs",
 )  # fmt: skip
 
 PromptBlocks = dict[int, list[RenderedPrompt]]
@@ -88,7 +89,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         DataError: prompts or model folder are not usable.
         ProcessError: an engine process died; finished blocks are kept.
     """
-    check_model_folder(config.model_path)
+    check_model(config.model_path)
     require(config.best_of_n <= MAX_SAMPLES, f"--best_of_n={config.best_of_n}: at most {MAX_SAMPLES} completions per prompt")
     save_path = Path(config.save_path)
     if save_path.is_file():
@@ -106,7 +107,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         return
     refuse_if_locked(save_path / "sampled")
     max_model_len = check_context(config.model_path, config.prompt_max_len, config.max_new_tokens)
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if config.check_only:
         return
     gpus = visible_gpus()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from drdpo import distributed
-from drdpo.chat import UNRENDERABLE, conversation_token_ids, load_tokenizer
+from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.cli import as_dict
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
@@ -94,7 +94,7 @@ def score_completions(config: CompletionsConfig) -> None:
             if (file := _sampled(config, split)).exists():
                 read_sampled(file)
         return
-    distributed.initialise()
+    distributed.join()
     try:
         config, precision = agree(config, precision)
         announce(precision)
@@ -323,8 +323,8 @@ class Scorer:
             try:
                 ids = conversation_token_ids(self.tokenizer, [*completion.prompt, *completion.completion])
                 reason = self._refusal(ids)
-            except UNRENDERABLE as error:
-                ids, reason = [], f"the chat template rejects it ({error})"
+            except ValueError as error:
+                ids, reason = [], str(error)
             if reason:
                 refused[row] = reason
             token_ids.append(ids)
@@ -388,7 +388,7 @@ def check_tokenizer(folder: Path, layout: RewardLayout) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
         ids = conversation_token_ids(tokenizer, turns)
-    except UNRENDERABLE as error:
+    except ValueError as error:
         raise DataError(f"{folder}: the tokenizer's template rejects a question with its answer ({error})") from error
     if max(ids) >= vocabulary:
         raise DataError(f"{folder}: the tokenizer writes id {max(ids)}, outside the model's vocabulary of {vocabulary}")

@@ -171,48 +171,48 @@ def tokenise(
         refuses", "empty answer", "equal answers") and answers that stay ("answer cut", "text encoded").
 
     Raises:
-        DataError: the chat template refuses every prompt.
+        DataError: the chat template renders no pair.
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
     for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
-        try:
-            prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
-        except chat.UNRENDERABLE as error:
-            counts["template refuses"] += 1
-            if counts["template refuses"] == len(preferences):
-                raise DataError(f"the policy's chat template refuses the prompt of every pair; the last: {error}") from error
-            continue
-        room = max_len - len(prompt)
-        if room < 1:
-            counts["prompt too long"] += 1
-            continue
-        answers = []
-        for message, sampled in (
-            (preference.chosen, preference.chosen_token_ids),
-            (preference.rejected, preference.rejected_token_ids),
-        ):
-            ids, encoded = _answer(tokenizer, message, sampled)
-            counts["text encoded"] += encoded
-            counts["answer cut"] += len(ids) > room
-            answers.append(ids[:room])
         if not all(answer[0]["content"].strip() for answer in (preference.chosen, preference.rejected)):
             counts["empty answer"] += 1
-        elif answers[0] == answers[1]:
+            continue
+        try:
+            prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
+            room = max_len - len(prompt)
+            if room < 1:
+                counts["prompt too long"] += 1
+                continue
+            whole = [
+                _answer(tokenizer, preference.prompt, preference.chosen, preference.chosen_token_ids),
+                _answer(tokenizer, preference.prompt, preference.rejected, preference.rejected_token_ids),
+            ]
+        except ValueError as error:
+            counts["template refuses"] += 1
+            if counts["template refuses"] == len(preferences):
+                raise DataError(f"the policy's chat template renders no pair; the last: {error}") from error
+            continue
+        answers = [ids[:room] for ids, _ in whole]
+        for ids, encoded in whole:
+            counts["text encoded"] += encoded
+            counts["answer cut"] += len(ids) > room
+        if answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
             pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers))
     return pairs, counts
 
 
-def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int] | None) -> tuple[list[int], bool]:
+def _answer(
+    tokenizer: chat.Tokenizer, prompt: list[Message], answer: list[Message], sampled: list[int] | None
+) -> tuple[list[int], bool]:
     """Ids of an answer, and whether its text had to be encoded."""
-    if sampled is None:
-        return chat.answer_token_ids(tokenizer, answer), True
-    in_vocabulary = all(token < len(tokenizer) for token in sampled)
-    if in_vocabulary and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
+    text = answer[0]["content"].strip()
+    if sampled is not None and max(sampled, default=0) < len(tokenizer) and chat.decode(tokenizer, sampled) == text:
         return list(sampled), False
-    return chat.answer_token_ids(tokenizer, answer), True
+    return chat.answer_token_ids(tokenizer, answer, prompt), True
 
 
 # Which pairs go through the model together ------------------------------------------------------------------------------

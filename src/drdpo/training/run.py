@@ -15,16 +15,16 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.training.data import BatchPlan, Pair, load_split, tokenise
-from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
 from drdpo.training.stop import seconds_to_wait
+from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing",
+    "log", "gradient_checkpointing", "push_to_hub",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
@@ -94,7 +94,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
     check_trackers(config.trackers)
-    check_model_folder(config.model_path)
+    check_model(config.model_path).refuse_training(
+        config.packing, config.attention_kernel == "eager", config.tangent, bool(config.lora_rank), config.max_len
+    )
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
             preferences, _ = load_split(config.data, split, method.reads)
@@ -194,7 +196,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         UsageError: the folder contains a run with other flags, model or pairs.
         DataError: too few usable pairs.
     """
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
     for split in ("train", "test"):
         preferences, columns = load_split(config.data, split, method.reads)
@@ -315,5 +317,5 @@ def note_run(run: Run, complete: bool) -> None:
 def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
+    for name in ("metrics.jsonl", DASHBOARD, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)
