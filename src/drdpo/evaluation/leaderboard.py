@@ -46,6 +46,8 @@ _BY_TASK = {
     "higher_is_better": "higher_is_better", "n-samples": "n_samples",
 }  # fmt: skip
 """{key of lm-eval's results, with an entry per task: the field of its EvalAcc}"""
+_UNLIMITED = 1 << 40
+"""Context of a model whose config names none."""
 _UNREACHABLE = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
@@ -158,10 +160,9 @@ def context_length(config: LeaderboardConfig) -> int:
     """--max_length, or the model's own context, with the hf backend at most HF_MAX_LENGTH.
 
     Raises:
+        UsageError: --max_length exceeds the model's own context.
         DataError: the model's config cannot be read.
     """
-    if config.max_length:
-        return config.max_length
     from lm_eval.models.utils import resolve_max_length
     from transformers import AutoConfig
 
@@ -170,8 +171,10 @@ def context_length(config: LeaderboardConfig) -> int:
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise DataError(f"{config.model_path}: the model's config cannot be read ({why})") from error
-    own = int(resolve_max_length(model, default=HF_MAX_LENGTH))
-    return min(HF_MAX_LENGTH, own) if config.backend == "hf" else own
+    own = int(resolve_max_length(model, default=_UNLIMITED))
+    if config.max_length and config.max_length > own:
+        raise UsageError(f"--max_length={config.max_length}: the model has positions for {own} tokens; pass at most {own}")
+    return config.max_length or (min(HF_MAX_LENGTH, own) if config.backend == "hf" else own)
 
 
 def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def _evaluate(
             tasks=list(chosen.values()),
             task_manager=manager,
             num_fewshot=config.num_fewshot,
-            batch_size=config.batch_size,
+            batch_size=model.batch_size,
             device="cuda" if torch.cuda.is_available() else "cpu",
             limit=config.limit,
             log_samples=False,
@@ -488,14 +491,14 @@ def _shows_system(config: LeaderboardConfig) -> bool:
     question: Message = {"role": "user", "content": "x"}
     try:
         prompt_token_ids(tokenizer, [question])
-    except Exception as error:  # a template is a program
+    except ValueError as error:
         raise DataError(
-            f"{config.model_path}: the chat template cannot render a question without a system message ({error}); "
+            f"{config.model_path}: given a question without a system message, {error}; "
             "pass --apply_chat_template=false --fewshot_as_multiturn=false"
         ) from error
     try:
         ids = prompt_token_ids(tokenizer, [{"role": "system", "content": "zebra"}, question])
-    except Exception:
+    except ValueError:
         return False
     return "zebra" in str(tokenizer.decode(ids))
 
