@@ -306,9 +306,7 @@ def test_a_template_that_requires_a_system_message_is_refused(tiny_policy: Path,
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
         "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     )
-    with pytest.raises(
-        DataError, match=r"without a system message, .*\(no system message\); pass --apply_chat_template=false"
-    ):
+    with pytest.raises(DataError, match=r"without a system message, .*\(no system message\); pass --apply_chat"):
         evaluate_openllm(tiny_config(folder, tasks, tmp_path / "out"))
 
 

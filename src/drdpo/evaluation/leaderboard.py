@@ -17,7 +17,7 @@ from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, rank, world_size
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.leaderboard_scores import json_safe, leaderboard_json, lost_note, markdown, terminal
+from drdpo.evaluation.leaderboard_scores import json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
     Parts,
     already_made,
@@ -252,6 +252,10 @@ def _evaluate(
     several = model_args.get("data_parallel_size", 1) > 1
     for numbers in [todo] if several and todo else [[number] for number in todo]:
         chosen = {number: list(tasks.values())[number] for number in numbers}
+        if is_main():
+            print(
+                f"task {numbers[0] + 1} of {len(tasks)}: {', '.join(task.task_name for task in chosen.values())}", flush=True
+            )
         results = lm_eval.simple_evaluate(
             model=model,
             model_args=model_args,
@@ -297,7 +301,7 @@ def _cut_prompts(model: Any, task: Any, backend: str) -> int:
 
 def _task_part(results: Mapping[str, Any], name: str, cut: int) -> dict[str, Any]:
     """What lm-eval returned for one task, as JSON; metrics keep NaN, which their means over a group need."""
-    part: dict[str, Any] = {"task": name, "cut_prompts": cut}
+    part: dict[str, Any] = {"cut_prompts": cut}
     for key, value in results.items():
         part[key] = json_safe(value[name] if key in _BY_TASK else value)
     part["results"] = {
@@ -311,13 +315,13 @@ def _combine(loaded: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
 
     parts.find()
-    found = [parts.read(number) for number in range(len(loaded["tasks"]))]
-    gathered = {key: {part["task"]: part[key] for part in found} for key in _BY_TASK}
+    found = {name: parts.read(number) for number, name in enumerate(loaded["tasks"])}
+    gathered = {key: {name: part[key] for name, part in found.items()} for key in [*_BY_TASK, "cut_prompts"]}
     accumulated = EvalAcc(**{field: gathered[key] for key, field in _BY_TASK.items()}, groups=loaded["groups"])
     return {
-        **found[-1],
+        **list(found.values())[-1],
         **aggregate_groups(accumulated)._to_eval_results(),
-        "cut_prompts": {part["task"]: part["cut_prompts"] for part in found},
+        "cut_prompts": gathered["cut_prompts"],
         "lost_descriptions": loaded.get("lost_descriptions", []),
     }
 
@@ -330,7 +334,7 @@ def _write(
     if config.apply_chat_template:
         template = load_tokenizer(config.model_path, config.chat_template_kwargs).chat_template
         digest = hashlib.sha256(str(template).encode("utf-8")).hexdigest()
-    whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
+    whole = json_safe(results)
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
     write_manifest(
