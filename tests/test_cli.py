@@ -176,3 +176,12 @@ def test_help_loads_no_library(script: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HELP, str(script)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: ")
     assert done.stderr.splitlines()[-1] == "loaded 1", "one config and the standard library"
+
+
+def test_a_json_object_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(TrainConfig, "A step.", [*TRAIN, '--chat_template_kwargs={"enable_thinking": false}'])
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    for word, says in (("{enable_thinking: false}", "is not JSON"), ("false", "is not a JSON object such as")):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, "A step.", [*TRAIN, f"--chat_template_kwargs={word}"])
+        assert says in capsys.readouterr().err

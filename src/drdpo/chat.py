@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drdpo.errors import DataError, UsageError, one_line
+from drdpo.errors import DataError, UsageError
 from drdpo.records import Message
 
 DATE_STRING = "26 Jul 2024"
@@ -108,7 +108,7 @@ def _check_mistral(path: str, tokenizer: Tokenizer) -> None:
         return  # transformers also warns of any folder whose config.json names no version
     corrected = AutoTokenizer.from_pretrained(path, trust_remote_code=False, fix_mistral_regex=True)
     before, after = (one.backend_tokenizer.pre_tokenizer.__getstate__() for one in (tokenizer, corrected))
-    if before != after:
+    if before != after and _changed_text(corrected) is None:
         raise DataError(
             f"{path}: the tokenizer splits words by a pattern that Mistral has corrected; save the corrected one: python -c "
             f"\"from transformers import AutoTokenizer as A; A.from_pretrained('{path}', fix_mistral_regex=True)"
@@ -264,9 +264,9 @@ def _check_answers(tokenizer: Tokenizer, template: str) -> None:
         _answer(tokenizer, _question(tokenizer), {"role": "assistant", "content": "Seven is one."})
     except ValueError as error:
         raise DataError(
-            f"{tokenizer.name_or_path}: answers given as text cannot be encoded: {error}; use answers with token ids "
-            "(chosen_token_ids and rejected_token_ids, as step 1 samples them), other --chat_template_kwargs, or "
-            "another chat_template.jinja"
+            f"{tokenizer.name_or_path}: answers given as text cannot be encoded: {error}; use pairs with token "
+            "ids (chosen_token_ids and rejected_token_ids of sampled completions), --chat_template_kwargs that change it, "
+            "or another chat_template.jinja"
         ) from error
 
 
@@ -277,21 +277,19 @@ def _answer(tokenizer: Tokenizer, prompt: list[Message], answer: Message) -> lis
     shared = len(os.path.commonprefix([before, whole]))  # noqa: RUF071, characters are meant
     if shared < len(before):
         raise ValueError(
-            f"the prompt continues with {one_line(before[shared:], 60)!r} where the chat template has "
-            f"{one_line(whole[shared:], 60)!r} in a conversation"
+            f"the prompt continues with {before[shared : shared + 50]!r} where the chat template has "
+            f"{whole[shared : shared + 50]!r} in a conversation"
         )
     end, text = _turn_end(tokenizer, tokenizer.get_chat_template()), whole[shared:]
     if "".join(messages[-1]["content"].split()) not in "".join(text.split()) or not text.endswith(end.text):
         raise ValueError("the chat template does not print the whole answer with the end of its turn")
     # Whatever precedes a special token has no influence on the ids that follow it.
     context = before[max((found.start() for found in _special(tokenizer).finditer(before)), default=0) :]
-    context = context.rpartition(mark)[2] if plain else context
+    context = context.rpartition(mark)[2]
     if end.beyond is None:
         text = text.removesuffix(end.text)
-    parts = text.split(mark) if plain and mark in text else [text]
-    ids = _ids(tokenizer, parts[0], context, strict=True)
-    for part in parts[1:]:
-        ids += [*_ids(tokenizer, plain[-1], context + parts[0], plain=True), *_ids(tokenizer, part, "x")]
+    parts = text.split(mark)
+    ids = _joined(tokenizer, parts, plain[len(plain) + 1 - len(parts) :], context, strict=True)
     return [*ids, end.token] if end.beyond is None else ids[: len(ids) - end.beyond]
 
 
@@ -307,12 +305,16 @@ def _render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
 
 def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool) -> list[int]:
     messages, mark, plain = _escaped(tokenizer, messages)
-    text = _render(tokenizer, messages, add_generation_prompt)
-    first, *others = text.split(mark) if plain else [text]
-    if len(others) != len(plain):
+    parts = _render(tokenizer, messages, add_generation_prompt).split(mark)
+    if len(parts) != len(plain) + 1:
         raise ValueError("the chat template does not print every message once, so special tokens in it cannot be escaped")
-    ids = _ids(tokenizer, first)
-    for content, before, after in zip(plain, [first, *others], others, strict=False):
+    return _joined(tokenizer, parts, plain)
+
+
+def _joined(tokenizer: Tokenizer, parts: list[str], plain: list[str], context: str = "", strict: bool = False) -> list[int]:
+    """Ids of the template's parts after `context`, with the contents between them as plain text; `strict` as in _ids."""
+    ids = _ids(tokenizer, parts[0], context, strict=strict)
+    for before, content, after in zip([context + parts[0], *parts[1:]], plain, parts[1:], strict=False):
         ids += [*_ids(tokenizer, content, before[-8:], plain=True), *_ids(tokenizer, after, "x")]
     return ids
 
@@ -321,9 +323,7 @@ def _escaped(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[Messag
     """Messages with a mark instead of every content that spells a special token; the mark; those contents."""
     messages = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
     for message in messages:
-        message[
-            "content"
-        ].encode()  # UnicodeEncodeError is a ValueError; tokenizers raise TypeError for half a surrogate pair
+        message["content"].encode()  # for half of a surrogate pair tokenizers raise TypeError, and this a ValueError
     mark = _MARK
     while any(mark in message["content"] for message in messages):
         mark += "\ue001"

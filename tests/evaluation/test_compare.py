@@ -291,7 +291,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     runs = [f"{name}={write_run(tmp_path / name, scores)}" for name in ("base", "dpo")]
     output = evaluate(tmp_path, runs)
     assert "](spider.png)" in report_of(output)
-    names = ("pairs.csv", "scores.csv", "report.md", "spider.png", "spider.svg")
+    names = ("pairs.csv", "scores.csv", "report.html", "report.md", "spider.png", "spider.svg")
     before = {name: (output / name).read_bytes() for name in names}
     assert before["spider.png"].startswith(b"\x89PNG")
     evaluate(tmp_path, runs)

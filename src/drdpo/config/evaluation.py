@@ -18,7 +18,9 @@ class EvaluateConfig:
         "NAME=FOLDER arguments, folders of scored completions; the first is the base; repeat a name with other folders to "
         "pool training seeds"
     )
-    output_path: str = flag("folder for report.md, CSV files and, from three objectives on, spider.png and spider.svg")
+    output_path: str = flag(
+        "folder for report.md, report.html, CSV files and, from three objectives on, spider.png and spider.svg"
+    )
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
     trained_on: list[str] = flag(
         "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",
@@ -117,7 +119,7 @@ class CompareOpenllmConfig:
         "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
         "e.g. 1B/base=outputs/openllm/base"
     )
-    output_path: str = flag("folder for report.md and leaderboard.csv")
+    output_path: str = flag("folder for report.md, report.html and leaderboard.csv")
     published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
         "model size whose published numbers to show; auto uses the GROUP names", "auto"
     )
@@ -128,13 +130,20 @@ class CompareMixturesConfig:
     """Compare the gains of several training mixtures with the published ones."""
 
     reports: list[str] = flag("NAME=FOLDER arguments, output folders of evaluate_armorm.py, one per training mixture")
-    output_path: str = flag("folder for report.md, spiders.png and spiders.svg")
+    output_path: str = flag("folder for report.md, report.html, spiders.png and spiders.svg")
     published: bool = flag(
         "show the published numbers of mixtures named like the authors' (e.g. helpfulness_coherence)", True
     )
 
 
-# Flags of src/inspect_data.py and src/show_run.py.
+# Flags of src/check_model.py, src/inspect_data.py and src/show_run.py.
+
+
+@dataclass(frozen=True)
+class CheckModelConfig:
+    """What a model is, and what each step says of it."""
+
+    path: str = positional("model folder, or hub id, of which config.json alone is read")
 
 
 @dataclass(frozen=True)

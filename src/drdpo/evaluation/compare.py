@@ -8,6 +8,7 @@ import pandas as pd
 
 from drdpo.cli import as_dict, require
 from drdpo.config.evaluation import EvaluateConfig
+from drdpo.evaluation.html import Change
 from drdpo.evaluation.report import csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
     MAY_DIFFER,
@@ -26,6 +27,7 @@ from drdpo.evaluation.statistics import ALPHAS, MIXTURE, Comparison, Estimate, c
 from drdpo.folder import git_commit, versions
 from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE, flag_name
+from drdpo.records import Completion, read_records
 
 SCORES = ("run", "objective", "prompts", "mean", "sd", "paired_prompts", "gain_sd", "ci_low", "ci_high")
 PAIRS = (
@@ -33,6 +35,8 @@ PAIRS = (
 )  # fmt: skip
 _PAIR_COLUMNS = 6
 """More pairs of runs than these are in pairs.csv only."""
+_CHANGES = 12
+"""Prompts that report.html shows with their answers."""
 _ENOUGH_SEEDS = 5
 """With fewer the spread over seeds is hardly known."""
 _OPTIONAL = ("spider.png", "spider.svg", "pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
@@ -83,7 +87,8 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     if gains := {run: asdict(found[MIXTURE]) for run, found in comparison.summaries.items() if MIXTURE in found}:
         facts["trained_mixture"] = {"weights": comparison.mixture, "gains_sd": gains}
     output = Path(config.output_path)
-    write_report(output, "evaluate_armorm", as_dict(config) | {"inputs": inputs}, files, _OPTIONAL, **facts)
+    changes = _changes(runs, comparison, config.split)
+    write_report(output, "evaluate_armorm", as_dict(config) | {"inputs": inputs}, files, _OPTIONAL, changes, **facts)
     print(_terminal_table(runs, comparison))
     for line in [*_unlike(provenances), *(note for p in provenances.values() for note in p.notes)]:
         print(f"note: {line}")
@@ -129,6 +134,29 @@ def _unlike(provenances: dict[str, Provenance]) -> list[str]:
         for step in ("sampling", "scoring")
         for line in differences(step, {r: p.made_by(step) for r, p in provenances.items() if step in p.records}, MAY_DIFFER)
     ]
+
+
+def _changes(runs: list[ScoredRun], comparison: Comparison, split: str) -> list[Change]:
+    """The shared prompts with the largest change of the trained mixture, or else of the gated or the first objective."""
+    if len(runs) == 1:
+        return []
+    first = GATED_SCORE if GATED_SCORE in comparison.objectives else comparison.objectives[0]
+    weights = pd.Series(comparison.mixture or {first: 1.0})
+    score = MIXTURE if comparison.mixture else flag_name(first)
+    means = pd.DataFrame({run.name: run.scores[weights.index] @ weights for run in runs}).loc[list(comparison.common)]
+    moved = means.sub(means[runs[0].name], axis=0).abs().max(axis=1)
+    shown = moved.sort_values(ascending=False, kind="stable").index[:_CHANGES]
+    answers: dict[str, dict[int, str]] = {}
+    for run in runs:
+        rows = read_records(run.members[0].folder / f"{split}.jsonl", Completion.from_row)
+        answers[run.name] = {row.prompt_id: row.completion[0]["content"] for row in reversed(rows)}
+    return [
+        Change(
+            runs[0].prompts[number][-1]["content"], score,
+            [(run.name, float(means.at[number, run.name]), answers[run.name][number]) for run in runs],
+        )
+        for number in shown
+    ]  # fmt: skip
 
 
 # CSV files and the terminal ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from drdpo.folder import (
     write_manifest,
 )
 from drdpo.machine import announce, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Message
 
@@ -67,7 +67,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         DataError: the model folder or its chat template cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
-    check_model_folder(config.model_path)
+    check_model(config.model_path, chat=config.apply_chat_template)
     _check_backend(config)
     output = output_folder(config)
     config, precision = settle(config, untouched=config.backend == "vllm")

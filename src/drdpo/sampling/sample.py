@@ -29,7 +29,7 @@ from drdpo.folder import (
     write_manifest,
 )
 from drdpo.machine import announce, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, Prompt, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
@@ -89,7 +89,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         DataError: prompts or model folder are not usable.
         ProcessError: an engine process died; finished blocks are kept.
     """
-    check_model_folder(config.model_path)
+    check_model(config.model_path)
     require(config.best_of_n <= MAX_SAMPLES, f"--best_of_n={config.best_of_n}: at most {MAX_SAMPLES} completions per prompt")
     save_path = Path(config.save_path)
     if save_path.is_file():

@@ -127,10 +127,11 @@ def shape_of(policy: "Policy") -> Shape:
     settings, table = model.config.get_text_config(), model.get_input_embeddings().weight
     every: list[Tensor] = list(policy.parameters())
     blocks = [parameter for parameter in every if parameter is not head and parameter is not table]
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    heads = getattr(settings, "num_attention_heads", 0)  # Mamba has none
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // max(heads, 1)
     return Shape(
         count(every), count(every, trained=True), count(blocks), count(blocks, trained=True), head.numel(),
-        head.requires_grad, settings.num_hidden_layers, settings.num_attention_heads * width,
+        head.requires_grad, settings.num_hidden_layers, heads * width,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ from drdpo.training.run import (
     open_run,
 )
 from drdpo.training.stop import StopRequest, lost_rank_in_one_line, seconds_to_wait, stop_on_signal
-from drdpo.training.wdpo import check_architecture, check_tangent
+from drdpo.training.wdpo import check_tangent
 
 
 def train_alignment(config: TrainConfig, method: Method) -> None:
@@ -115,7 +115,6 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     if config.lora:
         add_lora(policy, config.lora)
     if config.tangent:
-        check_architecture(policy, config.model_path)
         if config.wide_first_tokens:
             widen_first_tokens(policy)
         check_tangent(policy, config.model_path, run.method)

@@ -15,7 +15,7 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
@@ -90,7 +90,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
     check_trackers(config.trackers)
-    check_model_folder(config.model_path)
+    check_model(config.model_path).refuse_training(
+        config.packing, config.attention_kernel == "eager", config.tangent, bool(config.lora_rank), config.max_len
+    )
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
             rows = len(load_preferences(config.dataset_path, split))
