@@ -229,14 +229,14 @@ class Layer:
         border, form, value = self.border, self.row.once, self.row.value
         normed_ND = normed(self.norms[0], border["x"])
         raw = [self._map(value, name, normed_ND) for name in QKV]
-        normed = [normed(norm, part) for norm, part in zip(self.head_norms, raw, strict=False)]
-        heads = self._rotated([*normed, *raw[len(normed) :]], form)
+        scaled = [normed(norm, part) for norm, part in zip(self.head_norms, raw, strict=False)]
+        heads = self._rotated([*scaled, *raw[len(scaled) :]], form)
         out_NHE, lse_HN = kernels.attention_forward(heads, form.groups, self.attention.scaling)
         if "mid" not in border:
             border["mid"] = self._map(value, "o_proj", out_NHE.flatten(1).to(normed_ND.dtype)).add_(border["x"])
         normed_ND = normed(self.norms[1], border["mid"])
         gate_NI, up_NI = (self._map(value, name, normed_ND) for name in GATES)
-        return Values(raw[: len(normed)], heads, out_NHE, lse_HN, gate_NI, up_NI)
+        return Values(raw[: len(scaled)], heads, out_NHE, lse_HN, gate_NI, up_NI)
 
     def adjoints(self, for_y_MD: Tensor) -> Tensor:
         """Pass 2: from lambda of the output, that of the input [M, D]."""
@@ -274,8 +274,8 @@ class Layer:
         normed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"])
         raw = [self._map(tangent, name, normed_MD) for name in QKV]
         parts = zip(self.head_norms, known.raw, raw, strict=False)
-        normed = [normed_tangent(norm, row.spread(x), dx) for norm, x, dx in parts]
-        moved = self._rotated([*normed, *raw[len(normed) :]], row.apart)
+        scaled = [normed_tangent(norm, row.spread(x), dx) for norm, x, dx in parts]
+        moved = self._rotated([*scaled, *raw[len(scaled) :]], row.apart)
         heads, out_MHE, lse_HM = self._apart(known)
         scaling = self.attention.scaling
         dout_MHE, mean_HM = kernels.attention_tangent(heads, moved, row.apart.groups, scaling, out_MHE, lse_HM)
@@ -283,7 +283,7 @@ class Layer:
             border["dmid"] = self._map(tangent, "o_proj", dout_MHE.flatten(1).to(normed_MD.dtype)).add_(border["dx"])
         normed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"])
         gate_MI, up_MI = (self._map(tangent, name, normed_MD) for name in GATES)
-        return Tangents(raw[: len(normed)], moved, dout_MHE, mean_HM, gate_MI, up_MI)
+        return Tangents(raw[: len(scaled)], moved, dout_MHE, mean_HM, gate_MI, up_MI)
 
     # Pass 4: the graph, then what its nodes do, in the order in which they are reached.
 
