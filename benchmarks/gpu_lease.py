@@ -258,7 +258,7 @@ class Step:
 
     def __init__(self, lease: Lease, shape: str, pairs: list[Pair], **flags: Any) -> None:
         from drdpo.training.memory import dry_run, resolve_attention, shapes
-        from drdpo.training.policy import Policy, widen_first_tokens
+        from drdpo.training.policy import Policy, widen_values
 
         with tempfile.TemporaryDirectory() as folder:
             settings_of(shape, "eager").save_pretrained(folder)
@@ -272,8 +272,8 @@ class Step:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = Policy(model, config.second_derivative).train()
         self.policy.flash_attention = config.packed_flash
-        if config.wide_first_tokens:
-            widen_first_tokens(self.policy)
+        if config.wide_values:
+            widen_values(self.policy)
         self._lease = lease
         self.keep: list[Tensor] | None = None
         for parameter in self.policy.parameters():

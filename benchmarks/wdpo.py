@@ -63,15 +63,15 @@ def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
     import torch
 
     from drdpo.config import TrainConfig
-    from drdpo.training.policy import load_policy, widen_first_tokens
+    from drdpo.training.policy import load_policy, widen_values
 
     flags = {"wdpo_rho": rho, **WAYS[way]}
     config = TrainConfig(model_path=model, dataset_path="-", save_path="-", beta=BETA, dtype=dtype, train_batch_size=1,
                          gradient_checkpointing=checkpointing, **flags)  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(model, getattr(torch, dtype), config.attention, checkpointing, config.second_derivative).to(device)
-    if config.wide_first_tokens:
-        widen_first_tokens(policy)
+    if config.wide_values:
+        widen_values(policy)
     return config, policy, device
 
 

@@ -212,11 +212,11 @@ def test_flash_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path
     check_inputs(config, method_of(config))
 
 
-def test_wide_first_tokens_follow_the_resolved_precision(monkeypatch, tiny_policy, tmp_path):
+def test_wide_values_follow_the_resolved_precision(monkeypatch, tiny_policy, tmp_path):
     config = train_config(tiny_policy, tmp_path, wdpo_rho=0.1)
     for speed, wide in ((2.0, True), (0.2, False)):
         cpu(monkeypatch, True, speed)
-        assert machine.settle(config)[0].wide_first_tokens == wide
+        assert machine.settle(config)[0].wide_values == wide
 
 
 def test_auto_and_what_it_is_make_the_same_run(monkeypatch, tiny_policy, tmp_path):

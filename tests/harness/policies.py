@@ -58,10 +58,10 @@ def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: Trai
     parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].to(dtype)) for rows in split]
     population = survey(policy, parts, method_of(config))
     found = [
-        objective(policy, batch, reference, method_of(config), population, scale)
+        objective(policy, batch, reference, method_of(config), population, scale, len(reference) / len(pairs))
         for (batch, reference), scale in zip(parts, scales, strict=True)
     ]
-    total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / len(pairs)
+    total = sum(part.total for part in found)
     gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
     return total.item(), torch.cat([gradient.flatten() for gradient in gradients]).double(), found
 

@@ -21,7 +21,7 @@ from drdpo.training.loop import train_step
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
 from drdpo.training.objective import check_step
-from drdpo.training.policy import load_policy, widen_first_tokens
+from drdpo.training.policy import load_policy, widen_values
 from drdpo.training.reference import reference_logprobs
 from drdpo.training.run import batch_plan
 
@@ -41,8 +41,8 @@ class Training:
         )
         if config.lora:
             add_lora(policy, config.lora)
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
+        if config.wide_values:
+            widen_values(policy)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             self.engine = deepspeed_engine.start_engine(policy, config, steps=3)

@@ -21,7 +21,7 @@ from drdpo.training.checkpoint import _gathered, save_model
 from drdpo.training.data import Pair
 from drdpo.training.loop import train_step
 from drdpo.training.losses import method_of
-from drdpo.training.policy import load_policy, widen_first_tokens
+from drdpo.training.policy import load_policy, widen_values
 from drdpo.training.reference import reference_logprobs
 from drdpo.training.run import batch_plan
 
@@ -36,8 +36,8 @@ def main() -> None:
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         policy = load_policy(model, dtype, config.attention, config.recompute, config.second_derivative)
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
+        if config.wide_values:
+            widen_values(policy)
         # ZeRO-3 would leave these small weights whole; so it takes all but norms and biases apart, as of a real model.
         with mock.patch.object(deepspeed_engine, "KEPT_WHOLE", 0):
             engine = deepspeed_engine.start_engine(policy, config, steps)

@@ -38,7 +38,7 @@ from drdpo.training.memory import (
     shapes,
 )
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import load_policy, widen_first_tokens
+from drdpo.training.policy import load_policy, widen_values
 from drdpo.training.reference import reference_key
 from drdpo.training.run import Run, check_inputs
 
@@ -447,8 +447,8 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
         policy = load_policy(
             str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.second_derivative
         )
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
+        if config.wide_values:
+            widen_values(policy)
         batch, method = form_batch(pairs, [0, 1, 2], config.packing, config.prompt_once), method_of(config)
         population = Population(torch.tensor([0.1, 0.9, 0.5])) if method.weights else None
         part = objective(policy, batch, torch.zeros(3, 2), method, population)

@@ -43,8 +43,11 @@ def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: Trai
     """Losses [4] and the gradient of all parameters of one optimizer step in some micro-batches."""
     parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].float()) for rows in split]
     population = survey(policy, parts, method_of(config)) if config.method != "dpo" else None
-    found = [objective(policy, batch, reference, method_of(config), population) for batch, reference in parts]
-    total = sum(part.total * len(rows) for part, rows in zip(found, split, strict=True)) / 4
+    found = [
+        objective(policy, batch, reference, method_of(config), population, share=len(reference) / 4)
+        for batch, reference in parts
+    ]
+    total = sum(part.total for part in found)
     gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
     losses = torch.cat([part.losses_B.detach() for part in found])[
         torch.tensor([row for rows in split for row in rows]).argsort()

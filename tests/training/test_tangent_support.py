@@ -22,7 +22,7 @@ from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
 from drdpo.training.memory import shapes
 from drdpo.training.objective import objective
-from drdpo.training.policy import Policy, load_policy, widen_first_tokens
+from drdpo.training.policy import Policy, load_policy, widen_values
 from drdpo.training.wdpo import check_architecture, check_tangent
 
 SIZES = {
@@ -96,9 +96,9 @@ def test_they_pass_in_bfloat16_with_first_tokens_in_float32(model, adapters, tmp
         policy = load_policy(str(folder), getattr(torch, dtype), config.attention, True)
         if adapters:
             add_adapters(policy, config)
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
-        assert policy.wide_first == (dtype == "bfloat16")
+        if config.wide_values:
+            widen_values(policy)
+        assert policy.wide_values == (dtype == "bfloat16")
         check_tangent(policy, config.model_path, method_of(config))
         gradients.append(step(policy, pairs, [[0], [1]], config)[1])
     # Measured .02 to .14: these weights are large, and attention and adapters stay in bfloat16.
@@ -167,8 +167,8 @@ def test_a_refusal_names_the_other_solver_and_a_stage_it_runs_under(tmp_path):
 def test_a_layer_that_computes_something_else_is_found_by_its_numbers(dtype, tiny_policy):
     config = config_of(wdpo_solver="tangent", dtype=str(dtype).removeprefix("torch."))
     policy = policy_of(tiny_policy, config, dtype=dtype)
-    if config.wide_first_tokens:
-        widen_first_tokens(policy)
+    if config.wide_values:
+        widen_values(policy)
     check_tangent(policy, config.model_path, method_of(config))
     handle = policy.language_model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out / 2)
     with pytest.raises(DataError, match="hidden states are not"):

@@ -15,7 +15,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import dry_run, shapes
 from drdpo.training.objective import objective, penalty_scales
-from drdpo.training.policy import Policy, load_policy, widen_first_tokens
+from drdpo.training.policy import Policy, load_policy, widen_values
 from drdpo.training.wdpo import check_tangent
 
 FORMS = {
@@ -151,8 +151,8 @@ def test_bfloat16_gives_the_direction_of_float32_on_a_real_model(smollm, root):
     for dtype in ("float32", "bfloat16"):
         config = config_of(dtype=dtype, beta=0.01, wdpo_rho=1e12)  # beside this radius the loss itself counts for nothing
         policy = load_policy(str(smollm), getattr(torch, dtype), config.attention, gradient_checkpointing=False)
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
+        if config.wide_values:
+            widen_values(policy)
         check_tangent(policy, config.model_path, method_of(config))
         batch = form_batch([Pair(ids[:32], ids[32:64], ids[64:96])], [0], config.packing, config.prompt_once)
         with torch.no_grad():

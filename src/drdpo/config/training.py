@@ -202,15 +202,14 @@ class TrainConfig:
         return self.method == "wdpo" and self.solver == "tangent"
 
     @property
-    def wide_first_tokens(self) -> bool:
-        """Are sequences' first tokens computed in float32? See drdpo.training.patches."""
+    def wide_values(self) -> bool:
+        """Are values computed in float32, with weights of less precision? See drdpo.training.patches."""
         return self.tangent and self.dtype == "bfloat16"
 
     @property
     def prompt_once(self) -> bool:
-        """Do packed rows have each prompt once for its two answers? Otherwise the penalty needs the gradients on its two
-        copies."""
-        return self.method != "wdpo" or self.wdpo_prompt == "once"
+        """Packed rows have each prompt once for its two answers."""
+        return True
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:

@@ -46,7 +46,7 @@ from drdpo.training.objective import (
     penalty_scales,
     survey,
 )
-from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, widen_first_tokens
+from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, widen_values
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import (
     Run,
@@ -110,8 +110,8 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         add_lora(policy, config.lora)
     if config.tangent:
         check_architecture(policy, config.model_path)
-        if config.wide_first_tokens:
-            widen_first_tokens(policy)
+        if config.wide_values:
+            widen_values(policy)
         check_tangent(policy, config.model_path, run.method)
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     engine.module.flash_attention = config.packed_flash
@@ -160,12 +160,12 @@ def train_step(
     scales = penalty_scales(len(batches), method.penalty.fraction if method.penalty else 1.0, config.seed, step)
     for number, (batch, reference_B2) in enumerate(batches, start=1):
         watch.next_batch()
-        part = objective(policy, batch, reference_B2, method, population, scales[number - 1])
-        watch.look(part.total)
         # Micro-batches count by their pairs; DeepSpeed takes the mean over the ranks.
         share = len(batch.indices_B) * distributed.world_size() / config.train_batch_size
+        part = objective(policy, batch, reference_B2, method, population, scales[number - 1], share)
+        watch.look(part.total)
         engine.set_gradient_accumulation_boundary(number == len(batches))
-        engine.backward(share * part.total, scale_wrt_gas=False)
+        engine.backward(part.total, scale_wrt_gas=False)
         engine.step()
         parts.append(part.detached())
     return parts

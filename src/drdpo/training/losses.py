@@ -111,7 +111,8 @@ def method_of(config: "TrainConfig") -> Method:
 
         return Method("Dr. DPO", loss, easier, strength={"drdpo_beta": temperature})
     if rho is not None:
-        penalty = Penalty(rho, config.wdpo_penalty == "root", config.prompt_once, config.solver, config.wdpo_fraction)
+        once = config.wdpo_prompt == "once"
+        penalty = Penalty(rho, config.wdpo_penalty == "root", once, config.solver, config.wdpo_fraction)
         return Method("WDPO", loss, penalty=penalty, strength={"wdpo_rho": rho})
     return Method("DPO", loss)
 

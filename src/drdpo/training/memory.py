@@ -35,7 +35,7 @@ from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import Policy, check_rotary, fix_rotary, widen_first_tokens
+from drdpo.training.policy import Policy, check_rotary, fix_rotary, widen_values
 from drdpo.training.run import Run
 from drdpo.training.wdpo import check_architecture
 
@@ -251,7 +251,7 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
     from transformers import AutoConfig
 
     reason = None
-    if config.attn == "auto" and config.wide_first_tokens:
+    if config.attn == "auto" and config.wide_values:
         reason = "--wdpo_solver=tangent attends in float32 to keep its accuracy"
     else:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
@@ -363,8 +363,8 @@ def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     fix_rotary(policy)
     if config.tangent:
         check_architecture(policy, config.model_path)
-    if config.wide_first_tokens:
-        widen_first_tokens(policy)
+    if config.wide_values:
+        widen_values(policy)
     return policy
 
 

@@ -18,7 +18,7 @@ from drdpo.errors import DataError
 from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair
 from drdpo.training.losses import Method, Pairs, Penalty, gradient_penalty
 from drdpo.training.policy import FiniteWatch, Policy, pairs_of
-from drdpo.training.wdpo import input_gradient, tangent_answers
+from drdpo.training.wdpo import input_gradient, tangent_answers, without_scale
 
 
 class Population(NamedTuple):
@@ -31,8 +31,9 @@ class Population(NamedTuple):
 
 class Objective(NamedTuple):
     total: Tensor
-    """Scalar: mean over the micro-batch of w l + c |grad l|^2, c being rho; for the root penalty rho / (2 sqrt M):
-    the gradient is then right, though the value is not the root's."""
+    """Scalar: the micro-batch's share of the step times its mean of w l + c |grad l|^2, c being rho; for the root penalty
+    rho / (2 sqrt M): the gradient is then right, though the value is not the root's. With the tangent solver the gradient is
+    right only if the backward pass begins with 1."""
     losses_B: Tensor
     """[B] plain losses."""
     pairs: Pairs
@@ -86,6 +87,7 @@ def objective(
     method: Method,
     population: Population | None = None,
     penalty_scale: float = 1.0,
+    share: float = 1.0,
 ) -> Objective:
     """The differentiable objective of one micro-batch.
 
@@ -96,14 +98,15 @@ def objective(
         method: what to minimize.
         population: from `survey`; None if this micro-batch, over all ranks, is the population.
         penalty_scale: from `penalty_scales`.
+        share: what the micro-batch counts for in the step. A factor of `total`, which must not be scaled later.
     """
     if method.penalty is not None and penalty_scale > 0:
         solve = _exact if method.penalty.solver == "exact" else _tangent
-        return solve(policy, batch, reference_B2, method, population, penalty_scale)
+        return solve(policy, batch, reference_B2, method, population, penalty_scale, share)
     pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
     weights_B = _weights(losses_B, pairs, method, population)
-    return Objective((weights_B * losses_B).mean(), losses_B, pairs, weights_B)
+    return Objective(share * (weights_B * losses_B).mean(), losses_B, pairs, weights_B)
 
 
 def _weights(losses_B: Tensor, pairs: Pairs, method: Method, population: Population | None) -> Tensor:
@@ -116,45 +119,53 @@ def _weights(losses_B: Tensor, pairs: Pairs, method: Method, population: Populat
 
 
 def _exact(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, population: Population | None, scale: float
+    policy: Policy,
+    batch: AnyBatch,
+    reference_B2: Tensor,
+    method: Method,
+    population: Population | None,
+    scale: float,
+    share: float,
 ) -> Objective:
     """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
     losses_B, penalties_B, pairs = _penalties(policy, batch, reference_B2, method, create_graph=True)
     total = losses_B.mean() + _factor(penalties_B, method.penalty, population, scale) * penalties_B.mean()
-    return Objective(total, losses_B, pairs, torch.ones_like(losses_B), penalties_B.detach())
+    return Objective(share * total, losses_B, pairs, torch.ones_like(losses_B), penalties_B.detach())
 
 
 def _tangent(
-    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, population: Population | None, scale: float
+    policy: Policy,
+    batch: AnyBatch,
+    reference_B2: Tensor,
+    method: Method,
+    population: Population | None,
+    scale: float,
+    share: float,
 ) -> Objective:
-    """WDPO by a pass along the gradient: l + c D^2 with D = l'(m) dm, dm the margin's derivative along the unit gradient v,
-    which is held fixed.
+    """WDPO by drdpo.training.wdpo: the gradient of l + c |g|^2, g = l'(m) q, by passes along 2 c l'^2 q, held fixed.
 
-    |g|^2 is the largest (g . v)^2 of all unit v, so its gradient at that v is the gradient of D^2. What rounding does to v
-    changes D to second order only, whereas |g| from the backward pass has all of it.
+    |q|^2 is the largest (q . v)^2 of all unit v, so what rounding does to q changes the slope along it to second order only,
+    whereas |q| has all of it: the reported penalty is that of the slope.
     """
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # Taken outside the engine, which would mistake it for the backward pass of the step.
     bare = policy if isinstance(policy, Policy) else policy.module
     gradient = input_gradient(bare, batch, reference_B2, method)
-    factor = _factor(gradient.loss_slopes_B.square(), method.penalty, population, scale)
-    logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient.direction_1ND))
+    factor = _factor(gradient.penalties_B, method.penalty, population, scale)
+    norms_B = gradient.margin_slopes_B
+    scale_B = share / len(norms_B) * 2 * factor * gradient.loss_slopes_B.square()
+    logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient, scale_B))
     pairs = pairs_of(logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
     (loss_slopes_B,) = torch.autograd.grad(losses_B.sum(), pairs.margins_B, create_graph=True)
     chosen_B, rejected_B = slope_S.chunk(2)
-    margin_slopes_B = chosen_B - rejected_B
-    penalties_B = (loss_slopes_B * margin_slopes_B).square()
-    total = (losses_B + factor * penalties_B).mean()
-    # The reported numbers are those of the first pass, whose losses are the plain ones.
-    value = (gradient.losses_B + factor * penalties_B.detach()).mean()
-    expected_B = gradient.margin_slopes_B
-    errors_B = (margin_slopes_B.detach() - expected_B).abs() / expected_B
-    errors_B = torch.where(expected_B > 0, errors_B, torch.zeros_like(expected_B))
-    ones_B = torch.ones_like(gradient.losses_B)
-    return Objective(
-        total - total.detach() + value, gradient.losses_B, gradient.pairs, ones_B, penalties_B.detach(), errors_B
-    )
+    moved_B, expected_B = chosen_B - rejected_B, scale_B * norms_B
+    slopes_B = torch.where(expected_B > 0, moved_B.detach() / expected_B, norms_B)
+    penalties_B = (loss_slopes_B * slopes_B).square()
+    total = share * (losses_B + factor * penalties_B).mean() + without_scale(moved_B.sum())
+    errors_B = torch.where(norms_B > 0, (slopes_B - norms_B).abs() / norms_B, torch.zeros_like(norms_B))
+    ones_B, pairs = torch.ones_like(norms_B), pairs.detached()
+    return Objective(total, losses_B.detach(), pairs, ones_B, penalties_B.detach(), errors_B)
 
 
 def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population | None, scale: float) -> Tensor:
@@ -175,7 +186,7 @@ def _penalties_alone(policy: Policy, batch: AnyBatch, reference_B2: Tensor, meth
     if method.penalty.solver == "exact":
         return _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
-    return input_gradient(policy, batch, reference_B2, method).loss_slopes_B.square()
+    return input_gradient(policy, batch, reference_B2, method).penalties_B
 
 
 def _penalties(

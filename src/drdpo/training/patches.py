@@ -1,39 +1,38 @@
 """Every patch of a library's code, with its reason.
 
-* torch.nn.functional.linear, within `rows_in_float32` and `bias_of_value_only`. Modules are called as they are, so that
-  adapters around them and the hooks by which ZeRO-3 fetches their weights work. A TorchFunctionMode would not do: it does
-  not see the linear map that ZeRO-3 puts in place of torch's.
-* The forward of decoder layers, by `widen`: a layer enters `rows_in_float32` itself, so that its recomputation under
-  gradient checkpointing does too.
+* torch.nn.functional.linear, within `linear_by`. Modules are called as they are, so that adapters around them and the hooks
+  by which ZeRO-3 fetches their weights work. A TorchFunctionMode would not do: it does not see the linear map that ZeRO-3
+  puts in place of torch's.
+* The forward of decoder layers, by `widen`: a layer enters `linear_by` itself, so that its recomputation under gradient
+  checkpointing does too.
 * DeepSpeed's clipping without ZeRO, by `note_gradient_norm`.
 * Values, not code, are changed where they are used: the dropouts, the rotary kind and bitsandbytes' layers of a model
   (drdpo.training.policy), and DeepSpeed's list of compiled operations (drdpo.training.engine).
 
-Why rows in float32: a model's activations at a sequence's first tokens grow a thousandfold, and all later tokens attend to
-them. Rounding there is most of what separates the penalty's gradient in bfloat16 from float32's, and these rows are few. So
-WDPO's input gradient and tangent pass take their products in float32, and for all rows sums over layers and attention
-(Policy.attention_dtype). Products of the other rows stay in bfloat16, as do adapters. Over six pairs of 2 x 256 tokens on
-SmolLM2-135M the worst error is 8% so; with attention in bfloat16 it was 27% on one of them, without any row in float32 72%.
+Why values in float32: rounding a layer's values to bfloat16 moves the point at which the model is differentiated. Where an
+early layer blows a token's tangent up, by a hundred times and more, it blows this error up as well, and the penalty's gradient
+depends on it to first order. So WDPO takes the linear maps of values in float32, in every pass alike: the policy's, its
+reference's and the evaluation's. Gradients and tangents are linear in what is rounded there, so their products stay in the
+weights' dtype, and so do adapters. Over a dozen pairs of 2 x 64 tokens on SmolLM2-135M the worst error was 29% with values in
+float32 at each sequence's first four tokens only, and is 3% so; float32 for tangents and gradients changed neither.
 
-Shape suffixes: N rows, R rows in float32, I inputs, O outputs, D width.
+Shape suffixes: N rows, I inputs, O outputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from drdpo.distributed import send
-from drdpo.kernels.linear_logprob import refuse_graph
-from drdpo.kernels.packed_attention import PrefixGroup
+from drdpo.kernels.linear_logprob import on_cuda, refuse_graph
 
 
 @contextmanager
-def _linear_replaced(by: Callable[..., Tensor]) -> Iterator[None]:
+def linear_by(by: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, nn.functional.linear is by(the linear before, x, weight, bias)."""
     linear = nn.functional.linear
     nn.functional.linear = partial(by, linear)
@@ -43,102 +42,80 @@ def _linear_replaced(by: Callable[..., Tensor]) -> Iterator[None]:
         nn.functional.linear = linear
 
 
-def bias_of_value_only() -> Any:
-    """Within it, linear maps of a value and its tangent, stacked as [2, N, I], add their bias to the value alone."""
-    return _linear_replaced(_linear_of_pair)
+def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T [N, O] in the dtype of x, without a graph; if the weight has another, of what that keeps of x, and rounded to it."""
+    return (x_NI.to(weight_OI.dtype) @ weight_OI.T).to(x_NI.dtype)
 
 
-def _linear_of_pair(linear: Any, pair_2NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    if bias_O is None:
-        return linear(pair_2NI, weight_OI)
-    return torch.stack([linear(pair_2NI[0], weight_OI, bias_O), linear(pair_2NI[1], weight_OI)])
+def value_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T [N, O] in the dtype of x, without a graph; if the weight has less, to float32's precision.
+
+    On CUDA, where a float32 product has no tensor cores, x is the sum of two numbers of the weight's dtype: to 2^-17 in
+    bfloat16. The weight is never widened there.
+    """
+    if x_NI.dtype == weight_OI.dtype:
+        return x_NI @ weight_OI.T
+    if not on_cuda(x_NI):
+        return x_NI @ weight_OI.to(x_NI.dtype).T
+    high_NI = x_NI.to(weight_OI.dtype)
+    low_NI = (x_NI - high_NI).to(weight_OI.dtype)
+    out_NO = torch.mm(high_NI, weight_OI.T, out_dtype=torch.float32)
+    return torch.addmm(out_NO, low_NI, weight_OI.T, out_dtype=torch.float32)
 
 
-POSITIONS = 4
-"""Tokens of a sequence that count as its first."""
+def weight_gradient(dtype: torch.dtype, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> Tensor:
+    """[O, I] the sum of grad^T x over pairs (grad [N, O], x [N, I]), of what a weight's dtype keeps of both."""
+    grad_NO, x_NI = first
+    total_OI = grad_NO.to(dtype).T @ x_NI.to(dtype)
+    for grad_NO, x_NI in others:
+        total_OI.addmm_(grad_NO.to(dtype).T, x_NI.to(dtype))
+    return total_OI
 
 
-class WideRows(NamedTuple):
-    """The keyword `wide_rows` of a decoder layer under `widen`."""
-
-    rows_R: Tensor
-    """Indices of the rows in float32."""
-    frozen: bool
-    """See rows_in_float32."""
-
-
-class _LinearOfRows(Function):
-    """x W^T + b in float32, of which the product of the given rows is taken in float32, and that of the others in the
-    weight's dtype; so for the gradient of x. Sums over rows are taken of what that dtype keeps of their terms."""
+class _ValueLinear(Function):
+    """x W^T + b by value_product; gradients by products in the weight's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows_R: Tensor, frozen: bool) -> Tensor:
-        ctx.frozen = frozen
-        narrow_NI = x.to(weight_OI.dtype).flatten(0, -2)
-        ctx.save_for_backward(None if frozen else narrow_NI, weight_OI, rows_R)
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        x_NI = x.flatten(0, -2)
+        ctx.save_for_backward(x_NI.to(weight_OI.dtype) if ctx.needs_input_grad[1] else None, weight_OI)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        # Not by nn.functional.linear, which bias_of_value_only may have replaced.
-        rough_NO = narrow_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, narrow_NI, weight_OI.T)
-        out = rough_NO.to(x.dtype).view(*x.shape[:-1], -1)
-        fine = x.index_select(-2, rows_R) @ weight_OI.to(x.dtype).T
-        return out.index_copy_(-2, rows_R, fine if bias_O is None else fine + bias_O.to(x.dtype))
+        out_NO = value_product(x_NI, weight_OI)
+        return (out_NO if bias_O is None else out_NO.add_(bias_O)).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        refuse_graph("linear layers with rows in float32 are differentiable once only")
-        narrow_NI, weight_OI, rows_R = ctx.saved_tensors
-        narrow_NO = grad.to(weight_OI.dtype).flatten(0, -2)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (narrow_NO @ weight_OI).to(grad.dtype).view(*grad.shape[:-1], -1)
-            grad_x.index_copy_(-2, rows_R, grad.index_select(-2, rows_R) @ weight_OI.to(grad.dtype))
-        weight, bias = (needed and not ctx.frozen for needed in ctx.needs_input_grad[1:3])
-        grad_weight_OI = narrow_NO.T @ narrow_NI if weight else None
-        grad_bias_O = grad.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype) if bias else None
-        return grad_x, grad_weight_OI, grad_bias_O, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        refuse_graph("linear maps with values in float32 are differentiable once only")
+        narrow_NI, weight_OI = ctx.saved_tensors
+        grad_NO = grad.flatten(0, -2)
+        x, weight, bias = ctx.needs_input_grad
+        return (
+            product(grad_NO, weight_OI.T).view(*grad.shape[:-1], -1) if x else None,
+            weight_gradient(weight_OI.dtype, (grad_NO, narrow_NI)) if weight else None,
+            grad_NO.sum(dim=0).to(ctx.bias_dtype) if bias else None,
+        )
 
 
-def first_rows(groups: Sequence[PrefixGroup], device: torch.device) -> Tensor:
-    """Indices of the rows of a packed row that are among the first tokens of a sequence."""
-    rows: list[int] = []
-    start = 0
-    for group in groups:
-        rows += range(start, start + min(group.prefix, POSITIONS))
-        start += group.prefix
-        for length in group.suffixes:
-            rows += range(start, start + max(0, min(length, POSITIONS - group.prefix)))
-            start += length
-    return send(torch.tensor(rows, dtype=torch.int64), device)
+def values_in_float32() -> Any:
+    """Within it, linear maps of float32 values [..., N, I] by weights of less precision give float32 results [..., N, O]."""
+
+    def by(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        if x.dtype == weight_OI.dtype:
+            return linear(x, weight_OI, bias_O)
+        return _ValueLinear.apply(x, weight_OI, bias_O)
+
+    return linear_by(by)
 
 
 def widen(layers: Sequence[nn.Module]) -> None:
-    """Let decoder layers that are called with a keyword `wide_rows` (a WideRows) run under rows_in_float32."""
+    """Let decoder layers run under values_in_float32."""
     for layer in layers:
         layer.forward = partial(_widened, layer.forward)
 
 
-def _widened(forward: Callable[..., Any], *arguments: Any, wide_rows: WideRows | None = None, **options: Any) -> Any:
-    if wide_rows is None:
+def _widened(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    with values_in_float32():
         return forward(*arguments, **options)
-    with rows_in_float32(*wide_rows):
-        return forward(*arguments, **options)
-
-
-def rows_in_float32(rows_R: Tensor, frozen: bool = False) -> Any:
-    """Within it, linear maps of float32 inputs [..., N, I] by weights of less precision give float32 results [..., N, O]:
-    the product of the given rows is taken in float32, that of the others in the weight's dtype.
-
-    Args:
-        rows_R: indices in [0, N).
-        frozen: treat weights as constants: autograd would otherwise compute, and discard, the gradients of trained ones.
-    """
-
-    def linear_of_rows(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        if x.dtype == weight_OI.dtype:
-            return linear(x, weight_OI, bias_O)
-        return _LinearOfRows.apply(x, weight_OI, bias_O, rows_R, frozen)
-
-    return _linear_replaced(linear_of_rows)
 
 
 def note_gradient_norm(engine: Any, parameters: list[nn.Parameter], max_norm: float) -> None:

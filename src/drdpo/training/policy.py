@@ -19,7 +19,7 @@ from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
 from drdpo.training.data import AnyBatch, PackedBatch, Pair
 from drdpo.training.losses import Pairs
-from drdpo.training.patches import WideRows, first_rows, widen
+from drdpo.training.patches import widen
 
 
 class Answers(NamedTuple):
@@ -80,16 +80,16 @@ class Policy(nn.Module):
         self.second_derivative = second_derivative
         self.flash_attention = False
         """Do packed rows attend by drdpo.kernels.packed_attention, which runs on CUDA only?"""
-        self.wide_first = False
-        """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
+        self.wide_values = False
+        """Do packed rows run with values in float32? See widen_values."""
         self.watch: FiniteWatch | None = None
         """Checks every gradient with respect to the input embeddings."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
 
     @property
     def attention_dtype(self) -> torch.dtype:
-        """float32 where first tokens are: their keys, rounded, shift all weights alike; flash attention takes none."""
-        return torch.float32 if self.wide_first and not self.flash_attention else self.language_model.dtype
+        """float32 where values are; flash attention takes none."""
+        return torch.float32 if self.wide_values and not self.flash_attention else self.language_model.dtype
 
     def forward(self, batch: AnyBatch, run: Callable[["Policy"], Any] | None = None) -> Any:
         """Log-probabilities of the answers of a batch.
@@ -123,18 +123,14 @@ class Policy(nn.Module):
         kernel = plain_logprob if self.second_derivative else linear_logprob
         return sum_by_sequence(self.head(kernel, hidden_ND, targets_N), sequence_N, batch)
 
-    def answer_states(self, batch: AnyBatch, embeds: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N].
-
-        `frozen`: only the gradient with respect to the embeddings will be computed.
-        """
+    def answer_states(self, batch: AnyBatch, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [N, D] that predict the answers' tokens, these tokens [N], and the sequence of each [N]."""
         if isinstance(batch, PackedBatch):
             plan = PrefixPlan(batch.groups, embeds.device, self.attention_dtype, self.flash_attention)
-            options = {}
-            if self.wide_first:
-                embeds, options["wide_rows"] = embeds.float(), WideRows(first_rows(batch.groups, embeds.device), frozen)
+            if self.wide_values:
+                embeds = embeds.float()
             hidden_ND = self.language_model.base_model(
-                inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan, **options
+                inputs_embeds=embeds, position_ids=batch.positions_1N, use_cache=False, prefix_plan=plan
             ).last_hidden_state[0]
         else:
             hidden_STD = self.language_model.base_model(
@@ -156,15 +152,15 @@ def decoder_of(policy: Policy) -> Any:
     raise DataError("it has no layers, norm and rotary_emb as Llama has")
 
 
-def widen_first_tokens(policy: Policy) -> None:
-    """Compute sequences' first tokens in float32, in the policy, its reference and its evaluation alike: before the first
-    step all margins are zero only if both come from the same arithmetic.
+def widen_values(policy: Policy) -> None:
+    """Compute values in float32, in the policy, its reference and its evaluation alike: before the first step all margins are
+    zero only if both come from the same arithmetic.
 
     Args:
         policy: of an architecture that check_architecture has passed, with its adapters.
     """
     widen(decoder_of(policy).layers)
-    policy.wide_first = True
+    policy.wide_values = True
 
 
 def pairs_of(logprob_S: Tensor, reference_B2: Tensor, batch: AnyBatch) -> Pairs:

@@ -19,7 +19,6 @@ from drdpo.models import check_model_folder, fingerprint
 from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
 from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
-from drdpo.training.patches import POSITIONS
 from drdpo.training.stop import seconds_to_wait
 
 NOT_COMPARED = (
@@ -71,8 +70,8 @@ def batch_plan(config: TrainConfig, pairs: list[Pair], pad_token_id: int = 0) ->
 def arithmetic_of(config: TrainConfig) -> str:
     """What a log-prob depends on besides weights and pairs."""
     kernel = config.attention_kernel + " and plain log-softmax" * config.second_derivative
-    wide = str(POSITIONS if config.wide_first_tokens else 0)
-    return " ".join([config.dtype, config.attention, kernel, config.lora_quantize, wide])
+    kernel += " and values in float32" * config.wide_values
+    return " ".join([config.dtype, config.attention, kernel, config.lora_quantize])
 
 
 def check_inputs(config: TrainConfig, method: Method) -> None:
