@@ -17,9 +17,6 @@ Attention keeps O, dO, the log-sum-exp of S and t. With them a backward pass com
 X = b V^T, rowsum(P * X) = b . O, and the rows of P * (a V^T + b dV^T + (X - b . O) * (dS - t)) sum to a . O + b . dO, as
 those of P * (X - b . O) and of dP sum to zero.
 
-`rms_norm`, `silu_gate` and `tangent_attention` are the same on a stacked pair, pair_2X[0] the value and pair_2X[1] the
-tangent, and can be differentiated once.
-
 On CUDA, except for float64, each part is a Triton kernel or a few (triton_tangent, triton_layer). On a CPU attention goes by
 blocks of queries, so that memory grows linearly with the row; norm and gate go by chunks of rows, to stay in its cache.
 Sums are in float32 (float64 for float64 inputs).
@@ -35,9 +32,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from drdpo.kernels.linear_logprob import in_pieces, on_cuda, refuse_graph, wide
+from drdpo.kernels.linear_logprob import in_pieces, on_cuda, wide
 from drdpo.kernels.packed_attention import PrefixGroup
 
 _BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 26}
@@ -238,33 +234,20 @@ def silu_gate_second(
 def rotate(x: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, back: bool = False) -> Tensor:
     """Rotary positions (arXiv 2104.09864), halves turned against each other as in transformers' Llama.
 
-    Linear, so a tangent is turned alike, and the gradient is turned back, by which it can be differentiated.
+    Linear, so a tangent is turned alike, and a gradient is turned back.
 
     Args:
         x: [..., N, H, E]
         cos_N1E, sin_N1E: [N, 1, E] with equal halves.
         back: turn by the opposite angle.
     """
-    return _Rotate.apply(x, cos_N1E, sin_N1E, back)
-
-
-class _Rotate(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, back: bool) -> Tensor:
-        ctx.save_for_backward(cos_N1E, sin_N1E)
-        ctx.back = back
-        if (kernels := _kernels("triton_layer", x)) is not None:
-            out = _like(x)
-            kernels.rotate(x, cos_N1E, sin_N1E, back, out)
-            return out
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([second, -first] if back else [-second, first], dim=-1)
-        return x * cos_N1E + turned * sin_N1E
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos_N1E, sin_N1E = ctx.saved_tensors
-        return rotate(grad, cos_N1E, sin_N1E, not ctx.back), None, None, None
+    if (kernels := _kernels("triton_layer", x)) is not None:
+        out = _like(x)
+        kernels.rotate(x, cos_N1E, sin_N1E, back, out)
+        return out
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([second, -first] if back else [-second, first], dim=-1)
+    return x * cos_N1E + turned * sin_N1E
 
 
 # Attention.
@@ -519,97 +502,3 @@ def attention_second(
 def _zeros(heads: Heads) -> Heads:
     """Room for gradients: a key's is a sum over segments."""
     return Heads(_like(heads.query_NHE), *(torch.zeros_like(wide(part)) for part in heads[1:]))
-
-
-# Stacked pairs.
-
-
-def rms_norm(pair_2ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """[2, N, D] RMS norm and its tangent, in the input's dtype.
-
-    Args:
-        pair_2ND: [2, N, D] value and tangent.
-        weight_D: [D] w.
-        epsilon: under the root.
-    """
-    return _RMSNorm.apply(pair_2ND, weight_D, epsilon)
-
-
-class _RMSNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, pair_2ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        ctx.save_for_backward(pair_2ND, weight_D)
-        ctx.epsilon = epsilon
-        x_ND, dx_ND = pair_2ND
-        return torch.stack([rms_norm_forward(x_ND, weight_D, epsilon), rms_norm_tangent(x_ND, dx_ND, weight_D, epsilon)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_2ND: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        refuse_graph()
-        (x_ND, dx_ND), weight_D = ctx.saved_tensors
-        a_ND, b_ND = grad_2ND
-        wants_weight = ctx.needs_input_grad[1]
-        grad_ND, grad_weight_D = rms_norm_second(x_ND, dx_ND, weight_D, ctx.epsilon, a_ND, b_ND, wants_weight)
-        return torch.stack([grad_ND, rms_norm_backward(x_ND, weight_D, ctx.epsilon, b_ND)]), grad_weight_D, None
-
-
-def silu_gate(gate_2NI: Tensor, up_2NI: Tensor) -> Tensor:
-    """[2, N, I] SiLU gate and its tangent, in the input's dtype.
-
-    Args:
-        gate_2NI: [2, N, I] g and its tangent.
-        up_2NI: [2, N, I] u and its tangent.
-    """
-    return _SiluGate.apply(gate_2NI, up_2NI)
-
-
-class _SiluGate(Function):
-    @staticmethod
-    def forward(ctx: Any, gate_2NI: Tensor, up_2NI: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_2NI, up_2NI)
-        (g, dg), (u, du) = gate_2NI, up_2NI
-        return torch.stack([silu_gate_forward(g, u), silu_gate_tangent(g, u, dg, du)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_2NI: Tensor) -> tuple[Tensor, ...]:
-        refuse_graph()
-        (g, dg), (u, du) = ctx.saved_tensors
-        parts = silu_gate_second(g, u, dg, du, *grad_2NI), silu_gate_backward(g, u, grad_2NI[1])
-        return tuple(torch.stack(pair) for pair in zip(*parts, strict=True))
-
-
-def tangent_attention(
-    query_2NHE: Tensor, key_2NKE: Tensor, value_2NKE: Tensor, groups: Sequence[PrefixGroup], scale: float
-) -> Tensor:
-    """[2, N, H, E] attention of a packed row and its tangent.
-
-    Args:
-        query_2NHE: [2, N, H, E] rotated queries and their tangents.
-        key_2NKE, value_2NKE: [2, N, K, E], H a multiple of K.
-        groups: of the row, N tokens in all.
-        scale: c.
-    """
-    return _Attention.apply(query_2NHE, key_2NKE, value_2NKE, tuple(groups), scale)
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *stacked, groups, scale = arguments
-        heads, moved = (Heads(*(part[number] for part in stacked)) for number in (0, 1))
-        out_NHE, lse_HN = attention_forward(heads, groups, scale)
-        moved_NHE, mean_HN = attention_tangent(heads, moved, groups, scale, out_NHE, lse_HN)
-        both_2NHE = torch.stack([out_NHE, moved_NHE])
-        ctx.save_for_backward(*stacked, both_2NHE, lse_HN, mean_HN)
-        ctx.groups, ctx.scale = groups, scale
-        return both_2NHE
-
-    @staticmethod
-    def backward(ctx: Any, grad_2NHE: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_graph()
-        *stacked, (out_NHE, moved_NHE), lse_HN, mean_HN = ctx.saved_tensors
-        heads, moved = (Heads(*(part[number] for part in stacked)) for number in (0, 1))
-        known = (ctx.groups, ctx.scale, out_NHE, lse_HN)
-        second = attention_second(heads, moved, *known, moved_NHE, mean_HN, *grad_2NHE)
-        first = attention_backward(heads, *known, grad_2NHE[1])
-        return *(torch.stack(pair) for pair in zip(second, first, strict=True)), None, None
