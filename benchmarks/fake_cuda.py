@@ -216,6 +216,14 @@ def _line() -> str:
     return "" if frame is None else f"{_file(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+_PAIR_PRODUCTS = {
+    "_attention_forward_kernel": (2,), "_attention_tangent_kernel": (5,), "_query_gradient_kernel": (3, 8),
+    "_key_gradient_kernel": (4, 10),
+}  # fmt: skip
+"""Products of rows of a head's width for a query and a key that it sees, in kernels of drdpo.kernels.triton_tangent; if they
+have one, of first and second order."""
+
+
 def _zero(dtype: torch.dtype) -> Any:
     return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
 
@@ -265,12 +273,15 @@ def _attention(
 
 def _triton_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
     """In place of triton.runtime.jit.JITFunction.run: no kernel runs; what it would do is counted."""
-    tensors = [value for value in args if isinstance(value, Tensor)]
+    tensors = list({id(value): value for value in args if isinstance(value, Tensor)}.values())
     if not all(tensor.is_cuda for tensor in tensors):
         raise ValueError(f"{kernel.__name__} is launched on {[str(tensor.device) for tensor in tensors]}")
     named = dict(zip(kernel.arg_names, args, strict=False))
     hidden_ND, weight_VD = named.get("hidden_ptr"), named.get("weight_ptr")
     flops = 0 if hidden_ND is None else 2 * hidden_ND.numel() * len(weight_VD)
+    if kernel.__name__ in _PAIR_PRODUCTS:
+        products = _PAIR_PRODUCTS[kernel.__name__][options.get("SECOND", False)] * options["PARTS"]
+        flops = 2 * products * options["WIDTH"] * named["heads"] * named["pairs"]
     for counts in _ACTIVE:
         counts.launched(kernel.__name__, counts._place(), tensors, ("triton", flops))
 

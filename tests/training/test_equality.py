@@ -48,7 +48,7 @@ CASES["wdpo_half-zero2-exact"] = {**CASES["wdpo_half-zero2"], "wdpo_solver": "ex
 CASES["wdpo_half-zero3"] = {**CASES["wdpo_half-zero2"], "zero_stage": 3}
 # Rows of at most so many tokens: micro-batches of unequal numbers of pairs.
 for name, stage in (("kldpo", 2), ("drdpo", 1), ("wdpo_root", 2), ("dpo", 3), ("dpo", 0)):
-    CASES[f"{name}-zero{stage}-tokens"] = {**COMMON, **METHODS[name], "zero_stage": stage, "micro_batch_tokens": 30}
+    CASES[f"{name}-zero{stage}-tokens"] = {**COMMON, **METHODS[name], "zero_stage": stage, "micro_batch_tokens": 22}
 FLOAT32_CASES = list(CASES)
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 BFLOAT16_CASES = [("dpo", 1), ("dpo", 2), ("wdpo", 2), ("wdpo", 3)]

@@ -1,7 +1,7 @@
 """A decoder layer's norm, gate, rotary positions and attention on a value and its tangent, in parts, for WDPO.
 
-x is a value, dx = d/dh x(h) at h = 0 its tangent; a and b are the gradients for an output and for its tangent. A function has
-four parts, none of which autograd sees:
+x is a value, dx = d/dh x(h) at h = 0 its tangent; a and b are the gradients for an output and for its tangent. Each step has
+four parts, which autograd does not see:
 
     *_forward   the output
     *_tangent   its tangent
@@ -17,24 +17,23 @@ Attention keeps O, dO, the log-sum-exp of S and t. With them a backward pass com
 X = b V^T, rowsum(P * X) = b . O, and the rows of P * (a V^T + b dV^T + (X - b . O) * (dS - t)) sum to a . O + b . dO, as
 those of P * (X - b . O) and of dP sum to zero.
 
-`rms_norm`, `silu_gate` and `tangent_attention` are the same on a stacked pair, pair_2X[0] the value and pair_2X[1] the
-tangent, and can be differentiated once.
-
-On a CPU attention goes by blocks of queries, so that memory grows linearly with the row; norm and gate go by chunks of rows,
-so that they stay in its cache. Sums are in float32 (float64 for float64 inputs).
+On CUDA, except for float64, each part is a Triton kernel or a few (triton_tangent, triton_layer). On a CPU attention goes by
+blocks of queries, so that memory grows linearly with the row; norm and gate go by chunks of rows, to stay in its cache.
+Sums are in float32 (float64 for float64 inputs).
 
 Shape suffixes: N tokens of the row, D width, I inner width, C rows of a chunk, H query heads, K key-value heads, R = H / K
 queries per key, E width of a head, A queries of a block, Q = R A of them by key, T keys that they attend to.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from drdpo.kernels.linear_logprob import in_pieces, refuse_graph, wide
+from drdpo.kernels.linear_logprob import in_pieces, on_cuda, wide
 from drdpo.kernels.packed_attention import PrefixGroup
 
 _BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 26}
@@ -45,14 +44,45 @@ _CHUNK_ELEMENTS = 1 << 19
 """Elements of a chunk on a CPU: 2 MiB in float32, of which several copies are alive."""
 
 
-def _by_rows(formula: Callable[..., Sequence[Tensor]], given: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """outs = formula(*given), in float32 and by chunks of rows."""
+WIDEST = 128
+"""Width of a head up to which attention has a Triton kernel; it must be a multiple of 16."""
+
+
+class _MetaKernels:
+    """The Triton kernels on the meta device: the caller has made what they would fill."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def _kernels(module: str, tensor: Tensor, width: int = 16) -> Any:
+    """A module of Triton kernels if they can run here, see drdpo.kernels.linear_logprob, and know the width of a head."""
+    if tensor.dtype == torch.float64 or not tensor.numel() or width > WIDEST or width % 16:
+        return None
+    if tensor.is_meta:
+        return _MetaKernels() if on_cuda(tensor) else None
+    if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return import_module(f"drdpo.kernels.{module}")
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _by_rows(
+    formula: Callable[..., Sequence[Tensor]], given: Sequence[Tensor], outs: Sequence[Tensor], kernel: str, *constants: Any
+) -> Tensor | None:
+    """outs = formula(*given), in float32 and by chunks of rows; on CUDA by a kernel, with what it returns."""
+    if (kernels := _kernels("triton_layer", given[0])) is not None:
+        return getattr(kernels, kernel)(given, outs, *constants)
     rows, width = given[0].shape
     size = max(1, _CHUNK_ELEMENTS // width) if in_pieces(given[0]) else rows
     for start in range(0, rows, max(1, size)):
         chunk = slice(start, min(start + size, rows))
         for out, part in zip(outs, formula(*(wide(tensor[chunk]) for tensor in given)), strict=True):
             out[chunk] = part
+    return None
 
 
 # RMS norm (arXiv 1910.07467). Arguments: x_ND, dx_ND, weight_D w, epsilon under the root; results in the dtype of x.
@@ -71,33 +101,41 @@ def _across(n_CD: Tensor, y_CD: Tensor) -> Tensor:
 
 def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """[N, D]"""
-    out_ND = torch.empty_like(x_ND)
+    out_ND = _like(x_ND)
     # Round before applying the weight, as transformers does.
-    _by_rows(lambda x: [_scaled(x, epsilon)[0].to(x_ND.dtype) * weight_D], [x_ND], [out_ND])
+    _by_rows(
+        lambda x: [_scaled(x, epsilon)[0].to(x_ND.dtype) * weight_D],
+        [x_ND],
+        [out_ND],
+        "rms_norm",
+        "forward",
+        weight_D,
+        epsilon,
+    )
     return out_ND
 
 
 def rms_norm_tangent(x_ND: Tensor, dx_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """[N, D]"""
-    out_ND = torch.empty_like(x_ND)
+    out_ND = _like(x_ND)
 
     def formula(x_CD: Tensor, dx_CD: Tensor) -> list[Tensor]:
         n_CD, r_C1 = _scaled(x_CD, epsilon)
         return [(r_C1 * _across(n_CD, dx_CD)).to(x_ND.dtype) * weight_D]
 
-    _by_rows(formula, [x_ND, dx_ND], [out_ND])
+    _by_rows(formula, [x_ND, dx_ND], [out_ND], "rms_norm", "tangent", weight_D, epsilon)
     return out_ND
 
 
 def rms_norm_backward(x_ND: Tensor, weight_D: Tensor, epsilon: float, grad_ND: Tensor) -> Tensor:
     """[N, D]"""
-    out_ND = torch.empty_like(x_ND)
+    out_ND = _like(x_ND)
 
     def formula(x_CD: Tensor, grad_CD: Tensor) -> list[Tensor]:
         n_CD, r_C1 = _scaled(x_CD, epsilon)
         return [r_C1 * _across(n_CD, grad_CD * wide(weight_D))]
 
-    _by_rows(formula, [x_ND, grad_ND], [out_ND])
+    _by_rows(formula, [x_ND, grad_ND], [out_ND], "rms_norm", "backward", weight_D, epsilon)
     return out_ND
 
 
@@ -110,7 +148,7 @@ def rms_norm_second(
 
         x:  r (a - n mean(n a)) - r^2 (p b + q dx + n (u - 3 p q))
     """
-    out_ND = torch.empty_like(x_ND)
+    out_ND = _like(x_ND)
     grad_weight_D = torch.zeros_like(wide(weight_D)) if wants_weight else None
 
     def formula(x_CD: Tensor, dx_CD: Tensor, a_CD: Tensor, b_CD: Tensor) -> list[Tensor]:
@@ -123,7 +161,9 @@ def rms_norm_second(
         curved_CD = p_C1 * b_CD + q_C1 * dx_CD + n_CD * (u_C1 - 3 * p_C1 * q_C1)
         return [r_C1 * (_across(n_CD, a_CD) - r_C1 * curved_CD)]
 
-    _by_rows(formula, [x_ND, dx_ND, a_ND, b_ND], [out_ND])
+    part = "second_and_weight" if wants_weight else "second"
+    found_D = _by_rows(formula, [x_ND, dx_ND, a_ND, b_ND], [out_ND], "rms_norm", part, weight_D, epsilon)
+    grad_weight_D = grad_weight_D if found_D is None else found_D
     return out_ND, None if grad_weight_D is None else grad_weight_D.to(weight_D.dtype)
 
 
@@ -139,32 +179,32 @@ def _silu(g_CI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def silu_gate_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """[N, I]"""
-    out_NI = torch.empty_like(gate_NI)
-    _by_rows(lambda g, u: [torch.sigmoid(g).mul_(g).mul_(u)], [gate_NI, up_NI], [out_NI])
+    out_NI = _like(gate_NI)
+    _by_rows(lambda g, u: [torch.sigmoid(g).mul_(g).mul_(u)], [gate_NI, up_NI], [out_NI], "silu_gate", "forward")
     return out_NI
 
 
 def silu_gate_tangent(gate_NI: Tensor, up_NI: Tensor, dgate_NI: Tensor, dup_NI: Tensor) -> Tensor:
     """[N, I]"""
-    out_NI = torch.empty_like(gate_NI)
+    out_NI = _like(gate_NI)
 
     def formula(g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> list[Tensor]:
         silu, slope, _ = _silu(g)
         return [slope.mul_(dg).mul_(u).addcmul_(silu, du)]
 
-    _by_rows(formula, [gate_NI, up_NI, dgate_NI, dup_NI], [out_NI])
+    _by_rows(formula, [gate_NI, up_NI, dgate_NI, dup_NI], [out_NI], "silu_gate", "tangent")
     return out_NI
 
 
 def silu_gate_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
     """[N, I] for the gate and for up."""
-    outs = torch.empty_like(gate_NI), torch.empty_like(up_NI)
+    outs = _like(gate_NI), _like(up_NI)
 
     def formula(g: Tensor, u: Tensor, b: Tensor) -> list[Tensor]:
         silu, slope, _ = _silu(g)
         return [slope.mul_(u).mul_(b), silu.mul_(b)]
 
-    _by_rows(formula, [gate_NI, up_NI, grad_NI], outs)
+    _by_rows(formula, [gate_NI, up_NI, grad_NI], outs, "silu_gate", "backward")
     return outs
 
 
@@ -175,7 +215,7 @@ def silu_gate_second(
 
     g: a u silu' + b (silu'' dg u + silu' du);  u: a silu + b silu' dg,  where silu'' = (1 - s) (2 s + silu (1 - 2 s)).
     """
-    outs = torch.empty_like(gate_NI), torch.empty_like(up_NI)
+    outs = _like(gate_NI), _like(up_NI)
 
     def formula(g: Tensor, u: Tensor, dg: Tensor, du: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
         silu, slope, rest = _silu(g)
@@ -184,7 +224,7 @@ def silu_gate_second(
         for_gate = bend.addcmul_(a, slope).mul_(u).addcmul_(slope * b, du)
         return [for_gate, silu.mul_(a).addcmul_(slope.mul_(b), dg)]
 
-    _by_rows(formula, [gate_NI, up_NI, dgate_NI, dup_NI, a_NI, b_NI], outs)
+    _by_rows(formula, [gate_NI, up_NI, dgate_NI, dup_NI, a_NI, b_NI], outs, "silu_gate", "second")
     return outs
 
 
@@ -194,13 +234,17 @@ def silu_gate_second(
 def rotate(x: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, back: bool = False) -> Tensor:
     """Rotary positions (arXiv 2104.09864), halves turned against each other as in transformers' Llama.
 
-    Linear, so a tangent is turned alike, and the gradient is turned back.
+    Linear, so a tangent is turned alike, and a gradient is turned back.
 
     Args:
         x: [..., N, H, E]
         cos_N1E, sin_N1E: [N, 1, E] with equal halves.
         back: turn by the opposite angle.
     """
+    if (kernels := _kernels("triton_layer", x)) is not None:
+        out = _like(x)
+        kernels.rotate(x, cos_N1E, sin_N1E, back, out)
+        return out
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([second, -first] if back else [-second, first], dim=-1)
     return x * cos_N1E + turned * sin_N1E
@@ -310,8 +354,11 @@ def attention_forward(heads: Heads, groups: Sequence[PrefixGroup], scale: float)
     Returns:
         [N, H, E] O, and [H, N] the log-sum-exp of S in float32.
     """
-    out_NHE = torch.empty_like(heads.query_NHE)
+    out_NHE = _like(heads.query_NHE)
     lse_HN = wide(heads.query_NHE).new_empty(out_NHE.shape[1::-1])
+    if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
+        kernels.attention_forward(heads, groups, scale, out_NHE, lse_HN)
+        return out_NHE, lse_HN
     kv_heads = heads.key_NKE.shape[1]
     for segment in _segments(groups):
         key_KTE, value_KTE = segment.keys(heads.key_NKE), segment.keys(heads.value_NKE)
@@ -341,7 +388,10 @@ def attention_tangent(
     Returns:
         [N, H, E] dO, and [H, N] t in float32.
     """
-    moved_NHE, mean_HN = torch.empty_like(out_NHE), torch.empty_like(lse_HN)
+    moved_NHE, mean_HN = _like(out_NHE), torch.empty_like(lse_HN)
+    if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
+        kernels.attention_tangent(heads, moved, groups, scale, out_NHE, lse_HN, moved_NHE, mean_HN)
+        return moved_NHE, mean_HN
     kv_heads = heads.key_NKE.shape[1]
     for segment in _segments(groups):
         key_KTE, value_KTE, dkey_KTE, dvalue_KTE = (segment.keys(part) for part in (*heads[1:], *moved[1:]))
@@ -368,6 +418,12 @@ def attention_backward(
         heads, groups, scale, out_NHE, lse_HN: as in attention_tangent.
         grad_NHE: b, for O.
     """
+    if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
+        grads = Heads(*(_like(part) for part in heads))
+        kernels.attention_gradient(
+            heads, None, groups, scale, (out_NHE, out_NHE), (lse_HN, lse_HN), (grad_NHE, grad_NHE), grads
+        )
+        return grads
     kv_heads = heads.key_NKE.shape[1]
     grads = _zeros(heads)
     for segment in _segments(groups):
@@ -407,6 +463,12 @@ def attention_second(
         moved_NHE, mean_HN: of attention_tangent.
         a_NHE, b_NHE: for O and dO.
     """
+    if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
+        grads = Heads(*(_like(part) for part in heads))
+        kernels.attention_gradient(
+            heads, moved, groups, scale, (out_NHE, moved_NHE), (lse_HN, mean_HN), (a_NHE, b_NHE), grads
+        )
+        return grads
     kv_heads = heads.key_NKE.shape[1]
     grads = _zeros(heads)
     for segment in _segments(groups):
@@ -439,96 +501,4 @@ def attention_second(
 
 def _zeros(heads: Heads) -> Heads:
     """Room for gradients: a key's is a sum over segments."""
-    return Heads(torch.empty_like(heads.query_NHE), *(torch.zeros_like(wide(part)) for part in heads[1:]))
-
-
-# Stacked pairs.
-
-
-def rms_norm(pair_2ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """[2, N, D] RMS norm and its tangent, in the input's dtype.
-
-    Args:
-        pair_2ND: [2, N, D] value and tangent.
-        weight_D: [D] w.
-        epsilon: under the root.
-    """
-    return _RMSNorm.apply(pair_2ND, weight_D, epsilon)
-
-
-class _RMSNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, pair_2ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        ctx.save_for_backward(pair_2ND, weight_D)
-        ctx.epsilon = epsilon
-        x_ND, dx_ND = pair_2ND
-        return torch.stack([rms_norm_forward(x_ND, weight_D, epsilon), rms_norm_tangent(x_ND, dx_ND, weight_D, epsilon)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_2ND: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        refuse_graph()
-        (x_ND, dx_ND), weight_D = ctx.saved_tensors
-        grad_ND, grad_weight_D = rms_norm_second(x_ND, dx_ND, weight_D, ctx.epsilon, *grad_2ND, ctx.needs_input_grad[1])
-        return torch.stack([grad_ND, rms_norm_backward(x_ND, weight_D, ctx.epsilon, grad_2ND[1])]), grad_weight_D, None
-
-
-def silu_gate(gate_2NI: Tensor, up_2NI: Tensor) -> Tensor:
-    """[2, N, I] SiLU gate and its tangent, in the input's dtype.
-
-    Args:
-        gate_2NI: [2, N, I] g and its tangent.
-        up_2NI: [2, N, I] u and its tangent.
-    """
-    return _SiluGate.apply(gate_2NI, up_2NI)
-
-
-class _SiluGate(Function):
-    @staticmethod
-    def forward(ctx: Any, gate_2NI: Tensor, up_2NI: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_2NI, up_2NI)
-        (g, dg), (u, du) = gate_2NI, up_2NI
-        return torch.stack([silu_gate_forward(g, u), silu_gate_tangent(g, u, dg, du)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_2NI: Tensor) -> tuple[Tensor, ...]:
-        refuse_graph()
-        (g, dg), (u, du) = ctx.saved_tensors
-        parts = silu_gate_second(g, u, dg, du, *grad_2NI), silu_gate_backward(g, u, grad_2NI[1])
-        return tuple(torch.stack(pair) for pair in zip(*parts, strict=True))
-
-
-def tangent_attention(
-    query_2NHE: Tensor, key_2NKE: Tensor, value_2NKE: Tensor, groups: Sequence[PrefixGroup], scale: float
-) -> Tensor:
-    """[2, N, H, E] attention of a packed row and its tangent.
-
-    Args:
-        query_2NHE: [2, N, H, E] rotated queries and their tangents.
-        key_2NKE, value_2NKE: [2, N, K, E], H a multiple of K.
-        groups: of the row, N tokens in all.
-        scale: c.
-    """
-    return _Attention.apply(query_2NHE, key_2NKE, value_2NKE, tuple(groups), scale)
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *stacked, groups, scale = arguments
-        heads, moved = (Heads(*(part[number] for part in stacked)) for number in (0, 1))
-        out_NHE, lse_HN = attention_forward(heads, groups, scale)
-        moved_NHE, mean_HN = attention_tangent(heads, moved, groups, scale, out_NHE, lse_HN)
-        both_2NHE = torch.stack([out_NHE, moved_NHE])
-        ctx.save_for_backward(*stacked, both_2NHE, lse_HN, mean_HN)
-        ctx.groups, ctx.scale = groups, scale
-        return both_2NHE
-
-    @staticmethod
-    def backward(ctx: Any, grad_2NHE: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_graph()
-        *stacked, (out_NHE, moved_NHE), lse_HN, mean_HN = ctx.saved_tensors
-        heads, moved = (Heads(*(part[number] for part in stacked)) for number in (0, 1))
-        known = (ctx.groups, ctx.scale, out_NHE, lse_HN)
-        second = attention_second(heads, moved, *known, moved_NHE, mean_HN, *grad_2NHE)
-        first = attention_backward(heads, *known, grad_2NHE[1])
-        return *(torch.stack(pair) for pair in zip(second, first, strict=True)), None, None
+    return Heads(_like(heads.query_NHE), *(torch.zeros_like(wide(part)) for part in heads[1:]))

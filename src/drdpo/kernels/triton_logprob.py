@@ -24,7 +24,7 @@ _PROCESSORS = 132
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """SMs of a device. Each has registers for one program of the log-sum-exp at a time."""
     if not torch.cuda.is_available() or device.type != "cuda":
         return _PROCESSORS
@@ -150,7 +150,7 @@ def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     tiles = _tiles(hidden_ND.dtype)
     token_blocks = triton.cdiv(tokens, tiles["BLOCK_N"])
     blocks = triton.cdiv(vocabulary, tiles["BLOCK_V"])
-    splits = splits_of(token_blocks, blocks, _processors(hidden_ND.device))
+    splits = splits_of(token_blocks, blocks, processors(hidden_ND.device))
     share = triton.cdiv(blocks, splits) * tiles["BLOCK_V"]
     splits = triton.cdiv(vocabulary, share)
     most_SN, sum_SN, picked_SN = (
