@@ -14,11 +14,17 @@ which with OMP_NUM_THREADS=1 hardly depends on other work. Memory is the peak be
 of the gradient of mean |grad l|^2 for all parameters against exact in float32 on the same weights, relative and as cosine:
 in bfloat16 the median over --pairs pairs, the worst, and the lowest cosine; in float32 those of the first pair.
 
+Accuracy is that of the tangent solver in bfloat16 alone, over more pairs and lengths: half of them plain text, half prompts
+in the model's chat template with two answers of other text. The truth is the same solver in float32, which the suite
+compares with a double backward in float64. Every pair is printed and written, with its `solver_condition`. The machine's
+load does not change it; --only_accuracy measures nothing else and keeps the rest of OUTPUT.json.
+
     PYTHONPATH=src python benchmarks/wdpo.py [--model=models/SmolLM2-135M]
-        [--tokens 256 512 1024] [--output=benchmarks/results/wdpo]
+        [--tokens 256 512 1024] [--accuracy 64:16 128:8 256:6 512:4] [--output=benchmarks/results/wdpo]
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -45,19 +51,43 @@ COLORS = dict(zip(WAYS, PALETTE, strict=True))
 BETA = 0.01
 
 
-def real_pairs(model: str, tokens: int, count: int):
-    """Pairs of real text, two sequences of `tokens`, half of each prompt."""
-    from transformers import AutoTokenizer
-
-    from drdpo.training.data import Pair
+def bundled_text(model: str):
+    """The bundled prompts, their text as token ids, and the model's tokenizer."""
+    from drdpo.chat import load_tokenizer
 
     rows = (ROOT / "src" / "drdpo" / "assets" / "prompts" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    text = "\n".join(turn["content"] for row in rows for turn in json.loads(row)["prompt"])
-    ids, half = AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"], tokens // 2
+    prompts, tokenizer = [json.loads(row)["prompt"] for row in rows], load_tokenizer(model)
+    text = "\n".join(turn["content"] for prompt in prompts for turn in prompt)
+    return prompts, tokenizer(text, verbose=False)["input_ids"], tokenizer
+
+
+def real_pairs(model: str, tokens: int, count: int):
+    """Pairs of real text, two sequences of `tokens`, half of each prompt."""
+    from drdpo.training.data import Pair
+
+    (_, ids, _), half = bundled_text(model), tokens // 2
     starts = [number * (len(ids) - 3 * half) // max(1, count - 1) for number in range(count)]
     return [Pair(*(ids[start + part * half :][:half] for part in range(3))) for start in starts]
 
 
+def chat_pairs(model: str, tokens: int, count: int):
+    """Prompts in the model's chat template, and answers cut from the prompts' text that fill both sequences to `tokens`."""
+    from drdpo.chat import end_of_turn_id, prompt_token_ids
+    from drdpo.training.data import Pair
+
+    prompts, text, tokenizer = bundled_text(model)
+    short = [ids for ids in (prompt_token_ids(tokenizer, prompt) for prompt in prompts) if 4 * len(ids) <= 3 * tokens]
+    pairs = []
+    for number in range(count):
+        prompt = short[number * (len(short) - 1) // max(1, count - 1)]
+        length = tokens - len(prompt) - 1
+        start = (2 * number + 1) * (len(text) - 2 * length) // (2 * count)
+        answers = (text[start + part * length :][:length] for part in range(2))
+        pairs.append(Pair(prompt, *([*answer, end_of_turn_id(tokenizer)] for answer in answers)))
+    return pairs
+
+
+@functools.cache
 def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
     """The flags of a way, and its policy."""
     import torch
@@ -161,6 +191,14 @@ def measure(arguments) -> dict[str, float]:
     return {"seconds": min(seconds[1:] or seconds), "peak_gib": memory("VmHWM") - before}
 
 
+def compare(ours, truth) -> dict[str, float]:
+    """Relative error and cosine of two vectors."""
+    import torch
+
+    cosine = torch.nn.functional.cosine_similarity(ours, truth, dim=0)
+    return {"error": float((ours - truth).norm() / truth.norm()), "cosine": float(cosine)}
+
+
 def penalty_gradient(way: str, dtype: str, pair, arguments):
     """The gradient of mean |grad l|^2 for all parameters."""
     import torch
@@ -171,12 +209,41 @@ def penalty_gradient(way: str, dtype: str, pair, arguments):
     return torch.cat([part.flatten().float().cpu() for part in parts]).double() / rho
 
 
-def errors(arguments) -> dict[str, dict[str, float]]:
-    """Median and worst relative error and lowest cosine of every way over the pairs, in this process."""
+def accuracy(arguments) -> list[dict]:
+    """Error, cosine and solver_condition of every pair, in this process."""
     import torch
 
+    from drdpo.training.data import form_batch
+    from drdpo.training.losses import method_of
+    from drdpo.training.objective import objective
+
+    def gradient(dtype: str, pair) -> tuple:
+        config, policy, device = prepare("tangent", dtype, True, arguments.model, 1e12)
+        batch = form_batch([pair], [0], config.packing, config.prompt_once).to(device)
+        with torch.no_grad():
+            reference_B2 = policy(batch).logprob_S[None]
+        part = objective(policy, batch, reference_B2, method_of(config), None)
+        parts = torch.autograd.grad(part.total, list(policy.parameters()))
+        return torch.cat([part.flatten().float().cpu() for part in parts]).double(), float(part.conditions_B)
+
     flush_denormals()
-    found: dict[str, list[tuple[float, float]]] = {}
+    rows = []
+    for tokens, count in (map(int, words.split(":")) for words in arguments.accuracy):
+        for kind, pairs_of in (("plain", real_pairs), ("chat", chat_pairs)):
+            for number, pair in enumerate(pairs_of(arguments.model, tokens, count // 2)):
+                truth, _ = gradient("float32", pair)
+                ours, condition = gradient("bfloat16", pair)
+                row = {"tokens": tokens, "text": kind, **compare(ours, truth), "solver_condition": condition}
+                rows.append(row)
+                print(f"{tokens:>6} {kind:<5} pair {number}: error {row['error']:.2%}, cosine {row['cosine']:.5f}, "
+                      f"solver_condition {condition:.1f}", file=sys.stderr, flush=True)  # fmt: skip
+    return rows
+
+
+def errors(arguments) -> dict[str, dict[str, float]]:
+    """Median and worst relative error and lowest cosine of every way over the pairs, in this process."""
+    flush_denormals()
+    found: dict[str, list[dict]] = {}
     for number, pair in enumerate(real_pairs(arguments.model, arguments.tokens[0], arguments.pairs)):
         truths = {
             once: penalty_gradient("exact once" if once else "exact", "float32", pair, arguments) for once in (False, True)
@@ -186,13 +253,15 @@ def errors(arguments) -> dict[str, dict[str, float]]:
                 if way == "dpo" or (dtype == "float32" and number > 0):
                     continue
                 ours, truth = penalty_gradient(way, dtype, pair, arguments), truths[way.endswith("once")]
-                cosine = torch.nn.functional.cosine_similarity(ours, truth, dim=0)
-                found.setdefault(f"{way}, {dtype}", []).append((float((ours - truth).norm() / truth.norm()), float(cosine)))
-    return {
-        name: {"error": statistics.median(error for error, _ in pairs), "worst": max(error for error, _ in pairs),
-               "cosine": min(cosine for _, cosine in pairs), "pairs": len(pairs)}
-        for name, pairs in found.items()
-    }  # fmt: skip
+                found.setdefault(f"{way}, {dtype}", []).append(compare(ours, truth))
+    return {name: summary(pairs) for name, pairs in found.items()}
+
+
+def summary(pairs: list[dict]) -> dict[str, float]:
+    """Median and worst error and lowest cosine."""
+    errors = [pair["error"] for pair in pairs]
+    return {"error": statistics.median(errors), "worst": max(errors), "cosine": min(pair["cosine"] for pair in pairs),
+            "pairs": len(pairs)}  # fmt: skip
 
 
 def run(arguments, allocator: dict[str, str] | None = None, **flags) -> dict:
@@ -289,6 +358,13 @@ def draw(facts: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write(arguments, facts: dict) -> None:
+    path = Path(arguments.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    draw(facts, path.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
@@ -303,12 +379,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6, help="over which errors in bfloat16 are taken")
     parser.add_argument("--longest_errors", type=int, default=256, help="longest sequences that errors are taken of")
     parser.add_argument("--longest_double_backward", type=int, default=1024, help="longest of the original and exact")
+    parser.add_argument("--accuracy", nargs="*", default=["64:16", "128:8", "256:6", "512:4"], help="TOKENS:PAIRS")
+    parser.add_argument("--only_accuracy", action="store_true", help="keep the rest of OUTPUT.json")
     parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
-    parser.add_argument("--way", choices=[*WAYS, "errors"], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=[*WAYS, "errors", "accuracy"], help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps((errors if arguments.way == "errors" else measure)(arguments)))
+        print(json.dumps({"errors": errors, "accuracy": accuracy}.get(arguments.way, measure)(arguments)))
+        return
+    if arguments.only_accuracy:
+        known = json.loads(Path(arguments.output).with_suffix(".json").read_text())
+        write(arguments, known | {"accuracy": run(arguments, way=["accuracy"], accuracy=arguments.accuracy)})
         return
     import torch
 
@@ -333,11 +415,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
     facts = {"device": device, "model": Path(arguments.model).name, "beta": BETA, "rho": arguments.rho,
              "rounds": arguments.rounds, "pairs": arguments.pairs, "errors": errors_by_tokens, "rows": rows}  # fmt: skip
+    facts["accuracy"] = run(arguments, way=["accuracy"], accuracy=arguments.accuracy)
     if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        draw(facts, path.with_suffix(".png"))
+        write(arguments, facts)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,6 +112,21 @@ def wdpo_table() -> str:
     return table("| | time | memory | error in bf16 | worst | lowest cosine |", rows)
 
 
+def wdpo_accuracy_table() -> str:
+    """Accuracy of the tangent solver of benchmarks/wdpo.py by length and text, and over all pairs."""
+    pairs = results("wdpo").get("accuracy", [])
+    parts = {f"{pair['tokens']}, {pair['text']}": [] for pair in pairs}
+    for pair in pairs:
+        parts[f"{pair['tokens']}, {pair['text']}"].append(pair)
+    rows = []
+    for name, part in ({**parts, "all": pairs} if pairs else {}).items():
+        errors = [pair["error"] for pair in part]
+        cosine, condition = min(pair["cosine"] for pair in part), max(pair["solver_condition"] for pair in part)
+        cells = [f"{statistics.median(errors):.1%}", f"{max(errors):.1%}", f"{cosine:.4f}", f"{condition:.0f}"]
+        rows.append([name, str(len(part)), *cells])
+    return table("| tokens of a sequence, text | pairs | median error | worst | lowest cosine | `solver_condition` |", rows)
+
+
 def scoring_table() -> str:
     """The ways of scoring of benchmarks/scoring.py."""
     rows = []
@@ -126,7 +142,8 @@ def scoring_table() -> str:
 
 MEASURED = {
     "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
-    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "scoring": scoring_table,
+    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table,
+    "wdpo_accuracy": wdpo_accuracy_table, "scoring": scoring_table,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from harness.policies import apart, config_of
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from drdpo.training import patches, wdpo
+from drdpo.training import passes, patches
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective
@@ -73,8 +73,8 @@ def test_a_second_derivative_is_refused(layer):
         torch.autograd.grad(out, x, create_graph=True)
 
 
-def penalty_gradients(folder: Path, dtype: str, pairs: list[Pair]) -> list[torch.Tensor]:
-    """The penalty's gradient for all parameters, a pair at a time."""
+def penalty_gradients(folder: Path, dtype: str, pairs: list[Pair]) -> list[tuple[torch.Tensor, float]]:
+    """The penalty's gradient for all parameters, and the solver's condition, a pair at a time."""
     config = config_of(wdpo_solver="tangent", wdpo_rho=1e9, beta=0.01, dtype=dtype)
     policy = load_policy(str(folder), getattr(torch, dtype), config.attention, True)
     if config.wide_values:
@@ -82,9 +82,9 @@ def penalty_gradients(folder: Path, dtype: str, pairs: list[Pair]) -> list[torch
     found = []
     for pair in pairs:
         batch = form_batch([pair], [0], config.packing, config.prompt_once)
-        total = objective(policy, batch, torch.zeros(1, 2), method_of(config), None).total
-        parts = torch.autograd.grad(total, list(policy.parameters()))
-        found.append(torch.cat([part.flatten() for part in parts]).double())
+        part = objective(policy, batch, torch.zeros(1, 2), method_of(config), None)
+        gradients = torch.autograd.grad(part.total, list(policy.parameters()))
+        found.append((torch.cat([gradient.flatten() for gradient in gradients]).double(), float(part.conditions_B)))
     return found
 
 
@@ -120,12 +120,18 @@ def test_a_token_whose_tangent_is_blown_up_is_exact_wherever_it_stands(tmp_path,
     others = [token for token in range(64) if token != STEEP]
     rows = [[others[int(k)] for k in torch.randint(63, (9,), generator=numbers)] for _ in range(3)]
     rows[0][7] = STEEP  # of the prompt, behind the first four tokens
-    folder, pairs = steep_model(tmp_path / "steep"), [Pair(*rows)]
-    (expected,), (ours,) = (penalty_gradients(folder, dtype, pairs) for dtype in ("float32", "bfloat16"))
-    monkeypatch.setattr(wdpo, "value_product", product)
-    (rounded,) = penalty_gradients(folder, "bfloat16", pairs)
-    assert apart(ours, expected) < 0.05
-    assert apart(rounded, expected) > 0.2, "rounding values is harmless here, so the test shows nothing"
+    pairs = [Pair(*rows), Pair([others[0] if token == STEEP else token for token in rows[0]], *rows[1:])]
+    folder = steep_model(tmp_path / "steep")
+    expected, ours = (penalty_gradients(folder, dtype, pairs) for dtype in ("float32", "bfloat16"))
+    monkeypatch.setattr(passes, "value_product", product)
+    rounded = penalty_gradients(folder, "bfloat16", pairs)
+    steep, plain = (apart(one, other) for (one, _), (other, _) in zip(ours, expected, strict=True))
+    assert steep < 0.05 and plain < 0.05
+    steep, plain = (apart(one, other) for (one, _), (other, _) in zip(rounded, expected, strict=True))
+    assert steep > 0.2 > plain, "rounding values is harmless here, so the test shows nothing"
+    # The metric by which a run shows that it has such a pair.
+    (_, of_steep), (_, of_plain) = ours
+    assert of_steep > 3 * of_plain and of_steep == pytest.approx(expected[0][1], rel=0.1)
 
 
 @pytest.mark.slow
@@ -137,6 +143,6 @@ def test_the_penalty_of_a_real_model_is_near_to_float32(smollm):
     ids = AutoTokenizer.from_pretrained(smollm)(text, verbose=False)["input_ids"]
     pairs = [Pair(*(ids[start + 32 * part :][:32] for part in range(3))) for start in (0, (len(ids) - 96) // 11)]
     found = zip(penalty_gradients(smollm, "bfloat16", pairs), penalty_gradients(smollm, "float32", pairs), strict=True)
-    for ours, theirs in found:
+    for (ours, _), (theirs, _) in found:
         assert apart(ours, theirs) < 0.04
         assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.999

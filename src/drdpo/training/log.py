@@ -89,6 +89,8 @@ def step_metrics(
     errors = [part.errors_B for part in parts if part.errors_B is not None]
     if errors:
         metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
+        conditions = [part.conditions_B for part in parts if part.conditions_B is not None]
+        metrics["solver_condition"] = float(distributed.gather(torch.cat(conditions)).max())
     value = metrics["penalty"]
     if root == "step":
         value = float(penalties_P.mean().sqrt())

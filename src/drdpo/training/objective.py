@@ -43,6 +43,8 @@ class Objective(NamedTuple):
     errors_B: Tensor | None = None
     """[B] with the tangent solver: relative difference between two estimates of the margin's slope along the gradient, zero
     without rounding."""
+    conditions_B: Tensor | None = None
+    """[B] with the tangent solver: how many times rounding is magnified in the margin's slope along the gradient."""
 
     def detached(self) -> "Objective":
         """The numbers alone, without a graph."""
@@ -164,8 +166,9 @@ def _tangent(
     penalties_B = (loss_slopes_B * slopes_B).square()
     total = share * (losses_B + factor * penalties_B).mean() + without_scale(moved_B.sum())
     errors_B = torch.where(norms_B > 0, (slopes_B - norms_B).abs() / norms_B, torch.zeros_like(norms_B))
+    conditions_B = torch.where(expected_B > 0, gradient.passes.spread(len(norms_B)) / expected_B / norms_B, 0.0)
     ones_B, pairs = torch.ones_like(norms_B), pairs.detached()
-    return Objective(total, losses_B.detach(), pairs, ones_B, penalties_B.detach(), errors_B)
+    return Objective(total, losses_B.detach(), pairs, ones_B, penalties_B.detach(), errors_B, conditions_B)
 
 
 def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population | None, scale: float) -> Tensor:

@@ -95,7 +95,9 @@ class Passes:
         """Pass 2: lambda of the input embeddings [M, D]."""
         self._for_hidden_AD = for_hidden_AD.to(self._x_AD.dtype)
         lambda_MD = self._for_last_x()
+        self._sizes: list[Tensor] = []
         for layer in reversed(self.layers):
+            self._sizes.append(lambda_MD.norm(dim=1))
             lambda_MD = layer.adjoints(lambda_MD)
         return lambda_MD
 
@@ -108,10 +110,19 @@ class Passes:
     @torch.no_grad()
     def tangents(self, direction_MD: Tensor) -> Tensor:
         """Pass 3: tangents of the hidden states, [A, D]."""
+        moved = []
         for layer in self.layers:
             direction_MD = layer.tangents(direction_MD)
+            moved.append(direction_MD.norm(dim=1))
+        self._sizes_LM = torch.stack(self._sizes[::-1]) * torch.stack(moved)
         self._dx_AD = direction_MD.index_select(0, self.row.apart.states_A)
         return normed_tangent(self.norm, self._x_AD, self._dx_AD).to(self.hidden_AD.dtype)
+
+    def spread(self, pairs: int) -> Tensor:
+        """[B] after pass 3, by pair the root of the sum over tokens of (|lambda| |dx|)^2, at the layer where it is largest:
+        the terms <lambda, dx> of a layer's tokens sum to dm, and this bounds what their rounding does to it."""
+        sums_LB = self._sizes_LM.new_zeros(len(self.layers), pairs)
+        return sums_LB.index_add_(1, self.row.pair_M, self._sizes_LM.square()).sqrt().amax(dim=0)
 
     def graph(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Pass 4 is a backward pass through this: hidden_AD with a graph."""
