@@ -90,7 +90,7 @@ class _ValueLinear(Function):
         grad_NO = grad.flatten(0, -2)
         x, weight, bias = ctx.needs_input_grad
         return (
-            product(grad_NO, weight_OI.T).view(*grad.shape[:-1], -1) if x else None,
+            product(grad_NO, weight_OI.T).to(grad.dtype).view(*grad.shape[:-1], -1) if x else None,
             weight_gradient(weight_OI.dtype, (grad_NO, narrow_NI)) if weight else None,
             grad_NO.sum(dim=0).to(ctx.bias_dtype) if bias else None,
         )
