@@ -111,7 +111,7 @@ class Passes:
         for layer in self.layers:
             direction_MD = layer.tangents(direction_MD)
         self._dx_AD = direction_MD.index_select(0, self.row.apart.states_A)
-        return normed_tangent(self.norm, self._x_AD, self._dx_AD).to(self.hidden_AD.dtype)
+        return normed_tangent(self.norm, self._x_AD, self._dx_AD, self.hidden_AD.dtype)
 
     def graph(self, policy: Policy, batch: PackedBatch) -> Tensor:
         """Pass 4 is a backward pass through this: hidden_AD with a graph."""
@@ -192,7 +192,7 @@ def tangent_answers(policy: Policy, batch: PackedBatch, gradient: InputGradient,
     """
     passes = gradient.passes
     direction_MD = scale_B[passes.row.pair_M][:, None] * gradient.gradient_MD
-    dhidden_AD = passes.tangents(direction_MD.to(passes.row.zero.dtype))
+    dhidden_AD = passes.tangents(direction_MD.to(passes.row.wide))
     pair_2AD = torch.stack([passes.graph(policy, batch), dhidden_AD])
     logprob_A, slope_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, gradient.head)
     return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(slope_A, batch.sequence_A, batch)
