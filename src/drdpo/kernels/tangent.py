@@ -66,8 +66,8 @@ def _kernels(module: str, tensor: Tensor, width: int = 16) -> Any:
     return import_module(f"drdpo.kernels.{module}")
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _by_rows(
@@ -115,9 +115,11 @@ def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return out_ND
 
 
-def rms_norm_tangent(x_ND: Tensor, dx_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """[N, D]"""
-    out_ND = _like(x_ND)
+def rms_norm_tangent(
+    x_ND: Tensor, dx_ND: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[N, D] in `dtype`, or that of x."""
+    out_ND = _like(x_ND, dtype)
 
     def formula(x_CD: Tensor, dx_CD: Tensor) -> list[Tensor]:
         n_CD, r_C1 = _scaled(x_CD, epsilon)
@@ -167,7 +169,8 @@ def rms_norm_second(
     return out_ND, None if grad_weight_D is None else grad_weight_D.to(weight_D.dtype)
 
 
-# SiLU gate (SwiGLU, arXiv 2002.05202), silu(g) = g sigmoid(g). Arguments [N, I], results in the dtype of the gate.
+# SiLU gate (SwiGLU, arXiv 2002.05202), silu(g) = g sigmoid(g). Arguments [N, I]; results in the dtype of the tangents or
+# gradients, which may be less precise than the values.
 
 
 def _silu(g_CI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +189,7 @@ def silu_gate_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
 
 def silu_gate_tangent(gate_NI: Tensor, up_NI: Tensor, dgate_NI: Tensor, dup_NI: Tensor) -> Tensor:
     """[N, I]"""
-    out_NI = _like(gate_NI)
+    out_NI = _like(dgate_NI)
 
     def formula(g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> list[Tensor]:
         silu, slope, _ = _silu(g)
@@ -198,7 +201,7 @@ def silu_gate_tangent(gate_NI: Tensor, up_NI: Tensor, dgate_NI: Tensor, dup_NI: 
 
 def silu_gate_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
     """[N, I] for the gate and for up."""
-    outs = _like(gate_NI), _like(up_NI)
+    outs = _like(grad_NI), _like(grad_NI)
 
     def formula(g: Tensor, u: Tensor, b: Tensor) -> list[Tensor]:
         silu, slope, _ = _silu(g)
@@ -215,7 +218,7 @@ def silu_gate_second(
 
     g: a u silu' + b (silu'' dg u + silu' du);  u: a silu + b silu' dg,  where silu'' = (1 - s) (2 s + silu (1 - 2 s)).
     """
-    outs = _like(gate_NI), _like(up_NI)
+    outs = _like(b_NI), _like(b_NI)
 
     def formula(g: Tensor, u: Tensor, dg: Tensor, du: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
         silu, slope, rest = _silu(g)
@@ -242,7 +245,7 @@ def rotate(x: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, back: bool = False) -> T
         back: turn by the opposite angle.
     """
     if (kernels := _kernels("triton_layer", x)) is not None:
-        out = _like(x)
+        out = _like(x, cos_N1E.dtype)
         kernels.rotate(x, cos_N1E, sin_N1E, back, out)
         return out
     first, second = x.chunk(2, dim=-1)

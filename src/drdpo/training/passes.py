@@ -57,8 +57,9 @@ class Row:
     def __init__(self, policy: Policy, batch: PackedBatch, embeds_ND: Tensor, prompt_once: bool) -> None:
         rotary = decoder_of(policy.language_model).rotary_emb
         cos_N1E, sin_N1E = (part[0, :, None] for part in rotary(embeds_ND, position_ids=batch.positions_1N))
-        self.dtype = policy.attention_dtype
-        self.zero = embeds_ND.new_zeros(())
+        self.dtype, self.wide, self.narrow = policy.attention_dtype, embeds_ND.dtype, policy.head.weight.dtype
+        """Of attention, of values and of sums over layers, and of all other tangents and gradients."""
+        self._zeros = {dtype: embeds_ND.new_zeros((), dtype=dtype) for dtype in (self.wide, self.narrow)}
         device = embeds_ND.device
         self.pair_M = batch.pair_N
         self.rows_M: Tensor | None = None
@@ -93,8 +94,8 @@ class Row:
         return total.index_add_(0, self._again_of_R, grad.index_select(0, self._again_R))
 
     def hollow(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[N, width] without memory."""
-        return self.zero.to(dtype or self.zero.dtype).expand(len(self.once.cos_N1E), width)
+        """[N, width] without memory, whose gradient has this dtype, or that of most gradients."""
+        return self._zeros[dtype or self.narrow].expand(len(self.once.cos_N1E), width)
 
     def norm_second(
         self, norm: Any, x: Tensor, dx: Tensor, a: Tensor, b: Tensor, wants_weight: bool
@@ -267,21 +268,21 @@ class Layer:
         known = self.known or self._values()
         moved = self._tangents(known)
         self.moved = moved if self.keeps else None
-        return self._map(self.row.tangent, "down_proj", self._gated_tangent(known, moved)).add_(self.border["dmid"])
+        return self.border["dmid"] + self._map(self.row.tangent, "down_proj", self._gated_tangent(known, moved))
 
     def _tangents(self, known: Values) -> Tangents:
         border, row, tangent = self.border, self.row, self.row.tangent
-        normed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"])
+        normed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"], row.narrow)
         raw = [self._map(tangent, name, normed_MD) for name in QKV]
         parts = zip(self.head_norms, known.raw, raw, strict=False)
-        scaled = [normed_tangent(norm, row.spread(x), dx) for norm, x, dx in parts]
+        scaled = [normed_tangent(norm, row.spread(x), dx, row.narrow) for norm, x, dx in parts]
         moved = self._rotated([*scaled, *raw[len(scaled) :]], row.apart)
         heads, out_MHE, lse_HM = self._apart(known)
         scaling = self.attention.scaling
         dout_MHE, mean_HM = kernels.attention_tangent(heads, moved, row.apart.groups, scaling, out_MHE, lse_HM)
         if "dmid" not in border:
-            border["dmid"] = self._map(tangent, "o_proj", dout_MHE.flatten(1).to(normed_MD.dtype)).add_(border["dx"])
-        normed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"])
+            border["dmid"] = border["dx"] + self._map(tangent, "o_proj", dout_MHE.flatten(1).to(row.narrow))
+        normed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"], row.narrow)
         gate_MI, up_MI = (self._map(tangent, name, normed_MD) for name in GATES)
         return Tangents(raw[: len(scaled)], moved, dout_MHE, mean_HM, gate_MI, up_MI)
 
@@ -290,7 +291,7 @@ class Layer:
     def graph(self, *parts_ND: Tensor) -> tuple[Tensor, Tensor]:
         """From the input to the output, each given as parts whose sum it is."""
         width, hollow = parts_ND[0].shape[1], self.row.hollow
-        both = (hollow(width), hollow(width))
+        both = (hollow(width, self.row.wide), hollow(width))
         stream_ND, normed_ND = Node.apply(self._first_norm, both, *parts_ND, self.norms[0].weight)
         raw = [self._node(name, normed_ND) for name in QKV]
         heads = self.attention.head_dim * (raw[0].shape[1] // self.attention.head_dim)
@@ -320,8 +321,8 @@ class Layer:
 
     def _gate(self, wanted: Sequence[bool], for_gated_NI: Tensor) -> list[Tensor]:
         (known, back, moved), row, border = self._inside(), self.row, self.border
-        normed_ND = normed(self.norms[1], border["mid"])
-        dnormed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"])
+        normed_ND = normed(self.norms[1], border["mid"]).to(row.narrow)
+        dnormed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"], row.narrow)
         gate_MI, up_MI = row.spread(known.gate_NI), row.spread(known.up_NI)
         for name, for_y in zip(GATES, kernels.silu_gate_backward(gate_MI, up_MI, back.gated_MI), strict=True):
             self._expect(name, normed_ND, dnormed_MD, for_y)
@@ -331,8 +332,7 @@ class Layer:
 
     def _second_norm(self, wanted: Sequence[bool], for_mid_ND: Tensor, for_normed_ND: Tensor) -> list[Tensor | None]:
         (known, back, moved), border = self._inside(), self.border
-        out_ND, dout_MD = (part.flatten(1).to(for_mid_ND.dtype) for part in (known.out_NHE, moved.out_MHE))
-        self._expect("o_proj", out_ND, dout_MD, back.mid_MD)
+        self._expect("o_proj", known.out_NHE.flatten(1), moved.out_MHE.flatten(1), back.mid_MD)
         known_parts = border["mid"], border["dmid"], for_normed_ND, border["for normed"]
         grad_ND, for_weight_D = self.row.norm_second(self.norms[1], *known_parts, wanted[-1])
         grad_ND += for_mid_ND
@@ -340,8 +340,8 @@ class Layer:
 
     def _attend(self, wanted: Sequence[bool], for_out_ND: Tensor) -> list[Tensor | None]:
         (known, back, moved), row, border = self._inside(), self.row, self.border
-        normed_ND = normed(self.norms[0], border["x"])
-        dnormed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"])
+        normed_ND = normed(self.norms[0], border["x"]).to(row.narrow)
+        dnormed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"], row.narrow)
         for name, for_y in zip(QKV, self._before_norms(known, back.heads), strict=True):
             self._expect(name, normed_ND, dnormed_MD, for_y)
         heads, out_MHE, lse_HM = self._apart(known)
@@ -396,14 +396,14 @@ class Layer:
         y = self._linear_node(name, base, x)
         if adapter is None:
             return y
-        half = self._linear_node(f"{name} down", adapter.down, x.to(adapter.down.weight.dtype), adapter.scale)
-        return y + self._linear_node(f"{name} up", adapter.up, half).to(y.dtype)
+        half = self._linear_node(f"{name} down", adapter.down, x, adapter.scale)
+        return y + self._linear_node(f"{name} up", adapter.up, half)
 
     def _linear_node(self, name: str, module: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
         def by(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
             inputs = (x, weight_OI) if bias_O is None else (x, weight_OI, bias_O)
-            out = self.row.hollow(len(weight_OI), x.dtype)
-            return Node.apply(partial(self._linear, name, weight_OI, scale), (out,), *inputs)
+            outs = (self.row.hollow(len(weight_OI)),)
+            return Node.apply(partial(self._linear, name, weight_OI, scale), outs, *inputs)
 
         with linear_by(by):
             return module(x)
@@ -425,13 +425,12 @@ class Layer:
 
     def _expect(self, name: str, x: Tensor, dx: Tensor, for_y: Tensor) -> None:
         """Pass 4 is about to come to a linear map."""
-        self.operands[name] = x, dx, for_y
+        dtype = self.row.narrow
+        x, dx, for_y = self.operands[name] = x.to(dtype), dx.to(dtype), for_y.to(dtype)
         _, adapter = halves_of(self._module(name))
         if adapter is not None:
-            row, dtype = self.row, adapter.down.weight.dtype
-            half = row.value(adapter.down, x.to(dtype)) * adapter.scale
-            dhalf = row.tangent(adapter.down, dx.to(dtype)) * adapter.scale
-            self.operands[f"{name} down"] = x, dx, row.adjoint(adapter.up, for_y.to(dtype)) * adapter.scale
+            half, dhalf = (self.row.tangent(adapter.down, part) * adapter.scale for part in (x, dx))
+            self.operands[f"{name} down"] = x, dx, self.row.adjoint(adapter.up, for_y) * adapter.scale
             self.operands[f"{name} up"] = half, dhalf, for_y
 
     # Between maps and attention.
@@ -443,9 +442,8 @@ class Layer:
 
     def _unrotated(self, grads: Heads, form: Form) -> list[Tensor]:
         """Gradients for queries, keys and values before _rotated."""
-        query, key, value = (part.to(form.cos_N1E.dtype) for part in grads)
-        query, key = (kernels.rotate(part, form.cos_N1E, form.sin_N1E, back=True) for part in (query, key))
-        return [part.flatten(1) for part in (query, key, value)]
+        query, key = (kernels.rotate(part, form.cos_N1E, form.sin_N1E, back=True) for part in grads[:2])
+        return [part.flatten(1).to(self.row.narrow) for part in (query, key, grads.value_NKE)]
 
     def _before_norms(self, known: Values, grads: list[Tensor]) -> list[Tensor]:
         """lambda of what the linear maps return, from that of what goes into attention."""
@@ -485,9 +483,9 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return kernels.rms_norm_forward(x.view(-1, len(weight)), weight, norm.variance_epsilon).view(x.shape)
 
 
-def normed_tangent(norm: Any, x: Tensor, dx: Tensor) -> Tensor:
+def normed_tangent(norm: Any, x: Tensor, dx: Tensor, dtype: torch.dtype) -> Tensor:
     x_, dx_ = (part.view(-1, len(norm.weight)) for part in (x, dx))
-    return kernels.rms_norm_tangent(x_, dx_, norm.weight, norm.variance_epsilon).view(x.shape)
+    return kernels.rms_norm_tangent(x_, dx_, norm.weight, norm.variance_epsilon, dtype).view(x.shape)
 
 
 def normed_back(norm: Any, x: Tensor, grad: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def linear_by(by: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T [N, O] in the dtype of x, without a graph, and to the precision of the weight's dtype."""
-    return (x_NI.to(weight_OI.dtype) @ weight_OI.T).to(x_NI.dtype)
+    """x W^T [N, O] in the dtype of the weight, without a graph."""
+    return x_NI.to(weight_OI.dtype) @ weight_OI.T
 
 
 def value_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:

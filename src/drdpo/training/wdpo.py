@@ -116,7 +116,7 @@ class Passes:
             moved.append(direction_MD.norm(dim=1))
         self._sizes_LM = torch.stack(self._sizes[::-1]) * torch.stack(moved)
         self._dx_AD = direction_MD.index_select(0, self.row.apart.states_A)
-        return normed_tangent(self.norm, self._x_AD, self._dx_AD).to(self.hidden_AD.dtype)
+        return normed_tangent(self.norm, self._x_AD, self._dx_AD, self.hidden_AD.dtype)
 
     def spread(self, pairs: int) -> Tensor:
         """[B] after pass 3, by pair the root of the sum over tokens of (|lambda| |dx|)^2, at the layer where it is largest:
@@ -203,7 +203,7 @@ def tangent_answers(policy: Policy, batch: PackedBatch, gradient: InputGradient,
     """
     passes = gradient.passes
     direction_MD = scale_B[passes.row.pair_M][:, None] * gradient.gradient_MD
-    dhidden_AD = passes.tangents(direction_MD.to(passes.row.zero.dtype))
+    dhidden_AD = passes.tangents(direction_MD.to(passes.row.wide))
     pair_2AD = torch.stack([passes.graph(policy, batch), dhidden_AD])
     logprob_A, slope_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, gradient.head)
     return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(slope_A, batch.sequence_A, batch)
