@@ -19,17 +19,19 @@ ROOMS = {
     "deepspeed": ["training/engine.py", "training/checkpoint.py"],
     "bitsandbytes": ["training/"],
     "peft": ["training/"],
-    "wandb": ["training/log.py"],
+    "wandb": ["training/trackers.py"],
+    "trackio": ["training/trackers.py"],
     "triton": ["kernels/"],
     "lm_eval": ["evaluation/leaderboard.py"],
     "matplotlib": ["evaluation/"],
-    "huggingface_hub": ["assets/"],
+    "huggingface_hub": ["assets/", "training/model_card.py"],
     "filelock": ["folder.py"],
 }
 """Library -> the files, or folders, that may import it."""
 
 HAND_WRITTEN = {
-    "Function": ["kernels/linear_logprob.py", "kernels/packed_attention.py", "kernels/tangent.py", "training/patches.py"],
+    "Function": ["kernels/linear_logprob.py", "kernels/packed_attention.py", "kernels/tangent.py", "training/patches.py",
+                 "training/passes.py"],
     "triton.jit": ["kernels/triton_logprob.py"],
     "scaled_dot_product_attention": ["kernels/packed_attention.py"],
     "apply_chat_template": ["chat.py"],

@@ -51,7 +51,8 @@ for name, stage in (("kldpo", 2), ("drdpo", 1), ("wdpo_root", 2), ("dpo", 3), ("
     CASES[f"{name}-zero{stage}-tokens"] = {**COMMON, **METHODS[name], "zero_stage": stage, "micro_batch_tokens": 22}
 FLOAT32_CASES = list(CASES)
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
-CASES |= {f"dpo_bfloat16-zero{stage}": {**BFLOAT16, "zero_stage": stage} for stage in (1, 2)}
+BFLOAT16_CASES = [("dpo", 1), ("dpo", 2), ("wdpo", 2), ("wdpo", 3)]
+CASES |= {f"{name}_bfloat16-zero{stage}": {**BFLOAT16, **METHODS[name], "zero_stage": stage} for name, stage in BFLOAT16_CASES}
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +166,13 @@ def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(deepspeed_weights)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(stage, deepspeed_weights, pairs, tiny_policy):
+@pytest.mark.parametrize(("method", "stage"), BFLOAT16_CASES)
+def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(method, stage, deepspeed_weights, pairs, tiny_policy):
     """DeepSpeed's stage 0 takes bfloat16 steps a quarter too small; the stages that are allowed must not."""
-    ours = load_file(deepspeed_weights / f"dpo_bfloat16-zero{stage}.safetensors")
-    theirs = plain_training(tiny_policy, pairs, {}, learning_rate=1e-2)
+    facts = json.loads((deepspeed_weights / f"{method}_bfloat16-zero{stage}.json").read_text())
+    assert facts["losses"][0] == pytest.approx(math.log(2), abs=1e-2 if method == "dpo" else 1e-5)
+    ours = load_file(deepspeed_weights / f"{method}_bfloat16-zero{stage}.safetensors")
+    theirs = plain_training(tiny_policy, pairs, METHODS[method], learning_rate=1e-2)
     start = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
     name = "model.layers.0.mlp.down_proj.weight"
     moved, expected = (ours[name].float() - start[name]).flatten(), (theirs[name] - start[name]).flatten()

@@ -130,8 +130,8 @@ def test_a_token_whose_tangent_is_blown_up_is_exact_wherever_it_stands(tmp_path,
 
 @pytest.mark.slow
 def test_the_penalty_of_a_real_model_is_near_to_float32(smollm):
-    """SmolLM2-135M, two pairs of 2 x 64 tokens of the embedded prompts: with float32 at sequences' first four tokens only, the
-    second was 29% off (a token's tangent is 600 times the median after an early layer)."""
+    """SmolLM2-135M, two pairs of 2 x 64 tokens of the embedded prompts. With float32 at sequences' first four tokens only,
+    the second was 29% off: an early layer makes one token's tangent 600 times the median."""
     rows = (ROOT / "src/drdpo/assets/prompts/train.jsonl").read_text(encoding="utf-8").splitlines()
     text = "\n".join(turn["content"] for row in rows for turn in json.loads(row)["prompt"])
     ids = AutoTokenizer.from_pretrained(smollm)(text, verbose=False)["input_ids"]

@@ -10,11 +10,11 @@
   (drdpo.training.policy), and DeepSpeed's list of compiled operations (drdpo.training.engine).
 
 Why values in float32: rounding a layer's values to bfloat16 moves the point at which the model is differentiated. Where an
-early layer blows a token's tangent up, by a hundred times and more, it blows this error up as well, and the penalty's gradient
-depends on it to first order. So WDPO takes the linear maps of values in float32, in every pass alike: the policy's, its
-reference's and the evaluation's. Gradients and tangents are linear in what is rounded there, so their products stay in the
-weights' dtype, and so do adapters. Over a dozen pairs of 2 x 64 tokens on SmolLM2-135M the worst error was 29% with values in
-float32 at each sequence's first four tokens only, and is 3% so; float32 for tangents and gradients changed neither.
+early layer magnifies a token's tangent a hundred times, it magnifies this error as well, and the penalty's gradient depends
+on it to first order. So WDPO takes the linear maps of values in float32, in every pass alike: the policy's, its reference's
+and the evaluation's. Tangents and gradients enter linearly; their products stay in the weights' dtype, and so do adapters.
+Over twelve pairs of 2 x 64 tokens on SmolLM2-135M the penalty's gradient is 3% off at worst; with values in float32 at each
+sequence's first four tokens only it was 29%, whether or not tangents and gradients were in float32.
 
 Shape suffixes: N rows, I inputs, O outputs.
 """
@@ -43,7 +43,7 @@ def linear_by(by: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T [N, O] in the dtype of x, without a graph; if the weight has another, of what that keeps of x, and rounded to it."""
+    """x W^T [N, O] in the dtype of x, without a graph, and to the precision of the weight's dtype."""
     return (x_NI.to(weight_OI.dtype) @ weight_OI.T).to(x_NI.dtype)
 
 
