@@ -52,7 +52,9 @@ for name, stage in (("kldpo", 2), ("drdpo", 1), ("wdpo_root", 2), ("dpo", 3), ("
 FLOAT32_CASES = list(CASES)
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 BFLOAT16_CASES = [("dpo", 1), ("dpo", 2), ("wdpo", 2), ("wdpo", 3)]
-CASES |= {f"{name}_bfloat16-zero{stage}": {**BFLOAT16, **METHODS[name], "zero_stage": stage} for name, stage in BFLOAT16_CASES}
+CASES |= {
+    f"{name}_bfloat16-zero{stage}": {**BFLOAT16, **METHODS[name], "zero_stage": stage} for name, stage in BFLOAT16_CASES
+}
 
 
 @pytest.fixture(scope="module")

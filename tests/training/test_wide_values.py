@@ -9,7 +9,7 @@ from harness.policies import apart, config_of
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from drdpo.training import patches, wdpo
+from drdpo.training import passes, patches
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective
@@ -122,7 +122,7 @@ def test_a_token_whose_tangent_is_blown_up_is_exact_wherever_it_stands(tmp_path,
     rows[0][7] = STEEP  # of the prompt, behind the first four tokens
     folder, pairs = steep_model(tmp_path / "steep"), [Pair(*rows)]
     (expected,), (ours,) = (penalty_gradients(folder, dtype, pairs) for dtype in ("float32", "bfloat16"))
-    monkeypatch.setattr(wdpo, "value_product", product)
+    monkeypatch.setattr(passes, "value_product", product)
     (rounded,) = penalty_gradients(folder, "bfloat16", pairs)
     assert apart(ours, expected) < 0.05
     assert apart(rounded, expected) > 0.2, "rounding values is harmless here, so the test shows nothing"

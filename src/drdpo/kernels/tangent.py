@@ -48,7 +48,7 @@ WIDEST = 128
 """Width of a head up to which attention has a Triton kernel; it must be a multiple of 16."""
 
 
-class _NothingToRun:
+class _NoKernels:
     """The Triton kernels on the meta device: the caller has made what they would fill."""
 
     def __getattr__(self, name: str) -> Any:
@@ -60,7 +60,7 @@ def _kernels(module: str, tensor: Tensor, width: int = 16) -> Any:
     if tensor.dtype == torch.float64 or not tensor.numel() or width > WIDEST or width % 16:
         return None
     if tensor.is_meta:
-        return _NothingToRun() if on_cuda(tensor) else None
+        return _NoKernels() if on_cuda(tensor) else None
     if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     return import_module(f"drdpo.kernels.{module}")
