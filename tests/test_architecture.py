@@ -30,8 +30,7 @@ ROOMS = {
 """Library -> the files, or folders, that may import it."""
 
 HAND_WRITTEN = {
-    "Function": ["kernels/linear_logprob.py", "kernels/packed_attention.py", "kernels/tangent.py", "training/patches.py",
-                 "training/passes.py"],
+    "Function": ["kernels/linear_logprob.py", "kernels/packed_attention.py", "training/patches.py", "training/passes.py"],
     "triton.jit": ["kernels/triton_layer.py", "kernels/triton_logprob.py", "kernels/triton_tangent.py"],
     "scaled_dot_product_attention": ["kernels/packed_attention.py"],
     "apply_chat_template": ["chat.py"],

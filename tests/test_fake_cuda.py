@@ -63,17 +63,17 @@ def test_the_attention_of_packed_rows(runs: dict[str, dict[str, Any]]) -> None:
     for name, run in runs.items():
         if "attention" in run and "padded" not in name:
             assert {kind.split()[0] for kind in run["attention"]} <= {"flash", "efficient"}, name
-    assert all(run["attention"] and not run["varlen"] for name, run in of(runs, "sdpa").items() if "memory" not in name)
+    for name, run in of(runs, "sdpa").items():
+        if "memory" not in name:
+            # The tangent pass of WDPO has its own kernels.
+            assert bool(run["attention"]) == (not name.startswith("wdpo")) and not run["varlen"], name
 
 
 def test_the_precision_of_products(runs: dict[str, dict[str, Any]]) -> None:
-    """float32 multiplies in float32 throughout, bfloat16 in float32 only where WDPO's tangents ask for it."""
-    for name, run in of(runs, "float32").items():
-        assert set(run["flops"]) == {"float32", "triton"}, name
-    for name, run in of(runs, "bfloat16").items():
-        wide = name.startswith("wdpo bfloat16")
-        assert set(run["flops"]) == {"bfloat16", "triton"} | ({"float32"} if wide else set()), name
-        assert run["flops"].get("float32", 0) < run["flops"]["bfloat16"]
+    """float32 multiplies in float32 throughout, and bfloat16 never: WDPO's values are two bfloat16 numbers each."""
+    for dtype in ("float32", "bfloat16"):
+        for name, run in of(runs, dtype).items():
+            assert set(run["flops"]) == {dtype, "triton"}, name
 
 
 def test_adapters_and_recomputation_cost_what_they_should(runs: dict[str, dict[str, Any]]) -> None:

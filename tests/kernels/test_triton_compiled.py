@@ -15,8 +15,9 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 <<
 CUDA C++ programming guide, technical specifications per compute capability."""
 PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """What multiplies on tensor cores; else mma.sync."""
-SPILLED = {(120, "logsumexp"): 16}
-"""Bytes of registers a thread that may go to memory where it is not none: of 128 by 128 sums in 255 registers."""
+SPILLED = {(120, "logsumexp"): 16, (80, "keys 128"): 8}
+"""Bytes of registers a thread that may go to memory where it is not none: of 128 by 128 sums in 255 registers, and
+of two of 64 by 128."""
 
 
 class NoDriver:
@@ -95,3 +96,41 @@ def test_a_gradient_block_of_odd_width_is_stored_two_bytes_at_a_time(compiled: A
     """Why the blocks of drdpo.kernels.linear_logprob are multiples of 128 wide."""
     ptx = compiled(80, torch.bfloat16, "gradient", 44739).asm["ptx"]
     assert "st.global.b16" in ptx and not re.search(r"st\.global[.\w]*\.v4", ptx)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "tangent", "queries", "keys"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_attention_of_tangents_compiled_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, width: int, kernel: str
+) -> None:
+    """Of second order and in float32, which needs most; SPILLED is the only excess."""
+    from triton.runtime.driver import driver
+
+    from drdpo.kernels import triton_tangent as kernels
+
+    if kernels.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", NoDriver(capability))
+    half, single, table = torch.empty(1, dtype=torch.bfloat16), torch.empty(1), torch.empty(1, dtype=torch.int32)
+    function, halves, singles = {
+        "forward": (kernels._attention_forward_kernel, 3, 2), "tangent": (kernels._attention_tangent_kernel, 6, 4),
+        "queries": (kernels._query_gradient_kernel, 8, 5), "keys": (kernels._key_gradient_kernel, 8, 6),
+    }[kernel]  # fmt: skip
+    options = {"SECOND": True} if kernel in ("queries", "keys") else {}
+    built = function.warmup(
+        *[half] * halves, *[single] * singles, table, 2048, 32, 4, 0.125, 1 << 20, 1 << 18, 1000, WIDTH=width, BLOCK_E=width,
+        PARTS=3, WIDEN=False, grid=(1,), **kernels.tiles(kernel == "keys", width, capability // 10), **options,
+    )  # fmt: skip
+    ptx = built.asm["ptx"]
+    assert built.metadata.shared <= min(SHARED.values()), "for every GPU of a generation"
+    assert spilled(built.asm["cubin"], tmp_path) <= SPILLED.get((capability, f"{kernel} {width}"), 0)
+    own = (capability, kernel, width) != (100, "keys", 128)
+    assert (PRODUCTS.get(capability, "mma.sync") if own else "mma.sync") in ptx
+    assert "trap;" not in ptx
+    if (capability, kernel) != (80, "keys"):
+        assert "cp.async.c" in ptx, "tiles are loaded while others are multiplied"
+    assert re.search(r"ld\.global[.\w]*\.v[24]|cp\.async\.c", ptx) and "ld.global.b16" not in ptx, (
+        "16 bytes are loaded at a time"
+    )

@@ -155,7 +155,7 @@ def _tangent(
     gradient = input_gradient(bare, batch, reference_B2, method)
     factor = _factor(gradient.penalties_B, method.penalty, population, scale)
     norms_B = gradient.margin_slopes_B
-    scale_B = share / len(norms_B) * 2 * factor * gradient.loss_slopes_B.square()
+    scale_B = share / len(norms_B) * 2 * (factor * gradient.loss_slopes_B.square())
     logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient, scale_B))
     pairs = pairs_of(logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
