@@ -7,7 +7,8 @@ import pytest
 import torch
 from harness.policies import REFERENCE_M2, apart, policy_of, step
 from harness.policies import wdpo_config as config_of
-from transformers import AutoTokenizer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, LlamaConfig
 
 from drdpo.config import TrainConfig
 from drdpo.errors import UsageError
@@ -187,3 +188,24 @@ def test_bfloat16_gives_the_direction_of_float32_on_a_real_model(smollm, root):
 def test_flags_that_cannot_be_honoured_are_refused(flags, words):
     with pytest.raises(UsageError, match=words):
         config_of(**flags)
+
+
+@pytest.mark.parametrize(("recompute", "work", "memory"), [("false", 2.5, 2.2), ("true", 3.0, 1.6)])
+def test_the_penalty_costs_two_to_three_steps_of_dpo(recompute, work, memory, tmp_path):
+    """Counted by shapes. By hand, in products of a forward pass over a pair of three equal parts, 1 + 4/3 + 4/3 + 2 + 4/3
+    without recomputation, against 3 for DPO; attention, which is counted for the penalty alone, adds to it."""
+    LlamaConfig(
+        vocab_size=32, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found = {}
+    for rho in (None, 0.01):
+        config = config_of(wdpo_rho=rho, model_path=str(tmp_path), gradient_checkpointing=recompute)
+        batch = form_batch([Pair([5] * 32, [6] * 32, [7] * 32)], [0], config.packing, config.prompt_once)
+        policy = shapes(config)
+        with FlopCounterMode(display=False) as counted:
+            peak = sum(dry_run(policy, batch, method_of(config)))
+        found[rho] = counted.get_total_flops(), peak
+    (dpo, dpo_peak), (ours, our_peak) = found.values()
+    assert 2 < ours / dpo < work
+    assert our_peak / dpo_peak < memory

@@ -68,7 +68,8 @@ def weight_gradient(dtype: torch.dtype, first: tuple[Tensor, Tensor], *others: t
     grad_NO, x_NI = first
     total_OI = grad_NO.to(dtype).T @ x_NI.to(dtype)
     for grad_NO, x_NI in others:
-        total_OI.addmm_(grad_NO.to(dtype).T, x_NI.to(dtype))
+        # Not addmm_, which counters of arithmetic do not know.
+        torch.addmm(total_OI, grad_NO.to(dtype).T, x_NI.to(dtype), out=total_OI)
     return total_OI
 
 
