@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from harness.forks import Fork, Forks
+from harness.reward_models import pad_right
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.scoring import score
-from drdpo.scoring.armorm import load_armorm, pad_right
+from drdpo.scoring.armorm import load_armorm
 from drdpo.scoring.score import Reading, Scorer, score_completions
 
 Row = dict[str, Any]
@@ -76,7 +77,7 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     model, tokenizer = load_armorm(embedded_like, "cpu", torch.float32), load_tokenizer(str(embedded_like))
     for one in rows:
         ids = conversation_token_ids(tokenizer, [*one["prompt"], *one["completion"]])
-        rewards = model(*pad_right([ids], 0, torch.device("cpu")))
+        rewards = model(*pad_right([ids], 0))
         expected = dict(zip(("kind", "right", "short"), rewards.stage1[0].tolist(), strict=True))
         assert one["scores"] == pytest.approx(expected | {"ArmoRM": rewards.stage2.item()}, abs=1e-4)
     printed = capsys.readouterr().out

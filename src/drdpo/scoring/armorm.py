@@ -407,15 +407,7 @@ def _cast(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor
     return tensor.float()
 
 
-# Batches within a budget of tokens: padded on the right, or packed with shared prefixes once.
-
-
-def pad_right(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and their attention mask [B, T]. Only the mask defines padding: `pad_id` may also be a token."""
-    longest = max(map(len, sequences))
-    ids = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+# Batches within a budget of tokens, with shared prefixes once.
 
 
 class SharedPrefix(NamedTuple):
