@@ -21,7 +21,7 @@ from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.scoring import score
-from drdpo.scoring.armorm import load_armorm
+from drdpo.scoring.armorm import ArmoRM, load_armorm
 from drdpo.scoring.score import Reading, Scorer, score_completions
 
 Row = dict[str, Any]
@@ -266,14 +266,22 @@ def test_check_only_loads_no_model_and_writes_nothing(
 
 
 def test_a_backbone_that_cannot_be_packed_is_named(
-    config: Callable[..., CompletionsConfig], embedded_like: Path, tmp_path: Path
+    config: Callable[..., CompletionsConfig], embedded_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "mistral"
     shutil.copytree(embedded_like, folder)
     written = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 256}
     (folder / "config.json").write_text(json.dumps(written))
-    with pytest.raises(DataError, match=r"cannot score packed rows .*sliding_window"):
-        score_completions(config(reward_model=str(folder)))
+    with pytest.raises(UsageError, match=r"--score_max_len=300: .* reads at most 256 tokens"):  # its sliding window
+        score_completions(config(reward_model=str(folder), score_max_len=300, check_only=True))
+    score_completions(config(reward_model=str(folder), score_max_len=256, check_only=True))
+
+    def capped(*_: Any) -> None:
+        raise ValueError("capped logits")
+
+    monkeypatch.setattr(ArmoRM, "score_packed", capped)
+    with pytest.raises(DataError, match=r"mistral: its backbone cannot score packed rows \(capped logits\)"):
+        score_completions(config(reward_model=str(folder), score_max_len=256))
 
 
 def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recorded(
