@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import datasets.exceptions
 import pytest
 from harness.stand_ins import make_environment
 
@@ -183,25 +184,24 @@ def test_data_that_cannot_be_loaded_names_its_task(tiny_policy: Path, tasks: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_unreachable_hub_says_what_to_do(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach 'TAUR-Lab/MuSR' on the Hub")
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("ConnectionError: Couldn't reach 'TAUR-Lab/MuSR' on the Hub", "HF_HOME"),
+        ("DatasetNotFoundError: Dataset 'TAUR-Lab/MuSR' is a gated dataset on the Hub.", "hf auth login"),
+    ],
+)
+def test_data_on_the_hub_says_what_to_do(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, says: str
+) -> None:
+    kind, _, text = error.partition(": ")
 
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    def failing(*_: Any, **__: Any) -> None:
+        raise getattr(datasets.exceptions, kind, ConnectionError)(text)
+
+    monkeypatch.setattr("datasets.load_dataset", failing)
     config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_musr", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"task leaderboard_musr_murder_mysteries .*HF_HOME"):
-        evaluate_openllm(config)
-
-
-def test_gated_data_asks_for_a_login(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from datasets.exceptions import DatasetNotFoundError
-
-    def gated(*_: Any, **__: Any) -> None:
-        raise DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub. You must be authenticated.")
-
-    monkeypatch.setattr("datasets.load_dataset", gated)
-    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_gpqa", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"task leaderboard_gpqa_diamond .*hf auth login"):
+    with pytest.raises(DataError, match=rf"task leaderboard_musr_murder_mysteries .*{says}"):
         evaluate_openllm(config)
 
 
@@ -461,11 +461,27 @@ def start_wrapper(
     return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_one_process_needs_no_launcher(root: Path, fakes: Path, tmp_path: Path, gpus: int) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=my model", "--limit", "2", gpus=gpus)
+@pytest.mark.parametrize(
+    ("words", "gpus", "visible"),
+    [
+        (("--model_path=my model", "--limit", "2"), 0, ""),
+        (("--model_path=my model", "--limit", "2"), 1, ""),
+        (("--model_path=m", "--backend=vllm"), 4, ""),
+        (("--model_path=m", "--backend", "vllm"), 4, ""),
+        (("--model_path=m",), 4, "1"),
+        (("--help",), 0, ""),
+        (("--help",), 4, ""),
+    ],
+)
+def test_one_process_needs_no_launcher(
+    root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...], gpus: int, visible: str
+) -> None:
+    """No GPU or one, vLLM, which starts its own engines, one visible GPU of several, and --help."""
+    seen = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, *words, gpus=gpus, **seen)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] [--limit] [2] WORLD_SIZE=\n"
+    listed = " ".join(f"[{word}]" for word in words)
+    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] {listed} WORLD_SIZE=\n"
 
 
 def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: Path) -> None:
@@ -479,24 +495,9 @@ def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: 
     assert script in launched
 
 
-@pytest.mark.parametrize("words", [("--backend=vllm",), ("--backend", "vllm")])
-def test_vllm_is_one_process(root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", *words, gpus=4)
-    assert done.stdout.startswith("python [")
-    assert "launch.py" not in done.stdout
-
-
 def test_hidden_gpus_do_not_count(root: Path, fakes: Path, tmp_path: Path) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1")
-    assert "launch.py" not in done.stdout
     done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1,3")
     assert "[--nproc-per-node=2]" in done.stdout
-
-
-@pytest.mark.parametrize("gpus", [0, 4])
-def test_help_starts_no_launcher(root: Path, fakes: Path, tmp_path: Path, gpus: int) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--help", gpus=gpus)
-    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] [--help] WORLD_SIZE=\n"
 
 
 def test_a_failure_is_the_wrappers_status(root: Path, fakes: Path, tmp_path: Path) -> None:
