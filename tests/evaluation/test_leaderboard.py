@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets.exceptions
 import pytest
+from harness.forks import Forks
 from harness.stand_ins import make_environment
 
 from drdpo.chat import DATE_STRING
@@ -370,6 +371,57 @@ def test_a_killed_evaluation_resumes_and_equals_one_run(
     for key in ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples"):
         assert ours[key] == whole[key], key
     assert set(whole) <= set(ours)
+
+
+RANKS = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import lm_eval
+import torch
+from drdpo import distributed
+from drdpo.config import LeaderboardConfig
+from drdpo.evaluation.leaderboard import _evaluate
+from drdpo.folder import Parts
+
+distributed.join()
+rank = distributed.rank()
+
+def gather_object(value):
+    found = [None, None] if rank == 0 else None
+    torch.distributed.gather_object(value, found)
+    return found
+
+def run(tasks, **_):
+    if tasks[0].task_name == sys.argv[2]:
+        sys.exit(9)
+    print("ran", tasks[0].task_name)
+    by_task = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+    return {key: {tasks[0].task_name: {}} for key in by_task} if rank == 0 else None
+
+lm_eval.simple_evaluate = run
+model = SimpleNamespace(max_length=3, batch_size=1, gather_object=gather_object, tok_encode=str.split)
+text = "more than three words ", "here"
+long = [SimpleNamespace(request_type="loglikelihood", args=text, doc_id=number) for number in range(rank + 1)]
+tasks = {name: SimpleNamespace(task_name=name, instances=long) for name in ("first", "second")}
+parts = Parts(Path(sys.argv[1]), {}, False, rank)
+_evaluate(LeaderboardConfig("m"), None, model, {}, tasks, parts)
+if rank == 0:
+    print([parts.read(number)["cut_prompts"] for number in sorted(parts.done)])
+distributed.leave()
+"""
+
+
+def test_ranks_agree_on_what_is_finished(forks: Forks, tmp_path: Path) -> None:
+    """lm-eval's data parallelism on two ranks, with a stand-in for lm-eval: one question is cut on rank 0, two on rank 1."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    ended = forks.ranks([sys.executable, script, tmp_path / "parts", "second"], 2)
+    assert [(rank.returncode, rank.stdout.count("ran first")) for rank in ended] == [(9, 1)] * 2
+    ended = forks.ranks([sys.executable, script, tmp_path / "parts", "none"], 2)
+    assert [rank.returncode for rank in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert "ran first" not in ended[0].stdout and ended[1].stdout == "ran second\n"
+    assert ended[0].stdout.endswith("ran second\n[3, 3]\n")
 
 
 @pytest.mark.slow

@@ -480,7 +480,7 @@ def check_budgets(tasks: Mapping[str, Any], max_gen_toks: int | None, context: i
         if budget >= context:
             raise UsageError(
                 f"task {name} may generate {budget} tokens, but the context of {context} tokens must hold them and the "
-                f"prompt; pass --max_gen_toks below {context}, other --tasks or, if the model has more, a larger --max_length"
+                f"prompt; pass --max_gen_toks below {context}, other --tasks or, if the model allows it, more --max_length"
             )
 
 
