@@ -139,7 +139,7 @@ def our_step(arguments):
     from drdpo.training.losses import method_of
     from drdpo.training.policy import load_policy
 
-    deepspeed_engine.initialise()
+    deepspeed_engine.join_with_deepspeed()
     config = TrainConfig(
         model_path=arguments.model, dataset_path="-", save_path="-", train_batch_size=arguments.pairs, learning_rate=RATE,
         micro_batch_size=arguments.micro_batch, gradient_checkpointing=False, packing=arguments.way == "packed", beta=BETA,

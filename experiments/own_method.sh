@@ -3,4 +3,4 @@
 # shellcheck source=src/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../src/env.sh"
 
-launch_run "$ROOT/experiments/own_method.py" "$@"
+exec_launch "$ROOT/experiments/own_method.py" "$@"

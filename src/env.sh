@@ -44,18 +44,24 @@ wants_help() {
     return 1
 }
 
-# flag_value NAME FLAG...: the value of --NAME=value or --NAME value.
+# flag_value NAME FLAG...: the value of --NAME=value or --NAME value, or of NAME in the file of --config.
 flag_value() {
-    local name="$1" value=""
+    local name="$1" value="" file=""
     shift
     while (($#)); do
         # drdpo.cli accepts dashes for underscores.
         case "$1" in
             "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
             "--$name" | "--${name//_/-}") value="${2:-}" ;;
+            --config=*) file="${1#*=}" ;;
+            --config) file="${2:-}" ;;
         esac
         shift
     done
+    if [[ -z "$value" && -n "$file" ]]; then
+        # An unreadable file is reported by the step itself.
+        value="$(python -c 'import sys; from drdpo.cli import flag_in_file; print(flag_in_file(*sys.argv[1:]))' "$file" "$name" 2>/dev/null || true)"
+    fi
     printf '%s' "$value"
 }
 
@@ -169,9 +175,9 @@ launch() {
     run "${launched[@]}"
 }
 
-# launch_run SCRIPT FLAG...: the same, replacing this shell, so that signals reach the processes. Several processes also write to
+# exec_launch SCRIPT FLAG...: the same, replacing this shell, so that signals reach the processes. Several processes also write to
 # a folder in <save_path>/logs, a new one for each start.
-launch_run() {
+exec_launch() {
     local launched logs
     logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
     # These write nothing.

@@ -1,5 +1,6 @@
 """What every command line refuses, whichever step it is of."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from typing import Any, Literal
 
 import pytest
 
-from drdpo.cli import check_bounds, flag, parse, spelled
+from drdpo.cli import as_dict, check_bounds, flag, flag_in_file, parse, spelled
 from drdpo.config import CompletionsConfig, EvaluateConfig, InspectConfig, PreferencesConfig, TrainConfig
-from drdpo.errors import UsageError
+from drdpo.errors import DataError, UsageError
 
 TRAIN = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
 
@@ -127,6 +128,34 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in words
 
 
+@pytest.mark.parametrize("suffix", [".json", ".yaml", "manifest"])
+def test_flags_of_a_file_stand_before_those_of_the_command_line(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = as_dict(Odd(some_count=5, share=0.25, kind="b", steps=[3, 4], on=True, off_now=False))
+    path = tmp_path / f"flags{suffix.removeprefix('manifest') or '.json'}"
+    path.write_text(json.dumps({"assets": {}, "step": {"flags": flags}} if suffix == "manifest" else flags))
+    assert parse(Odd, "A step.", [f"--config={path}"]) == Odd(**flags)
+    changed = parse(Odd, "A step.", ["--some-count", "7", "--config", str(path), "--no-on", "--steps", "1"])
+    assert changed == Odd(**flags | {"some_count": 7, "on": False, "steps": [1]})
+    assert "--on (there: true), --some_count (there: 5), --steps (there: 3 4)" in capsys.readouterr().err
+    assert flag_in_file(str(path), "some_count") == "5" and flag_in_file(str(path), "nothing") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "No such file"), ("{", "Expecting"), ("[1]", "not an object"), ('{"odd": 1}', "odd is no flag"),
+     ('{"some_count": [{}]}', "value of some_count"), ('{"some_count": [[1]]}', "value of some_count")],
+)  # fmt: skip
+def test_a_file_that_has_no_flags_is_refused_by_name(text: str | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "flags.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=says) as refused:
+        parse(Odd, "A step.", [f"--config={path}"])
+    assert str(path) in str(refused.value)
+
+
 HELP = """
 import os, runpy, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
@@ -147,3 +176,12 @@ def test_help_loads_no_library(script: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HELP, str(script)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: ")
     assert done.stderr.splitlines()[-1] == "loaded 1", "one config and the standard library"
+
+
+def test_a_json_object_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(TrainConfig, "A step.", [*TRAIN, '--chat_template_kwargs={"enable_thinking": false}'])
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    for word, says in (("{enable_thinking: false}", "is not JSON"), ("false", "is not a JSON object such as")):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, "A step.", [*TRAIN, f"--chat_template_kwargs={word}"])
+        assert says in capsys.readouterr().err

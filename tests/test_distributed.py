@@ -37,7 +37,7 @@ def test_a_gpu_of_its_own_for_every_rank(
         monkeypatch.setenv("DS_ACCELERATOR", accelerator)
     assert distributed.use_cuda()
     assert distributed.device() == torch.device("cuda", 1)
-    distributed.initialise()
+    distributed.join()
     assert machine_with_gpus == {"device": 1, "backend": "nccl", "timeout": timedelta(hours=2)}
 
 
@@ -47,13 +47,13 @@ def test_deepspeeds_switch_keeps_torch_off_the_gpus(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert not distributed.use_cuda()
     assert distributed.device() == torch.device("cpu")
-    distributed.initialise()
+    distributed.join()
     assert machine_with_gpus == {"backend": "gloo", "timeout": timedelta(hours=2)}
 
 
 def test_a_single_process_joins_no_group(machine_with_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    distributed.initialise()
+    distributed.join()
     assert machine_with_gpus == {"device": 1}
 
 
@@ -68,7 +68,7 @@ def write():
     print("written")
 
 with one_line_errors():
-    distributed.initialise()
+    distributed.join()
     distributed.on_main(write, status=2)
     print("rank", distributed.rank(), "went on")
     distributed.leave()

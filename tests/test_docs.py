@@ -123,7 +123,7 @@ def test_the_citation_is_that_of_citation_cff():
 # Flags and commands of the guides
 
 OTHER_FLAGS = (
-    "cvar_share help torch_index dev pairs rounds only_checkpointing steps tokens "  # ours, not of a step
+    "cvar_share config help torch_index dev pairs rounds only_checkpointing steps tokens "  # ours, not of a step
     "signal nodes gpus nnodes hostfile no require"  # sbatch, torchrun, deepspeed, pip
 ).split()
 

@@ -261,7 +261,7 @@ def test_two_real_ranks_agree(forks: Forks, tmp_path):
     script.write_text(
         "from drdpo import distributed, machine\n"
         "from drdpo.config import CompletionsConfig\n"
-        "distributed.initialise()\n"
+        "distributed.join()\n"
         "found = machine.Precision(['bfloat16', 'float32'][distributed.rank()], 'here')\n"
         "print(machine.agree(CompletionsConfig('out', 'model', dtype=found.dtype), found)[0].dtype)\n"
         "distributed.leave()\n"

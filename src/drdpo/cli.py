@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import operator
+import os
 import sys
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from drdpo.errors import UsageError, is_text, one_line
+from drdpo.errors import DataError, UsageError, is_text, one_line
 from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
 
 Config = TypeVar("Config")
@@ -49,6 +52,7 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
             after --help.
         UsageError: a text flag that is empty, a number that is not finite, a value or combination that the dataclass
         refuses.
+        DataError: --config is not a file of flags.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
@@ -57,11 +61,22 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     kinds = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         _add_flag(parser, field, kinds[field.name])
-    values = vars(parser.parse_args(arguments))
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take flags from a run's config.json or manifest.json, or from YAML; flags given here win",
+    )
+    values = vars(parser.parse_args(_with_file(config_class, arguments)))
+    del values["config"]
     for name, value in values.items():
         for word in value if isinstance(value, list) else [value]:
             _check_word(spelled(config_class, name), word)
     return config_class(**values)
+
+
+def flag_in_file(path: str, name: str) -> str:
+    """A flag's value in a file for --config, for src/env.sh; empty if it has none."""
+    return next((str(flags[name]) for flags in _load(Path(path)) if flags.get(name) is not None), "")
 
 
 def check_bounds(config: Any) -> None:
@@ -113,6 +128,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
         settings["choices"] = get_args(kind)
     elif get_origin(kind) is list:
         settings |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif get_origin(kind) is dict:
+        settings["type"] = _json_object
     elif kind is bool:
         settings |= {"type": _truth, "nargs": "?", "const": True}
     else:
@@ -125,6 +142,69 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
         )  # fmt: skip
 
 
+def _with_file(config_class: type[Any], arguments: list[str]) -> list[str]:
+    """The command line behind the flags of the file that its --config names; prints what the command line changes."""
+    asking = _Parser(add_help=False, allow_abbrev=False)
+    asking.add_argument("--config")
+    path = asking.parse_known_args(arguments)[0].config
+    if path is None:
+        return arguments
+    filed = _read_flags(config_class, Path(path))
+    given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    changed = sorted(name for name in filed if name in given or f"no_{name}" in given)
+    if os.environ.get("RANK", "0") == "0":
+        was = ", ".join(f"--{name} (there: {' '.join(filed[name])})" for name in changed) or "nothing"
+        print(f"flags of {path}; changed on the command line: {was}", file=sys.stderr)
+    words = [word for name, value in filed.items() if name not in changed for word in _as_words(name, value)]
+    return [*words, *arguments]
+
+
+def _as_words(name: str, value: list[str]) -> list[str]:
+    # One word, so that a value may begin with a dash; a list needs several.
+    return [f"--{name}={value[0]}"] if len(value) == 1 else [f"--{name}", *value]
+
+
+def _read_flags(config_class: type[Any], path: Path) -> dict[str, list[str]]:
+    """Every flag that a file gives a value, as it would stand on the command line.
+
+    Raises:
+        DataError: not a file of flags, a flag that this command does not have, or a value that is none.
+    """
+    names = {field.name for field in dataclasses.fields(config_class) if not field.metadata.get("positional")}
+    candidates = _load(path)
+    found = next((flags for flags in candidates if set(flags) <= names), candidates[0])
+    if unknown := sorted(str(name) for name in set(found) - names):
+        raise DataError(f"--config={path}: {one_line(unknown[0])} is no flag of this command; --help lists the flags")
+    return {name: _spelled_value(path, name, value) for name, value in found.items() if value not in (None, [])}
+
+
+def _load(path: Path) -> list[dict[Any, Any]]:
+    """The object of flags in a file, then those of each step if it is a manifest."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            found = yaml.safe_load(text)
+        else:
+            found = json.loads(text)
+    except Exception as error:  # OSError, ValueError, and yaml's, which share no other base class
+        raise DataError(f"--config={path}: {one_line(str(error), 200)}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"--config={path}: not an object of flags")
+    steps = [entry["flags"] for entry in found.values() if isinstance(entry, dict) and isinstance(entry.get("flags"), dict)]
+    return [found, *steps]
+
+
+def _spelled_value(path: Path, name: str, value: Any) -> list[str]:
+    if isinstance(value, dict):  # JSON on the command line too
+        return [json.dumps(value)]
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str | bool | int | float) for each in values):
+        raise DataError(f"--config={path}: the value of {name} is neither text, number, truth value nor a list of them")
+    return [str(each).lower() if isinstance(each, bool) else str(each) for each in values]
+
+
 def _spellings(name: str) -> dict[str, None]:
     return dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
 
@@ -133,6 +213,16 @@ def _truth(word: str) -> bool:
     if word.lower() not in _TRUTH:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
     return _TRUTH[word.lower()]
+
+
+def _json_object(word: str) -> dict[str, Any]:
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a JSON object such as " + '{"name": false}')
+    return value
 
 
 def _check_word(shown: str, word: Any) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-TIMEOUT = timedelta(hours=2)
+DEFAULT_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other; torch's 10 minutes under NCCL are too short for saving, which rank 0 does alone."""
 
 
@@ -63,14 +63,14 @@ def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor"
     return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
-def initialise() -> None:
+def join() -> None:
     """Join the process group, once; NCCL on GPUs, gloo on CPUs. Does nothing for a single process."""
     import torch
 
     if use_cuda():
         torch.cuda.set_device(local_rank())
     if world_size() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if use_cuda() else "gloo", timeout=TIMEOUT)
+        torch.distributed.init_process_group("nccl" if use_cuda() else "gloo", timeout=DEFAULT_TIMEOUT)
 
 
 def leave() -> None:

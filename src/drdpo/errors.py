@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+STOPPED = os.EX_TEMPFAIL
+"""Exit status of a run that a signal stopped and that can be resumed: 75, "temporary failure" of sysexits.h."""
 _JOINERS = "\u200c\u200d"
 """Format characters that ordinary text needs: in Persian, in Indic scripts, in emoji."""
 

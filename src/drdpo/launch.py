@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from drdpo.errors import STOPPED
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-STOPPED = os.EX_TEMPFAIL
-"""Exit status of a process that saved its state on a signal, see drdpo.training.stop."""
 SOON = 2
 """Seconds within which a rank under gloo notices that another died; ranks that torchrun has to kill end later."""
 

@@ -325,3 +325,14 @@ def test_a_killed_run_resumes_to_the_same_file(
     whole = flags(best_of_n=4, max_new_tokens=8, save_path=str(tmp_path / "whole"))
     assert forks.run(command(root, whole)).returncode == 0
     assert (sampled(config) / "test.jsonl").read_bytes() == (sampled(whole) / "test.jsonl").read_bytes()
+
+
+def test_samples_of_other_template_arguments_are_not_mixed(flags: Flags, tiny_policy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "thinker"))
+    template = folder / "chat_template.jinja"
+    off = "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    template.write_text(template.read_text() + off)
+    one = {"model_path": str(folder), "only_test": True, "max_prompts": 1, "max_new_tokens": 2}
+    sample_completions(flags(**one))
+    with pytest.raises(UsageError, match=r"chat_template_kwargs \(None -> .'enable_thinking': False.\)"):
+        sample_completions(flags(**one, chat_template_kwargs={"enable_thinking": False}))

@@ -102,7 +102,7 @@ def main() -> None:
     global RANKS
     cases = json.loads(Path(sys.argv[1]).read_text())
     pairs = [Pair(*row, 100 + number) for number, row in enumerate(json.loads(Path(sys.argv[2]).read_text()))]
-    deepspeed_engine.initialise()
+    deepspeed_engine.join_with_deepspeed()
     RANKS = distributed.rank(), distributed.world_size()
     tokenizer = chat.load_tokenizer(MODEL)
     facts: dict = {}

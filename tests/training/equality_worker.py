@@ -30,7 +30,7 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     pairs = [Pair(*row) for row in json.loads(Path(sys.argv[2]).read_text())]
     output = Path(sys.argv[4])
-    deepspeed_engine.initialise()
+    deepspeed_engine.join_with_deepspeed()
     for name, flags in cases.items():
         steps, model, save = flags.pop("steps", 3), flags.pop("model", sys.argv[3]), flags.pop("save", False)
         config = TrainConfig(model_path=model, dataset_path="-", save_path="-", **flags)

@@ -13,9 +13,9 @@ import torch
 from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
 from harness.stand_ins import make_environment
 
-from drdpo.errors import ProcessError, UsageError
+from drdpo.errors import STOPPED, ProcessError, UsageError
 from drdpo.training.checkpoint import states
-from drdpo.training.stop import STATUS, is_lost_rank, lost_rank_in_one_line, seconds_to_wait
+from drdpo.training.stop import is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 
 STEP = "loop:train_step"
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp"
@@ -200,7 +200,7 @@ def test_stopped_twice_equals_undisturbed(forks, tiny_policy, tmp_path):
     flags = flags_of(tiny_policy, data, save, save_steps=0)
     for rank, sent, step in ((1, "SIGUSR1", 2), (0, "SIGTERM", 3)):
         faults = [fault(STEP, 2 if step == 2 else 1, rank=rank, signal=sent)]
-        assert run_ranks(forks, flags, log, faults) == [STATUS, STATUS], said(log)
+        assert run_ranks(forks, flags, log, faults) == [STOPPED, STOPPED], said(log)
         assert f"stopped by {sent} after step {step} of 4, state saved" in said(log)
         assert states(save / "resume")[0][0].step == step
         assert len(metrics_of(save)) == step
@@ -214,7 +214,7 @@ def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_writte
     save = tmp_path / "stopped"
     flags = flags_of(tiny_policy, data, save)
     # After those of the training pairs, before those of the test pairs.
-    assert run_ranks(forks, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STATUS, STATUS], said(
+    assert run_ranks(forks, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STOPPED, STOPPED], said(
         log
     )
     assert "stopped by SIGUSR1 before the first step; rerun the same command to start" in said(log)
@@ -228,5 +228,5 @@ def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_writte
 def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(forks, tiny_policy, tmp_path):
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
     flags = flags_of(tiny_policy, data, tmp_path / "out", save_resume=False)
-    assert run_ranks(forks, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STATUS, STATUS]
+    assert run_ranks(forks, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STOPPED, STOPPED]
     assert "error: stopped by SIGTERM after step 1 of 4; --save_resume=false" in said(log)

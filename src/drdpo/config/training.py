@@ -1,7 +1,7 @@
 """Flags of train_alignment.sh."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from drdpo.cli import check_bounds, flag, require
 
@@ -86,6 +86,11 @@ class TrainConfig:
         2048,
         at_least=1,
     )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the chat template, e.g. '{\"enable_thinking\": false}' for Qwen3 without "
+        "thinking; those that sampled the pairs",
+        None,
+    )
     max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None, at_least=1)
     eval_steps: int = flag("evaluate on the test pairs every N steps; 0: only at the end", 79, at_least=0)
     save_steps: int = flag("save a checkpoint every N steps; 0: only at the end", 158, at_least=0)
@@ -154,10 +159,11 @@ class TrainConfig:
         "'auto' resumes the run in --save_path; 'never' starts over and replaces it", "auto"
     )
     log: str = flag(
-        "where metrics go besides metrics.jsonl: tensorboard, wandb, both comma-separated, or none; wandb must be installed "
-        "separately and reads its own WANDB_* variables",
+        "where metrics go besides metrics.jsonl: tensorboard, trackio, wandb, several comma-separated, or none; trackio "
+        "and wandb must be installed separately",
         "tensorboard",
     )
+    push_to_hub: str | None = flag("upload the last checkpoint to this hub repository (owner/name, private if new)", None)
     check_only: bool = flag("check flags and inputs, then stop", False)
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 
@@ -274,7 +280,8 @@ def _check_rules(config: TrainConfig) -> None:
 def _check_log(config: TrainConfig) -> None:
     names = [name.strip() for name in config.log.split(",")]
     for name in names:
-        require(name in ("tensorboard", "wandb", "none"), f"--log={config.log}: '{name}' is not tensorboard, wandb or none")
+        known = ("tensorboard", "trackio", "wandb", "none")
+        require(name in known, f"--log={config.log}: '{name}' is not one of {', '.join(known)}")
     require("none" not in names or len(names) == 1, f"--log={config.log}: none excludes the others; omit one")
 
 

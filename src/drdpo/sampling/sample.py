@@ -44,6 +44,7 @@ GPU_BLOCK = 8192
 
 _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
+    "chat_template_kwargs",
 )  # fmt: skip
 
 PromptBlocks = dict[int, list[RenderedPrompt]]
@@ -106,7 +107,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         return
     refuse_if_locked(save_path / "sampled")
     max_model_len = check_context(config.model_path, config.prompt_max_len, config.max_new_tokens)
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if config.check_only:
         return
     gpus = visible_gpus()

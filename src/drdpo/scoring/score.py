@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2.exceptions import TemplateError
 
 from drdpo import distributed
 from drdpo.chat import conversation_token_ids, load_tokenizer
@@ -44,9 +43,6 @@ from drdpo.records import Completion, check_unique, read_records, to_row, write_
 from drdpo.scoring.armorm import SharedPrefix, Span, check_folder, find_span, load_armorm, packed_batches
 
 ROOT = Path(__file__).resolve().parents[3]
-
-UNRENDERABLE = (TemplateError, ValueError, TypeError)
-"""Errors of rendering: the template's own, drdpo.chat's, and those of a template that fails on a message."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -97,7 +93,7 @@ def score_completions(config: CompletionsConfig) -> None:
             if (file := _sampled(config, split)).exists():
                 read_sampled(file)
         return
-    distributed.initialise()
+    distributed.join()
     try:
         config, precision = agree(config, precision)
         announce(precision)
@@ -327,8 +323,8 @@ class Scorer:
             try:
                 ids = conversation_token_ids(self.tokenizer, [*completion.prompt, *completion.completion])
                 reason = self._refusal(ids)
-            except UNRENDERABLE as error:
-                ids, reason = [], f"the chat template rejects it ({error})"
+            except ValueError as error:
+                ids, reason = [], str(error)
             if reason:
                 refused[row] = reason
             token_ids.append(ids)
@@ -391,7 +387,7 @@ def check_tokenizer(folder: Path, tokenizer: Any, pattern: tuple[int, ...], voca
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
         ids = conversation_token_ids(tokenizer, turns)
-    except UNRENDERABLE as error:
+    except ValueError as error:
         raise DataError(f"{folder}: the tokenizer's template rejects a question with its answer ({error})") from error
     if max(ids) >= vocabulary:
         raise DataError(f"{folder}: the tokenizer writes id {max(ids)}, outside the model's vocabulary of {vocabulary}")

@@ -37,7 +37,7 @@ SLACK = 2**24
 Weights = dict[str, torch.Tensor]
 
 
-def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None) -> None:
+def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None, card: str = "") -> None:
     """Write the policy as a Hugging Face folder (safetensors in the training dtype, tokenizer), whole or not at all.
 
     With LoRA the folder contains the merged model, and the adapters in its subfolder `adapter` as peft lays them out;
@@ -48,6 +48,7 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
         tokenizer: of the policy.
         folder: save_path/global_step_<n>.
         lora: of the policy's adapters, if it has some.
+        card: its README.md; rank 0's counts.
 
     Raises:
         DataError: a weight is not finite, or the disk is full; every rank raises the former.
@@ -58,7 +59,7 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
         weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
         _check_weights(engine, weights, folder)
         check_room(folder, written_bytes(model, weights, lora), engine.device)
-        distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora, generation))
+        distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora, card, generation))
 
 
 def _gathered(model: Any) -> Weights:
@@ -86,7 +87,13 @@ def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
 
 
 def _write_model(
-    model: Any, weights: Weights, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None, generation: bytes | None
+    model: Any,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    folder: Path,
+    lora: LoraSettings | None,
+    card: str,
+    generation: bytes | None,
 ) -> None:
     try:
         with atomic_folder(folder) as aside:
@@ -102,6 +109,8 @@ def _write_model(
             else:
                 save_adapter(model, weights, aside)
             tokenizer.save_pretrained(aside)
+            if card:  # peft writes an empty one
+                (aside / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         # How safetensors reports a full disk.
         raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from drdpo import chat, distributed
@@ -149,22 +148,21 @@ def tokenise(
     for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
-        except (TemplateError, ValueError):
+            room = max_len - len(prompt)
+            if room < 1:
+                counts["prompt too long"] += 1
+                continue
+            whole = [
+                _answer(tokenizer, preference.prompt, preference.chosen, preference.chosen_token_ids),
+                _answer(tokenizer, preference.prompt, preference.rejected, preference.rejected_token_ids),
+            ]
+        except ValueError:
             counts["template refuses"] += 1
             continue
-        room = max_len - len(prompt)
-        if room < 1:
-            counts["prompt too long"] += 1
-            continue
-        answers = []
-        for message, sampled in (
-            (preference.chosen, preference.chosen_token_ids),
-            (preference.rejected, preference.rejected_token_ids),
-        ):
-            ids, encoded = _answer(tokenizer, message, sampled)
+        answers = [ids[:room] for ids, _ in whole]
+        for ids, encoded in whole:
             counts["text encoded"] += encoded
             counts["answer cut"] += len(ids) > room
-            answers.append(ids[:room])
         if not all(answers):
             counts["empty answer"] += 1
         elif answers[0] == answers[1]:
@@ -174,14 +172,14 @@ def tokenise(
     return pairs, counts
 
 
-def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int] | None) -> tuple[list[int], bool]:
+def _answer(
+    tokenizer: chat.Tokenizer, prompt: list[Message], answer: list[Message], sampled: list[int] | None
+) -> tuple[list[int], bool]:
     """Ids of an answer, and whether its text had to be encoded."""
-    if sampled is None:
-        return chat.answer_token_ids(tokenizer, answer), True
-    in_vocabulary = all(token < len(tokenizer) for token in sampled)
-    if in_vocabulary and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
+    text = answer[0]["content"].strip()
+    if sampled is not None and max(sampled, default=0) < len(tokenizer) and chat.decode(tokenizer, sampled) == text:
         return list(sampled), False
-    return chat.answer_token_ids(tokenizer, answer), True
+    return chat.answer_token_ids(tokenizer, answer, prompt), True
 
 
 # Which pairs go through the model together ------------------------------------------------------------------------------
@@ -218,17 +216,13 @@ class BatchPlan:
         """Of every pair: tokens in a packed row under row_tokens, else of the longer sequence."""
         return [len(pair) if self.row_tokens is None else pair.row_tokens(self.prompt_once) for pair in self.pairs]
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.pairs) // self.batch_size
-
     def of_step(self, step: int) -> list[list[int]]:
         """This rank's micro-batches, as indices of pairs, of the optimizer step after `step` finished ones."""
         return self.deal(step_indices(len(self.pairs), self.batch_size, self.seed, step))
 
     def of_first_epoch(self) -> list[list[int]]:
-        """This rank's micro-batches of the first epoch, then of the pairs that fill no step of it (-1 is padding)."""
-        steps = range(self.steps_per_epoch)
+        """This rank's micro-batches of the first epoch's whole steps, then of its other pairs (-1 is padding)."""
+        steps = range(len(self.pairs) // self.batch_size)
         used = {index for step in steps for index in step_indices(len(self.pairs), self.batch_size, self.seed, step)}
         left = [index for index in range(len(self.pairs)) if index not in used]
         return [rows for step in steps for rows in self.of_step(step)] + self.without_steps(left)
@@ -257,26 +251,42 @@ class BatchPlan:
 def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The pairs of one optimizer step.
 
-    Every epoch is a new permutation, a function of (seed, epoch) alone. Its last pairs, if they fill no batch, are left out
-    of that epoch.
+    Every epoch is a new permutation, and a step that an epoch's last pairs do not fill takes the first ones of the next.
 
     Args:
-        pairs: how many there are.
+        pairs: how many there are, at least batch_size.
         batch_size: pairs per optimizer step.
         seed: of the shuffling.
         step: optimizer steps done before this one.
 
     Returns:
-        batch_size indices.
+        batch_size indices, all different.
     """
-    epoch, position = divmod(step, pairs // batch_size)
-    return list(_epoch_order(pairs, seed, epoch)[position * batch_size : (position + 1) * batch_size])
+    epoch, first = divmod(step * batch_size, pairs)
+    taken = _epoch_order(pairs, batch_size, seed, epoch)[first : first + batch_size]
+    if len(taken) < batch_size:
+        taken += _epoch_order(pairs, batch_size, seed, epoch + 1)[: batch_size - len(taken)]
+    return list(taken)
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(pairs: int, seed: int, epoch: int) -> tuple[int, ...]:
-    order = list(range(pairs))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+def _epoch_order(pairs: int, batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation, a function of the arguments alone.
+
+    Its first pairs share a step with the last ones of the epoch before. Pairs that this step has already come behind it,
+    in their order.
+    """
+    # An epoch depends on the one before, back to one that begins with a step of its own.
+    period = batch_size // math.gcd(pairs, batch_size)
+    order: list[int] = []
+    for number in range(epoch - epoch % period, epoch + 1):
+        before = set(order[len(order) - number * pairs % batch_size :])
+        order = list(range(pairs))
+        random.Random(f"{seed}/{number}").shuffle(order)
+        if before:
+            free = [index for index in order if index not in before][: batch_size - len(before)]
+            taken = set(free)
+            order = free + [index for index in order if index not in taken]
     return tuple(order)
 
 

@@ -21,7 +21,7 @@ Engine = Any
 """A deepspeed.DeepSpeedEngine around a Policy; see drdpo.training.loop.train_step for which of both runs forward."""
 
 
-def initialise(timeout: timedelta = distributed.TIMEOUT) -> None:
+def join_with_deepspeed(timeout: timedelta = distributed.DEFAULT_TIMEOUT) -> None:
     """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not.
 
     Args:

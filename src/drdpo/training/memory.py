@@ -85,9 +85,13 @@ def _recomputing(config: TrainConfig, recompute: bool) -> TrainConfig:
 
 
 def _dealt(run: Run) -> list[list[int]]:
-    """All ranks' micro-batches of the first epoch, or of the run if that is shorter."""
+    """All ranks' micro-batches of the steps that take every pair once, or of the run if that is shorter."""
     plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
-    return [rows for step in range(min(run.steps, run.steps_per_epoch)) for plan in plans for rows in plan.of_step(step)]
+    return [rows for step in range(_steps_of_an_epoch(run)) for plan in plans for rows in plan.of_step(step)]
+
+
+def _steps_of_an_epoch(run: Run) -> int:
+    return min(run.steps, -(-len(run.train) // run.config.train_batch_size))
 
 
 def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
@@ -101,7 +105,6 @@ def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
     config, world = run.config, distributed.world_size()
     tokens = sum(_batch_tokens([run.train[row] for row in rows], config) for rows in dealt)
     trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
-    span = "an epoch" if run.steps >= run.steps_per_epoch else "in all"
     form = "packed" if config.packing else "padded"
     cut = run.counts["train"]["answer cut"]
     batches = config.train_batch_size // (config.micro_batch * world)
@@ -110,9 +113,9 @@ def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
         parts = f"packed rows of at most {config.micro_batch_tokens:,} tokens"
     return [
         ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
-        ("data", f"{len(run.train):,} pairs, {tokens:,} tokens {span} {form}, {cut:,} answers cut by "
-                 f"--max_len={config.max_len}"),
-        ("work", f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.steps / run.steps_per_epoch:.2f} epochs; "
+        ("data", f"{len(run.train):,} pairs, {tokens:,} tokens {form} in the first {_steps_of_an_epoch(run):,} steps, "
+                 f"{cut:,} answers cut by --max_len={config.max_len}"),
+        ("work", f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.epochs(run.steps):.2f} epochs; "
                  f"a step is {parts} on each of {world} process{'es' if world > 1 else ''}"),
     ]  # fmt: skip
 

@@ -17,14 +17,14 @@ from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, 
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model, fingerprint
 from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
-from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
 from drdpo.training.stop import seconds_to_wait
+from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing",
+    "log", "gradient_checkpointing", "push_to_hub",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
@@ -45,12 +45,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.config.max_steps or self.config.max_epochs * self.steps_per_epoch
+        """Optimizer steps of the run; the pairs that do not fill a last one are not trained on once more."""
+        return self.config.max_steps or self.config.max_epochs * len(self.train) // self.config.train_batch_size
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train) // self.config.train_batch_size
+    def epochs(self, steps: int) -> float:
+        """Passes over the training pairs that so many steps make."""
+        return steps * self.config.train_batch_size / len(self.train)
 
     @cached_property
     def plans(self) -> dict[str, BatchPlan]:
@@ -193,7 +193,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         UsageError: the folder contains a run with other flags, model or pairs.
         DataError: too few usable pairs.
     """
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
     for split in ("train", "test"):
         preferences = load_preferences(config.dataset_path, split)
@@ -208,6 +208,8 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
+    if len(pairs["train"]) % config.train_batch_size:
+        made_by["incomplete_steps"] = "filled from the next epoch"  # earlier versions omitted their pairs
     folder = Path(config.save_path)
     return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
 
@@ -304,5 +306,5 @@ def note_run(run: Run, complete: bool) -> None:
 def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
+    for name in ("metrics.jsonl", DASHBOARD, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)

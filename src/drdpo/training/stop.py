@@ -22,8 +22,6 @@ from drdpo import distributed
 from drdpo.errors import ProcessError, UsageError, one_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STATUS = os.EX_TEMPFAIL
-"""Exit status of a run that was stopped and can be resumed: 75, "temporary failure, try again" of sysexits.h."""
 
 _LOST = re.compile(
     r"[/\\]gloo[/\\]|Gloo \w+ failed|NCCL (error|operation|communicator)|nccl(Remote|System|Internal|InProgress)\w*"
