@@ -261,8 +261,30 @@ def test_generate_evaluates_what_it_made_unless_it_only_checks(words, evaluates,
     done = bash(environment | {"DRDPO_PROCESSES": "1"}, tmp_path, root / "generate.sh", "--save_path=out puts/x", *words)
     lines = done.stdout.splitlines()
     scripts = [line for line in lines if not line.startswith(" ")]
-    assert scripts == ["generate_completions.py", "score_completions.py", "evaluate_armorm.py"][: 3 if evaluates else 2]
+    steps = ["score_completions.py", "generate_completions.py", "score_completions.py", "evaluate_armorm.py"]
+    assert scripts == steps[: 4 if evaluates else 3]
     assert not evaluates or lines[-3:] == ["  --runs", "  x=out puts/x", "  --output_path=out puts/x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--reward_model={policy}"], 1, "a language model (LlamaForCausalLM)"),
+        (["--score_max_len=99999"], 2, "reads at most"),
+    ],
+)
+def test_a_wrong_reward_model_is_refused_before_the_sampling(
+    words, status, message, root, environment, tiny_policy, tmp_path
+):
+    words = [word.format(policy=tiny_policy) for word in words]
+    done = bash(
+        environment, tmp_path, root / "generate_completions.sh", f"--model_path={tiny_policy}", "--score_batch_tokens=99999",
+        f"--save_path={tmp_path / 'out'}", *words,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert message in done.stderr.splitlines()[-1]
+    assert "generate_completions.py" not in done.stderr, "no step was begun"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hostfile_is_refused_and_not_ignored(root, environment, flags, tmp_path):

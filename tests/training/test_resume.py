@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from harness.runs import check_equal, fault, flags_of, run_ranks, said
+from safetensors.torch import load_file
 
 from drdpo.training.checkpoint import states
 
@@ -87,6 +89,18 @@ def test_a_damaged_state_is_skipped_for_the_one_before(how, save, forks, undistu
     (line,) = [line for line in said(log).splitlines() if f"step_2/{victim.name}" in line]
     assert ("the beginning" if how == "both cut" else "after step 1") in line
     check_equal(save, undisturbed("dpo zero2"))
+
+
+def test_a_smaller_micro_batch_after_a_kill_changes_roundings_alone(save, forks, undisturbed, tiny_policy, data, tmp_path):
+    flags, log = flags_of(tiny_policy, data, save, micro_batch_size=2), tmp_path / "log"
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
+    (line,) = [line for line in said(log).splitlines() if "bit-identical" in line]
+    assert "micro_batch_size (1 -> 2)" in line
+    ours, theirs = (load_file(run / "global_step_4" / "model.safetensors") for run in (save, undisturbed("dpo zero2")))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
+    assert run_ranks(forks, flags_of(tiny_policy, data, save), log) == [2, 2], "a finished run is another one"
 
 
 def test_reference_log_probs_are_never_those_of_trained_weights(save, forks, undisturbed, tiny_policy, data, tmp_path):
