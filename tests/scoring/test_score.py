@@ -271,7 +271,7 @@ def test_a_backbone_that_cannot_be_packed_is_named(
     shutil.copytree(embedded_like, folder)
     written = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 256}
     (folder / "config.json").write_text(json.dumps(written))
-    with pytest.raises(DataError, match=r"cannot score packed rows .*sliding_window"):
+    with pytest.raises(DataError, match=r"cannot score packed rows .*sliding window of 256 .*--score_max_len=256"):
         score_completions(config(reward_model=str(folder)))
 
 

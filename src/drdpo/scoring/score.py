@@ -36,7 +36,7 @@ from drdpo.folder import (
 )
 from drdpo.kernels.packed_attention import PackedRow, refusal
 from drdpo.machine import agree, announce, settle
-from drdpo.models import fingerprint
+from drdpo.models import fingerprint, window_of
 from drdpo.objectives import GATED_SCORE
 from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records, to_row, write_rejects, write_rows
@@ -370,6 +370,12 @@ class Scorer:
             self.model.score_packed(row, [Span(0, len(pattern), len(pattern))] * 2)
         except ValueError as error:
             raise DataError(f"{folder}: its backbone cannot score packed rows ({error})") from error
+        window = window_of(self.model.model.config)
+        if window and window < self.max_len:
+            raise DataError(
+                f"{folder}: its backbone cannot score packed rows of more than its sliding window of {window} tokens; pass "
+                f"--score_max_len={window} or less"
+            )
 
     def _refusal(self, ids: list[int]) -> str:
         if len(ids) > self.max_len:
