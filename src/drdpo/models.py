@@ -388,7 +388,7 @@ def structure_of(model: Any) -> Structure:
     return Structure(
         head=_head(model, text),
         packing=packing,
-        window=sliding_window(text, asked),
+        window=window_of(text, [options.get("sliding_window") for options in asked]),
         eager=_eager(model, asked),
         tangent=tangent_problem(model),
         linear=linear,
@@ -443,9 +443,10 @@ def _packing(model: Any, text: Any) -> tuple[list[dict[str, Any]], str | None]:
     return asked, None
 
 
-def sliding_window(text: Any, asked: Sequence[dict[str, Any]] = ()) -> int | None:
-    """The smallest sliding window; in some models it lives in the mask alone, and no attention is asked for it."""
-    windows = [options.get("sliding_window") for options in asked]
+def window_of(text: Any, asked: Sequence[int | None] = ()) -> int | None:
+    """The smallest sliding window of a config and of what attentions are asked for; in some models it lives in the mask
+    alone, and no attention is asked for it."""
+    windows = list(asked)
     kinds = getattr(text, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
     windows += [getattr(text, "sliding_window", None)] if slides else []

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from drdpo.errors import DataError
 from drdpo.folder import read_json_object
 from drdpo.kernels.packed_attention import PackedRow, hidden_states
-from drdpo.models import sliding_window
+from drdpo.models import window_of
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> RewardLayout:
     model, _ = _build(folder)
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder}: no tokenizer (tokenizer.json) in the reward model folder")
-    return replace(model.layout, max_positions=min(model.layout.max_positions, sliding_window(model.model.config) or 2**63))
+    return replace(model.layout, max_positions=min(model.layout.max_positions, window_of(model.model.config) or 2**63))
 
 
 def read_layout(folder: Path) -> RewardLayout:
