@@ -488,14 +488,14 @@ def _shows_system(config: LeaderboardConfig) -> bool:
     question: Message = {"role": "user", "content": "x"}
     try:
         prompt_token_ids(tokenizer, [question])
-    except Exception as error:  # a template is a program
+    except ValueError as error:
         raise DataError(
             f"{config.model_path}: the chat template cannot render a question without a system message ({error}); "
             "pass --apply_chat_template=false --fewshot_as_multiturn=false"
         ) from error
     try:
         ids = prompt_token_ids(tokenizer, [{"role": "system", "content": "zebra"}, question])
-    except Exception:
+    except ValueError:
         return False
     return "zebra" in str(tokenizer.decode(ids))
 
