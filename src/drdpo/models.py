@@ -505,7 +505,7 @@ def _head(model: Any, text: Any) -> str | None:
         return None
     named = [f"{name} {getattr(text, name)}" for name in _CHANGED_LOGITS if getattr(text, name, None) not in (None, 1)]
     why = f" ({', '.join(named)} in config.json)" if named else ""
-    return f"its logits are not its hidden states times its output head{why}: capped or scaled logits are not supported"
+    return f"its logits are not hidden states times the output head's weight{why}"
 
 
 def tangent_problem(model: Any) -> str | None:

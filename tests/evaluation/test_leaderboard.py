@@ -145,14 +145,20 @@ def test_vllm_engines(monkeypatch: pytest.MonkeyPatch, gpus: int, span: int, ray
         (2048, {}, 2048),
         (131_072, {"max_length": 16_384}, 16_384),
         (131_072, {"backend": "vllm"}, 131_072),
+        (2048, {"max_length": 2049}, None),
     ],
 )
 def test_the_default_context_fits_a_gpu(
-    tiny_policy: Path, tmp_path: Path, positions: int, flags: dict[str, Any], context: int
+    tiny_policy: Path, tmp_path: Path, positions: int, flags: dict[str, Any], context: int | None
 ) -> None:
     config = json.loads((tiny_policy / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
-    assert leaderboard.context_length(LeaderboardConfig(model_path=str(tmp_path), **flags)) == context
+    given = LeaderboardConfig(model_path=str(tmp_path), **flags)
+    if context is None:
+        with pytest.raises(UsageError, match=r"--max_length=2049: .* pass at most 2048"):
+            leaderboard.context_length(given)
+    else:
+        assert leaderboard.context_length(given) == context
 
 
 def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +306,7 @@ def test_a_template_that_requires_a_system_message_is_refused(tiny_policy: Path,
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
         "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"without a system message \(no system message\); pass --apply_chat_template=false"):
+    with pytest.raises(DataError, match=r"without a system message, .*\(no system message\); pass --apply_chat"):
         evaluate_openllm(tiny_config(folder, tasks, tmp_path / "out"))
 
 

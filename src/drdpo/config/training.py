@@ -22,12 +22,33 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Where preferences come from; see the flags of the same names."""
+
+    path: str
+    config: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    test_share: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Step 3: align a policy. At most one of --kldpo_tau, --wdpo_rho and --drdpo_beta; none of them is plain DPO."""
 
     model_path: str = flag("policy to align and frozen reference: a Hugging Face folder or hub id")
     dataset_path: str = flag("folder with train.jsonl and test.jsonl of preferences, or the hub id of a TRL-style data set")
     save_path: str = flag("output folder: checkpoints global_step_<n>, metrics.jsonl, logs")
+    dataset_config: str | None = flag("configuration of a hub data set that has several", None)
+    train_split: str | None = flag("split, or file <name>.jsonl of a folder, to train on (default train)", None)
+    test_split: str | None = flag(
+        "the same for the test pairs (default test; on the hub validation or eval if missing)", None
+    )
+    test_share: float | None = flag(
+        "for data without a test split: hold out this share of the training split's distinct prompts, drawn by --seed", None,
+        above=0, below=1,
+    )  # fmt: skip
     kldpo_tau: float | None = flag("use KLDPO with this temperature", None, above=0)
     wdpo_rho: float | None = flag("use WDPO with this radius", None, above=0)
     drdpo_beta: float | None = flag("use Dr. DPO with this temperature", None, above=0)
@@ -185,6 +206,13 @@ class TrainConfig:
         return LoraSettings(self.model_path, self.dtype, self.lora_rank, self.lora_merge, self.lora_quantize, self.seed)
 
     @property
+    def data(self) -> DataSettings:
+        """Where the preferences come from."""
+        return DataSettings(
+            self.dataset_path, self.dataset_config, self.train_split, self.test_split, self.test_share, self.seed
+        )
+
+    @property
     def trackers(self) -> list[str]:
         """The names in --log, each once; none for `none`."""
         names = dict.fromkeys(name.strip() for name in self.log.split(","))
@@ -269,6 +297,10 @@ def _check_rules(config: TrainConfig) -> None:
     require(
         not (config.zero_stage == 0 and config.dtype == "bfloat16"),
         "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; pass --zero_stage=1 or --dtype=float32",
+    )
+    require(
+        config.test_share is None or config.test_split is None,
+        "--test_share and --test_split both say which the test pairs are; pass one",
     )
     _check_lora(config)
     _check_log(config)

@@ -11,7 +11,6 @@ from drdpo.config.evaluation import EvaluateConfig
 from drdpo.evaluation.html import Change
 from drdpo.evaluation.report import csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
-    ANSWERS,
     MAY_DIFFER,
     Provenance,
     ScoredRun,
@@ -44,8 +43,8 @@ _OPTIONAL = ("spider.png", "spider.svg", "pairs.csv", "alpha.csv", "alpha.png", 
 
 
 def evaluate_armorm(config: EvaluateConfig) -> None:
-    """Write report.md, scores.csv and answers.csv to the output folder and print the table; for three objectives also
-    spider.png and .svg, for several runs pairs.csv, with --sweep alpha.csv, alpha.png and .svg.
+    """Write report.md and scores.csv to the output folder and print the table; for three objectives also spider.png and
+    .svg, for several runs pairs.csv, with --sweep alpha.csv, alpha.png and .svg.
 
     Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over the prompts that all share.
 
@@ -172,15 +171,7 @@ def _tables(runs: list[ScoredRun], comparison: Comparison) -> dict[str, str | by
             gain = comparison.gains.get(run.name, {}).get(name)
             numbers = [paired, *_numbers(gain)] if gain else [""] * 4
             scores.append([run.name, name, len(run.prompts), run.mean(name), run.sd(name), *numbers])
-    answers = [
-        [run.name, number, member.folder, len(member.completions), *(float(m) for m in member.answers.mean())]
-        for run in runs
-        for number, member in enumerate(run.members, start=1)
-    ]
-    files: dict[str, str | bytes] = {
-        "scores.csv": csv_text(SCORES, scores),
-        "answers.csv": csv_text(("run", "seed", "folder", "answers", *ANSWERS), answers),
-    }
+    files: dict[str, str | bytes] = {"scores.csv": csv_text(SCORES, scores)}
     if len(runs) > 1:
         pairs = [
             [run, against, name, paired, *(_numbers(d.gain) if d.gain else [""] * 3), *_numbers(d.win_rate)]

@@ -17,7 +17,7 @@ from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, rank, world_size
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.leaderboard_scores import json_safe, leaderboard_json, lost_note, markdown, terminal
+from drdpo.evaluation.leaderboard_scores import json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
     Parts,
     already_made,
@@ -46,6 +46,8 @@ _BY_TASK = {
     "higher_is_better": "higher_is_better", "n-samples": "n_samples",
 }  # fmt: skip
 """{key of lm-eval's results, with an entry per task: the field of its EvalAcc}"""
+_UNLIMITED = 1 << 40
+"""Context of a model whose config names none."""
 _UNREACHABLE = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
@@ -158,10 +160,9 @@ def context_length(config: LeaderboardConfig) -> int:
     """--max_length, or the model's own context, with the hf backend at most HF_MAX_LENGTH.
 
     Raises:
+        UsageError: --max_length exceeds the model's own context.
         DataError: the model's config cannot be read.
     """
-    if config.max_length:
-        return config.max_length
     from lm_eval.models.utils import resolve_max_length
     from transformers import AutoConfig
 
@@ -170,8 +171,10 @@ def context_length(config: LeaderboardConfig) -> int:
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise DataError(f"{config.model_path}: the model's config cannot be read ({why})") from error
-    own = int(resolve_max_length(model, default=HF_MAX_LENGTH))
-    return min(HF_MAX_LENGTH, own) if config.backend == "hf" else own
+    own = int(resolve_max_length(model, default=_UNLIMITED))
+    if config.max_length and config.max_length > own:
+        raise UsageError(f"--max_length={config.max_length}: the model has positions for {own} tokens; pass at most {own}")
+    return config.max_length or (min(HF_MAX_LENGTH, own) if config.backend == "hf" else own)
 
 
 def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
@@ -249,13 +252,17 @@ def _evaluate(
     several = model_args.get("data_parallel_size", 1) > 1
     for numbers in [todo] if several and todo else [[number] for number in todo]:
         chosen = {number: list(tasks.values())[number] for number in numbers}
+        if is_main():
+            print(
+                f"task {numbers[0] + 1} of {len(tasks)}: {', '.join(task.task_name for task in chosen.values())}", flush=True
+            )
         results = lm_eval.simple_evaluate(
             model=model,
             model_args=model_args,
             tasks=list(chosen.values()),
             task_manager=manager,
             num_fewshot=config.num_fewshot,
-            batch_size=config.batch_size,
+            batch_size=model.batch_size,
             device="cuda" if torch.cuda.is_available() else "cpu",
             limit=config.limit,
             log_samples=False,
@@ -294,7 +301,7 @@ def _cut_prompts(model: Any, task: Any, backend: str) -> int:
 
 def _task_part(results: Mapping[str, Any], name: str, cut: int) -> dict[str, Any]:
     """What lm-eval returned for one task, as JSON; metrics keep NaN, which their means over a group need."""
-    part: dict[str, Any] = {"task": name, "cut_prompts": cut}
+    part: dict[str, Any] = {"cut_prompts": cut}
     for key, value in results.items():
         part[key] = json_safe(value[name] if key in _BY_TASK else value)
     part["results"] = {
@@ -308,13 +315,13 @@ def _combine(loaded: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
 
     parts.find()
-    found = [parts.read(number) for number in range(len(loaded["tasks"]))]
-    gathered = {key: {part["task"]: part[key] for part in found} for key in _BY_TASK}
+    found = {name: parts.read(number) for number, name in enumerate(loaded["tasks"])}
+    gathered = {key: {name: part[key] for name, part in found.items()} for key in [*_BY_TASK, "cut_prompts"]}
     accumulated = EvalAcc(**{field: gathered[key] for key, field in _BY_TASK.items()}, groups=loaded["groups"])
     return {
-        **found[-1],
+        **list(found.values())[-1],
         **aggregate_groups(accumulated)._to_eval_results(),
-        "cut_prompts": {part["task"]: part["cut_prompts"] for part in found},
+        "cut_prompts": gathered["cut_prompts"],
         "lost_descriptions": loaded.get("lost_descriptions", []),
     }
 
@@ -327,7 +334,7 @@ def _write(
     if config.apply_chat_template:
         template = load_tokenizer(config.model_path, config.chat_template_kwargs).chat_template
         digest = hashlib.sha256(str(template).encode("utf-8")).hexdigest()
-    whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
+    whole = json_safe(results)
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
     write_manifest(
@@ -490,7 +497,7 @@ def _shows_system(config: LeaderboardConfig) -> bool:
         prompt_token_ids(tokenizer, [question])
     except ValueError as error:
         raise DataError(
-            f"{config.model_path}: the chat template cannot render a question without a system message ({error}); "
+            f"{config.model_path}: given a question without a system message, {error}; "
             "pass --apply_chat_template=false --fewshot_as_multiturn=false"
         ) from error
     try:

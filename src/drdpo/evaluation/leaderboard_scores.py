@@ -236,15 +236,6 @@ def lost_note(tasks: Sequence[str]) -> str:
     )
 
 
-def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaderboard's columns for results.json."""
-    found = benchmarks(results["results"])
-    fields = ("raw", "raw_stderr", "normalised", "normalised_stderr")
-    columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
-    means = {"average": average(found), "average_stderr": average_stderr(found)}
-    return columns | means | {"math_exact_match_original": math_original(results["results"])}
-
-
 def json_safe(value: Any) -> Any:
     """Plain JSON values: sets become lists, NaN and infinity null, other objects their name or text."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))

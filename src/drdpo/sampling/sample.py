@@ -40,7 +40,7 @@ CPU_BLOCK = 128
 """Samples per block on a CPU: enough to keep the engine busy, few to lose in an interruption."""
 
 GPU_BLOCK = 8192
-"""Samples per block on a GPU, which samples hundreds at once and should seldom wait for the last ones of a block."""
+"""Largest block on a GPU in samples: it samples hundreds at once and should seldom wait for the last ones of a block."""
 
 _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
@@ -169,9 +169,12 @@ class _LazyEngines:
     def count(self) -> int:
         return len(self._plan)
 
-    def block_size(self, samples: int) -> int:
-        """Samples per block, if there are this many in all; no GPU is left without work."""
-        return min(GPU_BLOCK, math.ceil(samples / self.count)) if self._on_gpu else CPU_BLOCK
+    def block_size(self, prompts: int, n: int) -> int:
+        """Prompts per block, if there are this many with n samples each; all GPUs have equally many blocks."""
+        if not self._on_gpu:
+            return max(1, CPU_BLOCK // n)
+        blocks = self.count * math.ceil(prompts * n / (self.count * GPU_BLOCK))
+        return math.ceil(prompts / blocks)
 
     def start(self) -> Engines:
         if self._engines is None:
@@ -191,7 +194,7 @@ def _sample_split(
     rendered, rejects = render(tokenizer, split.prompts, split.file, config.prompt_max_len)
     parts = Parts(split.parts, split.made_by, config.overwrite)
     # An interrupted run keeps its block size, whatever the number of engines is now: samples depend on their block.
-    size = parts.plan or max(1, engines.block_size(len(rendered) * sampling.n) // sampling.n)
+    size = parts.plan or engines.block_size(len(rendered), sampling.n)
     parts.open(size)
     blocks = {number: rendered[start : start + size] for number, start in enumerate(range(0, len(rendered), size))}
     seconds = _run_blocks(config, split, blocks, parts, sampling, engines)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from drdpo import chat, distributed
+from drdpo.config.training import DataSettings
 from drdpo.distributed import send
 from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow, PrefixGroup
@@ -51,72 +52,98 @@ class Pair:
 # From rows to token ids -------------------------------------------------------------------------------------------------
 
 
-def load_preferences(dataset_path: str, split: str) -> list[Preference]:
-    """Read one split of a preference data set.
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "eval")}
+"""What data sets call the two sides of a run; the first that exists is used. Files have the first name."""
+
+
+def load_split(data: DataSettings, split: str, reads: Sequence[str] = ()) -> tuple[list[Preference], list[dict[str, float]]]:
+    """One side of a run's data.
 
     Args:
-        dataset_path: a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own
-            records or TRL's form: prompt, chosen and rejected as message lists or texts, or chosen and rejected with
-            the shared prompt inside.
-        split: "train" or "test".
+        data: `path` is a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own records
+            or TRL's form, see Preference.from_trl.
+        split: "train" or "test". With `test_share`, the test side is that share of the training split's distinct prompts,
+            with all their rows, and the training side is the rest.
+        reads: number fields of a row, see Method.reads.
+
+    Returns:
+        The preferences, and {field: number} of each.
 
     Raises:
-        DataError: no such data set or split, no rows, or a row without the fields; names file, row and field.
+        DataError: no such data set or split, no rows, a row without the fields, or a side that `test_share` leaves empty;
+            names file, row and field.
     """
-    source, rows = _rows(dataset_path, split)
-    preferences = []
+    source, rows = _rows(data, "train" if data.test_share is not None else split)
+    preferences, columns = [], []
     for number, row in rows:
         try:
             preferences.append(Preference.from_trl(row, number))
+            columns.append({name: _number(row, name) for name in reads})
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
     if not preferences:
         raise DataError(f"{source}: the data set has no rows")
-    return preferences
+    if data.test_share is None:
+        return preferences, columns
+    prompts = list(dict.fromkeys(str(preference.prompt) for preference in preferences))
+    random.Random(f"{data.seed}/test").shuffle(prompts)
+    held_out = set(prompts[: max(1, round(data.test_share * len(prompts)))])
+    if len(held_out) == len(prompts):
+        raise DataError(
+            f"{source}: --test_share={data.test_share} of {len(prompts)} distinct prompts leaves none to train on"
+        )
+    kept = [row for row, preference in enumerate(preferences) if (str(preference.prompt) in held_out) == (split == "test")]
+    return [preferences[row] for row in kept], [columns[row] for row in kept]
 
 
-def load_columns(dataset_path: str, split: str, reads: Sequence[str]) -> list[dict[str, float]]:
-    """The number fields of every row that Method.reads names.
-
-    Raises:
-        DataError: as load_preferences; a row's field is missing or no finite number; names file, row and field.
-    """
-    source, rows = _rows(dataset_path, split)
-    columns = []
-    for number, row in rows:
-        for name in reads:
-            if row.get(name) is None:
-                raise DataError(f'{source}, row {number}: field "{name}" is missing, and the method reads it')
-            if isinstance(row[name], bool) or not isinstance(row[name], int | float) or not abs(row[name]) < math.inf:
-                raise DataError(f'{source}, row {number}: field "{name}" is no finite number, and the method reads it')
-        columns.append({name: float(row[name]) for name in reads})
-    return columns
+def _number(row: dict[str, Any], name: str) -> float:
+    if (value := row.get(name)) is None:
+        raise ValueError(f'field "{name}" is missing, and the method reads it')
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise ValueError(f'field "{name}" is no finite number, and the method reads it')
+    return float(value)
 
 
-def _rows(dataset_path: str, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
+def _rows(data: DataSettings, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
     """The name of a split for messages, and its rows with their numbers from 1."""
-    folder = Path(dataset_path)
+    named, folder = getattr(data, f"{split}_split"), Path(data.path)
+    names = SPLIT_NAMES[split] if named is None else (named,)
+    if folder.is_dir() and data.config is not None:
+        raise DataError(f"{folder}: a folder has no configurations; omit --dataset_config={data.config}")
     if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
-        path = folder / f"{split}.jsonl"
-        return str(path), read_rows(path)
-    return f"{dataset_path} [{split}]", enumerate(_hub_rows(dataset_path, split), start=1)
-
-
-def _hub_rows(dataset_path: str, split: str) -> Any:
-    import datasets
-
-    folder = Path(dataset_path)
-    try:
-        splits = datasets.load_from_disk(dataset_path) if folder.is_dir() else datasets.load_dataset(dataset_path)
-    except Exception as error:
-        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{dataset_path}: neither a folder of preferences nor a data set of the hub ({reason})") from error
-    names = [split] if split == "train" else ["test", "validation", "eval"]
+        file = folder / f"{names[0]}.jsonl"
+        if not file.is_file():
+            raise DataError(f"{file}: no such file{_ways_on(split, [other.stem for other in folder.glob('*.jsonl')])}")
+        return str(file), read_rows(file)
+    splits = _stored_splits(data)
     for name in names:
         if name in splits:
-            return splits[name]
-    raise DataError(f"{dataset_path}: no split {' or '.join(names)} (it has {', '.join(splits)})")
+            return f"{data.path} [{name}]", enumerate(splits[name], start=1)
+    raise DataError(f"{data.path}: no split {' or '.join(names)}{_ways_on(split, list(splits))}")
+
+
+def _ways_on(split: str, found: list[str]) -> str:
+    """What to pass instead of a split that is missing."""
+    if not found:
+        return ""
+    share = ", or --test_share=0.05 to hold out training prompts" if split == "test" else ""
+    return f" (there is {', '.join(sorted(found))}); pass --{split}_split=NAME for another{share}"
+
+
+def _stored_splits(data: DataSettings) -> Mapping[str, Any]:
+    import datasets
+
+    try:
+        if Path(data.path).is_dir():
+            return datasets.load_from_disk(data.path)
+        return datasets.load_dataset(data.path, data.config)
+    except Exception as error:
+        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        which = "; pass --dataset_config=NAME" if "onfig name is missing" in reason else ""
+        raise DataError(
+            f"{data.path}: neither a folder of preferences nor a data set of the hub ({reason}){which}"
+        ) from error
 
 
 REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers", "answer cut", "text encoded")
@@ -137,15 +164,21 @@ def tokenise(
         preferences: of one split.
         tokenizer: of the policy.
         max_len: longest prompt + answer in tokens.
-        columns: from load_columns, one for each preference.
+        columns: from load_split, one for each preference.
 
     Returns:
         The pairs that can be trained on, and counts by REASONS: pairs that are dropped ("prompt too long", "template
         refuses", "empty answer", "equal answers") and answers that stay ("answer cut", "text encoded").
+
+    Raises:
+        DataError: the chat template renders no pair.
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
     for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
+        if not all(answer[0]["content"].strip() for answer in (preference.chosen, preference.rejected)):
+            counts["empty answer"] += 1
+            continue
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
             room = max_len - len(prompt)
@@ -156,16 +189,16 @@ def tokenise(
                 _answer(tokenizer, preference.prompt, preference.chosen, preference.chosen_token_ids),
                 _answer(tokenizer, preference.prompt, preference.rejected, preference.rejected_token_ids),
             ]
-        except ValueError:
+        except ValueError as error:
             counts["template refuses"] += 1
+            if counts["template refuses"] == len(preferences):
+                raise DataError(f"the policy's chat template renders no pair; the last: {error}") from error
             continue
         answers = [ids[:room] for ids, _ in whole]
         for ids, encoded in whole:
             counts["text encoded"] += encoded
             counts["answer cut"] += len(ids) > room
-        if not all(answers):
-            counts["empty answer"] += 1
-        elif answers[0] == answers[1]:
+        if answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
             pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers))

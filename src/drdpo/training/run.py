@@ -16,7 +16,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model, fingerprint
-from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
+from drdpo.training.data import BatchPlan, Pair, load_split, tokenise
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
 from drdpo.training.stop import seconds_to_wait
@@ -27,6 +27,10 @@ NOT_COMPARED = (
     "log", "gradient_checkpointing", "push_to_hub",
 )  # fmt: skip
 """Flags that do not change the trained model."""
+
+ROUNDINGS = ("micro_batch_size", "micro_batch_tokens")
+"""Flags that divide a step's pairs, which changes its roundings alone, unless a micro-batch is a population or has
+--wdpo_fraction's penalty or not. A run that ran out of memory may resume with others."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
-            rows = len(load_preferences(config.dataset_path, split))
-            if method.reads:
-                load_columns(config.dataset_path, split, method.reads)
+            preferences, _ = load_split(config.data, split, method.reads)
             if split == "train":
-                _check_enough(config, rows, split)
+                _check_enough(config, len(preferences), split)
     folder = Path(config.save_path)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--save_path={folder} is a file, not a folder")
@@ -111,7 +113,8 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         now = {name: value for name, value in _made_by(config, method).items() if name not in _left_open(config)}
         if asked == "auto" and distributed.world_size() > 1:
             del now["dtype"]  # settled when the ranks meet
-        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        known = {name: before["made_by"].get(name) for name in now}
+        _other_roundings(config, folder, {**before, "made_by": known}, now)
         # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import check_world
 
@@ -198,8 +201,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
     for split in ("train", "test"):
-        preferences = load_preferences(config.dataset_path, split)
-        columns = load_columns(config.dataset_path, split, method.reads) if method.reads else [{}] * len(preferences)
+        preferences, columns = load_split(config.data, split, method.reads)
         if split == "test":
             preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
@@ -250,7 +252,13 @@ def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> 
         )
 
 
-def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]) -> None:
+def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Refuse to resume the run of a manifest's entry as another run; which flags change roundings alone, for a message."""
+    before, roundings = entry["made_by"], ""
+    if config.robust_scope == "step" and config.wdpo_fraction == 1 and not entry.get("complete"):
+        kept = {name: made_by[name] for name in ROUNDINGS if name in made_by}
+        roundings = changed({name: before.get(name) for name in kept}, kept)
+        before = before | kept
     changes = changed(before, made_by)
     if changes and before.get("method") is None:
         raise UsageError(
@@ -262,6 +270,7 @@ def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]
             f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "
             "--resume=never to replace it"
         )
+    return roundings
 
 
 def is_complete(run: Run) -> bool:
@@ -273,7 +282,9 @@ def is_complete(run: Run) -> bool:
     before = read_manifest(run.folder).get("train")
     if before is None or run.config.resume == "never":
         return False
-    _refuse_change(run.folder, before["made_by"], run.made_by)
+    roundings = _other_roundings(run.config, run.folder, before, run.made_by)
+    if roundings and distributed.is_main():
+        print(f"{run.folder}: resuming with another {roundings}, so not bit-identical to a run without it", flush=True)
     return bool(before.get("complete")) and is_saved(run.folder / f"global_step_{run.steps}")
 
 
