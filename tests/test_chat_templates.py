@@ -172,8 +172,8 @@ def test_answers_without_text_and_rows_that_the_template_drops_are_counted(load:
     assert tokenizer.decode(pairs[1].rejected) == "<think>\nb\n</think>\n\n<|im_end|>"
     assert chat.answer_token_ids(tokenizer, said("assistant", "\n"), USER) == []
     tokenizer.chat_template = SHAPES["Mistral"].template.replace("m.content +", "m.content.split('</think>')[-1] +")
-    rows = [Preference(1, USER, said("assistant", "a thought</think> a"), said("assistant", "b"))]
-    assert tokenise(rows, tokenizer, 200)[1]["template refuses"] == 1, "the thought would be trained on nowhere"
+    rows[1] = Preference(1, USER, said("assistant", "a thought</think> a"), said("assistant", "b"))
+    assert tokenise(rows[:2], tokenizer, 200)[1]["template refuses"] == 1, "the thought would be trained on nowhere"
 
 
 def test_special_tokens_are_listed_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
