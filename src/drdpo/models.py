@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from drdpo.chat import load_tokenizer
+from drdpo.chat import load_tokenizer, template_facts
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.folder import read_json_object
 
@@ -170,6 +170,7 @@ def table(model: Model) -> str:
             ("tokens", f"{len(model.tokenizer):,} in the tokenizer, {about.rows:,} rows in the embedding; end of sequence "
                        f"{end}{model.beyond}")
         )  # fmt: skip
+        rows.append(("template", template_facts(model.tokenizer)))
     kind = "learned: longer texts are errors" if about.learned else "longer texts are beyond what it was trained for"
     rows.append(("positions", f"{about.positions:,}; {kind}" if about.positions else "not limited by config.json"))
     fits = f"yes, for --max_len up to its sliding window of {about.window:,}" if about.window else "yes"
