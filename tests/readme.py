@@ -140,10 +140,18 @@ def scoring_table() -> str:
     )
 
 
+def architectures_table() -> str:
+    """What drdpo.models says of families of transformers."""
+    from harness.architectures import table
+
+    return table()
+
+
 MEASURED = {
     "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
     "linear_logprob": linear_logprob_table, "wdpo": wdpo_table,
     "wdpo_accuracy": wdpo_accuracy_table, "scoring": scoring_table,
+    "architectures": architectures_table,
 }  # fmt: skip
 
 

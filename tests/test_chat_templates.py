@@ -1,6 +1,7 @@
 """Templates in the shapes of model families: the ids of answers, what is refused and why, fixed time, thinking off."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from drdpo.records import Preference
 from drdpo.sampling.prompts import stop_token_ids
 from drdpo.training.data import tokenise
 from drdpo.training.losses import method_of
-from drdpo.training.run import open_run
+from drdpo.training.run import check_inputs, open_run
 
 Load = Callable[..., Any]
 NO_THINKING = {"enable_thinking": False}
@@ -125,6 +126,7 @@ def test_answers_have_the_ids_that_the_template_renders(
 )
 def test_templates_under_which_no_answer_continues_its_prompt_are_refused(load: Load, shape: str, why: str) -> None:
     tokenizer = load(shape)
+    assert re.search("answers end with .*; trains on sampled ids alone: .*" + why, chat.template_facts(tokenizer))
     with pytest.raises(DataError, match=why + ".*pairs with token ids .chosen_token_ids"):
         chat.answer_token_ids(tokenizer, said("assistant", "Three."), USER)
     pair = Preference(1, USER, said("assistant", "a"), said("assistant", "b"))
@@ -170,8 +172,8 @@ def test_answers_without_text_and_rows_that_the_template_drops_are_counted(load:
     assert tokenizer.decode(pairs[1].rejected) == "<think>\nb\n</think>\n\n<|im_end|>"
     assert chat.answer_token_ids(tokenizer, said("assistant", "\n"), USER) == []
     tokenizer.chat_template = SHAPES["Mistral"].template.replace("m.content +", "m.content.split('</think>')[-1] +")
-    rows = [Preference(1, USER, said("assistant", "a thought</think> a"), said("assistant", "b"))]
-    assert tokenise(rows, tokenizer, 200)[1]["template refuses"] == 1, "the thought would be trained on nowhere"
+    rows[1] = Preference(1, USER, said("assistant", "a thought</think> a"), said("assistant", "b"))
+    assert tokenise(rows[:2], tokenizer, 200)[1]["template refuses"] == 1, "the thought would be trained on nowhere"
 
 
 def test_special_tokens_are_listed_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,3 +304,9 @@ def test_training_renders_with_the_template_arguments_and_records_them(
 def test_template_arguments_that_do_nothing_or_too_much_are_refused(load: Load, name: str, why: str) -> None:
     with pytest.raises(UsageError, match="--chat_template_kwargs: .*" + why):
         load("Qwen3", **{name: False})
+
+
+def test_training_refuses_such_arguments_before_anything_slow(tiny_policy: Path, tmp_path: Path) -> None:
+    config = TrainConfig(str(tiny_policy), "some/data", str(tmp_path / "out"), chat_template_kwargs=NO_THINKING)
+    with pytest.raises(UsageError, match="'enable_thinking' is not read by the chat template of"):
+        check_inputs(config, method_of(config))

@@ -47,6 +47,7 @@ def test_a_whole_folder_passes_and_its_table_says_what_it_is(folder: Path) -> No
     assert lines["weights"] == "20 tensors, all that the model has and no others"
     assert lines["training"] == lines["packing"] == "yes"
     assert lines["tokens"].startswith("49,152 in the tokenizer, 49,152 rows in the embedding; end of sequence <|im_end|>")
+    assert lines["template"] == "answers end with <|im_end|>; trains on text or ids"
     assert "14 linear layers" in lines["LoRA"]
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,18 @@ def test_a_lost_environment_is_named(root, environment, tmp_path):
     done = train(root, environment, tmp_path)
     assert done.returncode == 1
     assert "bash setup.sh" in done.stderr
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS[:5])
+def test_without_any_environment_setup_is_named(wrapper, clone, environment, tmp_path):
+    (clone / ".environment").unlink()
+    replace_python(environment, f'exec {sys.executable} -S "$@"')  # a python without packages
+    bare = environment | {"PATH": f"{environment['DRDPO_ENV']}/bin:{os.environ['PATH']}"}
+    del bare["DRDPO_ENV"]
+    done = bash(bare, tmp_path, clone / wrapper, "--model_path=x", "--save_path=y")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("has no torch or msgspec; run: bash setup.sh")
+    assert bash(bare, tmp_path, clone / wrapper, "--help").returncode == 0
 
 
 def test_quickstart_refuses_unknown_flags_and_a_folder_of_other_flags(root, environment, tmp_path):

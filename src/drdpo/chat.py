@@ -221,7 +221,20 @@ def answer_token_ids(tokenizer: Tokenizer, answer: list[Message], prompt: list[M
 
 def check_answers(tokenizer: Tokenizer) -> None:
     """Raise DataError unless the template renders an answer given as text after its prompt."""
-    _check_answers(tokenizer, tokenizer.get_chat_template())
+    problem = _answer_problem(tokenizer, tokenizer.get_chat_template())
+    if problem:
+        raise DataError(
+            f"{tokenizer.name_or_path}: answers given as text cannot be encoded: {problem}; use pairs with token ids "
+            "(chosen_token_ids and rejected_token_ids of sampled completions), --chat_template_kwargs that change it, or "
+            "another chat_template.jinja"
+        )
+
+
+def template_facts(tokenizer: Tokenizer) -> str:
+    """How answers end and whether text can be trained on, in words."""
+    problem = _answer_problem(tokenizer, tokenizer.get_chat_template())
+    end = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+    return f"answers end with {end}; " + (f"trains on sampled ids alone: {problem}" if problem else "trains on text or ids")
 
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int:
@@ -259,15 +272,13 @@ def _turn_end(tokenizer: Tokenizer, template: str) -> _TurnEnd:
 
 
 @lru_cache(maxsize=16)
-def _check_answers(tokenizer: Tokenizer, template: str) -> None:
+def _answer_problem(tokenizer: Tokenizer, template: str) -> str:
+    """Why no answer given as text can be encoded, or nothing."""
     try:
         _answer(tokenizer, _question(tokenizer), {"role": "assistant", "content": "Seven is one."})
     except ValueError as error:
-        raise DataError(
-            f"{tokenizer.name_or_path}: answers given as text cannot be encoded: {error}; use pairs with token "
-            "ids (chosen_token_ids and rejected_token_ids of sampled completions), --chat_template_kwargs that change it, "
-            "or another chat_template.jinja"
-        ) from error
+        return str(error)
+    return ""
 
 
 def _answer(tokenizer: Tokenizer, prompt: list[Message], answer: Message) -> list[int]:

@@ -7,13 +7,13 @@ that model too: what its attention is asked for, what happens between hidden sta
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from drdpo.chat import load_tokenizer
+from drdpo.chat import load_tokenizer, template_facts
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.folder import read_json_object
 
@@ -170,6 +170,7 @@ def table(model: Model) -> str:
             ("tokens", f"{len(model.tokenizer):,} in the tokenizer, {about.rows:,} rows in the embedding; end of sequence "
                        f"{end}{model.beyond}")
         )  # fmt: skip
+        rows.append(("template", template_facts(model.tokenizer)))
     kind = "learned: longer texts are errors" if about.learned else "longer texts are beyond what it was trained for"
     rows.append(("positions", f"{about.positions:,}; {kind}" if about.positions else "not limited by config.json"))
     fits = f"yes, for --max_len up to its sliding window of {about.window:,}" if about.window else "yes"
@@ -388,7 +389,7 @@ def structure_of(model: Any) -> Structure:
     return Structure(
         head=_head(model, text),
         packing=packing,
-        window=_window(text, asked),
+        window=window_of(text, [options.get("sliding_window") for options in asked]),
         eager=_eager(model, asked),
         tangent=tangent_problem(model),
         linear=linear,
@@ -443,9 +444,10 @@ def _packing(model: Any, text: Any) -> tuple[list[dict[str, Any]], str | None]:
     return asked, None
 
 
-def _window(text: Any, asked: list[dict[str, Any]]) -> int | None:
-    """The smallest sliding window; in some models it lives in the mask alone, and no attention is asked for it."""
-    windows = [options.get("sliding_window") for options in asked]
+def window_of(text: Any, asked: Sequence[int | None] = ()) -> int | None:
+    """The smallest sliding window of a config and of what attentions are asked for; in some models it lives in the mask
+    alone, and no attention is asked for it."""
+    windows = list(asked)
     kinds = getattr(text, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
     windows += [getattr(text, "sliding_window", None)] if slides else []
@@ -504,7 +506,7 @@ def _head(model: Any, text: Any) -> str | None:
         return None
     named = [f"{name} {getattr(text, name)}" for name in _CHANGED_LOGITS if getattr(text, name, None) not in (None, 1)]
     why = f" ({', '.join(named)} in config.json)" if named else ""
-    return f"its logits are not its hidden states times its output head{why}: capped or scaled logits are not supported"
+    return f"its logits are not hidden states times the output head's weight{why}"
 
 
 def tangent_problem(model: Any) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from drdpo.models import Structure, meta_model, structure_of
+from drdpo.models import Structure, meta_model, quiet, structure_of
 
 _SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -85,7 +85,8 @@ def settings_of(name: str) -> Any:
 
 @cache
 def structure(name: str) -> Structure:
-    return structure_of(meta_model(settings_of(name)))
+    with quiet():
+        return structure_of(meta_model(settings_of(name)))
 
 
 def random_model(name: str) -> Any:

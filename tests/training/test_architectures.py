@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from harness.architectures import FAMILIES, WINDOW, random_model, structure
+from harness.architectures import FAMILIES, WINDOW, random_model, settings_of, structure
+from harness.policies import config_of
 from torch import Tensor
 
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels.packed_attention import SHARED_PREFIX, register_shared_prefix
-from drdpo.models import Model
+from drdpo.models import Model, meta_model
 from drdpo.training.data import Pair, form_batch
-from drdpo.training.policy import Policy, check_numbers
+from drdpo.training.losses import method_of
+from drdpo.training.memory import preflight
+from drdpo.training.policy import Policy, check_numbers, check_pairs
+from drdpo.training.run import Run
 
 WITHIN = 2e-4
 """Nats."""
@@ -135,3 +139,34 @@ def test_positions_adapters_and_codes():
         Model("m", "", 0, gpt2, False, None, 0, "").refuse_training(True, False, False, True, 8)
     with pytest.raises(DataError, match="stored quantized; pass the model in full precision"):
         Model("m", "", 0, gpt2, True, None, 0, "").refuse_training(True, False, False, False, 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["StableLM, q/k norms", "Nemotron", "Mamba", "MPT", "Falcon", "Qwen3-MoE", "LFM2, convolutions"]
+)
+def test_the_preflight_of_models_that_cannot_be_packed_predicts_or_says_why_not(name, tmp_path, capsys):
+    settings = settings_of(name)
+    settings.architectures = [type(random_model(name)).__name__]
+    settings.save_pretrained(tmp_path)
+    config = config_of(model_path=str(tmp_path), packing=False, train_batch_size=2, micro_batch_size=1)
+    run = Run(config, method_of(config), tmp_path / "out", Tokenizer(), SHORT, SHORT, {"train": {"answer cut": 0}}, {})
+    preflight(run)
+    said = capsys.readouterr().out
+    assert "predicted peak" in said or "not predicted: the model's forward pass needs more than shapes" in said
+
+
+def test_pairs_must_have_rows_and_positions():
+    policy = Policy(meta_model(settings_of("GPT-2, learned positions")))
+    check_pairs(policy, [Pair([95] * 30, [3] * 34, [3])], "m")
+    with pytest.raises(DataError, match="token id 96, and the model's embedding has 96 rows"):
+        check_pairs(policy, [Pair([1], [96], [3])], "m")
+    with pytest.raises(
+        UsageError, match=r"longest pair has 65 tokens, and its table of positions 64 rows: pass --max_len=64"
+    ):
+        check_pairs(policy, [Pair([95] * 30, [3] * 35, [3])], "m")
+    # Rotary positions have no end: the preflight warns.
+    check_pairs(Policy(meta_model(settings_of("Qwen2"))), [Pair([1] * 30, [3] * 35, [3])], "m")
+
+
+class Tokenizer:
+    pad_token_id = 0

@@ -1,11 +1,19 @@
 """Loading a policy: dropout is off in training mode or the model is refused; attention that cannot be packed is refused."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
 
+from drdpo.chat import load_tokenizer
+from drdpo.config.training import LoraSettings
 from drdpo.errors import DataError
+from drdpo.models import check_model
+from drdpo.training.checkpoint import _write_model
 from drdpo.training.data import Pair, pack
+from drdpo.training.lora import add_lora
 from drdpo.training.policy import load_policy
 
 
@@ -28,6 +36,22 @@ def test_dropout_that_is_no_module_is_switched_off(tmp_path):
         first, second = policy(batch).logprob_S, policy(batch).logprob_S
         assert torch.equal(first, second)
         assert torch.equal(first, policy.eval()(batch).logprob_S)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings("-", "float32", 2, True, "none", 0)])
+def test_a_generation_config_that_transformers_reads_and_does_not_write_is_copied(lora, tiny_policy, tmp_path):
+    """Llama 2's and Vicuna's: every checkpoint failed."""
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "a model"))
+    text = '{"do_sample": false, "temperature": 0.6, "eos_token_id": [2, 0]}'
+    (folder / "generation_config.json").write_text(text)
+    policy, saved = load_policy(str(folder), torch.float32, "shared_prefix", False), tmp_path / "global_step_1"
+    (folder / "generation_config.json").unlink()
+    if lora:
+        add_lora(policy, lora)
+    model = policy.language_model
+    _write_model(model, model.state_dict(), load_tokenizer(str(folder)), saved, lora, "", policy.generation_config)
+    assert (saved / "generation_config.json").read_text() == text
+    assert check_model(str(saved)).tensors == 20
 
 
 def test_dropout_that_cannot_be_switched_off_and_attention_that_cannot_be_packed_are_refused(tmp_path):

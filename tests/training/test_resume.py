@@ -121,6 +121,18 @@ def test_lost_metrics_and_another_number_of_ranks_are_refused(save, forks, tiny_
     lines = (save / "metrics.jsonl").read_text().splitlines(keepends=True)
     (save / "metrics.jsonl").write_text(lines[0])
     statuses = run_ranks(forks, flags, log)
-    assert statuses[0] == 1 and statuses[1] != 0
+    assert statuses == [1, 1]
+    assert "error" not in said(log, 1) and "Traceback" not in said(log, 1), said(log, 1)
     assert "metrics.jsonl" in said(log) and "1 whole lines" in said(log)
     assert "Traceback" not in said(log)
+
+
+@pytest.mark.parametrize("name", [".global_step_1.", ".reference_train.safetensors."])
+def test_what_rank_0_cannot_write_is_the_one_line_of_all_ranks(name, forks, tiny_policy, data, tmp_path):
+    """The process group has been left when the ranks' patience is set back."""
+    save, log = tmp_path / "a run", tmp_path / "log"
+    full = {"folder": str(save / name), "error": "ENOSPC", "call": 1, "rank": 0}
+    assert run_ranks(forks, flags_of(tiny_policy, data, save), log, [full]) == [1, 1]
+    texts = [said(log, rank) for rank in range(2)]
+    assert [text.count("error") for text in texts] == [1, 0], texts
+    assert "error: the disk is full while writing" in texts[0] and "Traceback" not in "".join(texts)

@@ -82,11 +82,16 @@ def test_the_preflight_refuses_and_otherwise_predicts(model, tmp_path, capsys):
     assert "predicted peak" in capsys.readouterr().out
 
 
-def test_fixed_kinds_have_no_limit(tmp_path):
+def test_fixed_kinds_have_no_limit_but_a_warning(tmp_path, capsys):
     rope = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 4}  # fmt: skip
     LlamaConfig(
         **SIZES, max_position_embeddings=8, rope_parameters=rope, architectures=["LlamaForCausalLM"]
     ).save_pretrained(tmp_path)
     config = config_of(tmp_path)
-    check_pairs(shapes(config), [pair_of(8, 24, 5)], config.model_path)
+    longer = [pair_of(8, 24, 5)]
+    check_pairs(shapes(config), longer, config.model_path)
+    preflight(
+        Run(config, method_of(config), tmp_path / "out", _Tokenizer(), longer * 2, longer, {"train": {"answer cut": 0}}, {})
+    )
+    assert "the longest pair has 32 tokens, beyond the model's context: pass --max_len=8" in capsys.readouterr().out

@@ -211,7 +211,7 @@ def test_bad_data_ends_with_status_1(check, tiny_policy, data, tmp_path):
 def test_checks_pass_without_the_libraries_of_training(root, tiny_policy, data, tmp_path):
     """The check runs before the launcher, so it must be quick."""
     program = (
-        "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'peft', 'datasets')); "
+        "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'peft', 'datasets', 'bitsandbytes')); "
         f"import runpy; runpy.run_path({str(root / 'src/train_alignment.py')!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", program, f"--model_path={tiny_policy}", f"--dataset_path={data}",

@@ -239,7 +239,7 @@ class MetricsLog:
     """Appends to save_path/metrics.jsonl and to the trackers of --log; on rank 0 only, a no-op elsewhere."""
 
     def __init__(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
-        """Open the log of a run; lines of later steps are dropped.
+        """Open the log of a run; lines of later steps are dropped. Every rank must call: if rank 0 fails, all end.
 
         Args:
             folder: save_path.
@@ -252,8 +252,9 @@ class MetricsLog:
         """
         self._stream: TextIO | None = None
         self._trackers: list[Tracker] = []
-        if not distributed.is_main():
-            return
+        distributed.on_main(lambda: self._open(folder, done, trackers, flags))
+
+    def _open(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
         path = folder / "metrics.jsonl"
         # A process that was killed while writing leaves a partial line; its step is repeated.
         lines = [line for _, line in whole_lines(path)] if path.is_file() else []

@@ -96,6 +96,8 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     check_model(config.model_path).refuse_training(
         config.packing, config.attention_kernel == "eager", config.tangent, bool(config.lora_rank), config.max_len
     )
+    if config.chat_template_kwargs:
+        chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
             preferences, _ = load_split(config.data, split, method.reads)
