@@ -42,6 +42,7 @@ from drdpo.training.policy import FiniteWatch, load_policy
 
 def engine_around(model=None, save=None) -> SimpleNamespace:
     model = torch.nn.Linear(1, 1) if model is None else model
+    model.method_state = {}
     return SimpleNamespace(module=model, zero_optimization_stage=lambda: 2, save_checkpoint=save, device=torch.device("cpu"))
 
 

@@ -10,11 +10,12 @@ packed row, A answer tokens.
 import heapq
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -26,6 +27,7 @@ from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow, PrefixGroup
 from drdpo.progress import progress
 from drdpo.records import Message, Preference, read_rows
+from drdpo.training.losses import TOKENS
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class Pair:
     prompt_id: int | None = field(default=None, compare=False)
     """Of the record, for messages."""
     columns: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """The row's fields that Method.reads names."""
+    """What Method.reads names, and the number of the group in Method.group."""
+    groups: Mapping[str, str] = field(default_factory=dict, compare=False)
+    mixed: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
+    """See Columns."""
 
     def __len__(self) -> int:
         """Tokens of the longer sequence."""
@@ -76,22 +81,102 @@ def load_preferences(dataset_path: str, split: str) -> list[Preference]:
     return preferences
 
 
-def load_columns(dataset_path: str, split: str, reads: Sequence[str]) -> list[dict[str, float]]:
-    """The number fields of every row that Method.reads names.
+class Columns(NamedTuple):
+    """What a run reads of a row besides its texts."""
+
+    numbers: Mapping[str, float] = {}
+    """By field, for the method; TOKENS are counted later."""
+    groups: Mapping[str, str] = {}
+    """Names by field."""
+    mixed: Mapping[str, tuple[float, float]] = {}
+    """By mixture of objectives: scores of the chosen and of the rejected answer."""
+
+
+def load_columns(
+    dataset_path: str,
+    split: str,
+    reads: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    mixtures: Mapping[str, Mapping[str, float]] | None = None,
+    weight: str | None = None,
+) -> list[Columns]:
+    """What a run reads of every row besides its texts.
+
+    Args:
+        dataset_path, split: as for load_preferences.
+        reads: number fields, see Method.reads.
+        groups: fields that name groups, as texts or whole numbers.
+        mixtures: {name: {objective: weight}} of the scores in chosen_scores and rejected_scores.
+        weight: the one of `reads` that must not be negative.
 
     Raises:
-        DataError: as load_preferences; a row's field is missing or no finite number; names file, row and field.
+        DataError: as load_preferences; a row lacks a field, or it is of another kind; names file, row and field.
     """
     source, rows = _rows(dataset_path, split)
     columns = []
     for number, row in rows:
-        for name in reads:
-            if row.get(name) is None:
-                raise DataError(f'{source}, row {number}: field "{name}" is missing, and the method reads it')
-            if isinstance(row[name], bool) or not isinstance(row[name], int | float) or not abs(row[name]) < math.inf:
-                raise DataError(f'{source}, row {number}: field "{name}" is no finite number, and the method reads it')
-        columns.append({name: float(row[name]) for name in reads})
+        try:
+            numbers = {name: 0.0 if name in TOKENS else _number(row, name, name == weight) for name in reads}
+            mixed = {
+                name: (_mixed(row, "chosen_scores", weights), _mixed(row, "rejected_scores", weights))
+                for name, weights in (mixtures or {}).items()
+            }
+            columns.append(Columns(numbers, {name: _group(row, name) for name in groups}, mixed))
+        except ValueError as error:
+            raise DataError(f"{source}, row {number}: {error}") from error
     return columns
+
+
+def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f'field "{name}" is missing, and the method reads it')
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise ValueError(f'field "{name}" is no finite number, and the method reads it')
+    if positive and value < 0:
+        raise ValueError(f'field "{name}" is {value}, and a weight is not negative; change it, or omit --weight_column')
+    return float(value)
+
+
+def _group(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f'field "{name}" is missing, and the run groups pairs by it')
+    if not isinstance(value, str | int):
+        raise ValueError(f'field "{name}" is neither a text nor a whole number, and the run groups pairs by it')
+    return str(value)
+
+
+def _mixed(row: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> float:
+    scores = row.get(name)
+    if not isinstance(scores, Mapping):
+        raise ValueError(f'field "{name}" is missing, and --eval_mixture reads it; build the pairs again, by step 2')
+    for objective in weights:
+        if scores.get(objective) is None:
+            known = ", ".join(key for key, score in scores.items() if score is not None) or "none"
+            raise ValueError(f'field "{name}" lacks {objective}, and --eval_mixture reads it; it has {known}')
+    return sum(weight * _number(scores, objective) for objective, weight in weights.items())
+
+
+def lone_group(dataset_path: str, split: str, column: str, columns: Sequence[Columns]) -> None:
+    """Refuse a group of one pair: its weight would be that pair's.
+
+    Args:
+        dataset_path, split, columns: the rows' columns, from load_columns.
+        column: that names the groups.
+
+    Raises:
+        DataError: naming file, row, field and group.
+    """
+    counts = Counter(found.groups[column] for found in columns)
+    if len(counts) < 2:
+        raise DataError(f'{dataset_path} [{split}]: field "{column}" names one group only; --method=group needs two or more')
+    for found, (number, _) in zip(columns, _rows(dataset_path, split)[1], strict=True):
+        if counts[name := found.groups[column]] == 1:
+            raise DataError(
+                f'{_rows(dataset_path, split)[0]}, row {number}: field "{column}" is "{name}" in this row alone; a group '
+                "needs two pairs: merge it into another, or remove the row"
+            )
 
 
 def _rows(dataset_path: str, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
@@ -127,7 +212,7 @@ def tokenise(
     preferences: list[Preference],
     tokenizer: chat.Tokenizer,
     max_len: int,
-    columns: Sequence[Mapping[str, float]] | None = None,
+    columns: Sequence[Columns] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """Turn preferences into token ids.
 
@@ -146,7 +231,7 @@ def tokenise(
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
-    for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
+    for preference, found in zip(shown, columns or [Columns()] * len(preferences), strict=True):
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
         except (TemplateError, ValueError):
@@ -170,7 +255,9 @@ def tokenise(
         elif answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
-            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers))
+            lengths = {name: float(len(answer)) for name, answer in zip(TOKENS, answers, strict=True)}
+            numbers = {name: lengths.get(name, number) for name, number in found.numbers.items()}
+            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers, found.groups, found.mixed))
     return pairs, counts
 
 
@@ -435,7 +522,8 @@ def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
     return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
 
 
-def _columns(pairs: list[Pair]) -> dict[str, Tensor]:
+def columns_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """[B] float32 each: the columns of pairs, which all have the same."""
     return {name: torch.tensor([pair.columns[name] for pair in pairs]) for name in pairs[0].columns}
 
 
@@ -466,7 +554,7 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
         answer_mask_ST[row, len(prompt) : length] = True
     return Batch(
         torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST,
-        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), _columns(taken),
+        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), columns_of(taken),
     )  # fmt: skip
 
 
@@ -497,5 +585,5 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> Pa
     return PackedBatch(
         torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
         torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),
-        _columns(taken),
+        columns_of(taken),
     )  # fmt: skip

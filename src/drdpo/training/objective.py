@@ -7,7 +7,7 @@ first step's answers, M micro-batches of all ranks.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.errors import DataError
 from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair
-from drdpo.training.losses import Method, Pairs, Penalty, gradient_penalty
+from drdpo.training.losses import NO_STATE, Method, Pairs, Penalty, State, gradient_penalty
 from drdpo.training.policy import FiniteWatch, Policy, pairs_of
 from drdpo.training.wdpo import input_gradient, tangent_answers
 
@@ -26,12 +26,14 @@ class Population(NamedTuple):
 
     losses_P: Tensor | None = None
     mean_penalty: Tensor | None = None
-    """Mean of |grad l|^2, for the root penalty."""
+    """Mean of w |grad l|^2, for the root penalty."""
+    state: State = NO_STATE
+    """What the method's weights of this step see, of a method that keeps something between steps."""
 
 
 class Objective(NamedTuple):
     total: Tensor
-    """Scalar: mean over the micro-batch of w l + c |grad l|^2, c being rho; for the root penalty rho / (2 sqrt M):
+    """Scalar: mean over the micro-batch of w l + c w |grad l|^2, c being rho; for the root penalty rho / (2 sqrt M):
     the gradient is then right, though the value is not the root's."""
     losses_B: Tensor
     """[B] plain losses."""
@@ -42,6 +44,8 @@ class Objective(NamedTuple):
     errors_B: Tensor | None = None
     """[B] with the tangent solver: relative difference between two estimates of the margin's slope along the gradient, zero
     without rounding."""
+    state: State = NO_STATE
+    """The population's."""
 
     def detached(self) -> "Objective":
         """The numbers alone, without a graph."""
@@ -61,7 +65,16 @@ def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], method: Metho
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
     with torch.no_grad():
         local = [method.loss(pairs_of(policy(batch).logprob_S, reference_B2, batch)) for batch, reference_B2 in batches]
-    return Population(losses_P=distributed.gather(torch.cat(local)))
+    return _population(torch.cat(local), [batch.columns for batch, _ in batches], method, policy)
+
+
+def _population(losses_B: Tensor, columns: Sequence[Mapping[str, Tensor]], method: Method, policy: Policy) -> Population:
+    """The population of which this rank has these losses and columns, and what the method's weights are to see."""
+    losses_P = distributed.gather(losses_B)
+    if method.update is None:
+        return Population(losses_P)
+    columns_P = {name: distributed.gather(torch.cat([part[name] for part in columns])) for name in columns[0]}
+    return Population(losses_P, state=method.update(policy.method_state, losses_P, columns_P))
 
 
 def penalty_scales(count: int, fraction: float, seed: int, step: int) -> list[float]:
@@ -102,17 +115,32 @@ def objective(
         return solve(policy, batch, reference_B2, method, population, penalty_scale)
     pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
-    weights_B = _weights(losses_B, pairs, method, population)
-    return Objective((weights_B * losses_B).mean(), losses_B, pairs, weights_B)
+    weights_B, state = _weights(losses_B, pairs, method, population, policy)
+    weights_B = _by_column(weights_B, method, batch)
+    return Objective((weights_B * losses_B).mean(), losses_B, pairs, weights_B, state=state)
 
 
-def _weights(losses_B: Tensor, pairs: Pairs, method: Method, population: Population | None) -> Tensor:
+def _weights(
+    losses_B: Tensor, pairs: Pairs, method: Method, population: Population | None, policy: Policy
+) -> tuple[Tensor, State]:
+    """[B] the method's own weights, and what they have seen of the method's state."""
     if method.weights is None:
-        return torch.ones_like(losses_B)
-    losses_P = population.losses_P if population else None
-    if losses_P is None:
-        losses_P = distributed.gather(losses_B) if method.population else losses_B
-    return method.weights(losses_B.detach(), losses_P.detach(), pairs.detached())
+        return torch.ones_like(losses_B), NO_STATE
+    if population is None or population.losses_P is None:
+        alone = Population(losses_B.detach())
+        population = _population(losses_B, [pairs.columns], method, _bare(policy)) if method.population else alone
+    assert population.losses_P is not None
+    seen = pairs.detached()._replace(state=population.state)
+    return method.weights(losses_B.detach(), population.losses_P.detach(), seen), population.state
+
+
+def _by_column(weights_B: Tensor, method: Method, batch: AnyBatch) -> Tensor:
+    return weights_B if method.weight_column is None else weights_B * batch.columns[method.weight_column]
+
+
+def _bare(policy: Policy) -> Policy:
+    """The bare module of a policy or of the engine around it."""
+    return policy if isinstance(policy, Policy) else policy.module
 
 
 def _exact(
@@ -120,8 +148,10 @@ def _exact(
 ) -> Objective:
     """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
     losses_B, penalties_B, pairs = _penalties(policy, batch, reference_B2, method, create_graph=True)
-    total = losses_B.mean() + _factor(penalties_B, method.penalty, population, scale) * penalties_B.mean()
-    return Objective(total, losses_B, pairs, torch.ones_like(losses_B), penalties_B.detach())
+    weights_B = _by_column(torch.ones_like(losses_B), method, batch)
+    charged_B = weights_B * penalties_B
+    total = (weights_B * losses_B).mean() + _factor(charged_B, method.penalty, population, scale) * charged_B.mean()
+    return Objective(total, losses_B, pairs, weights_B, penalties_B.detach())
 
 
 def _tangent(
@@ -135,9 +165,9 @@ def _tangent(
     """
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # Taken outside the engine, which would mistake it for the backward pass of the step.
-    bare = policy if isinstance(policy, Policy) else policy.module
-    gradient = input_gradient(bare, batch, reference_B2, method)
-    factor = _factor(gradient.loss_slopes_B.square(), method.penalty, population, scale)
+    gradient = input_gradient(_bare(policy), batch, reference_B2, method)
+    weights_B = _by_column(torch.ones_like(gradient.losses_B), method, batch)
+    factor = _factor(weights_B * gradient.loss_slopes_B.square(), method.penalty, population, scale)
     logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient.direction_1ND))
     pairs = pairs_of(logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
@@ -145,15 +175,14 @@ def _tangent(
     chosen_B, rejected_B = slope_S.chunk(2)
     margin_slopes_B = chosen_B - rejected_B
     penalties_B = (loss_slopes_B * margin_slopes_B).square()
-    total = (losses_B + factor * penalties_B).mean()
+    total = (weights_B * (losses_B + factor * penalties_B)).mean()
     # The reported numbers are those of the first pass, whose losses are the plain ones.
-    value = (gradient.losses_B + factor * penalties_B.detach()).mean()
+    value = (weights_B * (gradient.losses_B + factor * penalties_B.detach())).mean()
     expected_B = gradient.margin_slopes_B
     errors_B = (margin_slopes_B.detach() - expected_B).abs() / expected_B
     errors_B = torch.where(expected_B > 0, errors_B, torch.zeros_like(expected_B))
-    ones_B = torch.ones_like(gradient.losses_B)
     return Objective(
-        total - total.detach() + value, gradient.losses_B, gradient.pairs, ones_B, penalties_B.detach(), errors_B
+        total - total.detach() + value, gradient.losses_B, gradient.pairs, weights_B, penalties_B.detach(), errors_B
     )
 
 
@@ -170,12 +199,14 @@ def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population
 
 
 def _penalties_alone(policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method) -> Tensor:
-    """[B] |grad l|^2 without a graph."""
+    """[B] w |grad l|^2 without a graph."""
     assert method.penalty is not None
     if method.penalty.solver == "exact":
-        return _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
-    assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
-    return input_gradient(policy, batch, reference_B2, method).loss_slopes_B.square()
+        penalties_B = _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
+    else:
+        assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
+        penalties_B = input_gradient(policy, batch, reference_B2, method).loss_slopes_B.square()
+    return _by_column(torch.ones_like(penalties_B), method, batch) * penalties_B
 
 
 def _penalties(
@@ -244,7 +275,7 @@ def check_first_step(
 def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
     """[B] losses if policy and reference were the same, float64."""
     margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
-    return method.loss(Pairs(margins_B, log_ratios_S, pairs.columns)).double()
+    return method.loss(pairs._replace(margins_B=margins_B, log_ratios_S=log_ratios_S)).double()
 
 
 # Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones.

@@ -18,7 +18,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
 from drdpo.training.data import AnyBatch, PackedBatch, Pair
-from drdpo.training.losses import Pairs
+from drdpo.training.losses import NO_STATE, Pairs, State
 from drdpo.training.patches import WideRows, first_rows, widen
 
 
@@ -82,6 +82,8 @@ class Policy(nn.Module):
         """Do packed rows attend by drdpo.kernels.packed_attention, which runs on CUDA only?"""
         self.wide_first = False
         """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
+        self.method_state: State = NO_STATE
+        """What the method keeps between steps."""
         self.watch: FiniteWatch | None = None
         """Checks every gradient with respect to the input embeddings."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)

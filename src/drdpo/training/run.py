@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.data import BatchPlan, Pair, load_columns, load_preferences, tokenise
+from drdpo.training.data import BatchPlan, Columns, Pair, load_columns, load_preferences, lone_group, tokenise
 from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
+from drdpo.training.shifts import Shifts, shifts_of
 from drdpo.training.stop import seconds_to_wait
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing",
+    "log", "gradient_checkpointing", "eval_columns", "eval_mixture",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
@@ -39,6 +40,7 @@ class Run:
     tokenizer: chat.Tokenizer
     train: list[Pair]
     test: list[Pair]
+    shifts: Shifts
     counts: dict[str, Any]
     made_by: dict[str, Any]
     dtype_reason: str = ""
@@ -94,8 +96,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
             rows = len(load_preferences(config.dataset_path, split))
-            if method.reads:
-                load_columns(config.dataset_path, split, method.reads)
+            columns = _columns(config, method, split)
+            if split == "test":
+                shifts_of(columns[: config.max_test_pairs], config.eval_groups, list(config.mixtures), config.dataset_path)
             if split == "train":
                 _check_enough(config, rows, split)
     folder = Path(config.save_path)
@@ -141,6 +144,8 @@ def _check_batches(config: TrainConfig, method: Method) -> None:
             f"--train_batch_size={config.train_batch_size} is not divisible by {times}{world} process"
             f"{'es' if world > 1 else ''}"
         )
+    if config.robust_scope == "micro" and method.update:
+        raise UsageError(f"--robust_scope=micro: {method.name} changes what it keeps once a step, by all its pairs; omit it")
     if config.robust_scope == "micro" and not method.needs_population:
         squared = " with --wdpo_penalty=squared" if method.penalty else ""
         raise UsageError(
@@ -195,7 +200,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     pairs, counts = {}, {}
     for split in ("train", "test"):
         preferences = load_preferences(config.dataset_path, split)
-        columns = load_columns(config.dataset_path, split, method.reads) if method.reads else [{}] * len(preferences)
+        columns = _columns(config, method, split)
         if split == "test":
             preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
@@ -205,9 +210,42 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
             print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
+    if method.group:
+        pairs = _numbered(pairs, method.group)
+    shifts, lines = shifts_of(pairs["test"], config.eval_groups, list(config.mixtures), config.dataset_path)
+    if distributed.is_main():
+        print("".join(f"test, {line}\n" for line in lines), end="")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
     folder = Path(config.save_path)
-    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
+    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], shifts, counts, made_by, dtype_reason)
+
+
+def _columns(config: TrainConfig, method: Method, split: str) -> list[Columns]:
+    """What the run reads of a split's rows besides their texts; empty if nothing.
+
+    Raises:
+        DataError: see load_columns and lone_group.
+    """
+    groups = [method.group] if method.group else []
+    mixtures = config.mixtures if split == "test" else {}
+    if split == "test":
+        groups += config.eval_groups
+    if not (method.reads or groups or mixtures):
+        return []
+    columns = load_columns(config.dataset_path, split, method.reads, groups, mixtures, method.weight_column)
+    if method.group and split == "train":
+        lone_group(config.dataset_path, split, method.group, columns)
+    return columns
+
+
+def _numbered(pairs: dict[str, list[Pair]], column: str) -> dict[str, list[Pair]]:
+    """With the numbers of the groups in the column of their names, the same in both splits."""
+    names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
+    numbers = {name: float(number) for number, name in enumerate(names)}
+    return {
+        split: [replace(pair, columns={**pair.columns, column: numbers[pair.groups[column]]}) for pair in part]
+        for split, part in pairs.items()
+    }
 
 
 def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
