@@ -125,6 +125,20 @@ def test_a_state_is_in_place_whole_and_two_stay(tmp_path):
     ]
 
 
+def test_what_the_method_keeps_is_part_of_the_state(tmp_path):
+    def save(folder, tag, client_state, **_):
+        (Path(folder) / tag).mkdir()
+        torch.save(client_state, Path(folder) / tag / "c.pt")
+
+    engine, weights_G = engine_around(save=save), torch.tensor([0.1, 0.9])
+    engine.module.method_state = {"weights": weights_G}
+    save_state(engine, tmp_path, 2)
+    engine.module.method_state = {}
+    engine.load_checkpoint = lambda folder, tag, **_: (tag, torch.load(Path(folder) / tag / "c.pt", weights_only=True))
+    assert load_state(engine, tmp_path) == 2
+    assert torch.equal(engine.module.method_state["weights"], weights_G)
+
+
 def test_a_damaged_newest_state_does_not_outlive_the_good_one_that_was_loaded(tmp_path):
     """By its number and sizes it would be the one to keep."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from drdpo.cli import check_bounds, flag, require
+from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 PACKED_ATTENTION = "shared_prefix"
 """What transformers calls drdpo.kernels.packed_attention."""
@@ -474,7 +475,8 @@ def _mixture(word: str) -> tuple[str, dict[str, float]]:
     require(bool(equals and re.fullmatch(r"[\w-]+", name)), f"{form}, the name of letters, digits, _ and -")
     weights: dict[str, float] = {}
     for part in parts.split(","):
-        objective, colon, number = part.rpartition(":")
+        spelled, colon, number = part.rpartition(":")
+        objective = FLAG_TO_OBJECTIVE.get(spelled, spelled)
         require(bool(colon and objective and objective not in weights), f"{form}, each objective once")
         try:
             weights[objective] = float(number)

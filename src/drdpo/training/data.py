@@ -127,11 +127,15 @@ def load_columns(
     return columns
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
     value = row.get(name)
     if value is None:
         raise ValueError(f'field "{name}" is missing, and the method reads it')
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+    if not _is_number(value):
         raise ValueError(f'field "{name}" is no finite number, and the method reads it')
     if positive and value < 0:
         raise ValueError(f'field "{name}" is {value}, and a weight is not negative; change it, or omit --weight_column')
@@ -150,12 +154,14 @@ def _group(row: Mapping[str, Any], name: str) -> str:
 def _mixed(row: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> float:
     scores = row.get(name)
     if not isinstance(scores, Mapping):
-        raise ValueError(f'field "{name}" is missing, and --eval_mixture reads it; build the pairs again, by step 2')
+        raise ValueError(f'field "{name}" is missing, and --eval_mixture reads it; build the pairs again, --overwrite=true')
     for objective in weights:
         if scores.get(objective) is None:
             known = ", ".join(key for key, score in scores.items() if score is not None) or "none"
             raise ValueError(f'field "{name}" lacks {objective}, and --eval_mixture reads it; it has {known}')
-    return sum(weight * _number(scores, objective) for objective, weight in weights.items())
+        if not _is_number(scores[objective]):
+            raise ValueError(f'field "{name}": {objective} is no finite number, and --eval_mixture reads it')
+    return float(sum(weight * scores[objective] for objective, weight in weights.items()))
 
 
 def lone_group(dataset_path: str, split: str, column: str, columns: Sequence[Columns]) -> None:

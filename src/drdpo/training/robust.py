@@ -186,6 +186,7 @@ def group_step(
         rate, adjustment: see above.
     """
     zeros_G, index_P = torch.zeros_like(state["weights"]), group_P.long()
+    losses_P = losses_P.to(zeros_G.dtype)
     present_G = zeros_G.index_add(0, index_P, torch.ones_like(losses_P))
     means_G = zeros_G.index_add(0, index_P, losses_P) / present_G.clamp(min=1)
     # A group without a training pair has weight 0, whose logarithm keeps it there.
