@@ -32,7 +32,8 @@ def reference_key(model_fingerprint: str, pairs: list[Pair], arithmetic: str) ->
         pairs: of the split.
         arithmetic: see drdpo.training.run.arithmetic_of.
     """
-    return hashlib.sha256(" ".join([model_fingerprint, arithmetic, pairs_hash(pairs)]).encode()).hexdigest()
+    tokens = pairs_hash(pairs, columns=False)
+    return hashlib.sha256(" ".join([model_fingerprint, arithmetic, tokens]).encode()).hexdigest()
 
 
 def read_reference(path: Path, key: str, pairs: int) -> Tensor | None:

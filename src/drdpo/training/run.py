@@ -257,12 +257,12 @@ def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
         )
 
 
-def pairs_hash(pairs: list[Pair]) -> str:
+def pairs_hash(pairs: list[Pair], columns: bool = True) -> str:
     """Hash of the token ids of pairs, and of the columns that the method reads, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
-        if pair.columns:
+        if columns and pair.columns:
             digest.update(repr(sorted(pair.columns.items())).encode())
     return digest.hexdigest()
 
