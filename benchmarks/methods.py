@@ -107,10 +107,10 @@ def run(name: str, folder: Path, pairs: Path, steps: int) -> dict:
         shutil.copy(path, folder)
     shutil.rmtree(save)
     last = lines[-1]
-    shifts = [last[f"eval_accuracy.longer.{answer}"] for answer in ("chosen", "rejected")]
+    groups = [value for key, value in last.items() if key.startswith("eval_accuracy.longer.")]
     return {
         "flags": METHODS[name], "first_loss": lines[0]["loss"], "loss": last["loss"], "eval_loss": last["eval_loss"],
-        "eval_accuracy": last["eval_accuracy"], "eval_margin": last["eval_margin"], "worst_group_accuracy": min(shifts),
+        "eval_accuracy": last["eval_accuracy"], "eval_margin": last["eval_margin"], "worst_group_accuracy": min(groups),
         "other_accuracy": last["eval_accuracy.complexity"], "other_loss": last["eval_loss.complexity"],
         "effective_share": statistics.mean(line.get("effective_sample_size", 8) for line in lines) / 8,
         # The first step includes what is done once.

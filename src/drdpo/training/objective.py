@@ -134,8 +134,9 @@ def _weights(
     return method.weights(losses_B.detach(), population.losses_P.detach(), seen), population.state
 
 
-def _by_column(weights_B: Tensor, method: Method, batch: AnyBatch) -> Tensor:
-    return weights_B if method.weight_column is None else weights_B * batch.columns[method.weight_column]
+def _by_column(terms_B: Tensor, method: Method, batch: AnyBatch) -> Tensor:
+    """[B] terms of pairs, times the numbers in the column of weights if the run has one."""
+    return terms_B if method.weight_column is None else terms_B * batch.columns[method.weight_column]
 
 
 def _bare(policy: Policy) -> Policy:
@@ -148,9 +149,10 @@ def _exact(
 ) -> Objective:
     """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
     losses_B, penalties_B, pairs = _penalties(policy, batch, reference_B2, method, create_graph=True)
+    charged_B = _by_column(penalties_B, method, batch)
+    factor = _factor(charged_B, method.penalty, population, scale)
+    total = _by_column(losses_B, method, batch).mean() + factor * charged_B.mean()
     weights_B = _by_column(torch.ones_like(losses_B), method, batch)
-    charged_B = weights_B * penalties_B
-    total = (weights_B * losses_B).mean() + _factor(charged_B, method.penalty, population, scale) * charged_B.mean()
     return Objective(total, losses_B, pairs, weights_B, penalties_B.detach())
 
 
@@ -166,8 +168,7 @@ def _tangent(
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # Taken outside the engine, which would mistake it for the backward pass of the step.
     gradient = input_gradient(_bare(policy), batch, reference_B2, method)
-    weights_B = _by_column(torch.ones_like(gradient.losses_B), method, batch)
-    factor = _factor(weights_B * gradient.loss_slopes_B.square(), method.penalty, population, scale)
+    factor = _factor(_by_column(gradient.loss_slopes_B.square(), method, batch), method.penalty, population, scale)
     logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient.direction_1ND))
     pairs = pairs_of(logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
@@ -175,12 +176,13 @@ def _tangent(
     chosen_B, rejected_B = slope_S.chunk(2)
     margin_slopes_B = chosen_B - rejected_B
     penalties_B = (loss_slopes_B * margin_slopes_B).square()
-    total = (weights_B * (losses_B + factor * penalties_B)).mean()
+    total = _by_column(losses_B + factor * penalties_B, method, batch).mean()
     # The reported numbers are those of the first pass, whose losses are the plain ones.
-    value = (weights_B * (gradient.losses_B + factor * penalties_B.detach())).mean()
+    value = _by_column(gradient.losses_B + factor * penalties_B.detach(), method, batch).mean()
     expected_B = gradient.margin_slopes_B
     errors_B = (margin_slopes_B.detach() - expected_B).abs() / expected_B
     errors_B = torch.where(expected_B > 0, errors_B, torch.zeros_like(expected_B))
+    weights_B = _by_column(torch.ones_like(gradient.losses_B), method, batch)
     return Objective(
         total - total.detach() + value, gradient.losses_B, gradient.pairs, weights_B, penalties_B.detach(), errors_B
     )
@@ -206,7 +208,7 @@ def _penalties_alone(policy: Policy, batch: AnyBatch, reference_B2: Tensor, meth
     else:
         assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
         penalties_B = input_gradient(policy, batch, reference_B2, method).loss_slopes_B.square()
-    return _by_column(torch.ones_like(penalties_B), method, batch) * penalties_B
+    return _by_column(penalties_B, method, batch)
 
 
 def _penalties(

@@ -129,7 +129,7 @@ def chi2_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tenso
     # mean w^2 if eta is the loss below the m hardest. It falls as m grows; the first that is small enough is the m sought.
     gap_P = mean_P - torch.cat([ordered_P[1:], ordered_P.new_full((1,), -torch.inf)])
     second_P = torch.where(gap_P > 0, total / count_P * (spread_P / gap_P.square() + 1), torch.inf)
-    place = (second_P <= second).int().argmax()
+    place = (second_P <= second).int().argmax(dim=0, keepdim=True)
     share = count_P[place] / total
     tiny = torch.finfo(torch.float64).tiny
     distance = (spread_P[place] / (second * share - 1).clamp(min=tiny)).sqrt().clamp(min=tiny)

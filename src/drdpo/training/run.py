@@ -20,7 +20,7 @@ from drdpo.training.data import BatchPlan, Columns, Pair, load_columns, load_pre
 from drdpo.training.log import WANDB_ID, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
-from drdpo.training.shifts import Shifts, shifts_of
+from drdpo.training.shifts import NO_SHIFTS, Shifts, shifts_of
 from drdpo.training.stop import seconds_to_wait
 
 NOT_COMPARED = (
@@ -40,10 +40,10 @@ class Run:
     tokenizer: chat.Tokenizer
     train: list[Pair]
     test: list[Pair]
-    shifts: Shifts
     counts: dict[str, Any]
     made_by: dict[str, Any]
     dtype_reason: str = ""
+    shifts: Shifts = NO_SHIFTS
 
     @property
     def steps(self) -> int:
@@ -217,7 +217,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         print("".join(f"test, {line}\n" for line in lines), end="")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
     folder = Path(config.save_path)
-    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], shifts, counts, made_by, dtype_reason)
+    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts)
 
 
 def _columns(config: TrainConfig, method: Method, split: str) -> list[Columns]:
