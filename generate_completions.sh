@@ -6,5 +6,7 @@ if wants_help "$@"; then
     python "$ROOT/src/generate_completions.py" --help
     exit
 fi
+# A wrong reward model is refused before the sampling. A check with WORLD_SIZE alone leaves it to the run to print --dtype.
+WORLD_SIZE=1 python "$ROOT/src/score_completions.py" "$@" --check_only=true
 run python "$ROOT/src/generate_completions.py" "$@"
 launch "$ROOT/src/score_completions.py" "$@"

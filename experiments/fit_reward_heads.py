@@ -49,7 +49,7 @@ from drdpo.kernels.packed_attention import PackedRow, hidden_states
 from drdpo.machine import announce, settle
 from drdpo.records import Message, Preference, read_rows
 from drdpo.scoring.armorm import POOLINGS, GatingNetwork, find_span, packed_batches
-from drdpo.scoring.score import DTYPES, UNRENDERABLE, use_cpu_well
+from drdpo.scoring.score import DTYPES, use_cpu_well
 
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 OBJECTIVES = (*(f"helpsteer-{column}" for column in RATINGS), "ultrafeedback-overall_score")
@@ -173,7 +173,7 @@ def read_side(paths: Sequence[str], tokenizer: Tokenizer, max_len: int, seen: fr
         for answer in read(path):
             try:
                 ids = conversation_token_ids(tokenizer, answer.messages)
-            except UNRENDERABLE:
+            except ValueError:
                 ids = []
             if answer.prompt in seen:
                 omitted["prompt also in training"] += 1

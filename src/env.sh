@@ -206,3 +206,10 @@ run_noting() {
     trap - TERM USR1 INT
     return "$status"
 }
+
+# Without an environment of its own a wrapper runs in the shell's, if that has the packages. setup.sh is about to make one.
+if [[ -z "${DRDPO_ENV:-}" && ! -f "$ROOT/.environment" && "${0##*/}" != setup.sh ]] && ! wants_help "$@" &&
+    ! python -c 'import sys, importlib.util as found; sys.exit(not (found.find_spec("torch") and found.find_spec("msgspec")))'; then
+    echo "error: there is no environment yet, and the python of this shell has no torch or msgspec; run: bash setup.sh" >&2
+    exit 1
+fi

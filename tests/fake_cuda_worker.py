@@ -23,7 +23,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.log import pair_table
 from drdpo.training.losses import method_of
 from drdpo.training.memory import dry_run, resolve_attention, shapes
-from drdpo.training.policy import check_packing, check_plain_head, pairs_of, switch_off_dropout
+from drdpo.training.policy import check_numbers, pairs_of
 
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -114,9 +114,7 @@ def checks() -> dict[str, Any]:
         model = LlamaForCausalLM(LlamaConfig(attn_implementation="shared_prefix", **TINY)).bfloat16()
     with FakeTensors(), Counts() as counts:
         fake_cuda.to_cuda(model)
-        check_packing(model, "-")
-        check_plain_head(model, "-")
-        switch_off_dropout(model, "-")
+        check_numbers(model, "-")
     return told(counts)
 
 

@@ -141,9 +141,17 @@ def methods_table() -> str:
     return table(head + "| effective sample / pairs | time per step / DPO's |", rows)
 
 
+def architectures_table() -> str:
+    """What drdpo.models says of families of transformers."""
+    from harness.architectures import table
+
+    return table()
+
+
 MEASURED = {
     "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
-    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "scoring": scoring_table, "methods": methods_table,
+    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "scoring": scoring_table,
+    "architectures": architectures_table, "methods": methods_table,
 }  # fmt: skip
 
 

@@ -19,11 +19,12 @@ ROOMS = {
     "deepspeed": ["training/engine.py", "training/checkpoint.py"],
     "bitsandbytes": ["training/"],
     "peft": ["training/"],
-    "wandb": ["training/log.py"],
+    "wandb": ["training/trackers.py"],
+    "trackio": ["training/trackers.py"],
     "triton": ["kernels/"],
     "lm_eval": ["evaluation/leaderboard.py"],
     "matplotlib": ["evaluation/"],
-    "huggingface_hub": ["assets/"],
+    "huggingface_hub": ["assets/", "training/model_card.py"],
     "filelock": ["folder.py"],
 }
 """Library -> the files, or folders, that may import it."""

@@ -145,7 +145,7 @@ def test_flags_of_a_file_stand_before_those_of_the_command_line(
 @pytest.mark.parametrize(
     ("text", "says"),
     [(None, "No such file"), ("{", "Expecting"), ("[1]", "not an object"), ('{"odd": 1}', "odd is no flag"),
-     ('{"some_count": {}}', "value of some_count"), ('{"some_count": {"flags": 1}}', "value of some_count")],
+     ('{"some_count": [{}]}', "value of some_count"), ('{"some_count": [[1]]}', "value of some_count")],
 )  # fmt: skip
 def test_a_file_that_has_no_flags_is_refused_by_name(text: str | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "flags.json"
@@ -176,3 +176,12 @@ def test_help_loads_no_library(script: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HELP, str(script)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: ")
     assert done.stderr.splitlines()[-1] == "loaded 1", "one config and the standard library"
+
+
+def test_a_json_object_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(TrainConfig, "A step.", [*TRAIN, '--chat_template_kwargs={"enable_thinking": false}'])
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    for word, says in (("{enable_thinking: false}", "is not JSON"), ("false", "is not a JSON object such as")):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, "A step.", [*TRAIN, f"--chat_template_kwargs={word}"])
+        assert says in capsys.readouterr().err

@@ -25,6 +25,7 @@ SCRIPTS = {
     "generate_completions.sh": config.CompletionsConfig,
     "generate.sh": config.CompletionsConfig,
     "src/generate_preferences.py": config.PreferencesConfig,
+    "src/check_model.py": config.CheckModelConfig,
     "src/inspect_data.py": config.InspectConfig,
     "src/show_run.py": config.ShowRunConfig,
     "train_alignment.sh": config.TrainConfig,

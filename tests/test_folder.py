@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.errors import UsageError
-from drdpo.folder import atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
+from drdpo.folder import already_made, atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
 
 FULL_DISK = """
 import os, sys
@@ -152,6 +153,61 @@ def test_sweep_takes_what_a_killed_writer_left_and_nothing_else(tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) == len(names) + 2
     sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+KILLED_BETWEEN = """
+import os, signal, sys
+from drdpo.folder import *
+
+rename = os.replace
+def replace(source, target):
+    if Path(target) == Path(sys.argv[1]):  # the old folder has been moved away, the new one has not come yet
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.replace = replace
+with atomic_folder(Path(sys.argv[1])) as aside:
+    (aside / "new").write_text("new")
+"""
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Twice, with the first kill's leavings unswept and the folder written again between them: the newer one goes back."""
+    path = tmp_path / "global_step_8"
+    for text in ("older", "newer"):
+        with atomic_folder(path) as aside:
+            (aside / "old").write_text(text)
+        killed = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(path)])
+        assert killed.returncode == -signal.SIGKILL and not path.exists()
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["global_step_8"]
+    assert (path / "old").read_text() == "newer"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "made_by", "says"),
+    [
+        ({"step": {"made_by": {"seed": 1}}}, {"seed": 1}, None),
+        ({"step": {"made_by": {"seed": 1}}}, {"seed": 2}, r"different configuration: seed \(1 -> 2\)"),
+        ({"step": {}}, {"seed": 1}, "does not say what made it"),
+        ({"step": {"made_by": [1]}}, {"seed": 1}, "does not say what made it"),
+        ({"step": "odd"}, {"seed": 1}, "does not say what made it"),
+        ({}, {"seed": 1}, "does not say what made it"),
+    ],
+)
+@pytest.mark.parametrize("files", [1, 2])
+def test_results_of_another_configuration_are_never_replaced(tmp_path, manifest, made_by, says, files):
+    """Not even where one of two files is missing: only the same configuration continues an interrupted run."""
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    results = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+    for path in results[:files]:
+        path.write_text("")
+    if says is None:
+        assert already_made(tmp_path, "step", made_by, results, False) == (files == 2)
+        assert already_made(tmp_path, "step", made_by, results, True) == (files == 2)
+    else:
+        with pytest.raises(UsageError, match=says):
+            already_made(tmp_path, "step", made_by, results, False)
+        assert not already_made(tmp_path, "step", made_by, results, True)
 
 
 HOLD = """

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from drdpo import chat, config
 from drdpo.cli import parse
+from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError, is_text, one_line
 from drdpo.pairing import generate_preferences
 from drdpo.records import Completion, Preference, Prompt, read_records, write_records
 from drdpo.sampling.prompts import read_prompts, render
-from drdpo.training.data import load_preferences, tokenise
+from drdpo.training.data import tokenise
+from drdpo.training.rows import load_split
 
 pytestmark = pytest.mark.fuzz
 
@@ -194,7 +196,7 @@ def test_prompts_to_sample_from(tokenizer: Any, rows: bytes) -> None:
 @given(rows=bytes_of(ROWS[Preference]))
 def test_training_data(tokenizer: Any, rows: bytes) -> None:
     with folder_of(train=rows) as folder:
-        found = ends(lambda: load_preferences(str(folder), "train"), "train.jsonl")
+        found = ends(lambda: load_split(DataSettings(str(folder)), "train")[0], "train.jsonl")
         if found is not None:
             pairs, counts = tokenise(found, tokenizer, 64)
             left_out = ("prompt too long", "template refuses", "empty answer", "equal answers")
@@ -228,12 +230,12 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Any, tmp_path: Path, text: 
     row = {"prompt": "x", "chosen": text, "rejected": "y"}
     (tmp_path / "train.jsonl").write_text("\n" + json.dumps(row))
     with pytest.raises(DataError, match=r'row 2: field "chosen" '):
-        load_preferences(str(tmp_path), "train")
+        load_split(DataSettings(str(tmp_path)), "train")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
-    assert len(load_preferences(str(tmp_path), "train")) == 1
+    assert len(load_split(DataSettings(str(tmp_path)), "train")[0]) == 1
 
 
 @pytest.mark.parametrize(

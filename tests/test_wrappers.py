@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,18 @@ def test_a_lost_environment_is_named(root, environment, tmp_path):
     assert "bash setup.sh" in done.stderr
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_without_any_environment_setup_is_named(wrapper, clone, environment, tmp_path):
+    (clone / ".environment").unlink()
+    replace_python(environment, f'exec {sys.executable} -IS "$@"')  # a python without packages
+    bare = environment | {"PATH": f"{environment['DRDPO_ENV']}/bin:{os.environ['PATH']}"}
+    del bare["DRDPO_ENV"]
+    done = bash(bare, tmp_path, clone / wrapper, "--model_path=x", "--save_path=y")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("has no torch or msgspec; run: bash setup.sh")
+    assert bash(bare, tmp_path, clone / wrapper, "--help").returncode == 0
+
+
 def test_quickstart_refuses_unknown_flags_and_a_folder_of_other_flags(root, environment, tmp_path):
     done = bash(environment, tmp_path, root / "quickstart.sh", "--size=1")
     assert done.returncode == 2 and "--size=1" in done.stderr
@@ -248,8 +261,30 @@ def test_generate_evaluates_what_it_made_unless_it_only_checks(words, evaluates,
     done = bash(environment | {"DRDPO_PROCESSES": "1"}, tmp_path, root / "generate.sh", "--save_path=out puts/x", *words)
     lines = done.stdout.splitlines()
     scripts = [line for line in lines if not line.startswith(" ")]
-    assert scripts == ["generate_completions.py", "score_completions.py", "evaluate_armorm.py"][: 3 if evaluates else 2]
+    steps = ["score_completions.py", "generate_completions.py", "score_completions.py", "evaluate_armorm.py"]
+    assert scripts == steps[: 4 if evaluates else 3]
     assert not evaluates or lines[-3:] == ["  --runs", "  x=out puts/x", "  --output_path=out puts/x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--reward_model={policy}"], 1, "a language model (LlamaForCausalLM)"),
+        (["--score_max_len=99999"], 2, "reads at most"),
+    ],
+)
+def test_a_wrong_reward_model_is_refused_before_the_sampling(
+    words, status, message, root, environment, tiny_policy, tmp_path
+):
+    words = [word.format(policy=tiny_policy) for word in words]
+    done = bash(
+        environment, tmp_path, root / "generate_completions.sh", f"--model_path={tiny_policy}", "--score_batch_tokens=99999",
+        f"--save_path={tmp_path / 'out'}", *words,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert message in done.stderr.splitlines()[-1]
+    assert "generate_completions.py" not in done.stderr, "no step was begun"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hostfile_is_refused_and_not_ignored(root, environment, flags, tmp_path):

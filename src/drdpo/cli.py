@@ -128,6 +128,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
         settings["choices"] = get_args(kind)
     elif get_origin(kind) is list:
         settings |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif get_origin(kind) is dict:
+        settings["type"] = _json_object
     elif kind is bool:
         settings |= {"type": _truth, "nargs": "?", "const": True}
     else:
@@ -195,6 +197,8 @@ def _load(path: Path) -> list[dict[Any, Any]]:
 
 
 def _spelled_value(path: Path, name: str, value: Any) -> list[str]:
+    if isinstance(value, dict):  # JSON on the command line too
+        return [json.dumps(value)]
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str | bool | int | float) for each in values):
         raise DataError(f"--config={path}: the value of {name} is neither text, number, truth value nor a list of them")
@@ -209,6 +213,16 @@ def _truth(word: str) -> bool:
     if word.lower() not in _TRUTH:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
     return _TRUTH[word.lower()]
+
+
+def _json_object(word: str) -> dict[str, Any]:
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a JSON object such as " + '{"name": false}')
+    return value
 
 
 def _check_word(shown: str, word: Any) -> None:

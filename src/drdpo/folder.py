@@ -158,8 +158,15 @@ def remove_tree(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder; call only while holding its lock."""
-    for left in [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]:
+    """Remove what killed writers left in a folder; call only while holding its lock.
+
+    A folder that a writer killed between the two renames of atomic_folder had moved away goes back to its place.
+    """
+    asides = [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]
+    for left in sorted(asides, key=lambda path: path.stat().st_mtime, reverse=True):  # of two old ones the newer goes back
+        for old in left.iterdir() if left.name.endswith(".old") else ():
+            if not (folder / old.name).exists():
+                os.replace(old, folder / old.name)
         remove_tree(left) if left.is_dir() else left.unlink()
 
 
@@ -387,21 +394,19 @@ def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[P
     there = [file for file in files if file.is_file()]
     if not there:
         return False
-    before = read_manifest(folder).get(step)
-    if before is None:
-        if overwrite:
-            return False
+    entry = read_manifest(folder).get(step)
+    before = entry.get("made_by") if isinstance(entry, dict) else None
+    if overwrite and before != json.loads(json.dumps(made_by)):
+        return False
+    if not isinstance(before, dict):
         raise UsageError(
             f"{there[0]} exists, but {folder}/manifest.json does not say what made it; "
             "pass --overwrite=true to replace it, or another folder"
         )
-    if len(there) < len(files):
-        return False  # an interrupted run of this step had replaced some of them
-    changes = changed(before["made_by"], made_by)
+    changes = changed(before, made_by)
     if not changes:
-        return True
-    if overwrite:
-        return False
+        # Without some of them, an interrupted run with these flags had begun to replace them.
+        return len(there) == len(files)
     raise UsageError(
         f"{folder} contains results from a different configuration: {changes}; pass --overwrite=true or another folder"
     )

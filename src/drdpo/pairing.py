@@ -32,7 +32,7 @@ DECIMALS = 12
 """Scores that differ only by the rounding of their sum are tied."""
 LARGEST_SCORE = 1e100
 """Squares and sums of larger scores would overflow."""
-REASONS = ("zero_margin", "small_margin", "equal_texts", "over_max_pairs_per_prompt")
+REASONS = ("zero_margin", "small_margin", "empty_text", "equal_texts", "over_max_pairs_per_prompt")
 """Why a candidate (two completions that the selection puts together) is dropped; the first that applies is counted."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -257,6 +257,8 @@ def select(
             counts["zero_margin"] += 1
         elif margin < config.min_margin:
             counts["small_margin"] += 1
+        elif not (answers[chosen] and answers[rejected]):
+            counts["empty_text"] += 1
         elif answers[chosen] == answers[rejected]:
             counts["equal_texts"] += 1
         else:

@@ -109,7 +109,7 @@ class Preference(_Record, frozen=True):
 
         Args:
             row: prompt, chosen and rejected as message lists or texts, or chosen and rejected that both begin with the
-                prompt. This repository's records are one of these forms.
+                prompt, with or without its text beside them. This repository's records are one of these forms.
             number: the prompt_id of a row without one.
 
         Raises:
@@ -119,9 +119,11 @@ class Preference(_Record, frozen=True):
             if row.get(name) is None:
                 raise ValueError(_missing(name, row))
         prompt, chosen, rejected = row.get("prompt"), _turns(row["chosen"]), _turns(row["rejected"])
-        if prompt is None:
-            if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
-                raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not contain it')
+        inside = all(isinstance(row[name], list) for name in ("chosen", "rejected"))
+        if prompt is None and not inside:
+            raise ValueError('field "prompt" is missing, and the texts of "chosen" and "rejected" do not contain it')
+        # A text beside whole conversations lacks their system turn and earlier turns: they have the prompt, as in TRL.
+        if prompt is None or (isinstance(prompt, str) and inside and min(len(chosen), len(rejected)) > 1):
             shared = 0
             while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
                 shared += 1

@@ -32,7 +32,7 @@ from drdpo.assets.embedded import HEADS, make_prompts, make_reward_model, prompt
 from drdpo.chat import conversation_token_ids, end_of_turn_id, load_tokenizer, prompt_token_ids
 from drdpo.errors import DataError
 from drdpo.folder import read_manifest
-from drdpo.models import check_model_folder
+from drdpo.models import check_model
 from drdpo.records import SPLITS, Prompt, read_rows
 from drdpo.scoring.armorm import check_folder, load_armorm, read_shapes
 
@@ -61,7 +61,7 @@ def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
-    check_model_folder(str(smollm))
+    check_model(str(smollm))
     config = config_in(smollm)
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rms_norm_eps"] == 1e-5

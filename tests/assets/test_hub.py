@@ -125,6 +125,18 @@ def test_an_interrupted_download_shows_nothing_and_resumes(fake: FakeHub, tmp_pa
     assert not aside.exists()
 
 
+def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake: FakeHub, tmp_path: Path) -> None:
+    fake.files = _llama_files()
+    (tmp_path / "Llama1b").mkdir()
+    hub.download_model("owner/model", tmp_path / "Llama1b")
+    assert (tmp_path / "Llama1b" / "config.json").is_file(), "an empty folder is replaced"
+    fake.fetched.clear()
+    (tmp_path / "Llama1b" / "config.json").unlink()
+    with pytest.raises(DataError, match=r"Llama1b: exists without config\.json.*move it away"):
+        hub.download_model("owner/model", tmp_path / "Llama1b")
+    assert fake.fetched == []
+
+
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
 def test_an_incomplete_file_shows_nothing(
     fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]

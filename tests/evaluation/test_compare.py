@@ -148,11 +148,24 @@ def test_seeds_of_a_run_are_averaged_and_their_spread_shown(tmp_path: Path) -> N
     output = evaluate(tmp_path, [f"base={folders['base']}", f"dpo={folders['s1']}", f"dpo={folders['s2']}"])
     row = table(output).loc[("dpo", H)]
     assert (row["prompts"], row["mean"], row["gain_sd"]) == (2, pytest.approx(2.0), pytest.approx(2.0))
-    # Two seeds drawn from {1, 3}: means 1, 2, 3 with chance 1/4, 1/2, 1/4, on whatever prompts.
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx((1.0, 3.0))
+    # Gains 1 and 3 on every prompt: t(1) = 12.7062 times sqrt(2 / 2).
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((2 - 12.7062, 2 + 12.7062))
     # Seed means 1 and 3, sd sqrt(2).
     assert "| `helpsteer_helpfulness` | 1.0000 | 3.0000 | 1.4142 |" in report_of(output)
     assert "| dpo, seed 2 |" in report_of(output)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "tells"), [(1, "says nothing about other training seeds"), (2, "tell no two"), (5, "differ")]
+)
+def test_fewer_than_five_seeds_tell_no_two_methods_apart(tmp_path: Path, seeds: int, tells: str) -> None:
+    runs = [f"base={write_run(tmp_path / 'base', {H: [-1.0, 1.0]})}"]
+    for name in ("dpo", "kldpo"):
+        folders = [write_run(tmp_path / f"{name} {k}", {H: [0.1 * k, 2.0]}) for k in range(seeds)]
+        runs += [f"{name}={folder}" for folder in folders]
+    text = report_of(evaluate(tmp_path, runs))
+    assert tells in text
+    assert ("Two runs differ if the interval excludes 0" in text) == (seeds != 2)
 
 
 def test_win_rate_of_seeds_is_over_every_two(tmp_path: Path) -> None:
@@ -236,7 +249,6 @@ def test_length_and_repetition(tmp_path: Path) -> None:
     output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
     assert "| run | 13.0 | 0.0% | 90.0% |" in report_of(output)
     assert "| run | +8.0 [+8.0, +8.0] | +0.0% [+0.0%, +0.0%] | +90.0% [+90.0%, +90.0%] |" in report_of(output)
-    assert list(table(output, "answers")["repeated"]) == pytest.approx([0.0, 0.9])
 
 
 def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str]) -> None:
@@ -253,7 +265,7 @@ def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str])
     (dpo / "manifest.json").write_text(json.dumps({"score_test": scored}))
     text = report_of(evaluate(tmp_path, two_runs))
     assert "KLDPO (kldpo_tau=0.05), beta=0.01, seed=7" in text
-    for fact in ("global_step_3", "datasets/some_prompts", "models/RM", "f00d", "1.2.3", "](spider.png)"):
+    for fact in ("global_step_3", "datasets/some_prompts", "models/RM", "f00d", "1.2.3"):
         assert fact in text
     assert f"{base / 'manifest.json'} has no record of score_test" in text
     # base: 2 prompts, none left out; dpo: 3, one left out.
@@ -274,14 +286,19 @@ def test_a_comparison_of_unlike_runs_is_marked(tmp_path: Path, two_runs: list[st
     assert "the scoring differs in reward_model" in capsys.readouterr().out
 
 
-def test_same_input_same_bytes(tmp_path: Path, two_runs: list[str]) -> None:
-    output = evaluate(tmp_path, two_runs)
-    names = ("answers.csv", "pairs.csv", "scores.csv", "report.md", "spider.png", "spider.svg")
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    scores = {H: [0.0, 1.0], C: [2.0, 1.0], "ArmoRM": [0.0, 3.0]}
+    runs = [f"{name}={write_run(tmp_path / name, scores)}" for name in ("base", "dpo")]
+    output = evaluate(tmp_path, runs)
+    assert "](spider.png)" in report_of(output)
+    names = ("pairs.csv", "scores.csv", "report.html", "report.md", "spider.png", "spider.svg")
     before = {name: (output / name).read_bytes() for name in names}
     assert before["spider.png"].startswith(b"\x89PNG")
-    evaluate(tmp_path, two_runs)
+    evaluate(tmp_path, runs)
     assert {name: (output / name).read_bytes() for name in names} == before
-    assert sorted(path.name for path in output.iterdir()) == sorted([*names, "manifest.json"])
+    # Two objectives are not drawn, and the older picture goes.
+    evaluate(tmp_path, runs, objectives=[H, C])
+    assert not (output / "spider.png").exists() and "spider.png" not in report_of(output)
 
 
 def test_output_into_the_runs_own_folder(two_runs: list[str]) -> None:

@@ -3,17 +3,15 @@
 import csv
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import compare_leaderboard, mixtures
-from drdpo.evaluation.compare_leaderboard import LeaderboardRun, compare_openllm, heatmap, shades
+from drdpo.evaluation.compare_leaderboard import compare_openllm
 from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES
 from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
@@ -67,7 +65,7 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
     text = (output / "report.md").read_text(encoding="utf-8")
     raw = table_row(text, "### Raw (0-1", "base")
     columns = ["0.550 ± 0.021", "0.510 ± 0.006", "0.330 ± 0.012", "0.280 ± 0.015", "0.520 ± 0.018", "0.550 ± 0.005"]
-    assert raw == ["base", *columns]
+    assert raw == ["base", *columns, "-"]
     normalised = table_row(text, "### Normalised", "base")
     # BBH: (1/2 - 1/n) / (1 - 1/n) = (n - 2) / (2 (n - 1)), the mean over the 24.
     bbh = 100 * sum((n - 2) / (2 * (n - 1)) for n in BBH_CHOICES.values()) / 24
@@ -85,13 +83,12 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
     assert table_row(text, "### Published raw scores, 1B", "WDPO rho=0.01")[1:] == [
         "0.52", "0.35", "0.10", "0.25", "0.34", "0.19",
     ]  # fmt: skip
-    for fact in ("0.4.13", "c0ffee", "2026-01-02T03:04:05+00:00", "](heatmap.png)"):
+    for fact in ("0.4.13", "c0ffee", "2026-01-02T03:04:05+00:00"):
         assert fact in text
     with (output / "leaderboard.csv").open(encoding="utf-8") as stream:
         rows = {(row["run"], row["benchmark"]): row for row in csv.DictReader(stream)}
     assert float(rows["base", "Average"]["normalised"]) == pytest.approx(average)
     assert float(rows["tuned", "MMLU-Pro"]["normalised"]) == pytest.approx(60)
-    assert "published" in (output / "heatmap.svg").read_text(encoding="utf-8")
 
 
 def test_published_tables_have_a_number_for_every_column() -> None:
@@ -121,14 +118,32 @@ def test_unlike_trial_and_partial_runs_are_marked(tmp_path: Path) -> None:
     assert "### Published" not in text
 
 
-def test_no_benchmark_no_picture(tmp_path: Path) -> None:
-    folder = write_results(tmp_path / "a", {"results": {"tiny": metrics(acc=0.5, acc_stderr=0.1)}})
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "heatmap.png").write_text("of an older report")
-    compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(output), published="1B"))
-    assert not (output / "heatmap.png").exists()
-    assert "| a | tiny |" in (output / "report.md").read_text(encoding="utf-8")
+def test_groups_are_compared_within_themselves(tmp_path: Path) -> None:
+    """Runs of the same short name in two groups: a difference inside 1B is told, one between the groups is not."""
+    settings = {"1B/base": 5, "1B/KLDPO": 0, "8B/base": 0, "8B/KLDPO": 0}
+    words = [
+        f"{name}={write_results(tmp_path / name.replace('/', ' '), harness_results(), num_fewshot=shots)}"
+        for name, shots in settings.items()
+    ]
+    compare_openllm(CompareOpenllmConfig(runs=words, output_path=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "the evaluation differs in num_fewshot: 1B/base 5, 1B/KLDPO 0" in text
+    assert text.count("Not a like-for-like comparison") == 1
+
+
+def test_the_leaderboards_own_group_is_no_other_task_and_maths_old_metric_is_shown(tmp_path: Path) -> None:
+    results = harness_results()
+    results["results"]["leaderboard"] = metrics(acc=0.4, acc_norm=0.3, exact_match=0.2)
+    for name, value, count in (("algebra", 0.1, 30), ("geometry", 0.5, 10)):
+        part = metrics(exact_match=0.5, exact_match_original=value) | {"sample_len": count}
+        results["results"][f"leaderboard_math_{name}_hard"] = part
+    folder = write_results(tmp_path / "a", results)
+    compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(tmp_path / "out"), published="1B"))
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "Other tasks" not in text
+    # (30 * 0.1 + 10 * 0.5) / 40
+    assert table_row(text, "### Raw (0-1", "a")[-1] == "0.200"
+    assert "since version 3 of the task" in text.partition("### Published raw")[2]
 
 
 @pytest.mark.parametrize(
@@ -147,22 +162,6 @@ def test_broken_results(tmp_path: Path, content: str | None, error: type[Excepti
     with pytest.raises(error, match=says):
         compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-
-
-def test_heat_map_labels_do_not_overlap() -> None:
-    runs = [LeaderboardRun("8B", f"KLDPO tau=0.005 step {n}", Path("x"), harness_results(), {}) for n in (158, 316)]
-    figure = heatmap({"8B": runs}, {"8B": compare_leaderboard.PUBLISHED["8B"]})
-    figure.draw_without_rendering()
-    assert len(figure.axes) == 3
-    for axes in figure.axes:
-        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
-        assert boxes[-1].x1 <= figure.bbox.x1
-
-
-def test_shades_are_per_column() -> None:
-    shaded = shades(np.array([[0.0, 5.0, np.nan], [1.0, 5.0, 2.0], [0.5, 5.0, 4.0]]))
-    np.testing.assert_array_equal(shaded, [[0, 0, np.nan], [1, 0, 0], [0.5, 0, 1]])
 
 
 SCORES = "run,objective,prompts,mean,sd,paired_prompts,gain_sd,ci_low,ci_high\n"
@@ -261,9 +260,9 @@ def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base (0)", "Dpo", "KLDPO", "WDPO"]
     styles = [line.get_color() for line in figure.legends[0].get_lines()]
     assert len(set(styles)) == 4
-    # One colour a method, in both panels.
-    assert [line.get_color() for line in ours.lines] == styles[1:2]
-    assert [line.get_color() for line in theirs.lines] == styles[1:]
+    # The ring of the base, then one colour a method, in both panels.
+    assert [line.get_color() for line in ours.lines] == styles[:2]
+    assert [line.get_color() for line in theirs.lines] == styles
     assert ours.get_ylim()[1] > 0.05, "gains of nothing stay near the centre"
 
 

@@ -17,7 +17,8 @@ from drdpo.config import LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
-from drdpo.folder import lock_folder
+from drdpo.evaluation.leaderboard_scores import json_safe
+from drdpo.folder import changed, lock_folder
 
 CHOICE = """
 task: tiny_choice
@@ -42,7 +43,7 @@ generation_kwargs: {{until: ["."], do_sample: false, max_gen_toks: 30}}
 filter_list: [{{name: first_word, filter: [{{function: regex, regex_pattern: "([A-Za-z]+)"}}, {{function: take_first}}]}}]
 metric_list: [{{metric: exact_match, ignore_case: true}}]
 """
-GROUP = "group: tiny\ntask: [tiny_choice, tiny_generation]\n"
+GROUP = "group: tiny\ntask: [tiny_choice, tiny_generation]\naggregate_metric_list: [{metric: acc}, {metric: exact_match}]\n"
 ROWS = [
     ("Which animal barks? Answer with one word.", ["Dog", "Cat"], 0),
     ("Which one is a colour? Answer with one word.", ["Seven", "Blue", "Run"], 1),
@@ -140,23 +141,24 @@ def test_vllm_engines(monkeypatch: pytest.MonkeyPatch, gpus: int, span: int, ray
 @pytest.mark.parametrize(
     ("positions", "flags", "context"),
     [
-        (131_072, {}, {"max_length": 8192}),
-        (2048, {}, {"max_length": 2048}),
-        (131_072, {"max_length": 16_384}, {}),
-        (131_072, {"backend": "vllm"}, {}),
+        (131_072, {}, 8192),
+        (2048, {}, 2048),
+        (131_072, {"max_length": 16_384}, 16_384),
+        (131_072, {"backend": "vllm"}, 131_072),
+        (2048, {"max_length": 2049}, None),
     ],
 )
 def test_the_default_context_fits_a_gpu(
-    tiny_policy: Path, tmp_path: Path, positions: int, flags: dict[str, Any], context: dict[str, int]
+    tiny_policy: Path, tmp_path: Path, positions: int, flags: dict[str, Any], context: int | None
 ) -> None:
     config = json.loads((tiny_policy / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
     given = LeaderboardConfig(model_path=str(tmp_path), **flags)
-    assert leaderboard._context(given) == context
-    if flags.get("backend") != "vllm":
-        assert (leaderboard._model_args(given) | leaderboard._context(given))["max_length"] == min(
-            positions, given.max_length or 8192
-        )
+    if context is None:
+        with pytest.raises(UsageError, match=r"--max_length=2049: .* pass at most 2048"):
+            leaderboard.context_length(given)
+    else:
+        assert leaderboard.context_length(given) == context
 
 
 def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,10 +258,8 @@ def test_vllm_back_end_needs_no_nvcc_and_keeps_vllms_offline_defaults(
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "")
     monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
     config = LeaderboardConfig(str(tiny_policy), tasks="tiny", backend="vllm", include_path=str(tasks), dtype="float32")
-    model_args = leaderboard._model_args(config)
-    manager, _ = find_tasks(["tiny"], str(tasks), model_args)
     with pytest.raises(RuntimeError) as started:
-        leaderboard._evaluate(config, ["tiny"], manager, model_args | leaderboard._parallelism(config))
+        leaderboard._load_model(config, leaderboard._model_args(config) | leaderboard._parallelism(config))
     assert started.value.args == ("LLM_CLASS", None, None)
 
 
@@ -274,6 +274,128 @@ def test_the_templates_date_is_pinned(tiny_policy: Path, tmp_path: Path) -> None
     config = LeaderboardConfig(model_path=str(folder), dtype="float32")
     model = get_model("hf").create_from_arg_obj(leaderboard._model_args(config), {"batch_size": 1, "device": "cpu"})
     assert model.apply_chat_template([{"role": "user", "content": "hello"}]) == f"{DATE_STRING}[hello]"
+
+
+def tiny_config(tiny_policy: Path, tasks: Path, output: Path, **flags: Any) -> LeaderboardConfig:
+    flags = {"tasks": "tiny", "dtype": "float32", "batch_size": "1", **flags}
+    return LeaderboardConfig(str(tiny_policy), include_path=str(tasks), output_path=str(output), **flags)
+
+
+def test_a_budget_that_fills_the_context_is_refused_before_the_model_is_loaded(
+    tiny_policy: Path, tasks: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_policy, tasks, tmp_path / "out", max_length=30)
+    with pytest.raises(UsageError, match="task tiny_generation may generate 30 tokens, but the context of 30 tokens"):
+        evaluate_openllm(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_depend_on_the_task_files_and_on_lm_eval(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_policy, tasks, tmp_path / "out")
+    before = leaderboard._made_by(config)
+    assert before["lm-eval version"] == metadata.version("lm-eval")
+    assert leaderboard._made_by(config) == before
+    (tasks / "choice.yaml").write_text((tasks / "choice.yaml").read_text().replace("acc_norm", "acc_bytes"))
+    assert changed(before, leaderboard._made_by(config)).startswith("include_path_fingerprint (")
+
+
+def test_a_template_that_requires_a_system_message_is_refused(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "needs a system message"
+    shutil.copytree(tiny_policy, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"without a system message, .*\(no system message\); pass --apply_chat"):
+        evaluate_openllm(tiny_config(folder, tasks, tmp_path / "out"))
+
+
+KILLED = """
+import os, signal, sys
+import lm_eval
+from drdpo.config import LeaderboardConfig
+from drdpo.evaluation.leaderboard import evaluate_openllm
+
+run, calls = lm_eval.simple_evaluate, []
+def until_the_second(**arguments):
+    calls.append(arguments["tasks"])
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(**arguments)
+lm_eval.simple_evaluate = until_the_second
+model, tasks, output = sys.argv[1:]
+evaluate_openllm(LeaderboardConfig(
+    model, include_path=tasks, output_path=output, tasks="tiny", dtype="float32", batch_size="1"))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_resumes_and_equals_one_run(
+    tiny_policy: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    output = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tiny_policy), str(tasks), str(output)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    assert not (output / "results.json").exists()
+    with pytest.raises(UsageError, match=r"unfinished results from a different configuration: seed \(42 -> 1\)"):
+        evaluate_openllm(tiny_config(tiny_policy, tasks, output, seed=1))
+    run, ran = lm_eval.simple_evaluate, []
+
+    def recorded(**arguments: Any) -> Any:
+        ran.extend(task.task_name for task in arguments["tasks"])
+        return run(**arguments)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", recorded)
+    evaluate_openllm(tiny_config(tiny_policy, tasks, output))
+    assert ran == ["tiny_generation"], "the first task had been finished"
+    assert "resuming; 1 of 2 tasks are finished" in capsys.readouterr().out
+    assert not (output / ".tasks").exists()
+    ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    config = tiny_config(tiny_policy, tasks, output)
+    direct = run(
+        model="hf",
+        model_args=leaderboard._model_args(config),
+        tasks=["tiny"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=1,
+        device="cpu",
+        log_samples=False,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        random_seed=42, numpy_random_seed=42, torch_random_seed=42, fewshot_random_seed=42,
+    )  # fmt: skip
+    assert direct is not None
+    whole = json_safe(direct)
+    assert set(whole["groups"]["tiny"]) >= {"acc,none", "acc_stderr,none", "exact_match,first_word"}
+    for key in ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples"):
+        assert ours[key] == whole[key], key
+    assert set(whole) <= set(ours)
+
+
+@pytest.mark.slow
+def test_what_the_model_does_not_see_is_counted(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
+    """Prompts cut from the left, and descriptions that a template without a system role drops, in table and manifest."""
+    folder = tmp_path / "no system role"
+    shutil.copytree(tiny_policy, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}"
+    )
+    with (tasks / "choice.yaml").open("a") as stream:
+        stream.write('description: "Choose well."\n')
+    rows = (tasks / "rows.jsonl").read_text().splitlines()
+    long = json.loads(rows[0]) | {"question": "Which? " * 20}
+    (tasks / "rows.jsonl").write_text("\n".join([json.dumps(long), *rows[1:]]) + "\n")
+    # The long question has 20 * 2 tokens and a few, the others fewer than 20 with their choices.
+    evaluate_openllm(tiny_config(folder, tasks, tmp_path / "out", max_length=40, max_gen_toks=8))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["evaluate_openllm"]
+    assert manifest["cut_prompts"] == {"tiny_choice": 1, "tiny_generation": 1}
+    assert manifest["lost_descriptions"] == ["tiny_choice"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "cut from the left to fit the context: tiny_choice 1 of 4, tiny_generation 1 of 4." in table
+    assert "lm-eval drops the description of the task from the prompts of tiny_choice." in table
 
 
 @pytest.mark.slow
@@ -311,7 +433,8 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     assert ours["n-samples"]["tiny_choice"] == {"original": 4, "effective": 3}
     table = (output / "table.md").read_text(encoding="utf-8")
     assert f"| tiny_choice | 0 | 3 | acc | {ours['results']['tiny_choice']['acc,none']:.4f} |" in table
-    assert "tiny_generation" in done.stdout
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("tiny ") and "first_word" in line)
+    assert printed.split()[-2] == f"{ours['results']['tiny']['exact_match,first_word']:.4f}"
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
     assert manifest["made_by"]["max_gen_toks"] == 8
     assert manifest["max_length"] == 8192

@@ -1,4 +1,4 @@
-"""The picture: what is drawn where, from 1 to 20 objectives and 1 to 5 runs."""
+"""The picture: what is drawn where, from 3 to 20 objectives and 1 to 5 runs."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def fabricate(names: list[str], objectives: list[str], shift: float = 0.1) -> li
     return runs
 
 
-@pytest.mark.parametrize("objectives", [1, 2, 3, 5, 6, 20])
+@pytest.mark.parametrize("objectives", [3, 6, 20])
 @pytest.mark.parametrize("runs", [1, 2, 5])
 def test_every_size_is_drawn(objectives: int, runs: int) -> None:
     names = [*ARMORM_OBJECTIVES, GATED_SCORE][:objectives]

@@ -1,15 +1,17 @@
-"""The bootstrap over prompts and seeds: intervals computed by hand, laws, and equality with a plain one."""
+"""Intervals over prompts and seeds: by hand, laws, simulated coverage, and equality with a plain bootstrap."""
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
 from drdpo.evaluation.statistics import Estimate, Observations, estimate, resample
 
 
 def bootstrap_means(values_PK: np.ndarray, draws: int, seed: int) -> list[Estimate]:
     """Means over P of K columns of one run with one seed."""
-    tables = {column: Observations(values_PK[:, column : column + 1], ()) for column in range(values_PK.shape[1])}
-    return [estimate(means) for means in resample(tables, {}, draws, seed).values()]
+    tables = {column: Observations(values_PK[:, column], ()) for column in range(values_PK.shape[1])}
+    found, layout = resample(tables, {}, draws, seed)
+    return [estimate(means, layout) for means in found.values()]
 
 
 def test_two_prompts_by_hand() -> None:
@@ -72,30 +74,55 @@ def test_a_constant_shift_has_zero_width(noise: float) -> None:
     assert (estimate.high - estimate.low < 1e-12) == (noise == 0.0)
 
 
-def test_a_crossed_bootstrap_equals_a_plain_one() -> None:
-    """Prompts and seeds drawn one by one, with another generator: equal up to the noise of the draws."""
-    generator = np.random.default_rng(0)
-    values_PS = generator.normal(size=(20, 1)) + generator.normal(size=(1, 4)) + generator.normal(size=(20, 4))
-    ours = resample({"x": Observations(values_PS, ("run",))}, {"run": 4}, 20000, 1)["x"]
-    assert ours[0] == pytest.approx(values_PS.mean())
-    plain = [
-        values_PS[np.ix_(generator.integers(0, 20, 20), generator.integers(0, 4, 4))].mean() for _ in range(20000)
-    ]  # fmt: skip
-    assert float(ours[1:].std()) == pytest.approx(float(np.std(plain)), rel=0.03)
-    low, high = np.quantile(plain, [0.025, 0.975])
-    assert estimate(ours).low == pytest.approx(low, abs=0.05)
-    assert estimate(ours).high == pytest.approx(high, abs=0.05)
+def test_two_seeds_by_hand() -> None:
+    """Every prompt has 1 for one seed and 3 for the other: prompts add nothing, seeds t(1) sqrt(2 / 2) = 12.706."""
+    found, layout = resample({"x": Observations(np.array([[1.0, 3.0]] * 4), ("run",))}, {"run": 2}, 500, 1)
+    assert estimate(found["x"], layout) == Estimate(2.0, pytest.approx(2 - 12.7062), pytest.approx(2 + 12.7062))
+    assert estimate(found["x"], layout, (0.0, 3.0)) == Estimate(2.0, 0.0, 3.0)
 
 
-def test_two_runs_of_seeds_draw_their_seeds_apart() -> None:
-    values_PS = np.array([[0.0, 1.0]] * 5)
-    found = resample({"a": Observations(values_PS, ("a",)), "b": Observations(values_PS, ("b",))}, {"a": 2, "b": 2}, 4000, 3)
-    # Each mean has variance 1/8 over seed draws; apart, the difference has twice that.
-    assert float((found["a"] - found["b"])[1:].var()) == pytest.approx(1 / 4, rel=0.1)
+def test_two_runs_of_seeds_add_their_variances_and_others_none() -> None:
+    seeds_b, seeds_c = np.array([[0.0, 1.0, 2.0]] * 5), np.array([[0.0, 2.0]] * 5)
+    tables = {
+        "a": Observations(np.arange(5.0)[:, None], ("a",)),
+        "b": Observations(seeds_b, ("b",)),
+        "c": Observations(seeds_c, ("c",)),
+        "wins": Observations((seeds_b[:, :, None] > seeds_c[:, None, :]) / 1.0, ("b", "c")),
+    }
+    found, layout = resample(tables, {"a": 1, "b": 3, "c": 2}, 4000, 3)
+    # t(2) = 4.30265 with variance 1 over 3 seeds, t(1) = 12.7062 with variance 2 over 2.
+    half = (4.30265**2 / 3 + 12.7062**2) ** 0.5
+    assert estimate(found["b"] - found["c"], layout) == Estimate(0.0, pytest.approx(-half), pytest.approx(half))
+    # Seed by seed b wins 0, 1/2, 1/2 (variance 1/12) and c loses 2/3, 0 (variance 2/9).
+    half = (4.30265**2 / 36 + 12.7062**2 / 9) ** 0.5
+    assert estimate(found["wins"], layout).low == pytest.approx(1 / 3 - half)
+    # Five prompts, 0 to 4, and no seeds: percentiles.
+    alone, layout_of_one = resample({"a": tables["a"]}, {"a": 1}, 4000, 3)
+    assert estimate(found["a"], layout) == estimate(alone["a"], layout_of_one)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_coverage_over_seeds(count: int, spread: float) -> None:
+    """600 studies of 60 prompts, whose seeds differ by `spread` of the prompts' sd: 95% of the intervals hold the truth."""
+    generator = np.random.default_rng([count, int(100 * spread)])
+    hits, widths = 0, []
+    for trial in range(600):
+        noise_PS = generator.normal(size=(60, 1)) + 0.3 * generator.normal(size=(60, count))
+        values_PS = 0.2 + noise_PS + spread * generator.normal(size=count)
+        found, layout = resample({"x": Observations(values_PS, ("run",))}, {"run": count}, 200, trial)
+        interval = estimate(found["x"], layout)
+        assert interval.low is not None and interval.high is not None
+        hits += interval.low <= 0.2 <= interval.high
+        widths.append(interval.high - interval.low)
+    assert hits / 600 >= 0.93
+    # Not by being wide: at most what both parts need for themselves.
+    needed = 2 * (2.0**2 / 60 * 1.1 + stdtrit(count - 1, 0.975) ** 2 * (spread**2 + 0.0015) / count) ** 0.5
+    assert np.median(widths) <= 1.1 * needed
 
 
 def test_the_worst_of_several_is_taken_in_every_sample() -> None:
-    tables = {"a": Observations(np.array([[1.0], [3.0]]), ()), "b": Observations(np.array([[2.5], [2.5]]), ())}
-    found = resample(tables, {}, 2000, 0)
+    tables = {"a": Observations(np.array([1.0, 3.0]), ()), "b": Observations(np.array([2.5, 2.5]), ())}
+    found, layout = resample(tables, {}, 2000, 0)
     # a is 1, 2 or 3, b 2.5: the least is 1, 2 or 2.5.
-    assert estimate(np.min(list(found.values()), axis=0)) == Estimate(2.0, 1.0, 2.5)
+    assert estimate(np.min(list(found.values()), axis=0), layout) == Estimate(2.0, 1.0, 2.5)

@@ -5,11 +5,13 @@ A fault is one of:
     {"at": "module:name", "returns": {...}}         the function returns an object with these attributes
     {"at": "module:name", "call": k, "when": "before" | "after", "signal": "SIGKILL"}
                                                     the process sends itself the signal at the k-th call of the function
+    {"folder": F, "error": "ENOSPC", "call": k}     the k-th change of a name that begins so fails
     {"folder": F, "count": FILE, "call": k, "signal": "SIGKILL"}
                                                     ... just before the k-th change of a name in F or opening of a file there
                                                     for writing; `count` holds their number once the script has ended
 """
 
+import errno
 import importlib
 import os
 import signal
@@ -22,10 +24,11 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 
 
 class FolderWatch:
-    """An audit hook that counts the changes of a folder and sends a signal at one of them."""
+    """An audit hook that counts the changes of a folder and sends a signal, or raises an error, at one of them."""
 
-    def __init__(self, folder: str, count: str, call: int = 0, signal_name: str = "SIGKILL") -> None:
+    def __init__(self, folder: str, count: str, call: int = 0, signal_name: str = "SIGKILL", error: str = "") -> None:
         self.folder, self.count, self.call, self.signal, self.seen = folder, count, call, signal.Signals[signal_name], 0
+        self.error = error
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in CHANGES or not isinstance(arguments[0], str | Path):
@@ -34,6 +37,9 @@ class FolderWatch:
             return
         if str(arguments[0]).startswith(self.folder):
             self.seen += 1
+            if self.seen == self.call and self.error:
+                number = getattr(errno, self.error)
+                raise OSError(number, os.strerror(number), str(arguments[0]))
             if self.seen == self.call:
                 os.kill(os.getpid(), self.signal)
 
@@ -46,7 +52,8 @@ def plant(faults: list[dict[str, Any]]) -> list[FolderWatch]:
     watches = []
     for fault in faults:
         if "folder" in fault:
-            watch = FolderWatch(fault["folder"], fault["count"], fault.get("call", 0), fault.get("signal", "SIGKILL"))
+            call, sent = fault.get("call", 0), fault.get("signal", "SIGKILL")
+            watch = FolderWatch(fault["folder"], fault.get("count", os.devnull), call, sent, fault.get("error", ""))
             sys.addaudithook(watch)
             watches.append(watch)
         else:

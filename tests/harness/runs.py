@@ -63,10 +63,11 @@ def fault(at: str, call: int, rank: int = 0, when: str = "after", signal: str = 
 
 
 def flags_of(model: Path, data: Path, save: Path, **flags: Any) -> dict:
-    """Two epochs of two steps of two micro-batches a rank, evaluated and saved after each."""
+    """Four steps of two micro-batches a rank, evaluated after two and saved after each; of ten pairs, the third
+    takes the last two of the first epoch."""
     return {
         "model_path": str(model), "dataset_path": str(data), "save_path": str(save), "train_batch_size": 4,
-        "micro_batch_size": 1, "learning_rate": 1e-3, "beta": 0.1, "max_epochs": 2, "eval_steps": 2, "save_steps": 1,
+        "micro_batch_size": 1, "learning_rate": 1e-3, "beta": 0.1, "max_steps": 4, "eval_steps": 2, "save_steps": 1,
         "dtype": "float32", "gradient_checkpointing": False, **flags,
     }  # fmt: skip
 

@@ -133,11 +133,13 @@ def test_raw_scores_without_standardisation(run: Command, paths: tuple[Path, Pat
     assert (pair.prompt_id, pair.chosen_score, pair.rejected_score) == (7, 0.5, 0.4)
 
 
-def test_ties_equal_texts_and_lonely_completions_are_dropped_and_counted(run: Command, paths: tuple[Path, Path]) -> None:
+def test_ties_equal_texts_empty_and_lonely_completions_are_dropped_and_counted(
+    run: Command, paths: tuple[Path, Path]
+) -> None:
     rows = [
         row(1, 0, "x", ArmoRM=1.0), row(1, 1, "y", ArmoRM=1.0), row(1, 2, "z", ArmoRM=1.0),
         row(2, 0, "same", ArmoRM=1.0), row(2, 1, "  same\n", ArmoRM=2.0),
-        row(3, 5, "alone", ArmoRM=9.0),
+        row(3, 5, "alone", ArmoRM=9.0), row(5, 0, " \n", ArmoRM=1.0), row(5, 1, "said", ArmoRM=2.0),
         row(4, 2, "low", ArmoRM=0.0), row(4, 0, "mid", ArmoRM=1.0), row(4, 9, "high", ArmoRM=3.0),
         row(4, 10, "tied", ArmoRM=3.0),
     ]  # fmt: skip
@@ -147,11 +149,13 @@ def test_ties_equal_texts_and_lonely_completions_are_dropped_and_counted(run: Co
     (pair,) = read_records(paths[1] / "train.jsonl", Preference.from_row)
     assert (pair.prompt_id, pair.chosen_token_ids, pair.rejected_token_ids) == (4, [4, 9, 7], [4, 2, 7])
     assert json.loads((paths[1] / "manifest.json").read_text())["preferences"]["train"]["counts"] == {
-        "prompts": 4, "completions": 10, "candidates": 3, "pairs": 1, "prompts_without_pair": 3,
-        "dropped_one_completion": 1, "dropped_zero_margin": 1, "dropped_small_margin": 0, "dropped_equal_texts": 1,
-        "dropped_over_max_pairs_per_prompt": 0, "not_drawn": 0,
+        "prompts": 5, "completions": 12, "candidates": 4, "pairs": 1, "prompts_without_pair": 4,
+        "dropped_one_completion": 1, "dropped_zero_margin": 1, "dropped_small_margin": 0, "dropped_empty_text": 1,
+        "dropped_equal_texts": 1, "dropped_over_max_pairs_per_prompt": 0, "not_drawn": 0,
     }  # fmt: skip
-    assert "train: 1 pairs from 4 prompts; dropped: 1 one completion, 1 zero margin, 1 equal texts" in done.stdout
+    assert (
+        "train: 1 pairs from 5 prompts; dropped: 1 one completion, 1 zero margin, 1 empty text, 1 equal texts" in done.stdout
+    )
 
 
 def random_rows(seed: int, prompts: int = 40) -> list[Row]:

@@ -76,12 +76,14 @@ def prepared(rows: Any, tokenizer: Any, folder: Path) -> Any:
 def test_trl_and_our_trainer_read_the_same_tokens(pairs: Path, tokenizer: Any) -> None:
     from trl.data_utils import is_conversational
 
-    from drdpo.training.data import load_preferences, tokenise
+    from drdpo.config.training import DataSettings
+    from drdpo.training.data import tokenise
+    from drdpo.training.rows import load_split
 
     rows = load(pairs)
     assert is_conversational(rows[0])
     theirs = prepared(rows, tokenizer, pairs)
-    ours, counts = tokenise(load_preferences(str(pairs), "train"), tokenizer, 2048)
+    ours, counts = tokenise(load_split(DataSettings(str(pairs)), "train")[0], tokenizer, 2048)
     assert len(theirs) == len(ours) == (3 if "top_bottom" in (pairs / "manifest.json").read_text() else 9)
     assert counts["text encoded"] == 0
     # SmolLM2's template ends a turn by <|im_end|> and a line feed. TRL trains on both, we on what the policy samples.
@@ -127,7 +129,9 @@ def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
 
 def test_completions_without_token_ids_open_too(tmp_path: Path, tokenizer: Any) -> None:
     """Completions of another program: some or all have no ids; the trainer then encodes the text."""
-    from drdpo.training.data import load_preferences, tokenise
+    from drdpo.config.training import DataSettings
+    from drdpo.training.data import tokenise
+    from drdpo.training.rows import load_split
 
     row = {"prompt": PROMPTS[0], "finish_reason": "stop"}
     rows = [
@@ -141,7 +145,7 @@ def test_completions_without_token_ids_open_too(tmp_path: Path, tokenizer: Any) 
     target = tmp_path / "pairs"
     generate_preferences(PreferencesConfig(completions=str(tmp_path), output_path=str(target), ArmoRM=1.0))
     theirs = prepared(load(target), tokenizer, target)
-    ours, counts = tokenise(load_preferences(str(target), "train"), tokenizer, 2048)
+    ours, counts = tokenise(load_split(DataSettings(str(target)), "train")[0], tokenizer, 2048)
     assert counts["text encoded"] == 2
     assert ours[0] == ours[1]
     assert [row["chosen_ids"][:-1] for row in theirs] == [own.chosen for own in ours]

@@ -59,6 +59,20 @@ def test_samples_do_not_depend_on_order_or_company(engine: TransformersEngine, r
         assert dict(engine.generate([request], sampling()))[0] == together[index]
 
 
+def test_many_samples_of_a_prompt_are_the_first_ones_and_more_and_never_one_batch(
+    engine: TransformersEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    forward = engine._model.forward
+    monkeypatch.setattr(engine._model, "forward", lambda *a, **k: (rows.append(len(k["input_ids"])), forward(*a, **k))[1])
+    many = dict(engine.generate(requests[:2], sampling(n=150)))
+    assert max(rows) == 64
+    few = dict(engine.generate(requests[:2], sampling(n=5)))
+    for index in range(2):
+        assert len({tuple(sample.token_ids) for sample in many[index]}) == len(many[index]) == 150
+        assert many[index][:5] == few[index]
+
+
 def test_the_seed_changes_the_samples(engine: TransformersEngine, requests: list[Request]) -> None:
     again = [Request(requests[0].prompt_token_ids, stream_seed(2, "test", 0))]
     assert dict(engine.generate(again, sampling()))[0] != dict(engine.generate(requests[:1], sampling()))[0]

@@ -20,12 +20,14 @@ def _no_engine_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DRDPO_ENGINES", raising=False)
 
 
-def test_vllm_that_does_not_work_is_an_error_if_requested_and_transformers_by_auto(
+def test_vllm_that_does_not_work_is_an_error_if_requested_or_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--engine=vllm: .*not installed.*--engine=transformers"):
         choose_engine("vllm", 1024, on_gpu=False)
+    with pytest.raises(UsageError, match=r"--engine=auto: .*not installed.*bash setup\.sh.*--engine=transformers"):
+        choose_engine("auto", 8, on_gpu=True)
     assert choose_engine("auto", 1024, on_gpu=False) == "transformers"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("WARNING: ") and "not installed" in line
@@ -122,12 +124,13 @@ def test_two_engines_sample_what_one_samples(
         assert two == one
 
 
-def test_an_engine_that_cannot_load_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 20000], ids=["a small block", "a block beyond the pipe's buffer"])
+def test_an_engine_that_cannot_load_says_why(tmp_path: Path, count: int) -> None:
     (tmp_path / "config.json").write_text("{}")
     engines = Pool(EngineSettings("transformers", str(tmp_path), "float32", 128), [ONE_THREAD])
     try:
         with pytest.raises(DataError, match="transformers cannot load this model"):
-            list(engines.run({0: [Request([1], 0)]}, Sampling(1, 1.0, 1.0, 1, (2,))))
+            list(engines.run({0: [Request([1, 2, 3], seed) for seed in range(count)]}, Sampling(1, 1.0, 1.0, 1, (2,))))
     finally:
         engines.close()
 

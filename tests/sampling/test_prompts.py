@@ -87,7 +87,7 @@ def test_prompts_that_the_template_rejects_are_rejects(tiny_policy: Path) -> Non
     system = Prompt(1, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
     rendered, rejects = render(strict, [system, user(2, "Hi")], Path("test.jsonl"), 64)
     assert [prompt.prompt.prompt_id for prompt in rendered] == [2]
-    assert rejects == [Reject("test.jsonl", 1, 1, "the chat template rejects it: no system turns")]
+    assert rejects == [Reject("test.jsonl", 1, 1, "the chat template rejects it (no system turns)")]
 
 
 def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: Path, tmp_path: Path, tokenizer: Any) -> None:

@@ -21,7 +21,7 @@ from drdpo.records import Completion, read_records
 from drdpo.sampling import engines
 from drdpo.sampling import sample as step
 from drdpo.sampling.engines import Sample
-from drdpo.sampling.sample import sample_completions
+from drdpo.sampling.sample import _LazyEngines, sample_completions
 
 Flags = Callable[..., CompletionsConfig]
 
@@ -325,3 +325,25 @@ def test_a_killed_run_resumes_to_the_same_file(
     whole = flags(best_of_n=4, max_new_tokens=8, save_path=str(tmp_path / "whole"))
     assert forks.run(command(root, whole)).returncode == 0
     assert (sampled(config) / "test.jsonl").read_bytes() == (sampled(whole) / "test.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "engines", "size"),
+    [(10162, 10, 8, 636), (10162, 10, 4, 636), (10162, 2, 8, 1271), (3, 2, 8, 1), (10, 20000, 1, 1), (10162, 10, 1, 782)],
+)
+def test_gpus_have_equally_many_blocks_within_the_largest(prompts: int, n: int, engines: int, size: int) -> None:
+    assert _LazyEngines(None, [{}] * engines, on_gpu=True).block_size(prompts, n) == size
+    blocks = -(-prompts // size)
+    assert blocks <= engines or -(-blocks // engines) * size * n <= 1.03 * prompts * n / engines + size
+    assert _LazyEngines(None, [{}] * engines, on_gpu=False).block_size(prompts, n) == max(1, 128 // n)
+
+
+def test_samples_of_other_template_arguments_are_not_mixed(flags: Flags, tiny_policy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "thinker"))
+    template = folder / "chat_template.jinja"
+    off = "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    template.write_text(template.read_text() + off)
+    one = {"model_path": str(folder), "only_test": True, "max_prompts": 1, "max_new_tokens": 2}
+    sample_completions(flags(**one))
+    with pytest.raises(UsageError, match=r"chat_template_kwargs \(None -> .'enable_thinking': False.\)"):
+        sample_completions(flags(**one, chat_template_kwargs={"enable_thinking": False}))

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from drdpo.errors import DataError
-from drdpo.scoring.armorm import LLAMA3_GATING_PATTERN, check_folder, load_armorm, pad_right, read_layout, read_shapes
+from drdpo.scoring.armorm import (
+    LLAMA3_GATING_PATTERN,
+    ArmoRM,
+    check_folder,
+    load_armorm,
+    pad_right,
+    read_layout,
+    read_shapes,
+)
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
 Broken = Callable[[Change], Path]
@@ -22,9 +30,10 @@ def test_head_shapes_are_those_of_the_published_inventory(root: Path, tmp_path: 
         pytest.skip("the published tensor inventory is not here")
     shutil.copyfile(data / "config.json", tmp_path / "config.json")
     layout = read_layout(tmp_path)
+    made = {name: tuple(tensor.shape) for name, tensor in ArmoRM(torch.nn.Identity(), layout).state_dict().items()}
     inventory = json.loads((data / "tensor_inventory.json").read_text())["armorm"]["non_layer_tensors"]
     published = {name: tuple(facts["shape"]) for name, facts in inventory.items() if not name.startswith("model.")}
-    assert layout.head_shapes() == published
+    assert made == published
     assert layout.gating_token_pattern == LLAMA3_GATING_PATTERN
     assert list(layout.objectives) == json.loads((data / "published_example.json").read_text())["attributes"]
 
@@ -122,5 +131,22 @@ def test_the_check_before_loading_finds_missing_parts(published: Path, embedded_
     assert check_folder(embedded_like).objectives == ("kind", "right", "short")
     with pytest.raises(DataError, match="no tokenizer"):
         check_folder(published)
-    with pytest.raises(DataError, match=r"gating\.logit_scale is missing"):
-        check_folder(broken(without("gating.logit_scale")))
+    with pytest.raises(DataError, match=r"model\.norm\.weight is missing"):
+        check_folder(broken(without("model.norm.weight")))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("LlamaForCausalLM", r"a language model \(LlamaForCausalLM\) where --reward_model needs ArmoRM's heads"),
+        ("LlamaForSequenceClassification", r"no such model \(LlamaForSequenceClassification\) where --reward_model needs"),
+    ],
+)
+def test_another_kind_of_model_is_named(published: Path, tmp_path: Path, architecture: str, message: str) -> None:
+    config = {
+        name: value for name, value in json.loads((published / "config.json").read_text()).items() if "gating" not in name
+    }
+    del config["num_objectives"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    with pytest.raises(DataError, match=message):
+        check_folder(tmp_path)

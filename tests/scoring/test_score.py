@@ -237,7 +237,7 @@ def test_completions_that_the_template_rejects_are_rejects(
     why = json.loads((save_path / "manifest.json").read_text())["score_train"]["counts"]["why"]
     assert why == {"the chat template rejects it": 2}
     template.write_text("{{ raise_exception('not today') }}")
-    with pytest.raises(DataError, match="template rejects a question with its answer"):
+    with pytest.raises(DataError, match=r"a question with its answer.* rejects it .not today.;"):
         score_completions(config(reward_model=str(folder), overwrite=True))
 
 

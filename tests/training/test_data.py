@@ -1,14 +1,18 @@
 """Preference rows in every accepted form, and their token ids."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from drdpo import chat
+from drdpo.config.training import DataSettings
 from drdpo.errors import DataError
 from drdpo.records import Preference
-from drdpo.training.data import load_preferences, tokenise
+from drdpo.training.data import tokenise
+from drdpo.training.rows import load_split
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 
@@ -42,7 +46,7 @@ def folder_with(tmp_path: Path, *rows, split: str = "train") -> str:
     ids=["ours", "no id", "texts", "prompt inside", "further fields", "prompt twice"],
 )
 def test_every_form_gives_the_same_pair(row, tmp_path):
-    (preference,) = load_preferences(folder_with(tmp_path, row), "train")
+    (preference,) = load_split(DataSettings(folder_with(tmp_path, row)), "train")[0]
     assert preference.prompt == PROMPT
     assert preference.chosen == said("Red.")
     assert preference.rejected == said("No.")
@@ -50,10 +54,18 @@ def test_every_form_gives_the_same_pair(row, tmp_path):
 
 def test_the_shared_prompt_inside_may_have_several_turns(tmp_path):
     turns = [*PROMPT, *said("Red."), {"role": "user", "content": "Another."}]
-    (preference,) = load_preferences(
-        folder_with(tmp_path, {"chosen": turns + said("Blue."), "rejected": turns + said("Red.")}), "train"
-    )
+    row = {"chosen": turns + said("Blue."), "rejected": turns + said("Red.")}
+    (preference,) = load_split(DataSettings(folder_with(tmp_path, row)), "train")[0]
     assert preference.prompt == turns
+
+
+@pytest.mark.parametrize("text", ["Another.", "Name a colour.", "a title"])
+def test_whole_conversations_beside_a_text_have_the_prompt(text, tmp_path):
+    """With system and earlier turns, which the text lacks. TRL takes the turns that both share, too."""
+    turns = [{"role": "system", "content": "Be brief."}, *PROMPT, *said("Red."), {"role": "user", "content": "Another."}]
+    row = {"prompt": text, "chosen": turns + said("Blue."), "rejected": turns + said("Red.")}
+    (preference,) = load_split(DataSettings(folder_with(tmp_path, row)), "train")[0]
+    assert (preference.prompt, preference.chosen, preference.rejected) == (turns, said("Blue."), said("Red."))
 
 
 @pytest.mark.parametrize(
@@ -74,34 +86,90 @@ def test_the_shared_prompt_inside_may_have_several_turns(tmp_path):
 def test_a_bad_row_is_named(row, message, tmp_path):
     good = {"prompt": PROMPT, "chosen": said("Red."), "rejected": said("No.")}
     with pytest.raises(DataError, match=message):
-        load_preferences(folder_with(tmp_path, good, row), "train")
+        load_split(DataSettings(folder_with(tmp_path, good, row)), "train")
 
 
 def test_missing_and_empty_splits_are_named(tmp_path):
     folder = folder_with(tmp_path)
     with pytest.raises(DataError, match=r"train\.jsonl: the data set has no rows"):
-        load_preferences(folder, "train")
+        load_split(DataSettings(folder), "train")
     with pytest.raises(DataError, match=r"test\.jsonl: no such file"):
-        load_preferences(folder, "test")
+        load_split(DataSettings(folder), "test")
 
 
-def test_a_saved_data_set_loads(tmp_path):
-    from datasets import Dataset, DatasetDict
+def rows_of(*numbers: int) -> list[dict]:
+    return [{"prompt": f"Number {number // 2}?", "chosen": f"It is {number}.", "rejected": "No."} for number in numbers]
 
-    row = {"prompt": PROMPT, "chosen": said("Red."), "rejected": said("No.")}
-    DatasetDict({"train": Dataset.from_list([row]), "validation": Dataset.from_list([row])}).save_to_disk(tmp_path / "saved")
+
+@pytest.fixture(params=["files", "saved"])
+def stored(request, tmp_path) -> Callable[..., str]:
+    """Writes splits as files, or as datasets.save_to_disk does, which load as those of the hub do."""
+
+    def write(**splits: list[dict]) -> str:
+        if request.param == "saved":
+            from datasets import Dataset, DatasetDict
+
+            saved = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+            saved.save_to_disk(str(tmp_path / "saved"))
+            return str(tmp_path / "saved")
+        for name, rows in splits.items():
+            folder = folder_with(tmp_path, *rows, split=name)
+        return folder
+
+    return write
+
+
+def chosen_of(data: DataSettings, split: str) -> list[str]:
+    return [preference.chosen[0]["content"] for preference in load_split(data, split)[0]]
+
+
+def test_splits_by_name(stored):
+    path = stored(train_prefs=rows_of(1, 2), test_prefs=rows_of(3), test_gen=rows_of(4))
+    named = DataSettings(path, train_split="train_prefs", test_split="test_prefs")
+    assert chosen_of(named, "train") == ["It is 1.", "It is 2."]
+    assert chosen_of(named, "test") == ["It is 3."]
     for split in ("train", "test"):
-        assert load_preferences(str(tmp_path / "saved"), split)[0].chosen == said("Red.")
+        words = rf"\b{split}\b.*\(there is test_gen, test_prefs, train_prefs\); pass --{split}_split=NAME"
+        with pytest.raises(DataError, match=words):
+            load_split(DataSettings(path), split)
 
 
-def test_a_saved_data_set_without_test_part_is_refused(tmp_path):
-    from datasets import Dataset, DatasetDict
+def test_a_share_of_the_prompts_is_held_out(stored):
+    path = stored(train=rows_of(*range(40)))
+    with pytest.raises(
+        DataError, match=r"\btest\b.*\(there is train\); pass --test_split=NAME for another, or --test_share=0\.05"
+    ):
+        load_split(DataSettings(path), "test")
+    data = DataSettings(path, test_share=0.15, seed=3)
+    train, test = (chosen_of(data, split) for split in ("train", "test"))
+    assert sorted(train + test) == sorted(f"It is {number}." for number in range(40))
+    prompts = [{row[0]["content"] for row in (p.prompt for p in load_split(data, split)[0])} for split in ("train", "test")]
+    assert (len(prompts[0]), len(prompts[1])) == (17, 3), "15% of 20 prompts, with both their rows"
+    assert not prompts[0] & prompts[1]
+    assert chosen_of(data, "test") == test != chosen_of(replace(data, seed=4), "test")
+    with pytest.raises(DataError, match=r"--test_share=0\.99 of 20 distinct prompts leaves none to train on"):
+        load_split(replace(data, test_share=0.99), "train")
 
-    DatasetDict({"train": Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])}).save_to_disk(
-        tmp_path / "saved"
-    )
-    with pytest.raises(DataError, match="no split test or validation"):
-        load_preferences(str(tmp_path / "saved"), "test")
+
+def test_a_validation_split_of_the_hub_is_the_test_side(monkeypatch):
+    asked = []
+
+    def load(path, config):
+        asked.append((path, config))
+        if config is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
+        return {"train": rows_of(1), "validation": rows_of(2)}
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert chosen_of(DataSettings("owner/name", "b"), "test") == ["It is 2."]
+    assert asked == [("owner/name", "b")]
+    with pytest.raises(DataError, match=r"owner/name: .*Please pick one among .*'b'.*; pass --dataset_config=NAME"):
+        load_split(DataSettings("owner/name"), "test")
+
+
+def test_a_folder_has_no_configurations(tmp_path):
+    with pytest.raises(DataError, match="omit --dataset_config=b"):
+        load_split(DataSettings(folder_with(tmp_path, *rows_of(1)), "b"), "train")
 
 
 def preference(chosen="Red.", rejected="No.", **ids) -> Preference:
@@ -133,9 +201,23 @@ def test_ids_of_another_tokenizer_are_not_trusted(ids, tokenizer):
 
 
 def test_a_row_that_the_template_refuses_is_counted(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system turn') }}")
-    pairs, counts = tokenise([preference()], tokenizer, 100)
-    assert (pairs, counts["template refuses"]) == ([], 1)
+    broken = "{% if messages[0]['role'] == 'system' %}{{ messages + 1 }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", broken + tokenizer.chat_template)
+    two = Preference(0, [{"role": "system", "content": "x"}, *PROMPT], said("a"), said("b"))
+    pairs, counts = tokenise([preference(), two], tokenizer, 100)
+    assert (len(pairs), counts["template refuses"]) == (1, 1)
+
+
+@pytest.mark.parametrize("texts", [("", "No."), ("Red.", " \n")])
+def test_an_answer_without_text_is_dropped_and_counted(texts, tokenizer):
+    pairs, counts = tokenise([preference(*texts), preference()], tokenizer, 100)
+    assert (len(pairs), counts["empty answer"]) == (1, 1)
+
+
+def test_a_template_that_fails_on_every_row_is_quoted(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] + 1 }}")
+    with pytest.raises(DataError, match=r"template renders no pair; the last: .*can only concatenate str"):
+        tokenise([preference()], tokenizer, 100)
 
 
 def test_what_is_left_out_is_counted(tokenizer):

@@ -1,19 +1,15 @@
 """Metrics by hand-computed numbers; TensorBoard and wandb resume without a double or missing point, and never prompt."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from drdpo.config import TrainConfig
-from drdpo.errors import UsageError
 from drdpo.training.data import Pair, collate, pack
 from drdpo.training.log import (
-    MetricsLog,
     Shape,
-    check_trackers,
     dpo_flops,
     peak_flops,
     shape_of,
@@ -24,156 +20,6 @@ from drdpo.training.log import (
 from drdpo.training.losses import Pairs
 from drdpo.training.memory import shapes
 from drdpo.training.objective import Objective
-
-STAND_IN = '''
-import json, os, pathlib
-class Settings(dict):
-    def __init__(self, **settings): self.update(settings)
-class _Run:
-    def __init__(self, file, step): self.file, self.step = file, step
-    def log(self, figures, step): self.file.open("a").write(json.dumps({"step": step, **figures}) + "\\n")
-    def finish(self, exit_code): self.file.open("a").write(json.dumps({"exit": exit_code}) + "\\n")
-def login(prompt, verify): return not prompt and "WANDB_API_KEY" in os.environ
-def init(**arguments):
-    """A server that knows of each run the steps it was sent."""
-    file = pathlib.Path(os.environ["SERVER"]) / (arguments["project"] + "_" + arguments["id"])
-    sent = [json.loads(line) for line in file.open()] if file.is_file() else []
-    return _Run(file, max((row["step"] for row in sent if "step" in row), default=-1) + 1)
-'''
-
-
-def write(folder, trackers, done, until):
-    metrics = MetricsLog(folder, done, trackers, {})
-    try:
-        for step in range(done + 1, until + 1):
-            metrics.write({"step": step, "loss": 1 / step, "eval_loss": 2 / step})
-    finally:
-        metrics.close()
-
-
-@pytest.fixture
-def bare(monkeypatch, tmp_path):
-    """No wandb variable is set."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield tmp_path
-    sys.modules.pop("wandb", None)
-
-
-@pytest.fixture
-def wandb(bare, monkeypatch):
-    (bare / "site" / "wandb").mkdir(parents=True)
-    (bare / "site" / "wandb" / "__init__.py").write_text(STAND_IN)
-    (bare / "server").mkdir()
-    monkeypatch.syspath_prepend(str(bare / "site"))
-    monkeypatch.setenv("SERVER", str(bare / "server"))
-    return bare
-
-
-def test_log_is_a_list_of_known_names():
-    def trackers(log: str) -> list[str]:
-        return TrainConfig("m", "d", "s", log=log).trackers
-
-    assert trackers("wandb, tensorboard,wandb") == ["wandb", "tensorboard"]
-    assert trackers("none") == []
-    with pytest.raises(UsageError, match="'mlflow' is not"):
-        trackers("tensorboard,mlflow")
-    with pytest.raises(UsageError, match="none excludes"):
-        trackers("none,wandb")
-
-
-def test_wandb_is_refused_without_package(bare, monkeypatch):
-    monkeypatch.setattr("drdpo.training.log.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install wandb=="):
-        check_trackers(["wandb"])
-    check_trackers(["tensorboard"])
-
-
-def test_wandb_is_refused_without_a_key_and_taken_with_one(wandb, monkeypatch):
-    with pytest.raises(UsageError, match=r"wandb login.*WANDB_MODE=offline"):
-        check_trackers(["wandb"])
-    monkeypatch.setenv("WANDB_API_KEY", "abc")
-    check_trackers(["wandb"])
-    monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    check_trackers(["wandb"])
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with pytest.raises(UsageError, match="record nothing"):
-        check_trackers(["wandb"])
-
-
-def test_an_older_wandb_is_refused(wandb, monkeypatch):
-    import wandb as stand_in
-
-    monkeypatch.setattr(stand_in, "login", lambda key=None: True)
-    with pytest.raises(UsageError, match="needs a newer wandb"):
-        check_trackers(["wandb"])
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_resumed_run_continues_the_same_wandb_run(wandb, tmp_path, monkeypatch, mode):
-    monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setenv("WANDB_API_KEY", "very-secret-key")
-    folder = tmp_path / "a run"
-    folder.mkdir()
-    write(folder, ["wandb"], 0, 5)
-    write(folder, ["wandb"], 3, 7)  # the state was saved after step 3: 4 and 5 are done again
-    (sent,) = (wandb / "server").iterdir()
-    rows = [json.loads(line) for line in sent.read_text().splitlines()]
-    assert [row["step"] for row in rows if "step" in row] == [1, 2, 3, 4, 5, 6, 7]
-    assert rows[0] == {"step": 1, "train/loss": 1.0, "eval/loss": 2.0}
-    assert [row["exit"] for row in rows if "exit" in row] == [0, 0]
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 8))
-    assert all("secret" not in path.read_text() for path in folder.rglob("*") if path.is_file())
-
-
-def test_a_run_outlives_wandb(wandb, tmp_path, monkeypatch, capsys):
-    """As when wandb's own process is killed: every call of it raises from then on."""
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    metrics = MetricsLog(tmp_path, 0, ["wandb"], {})
-    metrics.write({"step": 1, "loss": 1.0})
-    run = metrics._trackers[0]._run
-
-    def gone(*_, **__):
-        raise ConnectionResetError(104, "Connection reset by peer")
-
-    monkeypatch.setattr(run, "log", gone)
-    monkeypatch.setattr(run, "finish", gone)
-    for step in (2, 3):
-        metrics.write({"step": step, "loss": 1 / step})
-    metrics.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: wandb logging failed") and "reset by peer" in warning
-
-
-def test_what_the_server_lacks_is_sent_at_a_resume(wandb, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    write(folder, [], 0, 3)
-    write(folder, ["wandb"], 3, 4)
-    (sent,) = (wandb / "server").iterdir()
-    assert [row["step"] for row in map(json.loads, sent.open()) if "step" in row] == [1, 2, 3, 4]
-
-
-def test_tensorboard_has_every_step_once(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    write(tmp_path, ["tensorboard"], 0, 5)
-    write(tmp_path, ["tensorboard"], 3, 7)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    scalars = events.Scalars("train/loss")
-    assert [event.step for event in scalars] == list(range(1, 8))
-    assert [event.value for event in scalars] == pytest.approx([1 / step for step in range(1, 8)])
-    assert [event.step for event in events.Scalars("eval/loss")] == list(range(1, 8))
-
-
-def test_none_writes_metrics_alone(tmp_path):
-    write(tmp_path, [], 0, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_summary_of_two_starts_by_hand(tmp_path):

@@ -13,12 +13,14 @@ from own_method import CvarConfig, cvar
 
 from drdpo import chat
 from drdpo.config import TrainConfig
+from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Preference, to_row, write_rows
-from drdpo.training.data import Batch, collate, form_batch, load_columns, load_preferences, pack, tokenise
+from drdpo.training.data import Batch, collate, form_batch, pack, tokenise
 from drdpo.training.losses import Method, Pairs, Penalty, method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import load_policy, pairs_of
+from drdpo.training.rows import load_split
 from drdpo.training.run import check_inputs
 from drdpo.training.wdpo import check_tangent
 
@@ -109,10 +111,8 @@ def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
         for row, chosen, trust in ((0, 1.0, 2), (1, 2.5, 0.5))
     ]
     write_rows(tmp_path / "train.jsonl", rows)
-    pairs, _ = tokenise(
-        load_preferences(str(tmp_path), "train"), chat.load_tokenizer(str(tiny_policy)), 99,
-        load_columns(str(tmp_path), "train", fields),
-    )  # fmt: skip
+    preferences, columns = load_split(DataSettings(str(tmp_path)), "train", fields)
+    pairs, _ = tokenise(preferences, chat.load_tokenizer(str(tiny_policy)), 99, columns)
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
     for batch in (collate(pairs, range(2), 0), pack(pairs, range(2), True).to(torch.device("cpu"))):
         part = objective(policy, batch, torch.zeros(2, 2), method) if isinstance(batch, Batch) else None
@@ -121,7 +121,7 @@ def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
     for wrong, words in ((None, "missing"), ("much", "no finite number"), (True, "no finite number")):
         write_rows(tmp_path / "train.jsonl", [rows[0], {**rows[1], "trust": wrong}])
         with pytest.raises(DataError, match=f'train.jsonl, row 2: field "trust" is {words}'):
-            load_columns(str(tmp_path), "train", fields)
+            load_split(DataSettings(str(tmp_path)), "train", fields)
 
 
 def test_a_penalty_without_wdpos_flag_is_refused(tiny_policy):

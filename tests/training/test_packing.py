@@ -1,7 +1,5 @@
 """Packed micro-batches equal the padded two-row form: losses and parameter gradients, for every method."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from harness.policies import REFERENCE_M2, config_of
@@ -14,7 +12,7 @@ from drdpo.kernels import packed_attention
 from drdpo.training.data import Pair, collate, form_batch, pack
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import Policy, check_packing, load_policy
+from drdpo.training.policy import Policy, load_policy
 
 METHODS = {
     "dpo": {},
@@ -104,22 +102,8 @@ def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
         num_key_value_heads=1, sliding_window=4,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"sliding_window.*--packing=false"):
+    with pytest.raises(DataError, match=r"sliding window of 4.*--packing=false"):
         load_policy(str(tmp_path), torch.float32, PACKED_ATTENTION, False)
-
-
-def test_the_check_gives_its_tokens_where_the_model_is():
-    """nf4's weights are on the GPU when they are checked; a meta device, on which nothing else is, stands for it."""
-    given = []
-
-    def base_model(**tensors):
-        given.extend(value.device.type for value in tensors.values() if isinstance(value, torch.Tensor))
-        return SimpleNamespace(last_hidden_state=torch.zeros(*tensors["input_ids"].shape, 4))
-
-    config = SimpleNamespace(vocab_size=100)
-    model = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32, config=config, base_model=base_model)
-    check_packing(model, "a model")
-    assert given == ["meta"] * 5, "a packed row with its positions, and three sequences"
 
 
 def test_flags_of_attention_and_packing():

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from drdpo import chat
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
+from drdpo.models import check_model, table
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
@@ -227,9 +228,11 @@ def test_weights_that_are_stored_quantized_are_refused(models, tmp_path):
         models["llama"], device_map={"": "cpu"}, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
     few.save_pretrained(tmp_path)
-    for quantize in ("none", "nf4"):
-        with pytest.raises(DataError, match="stored quantized; pass the model in full precision"):
-            load_policy(str(tmp_path), torch.float32, "sdpa", False, quantize=quantize)
+    AutoTokenizer.from_pretrained(models["llama"]).save_pretrained(tmp_path)
+    model = check_model(str(tmp_path))
+    assert "stored quantized: cannot be trained" in table(model)
+    with pytest.raises(DataError, match="stored quantized; pass the model in full precision"):
+        model.refuse_training(False, False, False, True, 2048)
 
 
 def test_what_qlora_refuses():

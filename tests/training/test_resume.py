@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from harness.runs import check_equal, fault, flags_of, run_ranks, said
+from safetensors.torch import load_file
 
 from drdpo.training.checkpoint import states
 
@@ -94,6 +96,18 @@ def test_a_damaged_state_is_skipped_for_the_one_before(how, save, forks, undistu
     check_equal(save, undisturbed("dpo zero2"))
 
 
+def test_a_smaller_micro_batch_after_a_kill_changes_roundings_alone(save, forks, undisturbed, tiny_policy, data, tmp_path):
+    flags, log = flags_of(tiny_policy, data, save, micro_batch_size=2), tmp_path / "log"
+    assert run_ranks(forks, flags, log) == [0, 0], said(log)
+    (line,) = [line for line in said(log).splitlines() if "bit-identical" in line]
+    assert "micro_batch_size (1 -> 2)" in line
+    ours, theirs = (load_file(run / "global_step_4" / "model.safetensors") for run in (save, undisturbed("dpo zero2")))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
+    assert run_ranks(forks, flags_of(tiny_policy, data, save), log) == [2, 2], "a finished run is another one"
+
+
 def test_reference_log_probs_are_never_those_of_trained_weights(save, forks, undisturbed, tiny_policy, data, tmp_path):
     flags, log = flags_of(tiny_policy, data, save), tmp_path / "log"
     before = {path.name: path.read_bytes() for path in save.glob("reference_*")}
@@ -112,6 +126,18 @@ def test_lost_metrics_and_another_number_of_ranks_are_refused(save, forks, tiny_
     lines = (save / "metrics.jsonl").read_text().splitlines(keepends=True)
     (save / "metrics.jsonl").write_text(lines[0])
     statuses = run_ranks(forks, flags, log)
-    assert statuses[0] == 1 and statuses[1] != 0
+    assert statuses == [1, 1]
+    assert "error" not in said(log, 1) and "Traceback" not in said(log, 1), said(log, 1)
     assert "metrics.jsonl" in said(log) and "1 whole lines" in said(log)
     assert "Traceback" not in said(log)
+
+
+@pytest.mark.parametrize("name", [".global_step_1.", ".reference_train.safetensors."])
+def test_what_rank_0_cannot_write_is_the_one_line_of_all_ranks(name, forks, tiny_policy, data, tmp_path):
+    """The process group has been left when the ranks' patience is set back."""
+    save, log = tmp_path / "a run", tmp_path / "log"
+    full = {"folder": str(save / name), "error": "ENOSPC", "call": 1, "rank": 0}
+    assert run_ranks(forks, flags_of(tiny_policy, data, save), log, [full]) == [1, 1]
+    texts = [said(log, rank) for rank in range(2)]
+    assert [text.count("error") for text in texts] == [1, 0], texts
+    assert "error: the disk is full while writing" in texts[0] and "Traceback" not in "".join(texts)

@@ -11,7 +11,7 @@ from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, shapes
-from drdpo.training.policy import Policy, check_rotary, load_policy
+from drdpo.training.policy import Policy, check_pairs, load_policy
 from drdpo.training.run import Run
 
 SIZES = {
@@ -62,11 +62,11 @@ def test_up_to_the_limit_a_pair_does_not_feel_its_neighbours_and_beyond_it_does(
     beside = logprobs(policy, [short, whole, whole], config)
     torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-5)
     assert len(whole) == LIMIT
-    check_rotary(policy, [short, whole], config.model_path)
+    check_pairs(policy, [short, whole], config.model_path)
     # What is refused: without the refusal the numbers would change, in either form.
     assert not torch.allclose(logprobs(policy, [short, longer], config), alone, atol=1e-2, rtol=1e-3)
     with pytest.raises(UsageError, match=rf"the longest pair has 32: pass --max_len={LIMIT}"):
-        check_rotary(policy, [short, longer], config.model_path)
+        check_pairs(policy, [short, longer], config.model_path)
 
 
 class _Tokenizer:
@@ -89,4 +89,4 @@ def test_fixed_kinds_have_no_limit(tmp_path):
         **SIZES, max_position_embeddings=8, rope_parameters=rope, architectures=["LlamaForCausalLM"]
     ).save_pretrained(tmp_path)
     config = config_of(tmp_path)
-    check_rotary(shapes(config), [pair_of(8, 24, 5)], config.model_path)
+    check_pairs(shapes(config), [pair_of(8, 24, 5)], config.model_path)

@@ -69,6 +69,8 @@ REFUSED = {
     ("--wdpo_rho=-1",): ["--wdpo_rho=-1.0"],
     ("--drdpo_beta=nan",): ["--drdpo_beta=nan"],
     ("--beta=0",): ["--beta=0.0"],
+    ("--test_share=0.1", "--test_split=b"): ["--test_share and --test_split", "pass one"],
+    ("--test_share=1",): ["--test_share=1.0"],
     ("--max_test_pairs=0",): ["--max_test_pairs=0"],
     ("--label_smoothing=0.5",): ["--label_smoothing"],
     ("--loss_type=ipo", "--label_smoothing=0.1"): ["--label_smoothing"],
@@ -179,6 +181,12 @@ def test_a_run_with_other_flags_or_processes_is_refused_before_the_launcher(chec
     assert check(tiny_policy, data, out).returncode == 0
     refuse(check(tiny_policy, data, out, "--beta=0.5"), 2, "beta (0.01 -> 0.5)")
     assert check(tiny_policy, data, out, "--beta=0.5", "--resume=never").returncode == 0
+    assert check(tiny_policy, data, out, "--micro_batch_size=2").returncode == 0, "changes roundings alone"
+    for flags, before, now in (((WDPO, "--wdpo_fraction=0.5"), 1, 2), ((ROBUST, "--robust_scope=micro"), 2, 4)):
+        meant, _ = settle(parse(TrainConfig, "", words_of(tiny_policy, data, out, *flags, f"--micro_batch_size={before}")))
+        write_manifest(out, "train", {**_made_by(meant, method_of(meant)), "pairs": "x"})
+        done = check(tiny_policy, data, out, *flags, f"--micro_batch_size={now}")
+        refuse(done, 2, f"micro_batch_size ({before} -> {now})")
     older = {name: value for name, value in _made_by(config, method_of(config)).items() if name != "method"}
     write_manifest(out, "train", {**older, "pairs": "x"})
     refuse(check(tiny_policy, data, out), 2, "older version", "--resume=never")
@@ -227,7 +235,7 @@ def test_bad_data_ends_with_status_1(check, tiny_policy, data, tmp_path):
 def test_checks_pass_without_the_libraries_of_training(root, tiny_policy, data, tmp_path):
     """The check runs before the launcher, so it must be quick."""
     program = (
-        "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'accelerate', 'peft', 'datasets', 'transformers.models')); "
+        "import sys; sys.modules |= dict.fromkeys(('deepspeed', 'peft', 'datasets', 'bitsandbytes')); "
         f"import runpy; runpy.run_path({str(root / 'src/train_alignment.py')!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", program, f"--model_path={tiny_policy}", f"--dataset_path={data}",

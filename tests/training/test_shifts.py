@@ -9,10 +9,12 @@ from harness.policies import config_of, with_facts
 from harness.runs import flags_of, run_ranks, said
 
 from drdpo import chat
+from drdpo.config.training import DataSettings
 from drdpo.errors import DataError
 from drdpo.records import read_rows, write_rows
-from drdpo.training.data import Columns, Pair, load_columns, load_preferences, tokenise
+from drdpo.training.data import Pair, tokenise
 from drdpo.training.losses import Pairs, method_of
+from drdpo.training.rows import Columns, load_split
 from drdpo.training.run import check_inputs
 from drdpo.training.shifts import LARGEST, relabelled, shifts_of
 
@@ -93,9 +95,8 @@ def test_one_group_alone_and_too_many_are_refused(tiny_policy, tmp_path):
 
 def test_columns_are_read_by_name(tmp_path):
     data = folder_with(tmp_path / "pairs", {"domain": 7})
-    columns = load_columns(
-        str(data), "train", ("trust", "chosen_tokens"), ("domain",), {"safe": {"x": 0.25, "y": 0.75}}, "trust"
-    )
+    reads = ("trust", "chosen_tokens")
+    _, columns = load_split(DataSettings(str(data)), "train", reads, ("domain",), {"safe": {"x": 0.25, "y": 0.75}}, "trust")
     # 0.25 * 1 + 0.75 * 0, and 0.25 * 0.5 + 0.75 * 2
     assert columns[1] == Columns({"trust": 1.0, "chosen_tokens": 0.0}, {"domain": "even"}, {"safe": (0.25, 1.625)})
     assert columns[2].groups == {"domain": "7"}
@@ -106,9 +107,9 @@ def test_token_counts_are_those_that_are_trained_on(tiny_policy, tmp_path):
         folder_with(tmp_path / "pairs", {"chosen": "one two three four"}),
         chat.load_tokenizer(str(tiny_policy)),
     )
-    columns = load_columns(str(data), "train", ("rejected_tokens", "chosen_tokens"))
+    preferences, columns = load_split(DataSettings(str(data)), "train", ("rejected_tokens", "chosen_tokens"))
     room = len(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": "a"}]))
-    pairs, _ = tokenise(load_preferences(str(data), "train"), tokenizer, room + 3, columns)
+    pairs, _ = tokenise(preferences, tokenizer, room + 3, columns)
     found = [(pair.columns["chosen_tokens"], pair.columns["rejected_tokens"]) for pair in pairs]
     assert found == [(2, 2), (2, 2), (3, 2)] + 3 * [(2, 2)], "with the end of turn; the long answer is cut at three"
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 FLAGS = [
-    "--train_batch_size=4", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.1", "--max_epochs=2", "--eval_steps=2",
+    "--train_batch_size=4", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.1", "--max_steps=4", "--eval_steps=2",
     "--dtype=float32",
 ]  # fmt: skip
 
@@ -36,7 +36,7 @@ def start(root: Path, words: list[str], cwd: Path, environment: str = sys.prefix
 
 @pytest.fixture(scope="module")
 def run(root, tiny_policy, data, tmp_path_factory):
-    """Two epochs of two steps by WDPO on two processes, from another directory, in a folder with a space."""
+    """Four steps by WDPO on two processes, from another directory, in a folder with a space."""
     folder = tmp_path_factory.mktemp("runs")
     started = start(root, words_of(tiny_policy, data, folder / "a run", "--wdpo_rho=0.01", "--save_steps=2"), folder)
     out, err = started.communicate(timeout=600)
@@ -77,6 +77,8 @@ def test_checkpoint_loads_and_generates_and_keeps_the_tokenizer(run, tiny_policy
     text = "Hello 12345, <|im_end|> x"
     assert tokenizer(text)["input_ids"] == base(text)["input_ids"]
     assert tokenizer.chat_template == base.chat_template
+    card = (folder / "README.md").read_text()
+    assert "aligned by **WDPO (wdpo_rho=0.01)**" in card and "step 4 of 4" in card and "| eval loss |" in card
     ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert ids.shape[1] > 3
 

@@ -68,8 +68,11 @@ def download_model(repo: str, folder: Path) -> None:
 
     Raises:
         NeedsLoginError: the repository is gated; the message says what to do.
-        DataError: the repository has no safetensors, the disk is too small, or the download failed.
+        DataError: the folder has other files, the repository has no safetensors, the disk is too small, or the download
+            failed.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: exists without config.json, so it is no whole model; move it away, then rerun setup.sh")
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_errors(repo):

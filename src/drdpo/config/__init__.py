@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from drdpo.config.data import AssetsConfig as AssetsConfig
     from drdpo.config.data import CompletionsConfig as CompletionsConfig
     from drdpo.config.data import PreferencesConfig as PreferencesConfig
+    from drdpo.config.evaluation import CheckModelConfig as CheckModelConfig
     from drdpo.config.evaluation import CompareMixturesConfig as CompareMixturesConfig
     from drdpo.config.evaluation import CompareOpenllmConfig as CompareOpenllmConfig
     from drdpo.config.evaluation import EvaluateConfig as EvaluateConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "AssetsConfig": "data",
+    "CheckModelConfig": "evaluation",
     "CompareMixturesConfig": "evaluation",
     "CompareOpenllmConfig": "evaluation",
     "CompletionsConfig": "data",

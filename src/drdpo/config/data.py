@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from drdpo.asset_names import EMBEDDED_DATASETS, EMBEDDED_MODELS, HUB_DATASETS, HUB_MODELS, select_datasets, select_models
 from drdpo.cli import check_bounds, flag, require
@@ -26,6 +26,11 @@ class CompletionsConfig:
     prompt_max_len: int = flag("maximum prompt length in tokens; longer prompts go to rejects.jsonl", 1024, at_least=1)
     max_prompts: int | None = flag("use only the first N prompts of each split", None, at_least=1)
     seed: int = flag("sampling seed; every sample of every prompt has its own random stream", 42)
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the policy's chat template, e.g. '{\"enable_thinking\": false}' for Qwen3 without "
+        "thinking; pass the same to training and evaluation",
+        None,
+    )
     engine: Literal["auto", "vllm", "transformers"] = flag(
         "'auto' is vllm if it works, but transformers on a CPU for completions of at most 64 tokens", "auto"
     )

@@ -1,7 +1,7 @@
 """Flags of step 4: evaluation, comparisons, inspection of data and runs."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from drdpo.cli import check_bounds, flag, positional, require
 
@@ -18,7 +18,9 @@ class EvaluateConfig:
         "NAME=FOLDER arguments, folders of scored completions; the first is the base; repeat a name with other folders to "
         "pool training seeds"
     )
-    output_path: str = flag("folder for report.md, spider.png, spider.svg and CSV files")
+    output_path: str = flag(
+        "folder for report.md, report.html, CSV files and, from three objectives on, spider.png and spider.svg"
+    )
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
     trained_on: list[str] = flag(
         "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",
@@ -68,6 +70,11 @@ class LeaderboardConfig:
         "few-shot examples, for tasks that have any (default: each task's own number)", None, at_least=0
     )
     apply_chat_template: bool = flag("render prompts with the model's chat template", True)
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the chat template, e.g. '{\"enable_thinking\": false}' for Qwen3 without "
+        "thinking; those of training",
+        None,
+    )
     fewshot_as_multiturn: bool = flag("format few-shot examples as turns of a conversation", True)
     tensor_parallel_size: int = flag(
         "tensor-parallel size per vLLM engine (backend vllm); the other GPUs run more engines", 1, at_least=1
@@ -92,6 +99,10 @@ class LeaderboardConfig:
             f"--tensor_parallel_size={self.tensor_parallel_size} requires --backend=vllm; hf loads a whole model per GPU",
         )
         require(
+            self.apply_chat_template or not self.chat_template_kwargs,
+            "--chat_template_kwargs requires --apply_chat_template",
+        )
+        require(
             self.apply_chat_template or not self.fewshot_as_multiturn,
             "--fewshot_as_multiturn requires --apply_chat_template; also pass --fewshot_as_multiturn=false",
         )
@@ -108,7 +119,7 @@ class CompareOpenllmConfig:
         "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
         "e.g. 1B/base=outputs/openllm/base"
     )
-    output_path: str = flag("folder for report.md, leaderboard.csv, heatmap.png and heatmap.svg")
+    output_path: str = flag("folder for report.md, report.html and leaderboard.csv")
     published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
         "model size whose published numbers to show; auto uses the GROUP names", "auto"
     )
@@ -119,13 +130,20 @@ class CompareMixturesConfig:
     """Compare the gains of several training mixtures with the published ones."""
 
     reports: list[str] = flag("NAME=FOLDER arguments, output folders of evaluate_armorm.py, one per training mixture")
-    output_path: str = flag("folder for report.md, spiders.png and spiders.svg")
+    output_path: str = flag("folder for report.md, report.html, spiders.png and spiders.svg")
     published: bool = flag(
         "show the published numbers of mixtures named like the authors' (e.g. helpfulness_coherence)", True
     )
 
 
-# Flags of src/inspect_data.py and src/show_run.py.
+# Flags of src/check_model.py, src/inspect_data.py and src/show_run.py.
+
+
+@dataclass(frozen=True)
+class CheckModelConfig:
+    """What a model is, and what each step says of it."""
+
+    path: str = positional("model folder, or hub id, of which config.json alone is read")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from drdpo.cli import check_bounds, flag, require
 from drdpo.objectives import FLAG_TO_OBJECTIVE
@@ -50,12 +50,33 @@ WEIGHTINGS = ("tv", "chi2", "cvar", "group")
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Where preferences come from; see the flags of the same names."""
+
+    path: str
+    config: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    test_share: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Step 3: align a policy. At most one of --kldpo_tau, --wdpo_rho, --drdpo_beta and --method; without any it is DPO."""
 
     model_path: str = flag("policy to align and frozen reference: a Hugging Face folder or hub id")
     dataset_path: str = flag("folder with train.jsonl and test.jsonl of preferences, or the hub id of a TRL-style data set")
     save_path: str = flag("output folder: checkpoints global_step_<n>, metrics.jsonl, logs")
+    dataset_config: str | None = flag("configuration of a hub data set that has several", None)
+    train_split: str | None = flag("split, or file <name>.jsonl of a folder, to train on (default train)", None)
+    test_split: str | None = flag(
+        "the same for the test pairs (default test; on the hub validation or eval if missing)", None
+    )
+    test_share: float | None = flag(
+        "for data without a test split: hold out this share of the training split's distinct prompts, drawn by --seed", None,
+        above=0, below=1,
+    )  # fmt: skip
     kldpo_tau: float | None = flag("use KLDPO with this temperature", None, above=0)
     wdpo_rho: float | None = flag("use WDPO with this radius", None, above=0)
     drdpo_beta: float | None = flag("use Dr. DPO with this temperature", None, above=0)
@@ -126,6 +147,11 @@ class TrainConfig:
         "maximum tokens of prompt + answer; longer answers are truncated, pairs with a longer prompt dropped",
         2048,
         at_least=1,
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the chat template, e.g. '{\"enable_thinking\": false}' for Qwen3 without "
+        "thinking; those that sampled the pairs",
+        None,
     )
     max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None, at_least=1)
     eval_steps: int = flag("evaluate on the test pairs every N steps; 0: only at the end", 79, at_least=0)
@@ -203,10 +229,11 @@ class TrainConfig:
         "'auto' resumes the run in --save_path; 'never' starts over and replaces it", "auto"
     )
     log: str = flag(
-        "where metrics go besides metrics.jsonl: tensorboard, wandb, both comma-separated, or none; wandb must be installed "
-        "separately and reads its own WANDB_* variables",
+        "where metrics go besides metrics.jsonl: tensorboard, trackio, wandb, several comma-separated, or none; trackio "
+        "and wandb must be installed separately",
         "tensorboard",
     )
+    push_to_hub: str | None = flag("upload the last checkpoint to this hub repository (owner/name, private if new)", None)
     check_only: bool = flag("check flags and inputs, then stop", False)
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 
@@ -239,6 +266,13 @@ class TrainConfig:
         if not self.lora_rank:
             return None
         return LoraSettings(self.model_path, self.dtype, self.lora_rank, self.lora_merge, self.lora_quantize, self.seed)
+
+    @property
+    def data(self) -> DataSettings:
+        """Where the preferences come from."""
+        return DataSettings(
+            self.dataset_path, self.dataset_config, self.train_split, self.test_split, self.test_share, self.seed
+        )
 
     @property
     def trackers(self) -> list[str]:
@@ -326,6 +360,10 @@ def _check_rules(config: TrainConfig) -> None:
         not (config.zero_stage == 0 and config.dtype == "bfloat16"),
         "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; pass --zero_stage=1 or --dtype=float32",
     )
+    require(
+        config.test_share is None or config.test_split is None,
+        "--test_share and --test_split both say which the test pairs are; pass one",
+    )
     _check_lora(config)
     _check_log(config)
     _check_tokens(config)
@@ -336,7 +374,8 @@ def _check_rules(config: TrainConfig) -> None:
 def _check_log(config: TrainConfig) -> None:
     names = [name.strip() for name in config.log.split(",")]
     for name in names:
-        require(name in ("tensorboard", "wandb", "none"), f"--log={config.log}: '{name}' is not tensorboard, wandb or none")
+        known = ("tensorboard", "trackio", "wandb", "none")
+        require(name in known, f"--log={config.log}: '{name}' is not one of {', '.join(known)}")
     require("none" not in names or len(names) == 1, f"--log={config.log}: none excludes the others; omit one")
 
 

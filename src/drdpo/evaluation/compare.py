@@ -8,9 +8,9 @@ import pandas as pd
 
 from drdpo.cli import as_dict, require
 from drdpo.config.evaluation import EvaluateConfig
+from drdpo.evaluation.html import Change
 from drdpo.evaluation.report import csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
-    ANSWERS,
     MAY_DIFFER,
     Provenance,
     ScoredRun,
@@ -27,6 +27,7 @@ from drdpo.evaluation.statistics import ALPHAS, MIXTURE, Comparison, Estimate, c
 from drdpo.folder import git_commit, versions
 from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE, flag_name
+from drdpo.records import Completion, read_records
 
 SCORES = ("run", "objective", "prompts", "mean", "sd", "paired_prompts", "gain_sd", "ci_low", "ci_high")
 PAIRS = (
@@ -34,12 +35,16 @@ PAIRS = (
 )  # fmt: skip
 _PAIR_COLUMNS = 6
 """More pairs of runs than these are in pairs.csv only."""
-_OPTIONAL = ("pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
+_CHANGES = 12
+"""Prompts that report.html shows with their answers."""
+_ENOUGH_SEEDS = 5
+"""With fewer the spread over seeds is hardly known."""
+_OPTIONAL = ("spider.png", "spider.svg", "pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
 
 
 def evaluate_armorm(config: EvaluateConfig) -> None:
-    """Write report.md, spider.png and .svg, scores.csv and answers.csv to the output folder and print the table; for several
-    runs also pairs.csv, with --sweep also alpha.csv, alpha.png and .svg.
+    """Write report.md and scores.csv to the output folder and print the table; for three objectives also spider.png and
+    .svg, for several runs pairs.csv, with --sweep alpha.csv, alpha.png and .svg.
 
     Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over the prompts that all share.
 
@@ -73,7 +78,7 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     files = _tables(runs, comparison) | draw_spider(runs, comparison)
     if swept:
         files |= draw_sweep(comparison, config.sweep, config.sweep_trained_at, runs[0].name)
-    files["report.md"] = armorm_report(config, runs, comparison, provenances)
+    files["report.md"] = armorm_report(config, runs, comparison, provenances, "spider.png" in files)
     inputs = {name: [fingerprint(place / f"{config.split}.jsonl") for place in places] for name, places in folders.items()}
     facts: dict[str, object] = {
         "counts": {run.name: {"completions": len(run.completions), "prompts": len(run.prompts)} for run in runs},
@@ -82,7 +87,8 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     if gains := {run: asdict(found[MIXTURE]) for run, found in comparison.summaries.items() if MIXTURE in found}:
         facts["trained_mixture"] = {"weights": comparison.mixture, "gains_sd": gains}
     output = Path(config.output_path)
-    write_report(output, "evaluate_armorm", as_dict(config) | {"inputs": inputs}, files, _OPTIONAL, **facts)
+    changes = _changes(runs, comparison, config.split)
+    write_report(output, "evaluate_armorm", as_dict(config) | {"inputs": inputs}, files, _OPTIONAL, changes, **facts)
     print(_terminal_table(runs, comparison))
     for line in [*_unlike(provenances), *(note for p in provenances.values() for note in p.notes)]:
         print(f"note: {line}")
@@ -130,6 +136,29 @@ def _unlike(provenances: dict[str, Provenance]) -> list[str]:
     ]
 
 
+def _changes(runs: list[ScoredRun], comparison: Comparison, split: str) -> list[Change]:
+    """The shared prompts with the largest change of the trained mixture, or else of the gated or the first objective."""
+    if len(runs) == 1:
+        return []
+    first = GATED_SCORE if GATED_SCORE in comparison.objectives else comparison.objectives[0]
+    weights = pd.Series(comparison.mixture or {first: 1.0})
+    score = MIXTURE if comparison.mixture else flag_name(first)
+    means = pd.DataFrame({run.name: run.scores[weights.index] @ weights for run in runs}).loc[list(comparison.common)]
+    moved = means.sub(means[runs[0].name], axis=0).abs().max(axis=1)
+    shown = moved.sort_values(ascending=False, kind="stable").index[:_CHANGES]
+    answers: dict[str, dict[int, str]] = {}
+    for run in runs:
+        rows = read_records(run.members[0].folder / f"{split}.jsonl", Completion.from_row)
+        answers[run.name] = {row.prompt_id: row.completion[0]["content"] for row in reversed(rows)}
+    return [
+        Change(
+            runs[0].prompts[number][-1]["content"], score,
+            [(run.name, float(means.at[number, run.name]), answers[run.name][number]) for run in runs],
+        )
+        for number in shown
+    ]  # fmt: skip
+
+
 # CSV files and the terminal ------------------------------------------------------------------------------------------------
 
 
@@ -142,15 +171,7 @@ def _tables(runs: list[ScoredRun], comparison: Comparison) -> dict[str, str | by
             gain = comparison.gains.get(run.name, {}).get(name)
             numbers = [paired, *_numbers(gain)] if gain else [""] * 4
             scores.append([run.name, name, len(run.prompts), run.mean(name), run.sd(name), *numbers])
-    answers = [
-        [run.name, number, member.folder, len(member.completions), *(float(m) for m in member.answers.mean())]
-        for run in runs
-        for number, member in enumerate(run.members, start=1)
-    ]
-    files: dict[str, str | bytes] = {
-        "scores.csv": csv_text(SCORES, scores),
-        "answers.csv": csv_text(("run", "seed", "folder", "answers", *ANSWERS), answers),
-    }
+    files: dict[str, str | bytes] = {"scores.csv": csv_text(SCORES, scores)}
     if len(runs) > 1:
         pairs = [
             [run, against, name, paired, *(_numbers(d.gain) if d.gain else [""] * 3), *_numbers(d.win_rate)]
@@ -190,21 +211,27 @@ def _terminal_table(runs: list[ScoredRun], comparison: Comparison) -> str:
 
 
 def armorm_report(
-    config: EvaluateConfig, runs: list[ScoredRun], comparison: Comparison, provenances: dict[str, Provenance]
+    config: EvaluateConfig,
+    runs: list[ScoredRun],
+    comparison: Comparison,
+    provenances: dict[str, Provenance],
+    pictured: bool,
 ) -> str:
-    """The Markdown report, for a folder with spider.png.
+    """The Markdown report.
 
     Args:
         config: the flags.
         runs: the base first.
         comparison: of these runs.
         provenances: {run, or run and seed: what made it}, in the order of the runs.
+        pictured: whether to show spider.png.
     """
     base, *others = runs
     title = f"# {', '.join(run.name for run in others)} against {base.name}" if others else f"# {base.name}"
     parts = [title, _summary(config, runs, comparison)]
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in _unlike(provenances)]
-    parts += ["![Mean scores and gains](spider.png)", "## Runs", _runs_table(runs, comparison, provenances)]
+    parts += ["![Mean scores and gains](spider.png)"] if pictured else []
+    parts += ["## Runs", _runs_table(runs, comparison, provenances)]
     if others:
         parts += _gain_sections(base, others, comparison) + _win_sections(base, others, comparison)
         parts += _pair_sections(runs, comparison)
@@ -274,7 +301,11 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
     text = (
         f"Mean difference from {base.name} over the paired prompts, in standard deviations of {base.name}'s completion "
         "scores. The unit is held fixed. Brackets: 95% percentile interval of a paired bootstrap over prompts"
-        + (" and seeds" if any(run.seeds for run in [base, *others]) else "")
+        + (
+            ", for runs of several seeds a t interval over prompts and seeds"
+            if base.seeds or any(r.seeds for r in others)
+            else ""
+        )
         + ", without correction for multiple comparisons: about one in twenty misses the true value."
     )
     if summaries.keys() - {MIXTURE}:
@@ -318,10 +349,14 @@ def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
         [f"`{flag_name(name)}`", *(interval(comparison.pairs[pair][name].gain, "{:+.3f}") for pair in names)]
         for name in comparison.objectives
     ]
-    text = (
-        f"Differences, in standard deviations of {runs[0].name}'s scores; two runs differ if the interval excludes 0. Win "
-        "rates are in pairs.csv."
-    )
+    text = f"Differences, in standard deviations of {runs[0].name}'s scores. "
+    if any(1 < len(run.members) < _ENOUGH_SEEDS for run in runs):
+        text += f"With fewer than {_ENOUGH_SEEDS} seeds they tell no two methods apart, whatever the intervals. "
+    elif not any(run.seeds for run in runs):
+        text += "Two runs differ if the interval excludes 0; that says nothing about other training seeds. "
+    else:
+        text += "Two runs differ if the interval excludes 0. "
+    text += "Win rates are in pairs.csv."
     return ["## Every two runs", text, markdown_table(header, rows)]
 
 

@@ -1,15 +1,8 @@
 """Leaderboard results of several models in one report: normalised scores, raw scores and the authors' numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import CompareOpenllmConfig
@@ -21,11 +14,11 @@ from drdpo.evaluation.leaderboard_scores import (
     average,
     average_stderr,
     benchmarks,
+    math_original,
     raw_rows,
 )
-from drdpo.evaluation.report import STYLE, csv_text, differences, markdown_table, save_picture, write_report
+from drdpo.evaluation.report import csv_text, differences, markdown_table, write_report
 from drdpo.evaluation.runs import parse_runs, section
-from drdpo.evaluation.statistics import Array
 from drdpo.folder import read_json_object, read_manifest
 from drdpo.models import fingerprint
 
@@ -54,8 +47,6 @@ and the README of its repository."""
 
 _CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "normalised", "normalised_stderr")
 _MAY_DIFFER = ("model_path", "model_fingerprint", "date", "commit")
-_ROW, _PANEL = 0.36, 6.3
-"""Inches of the heat map."""
 
 Published = dict[str, tuple[float, ...]]
 """{method: raw values in the order of COLUMNS}"""
@@ -98,7 +89,7 @@ class LeaderboardRun:
 
 
 def compare_openllm(config: CompareOpenllmConfig) -> None:
-    """Write report.md, leaderboard.csv, heatmap.png and heatmap.svg.
+    """Write report.md and leaderboard.csv.
 
     Raises:
         UsageError: a --runs argument that is not NAME=FOLDER, a repeated name, or a locked output folder.
@@ -107,18 +98,14 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
     runs = read_runs(config.runs)
     groups = {group: [run for run in runs if run.group == group] for group in dict.fromkeys(run.group for run in runs)}
     published = {group: PUBLISHED.get(group if config.published == "auto" else config.published, {}) for group in groups}
-    pictures: dict[str, str | bytes] = {}
-    if any(run.benchmarks for run in runs):
-        with rc_context(STYLE):
-            pictures |= save_picture(heatmap(groups, published), "heatmap", dpi=120)
-    files = pictures | {
+    files = {
         "leaderboard.csv": csv_text(_CSV, _csv_rows(runs)),
-        "report.md": leaderboard_report(config, groups, published, bool(pictures)),
+        "report.md": leaderboard_report(config, groups, published),
     }
-    inputs = {f"{run.group}/{run.name}": fingerprint(run.folder / "results.json") for run in runs}
+    inputs = {run.label: fingerprint(run.folder / "results.json") for run in runs}
     made_by = as_dict(config) | {"inputs": inputs}
     output = Path(config.output_path)
-    write_report(output, "compare_openllm", made_by, files, optional=("heatmap.png", "heatmap.svg"))
+    write_report(output, "compare_openllm", made_by, files)
     print(f"report: {output / 'report.md'}")
 
 
@@ -161,7 +148,6 @@ def leaderboard_report(
     config: CompareOpenllmConfig,
     groups: dict[str, list[LeaderboardRun]],
     published: dict[str, Published],
-    pictured: bool,
 ) -> str:
     """The Markdown report.
 
@@ -169,16 +155,15 @@ def leaderboard_report(
         config: the flags.
         groups: {group: its runs}, in order.
         published: {group: the authors' numbers}, which may be empty.
-        pictured: whether to show heatmap.png.
     """
     parts = ["# Open LLM Leaderboard v2"]
     runs = [run for members in groups.values() for run in members]
-    if trials := [run.name for run in runs if section(run.results, "config").get("limit") is not None]:
+    if trials := [run.label for run in runs if section(run.results, "config").get("limit") is not None]:
         parts.append(f"**Trial: {', '.join(trials)} used only part of each task (--limit); not comparable with full runs.**")
-    unlike = differences("evaluation", {run.name: run.facts for run in runs}, _MAY_DIFFER)
-    parts += [f"> **Not a like-for-like comparison:** {line}" for line in unlike]
-    if pictured:
-        parts.append("![Raw scores, ours and published, and normalised scores](heatmap.png)")
+    for members in groups.values():
+        # Groups are models of different sizes, which may need different settings.
+        unlike = differences("evaluation", {run.label: run.facts for run in members}, _MAY_DIFFER)
+        parts += [f"> **Not a like-for-like comparison:** {line}" for line in unlike]
     for group, members in groups.items():
         if any(run.benchmarks for run in members):
             title = group or config.published
@@ -200,8 +185,8 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
         for run in runs:
             found = {benchmark.name: benchmark for benchmark in run.benchmarks}
             cells = [_cell(found[name], value) if name in found else "-" for name in COLUMNS]
-            rows.append([run.name, *cells, *([_average(run)] if value == "normalised" else [])])
-        return markdown_table([*header, "Average"] if value == "normalised" else header, rows)
+            rows.append([run.name, *cells, _average(run) if value == "normalised" else _original(run)])
+        return markdown_table([*header, "Average" if value == "normalised" else "MATH, exact_match_original"], rows)
 
     parts = [
         "### Normalised like the public leaderboard (0-100, guessing scores 0; ± one standard error)",
@@ -211,8 +196,18 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
     ]
     if published:
         rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in published.items()]
-        parts += [f"### Published raw scores, {title} (arXiv 2502.01930)", markdown_table(header, rows)]
+        parts += [
+            f"### Published raw scores, {title} (arXiv 2502.01930)",
+            "The paper does not name its version of lm-eval. MATH above is exact_match, which is Math-Verify's since "
+            "version 3 of the task. It was exact_match_original before; compare that one with published numbers of 2024.",
+            markdown_table(header, rows),
+        ]
     return parts
+
+
+def _original(run: LeaderboardRun) -> str:
+    value = math_original(run.results["results"])
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _cell(benchmark: Benchmark, value: str) -> str:
@@ -235,65 +230,11 @@ def _other_sections(runs: list[LeaderboardRun]) -> list[str]:
     """Tasks outside the leaderboard."""
     rows = []
     for run in runs:
-        others = {name: values for name, values in run.results["results"].items() if not name.startswith("leaderboard_")}
+        others = {
+            name: values for name, values in run.results["results"].items()
+            if name != "leaderboard" and not name.startswith("leaderboard_")
+        }  # fmt: skip
         rows += [[run.label, *row] for row in raw_rows(run.results | {"results": others})]
     if not rows:
         return []
     return ["## Other tasks", markdown_table(["run", *RAW_HEADER], rows, left=2)]
-
-
-def heatmap(groups: dict[str, list[LeaderboardRun]], published: dict[str, Published]) -> Figure:
-    """The leaderboard as in the paper's table, one row per model: for each group our raw scores, the published ones, and our
-    normalised scores. Colours compare models within a column of a panel; the best is darkest.
-    """
-    groups = {name: runs for name, runs in groups.items() if any(run.benchmarks for run in runs)}
-    columns = 3 if any(published[name] for name in groups) else 2
-    heights = [max(len(runs), len(published[name])) * _ROW + 1.25 for name, runs in groups.items()]
-    figure = Figure(figsize=(_PANEL * columns, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.14))
-    # Proportional to the number of columns.
-    widths = [len(COLUMNS)] * (columns - 1) + [len(COLUMNS) + 1]
-    grid = figure.subplots(len(groups), columns, squeeze=False, height_ratios=heights, width_ratios=widths)
-    for axes, (name, runs) in zip(grid, groups.items(), strict=True):
-        title = f"{name}: " if name else ""
-        names = [run.name for run in runs]
-        _panel(axes[0], f"{title}raw scores, ours", names, COLUMNS, _values(runs, "raw"), "{:.3f}")
-        if columns == 3 and published[name]:
-            theirs = np.array(list(published[name].values()))
-            _panel(axes[1], f"{title}raw scores, published", list(published[name]), COLUMNS, theirs, "{:.2f}")
-        elif columns == 3:
-            axes[1].set_axis_off()
-        averages = np.array([[average(run.benchmarks)] for run in runs], dtype=np.float64)
-        scores = np.concatenate([_values(runs, "normalised"), averages], axis=1)
-        _panel(axes[-1], f"{title}normalised scores, ours", names, [*COLUMNS, "Average"], scores, "{:.1f}")
-    return figure
-
-
-def _values(runs: list[LeaderboardRun], name: str) -> Array:
-    """[runs, benchmarks]; NaN if a benchmark is incomplete."""
-    found = [{benchmark.name: float(getattr(benchmark, name)) for benchmark in run.benchmarks} for run in runs]
-    return np.array([[values.get(column, np.nan) for column in COLUMNS] for values in found])
-
-
-def shades(values: Array) -> Array:
-    """[rows, columns] from 0 (worst of its column) to 1 (best); 0 in a column of equal values, NaN for NaN."""
-    frame = pd.DataFrame(values)
-    reach = frame.max() - frame.min()
-    return ((frame - frame.min()) / reach.where(reach > 0, 1)).to_numpy()
-
-
-def _panel(axes: Any, title: str, rows: Sequence[str], columns: Sequence[str], values: Array, form: str) -> None:
-    shaded = shades(values)
-    axes.imshow(np.ma.masked_invalid(shaded), cmap="YlGnBu", vmin=-0.1, vmax=1.3, aspect="auto")
-    axes.set_xticks(range(len(columns)), labels=columns, fontsize=9)
-    axes.set_yticks(range(len(rows)), labels=rows)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_title(title, fontsize=11)
-    axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="minor", length=0)
-    for (row, column), value in np.ndenumerate(values):
-        text = "-" if np.isnan(value) else form.format(value)
-        color = "white" if shaded[row, column] > 0.6 else "#222222"
-        axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)

@@ -143,7 +143,9 @@ def _facts(table: pd.DataFrame) -> list[str]:
         lines.append(f"{(table['turns'] > 1).mean():.1%} have a system message or several turns")
     if "finish_reason" in table:
         lines.append("finish_reason: " + ", ".join(f"{k} {v:,}" for k, v in table["finish_reason"].value_counts().items()))
-        lines.append(f"empty answers: {(table['answer'].str.strip() == '').sum():,}")
+    if answers := [name for name in ("answer", "chosen", "rejected") if name in table]:
+        empty = (table[answers].apply(lambda texts: texts.str.strip()) == "").any(axis=1).sum()
+        lines.append(f"empty answers: {empty:,}" + " (such pairs are not trained on)" * bool(empty and "chosen" in table))
     if "chosen" in table:
         ids = table.filter(regex="^(chosen|rejected) tokens$")
         unit = "tokens" if len(ids.columns) == 2 and ids.notna().all(axis=None) else "characters"

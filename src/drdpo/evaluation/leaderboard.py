@@ -12,73 +12,113 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drdpo.chat import DATE_STRING, load_tokenizer
+from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_arguments
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
-from drdpo.distributed import is_main, world_size
+from drdpo.distributed import is_main, rank, world_size
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation.leaderboard_scores import json_safe, leaderboard_json, markdown, terminal
-from drdpo.folder import already_made, atomic_file, lock_folder, refuse_if_locked, sweep, write_manifest
+from drdpo.evaluation.leaderboard_scores import json_safe, lost_note, markdown, terminal
+from drdpo.folder import (
+    Parts,
+    already_made,
+    atomic_files,
+    lock_folder,
+    owner_of,
+    refuse_if_locked,
+    remove_tree,
+    sweep,
+    write_manifest,
+)
 from drdpo.machine import announce, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
+from drdpo.records import Message
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 STEP = "evaluate_openllm"
-RESULTS, TABLE = "results.json", "table.md"
+RESULTS, TABLE, PARTS = "results.json", "table.md", ".tasks"
 _PLACES = ("output_path", "overwrite", "check_only")
 """Flags on which results do not depend."""
+_BY_TASK = {
+    "results": "metrics", "configs": "configs", "versions": "versions", "n-shot": "num_fewshot",
+    "higher_is_better": "higher_is_better", "n-samples": "n_samples",
+}  # fmt: skip
+"""{key of lm-eval's results, with an entry per task: the field of its EvalAcc}"""
+_UNLIMITED = 1 << 40
+"""Context of a model whose config names none."""
 _UNREACHABLE = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 
 
 def evaluate_openllm(config: LeaderboardConfig) -> None:
     """Run lm-eval's tasks on a model; write results.json, table.md and manifest.json and print the table.
 
+    The model is loaded once and lm-eval runs once per task. Every finished task is kept in `.tasks/` until the end, so that
+    the same command resumes a killed evaluation.
+
     The hf backend is data-parallel: the launcher starts one process per GPU, and rank 0 writes. The vllm backend is one
     process that starts an engine per --tensor_parallel_size GPUs.
 
     Raises:
         UsageError: an unknown task, a missing --include_path, a backend that is not installed, a GPU count that
-            --tensor_parallel_size does not divide, or an output folder that is locked or contains results from a different
-            configuration.
-        DataError: the model folder cannot be used, or a task's data cannot be loaded.
+            --tensor_parallel_size does not divide, a generation budget that fills the context, or an output folder that is
+            locked or contains results from a different configuration.
+        DataError: the model folder or its chat template cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
-    check_model_folder(config.model_path)
+    check_model(config.model_path, chat=config.apply_chat_template)
     _check_backend(config)
     output = output_folder(config)
     config, precision = settle(config, untouched=config.backend == "vllm")
     announce(precision)
-    flags = {name: value for name, value in as_dict(config).items() if name not in _PLACES}
-    made_by = flags | {"model_fingerprint": fingerprint(config.model_path), "date_string": DATE_STRING}
+    made_by = _made_by(config)
     if already_made(output, STEP, made_by, [output / RESULTS, output / TABLE], config.overwrite):
         if is_main():
             print(f"{output / RESULTS} exists, from the same flags and model; skipped")
+            if (output / PARTS).is_dir() and owner_of(output) is None:
+                remove_tree(output / PARTS)  # the run was killed after it had written the results
         return
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is a file; pass a folder as --output_path")
+    parts = Parts(output / PARTS, made_by, config.overwrite, rank())
     model_args = _model_args(config)
     manager, leaves = find_tasks(names, config.include_path, model_args)
     if is_main():
         refuse_if_locked(output)
     if config.check_only:
         return
-    if is_main():
-        # The other ranks wait when lm-eval joins the process group.
-        if config.apply_chat_template:
-            load_tokenizer(config.model_path)
-        check_data(manager, leaves)
-    model_args |= _parallelism(config) | _context(config)
+    model_args |= _parallelism(config)
+    if config.backend == "hf":  # vLLM finds its own limit
+        model_args["max_length"] = context_length(config)
+    # The other ranks wait for rank 0 when lm-eval joins the process group.
+    loaded = _prepare(config, manager, names, leaves) if is_main() else None
     # If rank 0 fails to lock, the launcher stops the others.
     with lock_folder(output) if is_main() else nullcontext():
         if is_main():
             sweep(output)
-        results = _evaluate(config, names, manager, model_args)
-        if results is not None:
-            facts = {"max_length": model_args.get("max_length"), "dtype_reason": precision.reason}
-            _write(config, output, made_by, results, facts)
+        model = _load_model(config, model_args)
+        loaded = loaded or manager.load(names)
+        _evaluate(config, manager, model, model_args, loaded["tasks"], parts)
+        if is_main():
+            facts = {"max_length": int(model.max_length), "dtype_reason": precision.reason}
+            _write(config, output, made_by, _combine(loaded, parts), facts)
+            parts.remove()
+
+
+def _made_by(config: LeaderboardConfig) -> dict[str, Any]:
+    """What the results depend on: flags, model, the template's date, lm-eval, and every file of --include_path."""
+    made_by = {name: value for name, value in as_dict(config).items() if name not in _PLACES}
+    made_by |= {"model_fingerprint": fingerprint(config.model_path), "date_string": DATE_STRING}
+    made_by["lm-eval version"] = metadata.version("lm-eval")
+    if config.include_path is not None:
+        folder = Path(config.include_path)
+        if not folder.is_dir():
+            raise UsageError(f"--include_path={config.include_path}: no such folder")
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+        listed = "".join(f"{file.relative_to(folder)} {fingerprint(file)}\n" for file in files)
+        made_by["include_path_fingerprint"] = hashlib.sha256(listed.encode()).hexdigest()[:32]
+    return made_by
 
 
 def output_folder(config: LeaderboardConfig) -> Path:
@@ -109,20 +149,20 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
         "pretrained": config.model_path,
         "dtype": config.dtype,
         "trust_remote_code": False,
-        # Llama 3.2's template inserts today's date by default, and results must not depend on the day.
-        "chat_template_args": {"date_string": DATE_STRING},
+        "chat_template_args": template_arguments(config.chat_template_kwargs),
     }
+    if (config.chat_template_kwargs or {}).get("enable_thinking") is False:
+        arguments["enable_thinking"] = False  # lm-eval's vllm backend takes it out of chat_template_args
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
 
 
-def _context(config: LeaderboardConfig) -> dict[str, Any]:
-    """Without --max_length, the hf backend's context: the model's own, at most HF_MAX_LENGTH. vLLM finds its own limit.
+def context_length(config: LeaderboardConfig) -> int:
+    """--max_length, or the model's own context, with the hf backend at most HF_MAX_LENGTH.
 
     Raises:
+        UsageError: --max_length exceeds the model's own context.
         DataError: the model's config cannot be read.
     """
-    if config.max_length or config.backend != "hf":
-        return {}
     from lm_eval.models.utils import resolve_max_length
     from transformers import AutoConfig
 
@@ -131,7 +171,10 @@ def _context(config: LeaderboardConfig) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise DataError(f"{config.model_path}: the model's config cannot be read ({why})") from error
-    return {"max_length": min(HF_MAX_LENGTH, resolve_max_length(model, default=HF_MAX_LENGTH))}
+    own = int(resolve_max_length(model, default=_UNLIMITED))
+    if config.max_length and config.max_length > own:
+        raise UsageError(f"--max_length={config.max_length}: the model has positions for {own} tokens; pass at most {own}")
+    return config.max_length or (min(HF_MAX_LENGTH, own) if config.backend == "hf" else own)
 
 
 def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
@@ -157,12 +200,23 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
     return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": engines, "seed": config.seed}
 
 
-def _evaluate(
-    config: LeaderboardConfig, names: list[str], manager: Any, model_args: dict[str, Any]
-) -> dict[str, Any] | None:
-    """lm-eval's results on rank 0, None on the other ranks."""
-    import lm_eval
+def _prepare(config: LeaderboardConfig, manager: "TaskManager", names: list[str], leaves: list[str]) -> dict[str, Any]:
+    """Load the tasks with their data, and find on rank 0 what would end the evaluation after hours."""
+    loaded = load_tasks(manager, names, leaves)
+    check_budgets(config, loaded["tasks"])
+    if config.apply_chat_template:
+        shown = _shows_system(config)
+        lost = [name for name, task in loaded["tasks"].items() if task.config.description and not shown]
+        loaded["lost_descriptions"] = lost
+        if lost:
+            print(f"note: {lost_note(lost)}", flush=True)
+    return loaded
+
+
+def _load_model(config: LeaderboardConfig, model_args: dict[str, Any]) -> Any:
+    """lm-eval's model, which joins the process group if there are several processes."""
     import torch
+    from lm_eval.api.registry import get_model
 
     # vLLM would compile its FlashInfer sampler with nvcc; greedy answers and log-likelihoods do not need it.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -172,25 +226,104 @@ def _evaluate(
         # kernel would kill the process.
         batch_size = "1"
         print("note: --batch_size=auto is 1 on a CPU; pass a larger number if memory allows", flush=True)
-    results: dict[str, Any] | None = lm_eval.simple_evaluate(
-        model=config.backend,
-        model_args=model_args,
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=config.num_fewshot,
-        batch_size=batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        limit=config.limit,
-        log_samples=False,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        gen_kwargs={"max_gen_toks": config.max_gen_toks} if config.max_gen_toks else None,
-        random_seed=config.seed,
-        numpy_random_seed=config.seed,
-        torch_random_seed=config.seed,
-        fewshot_random_seed=config.seed,
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return get_model(config.backend).create_from_arg_obj(
+        model_args, {"batch_size": batch_size, "max_batch_size": None, "device": device}
     )
-    return results
+
+
+def _evaluate(
+    config: LeaderboardConfig,
+    manager: "TaskManager",
+    model: Any,
+    model_args: dict[str, Any],
+    tasks: dict[str, Any],
+    parts: Parts,
+) -> None:
+    """Run the unfinished tasks and keep what lm-eval returns for each, on rank 0, as a part."""
+    import lm_eval
+    import torch
+
+    parts.open(list(tasks))
+    todo = [number for number in range(len(tasks)) if number not in parts.done]
+    if parts.done and is_main():
+        print(f"resuming; {len(parts.done)} of {len(tasks)} tasks are finished", flush=True)
+    # With several engines lm-eval starts them again for every call, so that there is one.
+    several = model_args.get("data_parallel_size", 1) > 1
+    for numbers in [todo] if several and todo else [[number] for number in todo]:
+        chosen = {number: list(tasks.values())[number] for number in numbers}
+        if is_main():
+            print(
+                f"task {numbers[0] + 1} of {len(tasks)}: {', '.join(task.task_name for task in chosen.values())}", flush=True
+            )
+        results = lm_eval.simple_evaluate(
+            model=model,
+            model_args=model_args,
+            tasks=list(chosen.values()),
+            task_manager=manager,
+            num_fewshot=config.num_fewshot,
+            batch_size=model.batch_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            limit=config.limit,
+            log_samples=False,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.fewshot_as_multiturn,
+            gen_kwargs={"max_gen_toks": config.max_gen_toks} if config.max_gen_toks else None,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
+        )
+        for number, task in chosen.items():
+            cut = model.gather_object(_cut_prompts(model, task, config.backend))
+            if results is not None:
+                parts.add(number, _task_part(results, task.task_name, sum(cut)))
+
+
+def _cut_prompts(model: Any, task: Any, backend: str) -> int:
+    """Number of this rank's questions whose prompt, with the longest choice, lm-eval cuts from the left."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    longest: dict[int, tuple[str, int]] = {}
+    for instance in task.instances:
+        if instance.request_type == "generate_until":
+            text, settings = instance.args
+            room = model.max_length - normalize_gen_kwargs(settings, model.max_gen_toks)["max_gen_toks"]
+        elif instance.request_type == "loglikelihood":
+            text, room = "".join(instance.args), model.max_length + (1 if backend == "hf" else -1)
+        else:
+            continue
+        if len(text) > len(longest.get(instance.doc_id, ("", 0))[0]):
+            longest[instance.doc_id] = text, room
+    # A token is at least a byte, but for the ones at the ends.
+    return sum(len(text.encode()) + 2 > room and len(model.tok_encode(text)) > room for text, room in longest.values())
+
+
+def _task_part(results: Mapping[str, Any], name: str, cut: int) -> dict[str, Any]:
+    """What lm-eval returned for one task, as JSON; metrics keep NaN, which their means over a group need."""
+    part: dict[str, Any] = {"cut_prompts": cut}
+    for key, value in results.items():
+        part[key] = json_safe(value[name] if key in _BY_TASK else value)
+    part["results"] = {
+        metric: value.item() if hasattr(value, "item") else value for metric, value in results["results"][name].items()
+    }
+    return part
+
+
+def _combine(loaded: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """The results of all tasks and their groups, aggregated by lm-eval as in one run; on rank 0."""
+    from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
+
+    parts.find()
+    found = {name: parts.read(number) for number, name in enumerate(loaded["tasks"])}
+    gathered = {key: {name: part[key] for name, part in found.items()} for key in [*_BY_TASK, "cut_prompts"]}
+    accumulated = EvalAcc(**{field: gathered[key] for key, field in _BY_TASK.items()}, groups=loaded["groups"])
+    return {
+        **list(found.values())[-1],
+        **aggregate_groups(accumulated)._to_eval_results(),
+        "cut_prompts": gathered["cut_prompts"],
+        "lost_descriptions": loaded.get("lost_descriptions", []),
+    }
 
 
 def _write(
@@ -199,11 +332,9 @@ def _write(
     """Write table.md, manifest.json and results.json, and print the tables."""
     digest = None
     if config.apply_chat_template:
-        template = load_tokenizer(config.model_path).chat_template
+        template = load_tokenizer(config.model_path, config.chat_template_kwargs).chat_template
         digest = hashlib.sha256(str(template).encode("utf-8")).hexdigest()
-    whole = json_safe(results) | {"open_llm_leaderboard": leaderboard_json(results)}
-    with atomic_file(output / TABLE) as stream:
-        stream.write(markdown(config, results))
+    whole = json_safe(results)
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
     write_manifest(
@@ -212,13 +343,15 @@ def _write(
         made_by,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         chat_template_sha256=digest,
-        task_versions=json_safe(results.get("versions", {})),
+        task_versions=whole["versions"],
         **facts,
-        samples=json_safe(results.get("n-samples", {})),
+        samples=whole["n-samples"],
+        cut_prompts=whole["cut_prompts"],
+        lost_descriptions=whole["lost_descriptions"],
     )
-    with atomic_file(output / RESULTS) as stream:
-        json.dump(whole, stream, indent=2, ensure_ascii=False, allow_nan=False)
-        stream.write("\n")
+    with atomic_files(output / TABLE, output / RESULTS) as (table, file):
+        table.write_text(markdown(config, results), encoding="utf-8")
+        file.write_text(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     print(terminal(results))
     print(f"results: {output / TABLE}")
 
@@ -255,15 +388,14 @@ def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[s
         The index, and the single tasks of the names (a group that defines members in its own file counts as a task).
 
     Raises:
-        UsageError: include_path is not a folder, or a name is not a task.
+        UsageError: a name is not a task.
     """
     import lm_eval.tasks
 
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"--include_path={include_path}: no such folder")
     further = [include_path] if include_path else []
     leaderboard = str(Path(lm_eval.tasks.__file__).parent / "leaderboard")
-    asked = dict(model_args)
+    # Without the template's arguments, which may contain a function.
+    asked = {name: value for name, value in model_args.items() if name != "chat_template_args"}
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=asked)
     leaves, missing = _leaves(manager, names)
     if missing:
@@ -309,11 +441,15 @@ def _members(entry: Any) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def check_data(manager: "TaskManager", leaves: list[str]) -> None:
-    """Load every task's data, so that a missing data set stops the run before the model is loaded.
+def load_tasks(manager: "TaskManager", names: list[str], leaves: list[str]) -> dict[str, Any]:
+    """lm-eval's tasks with their data, and their groups; missing data stop the run before the model is loaded.
 
     Args:
         manager, leaves: from find_tasks.
+        names: tasks, groups or tags.
+
+    Returns:
+        {"tasks": {name: task}, "groups": {name: group}}
 
     Raises:
         DataError: a task's data or helper cannot be loaded; the message says what to do.
@@ -326,6 +462,49 @@ def check_data(manager: "TaskManager", leaves: list[str]) -> None:
             manager.load([leaf])
         except Exception as cause:  # whatever the harness or the task's own code raises
             raise DataError(_no_data(leaf, cause)) from cause
+    return dict(manager.load(names))
+
+
+def check_budgets(config: LeaderboardConfig, tasks: Mapping[str, Any]) -> None:
+    """Refuse a task whose generation budget leaves no room for its prompt: lm-eval would fail after all other tasks.
+
+    Raises:
+        UsageError: naming the first such task.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    for name, task in tasks.items():
+        if task.get_config("output_type") != "generate_until":
+            continue
+        budget = config.max_gen_toks or normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
+        context = context_length(config)
+        if budget >= context:
+            raise UsageError(
+                f"task {name} may generate {budget} tokens, but the context of {context} tokens must hold them and the "
+                f"prompt; pass --max_gen_toks below {context}, a larger --max_length, or other --tasks"
+            )
+
+
+def _shows_system(config: LeaderboardConfig) -> bool:
+    """Does the chat template print a system message? lm-eval puts a task's description there, and drops it otherwise.
+
+    Raises:
+        DataError: the template cannot render a question without a system message, which most tasks need.
+    """
+    tokenizer = load_tokenizer(config.model_path, config.chat_template_kwargs)
+    question: Message = {"role": "user", "content": "x"}
+    try:
+        prompt_token_ids(tokenizer, [question])
+    except ValueError as error:
+        raise DataError(
+            f"{config.model_path}: given a question without a system message, {error}; "
+            "pass --apply_chat_template=false --fewshot_as_multiturn=false"
+        ) from error
+    try:
+        ids = prompt_token_ids(tokenizer, [{"role": "system", "content": "zebra"}, question])
+    except ValueError:
+        return False
+    return "zebra" in str(tokenizer.decode(ids))
 
 
 def _no_data(leaf: str, cause: Exception) -> str:

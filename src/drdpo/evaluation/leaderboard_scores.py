@@ -10,7 +10,7 @@ average is the plain mean of the six. The harness's raw means are weighted by si
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,19 @@ def metric_value(scores: TaskScores, task: str, metric: str) -> float | None:
     """A task's value of an unfiltered metric; None if it was not run."""
     value = scores.get(task, {}).get(f"{metric},none")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def math_original(scores: TaskScores) -> float | None:
+    """MATH by exact_match_original, the comparison of 2024, over all questions; None if it was not run.
+
+    Since version 3 of the task exact_match means Math-Verify, which accepts more answers; lm-eval aggregates only that.
+    """
+    found = [
+        (value, values.get("sample_len", 0)) for task, values in scores.items()
+        if task.startswith("leaderboard_math_") and (value := metric_value(scores, task, "exact_match_original")) is not None
+    ]  # fmt: skip
+    questions = sum(count for _, count in found)
+    return sum(value * count for value, count in found) / questions if questions else None
 
 
 def _root_sum(errors: list[float | None]) -> float | None:
@@ -180,7 +193,11 @@ def markdown(config: LeaderboardConfig, results: Mapping[str, Any]) -> str:
             "scores 0. The harness has no standard error for IFEval's instructions; that of its prompts is used for both.",
             markdown_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2),
         ]
-    parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1)]
+    if (original := math_original(results["results"])) is not None:
+        parts.append(
+            f"MATH's exact_match is Math-Verify's; by the comparison of 2024 (exact_match_original) it is {original:.4f}."
+        )
+    parts += ["## All tasks", markdown_table(RAW_HEADER, raw_rows(results), left=1), *_notes(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,15 +214,26 @@ def terminal(results: Mapping[str, Any]) -> str:
     tables = [text_table(RAW_HEADER, rows)]
     if found:
         tables.append(text_table(LEADERBOARD_HEADER, leaderboard_rows(found), left=2))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, *_notes(results)])
 
 
-def leaderboard_json(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaderboard's columns for results.json."""
-    found = benchmarks(results["results"])
-    fields = ("raw", "raw_stderr", "normalised", "normalised_stderr")
-    columns = {field: {benchmark.name: getattr(benchmark, field) for benchmark in found} for field in fields}
-    return columns | {"average": average(found), "average_stderr": average_stderr(found)}
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """What of the tasks the model did not see."""
+    if "cut_prompts" not in results:
+        return []
+    samples = results.get("n-samples", {})
+    cut = [f"{task} {count} of {samples[task]['effective']}" for task, count in results["cut_prompts"].items() if count]
+    notes = [f"Prompts cut from the left to fit the context: {', '.join(cut) or 'none'}."]
+    lost = results.get("lost_descriptions")
+    return [*notes, lost_note(lost)] if lost else notes
+
+
+def lost_note(tasks: Sequence[str]) -> str:
+    """One sentence about task descriptions that a template without a system role drops."""
+    return (
+        "The chat template prints no system message, so lm-eval drops the description of the task from the prompts of "
+        f"{', '.join(tasks)}."
+    )
 
 
 def json_safe(value: Any) -> Any:

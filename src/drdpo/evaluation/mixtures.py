@@ -201,11 +201,9 @@ def _panel(figure: Figure, row: int, column: int) -> Any:
 
 
 def _limits(panels: list[Values]) -> tuple[float, float]:
-    """Values at the centre and rim of every panel; negative gains lie inside the ring of the base."""
+    """Values at the centre and rim of every panel."""
     values = [value for panel in panels for row in panel.values() for value in row]
-    low, high = min(0.0, *values), max(_SMALLEST_RIM, *values)
-    reach = high - low
-    return (low - 0.25 * reach if low < 0 else 0.0), high + 0.08 * reach
+    return spider.gain_limits(min(values), max(_SMALLEST_RIM, *values))
 
 
 def _spider(
@@ -221,8 +219,7 @@ def _spider(
         spider.spoke_label(axes, angle, spider.axis_label(name), len(spokes))
     axes.tick_params(axis="y", labelsize=8, labelcolor="#555555")
     axes.set_rlabel_position(180 / len(spokes))
-    if limits[0] < 0:
-        spider.zero_ring(axes, 1.2)
+    spider.zero_ring(axes, 1.2)
     for name, row in values.items():
         spider.polygon(axes, angles, row, styles[name.upper()])
     axes.set_title(title, fontsize=11, pad=48)

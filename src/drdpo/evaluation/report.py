@@ -9,6 +9,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from drdpo.errors import DataError
+from drdpo.evaluation.html import Change, html_report
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
 
@@ -80,14 +81,16 @@ def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Col
 
 def write_report(
     folder: Path, step: str, made_by: dict[str, Any], files: Mapping[str, str | bytes], optional: Collection[str] = (),
-    **facts: Any,
+    changes: Sequence[Change] = (), **facts: Any,
 ) -> None:  # fmt: skip
-    """Write a report and its manifest under the folder's lock. If any file cannot be written, the old report stays.
+    """Write a report, report.html and its manifest under the folder's lock. If any file cannot be written, the old report
+    stays.
 
     Args:
         folder: created if missing.
         step, made_by, facts: as for `write_manifest`.
-        files: {name: content}.
+        files: {name: content}, among them report.md.
+        changes: see drdpo.evaluation.html.html_report.
         optional: files that only some reports have; those of an older report are deleted.
 
     Raises:
@@ -96,6 +99,7 @@ def write_report(
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; pass a folder as --output_path")
+    files = {**files, "report.html": html_report(files, changes)}
     with lock_folder(folder):
         sweep(folder)
         with atomic_files(*(folder / name for name in files)) as asides:

@@ -1,4 +1,4 @@
-"""The pictures of one report: mean scores and gains over the base, as spider plots or bars, and the sweep over mixtures.
+"""The pictures of one report: mean scores and gains over the base as spider plots, and the sweep over mixtures.
 
 Objectives have different scales, so every axis of the panel of mean scores has its own range, printed under its name: the
 interquartile range of all runs' completion scores, widened to include every mean. Differences that look small are small
@@ -63,7 +63,7 @@ def axis_label(objective: str) -> str:
 
 @rc_context(STYLE)
 def draw_spider(runs: list[ScoredRun], comparison: Comparison) -> dict[str, bytes]:
-    """spider.png and spider.svg. Fewer than three objectives are drawn as bars.
+    """spider.png and spider.svg; none for fewer than three objectives.
 
     Args:
         runs: the base first; one run has no gain panel.
@@ -71,17 +71,14 @@ def draw_spider(runs: list[ScoredRun], comparison: Comparison) -> dict[str, byte
     """
     objectives = comparison.objectives
     gain_names = [name for name in objectives if any(name in gains for gains in comparison.gains.values())]
-    panels = 2 if gain_names else 1
+    if len(objectives) < 3:
+        return {}
+    panels = 2 if len(gain_names) >= 3 else 1
     figure = Figure(figsize=(_PANEL_WIDTH * panels, _HEIGHT))
     styles = run_styles([run.name for run in runs])
-    if len(objectives) >= 3:
-        _draw_raw(_panel(figure, 1, panels), runs, objectives, styles)
-    else:
-        _draw_raw_bars(figure, panels, runs, objectives, styles)
-    if len(gain_names) >= 3:
+    _draw_raw(_panel(figure, 1, panels), runs, objectives, styles)
+    if panels == 2:
         _draw_gains(_panel(figure, 2, panels), runs, comparison, gain_names, styles)
-    elif gain_names:
-        _draw_gain_bars(figure, runs, comparison, gain_names, styles)
     legend(figure, [run.name for run in runs], list(styles.values()), min(len(runs), 6))
     return save_picture(figure, "spider", dpi=150)
 
@@ -226,66 +223,6 @@ def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
         text, (angle, low + (high - low) * 1.07), (0, push), textcoords="offset points", fontsize=size, linespacing=1.15,
         ha="center" if abs(across) < 0.1 else "left" if across > 0 else "right", va="center", annotation_clip=False,
     )  # fmt: skip
-
-
-# Bars, for one or two objectives: a spider plot needs three spokes ---------------------------------------------------------
-
-_BOTTOM, _BARS = 0.17, 0.62
-"""Shares of the picture: below the bars, and their height."""
-
-
-def _draw_raw_bars(
-    figure: Figure, panels: int, runs: list[ScoredRun], objectives: list[str], styles: dict[str, Style]
-) -> None:
-    """Mean scores, one plot per objective; every scale includes zero."""
-    width = 0.76 / panels / len(objectives)
-    for index, objective in enumerate(objectives):
-        axes = figure.add_axes((0.12 / panels + index * 1.15 * width, _BOTTOM, 0.72 * width, _BARS))
-        for place, run in enumerate(runs):
-            value = run.mean(objective)
-            _bar(axes, place, value, styles[run.name])
-            axes.annotate(
-                f"{value:.4g}", (place, value), (0, 3 if value >= 0 else -3), textcoords="offset points", ha="center",
-                va="bottom" if value >= 0 else "top", fontsize=9,
-            )  # fmt: skip
-        axes.set_title(axis_label(objective), fontsize=11)
-        axes.set_xlim(-0.7, len(runs) - 0.3)
-        axes.set_xticks([])
-        axes.margins(y=0.12)
-        _bar_axes(axes)
-    figure.text(0.5 / panels, 0.93, "Mean score per prompt", ha="center", fontsize=12)
-
-
-def _draw_gain_bars(
-    figure: Figure, runs: list[ScoredRun], comparison: Comparison, objectives: list[str], styles: dict[str, Style]
-) -> None:
-    """Gains over the first run in its standard deviations, with the 95% interval, on one scale."""
-    base, *others = runs
-    axes = figure.add_axes((0.56, _BOTTOM, 0.40, _BARS))
-    centres = []
-    for group, objective in enumerate(objectives):
-        start = group * (len(others) + 1)
-        centres.append(start + (len(others) - 1) / 2)
-        for place, run in enumerate(others, start=start):
-            gain = comparison.gains[run.name][objective]
-            _bar(axes, place, gain.value, styles[run.name])
-            if gain.low is not None and gain.high is not None:
-                axes.plot([place] * 2, [gain.low, gain.high], color="black", linewidth=1.4, marker="_", zorder=4)
-    axes.set_xticks(centres, labels=[axis_label(objective) for objective in objectives], fontsize=11)
-    _bar_axes(axes)
-    title = f"Gain over {base.name}, in standard deviations of its scores\n(bars: 95% confidence)"
-    figure.text(0.75, 0.9, title, ha="center", fontsize=12)
-
-
-def _bar(axes: Any, place: float, value: float, style: Style) -> None:
-    axes.bar(place, value, width=0.8, color=style.color, alpha=0.85, zorder=3)
-
-
-def _bar_axes(axes: Any) -> None:
-    axes.axhline(0, color="#333333", linewidth=1.2)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 # The sweep ---------------------------------------------------------------------------------------------------------------

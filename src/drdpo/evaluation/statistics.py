@@ -11,10 +11,13 @@ where a prompt's score is the mean over its completions (and seeds) and the sd i
 a run that equals the base plus a constant has an interval of width zero.
 
 Intervals are percentile intervals (Efron and Tibshirani 1993, chapter 13) of a paired bootstrap: prompts are drawn with
-replacement, the same draws for every run and estimate, so what two runs share cancels in their difference. A run of S > 1
-seeds also has its seeds drawn with replacement, independently of the prompts and of the other runs (the pigeonhole bootstrap
-of two crossed factors, Owen 2007). With few seeds this understates the seeds' part of the spread by a factor
-sqrt((S - 1) / S); the report prints every seed's own means beside it.
+replacement, the same draws for every run and estimate, so what two runs share cancels in their difference. Where a run of
+S > 1 seeds takes part, the interval is symmetric, with the half width
+
+    sqrt(t(P - 1)^2 V + sum over these runs of t(S - 1)^2 v / S),
+
+t the 97.5% quantile of Student's distribution, V the variance over the draws of prompts, v that over the seeds (dividing by
+S - 1). Such a sum covers at least 95% (Banerjee, Sankhya 1961); Satterthwaite's degrees of freedom gave 88% for two seeds.
 """
 
 from collections.abc import Mapping
@@ -22,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+from scipy.special import stdtrit
 
 from drdpo.evaluation.runs import ANSWERS, ScoredRun
 from drdpo.objectives import GATED_SCORE
@@ -49,69 +53,78 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Observations:
-    """What is averaged: one row per prompt, one column per combination of the seeds of `runs`, the last run's fastest."""
+    """What is averaged: [P, S, ...], an axis for the seeds of each of `runs`."""
 
-    values_PK: Array
+    values: Array
     runs: tuple[str, ...]
 
 
-def estimate(means: Array) -> Estimate:
-    """The value and its 95% percentile interval.
+@dataclass(frozen=True)
+class Layout:
+    """What the entries of a resampled mean are: the mean, its B draws over prompts, the mean of each seed of each run."""
+
+    prompts: int
+    draws: int
+    seeds: tuple[int, ...]
+    """Numbers of seeds of the runs that have several."""
+
+
+def estimate(means: Array, layout: Layout, bounds: tuple[float, float] = (-np.inf, np.inf)) -> Estimate:
+    """The value and its 95% interval; see the module's docstring.
 
     Args:
-        means: [1 + B], from `resample`; [1] has no interval.
+        means: [1 + B + seeds], from `resample`, or a combination of such arrays.
+        layout: of `means`.
+        bounds: what the value cannot exceed.
     """
     value = float(means[0])
-    if len(means) == 1:
+    if layout.prompts < 2:
         return Estimate(value, None, None)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means[1:], [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    draws_B, *seeds = np.split(means[1:], np.cumsum([layout.draws, *layout.seeds])[:-1])
+    # Where a run takes no part, the entries of its seeds are equal.
+    spread = [stdtrit(len(one) - 1, 1 - tail) ** 2 * one.var(ddof=1) / len(one) for one in seeds if np.ptp(one) > 0]
+    if spread:
+        half = np.sqrt(stdtrit(layout.prompts - 1, 1 - tail) ** 2 * draws_B.var() + sum(spread))
+        low, high = value - half, value + half
+    else:
+        low, high = np.quantile(draws_B, [tail, 1 - tail])
+    return Estimate(value, max(float(low), bounds[0]), min(float(high), bounds[1]))
 
 
 def weighted(gains: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
-    """[1 + B] weighted sum of gains."""
+    """Weighted sum of resampled gains."""
     return sum((gains[name] * weight for name, weight in weights.items()), start=np.zeros(1))
 
 
-def resample(tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws: int, seed: int) -> dict[Key, Array]:
-    """Bootstrap the mean of every table.
+def resample(
+    tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws: int, seed: int
+) -> tuple[dict[Key, Array], Layout]:
+    """Bootstrap the mean of every table over prompts, and average it for every seed of every run.
 
     Args:
-        tables: all with the same P; a row is one prompt and is drawn as a whole, over all tables.
+        tables: at least one, all with the same P; a row is one prompt and is drawn as a whole, over all tables.
         seeds: {run: its number of seeds S}.
-        draws: bootstrap samples B.
+        draws: bootstrap samples B; none from a single prompt.
         seed: the same seed gives the same draws.
 
     Returns:
-        {key: [1 + B]}: the mean, then the mean in every bootstrap sample; [1], the mean only, if P is 1. Linear in the
-        table's values, so that sums and differences of these arrays are those of the estimates.
+        {key: entries}, and what they are. Linear in the table's values, so that sums and differences of these arrays are
+        those of the estimates.
     """
-    if not tables:
-        return {}
-    values_PK = np.concatenate([table.values_PK for table in tables.values()], axis=1)
-    means_K = values_PK.mean(axis=0)
-    centred_BK = _prompt_draws(values_PK - means_K, draws, seed)
-    weights = {
-        # One stream per run, by its place: adding a run does not change the draws of those before it.
-        run: np.random.default_rng([seed, place]).multinomial(count, np.full(count, 1 / count), size=draws) / count
-        for place, (run, count) in enumerate(seeds.items(), start=1)
-    }
+    means_PK = np.stack([table.values.reshape(len(table.values), -1).mean(axis=1) for table in tables.values()], axis=1)
+    means_K = means_PK.mean(axis=0)
+    draws_BK = means_K + _prompt_draws(means_PK - means_K, draws, seed)
+    several = {run: count for run, count in seeds.items() if count > 1}
     found: dict[Key, Array] = {}
-    start = 0
-    for key, table in tables.items():
-        columns = slice(start, start + table.values_PK.shape[1])
-        start = columns.stop
-        value = means_K[columns].mean()
-        found[key] = np.array([value])
-        if not len(centred_BK):
-            continue
-        weights_BK = np.ones((draws, 1))
-        for run in table.runs:
-            weights_BK = (weights_BK[:, :, None] * weights[run][:, None, :]).reshape(draws, -1)
-        draws_B = value + ((centred_BK[:, columns] + (means_K[columns] - value)) * weights_BK).sum(axis=1)
-        found[key] = np.concatenate([found[key], draws_B])
-    return found
+    for column, (key, table) in enumerate(tables.items()):
+        alone = [np.full(count, means_K[column]) for count in several.values()]
+        for place, run in enumerate(several):
+            if run in table.runs:
+                axis = 1 + table.runs.index(run)
+                alone[place] = table.values.mean(axis=tuple({*range(table.values.ndim)} - {axis}))
+        found[key] = np.concatenate([means_K[column : column + 1], draws_BK[:, column], *alone])
+    return found, Layout(len(means_PK), len(draws_BK), tuple(several.values()))
 
 
 def _prompt_draws(centred_PK: Array, draws: int, seed: int) -> Array:
@@ -191,15 +204,18 @@ def compare(
     pairs = [(run, against) for place, run in enumerate(runs) for against in runs[:place]]
     judge = GATED_SCORE in set.intersection(*(set(run.scores) for run in runs))
     tables = _observations(runs, pairs, objectives, [GATED_SCORE] if judge else [], common)
-    found = resample(tables, {run.name: len(run.members) for run in runs}, draws, seed)
+    found, layout = resample(tables, {run.name: len(run.members) for run in runs}, draws, seed)
     units = {name: unit for name in objectives if (unit := base.sd(name)) > 0}
 
     def difference(run: ScoredRun, against: ScoredRun, objective: str) -> Array:
         return (found[run.name, objective] - found[against.name, objective]) * (1 / units[objective])
 
     def pair(run: ScoredRun, against: ScoredRun, objective: str) -> Difference:
-        gain = estimate(difference(run, against, objective)) if objective in units else None
-        return Difference(gain, estimate(found[run.name, against.name, objective, "wins"]))
+        gain = estimate(difference(run, against, objective), layout) if objective in units else None
+        return Difference(gain, wins(run, against, objective))
+
+    def wins(run: ScoredRun, against: ScoredRun, objective: str) -> Estimate:
+        return estimate(found[run.name, against.name, objective, "wins"], layout, (0.0, 1.0))
 
     gains = {run.name: {name: difference(run, base, name) for name in units} for run in others}
     mixtures = [{sweep[0]: alpha, sweep[1]: 1 - alpha} for alpha in ALPHAS] if sweep else []
@@ -208,16 +224,16 @@ def compare(
         common,
         trained_on or [],
         mixture or {},
-        {run: {name: estimate(gain) for name, gain in by_name.items()} for run, by_name in gains.items()},
-        {run.name: estimate(found[run.name, base.name, GATED_SCORE, "wins"]) for run in others if judge},
+        {run: {name: estimate(gain, layout) for name, gain in by_name.items()} for run, by_name in gains.items()},
+        {run.name: wins(run, base, GATED_SCORE) for run in others if judge},
         {(run.name, against.name): {name: pair(run, against, name) for name in objectives} for run, against in pairs},
-        {run: _summaries(by_name, trained_on or [], mixture or {}) for run, by_name in gains.items()},
+        {run: _summaries(by_name, layout, trained_on or [], mixture or {}) for run, by_name in gains.items()},
         {
-            run.name: {name: estimate(found[run.name, "", name] - found[base.name, "", name]) for name in ANSWERS}
+            run.name: {name: estimate(found[run.name, "", name] - found[base.name, "", name], layout) for name in ANSWERS}
             for run in others
         },
         # Gains in sd units are means of z-scores, which mix linearly.
-        {run: [estimate(weighted(by_name, alphas)) for alphas in mixtures] for run, by_name in gains.items()}
+        {run: [estimate(weighted(by_name, alphas), layout) for alphas in mixtures] for run, by_name in gains.items()}
         if sweep
         else {},
     )
@@ -247,12 +263,13 @@ def _observations(
         for name in dict.fromkeys([*objectives, *judges]):
             # [P, S of the run, S of the other]: 1, 1/2 or 0 for every two seeds.
             signs = np.sign(scores_PS[run.name, name][:, :, None] - scores_PS[against.name, name][:, None, :])
-            wins_PK = ((signs + 1) / 2).reshape(len(common), -1)
-            tables[run.name, against.name, name, "wins"] = Observations(wins_PK, (run.name, against.name))
+            tables[run.name, against.name, name, "wins"] = Observations((signs + 1) / 2, (run.name, against.name))
     return tables
 
 
-def _summaries(gains: dict[str, Array], trained_on: list[str], mixture: dict[str, float]) -> dict[str, Estimate]:
+def _summaries(
+    gains: dict[str, Array], layout: Layout, trained_on: list[str], mixture: dict[str, float]
+) -> dict[str, Estimate]:
     """The gain in the trained mixture, if every objective of it has one; mean and worst gain over all objectives without the
     gated score, which is a mixture itself, and over the trained and the unseen ones."""
     single = [name for name in gains if name != GATED_SCORE]
@@ -262,10 +279,11 @@ def _summaries(gains: dict[str, Array], trained_on: list[str], mixture: dict[str
         groups["unseen"] = [name for name in single if name not in trained_on]
     found: dict[str, Estimate] = {}
     if mixture and all(name in gains for name in mixture):
-        found[MIXTURE] = estimate(weighted(gains, mixture))
+        found[MIXTURE] = estimate(weighted(gains, mixture), layout)
     for label, names in groups.items():
         if len(names) >= 2:
-            found[f"mean of {label} ({len(names)})"] = estimate(weighted(gains, dict.fromkeys(names, 1 / len(names))))
-            # The smallest in every bootstrap sample, whichever objective it is.
-            found[f"worst of {label} ({len(names)})"] = estimate(np.min([gains[name] for name in names], axis=0))
+            mean = weighted(gains, dict.fromkeys(names, 1 / len(names)))
+            found[f"mean of {label} ({len(names)})"] = estimate(mean, layout)
+            # The smallest in every bootstrap sample and for every seed, whichever objective it is.
+            found[f"worst of {label} ({len(names)})"] = estimate(np.min([gains[name] for name in names], axis=0), layout)
     return found

@@ -69,6 +69,8 @@ class PrefixPlan:
         self.groups = list(groups)
         self.lengths = [length for group in self.groups for length in group.lengths]
         """Lengths of the row's pieces, prefixes and suffixes in order."""
+        self.longest = max(group.prefix + max(group.suffixes, default=0) for group in self.groups)
+        """Tokens of the longest sequence."""
         self.dtype, self.flash = dtype, flash
         self._device = device
         self._masked = [group for group in self.groups if group.prefix]
@@ -344,12 +346,16 @@ def _attention_of_transformers(
 
     Without a plan, rows are whole sequences without padding.
     """
-    for name in ("sliding_window", "softcap", "s_aux"):
+    for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"the model's attention uses {name}, which packing with shared prefixes does not support")
     if attention_mask is not None:
         raise ValueError("packed rows accept no attention mask")
-    scale, plan = options.get("scaling"), options.get("prefix_plan")
+    scale, plan, window = (options.get(name) for name in ("scaling", "prefix_plan", "sliding_window"))
+    # Within its window, a sequence is seen whole.
+    longest = query.shape[2] if plan is None else plan.longest
+    if window and window < longest:
+        raise ValueError(f"the model's attention has a sliding window of {window}, less than a sequence of {longest} tokens")
     if plan is not None:
         # They may come in float32, see drdpo.training.patches.
         dtype = query.dtype
@@ -391,7 +397,7 @@ def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> T
         [N, D]
 
     Raises:
-        ValueError: the model's attention has a sliding window, capped logits or sinks.
+        ValueError: the model's attention has a sliding window shorter than a sequence, capped logits or sinks.
     """
     parameter = next(backbone.parameters())
     plan = PrefixPlan(row.groups, parameter.device, parameter.dtype, flash=flash)

@@ -43,7 +43,7 @@ def choose_engine(name: str, max_new_tokens: int, on_gpu: bool) -> str:
         on_gpu: is there a GPU to sample on?
 
     Raises:
-        UsageError: vLLM was requested and does not work here.
+        UsageError: vLLM does not work here, and was requested or there is a GPU: transformers takes days for its hours.
     """
     if name == "transformers":
         return name
@@ -53,8 +53,8 @@ def choose_engine(name: str, max_new_tokens: int, on_gpu: bool) -> str:
     problem = vllm_problem()
     if problem is None:
         return "vllm"
-    if name == "vllm":
-        raise UsageError(f"--engine=vllm: {problem}; run: bash setup.sh, or pass --engine=transformers (slower)")
+    if name == "vllm" or on_gpu:
+        raise UsageError(f"--engine={name}: {problem}; run: bash setup.sh, or pass --engine=transformers (slower)")
     print(f"WARNING: sampling with transformers, several times slower than vLLM: {problem}", file=sys.stderr, flush=True)
     return "transformers"
 
@@ -175,10 +175,10 @@ class Pool:
         def assign(pipe: Connection) -> None:
             if left:
                 busy[pipe] = left.pop()
-                try:
+                with suppress(
+                    OSError
+                ):  # An engine that has ended: what it sent before, its error or nothing, is read below.
                     pipe.send((list(blocks[busy[pipe]]), sampling))
-                except OSError:
-                    raise self._death(pipe) from None
 
         for pipe in self._pipes:
             assign(pipe)

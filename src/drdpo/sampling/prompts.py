@@ -83,15 +83,13 @@ def render(
     Raises:
         DataError: no prompt can be used.
     """
-    from jinja2.exceptions import TemplateError
-
     rendered: list[RenderedPrompt] = []
     rejects: list[Reject] = []
     for row, prompt in enumerate(prompts, start=1):
         try:
             token_ids = chat.prompt_token_ids(tokenizer, prompt.prompt)
-        except (TemplateError, ValueError, TypeError) as error:
-            rejects.append(Reject(str(file), row, prompt.prompt_id, f"the chat template rejects it: {error}"))
+        except ValueError as error:
+            rejects.append(Reject(str(file), row, prompt.prompt_id, str(error)))
             continue
         if len(token_ids) > prompt_max_len:
             reason = f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}"

@@ -29,7 +29,7 @@ from drdpo.folder import (
     write_manifest,
 )
 from drdpo.machine import announce, settle
-from drdpo.models import check_model_folder, fingerprint
+from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, Prompt, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
@@ -40,10 +40,11 @@ CPU_BLOCK = 128
 """Samples per block on a CPU: enough to keep the engine busy, few to lose in an interruption."""
 
 GPU_BLOCK = 8192
-"""Samples per block on a GPU, which samples hundreds at once and should seldom wait for the last ones of a block."""
+"""Largest block on a GPU in samples: it samples hundreds at once and should seldom wait for the last ones of a block."""
 
 _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
+    "chat_template_kwargs",
 )  # fmt: skip
 
 PromptBlocks = dict[int, list[RenderedPrompt]]
@@ -88,7 +89,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         DataError: prompts or model folder are not usable.
         ProcessError: an engine process died; finished blocks are kept.
     """
-    check_model_folder(config.model_path)
+    check_model(config.model_path)
     require(config.best_of_n <= MAX_SAMPLES, f"--best_of_n={config.best_of_n}: at most {MAX_SAMPLES} completions per prompt")
     save_path = Path(config.save_path)
     if save_path.is_file():
@@ -106,7 +107,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         return
     refuse_if_locked(save_path / "sampled")
     max_model_len = check_context(config.model_path, config.prompt_max_len, config.max_new_tokens)
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if config.check_only:
         return
     gpus = visible_gpus()
@@ -168,9 +169,12 @@ class _LazyEngines:
     def count(self) -> int:
         return len(self._plan)
 
-    def block_size(self, samples: int) -> int:
-        """Samples per block, if there are this many in all; no GPU is left without work."""
-        return min(GPU_BLOCK, math.ceil(samples / self.count)) if self._on_gpu else CPU_BLOCK
+    def block_size(self, prompts: int, n: int) -> int:
+        """Prompts per block, if there are this many with n samples each; all GPUs have equally many blocks."""
+        if not self._on_gpu:
+            return max(1, CPU_BLOCK // n)
+        blocks = self.count * math.ceil(prompts * n / (self.count * GPU_BLOCK))
+        return math.ceil(prompts / blocks)
 
     def start(self) -> Engines:
         if self._engines is None:
@@ -190,7 +194,7 @@ def _sample_split(
     rendered, rejects = render(tokenizer, split.prompts, split.file, config.prompt_max_len)
     parts = Parts(split.parts, split.made_by, config.overwrite)
     # An interrupted run keeps its block size, whatever the number of engines is now: samples depend on their block.
-    size = parts.plan or max(1, engines.block_size(len(rendered) * sampling.n) // sampling.n)
+    size = parts.plan or engines.block_size(len(rendered), sampling.n)
     parts.open(size)
     blocks = {number: rendered[start : start + size] for number, start in enumerate(range(0, len(rendered), size))}
     seconds = _run_blocks(config, split, blocks, parts, sampling, engines)

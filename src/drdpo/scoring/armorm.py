@@ -72,36 +72,17 @@ class RewardLayout:
     max_positions: int
     pooling: str = "last"
 
-    def head_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that is not the backbone's."""
-        heads, hidden, last = len(self.objectives), self.gating_hidden_dim, self.gating_n_hidden
-        shapes: dict[str, tuple[int, ...]] = {
-            "regression_layer.weight": (heads, self.hidden_size),
-            "reward_transform_matrix": (heads, heads),
-            "gating.logit_scale": (1,),
-        }
-        for layer in range(last + 1):
-            rows = heads if layer == last else hidden
-            shapes[f"gating.layers.{layer}.weight"] = (rows, hidden if layer else self.hidden_size)
-            shapes[f"gating.layers.{layer}.bias"] = (rows,)
-        return shapes
-
 
 def check_folder(folder: Path) -> RewardLayout:
-    """Check a reward model folder, except for its backbone's tensors; returns its layout.
+    """Check a reward model folder without reading weights; returns its layout.
 
     Raises:
-        DataError: from read_layout, read_shapes and check_shapes, or for a missing tokenizer.
+        DataError: as load_armorm, but for values of tensors; or for a missing tokenizer.
     """
-    layout = read_layout(folder)
-    found = read_shapes(folder)
-    heads = {name: place for name, place in found.items() if not name.startswith("model.")}
-    check_shapes(folder, heads, layout.head_shapes())
-    if len(heads) == len(found):
-        raise DataError(f"{folder}: no tensor model.*: the weights are heads without a backbone")
+    model, _ = _build(folder)
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder}: no tokenizer (tokenizer.json) in the reward model folder")
-    return layout
+    return model.layout
 
 
 def read_layout(folder: Path) -> RewardLayout:
@@ -112,10 +93,16 @@ def read_layout(folder: Path) -> RewardLayout:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such reward model folder; run: bash setup.sh")
+        raise DataError(f"{folder}: no such reward model folder (a hub id is none); run: bash setup.sh")
     if not path.is_file():
         raise DataError(f"{path}: no such file; a reward model folder needs ArmoRM's layout")
     config = read_json_object(path)
+    if "num_objectives" not in config and (made := config.get("architectures")):
+        kind = "a language model" if str(made).endswith("LM']") else "no such model"
+        raise DataError(
+            f"{folder}: {kind} ({', '.join(map(str, made))}) where --reward_model needs ArmoRM's heads, with a rating per "
+            "objective and a gate; pass models/ArmoRM, or a folder of that layout"
+        )
     count = _positive(path, config, "num_objectives")
     pattern = config.get("gating_token_pattern", list(LLAMA3_GATING_PATTERN))
     if not isinstance(pattern, list) or not pattern or not all(type(token) is int and token >= 0 for token in pattern):
@@ -383,10 +370,22 @@ def load_armorm(path: str | Path, device: torch.device | str, dtype: torch.dtype
         DataError: a tensor is missing, unknown, of another shape or (in the heads) not finite; no safetensors weights; a
             config.json that contradicts itself or names a backbone that transformers does not have.
     """
+    folder = Path(path)
+    model, found = _build(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({place for place, _ in found.values()}):
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                tensors[name] = _cast(folder, name, stored.get_tensor(name), dtype)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _build(folder: Path) -> tuple[ArmoRM, dict[str, tuple[Path, tuple[int, ...]]]]:
+    """The model without its weights, and file and shape of each tensor, all of which are there."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModel
 
-    folder = Path(path)
     layout, found = read_layout(folder), read_shapes(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -395,13 +394,7 @@ def load_armorm(path: str | Path, device: torch.device | str, dtype: torch.dtype
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{folder}: the backbone cannot be built from config.json ({error})") from error
     check_shapes(folder, found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    tensors: dict[str, Tensor] = {}
-    for file in sorted({place for place, _ in found.values()}):
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a dict
-                tensors[name] = _cast(folder, name, stored.get_tensor(name), dtype)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return model, found
 
 
 def _cast(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2.exceptions import TemplateError
 
 from drdpo import distributed
 from drdpo.chat import conversation_token_ids, load_tokenizer
@@ -41,12 +40,9 @@ from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE
 from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records, to_row, write_rejects, write_rows
-from drdpo.scoring.armorm import SharedPrefix, Span, check_folder, find_span, load_armorm, packed_batches
+from drdpo.scoring.armorm import RewardLayout, SharedPrefix, Span, check_folder, find_span, load_armorm, packed_batches
 
 ROOT = Path(__file__).resolve().parents[3]
-
-UNRENDERABLE = (TemplateError, ValueError, TypeError)
-"""Errors of rendering: the template's own, drdpo.chat's, and those of a template that fails on a message."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -90,6 +86,7 @@ def score_completions(config: CompletionsConfig) -> None:
     layout = check_folder(folder)
     if config.score_max_len > layout.max_positions:
         raise UsageError(f"--score_max_len={config.score_max_len}: {folder} reads at most {layout.max_positions} tokens")
+    check_tokenizer(folder, layout)
     config, precision = settle(config)
     if config.check_only:
         announce(precision)
@@ -299,7 +296,7 @@ class Scorer:
         batch_tokens: largest number of tokens in a batch; a prompt counts once for its completions.
 
     Raises:
-        DataError: the folder is not complete, or its tokenizer does not match its heads.
+        DataError: the folder is not complete, or its backbone cannot score packed rows.
     """
 
     def __init__(self, folder: Path, dtype: str, max_len: int, batch_tokens: int) -> None:
@@ -312,7 +309,6 @@ class Scorer:
         self.objectives = self.model.objectives
         self.attention = self._attend(DTYPES[dtype])
         """Attention kernel of packed rows: "flash" on CUDA if it supports the backbone, else "sdpa"."""
-        check_tokenizer(folder, self.tokenizer, self.model.layout.gating_token_pattern, self.model.layout.vocab_size)
         self._check_backbone(folder)
 
     def read(self, completions: Sequence[Completion]) -> Reading:
@@ -327,8 +323,8 @@ class Scorer:
             try:
                 ids = conversation_token_ids(self.tokenizer, [*completion.prompt, *completion.completion])
                 reason = self._refusal(ids)
-            except UNRENDERABLE as error:
-                ids, reason = [], f"the chat template rejects it ({error})"
+            except ValueError as error:
+                ids, reason = [], str(error)
             if reason:
                 refused[row] = reason
             token_ids.append(ids)
@@ -386,12 +382,13 @@ class Scorer:
         return {"reason": f"the score is not finite ({', '.join(broken)})"} if broken else {"scores": scores}
 
 
-def check_tokenizer(folder: Path, tokenizer: Any, pattern: tuple[int, ...], vocabulary: int) -> None:
+def check_tokenizer(folder: Path, layout: RewardLayout) -> None:
     """Raise DataError unless the template writes the gating pattern and every id is in the vocabulary."""
+    tokenizer, vocabulary, pattern = load_tokenizer(str(folder)), layout.vocab_size, layout.gating_token_pattern
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
         ids = conversation_token_ids(tokenizer, turns)
-    except UNRENDERABLE as error:
+    except ValueError as error:
         raise DataError(f"{folder}: the tokenizer's template rejects a question with its answer ({error})") from error
     if max(ids) >= vocabulary:
         raise DataError(f"{folder}: the tokenizer writes id {max(ids)}, outside the model's vocabulary of {vocabulary}")

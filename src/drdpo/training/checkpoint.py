@@ -37,7 +37,7 @@ SLACK = 2**24
 Weights = dict[str, torch.Tensor]
 
 
-def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None) -> None:
+def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None, card: str = "") -> None:
     """Write the policy as a Hugging Face folder (safetensors in the training dtype, tokenizer), whole or not at all.
 
     With LoRA the folder contains the merged model, and the adapters in its subfolder `adapter` as peft lays them out;
@@ -48,17 +48,18 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
         tokenizer: of the policy.
         folder: save_path/global_step_<n>.
         lora: of the policy's adapters, if it has some.
+        card: its README.md; rank 0's counts.
 
     Raises:
         DataError: a weight is not finite, or the disk is full; every rank raises the former.
     """
     # Rank 0 writes while the others wait.
     with patient(4 * _elements(engine.module)):
-        model = engine.module.language_model
+        model, generation = engine.module.language_model, engine.module.generation_config
         weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
         _check_weights(engine, weights, folder)
         check_room(folder, written_bytes(model, weights, lora), engine.device)
-        distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora))
+        distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora, card, generation))
 
 
 def _gathered(model: Any) -> Weights:
@@ -85,24 +86,42 @@ def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
         )
 
 
-def _write_model(model: Any, weights: Weights, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None) -> None:
+def _write_model(
+    model: Any,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    folder: Path,
+    lora: LoraSettings | None,
+    card: str,
+    generation: bytes | None,
+) -> None:
     try:
         with atomic_folder(folder) as aside:
             if lora is None:
-                model.save_pretrained(aside, state_dict=_untied(model, weights))
+                _write_whole(model, weights, aside, generation)
             elif lora.merge:
                 save_adapter(model, weights, aside / "adapter")
                 whole = model
                 if lora.quantize != "none":
                     whole = load_base(lora)
                     weights = whole.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
-                whole.save_pretrained(aside, state_dict=_untied(whole, merged(weights, lora.rank)))
+                _write_whole(whole, merged(weights, lora.rank), aside, generation)
             else:
                 save_adapter(model, weights, aside)
             tokenizer.save_pretrained(aside)
+            if card:  # peft writes an empty one
+                (aside / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         # How safetensors reports a full disk.
         raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
+
+
+def _write_whole(model: Any, weights: Weights, folder: Path, generation: bytes | None) -> None:
+    if generation is not None:
+        model.generation_config = type(model.generation_config)()
+    model.save_pretrained(folder, state_dict=_untied(model, weights))
+    if generation is not None:
+        (folder / "generation_config.json").write_bytes(generation)
 
 
 def written_bytes(model: Any, weights: Weights, lora: LoraSettings | None) -> int:

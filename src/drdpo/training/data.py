@@ -1,7 +1,7 @@
 """Preference pairs as token ids, and the micro-batches that they go through the model in.
 
-In order: rows of a data set; their token ids (Pair); which pairs make an optimizer step, on which rank and in which
-micro-batch (BatchPlan); and the two forms of a micro-batch, padded (Batch) or as one packed row (PackedBatch).
+In order: token ids of preferences (Pair); which pairs make an optimizer step, on which rank and in which micro-batch
+(BatchPlan); and the two forms of a micro-batch, padded (Batch) or as one packed row (PackedBatch).
 
 Shape suffixes: B pairs, S = 2B sequences (all chosen rows, then all rejected), T tokens of a padded row, N tokens of a
 packed row, A answer tokens.
@@ -10,15 +10,12 @@ packed row, A answer tokens.
 import heapq
 import math
 import random
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from drdpo import chat, distributed
@@ -26,8 +23,9 @@ from drdpo.distributed import send
 from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow, PrefixGroup
 from drdpo.progress import progress
-from drdpo.records import Message, Preference, read_rows
+from drdpo.records import Message, Preference
 from drdpo.training.losses import TOKENS
+from drdpo.training.rows import Columns
 
 
 @dataclass(frozen=True)
@@ -54,161 +52,7 @@ class Pair:
         return (1 if prompt_once else 2) * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-# From rows to token ids -------------------------------------------------------------------------------------------------
-
-
-def load_preferences(dataset_path: str, split: str) -> list[Preference]:
-    """Read one split of a preference data set.
-
-    Args:
-        dataset_path: a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own
-            records or TRL's form: prompt, chosen and rejected as message lists or texts, or chosen and rejected with
-            the shared prompt inside.
-        split: "train" or "test".
-
-    Raises:
-        DataError: no such data set or split, no rows, or a row without the fields; names file, row and field.
-    """
-    source, rows = _rows(dataset_path, split)
-    preferences = []
-    for number, row in rows:
-        try:
-            preferences.append(Preference.from_trl(row, number))
-        except ValueError as error:
-            raise DataError(f"{source}, row {number}: {error}") from error
-    if not preferences:
-        raise DataError(f"{source}: the data set has no rows")
-    return preferences
-
-
-class Columns(NamedTuple):
-    """What a run reads of a row besides its texts."""
-
-    numbers: Mapping[str, float] = {}
-    """By field, for the method; TOKENS are counted later."""
-    groups: Mapping[str, str] = {}
-    """Names by field."""
-    mixed: Mapping[str, tuple[float, float]] = {}
-    """By mixture of objectives: scores of the chosen and of the rejected answer."""
-
-
-def load_columns(
-    dataset_path: str,
-    split: str,
-    reads: Sequence[str] = (),
-    groups: Sequence[str] = (),
-    mixtures: Mapping[str, Mapping[str, float]] | None = None,
-    weight: str | None = None,
-) -> list[Columns]:
-    """What a run reads of every row besides its texts.
-
-    Args:
-        dataset_path, split: as for load_preferences.
-        reads: number fields, see Method.reads.
-        groups: fields that name groups, as texts or whole numbers.
-        mixtures: {name: {objective: weight}} of the scores in chosen_scores and rejected_scores.
-        weight: the one of `reads` that must not be negative.
-
-    Raises:
-        DataError: as load_preferences; a row lacks a field, or it is of another kind; names file, row and field.
-    """
-    source, rows = _rows(dataset_path, split)
-    columns = []
-    for number, row in rows:
-        try:
-            numbers = {name: 0.0 if name in TOKENS else _number(row, name, name == weight) for name in reads}
-            mixed = {
-                name: (_mixed(row, "chosen_scores", weights), _mixed(row, "rejected_scores", weights))
-                for name, weights in (mixtures or {}).items()
-            }
-            columns.append(Columns(numbers, {name: _group(row, name) for name in groups}, mixed))
-        except ValueError as error:
-            raise DataError(f"{source}, row {number}: {error}") from error
-    return columns
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
-    value = row.get(name)
-    if value is None:
-        raise ValueError(f'field "{name}" is missing, and the method reads it')
-    if not _is_number(value):
-        raise ValueError(f'field "{name}" is no finite number, and the method reads it')
-    if positive and value < 0:
-        raise ValueError(f'field "{name}" is {value}, and a weight is not negative; change it, or omit --weight_column')
-    return float(value)
-
-
-def _group(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        raise ValueError(f'field "{name}" is missing, and the run groups pairs by it')
-    if not isinstance(value, str | int):
-        raise ValueError(f'field "{name}" is neither a text nor a whole number, and the run groups pairs by it')
-    return str(value)
-
-
-def _mixed(row: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> float:
-    scores = row.get(name)
-    if not isinstance(scores, Mapping):
-        raise ValueError(f'field "{name}" is missing, and --eval_mixture reads it; build the pairs again, --overwrite=true')
-    for objective in weights:
-        if scores.get(objective) is None:
-            known = ", ".join(key for key, score in scores.items() if score is not None) or "none"
-            raise ValueError(f'field "{name}" lacks {objective}, and --eval_mixture reads it; it has {known}')
-        if not _is_number(scores[objective]):
-            raise ValueError(f'field "{name}": {objective} is no finite number, and --eval_mixture reads it')
-    return float(sum(weight * scores[objective] for objective, weight in weights.items()))
-
-
-def lone_group(dataset_path: str, split: str, column: str, columns: Sequence[Columns]) -> None:
-    """Refuse a group of one pair: its weight would be that pair's.
-
-    Args:
-        dataset_path, split, columns: the rows' columns, from load_columns.
-        column: that names the groups.
-
-    Raises:
-        DataError: naming file, row, field and group.
-    """
-    counts = Counter(found.groups[column] for found in columns)
-    if len(counts) < 2:
-        raise DataError(f'{dataset_path} [{split}]: field "{column}" names one group only; --method=group needs two or more')
-    for found, (number, _) in zip(columns, _rows(dataset_path, split)[1], strict=True):
-        if counts[name := found.groups[column]] == 1:
-            raise DataError(
-                f'{_rows(dataset_path, split)[0]}, row {number}: field "{column}" is "{name}" in this row alone; a group '
-                "needs two pairs: merge it into another, or remove the row"
-            )
-
-
-def _rows(dataset_path: str, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
-    """The name of a split for messages, and its rows with their numbers from 1."""
-    folder = Path(dataset_path)
-    if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
-        path = folder / f"{split}.jsonl"
-        return str(path), read_rows(path)
-    return f"{dataset_path} [{split}]", enumerate(_hub_rows(dataset_path, split), start=1)
-
-
-def _hub_rows(dataset_path: str, split: str) -> Any:
-    import datasets
-
-    folder = Path(dataset_path)
-    try:
-        splits = datasets.load_from_disk(dataset_path) if folder.is_dir() else datasets.load_dataset(dataset_path)
-    except Exception as error:
-        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{dataset_path}: neither a folder of preferences nor a data set of the hub ({reason})") from error
-    names = [split] if split == "train" else ["test", "validation", "eval"]
-    for name in names:
-        if name in splits:
-            return splits[name]
-    raise DataError(f"{dataset_path}: no split {' or '.join(names)} (it has {', '.join(splits)})")
+# From preferences to token ids ------------------------------------------------------------------------------------------
 
 
 REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers", "answer cut", "text encoded")
@@ -229,36 +73,41 @@ def tokenise(
         preferences: of one split.
         tokenizer: of the policy.
         max_len: longest prompt + answer in tokens.
-        columns: from load_columns, one for each preference.
+        columns: from load_split, one for each preference.
 
     Returns:
         The pairs that can be trained on, and counts by REASONS: pairs that are dropped ("prompt too long", "template
         refuses", "empty answer", "equal answers") and answers that stay ("answer cut", "text encoded").
+
+    Raises:
+        DataError: the chat template renders no pair.
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
     for preference, found in zip(shown, columns or [Columns()] * len(preferences), strict=True):
+        if not all(answer[0]["content"].strip() for answer in (preference.chosen, preference.rejected)):
+            counts["empty answer"] += 1
+            continue
         try:
             prompt = chat.prompt_token_ids(tokenizer, preference.prompt)
-        except (TemplateError, ValueError):
+            room = max_len - len(prompt)
+            if room < 1:
+                counts["prompt too long"] += 1
+                continue
+            whole = [
+                _answer(tokenizer, preference.prompt, preference.chosen, preference.chosen_token_ids),
+                _answer(tokenizer, preference.prompt, preference.rejected, preference.rejected_token_ids),
+            ]
+        except ValueError as error:
             counts["template refuses"] += 1
+            if counts["template refuses"] == len(preferences):
+                raise DataError(f"the policy's chat template renders no pair; the last: {error}") from error
             continue
-        room = max_len - len(prompt)
-        if room < 1:
-            counts["prompt too long"] += 1
-            continue
-        answers = []
-        for message, sampled in (
-            (preference.chosen, preference.chosen_token_ids),
-            (preference.rejected, preference.rejected_token_ids),
-        ):
-            ids, encoded = _answer(tokenizer, message, sampled)
+        answers = [ids[:room] for ids, _ in whole]
+        for ids, encoded in whole:
             counts["text encoded"] += encoded
             counts["answer cut"] += len(ids) > room
-            answers.append(ids[:room])
-        if not all(answers):
-            counts["empty answer"] += 1
-        elif answers[0] == answers[1]:
+        if answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
             lengths = {name: float(len(answer)) for name, answer in zip(TOKENS, answers, strict=True)}
@@ -267,14 +116,14 @@ def tokenise(
     return pairs, counts
 
 
-def _answer(tokenizer: chat.Tokenizer, answer: list[Message], sampled: list[int] | None) -> tuple[list[int], bool]:
+def _answer(
+    tokenizer: chat.Tokenizer, prompt: list[Message], answer: list[Message], sampled: list[int] | None
+) -> tuple[list[int], bool]:
     """Ids of an answer, and whether its text had to be encoded."""
-    if sampled is None:
-        return chat.answer_token_ids(tokenizer, answer), True
-    in_vocabulary = all(token < len(tokenizer) for token in sampled)
-    if in_vocabulary and chat.decode(tokenizer, sampled) == answer[0]["content"].strip():
+    text = answer[0]["content"].strip()
+    if sampled is not None and max(sampled, default=0) < len(tokenizer) and chat.decode(tokenizer, sampled) == text:
         return list(sampled), False
-    return chat.answer_token_ids(tokenizer, answer), True
+    return chat.answer_token_ids(tokenizer, answer, prompt), True
 
 
 # Which pairs go through the model together ------------------------------------------------------------------------------
@@ -311,17 +160,13 @@ class BatchPlan:
         """Of every pair: tokens in a packed row under row_tokens, else of the longer sequence."""
         return [len(pair) if self.row_tokens is None else pair.row_tokens(self.prompt_once) for pair in self.pairs]
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.pairs) // self.batch_size
-
     def of_step(self, step: int) -> list[list[int]]:
         """This rank's micro-batches, as indices of pairs, of the optimizer step after `step` finished ones."""
         return self.deal(step_indices(len(self.pairs), self.batch_size, self.seed, step))
 
     def of_first_epoch(self) -> list[list[int]]:
-        """This rank's micro-batches of the first epoch, then of the pairs that fill no step of it (-1 is padding)."""
-        steps = range(self.steps_per_epoch)
+        """This rank's micro-batches of the first epoch's whole steps, then of its other pairs (-1 is padding)."""
+        steps = range(len(self.pairs) // self.batch_size)
         used = {index for step in steps for index in step_indices(len(self.pairs), self.batch_size, self.seed, step)}
         left = [index for index in range(len(self.pairs)) if index not in used]
         return [rows for step in steps for rows in self.of_step(step)] + self.without_steps(left)
@@ -350,26 +195,42 @@ class BatchPlan:
 def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The pairs of one optimizer step.
 
-    Every epoch is a new permutation, a function of (seed, epoch) alone. Its last pairs, if they fill no batch, are left out
-    of that epoch.
+    Every epoch is a new permutation, and a step that an epoch's last pairs do not fill takes the first ones of the next.
 
     Args:
-        pairs: how many there are.
+        pairs: how many there are, at least batch_size.
         batch_size: pairs per optimizer step.
         seed: of the shuffling.
         step: optimizer steps done before this one.
 
     Returns:
-        batch_size indices.
+        batch_size indices, all different.
     """
-    epoch, position = divmod(step, pairs // batch_size)
-    return list(_epoch_order(pairs, seed, epoch)[position * batch_size : (position + 1) * batch_size])
+    epoch, first = divmod(step * batch_size, pairs)
+    taken = _epoch_order(pairs, batch_size, seed, epoch)[first : first + batch_size]
+    if len(taken) < batch_size:
+        taken += _epoch_order(pairs, batch_size, seed, epoch + 1)[: batch_size - len(taken)]
+    return list(taken)
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(pairs: int, seed: int, epoch: int) -> tuple[int, ...]:
-    order = list(range(pairs))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+def _epoch_order(pairs: int, batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation, a function of the arguments alone.
+
+    Its first pairs share a step with the last ones of the epoch before. Pairs that this step has already come behind it,
+    in their order.
+    """
+    # An epoch depends on the one before, back to one that begins with a step of its own.
+    period = batch_size // math.gcd(pairs, batch_size)
+    order: list[int] = []
+    for number in range(epoch - epoch % period, epoch + 1):
+        before = set(order[len(order) - number * pairs % batch_size :])
+        order = list(range(pairs))
+        random.Random(f"{seed}/{number}").shuffle(order)
+        if before:
+            free = [index for index in order if index not in before][: batch_size - len(before)]
+            taken = set(free)
+            order = free + [index for index in order if index not in taken]
     return tuple(order)
 
 

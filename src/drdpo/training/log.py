@@ -3,12 +3,9 @@
 Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences.
 """
 
-import importlib.util
 import json
 import os
 import re
-import secrets
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -17,10 +14,11 @@ import torch
 from torch import Tensor
 
 from drdpo import distributed
-from drdpo.errors import DataError, ProcessError, UsageError, duration, one_line
-from drdpo.folder import atomic_file, read_json_object, whole_lines
+from drdpo.errors import DataError, duration
+from drdpo.folder import atomic_file, whole_lines
 from drdpo.training import losses
 from drdpo.training.data import Batch
+from drdpo.training.trackers import Tracker
 
 if TYPE_CHECKING:
     from drdpo.training.data import AnyBatch
@@ -28,10 +26,6 @@ if TYPE_CHECKING:
     from drdpo.training.objective import Objective
     from drdpo.training.policy import Policy
 
-WANDB_ID = "wandb.json"
-"""{id, project} of the folder's wandb run. Never a key."""
-WANDB_PIN = "wandb==0.31.0"
-"""The oldest version that works. It is optional, so it is not in the locks."""
 PEAK_BF16 = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
     "A100": 312e12, "L40S": 362e12,
@@ -134,10 +128,11 @@ def shape_of(policy: "Policy") -> Shape:
     settings, table = model.config.get_text_config(), model.get_input_embeddings().weight
     every: list[Tensor] = list(policy.parameters())
     blocks = [parameter for parameter in every if parameter is not head and parameter is not table]
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    heads = getattr(settings, "num_attention_heads", 0)  # Mamba has none
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // max(heads, 1)
     return Shape(
         count(every), count(every, trained=True), count(blocks), count(blocks, trained=True), head.numel(),
-        head.requires_grad, settings.num_hidden_layers, settings.num_attention_heads * width,
+        head.requires_grad, settings.num_hidden_layers, heads * width,
     )  # fmt: skip
 
 
@@ -243,22 +238,22 @@ class MetricsLog:
     """Appends to save_path/metrics.jsonl and to the trackers of --log; on rank 0 only, a no-op elsewhere."""
 
     def __init__(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
-        """Open the log of a run; lines of later steps are dropped.
+        """Open the log of a run; lines of later steps are dropped. Every rank must call: if rank 0 fails, all end.
 
         Args:
             folder: save_path.
             done: finished steps.
-            trackers: any of "tensorboard" and "wandb".
-            flags: of the run, for wandb.
+            trackers: names in drdpo.training.trackers.
+            flags: of the run, for the trackers.
 
         Raises:
             DataError: a line of these steps is missing.
-            ProcessError: Weights & Biases cannot be started.
         """
         self._stream: TextIO | None = None
-        self._trackers: list[TensorBoard | Wandb] = []
-        if not distributed.is_main():
-            return
+        self._trackers: list[Tracker] = []
+        distributed.on_main(lambda: self._open(folder, done, trackers, flags))
+
+    def _open(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
         path = folder / "metrics.jsonl"
         # A process that was killed while writing leaves a partial line; its step is repeated.
         lines = [line for _, line in whole_lines(path)] if path.is_file() else []
@@ -270,10 +265,7 @@ class MetricsLog:
             )
         with atomic_file(path) as stream:
             stream.writelines(json.dumps(line) + "\n" for line in kept)
-        for name in trackers:
-            self._trackers.append(
-                TensorBoard(folder, done) if name == "tensorboard" else Wandb(folder, flags, kept, len(lines))
-            )
+        self._trackers = [Tracker(name, folder, flags, kept, len(lines)) for name in trackers]
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:
@@ -296,137 +288,3 @@ class MetricsLog:
             self._stream.close()
             for tracker in self._trackers:
                 tracker.close()
-
-
-def _grouped(metrics: Metrics) -> Metrics:
-    """{train/loss: .., eval/loss: ..} of a line of metrics.jsonl, without its step."""
-    return {
-        f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": value
-        for name, value in metrics.items()
-        if name != "step"
-    }
-
-
-class TensorBoard:
-    """Event files in save_path/tensorboard."""
-
-    def __init__(self, folder: Path, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # An earlier start's later steps will be repeated.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-
-    def write(self, metrics: Metrics) -> None:
-        for name, value in _grouped(metrics).items():
-            self._writer.add_scalar(name, value, int(metrics["step"]))
-        # At once, or a kill would lose steps that the saved state counts as finished.
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class Wandb:
-    """One run of Weights & Biases per folder, with its files in save_path/wandb; WANDB_* variables apply."""
-
-    def __init__(self, folder: Path, flags: dict[str, Any], kept: list[Metrics], logged: int) -> None:
-        """Start or resume the folder's run.
-
-        Args:
-            folder: save_path.
-            flags: of the run.
-            kept: lines of metrics.jsonl of the finished steps.
-            logged: steps that an earlier start has logged; those beyond `kept` will be repeated.
-        """
-        import wandb
-
-        self._lost = False
-        run = _wandb_identity(folder)
-        try:
-            self._run: Any = wandb.init(
-                project=run["project"], id=run["id"], resume="allow", dir=str(folder), config=flags,
-                name=os.environ.get("WANDB_NAME") or folder.resolve().name,
-                # Neither source nor output of the program leaves this machine; no prompt, no endless wait.
-                settings=wandb.Settings(console="off", disable_git=True, save_code=False, login_timeout=1, init_timeout=120,
-                                        finish_timeout=300, silent=True),
-            )  # fmt: skip
-        except Exception as error:  # Of wandb's own kinds, which differ from version to version.
-            raise ProcessError(
-                f"--log=wandb could not start: {one_line(str(error), 300)}; set WANDB_MODE=offline, or remove wandb from "
-                "--log"
-            ) from error
-        # The server knows its last step. Offline there is none; whatever was logged once will be sent once.
-        self._next = logged + 1 if _offline() and run["resumed"] else int(self._run.step)
-        for metrics in kept:
-            self.write(metrics)
-
-    def write(self, metrics: Metrics) -> None:
-        step = int(metrics["step"])
-        if step >= self._next and not self._lost:
-            self._keep_running(lambda: self._run.log(_grouped(metrics), step=step))
-
-    def close(self) -> None:
-        # A run that ends by an exception is shown as failed.
-        status = int(sys.exc_info()[0] is not None)
-        self._keep_running(lambda: self._run.finish(exit_code=status))
-
-    def _keep_running(self, send: Any) -> None:
-        """Training outlives wandb, whose own process may be killed: metrics.jsonl has everything."""
-        try:
-            send()
-        except Exception as error:
-            if not self._lost:
-                print(f"warning: wandb logging failed ({one_line(str(error), 200)}); continuing with metrics.jsonl only",
-                      file=sys.stderr, flush=True)  # fmt: skip
-            self._lost = True
-
-
-def check_trackers(trackers: list[str]) -> None:
-    """Refuse --log=wandb if it could not work, before anything slow; wandb would ask for a key and wait.
-
-    Raises:
-        UsageError: the package is missing or too old, WANDB_MODE disables it, or it is online without a key.
-    """
-    if "wandb" not in trackers or not distributed.is_main():
-        return
-    if importlib.util.find_spec("wandb") is None:
-        raise UsageError(
-            "--log=wandb needs the package wandb, which is not installed; run: python -m pip install "
-            f"{WANDB_PIN}, or remove wandb from --log"
-        )
-    if os.environ.get("WANDB_MODE", "").strip().lower() == "disabled":
-        raise UsageError("--log=wandb with WANDB_MODE=disabled would record nothing; unset it, or remove wandb from --log")
-    if _offline():
-        return
-    import wandb
-
-    try:
-        has_key = wandb.login(prompt=False, verify=False)
-    except TypeError as error:
-        raise UsageError(f"--log=wandb needs a newer wandb; run: python -m pip install {WANDB_PIN}") from error
-    if not has_key:
-        raise UsageError(
-            "--log=wandb has no key: run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which logs into "
-            "--save_path for a later `wandb sync`"
-        )
-
-
-def _offline() -> bool:
-    return os.environ.get("WANDB_MODE", "").strip().lower() in ("offline", "dryrun")
-
-
-def _wandb_identity(folder: Path) -> dict[str, Any]:
-    """{id, project, resumed} of the folder's run; that of a new one is written before anything is sent."""
-    path = folder / WANDB_ID
-    if path.is_file():
-        known = read_json_object(path)
-        if not isinstance(known.get("id"), str) or not isinstance(known.get("project"), str):
-            raise DataError(f'{path}: fields "id" and "project" must be strings; delete it to begin a new wandb run')
-        return {"id": known["id"], "project": known["project"], "resumed": True}
-    made = {
-        "id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
-        "project": os.environ.get("WANDB_PROJECT") or "drdpo",
-    }
-    with atomic_file(path) as stream:
-        json.dump(made, stream)
-    return {**made, "resumed": False}

@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from drdpo import distributed
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
-from drdpo.folder import sole_writer
+from drdpo.folder import sole_writer, whole_lines
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
@@ -37,6 +38,7 @@ from drdpo.training.log import (
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
 from drdpo.training.memory import preflight, resolve_attention, resolve_rows, shapes
+from drdpo.training.model_card import model_card, push_to_hub
 from drdpo.training.objective import (
     Objective,
     check_evaluation,
@@ -59,7 +61,7 @@ from drdpo.training.run import (
     open_run,
 )
 from drdpo.training.stop import StopRequest, lost_rank_in_one_line, seconds_to_wait, stop_on_signal
-from drdpo.training.wdpo import check_architecture, check_tangent
+from drdpo.training.wdpo import check_tangent
 
 
 def train_alignment(config: TrainConfig, method: Method) -> None:
@@ -75,28 +77,32 @@ def train_alignment(config: TrainConfig, method: Method) -> None:
             if not config.dry_run:
                 config, precision = agree(config, precision)
             announce(precision)
-            _align(config, method, stop, precision)
+            finished = _align(config, method, stop, precision)
         except (UsageError, DataError, ProcessError, SystemExit):
             # Errors of every rank. For a lost rank this would wait forever.
             distributed.leave()
             raise
         distributed.leave()
+    if finished and config.push_to_hub and distributed.is_main():
+        push_to_hub(config.push_to_hub, finished)
 
 
-def _align(config: TrainConfig, method: Method, stop: StopRequest, precision: Precision) -> None:
+def _align(config: TrainConfig, method: Method, stop: StopRequest, precision: Precision) -> Path | None:
+    """The last checkpoint; None after --dry_run."""
     config = resolve_attention(config)
     if deals_by_tokens(config):
         config = resolve_rows(config, method, shapes(config))
     run = open_run(config, method, precision.reason)
     if is_complete(run):
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
-        return
+        return run.folder / f"global_step_{run.steps}"
     run, shape = preflight(run)
     if config.dry_run:
-        return
+        return None
     with sole_writer(run.folder):
         claim_folder(run)
         _train(run, shape, stop)
+    return run.folder / f"global_step_{run.steps}"
 
 
 def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
@@ -109,7 +115,6 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     if config.lora:
         add_lora(policy, config.lora)
     if config.tangent:
-        check_architecture(policy, config.model_path)
         if config.wide_first_tokens:
             widen_first_tokens(policy)
         check_tangent(policy, config.model_path, run.method)
@@ -127,9 +132,8 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         _steps(engine, run, shape, references, done, log, stop)
     finally:
         log.close()
-    last = run.folder / f"global_step_{run.steps}"
-    if not is_saved(last):
-        save_model(engine, run.tokenizer, last, config.lora)
+    if not is_saved(run.folder / f"global_step_{run.steps}"):
+        _save(engine, run, dict([line for _, line in whole_lines(run.folder / "metrics.jsonl")][-1]))
     if distributed.is_main():
         note_run(run, complete=True)
         print(summary(run.folder, run.method.name, config.train_batch_size), flush=True)
@@ -207,7 +211,7 @@ def _steps(
         batches = [_on_device(engine, plan, indices, references["train"]) for indices in plan.of_step(step)]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         parts = train_step(engine, batches, config, run.method, step)
-        metrics = {"step": step + 1, "epoch": (step + 1) / run.steps_per_epoch}
+        metrics = {"step": step + 1, "epoch": run.epochs(step + 1)}
         penalty = run.method.penalty
         root = config.robust_scope if penalty and penalty.root else None
         metrics |= step_metrics(parts, config.beta, run.method.weighted, penalty.rho if penalty else None, root)
@@ -228,11 +232,17 @@ def _steps(
         bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
             distributed.on_main(log.flush)
-            save_model(engine, run.tokenizer, run.folder / f"global_step_{step + 1}", config.lora)
+            _save(engine, run, metrics)
             if config.save_resume:
                 save_state(engine, run.folder / "resume", step + 1)
                 saved = step + 1
             distributed.on_main(lambda: remove_old_checkpoints(run.folder, config.keep_checkpoints))
+
+
+def _save(engine: Engine, run: Run, metrics: dict[str, float]) -> None:
+    step = int(metrics["step"])
+    card = model_card(run, step, metrics) if distributed.is_main() else ""
+    save_model(engine, run.tokenizer, run.folder / f"global_step_{step}", run.config.lora, card)
 
 
 def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drdpo.config.training import LoraSettings
-from drdpo.errors import DataError, UsageError, one_line
+from drdpo.errors import DataError, one_line
 from drdpo.training.policy import Policy, quiet_bitsandbytes
 
 ADAPTER = "default"
@@ -29,9 +29,6 @@ def add_lora(policy: Policy, lora: LoraSettings) -> None:
     Args:
         policy: as loaded, or on the meta device.
         lora: the seed draws A, the same on every rank.
-
-    Raises:
-        UsageError: the decoder blocks have no linear layers.
     """
     quiet_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
@@ -39,8 +36,6 @@ def add_lora(policy: Policy, lora: LoraSettings) -> None:
     model = policy.language_model
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    if not linear:
-        raise UsageError(f"--lora_rank={lora.rank}: the blocks of {lora.model_path} have no torch Linear layers; omit it")
     settings = LoraConfig(
         r=lora.rank, lora_alpha=ALPHA, lora_dropout=0.0, bias="none",
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in linear}),

@@ -29,15 +29,15 @@ from drdpo.folder import read_manifest
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX as PACKED
 from drdpo.kernels.packed_attention import PrefixGroup, refusal, register_shared_prefix
+from drdpo.models import meta_model, positions_of, read_settings
 from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, form_batch
 from drdpo.training.engine import BUCKET
 from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import Policy, check_rotary, fix_rotary, widen_first_tokens
+from drdpo.training.policy import Policy, check_pairs, fix_rotary, widen_first_tokens
 from drdpo.training.run import Run
-from drdpo.training.wdpo import check_architecture
 
 MARGIN = 0.9
 """Share of a GPU's memory that a prediction may take."""
@@ -66,7 +66,8 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         DataError: there is no such model, transformers does not know its architecture, or --wdpo_solver=tangent does not.
         UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
     """
-    policy = shapes(run.config, [*run.train, *run.test])
+    pairs = [*run.train, *run.test]
+    policy = shapes(run.config, pairs)
     shape = shape_of(policy)
     memory = _free()
     recompute = run.config.recompute
@@ -74,7 +75,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         dealt = _dealt(run)
         largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
         recompute, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
-        lines = [*_work(run, shape, dealt), _lengths(run), *lines]
+        lines = [*_work(run, shape, dealt), _lengths(run), *_beyond(policy, pairs), *lines]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
     return replace(run, config=_recomputing(run.config, _of_all(float(recompute))[0] > 0)), shape
 
@@ -84,9 +85,13 @@ def _recomputing(config: TrainConfig, recompute: bool) -> TrainConfig:
 
 
 def _dealt(run: Run) -> list[list[int]]:
-    """All ranks' micro-batches of the first epoch, or of the run if that is shorter."""
+    """All ranks' micro-batches of the steps that take every pair once, or of the run if that is shorter."""
     plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
-    return [rows for step in range(min(run.steps, run.steps_per_epoch)) for plan in plans for rows in plan.of_step(step)]
+    return [rows for step in range(_steps_of_an_epoch(run)) for plan in plans for rows in plan.of_step(step)]
+
+
+def _steps_of_an_epoch(run: Run) -> int:
+    return min(run.steps, -(-len(run.train) // run.config.train_batch_size))
 
 
 def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
@@ -100,7 +105,6 @@ def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
     config, world = run.config, distributed.world_size()
     tokens = sum(_batch_tokens([run.train[row] for row in rows], config) for rows in dealt)
     trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
-    span = "an epoch" if run.steps >= run.steps_per_epoch else "in all"
     form = "packed" if config.packing else "padded"
     cut = run.counts["train"]["answer cut"]
     batches = config.train_batch_size // (config.micro_batch * world)
@@ -109,9 +113,9 @@ def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
         parts = f"packed rows of at most {config.micro_batch_tokens:,} tokens"
     return [
         ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
-        ("data", f"{len(run.train):,} pairs, {tokens:,} tokens {span} {form}, {cut:,} answers cut by "
-                 f"--max_len={config.max_len}"),
-        ("work", f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.steps / run.steps_per_epoch:.2f} epochs; "
+        ("data", f"{len(run.train):,} pairs, {tokens:,} tokens {form} in the first {_steps_of_an_epoch(run):,} steps, "
+                 f"{cut:,} answers cut by --max_len={config.max_len}"),
+        ("work", f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.epochs(run.steps):.2f} epochs; "
                  f"a step is {parts} on each of {world} process{'es' if world > 1 else ''}"),
     ]  # fmt: skip
 
@@ -127,6 +131,14 @@ def _lengths(run: Run) -> tuple[str, str]:
         values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
         found.append(f"{name} " + " ".join(f"{value:,.0f}" for value in values))
     return "tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(found)
+
+
+def _beyond(policy: Policy, pairs: Sequence[Pair]) -> Lines:
+    """A warning of pairs longer than the model's context: its rotary positions were not trained there."""
+    positions, longest = positions_of(policy.language_model)[0], max(map(len, pairs))
+    if positions is None or longest <= positions:
+        return []
+    return [("warning", f"the longest pair has {longest} tokens, beyond the model's context: pass --max_len={positions}")]
 
 
 def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, Lines]:
@@ -346,10 +358,8 @@ def _set_recomputation(policy: Policy, recompute: bool) -> None:
 
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     """The policy of a run without its weights: shapes alone, from the model's config.json. Raises as preflight does."""
-    from transformers import AutoConfig
-
+    settings = read_settings(config.model_path)
     try:
-        settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         model = _without_weights(settings, getattr(torch, config.dtype), "eager" if config.second_derivative else PACKED)
     except (OSError, ValueError, ImportError) as error:
         reason = one_line(str(error), 300)
@@ -359,29 +369,22 @@ def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     if config.lora:
         add_lora(policy, config.lora)
     _set_recomputation(policy, config.recompute)
-    check_rotary(policy, pairs, config.model_path)
+    check_pairs(policy, pairs, config.model_path)
     fix_rotary(policy)
-    if config.tangent:
-        check_architecture(policy, config.model_path)
     if config.wide_first_tokens:
         widen_first_tokens(policy)
     return policy
 
 
 def _without_weights(settings: Any, dtype: torch.dtype, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
     register_shared_prefix()
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
+        return meta_model(settings, dtype, attention)
     except KeyError:
         if attention == "eager":
             raise
         # A model with attentions of its own (Falcon): predicted with one over the whole row, which takes more.
-        return _without_weights(settings, dtype, "eager")
+        return meta_model(settings, dtype, "eager")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Shape suffixes: B pairs, S = 2B sequences, T tokens, N tokens of a packed row or
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from drdpo import distributed
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
+from drdpo.models import decoder_of, positions_of, quiet
 from drdpo.training.data import AnyBatch, PackedBatch, Pair
 from drdpo.training.losses import NO_STATE, Pairs, State
 from drdpo.training.patches import WideRows, first_rows, widen
@@ -84,6 +86,8 @@ class Policy(nn.Module):
         """Do packed rows run with their sequences' first tokens in float32? See widen_first_tokens."""
         self.method_state: State = NO_STATE
         """What the method keeps between steps."""
+        self.generation_config: bytes | None = None
+        """The model's generation_config.json, for checkpoints: transformers does not write all that it reads."""
         self.watch: FiniteWatch | None = None
         """Checks every gradient with respect to the input embeddings."""
         self.head = OutputHead(language_model.get_output_embeddings().weight)
@@ -146,26 +150,14 @@ class Policy(nn.Module):
         return hidden_ND[batch.states_A].to(self.head.weight.dtype), batch.targets_A, batch.sequence_A
 
 
-def decoder_of(policy: Policy) -> Any:
-    """The module that holds layers, final norm and rotary positions, inside whatever wraps it.
-
-    Raises:
-        DataError: there is none.
-    """
-    for module in policy.language_model.modules():
-        if all(hasattr(module, name) for name in ("layers", "norm", "rotary_emb")):
-            return module
-    raise DataError("it has no layers, norm and rotary_emb as Llama has")
-
-
 def widen_first_tokens(policy: Policy) -> None:
     """Compute sequences' first tokens in float32, in the policy, its reference and its evaluation alike: before the first
     step all margins are zero only if both come from the same arithmetic.
 
     Args:
-        policy: of an architecture that check_architecture has passed, with its adapters.
+        policy: that the tangent solver knows, with its adapters.
     """
-    widen(decoder_of(policy).layers)
+    widen(decoder_of(policy.language_model).layers)
     policy.wide_first = True
 
 
@@ -213,10 +205,10 @@ def load_policy(
         quantize: "nf4" loads the linear layers of the blocks in 4 bits, on this process's device.
 
     Raises:
-        DataError: no such model, one whose weights are stored quantized or whose logits are not hidden states times the
-            output head, or, for packed rows, one that mixes tokens otherwise than by causal attention.
+        DataError: no such model, or as check_numbers. What config.json says drdpo.models has refused.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import cached_file
 
     register_shared_prefix()
     # The checks run on the CPU, where CUDA's attention kernels do not work, or with nf4 where the weights are.
@@ -226,22 +218,23 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=checked, use_safetensors=True, trust_remote_code=False, **quantized
         )
-        refuse_quantized(model, path)
         if quantized:
             _keep_codes(model)
-        if attention == SHARED_PREFIX:
-            check_packing(model, path)
-        check_plain_head(model, path)
-        switch_off_dropout(model, path)
+        check_numbers(model, path)
         if checked != attention:
             model.set_attn_implementation(attention)
+        own = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+        if own is None:
+            model.generation_config.validate(strict=True)  # made of config.json
     except KeyError as error:
         raise DataError(f"{path}: the model knows no attention called {error}; pass --packing=false") from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, second_derivative).train()
+    policy = Policy(model, second_derivative)
+    policy.generation_config = None if own is None else Path(own).read_bytes()
+    return policy.train()
 
 
 def _four_bit_options(dtype: torch.dtype) -> dict[str, Any]:
@@ -272,71 +265,70 @@ def quiet_bitsandbytes() -> None:
 # What a model must be --------------------------------------------------------------------------------------------------
 
 
-def refuse_quantized(model: Any, path: str) -> None:
-    """Refuse weights that are stored quantized: they cannot be trained, nor can adapters be merged into them."""
-    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
-        raise DataError(
-            f"{path}: the weights are stored quantized; pass the model in full precision (--lora_rank with "
-            "--lora_quantize=nf4 loads its frozen weights in 4 bits)"
-        )
+def check_numbers(model: Any, path: str) -> None:
+    """Switch dropout off, and refuse a model in which a sequence depends on the others of its micro-batch.
 
+    Dropout would give policy and reference different log-probs, and activations are recomputed in training mode only. What
+    is known from config.json drdpo.models has refused; this compares hidden states with those of plain attention, each
+    sequence alone.
 
-def switch_off_dropout(model: Any, path: str) -> None:
-    """Dropout would give policy and reference different log-probs, and activations are recomputed in training mode only."""
+    Raises:
+        DataError: training mode, a packed row or padding on the right changes a sequence's hidden states.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-    ids_ST = torch.arange(16, device=model.device)[None] % model.config.vocab_size
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        training, evaluating = (model.train(mode).base_model(input_ids=ids_ST, use_cache=False)[0] for mode in (True, False))
-    if not torch.equal(training, evaluating):
-        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
-
-
-def check_packing(model: Any, path: str) -> None:
-    """Refuse a model in which packed sequences affect each other: sliding windows, recurrent or convolutional layers."""
     generator = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(min(1000, model.config.vocab_size), (24,), generator=generator).tolist()
-    sequences = [[*ids_T[:5], *ids_T[5:9]], [*ids_T[:5], *ids_T[9:16]], ids_T[16:]]
-    row = PackedRow([(5, sequences[:2]), (0, sequences[2:])])
-    plan = PrefixPlan(row.groups, model.device, model.dtype)
-    packed_1N, position_1N, *alone_1T = (
-        torch.tensor([values], device=model.device) for values in (row.token_ids, row.positions, *sequences)
-    )
+    ids_T = torch.randint(min(1000, model.config.get_text_config().vocab_size), (18,), generator=generator).tolist()
+    # Shorter than sliding windows, of which packed rows know nothing.
+    sequences = [ids_T[:7], [*ids_T[:3], *ids_T[7:12]], ids_T[12:]]
+    attention = model.config._attn_implementation
+    together = _packed_states if attention == SHARED_PREFIX else _padded_states
     try:
-        with torch.no_grad():
-            packed_ND = model.base_model(
-                input_ids=packed_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan
-            ).last_hidden_state[0].float()  # fmt: skip
-            alone = [model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float() for ids_1T in alone_1T]
+        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            training, evaluating = (together(model.train(mode), sequences) for mode in (True, False))
+            model.set_attn_implementation("eager")
+            alone = [_states(model, torch.tensor([ids_T]))[0] for ids_T in sequences]
+            model.set_attn_implementation(attention)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: the model cannot be packed ({error}); pass --packing=false") from error
+        raise DataError(f"{path}: the model cannot be trained so ({error}); pass --packing=false") from error
+    if not all(map(torch.equal, training, evaluating)):
+        raise DataError(f"{path}: the model drops values out in training mode; set the dropouts in its config.json to 0")
     tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-3
-    for number, alone_TD in enumerate(alone):
-        error_TD = packed_ND[[row.index(number, place) for place in range(len(alone_TD))]] - alone_TD
-        if not float(error_TD.norm()) <= tolerance * float(alone_TD.norm()):
-            raise DataError(f"{path}: packed sequences of this model see each other; pass --packing=false")
+    for ours_TD, alone_TD in zip(evaluating, alone, strict=True):
+        if not float((ours_TD - alone_TD).norm()) <= tolerance * float(alone_TD.norm()):
+            form = "packed sequences of this model see each other; pass --packing=false"
+            raise DataError(f"{path}: {form if together is _packed_states else 'padding changes its log-probs'}")
 
 
-def check_plain_head(model: Any, path: str) -> None:
-    """Refuse soft-capped, scaled or biased logits, which linear_logprob does not compute."""
-    ids_ST = torch.arange(8, device=model.device)[None] % model.config.vocab_size
-    with torch.no_grad():
-        hidden_TD = model.base_model(input_ids=ids_ST, use_cache=False).last_hidden_state[0]
-        ours_T = linear_logprob(hidden_TD, model.get_output_embeddings().weight, ids_ST[0])
-        logits_TV = model(input_ids=ids_ST, use_cache=False).logits[0].float()
-        theirs_T = logits_TV.log_softmax(dim=1).gather(1, ids_ST[0][:, None]).squeeze(1)
-    if not torch.allclose(ours_T.float(), theirs_T, rtol=0.02, atol=0.02):
-        raise DataError(
-            f"{path}: the model's logits are not its hidden states times its output head (soft-capped, scaled or biased "
-            "logits are not supported)"
-        )
+def _states(model: Any, ids_ST: Tensor, **options: Any) -> Tensor:
+    return model.base_model(input_ids=ids_ST.to(model.device), use_cache=False, **options).last_hidden_state.float()
 
 
-# Rotary positions that depend on a micro-batch's longest sequence.
+def _packed_states(model: Any, sequences: list[list[int]]) -> list[Tensor]:
+    """Hidden states of three sequences, of which the first two begin with the same three tokens, in one row."""
+    row = PackedRow([(3, sequences[:2]), (0, sequences[2:])])
+    positions_1N = torch.tensor([row.positions], device=model.device)
+    plan = PrefixPlan(row.groups, model.device, model.dtype)
+    states_ND = _states(model, torch.tensor([row.token_ids]), position_ids=positions_1N, prefix_plan=plan)[0]
+    places = ([row.index(number, place) for place in range(len(ids_T))] for number, ids_T in enumerate(sequences))
+    return [states_ND[place] for place in places]
+
+
+def _padded_states(model: Any, sequences: list[list[int]]) -> list[Tensor]:
+    longest = max(map(len, sequences))
+    ids_ST, mask_ST = (
+        torch.tensor([[*map(of, ids_T), *[0] * (longest - len(ids_T))] for ids_T in sequences])
+        for of in (int, lambda token: 1)
+    )
+    states_STD = _states(model, ids_ST, attention_mask=mask_ST.to(model.device))
+    return [states_TD[: len(ids_T)] for states_TD, ids_T in zip(states_STD, sequences, strict=True)]
+
+
+# Do pairs fit? And rotary positions that depend on a micro-batch's longest sequence.
 #
 # Of transformers' kinds, "dynamic" (dynamic NTK) and "longrope" choose their frequencies in every forward pass, by the
 # largest position in it: beyond a length that the model's config.json gives, a sequence's log-prob depends on the other
@@ -344,8 +336,9 @@ def check_plain_head(model: Any, path: str) -> None:
 # packed rows, whose positions restart with every pair, as in padded ones. All other kinds are fixed.
 
 
-def check_rotary(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None:
-    """Refuse pairs so long that the frequencies of the policy's rotary positions change with the batch.
+def check_pairs(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None:
+    """Refuse pairs with tokens that the policy has no row for, or so long that its table of positions ends before, or that
+    the frequencies of its rotary positions change with the batch.
 
     Args:
         policy: as loaded, or on the meta device.
@@ -353,8 +346,13 @@ def check_rotary(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None
         model_path: for the message.
 
     Raises:
-        UsageError: there are such pairs.
+        DataError: such a token.
+        UsageError: such a length.
     """
+    rows = policy.language_model.get_input_embeddings().num_embeddings
+    largest = max((max(pair.prompt + pair.chosen + pair.rejected) for pair in pairs), default=0)
+    if largest >= rows:
+        raise DataError(f"{model_path}: a pair has the token id {largest}, and the model's embedding has {rows} rows")
     longest = max(map(len, pairs), default=0)
     for module in policy.language_model.modules():
         for kind, limit in _limits(module):
@@ -365,10 +363,16 @@ def check_rotary(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None
                     f"batch, so a pair's log-probs, packed or padded, would depend on the pairs beside it; "
                     f"the longest pair has {longest}: pass --max_len={limit}"
                 )
+    positions, learned = positions_of(policy.language_model)
+    if learned and positions is not None and longest > positions:
+        raise UsageError(
+            f"{model_path}: the longest pair has {longest} tokens, and its table of positions {positions} rows: pass "
+            f"--max_len={positions}"
+        )
 
 
 def fix_rotary(policy: Policy) -> None:
-    """Keep the initial frequencies, which are right for pairs that check_rotary has passed: a policy on the meta device has
+    """Keep the initial frequencies, which are right for pairs that check_pairs has passed: a policy on the meta device has
     no positions to choose by."""
     for module in policy.language_model.modules():
         if _limits(module):

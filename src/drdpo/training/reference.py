@@ -1,8 +1,8 @@
 """Log-probs of the frozen reference: computed once, by the policy before its first step, and stored.
 
 No second model is ever in memory. The file is keyed by a hash of weights, pairs (their token ids, so data, template and
---max_len), precision and attention. Log-probs with another key are ignored and recomputed, before any state is loaded, so
-never from trained weights.
+--max_len), precision, attention, kind of device and versions of libraries. Log-probs with another key are ignored and
+recomputed, before any state is loaded, so never from trained weights.
 
 Shape suffixes: S = 2B sequences, M pairs of the split, K pairs with padding.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drdpo import distributed
 from drdpo.errors import DataError
-from drdpo.folder import atomic_file
+from drdpo.folder import atomic_file, versions
 from drdpo.progress import progress
 from drdpo.training.data import BatchPlan, Pair
 from drdpo.training.engine import Engine, evaluating
@@ -25,15 +25,16 @@ from drdpo.training.run import pairs_hash
 
 
 def reference_key(model_fingerprint: str, pairs: list[Pair], arithmetic: str) -> str:
-    """Hash of everything that reference log-probs depend on.
+    """Hash of everything that reference log-probs depend on, versions of libraries and the kind of device included.
 
     Args:
         model_fingerprint: of the weights.
         pairs: of the split.
         arithmetic: see drdpo.training.run.arithmetic_of.
     """
-    tokens = pairs_hash(pairs, columns=False)
-    return hashlib.sha256(" ".join([model_fingerprint, arithmetic, tokens]).encode()).hexdigest()
+    computed_by = [f"{name} {versions().get(name)}" for name in ("torch", "transformers", "bitsandbytes")]
+    words = [model_fingerprint, arithmetic, distributed.device().type, *computed_by, pairs_hash(pairs, columns=False)]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def read_reference(path: Path, key: str, pairs: int) -> Tensor | None:

@@ -15,19 +15,25 @@ from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
-from drdpo.models import check_model_folder, fingerprint
-from drdpo.training.data import BatchPlan, Columns, Pair, load_columns, load_preferences, lone_group, tokenise
-from drdpo.training.log import WANDB_ID, check_trackers
+from drdpo.models import check_model, fingerprint
+from drdpo.records import Preference
+from drdpo.training.data import BatchPlan, Pair, tokenise
 from drdpo.training.losses import Method, method_of
 from drdpo.training.patches import POSITIONS
+from drdpo.training.rows import Columns, load_split
 from drdpo.training.shifts import NO_SHIFTS, Shifts, shifts_of
 from drdpo.training.stop import seconds_to_wait
+from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing", "eval_columns", "eval_mixture",
+    "log", "gradient_checkpointing", "push_to_hub", "eval_columns", "eval_mixture",
 )  # fmt: skip
 """Flags that do not change the trained model."""
+
+ROUNDINGS = ("micro_batch_size", "micro_batch_tokens")
+"""Flags that divide a step's pairs, which changes its roundings alone, unless a micro-batch is a population or has
+--wdpo_fraction's penalty or not. A run that ran out of memory may resume with others."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.config.max_steps or self.config.max_epochs * self.steps_per_epoch
+        """Optimizer steps of the run; the pairs that do not fill a last one are not trained on once more."""
+        return self.config.max_steps or self.config.max_epochs * len(self.train) // self.config.train_batch_size
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train) // self.config.train_batch_size
+    def epochs(self, steps: int) -> float:
+        """Passes over the training pairs that so many steps make."""
+        return steps * self.config.train_batch_size / len(self.train)
 
     @cached_property
     def plans(self) -> dict[str, BatchPlan]:
@@ -92,15 +98,16 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
     check_trackers(config.trackers)
-    check_model_folder(config.model_path)
+    check_model(config.model_path).refuse_training(
+        config.packing, config.attention_kernel == "eager", config.tangent, bool(config.lora_rank), config.max_len
+    )
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
-            rows = len(load_preferences(config.dataset_path, split))
-            columns = _columns(config, method, split)
+            preferences, columns = _load(config, method, split)
             if split == "test":
                 shifts_of(columns[: config.max_test_pairs], config.eval_groups, list(config.mixtures), config.dataset_path)
             if split == "train":
-                _check_enough(config, rows, split)
+                _check_enough(config, len(preferences), split)
     folder = Path(config.save_path)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--save_path={folder} is a file, not a folder")
@@ -110,7 +117,8 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         now = {name: value for name, value in _made_by(config, method).items() if name not in _left_open(config)}
         if asked == "auto" and distributed.world_size() > 1:
             del now["dtype"]  # settled when the ranks meet
-        _refuse_change(folder, {name: before["made_by"].get(name) for name in now}, now)
+        known = {name: before["made_by"].get(name) for name in now}
+        _other_roundings(config, folder, {**before, "made_by": known}, now)
         # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import check_world
 
@@ -196,11 +204,10 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         UsageError: the folder contains a run with other flags, model or pairs.
         DataError: too few usable pairs.
     """
-    tokenizer = chat.load_tokenizer(config.model_path)
+    tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
     for split in ("train", "test"):
-        preferences = load_preferences(config.dataset_path, split)
-        columns = _columns(config, method, split)
+        preferences, columns = _load(config, method, split)
         if split == "test":
             preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
@@ -216,26 +223,19 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     if distributed.is_main():
         print("".join(f"test, {line}\n" for line in lines), end="")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
+    if len(pairs["train"]) % config.train_batch_size:
+        made_by["incomplete_steps"] = "filled from the next epoch"  # earlier versions omitted their pairs
     folder = Path(config.save_path)
     return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts)
 
 
-def _columns(config: TrainConfig, method: Method, split: str) -> list[Columns]:
-    """What the run reads of a split's rows besides their texts; empty if nothing.
-
-    Raises:
-        DataError: see load_columns and lone_group.
-    """
-    groups = [method.group] if method.group else []
-    mixtures = config.mixtures if split == "test" else {}
+def _load(config: TrainConfig, method: Method, split: str) -> tuple[list[Preference], list[Columns]]:
+    """One side of the data, with what the method reads of its rows, and on the test side the evaluation."""
+    groups, mixtures = [method.group] if method.group else [], {}
     if split == "test":
-        groups += config.eval_groups
-    if not (method.reads or groups or mixtures):
-        return []
-    columns = load_columns(config.dataset_path, split, method.reads, groups, mixtures, method.weight_column)
-    if method.group and split == "train":
-        lone_group(config.dataset_path, split, method.group, columns)
-    return columns
+        groups, mixtures = [*groups, *config.eval_groups], config.mixtures
+    grouped = method.group if split == "train" else None
+    return load_split(config.data, split, method.reads, groups, mixtures, method.weight_column, grouped)
 
 
 def _numbered(pairs: dict[str, list[Pair]], column: str) -> dict[str, list[Pair]]:
@@ -282,7 +282,13 @@ def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> 
         )
 
 
-def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]) -> None:
+def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Refuse to resume the run of a manifest's entry as another run; which flags change roundings alone, for a message."""
+    before, roundings = entry["made_by"], ""
+    if config.robust_scope == "step" and config.wdpo_fraction == 1 and not entry.get("complete"):
+        kept = {name: made_by[name] for name in ROUNDINGS if name in made_by}
+        roundings = changed({name: before.get(name) for name in kept}, kept)
+        before = before | kept
     changes = changed(before, made_by)
     if changes and before.get("method") is None:
         raise UsageError(
@@ -294,6 +300,7 @@ def _refuse_change(folder: Path, before: dict[str, Any], made_by: dict[str, Any]
             f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "
             "--resume=never to replace it"
         )
+    return roundings
 
 
 def is_complete(run: Run) -> bool:
@@ -305,7 +312,9 @@ def is_complete(run: Run) -> bool:
     before = read_manifest(run.folder).get("train")
     if before is None or run.config.resume == "never":
         return False
-    _refuse_change(run.folder, before["made_by"], run.made_by)
+    roundings = _other_roundings(run.config, run.folder, before, run.made_by)
+    if roundings and distributed.is_main():
+        print(f"{run.folder}: resuming with another {roundings}, so not bit-identical to a run without it", flush=True)
     return bool(before.get("complete")) and is_saved(run.folder / f"global_step_{run.steps}")
 
 
@@ -340,5 +349,5 @@ def note_run(run: Run, complete: bool) -> None:
 def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", WANDB_ID, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
+    for name in ("metrics.jsonl", DASHBOARD, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
         (folder / name).unlink(missing_ok=True)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from drdpo.errors import DataError
-from drdpo.training.data import Columns, Pair
+from drdpo.training.data import Pair
 from drdpo.training.losses import Pairs
+from drdpo.training.rows import Columns
 
 LARGEST = 50
 """Groups of a column: every group is two metrics."""

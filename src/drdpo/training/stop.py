@@ -126,7 +126,9 @@ def patient(size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.distributed.distributed_c10d._set_pg_timeout(before)
+        # on_main has left the group where rank 0 failed, and its error is the one to print.
+        if torch.distributed.is_initialized():
+            torch.distributed.distributed_c10d._set_pg_timeout(before)
 
 
 def _timeout() -> timedelta:

@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from drdpo.errors import DataError
 from drdpo.kernels.linear_logprob import logprob_and_slope, tangent_logprob
 from drdpo.kernels.tangent import rms_norm, silu_gate, tangent_attention
+from drdpo.models import decoder_of, tangent_problem, tangent_refusal
 from drdpo.training.data import PackedBatch, Pair, pack
 from drdpo.training.losses import Method, Pairs
 from drdpo.training.patches import bias_of_value_only, first_rows, rows_in_float32
-from drdpo.training.policy import Policy, decoder_of, pairs_of, sum_by_sequence
+from drdpo.training.policy import Policy, pairs_of, sum_by_sequence
 
 
 class InputGradient(NamedTuple):
@@ -80,9 +81,6 @@ def _loss_slopes(pairs: Pairs, method: Method) -> Tensor:
 # The pass on values and tangents ----------------------------------------------------------------------------------------
 
 LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Of transformers, whose formulas these are. Others use the same modules in another way (SmolLM3 skips the rotary positions
-of some layers), which numbers in bfloat16 on a short row need not show."""
 
 
 def tangent_answers(policy: Policy, batch: PackedBatch, direction_1ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +101,7 @@ def tangent_answers(policy: Policy, batch: PackedBatch, direction_1ND: Tensor) -
 
 def answer_pairs(policy: Policy, batch: PackedBatch, embeds_1ND: Tensor, direction_1ND: Tensor) -> Tensor:
     """[2, A, D] hidden states that predict the answers' tokens, after the final norm, and their tangents."""
-    decoder = decoder_of(policy)
+    decoder = decoder_of(policy.language_model)
     dtype, rows = policy.attention_dtype, None
     if policy.wide_first:
         embeds_1ND = embeds_1ND.float()
@@ -169,28 +167,6 @@ def _rotated(pair_2NHE: Tensor, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
 # May a policy be trained by the tangent solver? By its modules, and by numbers on a small row -----------------------------
 
 
-def check_architecture(policy: Policy, model_path: str) -> None:
-    """Refuse an architecture that the tangent pass does not compute.
-
-    Args:
-        policy: as loaded, or on the meta device.
-        model_path: for the message.
-
-    Raises:
-        DataError: it is not one of DECODERS, or does not have their default gate.
-    """
-    try:
-        decoder = decoder_of(policy)
-        name = type(decoder).__name__
-        if name not in DECODERS:
-            raise DataError(f"it is a {name}, and the solver supports {', '.join(DECODERS)}")
-        for layer in decoder.layers:
-            if "silu" not in type(layer.mlp.act_fn).__name__.lower():
-                raise DataError(f"its layers gate by {type(layer.mlp.act_fn).__name__}, not by SiLU")
-    except DataError as error:
-        raise _refusal(error, model_path) from error
-
-
 def check_tangent(policy: Policy, model_path: str, method: Method) -> None:
     """Refuse a policy or a loss that the tangent solver would get wrong.
 
@@ -203,24 +179,18 @@ def check_tangent(policy: Policy, model_path: str, method: Method) -> None:
         DataError: another architecture, an adapter that is not linear, values or slopes on a small row that are not the
             policy's own, or a loss that depends on more than the margins.
     """
-    check_architecture(policy, model_path)
+    if reason := tangent_problem(policy.language_model):
+        raise tangent_refusal(model_path, reason)
     try:
         _check_loss(method)
-        for layer in decoder_of(policy).layers:
+        for layer in decoder_of(policy.language_model).layers:
             for part, names in LINEAR.items():
                 for name in names:
                     _check_linear(getattr(getattr(layer, part), name), f"{part}.{name}")
         with torch.random.fork_rng(devices=[]):
             _check_numbers(policy, method)
     except DataError as error:
-        raise _refusal(error, model_path) from error
-
-
-def _refusal(error: DataError, model_path: str) -> DataError:
-    return DataError(
-        f"{model_path}: --wdpo_solver=tangent cannot differentiate this model: {error}; pass --wdpo_solver=exact with "
-        "--packing=false and --zero_stage=2 or less"
-    )
+        raise tangent_refusal(model_path, str(error)) from error
 
 
 def _check_linear(module: nn.Module, name: str) -> None:

@@ -1,0 +1,304 @@
+"""Templates in the shapes of model families: the ids of answers, what is refused and why, fixed time, thinking off."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.chat_templates import SHAPES, write_tokenizer
+
+from drdpo import chat
+from drdpo.config import LeaderboardConfig, TrainConfig
+from drdpo.errors import DataError, UsageError
+from drdpo.evaluation import leaderboard
+from drdpo.records import Preference
+from drdpo.sampling.prompts import stop_token_ids
+from drdpo.training.data import tokenise
+from drdpo.training.losses import method_of
+from drdpo.training.run import open_run
+
+Load = Callable[..., Any]
+NO_THINKING = {"enable_thinking": False}
+
+
+def said(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+USER = said("user", "Name the number 3.")
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("templates")
+
+    def write(shape: str) -> Path:
+        if not (folder / shape).is_dir():
+            write_tokenizer(folder / shape, SHAPES[shape])
+            (folder / shape / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        return folder / shape
+
+    return write
+
+
+@pytest.fixture
+def load(written: Callable[[str], Path]) -> Load:
+    return lambda shape, **arguments: chat.load_tokenizer(str(written(shape)), arguments or None)
+
+
+@pytest.fixture
+def copy(written: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A folder of its own, with its tokenizer.json changed by a function and its tokenizer_config.json by words."""
+
+    def write(shape: str, change: Callable[[Any], None] = lambda stored: None, **config: Any) -> Path:
+        folder = Path(shutil.copytree(written(shape), tmp_path / "model", dirs_exist_ok=True))
+        stored = json.loads((folder / "tokenizer.json").read_text())
+        change(stored)
+        (folder / "tokenizer.json").write_text(json.dumps(stored))
+        whole = json.loads((folder / "tokenizer_config.json").read_text()) | config
+        (folder / "tokenizer_config.json").write_text(json.dumps(whole))
+        return folder
+
+    return write
+
+
+# Answers ----------------------------------------------------------------------------------------------------------------
+
+ANSWERS = {
+    ("ChatML", ""): ("{}", "<|im_end|>", "\n"),
+    ("Llama 3", ""): ("{}", "<|eot_id|>", ""),
+    ("Gemma", ""): ("{}", "<end_of_turn>", "\n"),
+    ("Phi-3", ""): ("{}", "<|end|>", "<|endoftext|>"),
+    ("Zephyr", ""): ("{}", "</s>", "\n"),
+    ("Mistral", ""): ("{}", "</s>", ""),
+    ("Qwen3", ""): ("<think>\n\n</think>\n\n{}", "<|im_end|>", "\n"),
+    ("Qwen3", "enable_thinking"): ("{}", "<|im_end|>", "\n"),
+    ("gpt-oss", ""): ("<|channel|>final<|message|>{}", "<|return|>", ""),
+    ("system required", ""): ("{}", "<|im_end|>", "\n"),
+    ("turn end that is not special", ""): ("{}", "<|im_end|>", "\n"),
+}
+"""(shape, argument that is false) -> the answer as the template renders it, the token that ends it, what follows that."""
+
+
+@pytest.mark.parametrize(("shape", "off"), ANSWERS)
+def test_answers_have_the_ids_that_the_template_renders(
+    load: Load, written: Callable[[str], Path], shape: str, off: str
+) -> None:
+    expected, end, rest = ANSWERS[shape, off]
+    kwargs = {off: False} if off else {}
+    tokenizer = load(shape, **kwargs)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    marks = tokenizer.convert_ids_to_tokens(sorted(special))
+    prompt = said("system", "Be brief.") * (shape == "system required") + USER
+    before = chat.prompt_token_ids(tokenizer, prompt)
+    shown = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True, **chat.template_arguments(kwargs)
+    )
+    assert tokenizer.decode(before) == shown.replace("|>\n", "|>" if SHAPES[shape].rstrip else "|>\n")
+    for text in (
+        "The number is 3.\n\nIt's fine.",
+        "🙂 naïve\t你好",
+        "  x",
+        f"no {marks[-1]} a{marks[0]}b {marks[len(marks) // 2]}\nend",
+    ):
+        answer = said("assistant", text)
+        ids = chat.answer_token_ids(tokenizer, answer, prompt)
+        whole = chat.conversation_token_ids(tokenizer, [*prompt, *answer])
+        assert before + ids == whole[: len(before + ids)]
+        assert tokenizer.decode(whole[len(before + ids) :]) == rest
+        assert tokenizer.decode(ids).strip(" ") == expected.format(text.strip()) + end
+        assert tokenizer.convert_ids_to_tokens(ids[-1]) == end
+        assert sum(token in special for token in ids) == expected.count("<|") + (end in marks), "those in the text are words"
+        assert chat.answer_token_ids(tokenizer, answer) == ids, "the prompt makes no difference to these templates"
+    assert stop_token_ids(str(written(shape)), tokenizer)[0] == ids[-1] == chat.end_of_turn_id(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ("R1", r"the prompt continues with '<think>\\n' where the chat template has 'Seven is one.<\|end\|>'"),
+        ("counted turns", r"continues with '1<\|im_start\|>user.* where the chat template has '2<\|im_start\|>user"),
+        ("prompt that ends in a space", r"a token spans the end of the prompt, '.*ASSISTANT: ', and the answer's start"),
+    ],
+)
+def test_templates_under_which_no_answer_continues_its_prompt_are_refused(load: Load, shape: str, why: str) -> None:
+    tokenizer = load(shape)
+    with pytest.raises(DataError, match=why + ".*pairs with token ids .chosen_token_ids"):
+        chat.answer_token_ids(tokenizer, said("assistant", "Three."), USER)
+    pair = Preference(1, USER, said("assistant", "a"), said("assistant", "b"))
+    with pytest.raises(DataError, match="answers given as text cannot be encoded"):
+        tokenise([pair], tokenizer, 100)
+    sampled = [tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("b", add_special_tokens=False)["input_ids"]]
+    pairs, _ = tokenise([Preference(*pair_fields(pair), None, None, *sampled)], tokenizer, 200)
+    assert [pairs[0].chosen, pairs[0].rejected] == sampled, "sampled ids need no template"
+
+
+def pair_fields(pair: Preference) -> tuple[Any, ...]:
+    return pair.prompt_id, pair.prompt, pair.chosen, pair.rejected
+
+
+def test_turns_without_a_token_of_their_own_end_in_eos(load: Load) -> None:
+    tokenizer = load("turns without tokens")
+    ids = chat.answer_token_ids(tokenizer, said("assistant", "It is 3."), USER)
+    assert tokenizer.decode(ids) == " It is 3.<|endoftext|>"
+
+
+def test_an_end_of_turn_that_is_not_special_is_no_part_of_the_text(load: Load) -> None:
+    tokenizer = load("turn end that is not special")
+    ids = chat.answer_token_ids(tokenizer, said("assistant", "It is 3."))
+    assert tokenizer.convert_ids_to_tokens(ids[-1]) == "<|im_end|>"
+    assert chat.decode(tokenizer, ids) == "It is 3."
+
+
+@pytest.mark.parametrize(("shape", "text"), [("Gemma", "a\n\nb <table> c"), ("Qwen3", "a <think>\nb</think> c")])
+def test_added_tokens_that_are_not_special_are_words_of_the_language(load: Load, shape: str, text: str) -> None:
+    tokenizer = load(shape)
+    prompt = said("user", text)
+    own = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert chat.prompt_token_ids(tokenizer, prompt) == own
+    assert any(token in own and not added.special for token, added in tokenizer.added_tokens_decoder.items())
+
+
+def test_answers_without_text_and_rows_that_the_template_drops_are_counted(load: Load) -> None:
+    tokenizer = load("Qwen3")
+    answers = [("a", "b"), ("", "b"), ("a", " \n"), ("a", "<think>b</think>")]
+    rows = [Preference(1, USER, said("assistant", one), said("assistant", two)) for one, two in answers]
+    pairs, counts = tokenise(rows, tokenizer, 200)
+    assert (len(pairs), counts["empty answer"], counts["template refuses"]) == (2, 2, 0)
+    assert tokenizer.decode(pairs[1].rejected) == "<think>\nb\n</think>\n\n<|im_end|>"
+    assert chat.answer_token_ids(tokenizer, said("assistant", "\n"), USER) == []
+    tokenizer.chat_template = SHAPES["Mistral"].template.replace("m.content +", "m.content.split('</think>')[-1] +")
+    rows = [Preference(1, USER, said("assistant", "a thought</think> a"), said("assistant", "b"))]
+    assert tokenise(rows, tokenizer, 200)[1]["template refuses"] == 1, "the thought would be trained on nowhere"
+
+
+def test_special_tokens_are_listed_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load("Gemma")
+    ids = chat.prompt_token_ids(tokenizer, USER)
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda _: pytest.fail("listed again")))
+    assert chat.prompt_token_ids(tokenizer, USER) == ids
+
+
+# Loading ----------------------------------------------------------------------------------------------------------------
+
+
+def test_templates_that_cannot_be_used_are_refused(load: Load, copy: Callable[..., Path]) -> None:
+    with pytest.raises(
+        DataError, match=r"leaves out the text of messages, as those of multimodal models.*a chat_template\.jinja"
+    ):
+        load("multimodal")
+    with pytest.raises(DataError, match=r"given a question with its answer, the chat template rejects it \(Unexpected end"):
+        load("broken")
+    folder = copy(
+        "ChatML", chat_template=[{"name": name, "template": SHAPES["ChatML"].template} for name in ("rag", "tools")]
+    )
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match=r"several chat templates \(rag, tools\) and none is the default; save the one"):
+        chat.load_tokenizer(str(folder))
+
+
+def test_a_template_that_requires_a_system_turn_rejects_rows_without(load: Load) -> None:
+    tokenizer = load("system required")
+    with pytest.raises(ValueError, match=r"rejects it \(a system message must come first\)"):
+        chat.prompt_token_ids(tokenizer, USER)
+
+
+@pytest.mark.parametrize("label", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_a_class_that_overrides_tokenizer_json_is_refused_with_the_way_out(copy: Callable[..., Path], label: str) -> None:
+    folder = copy("ChatML", tokenizer_class=label)
+    with pytest.raises(DataError, match=r"becomes 'twowords,thenfour'; its tokenizer.json does.*loads it as LlamaTokenizer"):
+        chat.load_tokenizer(str(folder))
+    tokenizer = chat.load_tokenizer(str(copy("ChatML", tokenizer_class="PreTrainedTokenizerFast")))  # as the message says
+    assert tokenizer.decode(chat.prompt_token_ids(tokenizer, said("user", "two  words\n"))).endswith("two  words<|im_end|>\n"
+        "<|im_start|>assistant\n")  # fmt: skip
+
+
+def test_a_tokenizer_that_prints_its_byte_marks_is_refused(copy: Callable[..., Path]) -> None:
+    folder = copy("ChatML", lambda stored: stored.update(decoder=None))
+    with pytest.raises(DataError, match=r"does not give text back: .* becomes .*Ġ.*; copy the tokenizer's files"):
+        chat.load_tokenizer(str(folder))
+
+
+def test_a_model_of_one_script_need_not_know_others(copy: Callable[..., Path]) -> None:
+    def latin(stored: Any) -> None:
+        stored["model"] |= {"byte_fallback": False, "unk_token": "<unk>"}
+        for character in map(chr, [9, 10, *range(33, 127), 0xEF, 0xFC, 0xDF]):
+            stored["model"]["vocab"].setdefault(character, len(stored["model"]["vocab"]))
+
+    tokenizer = chat.load_tokenizer(str(copy("Zephyr", latin, **{"unk_token": "<unk>"})))
+    assert tokenizer.unk_token_id in chat.prompt_token_ids(tokenizer, said("user", "你好"))
+
+
+def test_a_pattern_that_mistral_has_corrected_is_refused(copy: Callable[..., Path]) -> None:
+    def enlarge(stored: Any) -> None:  # transformers looks at Mistral's vocabularies of over 100,000 words
+        vocabulary = stored["model"]["vocab"]
+        vocabulary.update({f"more{number}": len(vocabulary) + number for number in range(100_000)})
+
+    folder = copy("ChatML", enlarge)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    chat.load_tokenizer(str(folder))  # no Mistral
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", "transformers_version": "4.40.0"}))
+    with pytest.raises(DataError, match=r"a pattern that Mistral has corrected; save.*fix_mistral_regex=True\)\.save_pretr"):
+        chat.load_tokenizer(str(folder))
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(str(folder), fix_mistral_regex=True).save_pretrained(str(folder))  # as the message says
+    chat.load_tokenizer(str(folder))
+
+
+# Time and thinking ------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_of_time_is_one_date(load: Load) -> None:
+    assert chat.fixed_time("%d %b %Y") == chat.DATE_STRING
+    tokenizer = load("gpt-oss")
+    assert "Current date: 2024-07-26<" in tokenizer.decode(chat.prompt_token_ids(tokenizer, USER))
+    tokenizer.chat_template = "{{ strftime_now('%A %H:%M ') + messages[0].content }}"
+    assert tokenizer.decode(chat.prompt_token_ids(tokenizer, USER)) == "Friday 00:00 Name the number 3."
+    tokenizer = load("Llama 3")
+    assert "Today Date: 26 Jul 2024" in tokenizer.decode(chat.prompt_token_ids(tokenizer, USER))
+
+
+def test_lm_eval_gets_the_same_date_and_arguments() -> None:
+    config = LeaderboardConfig("m", chat_template_kwargs=NO_THINKING)
+    arguments = leaderboard._model_args(config)
+    assert arguments["chat_template_args"] == chat.template_arguments(NO_THINKING)
+    assert arguments["chat_template_args"]["strftime_now"]("%Y-%m-%d") == "2024-07-26"
+    assert arguments["enable_thinking"] is False, "lm-eval's vllm backend reads it here only"
+    assert "enable_thinking" not in leaderboard._model_args(LeaderboardConfig("m"))
+    with pytest.raises(UsageError, match="--chat_template_kwargs requires --apply_chat_template"):
+        LeaderboardConfig("m", apply_chat_template=False, fewshot_as_multiturn=False, chat_template_kwargs=NO_THINKING)
+
+
+def test_training_renders_with_the_template_arguments_and_records_them(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    row = {"prompt": USER, "chosen": said("assistant", "3"), "rejected": said("assistant", "4")}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    prompts = []
+    for kwargs in (None, NO_THINKING):
+        config = TrainConfig(
+            str(written("Qwen3")), str(tmp_path), str(tmp_path / "out"), train_batch_size=1, micro_batch_size=1,
+            chat_template_kwargs=kwargs,
+        )  # fmt: skip
+        run = open_run(config, method_of(config))
+        assert run.made_by["chat_template_kwargs"] == kwargs
+        prompts.append(run.tokenizer.decode(run.train[0].prompt))
+    assert prompts[1] == prompts[0] + "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("enable_thinkin", "'enable_thinkin' is not read by the chat template of"),
+        ("messages", "'messages' is not the user's to set"),
+        ("add_generation_prompt", "is not the user's to set"),
+        ("strftime_now", "is not the user's to set"),
+    ],
+)
+def test_template_arguments_that_do_nothing_or_too_much_are_refused(load: Load, name: str, why: str) -> None:
+    with pytest.raises(UsageError, match="--chat_template_kwargs: .*" + why):
+        load("Qwen3", **{name: False})

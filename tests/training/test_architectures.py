@@ -1,0 +1,137 @@
+"""Families of transformers: log-probs equal plain transformers' own, sequence by sequence, or a refusal names why."""
+
+import pytest
+import torch
+from harness.architectures import FAMILIES, WINDOW, random_model, structure
+from torch import Tensor
+
+from drdpo.errors import DataError, UsageError
+from drdpo.kernels.packed_attention import SHARED_PREFIX, register_shared_prefix
+from drdpo.models import Model
+from drdpo.training.data import Pair, form_batch
+from drdpo.training.policy import Policy, check_numbers
+
+WITHIN = 2e-4
+"""Nats."""
+
+NOT_TRAINED = {
+    "Gemma 2, soft caps": "final_logit_softcapping 30.0",
+    "Phi, head bias": "its output head has a bias",
+    "Granite, logits scaled": "logits_scaling 8.0",
+    "Cohere, logits scaled": "logit_scale 0.0625",
+    "Llama 4": "no backbone apart from",
+}
+NOT_PACKED = {
+    "Gemma 2, attention capped": "caps its logits",
+    "StableLM, q/k norms": "do not hand arguments on",
+    "Nemotron": "do not hand arguments on",
+    "GPT-OSS, sinks": "has sinks",
+    "LFM2, convolutions": "layers of the kind conv",
+    "Falcon": "2 of its 2 layers attend in their own way",
+    "Mamba": "layers of the kind linear_attention",
+    "MPT": "2 of its 2 layers attend in their own way",
+}
+EAGER_ONLY = ("Gemma 2, attention capped", "GPT-OSS, sinks", "Mamba")
+WINDOWED = {name: WINDOW for name in FAMILIES if "window" in name or name == "Gemma 2 without caps"}
+TANGENT = {"Llama, biases", "Llama 3, rope scaled", "Llama, YaRN", "Mistral", "Mistral, window", "Qwen2", "Qwen2, window",
+           "Qwen3, q/k norms"}  # fmt: skip
+
+
+def pairs_of(*lengths: tuple[int, int, int]) -> list[Pair]:
+    numbers = torch.Generator().manual_seed(1)
+    return [Pair(*(torch.randint(3, 96, (length,), generator=numbers).tolist() for length in row)) for row in lengths]
+
+
+SHORT, LONG = pairs_of((4, 3, 4), (1, 6, 2), (3, 5, 1)), pairs_of((14, 9, 16), (1, 7, 2), (20, 30, 11))
+"""Within the windows, and beyond them."""
+
+
+def by_transformers(model, pairs: list[Pair]) -> Tensor:
+    """[S] log-probs of the answers, each sequence alone, in plain attention and with full logits."""
+    found = []
+    for answer in ("chosen", "rejected"):
+        for pair in pairs:
+            ids_T = torch.tensor(pair.prompt + getattr(pair, answer))
+            logprob_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(dim=1)
+            found.append(logprob_TV.gather(1, ids_T[1:, None])[len(pair.prompt) - 1 :].sum())
+    return torch.stack(found)
+
+
+def apart(model, attention: str, pairs: list[Pair]) -> float:
+    """Largest difference, in nats, of a micro-batch's log-probs from transformers' own."""
+    with torch.no_grad():
+        theirs_S = by_transformers(model, pairs)
+        model.set_attn_implementation(attention)
+        check_numbers(model, "m")
+        batch = form_batch(pairs, range(len(pairs)), attention == SHARED_PREFIX, True)
+        ours_S = Policy(model)(batch).logprob_S
+        model.set_attn_implementation("eager")
+    assert theirs_S.abs().min() > 0.1, "nothing to tell apart"
+    return float((ours_S - theirs_S).abs().max())
+
+
+def refusal(name: str, **flags) -> str:
+    usual = {"packing": True, "eager": False, "tangent": False, "lora": False, "max_len": 8}
+    with pytest.raises(DataError) as found:
+        Model("m", "", 0, structure(name), False, None, 0, "").refuse_training(**usual | flags)
+    return str(found.value)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_TRAINED])
+def test_log_probs_are_those_of_transformers(name):
+    register_shared_prefix()
+    about, model = structure(name), random_model(name)
+    assert about.head is None and about.rows == 96
+    assert bool(about.eager) == (name in EAGER_ONLY)
+    assert about.window == WINDOWED.get(name, 128 if name == "GPT-OSS, sinks" else 4096 if "capped" in name else None)
+    if name in NOT_PACKED:
+        assert NOT_PACKED[name] in about.packing
+        assert "pass --packing=false" in refusal(name)
+    else:
+        assert about.packing is None
+        assert apart(model, SHARED_PREFIX, SHORT if about.window else LONG) < WITHIN
+    assert apart(model, "eager" if about.eager else "sdpa", LONG) < WITHIN
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_logits_that_are_not_hidden_states_times_the_head_are_refused(name):
+    assert NOT_TRAINED[name] in refusal(name)
+    assert "cannot be trained" in refusal(name, packing=False)
+
+
+@pytest.mark.parametrize("name", [name for name in WINDOWED if name not in NOT_TRAINED])
+def test_a_window_is_refused_for_longer_pairs_even_where_it_lives_in_the_mask_alone(name):
+    assert f"sliding window of {WINDOW} tokens" in refusal(name, max_len=WINDOW + 1)
+    assert f"pass --max_len={WINDOW} or less" in refusal(name, max_len=WINDOW + 1)
+    Model("m", "", 0, structure(name), False, None, 0, "").refuse_training(True, False, False, False, WINDOW)
+    # What is refused: packed, the window is not seen.
+    register_shared_prefix()
+    model = random_model(name)
+    if "MoE" in name:
+        assert apart(model, SHARED_PREFIX, LONG) > 0.1
+    else:
+        with pytest.raises(ValueError, match="sliding window of 8, less than a sequence of 50"):
+            apart(model, SHARED_PREFIX, LONG)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_which_models_the_tangent_solver_knows(name):
+    assert (structure(name).tangent is None) == (name in TANGENT)
+    if name not in TANGENT and name not in NOT_TRAINED and name not in NOT_PACKED:
+        assert "pass --wdpo_solver=exact" in refusal(name, tangent=True)
+
+
+@pytest.mark.parametrize("name", EAGER_ONLY)
+def test_fused_kernels_that_would_be_wrong_are_refused(name):
+    assert "pass --attn=eager" in refusal(name, packing=False)
+    Model("m", "", 0, structure(name), False, None, 0, "").refuse_training(False, True, False, False, 8)
+
+
+def test_positions_adapters_and_codes():
+    gpt2 = structure("GPT-2, learned positions")
+    assert gpt2.learned and structure("OPT, learned positions").learned and not structure("Qwen2").learned
+    assert gpt2.positions == 64 and gpt2.linear == 0, "its layers are of transformers' Conv1D"
+    with pytest.raises(UsageError, match="no torch Linear layers; omit it"):
+        Model("m", "", 0, gpt2, False, None, 0, "").refuse_training(True, False, False, True, 8)
+    with pytest.raises(DataError, match="stored quantized; pass the model in full precision"):
+        Model("m", "", 0, gpt2, True, None, 0, "").refuse_training(True, False, False, False, 8)
