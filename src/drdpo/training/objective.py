@@ -74,7 +74,7 @@ def _population(losses_B: Tensor, columns: Sequence[Mapping[str, Tensor]], metho
     if method.update is None:
         return Population(losses_P)
     columns_P = {name: distributed.gather(torch.cat([part[name] for part in columns])) for name in columns[0]}
-    return Population(losses_P, state=method.update(policy.method_state, losses_P, columns_P))
+    return Population(losses_P, state=method.update(_bare(policy).method_state, losses_P, columns_P))
 
 
 def penalty_scales(count: int, fraction: float, seed: int, step: int) -> list[float]:
@@ -128,7 +128,7 @@ def _weights(
         return torch.ones_like(losses_B), NO_STATE
     if population is None or population.losses_P is None:
         alone = Population(losses_B.detach())
-        population = _population(losses_B, [pairs.columns], method, _bare(policy)) if method.population else alone
+        population = _population(losses_B, [pairs.columns], method, policy) if method.population else alone
     assert population.losses_P is not None
     seen = pairs.detached()._replace(state=population.state)
     return method.weights(losses_B.detach(), population.losses_P.detach(), seen), population.state
