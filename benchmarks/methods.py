@@ -1,13 +1,13 @@
 """One short run of every method on the same pairs of the bundled model: metrics, shifted test pairs, and time per step.
 
-Samples, scores and pairs once (coherence and correctness mixed), adds two columns to the rows (`longer`: which answer is,
-and `trust`: the margin of the scores over its mean), then trains LoRA adapters by one method after another, with one seed,
-by the command line's own code in a fork that has the libraries loaded. A micro-batch is the whole step, so no method needs a
-forward pass to collect the population. Results go to --output after every run; rerunning skips finished ones of equal
-settings. On a quiet machine of two cores it should take about ten minutes.
+Samples, scores and pairs once (coherence and correctness mixed), adds two columns to the rows (`prompts`, long or short, and
+`trust`, the margin of the scores over its mean), then trains LoRA adapters by one method after another, with one seed, by the
+command line's own code in a fork that has the libraries loaded. A micro-batch is the whole step, so no method needs a forward
+pass to collect the population. Results go to --output after every run; rerunning skips finished ones of equal settings. On a
+quiet machine of two cores it should take about ten minutes, with OMP_NUM_THREADS=2.
 
     PYTHONPATH=src python benchmarks/methods.py [--folder=outputs/methods] [--output=benchmarks/results/methods.json]
-        [--prompts=24] [--steps=6]
+        [--prompts=16] [--steps=4]
 """
 
 import argparse
@@ -37,7 +37,7 @@ METHODS = {
     "TV-DRO": ["--method=tv:0.1"],
     "chi-square DRO": ["--method=chi2:0.25"],
     "CVaR": ["--method=cvar:0.5"],
-    "group DRO": ["--method=group:0.5", "--group_column=longer"],
+    "group DRO": ["--method=group:0.5", "--group_column=prompts"],
     "ROPO": ["--method=ropo:14"],
     "Hölder-DPO": ["--method=holder:2"],
     "robust label": ["--method=robust_label:0.1"],
@@ -66,13 +66,15 @@ def make_pairs(folder: Path, prompts: int) -> Path:
     subprocess.run([sys.executable, str(ROOT / "src" / "generate_preferences.py"), *mixing], check=True, env=environment)
     aside = folder / "pairs being made"
     aside.mkdir(exist_ok=True)
+    half = None
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (folder / "preferences" / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        lengths = [len(row["prompt"][-1]["content"]) for row in rows]
+        half = statistics.median(lengths) if half is None else half
         margins = [row["chosen_score"] - row["rejected_score"] for row in rows]
         with (aside / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-            for row, margin in zip(rows, margins, strict=True):
-                longer = len(row["chosen_token_ids"]) > len(row["rejected_token_ids"])
-                facts = {"longer": "chosen" if longer else "rejected", "trust": margin / statistics.mean(margins)}
+            for row, length, margin in zip(rows, lengths, margins, strict=True):
+                facts = {"prompts": "short" if length <= half else "long", "trust": margin / statistics.mean(margins)}
                 stream.write(json.dumps(row | facts) + "\n")
     aside.rename(pairs)
     return pairs
@@ -92,8 +94,8 @@ def run(name: str, folder: Path, pairs: Path, steps: int) -> dict:
     common = [
         f"--model_path={MODEL}", f"--dataset_path={pairs}", f"--save_path={save}", "--lora_rank=16", "--learning_rate=2e-3",
         "--train_batch_size=8", "--micro_batch_size=8", f"--max_steps={steps}", "--max_len=256", "--warmup_ratio=0",
-        "--gradient_checkpointing=false", "--save_resume=false", "--log=none", "--eval_columns=longer",
-        f"--eval_mixture={OTHER}", "--lora_merge=false", "--seed=42",
+        "--gradient_checkpointing=false", "--save_resume=false", "--log=none", "--eval_columns=prompts",
+        f"--eval_mixture={OTHER}", "--lora_merge=false", "--seed=42", "--max_test_pairs=16",
     ]  # fmt: skip
     own = METHODS[name] if any(word.startswith("--beta") for word in METHODS[name]) else [*METHODS[name], "--beta=0.1"]
     load, start = os.getloadavg()[0], time.perf_counter()
@@ -107,7 +109,7 @@ def run(name: str, folder: Path, pairs: Path, steps: int) -> dict:
         shutil.copy(path, folder)
     shutil.rmtree(save)
     last = lines[-1]
-    groups = [value for key, value in last.items() if key.startswith("eval_accuracy.longer.")]
+    groups = [value for key, value in last.items() if key.startswith("eval_accuracy.prompts.")]
     return {
         "flags": METHODS[name], "first_loss": lines[0]["loss"], "loss": last["loss"], "eval_loss": last["eval_loss"],
         "eval_accuracy": last["eval_accuracy"], "eval_margin": last["eval_margin"], "worst_group_accuracy": min(groups),
@@ -124,8 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "methods")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "methods.json")
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     settings = {"prompts": arguments.prompts, "steps": arguments.steps}
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
