@@ -1,10 +1,10 @@
 """One short run of every method on the same pairs of the bundled model: metrics, shifted test pairs, and time per step.
 
 Samples, scores and pairs once (coherence and correctness mixed), adds two columns to the rows (`prompts`, long or short, and
-`trust`, the margin of the scores over its mean), then trains LoRA adapters by one method after another, with one seed, by the
-command line's own code in a fork that has the libraries loaded. A micro-batch is the whole step, so no method needs a forward
-pass to collect the population. Results go to --output after every run; rerunning skips finished ones of equal settings. On a
-quiet machine of two cores it should take about ten minutes, with OMP_NUM_THREADS=2.
+`trust`, the margin of the scores over its mean), then trains LoRA adapters by one method after another, with one seed, by
+the command line's own code in a fork that has the libraries loaded. A micro-batch is the whole step, so no method needs a
+forward pass to collect the population. Results go to --output after every run; rerunning skips finished ones of equal
+settings. On a quiet machine of two cores it should take about ten minutes, with OMP_NUM_THREADS=2.
 
     PYTHONPATH=src python benchmarks/methods.py [--folder=outputs/methods] [--output=benchmarks/results/methods.json]
         [--prompts=16] [--steps=4]
