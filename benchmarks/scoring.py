@@ -64,8 +64,11 @@ def conversations(model, n: int, prompts: int, short_answers: int):
 
 def score(model, way: str, sequences, keys, batch_tokens: int, padded_batch: int):
     """Stage-2 scores in order, and how many tokens were computed."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     from drdpo.kernels.packed_attention import PackedRow
-    from drdpo.scoring.armorm import packed_batches, pad_right
+    from drdpo.scoring.armorm import packed_batches
 
     scores, computed = [0.0] * len(sequences), 0
     if way == "packed":
@@ -80,7 +83,8 @@ def score(model, way: str, sequences, keys, batch_tokens: int, padded_batch: int
     size = 1 if way == "one" else padded_batch
     device = next(model.parameters()).device
     for start in range(0, len(sequences), size):
-        ids_BT, mask_BT = pad_right(sequences[start : start + size], 0, device)
+        rows = [torch.tensor(sequence, device=device) for sequence in sequences[start : start + size]]
+        ids_BT, mask_BT = (pad_sequence(part, True) for part in (rows, [torch.ones_like(row) for row in rows]))
         scores[start : start + size] = model(ids_BT, mask_BT).stage2.tolist()
         computed += ids_BT.numel()
     return scores, computed

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT
+from harness.reward_models import pad_right
 from scipy.stats import bootstrap, spearmanr
 
 from drdpo.chat import load_tokenizer
 from drdpo.errors import DataError, UsageError
 from drdpo.records import write_rows
-from drdpo.scoring.armorm import load_armorm, pad_right
+from drdpo.scoring.armorm import load_armorm
 
 TEMPLATE = ROOT / "src/drdpo/assets/armorm_smollm2/chat_template.jinja"
 COHERENCE, COMPLEXITY = 2, 3
@@ -254,7 +255,7 @@ def test_the_fitted_model_scores_as_it_was_fitted(
     held = fit.read_side((flags.validation, flags.preferences_validation), tokenizer, 400)
     backbone, layers = fit.load_backbone(flags)
     read = fit.read_features(backbone, layers, held, written["gating_token_pattern"])
-    rewards = model(*pad_right(held.token_ids, 0, torch.device("cpu")))
+    rewards = model(*pad_right(held.token_ids, 0))
     layer = written["num_hidden_layers"]
     expected = model.heads(read[layer, written["pooling"]], read[layer, "gate"])
     torch.testing.assert_close(rewards.stage1, expected.stage1, atol=1e-4, rtol=1e-4)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -420,6 +421,42 @@ def changed(before: dict[str, Any], made_by: dict[str, Any]) -> str:
 
 
 # Resumable parts of a result.
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """One split of a step that keeps finished parts, and what its result depends on."""
+
+    verb: str
+    """ "sample" or "score"."""
+    split: str
+    source: Path
+    result: Path
+    made_by: dict[str, Any]
+
+    @property
+    def step(self) -> str:
+        """Name of the split's entry in the manifest."""
+        return f"{self.verb}_{self.split}"
+
+    @property
+    def parts(self) -> Path:
+        """Folder of its finished parts."""
+        return self.result.parent / f".{self.split}.parts"
+
+    def is_made(self, overwrite: bool) -> bool:
+        """Is the result there, from the same flags, model and input? Prints a line if so.
+
+        Raises:
+            UsageError: it is from a different configuration.
+        """
+        if not already_made(self.result.parent, self.step, self.made_by, [self.result], overwrite):
+            return False
+        if distributed.is_main():
+            if self.parts.is_dir() and owner_of(self.result.parent) is None:
+                remove_tree(self.parts)  # the run was killed after it had written the result
+            print(f"{self.result}: already {self.verb}d with the same flags, model and input; skipped", flush=True)
+        return True
 
 
 class Parts:

@@ -7,7 +7,7 @@ that model too: what its attention is asked for, what happens between hidden sta
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,7 +388,7 @@ def structure_of(model: Any) -> Structure:
     return Structure(
         head=_head(model, text),
         packing=packing,
-        window=_window(text, asked),
+        window=sliding_window(text, asked),
         eager=_eager(model, asked),
         tangent=tangent_problem(model),
         linear=linear,
@@ -443,7 +443,7 @@ def _packing(model: Any, text: Any) -> tuple[list[dict[str, Any]], str | None]:
     return asked, None
 
 
-def _window(text: Any, asked: list[dict[str, Any]]) -> int | None:
+def sliding_window(text: Any, asked: Sequence[dict[str, Any]] = ()) -> int | None:
     """The smallest sliding window; in some models it lives in the mask alone, and no attention is asked for it."""
     windows = [options.get("sliding_window") for options in asked]
     kinds = getattr(text, "layer_types", None)

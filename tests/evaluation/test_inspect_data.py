@@ -120,3 +120,11 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     assert "4 completions" in done.stdout and len(list((tmp_path / "outputs/inspection").glob("*.png"))) == 1
     done = subprocess.run([*command[:2], str(tmp_path / "nowhere")], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "no JSON-lines file" in done.stderr
+
+
+def test_pairs_that_training_drops_for_an_empty_answer_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("a", "b"), ("", "b"), ("a", " \n"), ("", "")]
+    write(tmp_path / "train.jsonl", [{"prompt": "x", "chosen": chosen, "rejected": rejected} for chosen, rejected in rows])
+    assert "empty answers: 3 (such pairs are not trained on)" in look(tmp_path / "train.jsonl", capsys, samples=0)

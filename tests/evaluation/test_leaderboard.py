@@ -9,7 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import datasets.exceptions
 import pytest
+from harness.forks import Forks
 from harness.stand_ins import make_environment
 
 from drdpo.chat import DATE_STRING
@@ -146,19 +148,16 @@ def test_vllm_engines(monkeypatch: pytest.MonkeyPatch, gpus: int, span: int, ray
         (131_072, {"max_length": 16_384}, 16_384),
         (131_072, {"backend": "vllm"}, 131_072),
         (2048, {"max_length": 2049}, None),
+        (None, {}, 8192),
     ],
 )
-def test_the_default_context_fits_a_gpu(
-    tiny_policy: Path, tmp_path: Path, positions: int, flags: dict[str, Any], context: int | None
-) -> None:
-    config = json.loads((tiny_policy / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
-    given = LeaderboardConfig(model_path=str(tmp_path), **flags)
+def test_the_default_context_fits_a_gpu(positions: int | None, flags: dict[str, Any], context: int | None) -> None:
+    config = LeaderboardConfig(model_path="m", **flags)
     if context is None:
         with pytest.raises(UsageError, match=r"--max_length=2049: .* pass at most 2048"):
-            leaderboard.context_length(given)
+            leaderboard.context_length(config, positions)
     else:
-        assert leaderboard.context_length(given) == context
+        assert leaderboard.context_length(config, positions) == context
 
 
 def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,25 +185,24 @@ def test_data_that_cannot_be_loaded_names_its_task(tiny_policy: Path, tasks: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_unreachable_hub_says_what_to_do(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach 'TAUR-Lab/MuSR' on the Hub")
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("ConnectionError: Couldn't reach 'TAUR-Lab/MuSR' on the Hub", "HF_HOME"),
+        ("DatasetNotFoundError: Dataset 'TAUR-Lab/MuSR' is a gated dataset on the Hub.", "hf auth login"),
+    ],
+)
+def test_data_on_the_hub_says_what_to_do(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, says: str
+) -> None:
+    kind, _, text = error.partition(": ")
 
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    def failing(*_: Any, **__: Any) -> None:
+        raise getattr(datasets.exceptions, kind, ConnectionError)(text)
+
+    monkeypatch.setattr("datasets.load_dataset", failing)
     config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_musr", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"task leaderboard_musr_murder_mysteries .*HF_HOME"):
-        evaluate_openllm(config)
-
-
-def test_gated_data_asks_for_a_login(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from datasets.exceptions import DatasetNotFoundError
-
-    def gated(*_: Any, **__: Any) -> None:
-        raise DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub. You must be authenticated.")
-
-    monkeypatch.setattr("datasets.load_dataset", gated)
-    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_gpqa", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"task leaderboard_gpqa_diamond .*hf auth login"):
+    with pytest.raises(DataError, match=rf"task leaderboard_musr_murder_mysteries .*{says}"):
         evaluate_openllm(config)
 
 
@@ -229,12 +227,12 @@ def test_check_only_refuses_a_locked_folder(tiny_policy: Path, tasks: Path, tmp_
 
 
 def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    """--check_only=true finds a wrong task and loads no model, nor what loads one."""
+    """--check_only=true finds a wrong task and loads no weights, nor what runs tasks."""
     code = (
         "import sys; from drdpo.config import LeaderboardConfig; from drdpo.evaluation.leaderboard import evaluate_openllm;"
         "m, t = sys.argv[1:];"
         "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
-        "assert not {'transformers.modeling_utils', 'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"
+        "assert not {'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"
     )
     words = [sys.executable, "-c", code, str(tiny_policy), str(tasks)]
     subprocess.run(words, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "src")})
@@ -375,6 +373,57 @@ def test_a_killed_evaluation_resumes_and_equals_one_run(
     assert set(whole) <= set(ours)
 
 
+RANKS = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import lm_eval
+import torch
+from drdpo import distributed
+from drdpo.config import LeaderboardConfig
+from drdpo.evaluation.leaderboard import _evaluate
+from drdpo.folder import Parts
+
+distributed.join()
+rank = distributed.rank()
+
+def gather_object(value):
+    found = [None, None] if rank == 0 else None
+    torch.distributed.gather_object(value, found)
+    return found
+
+def run(tasks, **_):
+    if tasks[0].task_name == sys.argv[2]:
+        sys.exit(9)
+    print("ran", tasks[0].task_name)
+    by_task = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+    return {key: {tasks[0].task_name: {}} for key in by_task} if rank == 0 else None
+
+lm_eval.simple_evaluate = run
+model = SimpleNamespace(max_length=3, batch_size=1, gather_object=gather_object, tok_encode=str.split)
+text = "more than three words ", "here"
+long = [SimpleNamespace(request_type="loglikelihood", args=text, doc_id=number) for number in range(rank + 1)]
+tasks = {name: SimpleNamespace(task_name=name, instances=long) for name in ("first", "second")}
+parts = Parts(Path(sys.argv[1]), {}, False, rank)
+_evaluate(LeaderboardConfig("m"), None, model, {}, tasks, parts)
+if rank == 0:
+    print([parts.read(number)["cut_prompts"] for number in sorted(parts.done)])
+distributed.leave()
+"""
+
+
+def test_ranks_agree_on_what_is_finished(forks: Forks, tmp_path: Path) -> None:
+    """lm-eval's data parallelism on two ranks, with a stand-in for lm-eval: one question is cut on rank 0, two on rank 1."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    ended = forks.ranks([sys.executable, script, tmp_path / "parts", "second"], 2)
+    assert [(rank.returncode, rank.stdout.count("ran first")) for rank in ended] == [(9, 1)] * 2
+    ended = forks.ranks([sys.executable, script, tmp_path / "parts", "none"], 2)
+    assert [rank.returncode for rank in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert "ran first" not in ended[0].stdout and ended[1].stdout == "ran second\n"
+    assert ended[0].stdout.endswith("ran second\n[3, 3]\n")
+
+
 @pytest.mark.slow
 def test_what_the_model_does_not_see_is_counted(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
     """Prompts cut from the left, and descriptions that a template without a system role drops, in table and manifest."""
@@ -464,11 +513,27 @@ def start_wrapper(
     return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_one_process_needs_no_launcher(root: Path, fakes: Path, tmp_path: Path, gpus: int) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=my model", "--limit", "2", gpus=gpus)
+@pytest.mark.parametrize(
+    ("words", "gpus", "visible"),
+    [
+        (("--model_path=my model", "--limit", "2"), 0, ""),
+        (("--model_path=my model", "--limit", "2"), 1, ""),
+        (("--model_path=m", "--backend=vllm"), 4, ""),
+        (("--model_path=m", "--backend", "vllm"), 4, ""),
+        (("--model_path=m",), 4, "1"),
+        (("--help",), 0, ""),
+        (("--help",), 4, ""),
+    ],
+)
+def test_one_process_needs_no_launcher(
+    root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...], gpus: int, visible: str
+) -> None:
+    """No GPU or one, vLLM, which starts its own engines, one visible GPU of several, and --help."""
+    seen = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, *words, gpus=gpus, **seen)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] [--limit] [2] WORLD_SIZE=\n"
+    listed = " ".join(f"[{word}]" for word in words)
+    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] {listed} WORLD_SIZE=\n"
 
 
 def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: Path) -> None:
@@ -482,24 +547,9 @@ def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: 
     assert script in launched
 
 
-@pytest.mark.parametrize("words", [("--backend=vllm",), ("--backend", "vllm")])
-def test_vllm_is_one_process(root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", *words, gpus=4)
-    assert done.stdout.startswith("python [")
-    assert "launch.py" not in done.stdout
-
-
 def test_hidden_gpus_do_not_count(root: Path, fakes: Path, tmp_path: Path) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1")
-    assert "launch.py" not in done.stdout
     done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1,3")
     assert "[--nproc-per-node=2]" in done.stdout
-
-
-@pytest.mark.parametrize("gpus", [0, 4])
-def test_help_starts_no_launcher(root: Path, fakes: Path, tmp_path: Path, gpus: int) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--help", gpus=gpus)
-    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] [--help] WORLD_SIZE=\n"
 
 
 def test_a_failure_is_the_wrappers_status(root: Path, fakes: Path, tmp_path: Path) -> None:

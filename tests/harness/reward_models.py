@@ -70,3 +70,12 @@ def write_embedded_like(folder: Path, smollm: Path, objectives: list[str], shard
         shutil.copyfile(smollm / name, folder / name)
     shutil.copyfile(ROOT / "src/drdpo/assets/armorm_smollm2/chat_template.jinja", folder / "chat_template.jinja")
     return folder
+
+
+def pad_right(sequences: Any, pad_id: int = 0) -> tuple[Any, Any]:
+    """Token ids [B, T] and their attention mask [B, T]. Only the mask defines padding: `pad_id` may also be a token."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    return pad_sequence(rows, True, pad_id), pad_sequence([torch.ones_like(row) for row in rows], True)

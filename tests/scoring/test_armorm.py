@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.reward_models import pad_right
 
 from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.kernels.packed_attention import PackedRow
@@ -22,7 +23,6 @@ from drdpo.scoring.armorm import (
     find_span,
     load_armorm,
     packed_batches,
-    pad_right,
 )
 
 LLAMA3 = [128009, 128006, 78191, 128007, 271]
@@ -116,15 +116,15 @@ def test_armorm_equals_the_reference_in_the_published_form(published: Path) -> N
     assert len(model.objectives) == 19
     assert model.objectives[6] == "ultrafeedback-instruction_following"
     sequences = llama3_sequences()
-    assert_equal_to_reference(published, sequences, model(*pad_right(sequences, 128256, CPU)))
+    assert_equal_to_reference(published, sequences, model(*pad_right(sequences, 128256)))
 
 
 def test_armorm_does_not_depend_on_padding_side_or_pad_id(published: Path) -> None:
     model = load_armorm(published, "cpu", torch.float32)
     sequences = llama3_sequences()
-    expected = model(*pad_right(sequences, 128256, CPU))
+    expected = model(*pad_right(sequences, 128256))
     for pad in (0, 128009, 271):  # also ids that end a turn or end the pattern
-        other = model(*pad_right(sequences, pad, CPU))
+        other = model(*pad_right(sequences, pad))
         torch.testing.assert_close(other.stage1, expected.stage1)
         torch.testing.assert_close(other.stage2, expected.stage2)
     left = model(*left_padded(sequences, 271))
@@ -154,7 +154,7 @@ def test_armorm_reads_conversations_through_its_own_template(embedded_like: Path
         assert prompt[-len(pattern) :] == pattern
         gates.append(len(prompt) - len(pattern))
     assert [model.span(ids).gate for ids in sequences] == gates
-    assert_equal_to_reference(embedded_like, sequences, model(*pad_right(sequences, tokenizer.pad_token_id, CPU)))
+    assert_equal_to_reference(embedded_like, sequences, model(*pad_right(sequences, tokenizer.pad_token_id)))
 
 
 def test_stages_by_hand(embedded_like: Path) -> None:
@@ -181,7 +181,7 @@ def test_heads_stay_float32_on_a_bfloat16_backbone(published: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.bfloat16 if name.startswith("model.") else torch.float32), name
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    rewards = model(*pad_right(llama3_sequences(), 0, CPU))
+    rewards = model(*pad_right(llama3_sequences()))
     assert rewards.stage1.dtype == torch.float32
     assert bool(rewards.stage1.isfinite().all())
 
@@ -190,7 +190,7 @@ def test_a_sequence_without_pattern_or_tokens_is_refused(published: Path) -> Non
     model = load_armorm(published, "cpu", torch.float32)
     for sequences in ([[128000, *LLAMA3, 5], [128000, 4, 5, 6, 7, 8, 9]], [[1, 2]]):
         with pytest.raises(ValueError, match="gating token pattern"):
-            model(*pad_right(sequences, 0, CPU))
+            model(*pad_right(sequences, 0))
     ids_BT = torch.tensor([[*LLAMA3, 7]])
     for mask in ([1, 1, 1, 1, 0, 0], [0] * 6):  # an occurrence that reaches into padding is none
         with pytest.raises(ValueError, match="gating token pattern"):
@@ -209,7 +209,7 @@ def test_the_embedded_reward_model_prefers_a_good_answer(root: Path) -> None:
     sequences = [
         conversation_token_ids(tokenizer, [question, {"role": "assistant", "content": answer}]) for answer in (good, bad)
     ]
-    rewards = model(*pad_right(sequences, 0, CPU))
+    rewards = model(*pad_right(sequences, 0))
     assert rewards.stage2[0] > rewards.stage2[1]
     helpful = model.objectives.index("helpsteer-helpfulness")
     assert rewards.stage1[0, helpful] > rewards.stage1[1, helpful]
@@ -257,7 +257,7 @@ def test_armorm_packed_equals_the_reference_through_the_template(
     assert len(batches) > 1
     rewards = packed_scores(model, sequences, batches)
     assert_equal_to_reference(folder, sequences, rewards)
-    padded = model(*pad_right(sequences, 0, CPU))
+    padded = model(*pad_right(sequences, 0))
     torch.testing.assert_close(rewards.stage1, padded.stage1, atol=1e-4, rtol=0)
     torch.testing.assert_close(rewards.stage2, padded.stage2, atol=1e-4, rtol=0)
 
@@ -266,7 +266,7 @@ def test_armorm_mean_pooling_skips_padding_on_the_left(mean_pooled: Path) -> Non
     model = load_armorm(mean_pooled, "cpu", torch.float32)
     pattern = list(model.layout.gating_token_pattern)
     sequences = [[5, 6, *pattern, 9, 8, 7, 2], [4, *pattern, 3], [4, 4, *pattern]]
-    expected = model(*pad_right(sequences, 0, CPU))
+    expected = model(*pad_right(sequences, 0))
     left = model(*left_padded(sequences, 1))
     torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=0)
     torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.reward_models import pad_right
 
 from drdpo.errors import DataError
 from drdpo.scoring.armorm import (
@@ -15,7 +16,6 @@ from drdpo.scoring.armorm import (
     ArmoRM,
     check_folder,
     load_armorm,
-    pad_right,
     read_layout,
     read_shapes,
 )
@@ -42,9 +42,7 @@ def test_single_file_and_shards_load_alike(published: Path, broken: Broken) -> N
     assert len({file for file, _ in read_shapes(published).values()}) == 4
     single = broken(lambda config, tensors: None)
     ids = [[128000, 9, 8, 128009, 128006, 78191, 128007, 271, 5, 6, 128009]]
-    scores = [
-        load_armorm(folder, "cpu", torch.float32)(*pad_right(ids, 0, torch.device("cpu"))) for folder in (published, single)
-    ]
+    scores = [load_armorm(folder, "cpu", torch.float32)(*pad_right(ids, 0)) for folder in (published, single)]
     torch.testing.assert_close(scores[0].stage1, scores[1].stage1)
     torch.testing.assert_close(scores[0].stage2, scores[1].stage2)
 

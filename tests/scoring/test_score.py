@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from harness.forks import Fork, Forks
+from harness.reward_models import pad_right
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.scoring import score
-from drdpo.scoring.armorm import load_armorm, pad_right
+from drdpo.scoring.armorm import ArmoRM, load_armorm
 from drdpo.scoring.score import Reading, Scorer, score_completions
 
 Row = dict[str, Any]
@@ -76,7 +77,7 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     model, tokenizer = load_armorm(embedded_like, "cpu", torch.float32), load_tokenizer(str(embedded_like))
     for one in rows:
         ids = conversation_token_ids(tokenizer, [*one["prompt"], *one["completion"]])
-        rewards = model(*pad_right([ids], 0, torch.device("cpu")))
+        rewards = model(*pad_right([ids], 0))
         expected = dict(zip(("kind", "right", "short"), rewards.stage1[0].tolist(), strict=True))
         assert one["scores"] == pytest.approx(expected | {"ArmoRM": rewards.stage2.item()}, abs=1e-4)
     printed = capsys.readouterr().out
@@ -265,14 +266,22 @@ def test_check_only_loads_no_model_and_writes_nothing(
 
 
 def test_a_backbone_that_cannot_be_packed_is_named(
-    config: Callable[..., CompletionsConfig], embedded_like: Path, tmp_path: Path
+    config: Callable[..., CompletionsConfig], embedded_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "mistral"
     shutil.copytree(embedded_like, folder)
     written = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 256}
     (folder / "config.json").write_text(json.dumps(written))
-    with pytest.raises(DataError, match=r"cannot score packed rows .*sliding_window"):
-        score_completions(config(reward_model=str(folder)))
+    with pytest.raises(UsageError, match=r"--score_max_len=300: .* reads at most 256 tokens"):  # its sliding window
+        score_completions(config(reward_model=str(folder), score_max_len=300, check_only=True))
+    score_completions(config(reward_model=str(folder), score_max_len=256, check_only=True))
+
+    def capped(*_: Any) -> None:
+        raise ValueError("capped logits")
+
+    monkeypatch.setattr(ArmoRM, "score_packed", capped)
+    with pytest.raises(DataError, match=r"mistral: its backbone cannot score packed rows \(capped logits\)"):
+        score_completions(config(reward_model=str(folder), score_max_len=256))
 
 
 def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recorded(

@@ -67,7 +67,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         DataError: the model folder or its chat template cannot be used, or a task's data cannot be loaded.
     """
     names = split_tasks(config.tasks)
-    check_model(config.model_path, chat=config.apply_chat_template)
+    context = context_length(config, check_model(config.model_path, config.apply_chat_template).structure.positions)
     _check_backend(config)
     output = output_folder(config)
     config, precision = settle(config, untouched=config.backend == "vllm")
@@ -90,9 +90,9 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         return
     model_args |= _parallelism(config)
     if config.backend == "hf":  # vLLM finds its own limit
-        model_args["max_length"] = context_length(config)
+        model_args["max_length"] = context
     # The other ranks wait for rank 0 when lm-eval joins the process group.
-    loaded = _prepare(config, manager, names, leaves) if is_main() else None
+    loaded = _prepare(config, context, manager, names, leaves) if is_main() else None
     # If rank 0 fails to lock, the launcher stops the others.
     with lock_folder(output) if is_main() else nullcontext():
         if is_main():
@@ -156,22 +156,17 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
     return arguments | ({"max_length": config.max_length} if config.max_length else {})
 
 
-def context_length(config: LeaderboardConfig) -> int:
+def context_length(config: LeaderboardConfig, positions: int | None) -> int:
     """--max_length, or the model's own context, with the hf backend at most HF_MAX_LENGTH.
 
-    Raises:
-        UsageError: --max_length exceeds the model's own context.
-        DataError: the model's config cannot be read.
-    """
-    from lm_eval.models.utils import resolve_max_length
-    from transformers import AutoConfig
+    Args:
+        config: the flags.
+        positions: of the model; None if its config names none.
 
-    try:
-        model = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise DataError(f"{config.model_path}: the model's config cannot be read ({why})") from error
-    own = int(resolve_max_length(model, default=_UNLIMITED))
+    Raises:
+        UsageError: --max_length exceeds the model's positions.
+    """
+    own = positions or _UNLIMITED
     if config.max_length and config.max_length > own:
         raise UsageError(f"--max_length={config.max_length}: the model has positions for {own} tokens; pass at most {own}")
     return config.max_length or (min(HF_MAX_LENGTH, own) if config.backend == "hf" else own)
@@ -200,17 +195,17 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
     return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": engines, "seed": config.seed}
 
 
-def _prepare(config: LeaderboardConfig, manager: "TaskManager", names: list[str], leaves: list[str]) -> dict[str, Any]:
+def _prepare(
+    config: LeaderboardConfig, context: int, manager: "TaskManager", names: list[str], leaves: list[str]
+) -> dict[str, Any]:
     """Load the tasks with their data, and find on rank 0 what would end the evaluation after hours."""
+    shown = not config.apply_chat_template or _shows_system(config)
     loaded = load_tasks(manager, names, leaves)
-    check_budgets(config, loaded["tasks"])
-    if config.apply_chat_template:
-        shown = _shows_system(config)
-        lost = [name for name, task in loaded["tasks"].items() if task.config.description and not shown]
-        loaded["lost_descriptions"] = lost
-        if lost:
-            print(f"note: {lost_note(lost)}", flush=True)
-    return loaded
+    check_budgets(loaded["tasks"], config.max_gen_toks, context)
+    lost = [name for name, task in loaded["tasks"].items() if task.config.description and not shown]
+    if lost:
+        print(f"note: {lost_note(lost)}", flush=True)
+    return loaded | {"lost_descriptions": lost}
 
 
 def _load_model(config: LeaderboardConfig, model_args: dict[str, Any]) -> Any:
@@ -322,7 +317,7 @@ def _combine(loaded: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
         **list(found.values())[-1],
         **aggregate_groups(accumulated)._to_eval_results(),
         "cut_prompts": gathered["cut_prompts"],
-        "lost_descriptions": loaded.get("lost_descriptions", []),
+        "lost_descriptions": loaded["lost_descriptions"],
     }
 
 
@@ -465,8 +460,13 @@ def load_tasks(manager: "TaskManager", names: list[str], leaves: list[str]) -> d
     return dict(manager.load(names))
 
 
-def check_budgets(config: LeaderboardConfig, tasks: Mapping[str, Any]) -> None:
+def check_budgets(tasks: Mapping[str, Any], max_gen_toks: int | None, context: int) -> None:
     """Refuse a task whose generation budget leaves no room for its prompt: lm-eval would fail after all other tasks.
+
+    Args:
+        tasks: from load_tasks.
+        max_gen_toks: the budget of --max_gen_toks, instead of each task's own.
+        context: in tokens.
 
     Raises:
         UsageError: naming the first such task.
@@ -476,12 +476,11 @@ def check_budgets(config: LeaderboardConfig, tasks: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         if task.get_config("output_type") != "generate_until":
             continue
-        budget = config.max_gen_toks or normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
-        context = context_length(config)
+        budget = max_gen_toks or normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
         if budget >= context:
             raise UsageError(
                 f"task {name} may generate {budget} tokens, but the context of {context} tokens must hold them and the "
-                f"prompt; pass --max_gen_toks below {context}, a larger --max_length, or other --tasks"
+                f"prompt; pass --max_gen_toks below {context}, other --tasks or, if the model allows it, more --max_length"
             )
 
 

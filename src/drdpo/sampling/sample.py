@@ -19,12 +19,10 @@ from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
 from drdpo.folder import (
     Parts,
-    already_made,
+    SplitResult,
     lock_folder,
-    owner_of,
     read_manifest,
     refuse_if_locked,
-    remove_tree,
     sweep,
     write_manifest,
 )
@@ -52,26 +50,10 @@ PromptBlocks = dict[int, list[RenderedPrompt]]
 
 
 @dataclass(frozen=True)
-class Split:
-    """One split; `made_by` is what its samples depend on."""
-
-    name: str
-    file: Path
-    result: Path
-    made_by: dict[str, Any]
+class SplitPrompts(SplitResult):
     prompts: list[Prompt]
 
-    @property
-    def step(self) -> str:
-        """Name of the split's entry in the manifest."""
-        return f"sample_{self.name}"
-
-    @property
-    def parts(self) -> Path:
-        """Folder of its finished blocks."""
-        return self.result.parent / f".{self.name}.parts"
-
-    def with_engine(self, engine: str) -> "Split":
+    def with_engine(self, engine: str) -> "SplitPrompts":
         """The split with --engine=auto resolved."""
         return dataclasses.replace(self, made_by={**self.made_by, "engine": engine})
 
@@ -130,32 +112,24 @@ def sample_completions(config: CompletionsConfig) -> None:
         engines.close()
 
 
-def _splits(config: CompletionsConfig, dataset: Path, prompts: dict[str, list[Prompt]]) -> list[Split]:
+def _splits(config: CompletionsConfig, dataset: Path, prompts: dict[str, list[Prompt]]) -> list[SplitPrompts]:
     model = fingerprint(config.model_path)
     flags = {name: getattr(config, name) for name in _MADE_BY_FLAGS}
     splits = []
     for name, of_split in prompts.items():
         file = dataset / f"{name}.jsonl"
         made_by = {"model": model, "prompts": fingerprint(file), **flags}
-        splits.append(Split(name, file, Path(config.save_path) / "sampled" / f"{name}.jsonl", made_by, of_split))
+        result = Path(config.save_path) / "sampled" / f"{name}.jsonl"
+        splits.append(SplitPrompts("sample", name, file, result, made_by, of_split))
     return splits
 
 
-def finished(split: Split, overwrite: bool) -> bool:
-    """Is the split finished, with the same flags, model and prompts? Prints a line if so.
-
-    Raises:
-        UsageError: the results are from other flags, another model or other prompts.
-    """
+def finished(split: SplitPrompts, overwrite: bool) -> bool:
+    """Is the split finished, with the same flags, model and prompts? See SplitResult.is_made."""
     if split.made_by["engine"] == "auto":  # any engine will do
         before = read_manifest(split.result.parent).get(split.step, {}).get("made_by", {})
         split = split.with_engine(before.get("engine", "auto"))
-    if not already_made(split.result.parent, split.step, split.made_by, [split.result], overwrite):
-        return False
-    if split.parts.is_dir() and owner_of(split.result.parent) is None:
-        remove_tree(split.parts)  # the run was killed after it had written the split's file
-    print(f"{split.result}: already sampled with the same flags, model and prompts; skipped", flush=True)
-    return True
+    return split.is_made(overwrite)
 
 
 class _LazyEngines:
@@ -189,39 +163,49 @@ class _LazyEngines:
 
 
 def _sample_split(
-    config: CompletionsConfig, split: Split, tokenizer: Any, sampling: Sampling, engines: _LazyEngines, dtype_reason: str
+    config: CompletionsConfig,
+    split: SplitPrompts,
+    tokenizer: Any,
+    sampling: Sampling,
+    engines: _LazyEngines,
+    dtype_reason: str,
 ) -> None:
-    rendered, rejects = render(tokenizer, split.prompts, split.file, config.prompt_max_len)
+    rendered, rejects = render(tokenizer, split.prompts, split.source, config.prompt_max_len)
     parts = Parts(split.parts, split.made_by, config.overwrite)
     # An interrupted run keeps its block size, whatever the number of engines is now: samples depend on their block.
     size = parts.plan or engines.block_size(len(rendered), sampling.n)
     parts.open(size)
     blocks = {number: rendered[start : start + size] for number, start in enumerate(range(0, len(rendered), size))}
     seconds = _run_blocks(config, split, blocks, parts, sampling, engines)
-    facts = {"model_path": config.model_path, "dataset": str(split.file.parent), "engines": engines.count}
+    facts = {"model_path": config.model_path, "dataset": str(split.source.parent), "engines": engines.count}
     facts |= {"seconds": round(seconds, 1), "dtype_reason": dtype_reason}
     write_results(split, blocks, parts, rejects, sampling, tokenizer, facts)
 
 
 def _run_blocks(
-    config: CompletionsConfig, split: Split, blocks: PromptBlocks, parts: Parts, sampling: Sampling, engines: _LazyEngines
+    config: CompletionsConfig,
+    split: SplitPrompts,
+    blocks: PromptBlocks,
+    parts: Parts,
+    sampling: Sampling,
+    engines: _LazyEngines,
 ) -> float:
     """Sample the unfinished blocks; returns the seconds it took."""
     left = {
-        number: [Request(p.token_ids, stream_seed(config.seed, split.name, p.prompt.prompt_id)) for p in block]
+        number: [Request(p.token_ids, stream_seed(config.seed, split.split, p.prompt.prompt_id)) for p in block]
         for number, block in blocks.items()
         if number not in parts.done
     }
     total = sampling.n * sum(len(block) for block in blocks.values())
     done = total - sampling.n * sum(len(block) for block in left.values())
     if done:
-        print(f"{split.name}: resuming; {done} of {total} completions are finished", flush=True)
+        print(f"{split.split}: resuming; {done} of {total} completions are finished", flush=True)
     if not left:
         return 0.0
     running = engines.start().run(left, sampling)
     collected: dict[int, dict[int, list[Sample]]] = {number: {} for number in left}
     tokens, started = 0, time.monotonic()
-    with progress(total=total, initial=done, desc=f"sample {split.name}", unit="completion", mininterval=1.0) as bar:
+    with progress(total=total, initial=done, desc=f"sample {split.split}", unit="completion", mininterval=1.0) as bar:
         for number, index, samples in running:
             collected[number][blocks[number][index].prompt.prompt_id] = samples
             tokens += sum(len(sample.token_ids) for sample in samples[: sampling.distinct])
@@ -242,7 +226,7 @@ def _kept(parts: Parts, number: int) -> dict[int, list[Sample]]:
 
 
 def write_results(
-    split: Split,
+    split: SplitPrompts,
     blocks: PromptBlocks,
     parts: Parts,
     rejects: list[Reject],
@@ -271,7 +255,7 @@ def write_results(
         for rendered in block:
             samples = kept[rendered.prompt.prompt_id]
             if reason := _problem(samples, sampling):
-                rejects.append(Reject(str(split.file), rendered.row, rendered.prompt.prompt_id, reason))
+                rejects.append(Reject(str(split.source), rendered.row, rendered.prompt.prompt_id, reason))
                 continue
             counts["completions"] += len(samples)
             counts["tokens"] += sum(len(sample.token_ids) for sample in samples)
@@ -279,9 +263,9 @@ def write_results(
     rejects.sort(key=lambda reject: reject.row)
     counts["rejected"] = len(rejects)
     if len(rejects) == len(split.prompts):
-        raise DataError(f"{split.file}: no prompt has usable completions; row {rejects[0].row}: {rejects[0].reason}")
+        raise DataError(f"{split.source}: no prompt has usable completions; row {rejects[0].row}: {rejects[0].reason}")
     split.result.unlink(missing_ok=True)  # from a different configuration, with --overwrite=true
-    write_rejects(split.result.parent, split.name, [dataclasses.asdict(reject) for reject in rejects])
+    write_rejects(split.result.parent, split.split, [dataclasses.asdict(reject) for reject in rejects])
     write_manifest(split.result.parent, split.step, split.made_by, counts=counts, **facts)
     write_records(split.result, _completions(blocks, parts, {reject.prompt_id for reject in rejects}, tokenizer))
     parts.remove()

@@ -24,7 +24,7 @@ Shape suffixes: B sequences, T tokens, A tokens of an answer, N tokens of a pack
 
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from drdpo.errors import DataError
 from drdpo.folder import read_json_object
 from drdpo.kernels.packed_attention import PackedRow, hidden_states
+from drdpo.models import sliding_window
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
@@ -74,7 +75,7 @@ class RewardLayout:
 
 
 def check_folder(folder: Path) -> RewardLayout:
-    """Check a reward model folder without reading weights; returns its layout.
+    """Check a reward model folder without reading weights; returns its layout, with positions up to its sliding window.
 
     Raises:
         DataError: as load_armorm, but for values of tensors; or for a missing tokenizer.
@@ -82,7 +83,7 @@ def check_folder(folder: Path) -> RewardLayout:
     model, _ = _build(folder)
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder}: no tokenizer (tokenizer.json) in the reward model folder")
-    return model.layout
+    return replace(model.layout, max_positions=min(model.layout.max_positions, sliding_window(model.model.config) or 2**63))
 
 
 def read_layout(folder: Path) -> RewardLayout:
@@ -407,15 +408,7 @@ def _cast(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor
     return tensor.float()
 
 
-# Batches within a budget of tokens: padded on the right, or packed with shared prefixes once.
-
-
-def pad_right(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and their attention mask [B, T]. Only the mask defines padding: `pad_id` may also be a token."""
-    longest = max(map(len, sequences))
-    ids = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+# Batches within a budget of tokens, with shared prefixes once.
 
 
 class SharedPrefix(NamedTuple):

@@ -12,7 +12,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +25,8 @@ from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import (
     Parts,
-    already_made,
-    owner_of,
+    SplitResult,
     refuse_if_locked,
-    remove_tree,
     sole_writer,
     sweep,
     write_manifest,
@@ -45,31 +42,6 @@ from drdpo.scoring.armorm import RewardLayout, SharedPrefix, Span, check_folder,
 ROOT = Path(__file__).resolve().parents[3]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """Input and output of one split; `made_by` is what its scores depend on."""
-
-    split: str
-    sampled: Path
-    scored: Path
-    made_by: dict[str, Any]
-
-    @property
-    def step(self) -> str:
-        """Name of the split's entry in the manifest."""
-        return f"score_{self.split}"
-
-    @property
-    def source(self) -> str:
-        """Name of the input file in rejects.jsonl."""
-        return f"{self.sampled.parent.name}/{self.sampled.name}"
-
-    @property
-    def parts(self) -> Path:
-        """Folder of its finished batches."""
-        return self.scored.parent / f".{self.split}.parts"
 
 
 def score_completions(config: CompletionsConfig) -> None:
@@ -145,11 +117,8 @@ def _score(config: CompletionsConfig, folder: Path, dtype_reason: str) -> None:
     for split in completions:
         file = _sampled(config, split)
         made_by = {"reward_model": model, "sampled": fingerprint(file), **flags}
-        files = SplitFiles(split, file, save_path / f"{split}.jsonl", made_by)
-        if already_made(save_path, files.step, made_by, [files.scored], config.overwrite):
-            say(f"{files.scored}: already scored with the same model and flags; skipped")
-            if distributed.is_main() and files.parts.is_dir() and owner_of(save_path) is None:
-                remove_tree(files.parts)  # the run was killed after it had written the split's file
+        files = SplitResult("score", split, file, save_path / f"{split}.jsonl", made_by)
+        if files.is_made(config.overwrite):
             continue
         depends_on = made_by | {"score_batch_tokens": config.score_batch_tokens}
         parts[split] = Parts(files.parts, depends_on, config.overwrite, distributed.rank())
@@ -206,7 +175,7 @@ def _score_share(scorer: "Scorer", split: str, completions: list[Completion], pa
 
 
 def write_scored(
-    files: SplitFiles,
+    files: SplitResult,
     completions: list[Completion],
     parts: Parts,
     refused: list[dict[str, Any]],
@@ -234,22 +203,22 @@ def write_scored(
     for number, completion in enumerate(completions, start=1):
         key = (completion.prompt_id, completion.sample_id)
         if key not in result_of:
-            raise DataError(f"{files.sampled}, row {number}: no process scored prompt_id {key[0]}, sample_id {key[1]}")
+            raise DataError(f"{files.source}, row {number}: no process scored prompt_id {key[0]}, sample_id {key[1]}")
         row = result_of[key]
         if "scores" in row:
             scored.append(to_row(completion) | {"scores": row["scores"]})
         else:
-            rejects.append({"file": files.source, "row": number, **row})
+            rejects.append({"file": f"{files.source.parent.name}/{files.source.name}", "row": number, **row})
     if not scored:
         first = rejects[0]["reason"]
-        raise DataError(f"{files.sampled}: none of {len(completions)} completions could be scored; the first: {first}")
+        raise DataError(f"{files.source}: none of {len(completions)} completions could be scored; the first: {first}")
     why = dict(Counter(reject["reason"].partition(" (")[0] for reject in rejects))
     counts = {"in": len(completions), "out": len(scored), "dropped": len(rejects), "why": why}
-    folder = files.scored.parent
-    files.scored.unlink(missing_ok=True)
+    folder = files.result.parent
+    files.result.unlink(missing_ok=True)
     write_rejects(folder, files.split, rejects)
     write_manifest(folder, files.step, files.made_by, **facts, counts=counts, attention=attention)
-    write_rows(files.scored, scored)
+    write_rows(files.result, scored)
     if rejects:
         print(f"{files.split}: {len(rejects)} completions are in rejects.jsonl: {why}", flush=True)
     parts.remove()
