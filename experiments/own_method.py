@@ -30,7 +30,7 @@ class CvarConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta"):
+        for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta", "method"):
             require(getattr(self, name) is None, f"--{name} chooses another method than CVaR; leave it out")
         for name in ("loss_type", "label_smoothing"):
             value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default

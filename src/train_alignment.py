@@ -16,7 +16,7 @@ def main(config_class: type[TrainConfig] = TrainConfig, own_method: Callable[[An
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     # DeepSpeed's launcher adds a flag, which only repeats the variable LOCAL_RANK.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
-    config = parse(config_class, "Align a policy by DPO, KLDPO, WDPO or Dr. DPO under DeepSpeed.", words)
+    config = parse(config_class, "Align a policy by DPO, KLDPO, WDPO and other robust methods under DeepSpeed.", words)
     from drdpo.training.losses import method_of
     from drdpo.training.run import check_inputs
 

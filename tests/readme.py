@@ -140,6 +140,23 @@ def scoring_table() -> str:
     )
 
 
+def methods_table() -> str:
+    """The runs of benchmarks/methods.py."""
+    if not (ROOT / "benchmarks" / "results" / "methods.json").is_file():
+        return "Not measured yet: `PYTHONPATH=src python benchmarks/methods.py` writes the results."
+    runs = results("methods")["runs"]
+    rows = []
+    for name, run in runs.items():
+        ratio = run["seconds_per_step"] / runs["DPO"]["seconds_per_step"]
+        numbers = [run[key] for key in ("eval_loss", "eval_accuracy", "worst_group_accuracy", "other_accuracy")]
+        cells = [f"`{' '.join(run['flags'])}`" if run["flags"] else "", f"{run['first_loss']:.3f}", f"{run['loss']:.3f}"]
+        rows.append(
+            [name, *cells, *(f"{number:.3f}" for number in numbers), f"{run['effective_share']:.2f}", f"{ratio:.2f}"]
+        )
+    head = "| method | flags | first loss | last loss | test loss | test accuracy | worse group | other labels "
+    return table(head + "| effective sample / pairs | time per step / DPO's |", rows)
+
+
 def architectures_table() -> str:
     """What drdpo.models says of families of transformers."""
     from harness.architectures import table
@@ -151,7 +168,7 @@ MEASURED = {
     "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
     "linear_logprob": linear_logprob_table, "wdpo": wdpo_table,
     "wdpo_accuracy": wdpo_accuracy_table, "scoring": scoring_table,
-    "architectures": architectures_table,
+    "architectures": architectures_table, "methods": methods_table,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from typing import get_args, get_type_hints
 
 import pytest
 import readme
@@ -12,6 +13,7 @@ from harness import ROOT
 
 from drdpo import config
 from drdpo.cli import parse
+from drdpo.config.training import METHODS
 from drdpo.objectives import FLAG_TO_OBJECTIVE
 from drdpo.records import Preference, Prompt
 
@@ -155,6 +157,17 @@ def test_the_code_and_rows_of_own_md_are_real():
     assert len(pairs) == 3 and pairs[0] == pairs[1] == pairs[2]
     (prompt,) = re.findall(r'`(\{"prompt_id".*?\})`', OWN)
     assert Prompt.from_row(json.loads(prompt)).prompt_id == 0
+
+
+def test_the_page_of_methods_has_them_all_and_its_command_parses():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    kinds = get_args(get_type_hints(config.TrainConfig)["loss_type"])
+    assert {*re.findall(r"--method=(\w+):", text)} == set(METHODS)
+    assert {*re.findall(r"--loss_type=(\w+)`", text)} | {"sigmoid"} == set(kinds)
+    (command,) = readme.commands(text)
+    parsed = parse(config.TrainConfig, "", command[2:])
+    assert parsed.eval_groups == ["domain", "language"]
+    assert parsed.mixtures["brief"] == {"helpsteer-verbosity": 0.5, "helpsteer-complexity": 0.5}
 
 
 # Quoted messages

@@ -36,6 +36,7 @@ REASONS = ("zero_margin", "small_margin", "empty_text", "equal_texts", "over_max
 """Why a candidate (two completions that the selection puts together) is dropped; the first that applies is counted."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+_Key: TypeAlias = tuple[int, int]
 Statistics: TypeAlias = dict[str, tuple[float, float]]
 """{objective: (mean, population standard deviation)} of raw scores."""
 
@@ -152,20 +153,22 @@ def pair_completions(
     groups = group_by_prompt(path, completions)
     # In order of ids, because the last bit of a sum depends on its order.
     ordered = sorted(completions, key=lambda completion: (completion.prompt_id, completion.sample_id))
-    scores = {name: np.array([completion.scores[name] for completion in ordered]) for name in weights}
+    scores = {name: np.array([completion.scores[name] for completion in ordered]) for name in _shared(ordered)}
     own = {name: mean_and_sd(scores_C) for name, scores_C in scores.items()}
     used = (own if fitted is None else fitted) if config.standardize else None
     if used is not None:
-        scores = {name: standardise(scores_C, used[name]) for name, scores_C in scores.items()}
+        scores = {name: standardise(scores_C, used[name]) for name, scores_C in scores.items() if name in used}
     keys = [(completion.prompt_id, completion.sample_id) for completion in ordered]
     mixed = dict(zip(keys, mix(scores, weights).tolist(), strict=True))
+    rows = np.array(list(scores.values())).T.tolist()
+    by_objective = {key: dict(zip(scores, row, strict=True)) for key, row in zip(keys, rows, strict=True)}
     counts = Counter[str]()
     pairs: list[Preference] = []
     for group in progress(groups, desc=f"pair {split}", total=len(groups), unit="prompt", delay=2):
         mixed_n = [mixed[completion.prompt_id, completion.sample_id] for completion in group]
         texts = [completion.completion[-1]["content"] for completion in group]
         chosen, dropped = select(mixed_n, texts, config, f"{split}/{group[0].prompt_id}")
-        pairs += [_preference(group[best], group[other], mixed_n[best], mixed_n[other]) for best, other in chosen]
+        pairs += [_preference(group[best], group[other], mixed, by_objective) for best, other in chosen]
         counts += dropped
         counts["prompts_without_pair"] += not chosen
         counts["dropped_one_completion"] += len(group) < 2
@@ -284,10 +287,19 @@ def _candidates(scores: list[float], selection: str) -> list[tuple[int, int]]:
     return [(i, j) if scores[i] >= scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
 
 
-def _preference(chosen: Completion, rejected: Completion, chosen_score: float, rejected_score: float) -> Preference:
+def _shared(completions: list[Completion]) -> list[str]:
+    """The objectives that all completions have a score of, within LARGEST_SCORE."""
+    shared = set.intersection(*(set(completion.scores) for completion in completions))
+    return sorted(name for name in shared if all(abs(c.scores[name]) <= LARGEST_SCORE for c in completions))
+
+
+def _preference(
+    chosen: Completion, rejected: Completion, mixed: Mapping[_Key, float], scores: Mapping[_Key, dict[str, float]]
+) -> Preference:
+    first, second = ((completion.prompt_id, completion.sample_id) for completion in (chosen, rejected))
     return Preference(
-        chosen.prompt_id, chosen.prompt, chosen.completion, rejected.completion, chosen_score, rejected_score,
-        chosen.token_ids, rejected.token_ids,
+        chosen.prompt_id, chosen.prompt, chosen.completion, rejected.completion, mixed[first], mixed[second],
+        chosen.token_ids, rejected.token_ids, scores[first], scores[second],
     )  # fmt: skip
 
 

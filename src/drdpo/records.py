@@ -4,7 +4,8 @@
     completion  prompt_id, sample_id int, prompt, completion [{role: assistant, content}], token_ids [int] as sampled,
                 finish_reason "stop" or "length", scores {objective: float} once scored
     preference  prompt_id, prompt, chosen, rejected (message lists), chosen_score, rejected_score, and, if the pair
-                was sampled here, chosen_token_ids and rejected_token_ids
+                was sampled here, chosen_token_ids and rejected_token_ids, and chosen_scores and rejected_scores
+                {objective: float}, of which chosen_score and rejected_score are a mixture
 
 Records are joined by (prompt_id, sample_id), never by position in a file.
 """
@@ -99,6 +100,8 @@ class Preference(_Record, frozen=True):
     rejected_score: _Score | None = None
     chosen_token_ids: _TokenIds | None = None
     rejected_token_ids: _TokenIds | None = None
+    chosen_scores: dict[str, _Score] | None = None
+    rejected_scores: dict[str, _Score] | None = None
 
     @classmethod
     def from_trl(cls, row: dict[str, Any], number: int) -> Self:
@@ -134,6 +137,8 @@ class Preference(_Record, frozen=True):
             if isinstance(answer, list) and len(answer) != 1:
                 raise ValueError(f'field "{name}" must contain one assistant turn after the prompt, not {len(answer)}')
         prompt_id = row["prompt_id"] if isinstance(row.get("prompt_id"), int) else number
+        # Fields of other data sets may have these names; the trainer reads them itself, where it needs them.
+        row = {name: value for name, value in row.items() if name not in ("chosen_scores", "rejected_scores")}
         return cls.from_row({**row, **answers, "prompt": prompt, "prompt_id": prompt_id})
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from drdpo.config import ShowRunConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.show_run import read_metrics, show_run
+from drdpo.evaluation.show_run import _curves, read_metrics, show_run
 from drdpo.folder import write_manifest
 
 
@@ -49,6 +49,23 @@ def test_a_running_one_has_an_owner(folder, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "running: process 4321 on node7 (train.py), since 2026-01-02T03:04:05+00:00" in shown(folder, capsys)
     assert "stopped" in shown(folder, capsys), "the lock's file stays, its owner has gone"
+
+
+def test_shifted_test_pairs_have_panels_of_their_own(folder):
+    row = {
+        "step": 3,
+        "loss": 0.5,
+        "eval_loss": 0.6,
+        "eval_loss.domain.a": 0.7,
+        "eval_loss.other": 0.8,
+        "eval_accuracy.other": 1,
+    }
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    axes = {part.get_title(): part for part in _curves(read_metrics(folder / "metrics.jsonl"), "a run").axes}
+    shown = {title: [line.get_label() for line in part.lines] for title, part in axes.items()}
+    assert shown["loss"] == ["loss", "eval_loss"]
+    assert shown["loss, shifted test pairs"] == ["eval_loss.domain.a", "eval_loss.other"]
+    assert shown["accuracy, shifted test pairs"] == ["eval_accuracy.other"]
 
 
 def test_a_finished_one_and_its_picture(folder, capsys):

@@ -1,6 +1,7 @@
 """What the tests of the objective share: configs, a few pairs of token ids, and one optimizer step written out."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,28 @@ def four_pairs() -> list[Pair]:
     def ids(length: int) -> list[int]:
         return [numbers.randrange(3, 500) for _ in range(length)]
 
-    return [Pair(ids(p), ids(c), ids(r)) for p, c, r in ((4, 3, 6), (1, 5, 1), (15, 2, 2), (3, 7, 4))]
+    return with_facts([Pair(ids(p), ids(c), ids(r)) for p, c, r in ((4, 3, 6), (1, 5, 1), (15, 2, 2), (3, 7, 4))])
+
+
+def facts_of(number: int, chosen: int, rejected: int) -> dict[str, float]:
+    """Columns of the pair with this number whose answers have these tokens: all that the methods read."""
+    return {
+        "chosen_tokens": float(chosen), "rejected_tokens": float(rejected), "chosen_score": 0.25 * number,
+        "rejected_score": 1.5 - 0.125 * number, "trust": 0.5 + number % 3,
+        "group": float([0, 1, 1, 0, 2, 0, 2, 1][number % 8]),
+    }  # fmt: skip
+
+
+def shifted_reference(reference_M2: torch.Tensor) -> torch.Tensor:
+    """[M, 2] reference log-probs with which no two pairs have equal margins, not even at the first step."""
+    numbers = torch.arange(reference_M2.numel(), dtype=reference_M2.dtype).view_as(reference_M2)
+    return reference_M2 + 2 * torch.sin(numbers)
+
+
+def with_facts(pairs: list[Pair]) -> list[Pair]:
+    return [
+        replace(pair, columns=facts_of(number, len(pair.chosen), len(pair.rejected))) for number, pair in enumerate(pairs)
+    ]
 
 
 def random_pairs(seed: int, count: int) -> list[list[list[int]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from drdpo.records import Preference, write_records
+from drdpo.records import Preference, to_row, write_rows
 from harness import ROOT
 from harness.forks import Fork, Forks, statuses
 
@@ -24,7 +24,7 @@ STEPS = 4
 
 
 def write_pairs(folder: Path) -> Path:
-    """Ten training and three test pairs of short random texts."""
+    """Ten training and three test pairs of short random texts, with groups, weights and scores by two objectives."""
     numbers = random.Random(0)
 
     def said(role: str) -> list[dict[str, str]]:
@@ -32,7 +32,10 @@ def write_pairs(folder: Path) -> Path:
 
     for split, rows in (("train", 10), ("test", 3)):
         pairs = [Preference(row, said("user"), said("assistant"), said("assistant"), 1.0, 0.0) for row in range(rows)]
-        write_records(folder / f"{split}.jsonl", pairs)
+        facts = [{"domain": "odd" if row % 2 else "even", "trust": 0.5 + row % 3,
+                  "chosen_scores": {"x": 1.0, "y": float(row % 2)}, "rejected_scores": {"x": 0.0, "y": 0.5}}
+                 for row in range(rows)]  # fmt: skip
+        write_rows(folder / f"{split}.jsonl", [to_row(pair) | fact for pair, fact in zip(pairs, facts, strict=True)])
     return folder
 
 
@@ -71,7 +74,7 @@ def flags_of(model: Path, data: Path, save: Path, **flags: Any) -> dict:
 
 def metrics_of(save: Path) -> list[dict]:
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in FIGURES if name in line} for line in lines]
+    return [{name: line[name] for name in line if name in FIGURES or name.startswith("eval_")} for line in lines]
 
 
 def check_equal(found: Path, expected: Path) -> None:

@@ -7,11 +7,13 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from drdpo.errors import UsageError
 from drdpo.records import Preference, read_records
 
 Row = dict[str, Any]
@@ -257,6 +259,31 @@ def test_standardised_by_train_a_completion_scores_the_same_in_test(run: Command
     assert by_split.chosen_score == 0.5, "by its own split complexity has sd 0"
 
 
+def test_rows_have_the_scores_by_which_another_mixture_would_label_them(run: Command, paths: tuple[Path, Path]) -> None:
+    """What --eval_mixture of the trainer relabels by."""
+    (source, folder), other, rng = paths, paths[1].parent / "other", random.Random(9)
+    train = random_rows(7, prompts=20)
+    for one in train:
+        one["scores"] |= {"code-style": rng.gauss(0, 3), "code-readability": 1.0}
+    del train[0]["scores"]["code-readability"]  # not an objective of every completion
+    write(source, train, train)
+    assert run(*flags_of(paths, *HALF)).returncode == 0
+    assert run(*flags_of((source, other), "--code_style=1.0", "--selection=all_pairs")).returncode == 0
+    texts = {(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in written(other)}
+    pairs, swapped = written(folder), 0
+    for pair in pairs:
+        first, second = pair.chosen_scores, pair.rejected_scores
+        assert first is not None and second is not None
+        assert list(first) == ["ArmoRM", "code-style", "ultrafeedback-honesty"]
+        for score, scores in ((pair.chosen_score, first), (pair.rejected_score, second)):
+            assert score == pytest.approx(0.5 * scores["ArmoRM"] + 0.5 * scores["ultrafeedback-honesty"], abs=1e-12)
+        swap = first["code-style"] < second["code-style"]
+        answers = [pair.chosen[0]["content"], pair.rejected[0]["content"]]
+        assert tuple(reversed(answers) if swap else answers) in texts
+        swapped += swap
+    assert 0 < swapped < len(pairs)
+
+
 def test_a_length_bias_is_printed_and_kept(run: Command, paths: tuple[Path, Path]) -> None:
     write(paths[0], random_rows(4, prompts=60), random_rows(5, prompts=3))
     done = run(*flags_of(paths, "--ultrafeedback_honesty=1.0"))
@@ -446,7 +473,7 @@ def test_a_full_disk_leaves_the_old_pairs(paths: tuple[Path, Path], monkeypatch:
 
 @pytest.mark.parametrize("moves", [0, 1])
 def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
-    """Before or between the two files' moves: neither command then takes the folder for its own."""
+    """Before or between the two files' moves: neither command takes the folder for its own, nor loses a file unasked."""
 
     from drdpo.config import PreferencesConfig
     from drdpo.pairing import generate_preferences
@@ -470,6 +497,10 @@ def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             generate_preferences(new)
     assert len(list(paths[1].glob("*.jsonl"))) == moves
+    if moves:
+        with pytest.raises(UsageError, match="contains results from a different configuration"):
+            generate_preferences(old)
+        old = replace(old, overwrite=True)
     generate_preferences(old)
     assert {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")} == before
     facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]

@@ -77,7 +77,8 @@ def test_trl_and_our_trainer_read_the_same_tokens(pairs: Path, tokenizer: Any) -
     from trl.data_utils import is_conversational
 
     from drdpo.config.training import DataSettings
-    from drdpo.training.data import load_split, tokenise
+    from drdpo.training.data import tokenise
+    from drdpo.training.rows import load_split
 
     rows = load(pairs)
     assert is_conversational(rows[0])
@@ -129,7 +130,8 @@ def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
 def test_completions_without_token_ids_open_too(tmp_path: Path, tokenizer: Any) -> None:
     """Completions of another program: some or all have no ids; the trainer then encodes the text."""
     from drdpo.config.training import DataSettings
-    from drdpo.training.data import load_split, tokenise
+    from drdpo.training.data import tokenise
+    from drdpo.training.rows import load_split
 
     row = {"prompt": PROMPTS[0], "finish_reason": "stop"}
     rows = [

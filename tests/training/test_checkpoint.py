@@ -42,6 +42,7 @@ from drdpo.training.policy import FiniteWatch, load_policy
 
 def engine_around(model=None, save=None) -> SimpleNamespace:
     model = torch.nn.Linear(1, 1) if model is None else model
+    model.method_state = {}
     return SimpleNamespace(module=model, zero_optimization_stage=lambda: 2, save_checkpoint=save, device=torch.device("cpu"))
 
 
@@ -122,6 +123,20 @@ def test_a_state_is_in_place_whole_and_two_stay(tmp_path):
     assert [(state.step, state.world_size, state.files) for state in states(tmp_path)[0]] == [
         (step, 1, {"b.pt": {"size": 7, "sha256": hashlib.sha256(b"moments").hexdigest()}}) for step in (4, 3)
     ]
+
+
+def test_what_the_method_keeps_is_part_of_the_state(tmp_path):
+    def save(folder, tag, client_state, **_):
+        (Path(folder) / tag).mkdir()
+        torch.save(client_state, Path(folder) / tag / "c.pt")
+
+    engine, weights_G = engine_around(save=save), torch.tensor([0.1, 0.9])
+    engine.module.method_state = {"weights": weights_G}
+    save_state(engine, tmp_path, 2)
+    engine.module.method_state = {}
+    engine.load_checkpoint = lambda folder, tag, **_: (tag, torch.load(Path(folder) / tag / "c.pt", weights_only=True))
+    assert load_state(engine, tmp_path) == 2
+    assert torch.equal(engine.module.method_state["weights"], weights_G)
 
 
 def test_a_damaged_newest_state_does_not_outlive_the_good_one_that_was_loaded(tmp_path):

@@ -11,7 +11,8 @@ from drdpo import chat
 from drdpo.config.training import DataSettings
 from drdpo.errors import DataError
 from drdpo.records import Preference
-from drdpo.training.data import load_split, tokenise
+from drdpo.training.data import tokenise
+from drdpo.training.rows import load_split
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 

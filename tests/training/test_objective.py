@@ -7,7 +7,7 @@ import torch
 from harness import policies
 from harness.policies import REFERENCE_M2
 
-from drdpo.training.data import Pair, collate
+from drdpo.training.data import Pair, collate, columns_of
 from drdpo.training.losses import gradient_penalty, method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, load_policy, pairs_of
@@ -83,15 +83,20 @@ def test_wdpo_with_vanishing_rho_is_dpo(policy, pairs):
     "flags",
     [
         {}, {"kldpo_tau": 0.3}, {"kldpo_tau": 0.3, "kldpo_normalize": True}, {"drdpo_beta": 0.3}, {"wdpo_rho": 0.1},
-        {"wdpo_rho": 0.1, "wdpo_penalty": "root"},
+        {"wdpo_rho": 0.1, "wdpo_penalty": "root"}, {"wdpo_rho": 0.1, "weight_column": "trust"},
+        {"wdpo_rho": 0.1, "wdpo_penalty": "root", "weight_column": "trust"}, {"kldpo_tau": 0.3, "weight_column": "trust"},
+        {"method": "tv:0.3"}, {"method": "chi2:0.3"}, {"method": "cvar:0.3", "loss_type": "ipo_norm"}, {"method": "ropo:14"},
+        {"method": "holder:2"}, {"method": "robust_label:0.3"}, {"method": "dpo_pro:0.3"},
+        {"method": "group:0.5,1", "group_column": "group"},
     ],
-    ids=["dpo", "kldpo", "kldpo softmax", "drdpo", "wdpo", "wdpo root"],
+    ids=lambda flags: " ".join(map(str, flags.values())) or "dpo",
 )  # fmt: skip
 def test_gradient_does_not_depend_on_the_micro_batch_split(policy, pairs, flags):
-    config = config_of(**flags)
+    method = method_of(config_of(**flags))
     parts = [(collate(pairs, rows, 0), REFERENCE_M2[rows]) for rows in ([3], [0], [2], [1])]
-    population = survey(policy, parts, method_of(config)) if flags else None
-    total = sum(objective(policy, batch, reference, method_of(config), population).total for batch, reference in parts) / 4
+    policy.method_state = method.begin(columns_of(pairs)) if method.begin else {}
+    population = survey(policy, parts, method) if method.needs_population else None
+    total = sum(objective(policy, batch, reference, method, population).total for batch, reference in parts) / 4
     assert relative_error(gradients(policy, total), gradients(policy, whole(policy, pairs, **flags).total)) < 1e-6
 
 

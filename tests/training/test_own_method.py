@@ -16,10 +16,11 @@ from drdpo.config import TrainConfig
 from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Preference, to_row, write_rows
-from drdpo.training.data import Batch, collate, form_batch, load_split, pack, tokenise
+from drdpo.training.data import Batch, collate, form_batch, pack, tokenise
 from drdpo.training.losses import Method, Pairs, Penalty, method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import load_policy, pairs_of
+from drdpo.training.rows import load_split
 from drdpo.training.run import check_inputs
 from drdpo.training.wdpo import check_tangent
 

@@ -17,7 +17,9 @@ from drdpo.training.policy import Policy, load_policy
 METHODS = {
     "dpo": {},
     "ipo": {"loss_type": "ipo"},
+    "sigmoid_norm": {"loss_type": "sigmoid_norm"},
     "kldpo": {"kldpo_tau": 0.3},
+    "cvar": {"method": "cvar:0.6", "weight_column": "trust"},
     "drdpo": {"drdpo_beta": 0.3},
     "wdpo": {"wdpo_rho": 0.1},
     "wdpo root": {"wdpo_rho": 0.1, "wdpo_penalty": "root"},
@@ -40,7 +42,7 @@ def padded(tiny_policy) -> Policy:
 def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig):
     """Losses [4] and the gradient of all parameters of one optimizer step in some micro-batches."""
     parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].float()) for rows in split]
-    population = survey(policy, parts, method_of(config)) if config.method != "dpo" else None
+    population = survey(policy, parts, method_of(config)) if method_of(config).needs_population else None
     found = [
         objective(policy, batch, reference, method_of(config), population, share=len(reference) / 4)
         for batch, reference in parts

@@ -19,6 +19,11 @@ CASES = {
     "dpo zero2": ({}, [fault(STEP, 2, rank=1), fault(INDEX, 1), fault(PLACE, 1, when="before"), fault(PLACE, 1)]),
     "kldpo zero3": ({"kldpo_tau": 0.1, "zero_stage": 3}, [fault(MODEL, 2), fault(STEP, 1, when="before"), fault(LINE, 2)]),
     "drdpo zero1 padded": ({"drdpo_beta": 0.5, "zero_stage": 1, "packing": False}, [fault(LINE, 3), fault(INDEX, 1)]),
+    # Its groups' weights are kept between steps.
+    "group zero2": (
+        {"method": "group:2,1", "group_column": "domain", "weight_column": "trust", "eval_columns": "domain"},
+        [fault(STEP, 2), fault(LINE, 2)],
+    ),
     "wdpo zero2": ({"wdpo_rho": 0.01, "wdpo_fraction": 0.5}, [fault(STEP, 3), fault(LINE, 1, when="before")]),
     "wdpo zero3": ({"wdpo_rho": 0.01, "zero_stage": 3}, [fault(STEP, 2, rank=1)]),
     "dpo lora bfloat16": ({"lora_rank": 4, "dtype": "bfloat16"}, [fault(PLACE, 2), fault(STEP, 1)]),

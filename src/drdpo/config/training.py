@@ -1,9 +1,12 @@
 """Flags of train_alignment.sh."""
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from drdpo.cli import check_bounds, flag, require
+from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 PACKED_ATTENTION = "shared_prefix"
 """What transformers calls drdpo.kernels.packed_attention."""
@@ -21,6 +24,31 @@ class LoraSettings:
     seed: int
 
 
+class Strength(NamedTuple):
+    """A number of a --method, by name."""
+
+    name: str
+    largest: float = math.inf
+    zero: bool = False
+    """May it be zero?"""
+    default: float | None = None
+
+
+METHODS = {
+    "tv": (Strength("radius", 1, zero=True),),
+    "chi2": (Strength("radius", zero=True),),
+    "cvar": (Strength("share", 1),),
+    "group": (Strength("rate"), Strength("adjustment", zero=True, default=0.0)),
+    "ropo": (Strength("alpha"),),
+    "holder": (Strength("gamma"),),
+    "robust_label": (Strength("radius", 1, zero=True),),
+    "dpo_pro": (Strength("radius", zero=True), Strength("scale", default=1.0)),
+}
+"""What --method can be, with its numbers; docs/methods.md says what they mean."""
+WEIGHTINGS = ("tv", "chi2", "cvar", "group")
+"""Those that weight the pairs, so that --loss_type applies; the others have a loss of their own."""
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Where preferences come from; see the flags of the same names."""
@@ -35,7 +63,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Step 3: align a policy. At most one of --kldpo_tau, --wdpo_rho and --drdpo_beta; none of them is plain DPO."""
+    """Step 3: align a policy. At most one of --kldpo_tau, --wdpo_rho, --drdpo_beta and --method; without any it is DPO."""
 
     model_path: str = flag("policy to align and frozen reference: a Hugging Face folder or hub id")
     dataset_path: str = flag("folder with train.jsonl and test.jsonl of preferences, or the hub id of a TRL-style data set")
@@ -52,6 +80,15 @@ class TrainConfig:
     kldpo_tau: float | None = flag("use KLDPO with this temperature", None, above=0)
     wdpo_rho: float | None = flag("use WDPO with this radius", None, above=0)
     drdpo_beta: float | None = flag("use Dr. DPO with this temperature", None, above=0)
+    method: str | None = flag(
+        "use another method, NAME:STRENGTH, e.g. cvar:0.3: tv:RADIUS, chi2:RADIUS, cvar:SHARE, group:RATE[,ADJUSTMENT], "
+        "ropo:ALPHA, holder:GAMMA, robust_label:RADIUS or dpo_pro:RADIUS[,SCALE] (docs/methods.md)",
+        None,
+    )
+    group_column: str | None = flag("for --method=group: field of the preference rows that names a pair's group", None)
+    weight_column: str | None = flag(
+        "field of the preference rows whose number multiplies a pair's term of the objective, with any method", None
+    )
     kldpo_normalize: bool = flag("compute KLDPO weights as in the paper's Algorithm 2: a softmax over the population", False)
     wdpo_penalty: Literal["squared", "root"] = flag(
         "'squared': mean of rho |grad|^2, as in the authors' code; 'root': rho sqrt(mean |grad|^2), Algorithm 1", "squared"
@@ -75,10 +112,14 @@ class TrainConfig:
     )
     robust_scope: Literal["step", "micro"] = flag(
         "population of the robust weights, and of WDPO's root: all pairs of the optimizer step, or of one micro-batch on "
-        "all processes; 'micro' only for KLDPO, Dr. DPO and --wdpo_penalty=root",
+        "all processes; 'micro' only for methods whose weights depend on other pairs, and --wdpo_penalty=root",
         "step",
     )
-    loss_type: Literal["sigmoid", "ipo", "robust"] = flag("pointwise loss: DPO, IPO or rDPO", "sigmoid")
+    loss_type: Literal["sigmoid", "ipo", "robust", "sigmoid_norm", "ipo_norm"] = flag(
+        "pointwise loss: DPO, IPO or rDPO; 'sigmoid_norm' and 'ipo_norm' are DPO and IPO, each answer's log-ratio divided "
+        "by its number of tokens",
+        "sigmoid",
+    )
     label_smoothing: float = flag("cDPO's smoothing (sigmoid) or rDPO's flip rate (robust)", 0.0, at_least=0, below=0.5)
     beta: float = flag("KL penalty coefficient (DPO's beta)", 0.01, above=0)
     learning_rate: float = flag("peak learning rate of AdamW (0.9, 0.95); a cosine lowers it to a tenth", 5e-7, above=0)
@@ -114,6 +155,14 @@ class TrainConfig:
     )
     max_test_pairs: int | None = flag("evaluate on the first N test pairs only", None, at_least=1)
     eval_steps: int = flag("evaluate on the test pairs every N steps; 0: only at the end", 79, at_least=0)
+    eval_columns: str | None = flag(
+        "evaluate each group of the test pairs apart: comma-separated fields of the rows that name groups", None
+    )
+    eval_mixture: list[str] = flag(
+        "evaluate the test pairs as other preferences would label them: NAME=OBJECTIVE:WEIGHT,... arguments, by the rows' "
+        "chosen_scores and rejected_scores",
+        [],
+    )
     save_steps: int = flag("save a checkpoint every N steps; 0: only at the end", 158, at_least=0)
     keep_checkpoints: int = flag(
         "number of recent checkpoints to keep, plus the one with the lowest eval loss; 0 keeps all", 0, at_least=0
@@ -189,14 +238,27 @@ class TrainConfig:
     dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
 
     @property
-    def method(self) -> str:
-        """Which of the methods the flags choose: dpo, kldpo, wdpo or drdpo. For checks of flags; the trainer goes by
-        drdpo.training.losses.Method."""
-        if self.kldpo_tau is not None:
-            return "kldpo"
-        if self.wdpo_rho is not None:
-            return "wdpo"
-        return "drdpo" if self.drdpo_beta is not None else "dpo"
+    def named_method(self) -> tuple[str, dict[str, float]] | None:
+        """Name and numbers in --method.
+
+        Raises:
+            UsageError: it does not name a method with numbers in their bounds.
+        """
+        return None if self.method is None else _named_method(self.method)
+
+    @property
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        """{name: {objective: weight}} of --eval_mixture.
+
+        Raises:
+            UsageError: not NAME=OBJECTIVE:WEIGHT,..., or weights that are negative or do not sum to 1.
+        """
+        return dict(map(_mixture, self.eval_mixture))
+
+    @property
+    def eval_groups(self) -> list[str]:
+        """The fields in --eval_columns, each once."""
+        return list(dict.fromkeys(name.strip() for name in (self.eval_columns or "").split(",") if name.strip()))
 
     @property
     def lora(self) -> LoraSettings | None:
@@ -221,7 +283,7 @@ class TrainConfig:
     @property
     def second_derivative(self) -> bool:
         """Does the run differentiate a gradient?"""
-        return self.method == "wdpo" and self.solver == "exact"
+        return self.wdpo_rho is not None and self.solver == "exact"
 
     @property
     def solver(self) -> Literal["exact", "tangent"]:
@@ -233,7 +295,7 @@ class TrainConfig:
     @property
     def tangent(self) -> bool:
         """Is there a penalty, by the tangent solver?"""
-        return self.method == "wdpo" and self.solver == "tangent"
+        return self.wdpo_rho is not None and self.solver == "tangent"
 
     @property
     def wide_values(self) -> bool:
@@ -275,13 +337,13 @@ class TrainConfig:
         """Pairs per process and forward pass; under --micro_batch_tokens the fewest."""
         if self.micro_batch_tokens is not None:
             return 1
-        return self.micro_batch_size or (1 if self.method == "wdpo" else 4)
+        return self.micro_batch_size or (1 if self.wdpo_rho is not None else 4)
 
     def __post_init__(self) -> None:
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", str(self.gradient_checkpointing).lower())
         if self.packing is None:
-            object.__setattr__(self, "packing", not (self.method == "wdpo" and self.wdpo_solver == "exact"))
+            object.__setattr__(self, "packing", self.wdpo_rho is None or self.wdpo_solver != "exact")
         check_bounds(self)
         _check_rules(self)
 
@@ -290,8 +352,8 @@ def _check_rules(config: TrainConfig) -> None:
     """Raise UsageError for flags that exclude each other."""
     _check_method(config)
     require(
-        config.label_smoothing == 0 or config.loss_type != "ipo",
-        "--label_smoothing has no meaning for --loss_type=ipo; omit it",
+        config.label_smoothing == 0 or not config.loss_type.startswith("ipo"),
+        f"--label_smoothing has no meaning for --loss_type={config.loss_type}; omit it",
     )
     require(
         not (config.zero_stage == 0 and config.dtype == "bfloat16"),
@@ -354,7 +416,7 @@ def _check_speed(config: TrainConfig) -> None:
 def _check_lora(config: TrainConfig) -> None:
     if config.lora_rank:
         require(
-            config.lora_quantize == "none" or config.method != "wdpo",
+            config.lora_quantize == "none" or config.wdpo_rho is None,
             "--lora_quantize=nf4 with --wdpo_rho is not supported: in bfloat16 bitsandbytes rounds the float32 rows that "
             "WDPO's gradient needs; pass --lora_quantize=none",
         )
@@ -369,14 +431,20 @@ def _check_lora(config: TrainConfig) -> None:
 
 
 def _check_method(config: TrainConfig) -> None:
-    chosen = [name for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta") if getattr(config, name) is not None]
+    chosen = [name for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta", "method") if getattr(config, name) is not None]
     require(
         len(chosen) <= 1,
         f"{' and '.join(f'--{name}' for name in chosen)} choose different methods; pass one of them",
     )
     _check_idle(config)
-    if config.method != "wdpo":
+    _check_named(config)
+    if config.wdpo_rho is None:
         return
+    require(
+        not config.loss_type.endswith("_norm") or config.second_derivative,
+        f"--loss_type={config.loss_type} with --wdpo_solver=tangent, which takes losses of the margin alone; pass "
+        "--wdpo_solver=exact",
+    )
     require(
         config.wdpo_fraction == 1 or config.wdpo_penalty == "squared",
         f"--wdpo_fraction={config.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is biased; "
@@ -390,6 +458,72 @@ def _check_method(config: TrainConfig) -> None:
             "--packing=false with --wdpo_solver=tangent, which takes packed rows only; pass --wdpo_solver=exact or "
             "--packing=true",
         )
+
+
+def _check_named(config: TrainConfig) -> None:
+    """Refuse a --method with flags that it does not use or without those that it needs, and what is not parsed."""
+    require(len(config.mixtures) == len(config.eval_mixture), "--eval_mixture: two mixtures have the same name")
+    require(config.eval_columns is None or bool(config.eval_groups), "--eval_columns names no field; omit it")
+    name = config.named_method[0] if config.named_method else None
+    require(
+        (name == "group") == (config.group_column is not None),
+        "--method=group and --group_column belong together; pass both, or neither",
+    )
+    if name is None or name in WEIGHTINGS:
+        return
+    for other in ("loss_type", "label_smoothing"):
+        value = getattr(config, other)
+        require(
+            value == type(config).__dataclass_fields__[other].default,
+            f"--{other}={value} has no meaning for --method={config.method}, which has a loss of its own; omit it",
+        )
+
+
+def _named_method(word: str) -> tuple[str, dict[str, float]]:
+    name, colon, text = word.partition(":")
+    require(
+        name in METHODS,
+        f"--method={word}: no method is called {name}; pass one of {', '.join(METHODS)}, or --kldpo_tau, --wdpo_rho, "
+        "--drdpo_beta, --loss_type for the others",
+    )
+    strengths = METHODS[name]
+    form = f"{name}:{','.join(strength.name.upper() for strength in strengths if strength.default is None)}"
+    words = text.split(",") if colon else []
+    require(
+        sum(strength.default is None for strength in strengths) <= len(words) <= len(strengths),
+        f"--method={word}: write --method={form}, with {' and '.join(strength.name for strength in strengths)} as numbers",
+    )
+    numbers = {strength.name: strength.default for strength in strengths}
+    for strength, spelled in zip(strengths, words, strict=False):
+        try:
+            number = float(spelled)
+        except ValueError:
+            number = math.nan
+        # NaN fails every comparison.
+        fits = (number >= 0 if strength.zero else number > 0) and number <= strength.largest and number < math.inf
+        bounds = f"{'[' if strength.zero else '('}0, {strength.largest:g}{')' if strength.largest == math.inf else ']'}"
+        require(fits, f"--method={word}: {strength.name} is {spelled}, not a number in {bounds}")
+        numbers[strength.name] = number
+    return name, {key: number for key, number in numbers.items() if number is not None}
+
+
+def _mixture(word: str) -> tuple[str, dict[str, float]]:
+    name, equals, parts = word.partition("=")
+    form = f"--eval_mixture {word}: write NAME=OBJECTIVE:WEIGHT,..."
+    require(bool(equals and re.fullmatch(r"[\w-]+", name)), f"{form}, the name of letters, digits, _ and -")
+    weights: dict[str, float] = {}
+    for part in parts.split(","):
+        spelled, colon, number = part.rpartition(":")
+        objective = FLAG_TO_OBJECTIVE.get(spelled, spelled)
+        require(bool(colon and objective and objective not in weights), f"{form}, each objective once")
+        try:
+            weights[objective] = float(number)
+        except ValueError:
+            require(False, f"--eval_mixture {word}: {number!r} is not a number")
+        require(0 <= weights[objective] < math.inf, f"--eval_mixture {word}: a weight is finite and not negative")
+    total = sum(weights.values())
+    require(abs(total - 1) <= 1e-6, f"--eval_mixture {word}: the weights sum to {total:g}, not to 1")
+    return name, weights
 
 
 def _check_idle(config: TrainConfig) -> None:

@@ -326,7 +326,8 @@ def _training_flags(model_path: str | None) -> dict[str, str]:
     # A folder of models may have another config.json; a training's has these two flags.
     if not {"dataset_path", "beta"} <= set(flags):
         return {}
-    return _flat(flags | {"method": section(read_manifest(path.parent), "train", "made_by").get("method")})
+    named = section(read_manifest(path.parent), "train", "made_by").get("method")
+    return _flat(flags | {"method": named or flags.get("method")})
 
 
 def _mixture(training: dict[str, str]) -> dict[str, float]:

@@ -104,6 +104,8 @@ def _curves(table: pd.DataFrame, source: str) -> Any:
     from matplotlib.figure import Figure
 
     panels = {title: [name for name in names if name in table] for title, names in _PANELS.items()}
+    for what in ("loss", "accuracy"):
+        panels[f"{what}, shifted test pairs"] = [name for name in table if str(name).startswith(f"eval_{what}.")]
     panels = {title: names for title, names in panels.items() if names}
     canvas = Figure(figsize=(9, 2.6 * -(-len(panels) // 2)))
     canvas.suptitle(one_line(source, 90).replace("$", r"\$"), fontsize=10)

@@ -321,7 +321,7 @@ def _keep_only(folder: Path, kept: list[State]) -> None:
 
 
 def save_state(engine: Engine, folder: Path, step: int) -> None:
-    """Write DeepSpeed's state after `step` optimizer steps, whole or not at all, and keep the one before.
+    """Write DeepSpeed's state, and what the method keeps, after `step` steps, whole or not at all, and keep the one before.
 
     Every rank must call.
 
@@ -339,7 +339,11 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
         check_room(folder / f"step_{step}", size, engine.device)
         try:
             engine.save_checkpoint(
-                str(folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
+                str(folder),
+                tag=aside.name,
+                save_latest=False,
+                exclude_frozen_parameters=_has_frozen(engine),
+                client_state={"method": dict(engine.module.method_state)},
             )
             distributed.barrier()
             files = _described(engine, aside)
@@ -404,7 +408,7 @@ def _has_frozen(engine: Engine) -> bool:
 
 
 def load_state(engine: Engine, folder: Path) -> int:
-    """Load the newest complete state; rank 0 prints if a damaged one was skipped.
+    """Load the newest complete state, with what the method keeps; rank 0 prints if a damaged one was skipped.
 
     Args:
         engine: freshly started.
@@ -438,7 +442,8 @@ def load_state(engine: Engine, folder: Path) -> int:
         return 0
     distributed.on_main(lambda: check_owner(chosen.folder))
     # Frozen weights are not in the state: they are those that were loaded.
-    loaded, _ = engine.load_checkpoint(str(folder), tag=chosen.folder.name, load_module_strict=not _has_frozen(engine))
+    loaded, kept = engine.load_checkpoint(str(folder), tag=chosen.folder.name, load_module_strict=not _has_frozen(engine))
     if loaded is None:
         raise DataError(f"{chosen.folder}: DeepSpeed cannot read this state; start over with --resume=never")
+    engine.module.method_state = {name: value.to(engine.device) for name, value in kept.get("method", {}).items()}
     return chosen.step

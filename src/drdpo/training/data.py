@@ -1,7 +1,7 @@
 """Preference pairs as token ids, and the micro-batches that they go through the model in.
 
-In order: rows of a data set; their token ids (Pair); which pairs make an optimizer step, on which rank and in which
-micro-batch (BatchPlan); and the two forms of a micro-batch, padded (Batch) or as one packed row (PackedBatch).
+In order: token ids of preferences (Pair); which pairs make an optimizer step, on which rank and in which micro-batch
+(BatchPlan); and the two forms of a micro-batch, padded (Batch) or as one packed row (PackedBatch).
 
 Shape suffixes: B pairs, S = 2B sequences (all chosen rows, then all rejected), T tokens of a padded row, N tokens of a
 packed row, A answer tokens.
@@ -10,22 +10,22 @@ packed row, A answer tokens.
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drdpo import chat, distributed
-from drdpo.config.training import DataSettings
 from drdpo.distributed import send
 from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow, PrefixGroup
 from drdpo.progress import progress
-from drdpo.records import Message, Preference, read_rows
+from drdpo.records import Message, Preference
+from drdpo.training.losses import TOKENS
+from drdpo.training.rows import Columns
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Pair:
     prompt_id: int | None = field(default=None, compare=False)
     """Of the record, for messages."""
     columns: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """The row's fields that Method.reads names."""
+    """What Method.reads names, and the number of the group in Method.group."""
+    groups: Mapping[str, str] = field(default_factory=dict, compare=False)
+    mixed: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
+    """See Columns."""
 
     def __len__(self) -> int:
         """Tokens of the longer sequence."""
@@ -49,101 +52,7 @@ class Pair:
         return (1 if prompt_once else 2) * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-# From rows to token ids -------------------------------------------------------------------------------------------------
-
-
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "eval")}
-"""What data sets call the two sides of a run; the first that exists is used. Files have the first name."""
-
-
-def load_split(data: DataSettings, split: str, reads: Sequence[str] = ()) -> tuple[list[Preference], list[dict[str, float]]]:
-    """One side of a run's data.
-
-    Args:
-        data: `path` is a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own records
-            or TRL's form, see Preference.from_trl.
-        split: "train" or "test". With `test_share`, the test side is that share of the training split's distinct prompts,
-            with all their rows, and the training side is the rest.
-        reads: number fields of a row, see Method.reads.
-
-    Returns:
-        The preferences, and {field: number} of each.
-
-    Raises:
-        DataError: no such data set or split, no rows, a row without the fields, or a side that `test_share` leaves empty;
-            names file, row and field.
-    """
-    source, rows = _rows(data, "train" if data.test_share is not None else split)
-    preferences, columns = [], []
-    for number, row in rows:
-        try:
-            preferences.append(Preference.from_trl(row, number))
-            columns.append({name: _number(row, name) for name in reads})
-        except ValueError as error:
-            raise DataError(f"{source}, row {number}: {error}") from error
-    if not preferences:
-        raise DataError(f"{source}: the data set has no rows")
-    if data.test_share is None:
-        return preferences, columns
-    prompts = list(dict.fromkeys(str(preference.prompt) for preference in preferences))
-    random.Random(f"{data.seed}/test").shuffle(prompts)
-    held_out = set(prompts[: max(1, round(data.test_share * len(prompts)))])
-    if len(held_out) == len(prompts):
-        raise DataError(
-            f"{source}: --test_share={data.test_share} of {len(prompts)} distinct prompts leaves none to train on"
-        )
-    kept = [row for row, preference in enumerate(preferences) if (str(preference.prompt) in held_out) == (split == "test")]
-    return [preferences[row] for row in kept], [columns[row] for row in kept]
-
-
-def _number(row: dict[str, Any], name: str) -> float:
-    if (value := row.get(name)) is None:
-        raise ValueError(f'field "{name}" is missing, and the method reads it')
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise ValueError(f'field "{name}" is no finite number, and the method reads it')
-    return float(value)
-
-
-def _rows(data: DataSettings, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
-    """The name of a split for messages, and its rows with their numbers from 1."""
-    named, folder = getattr(data, f"{split}_split"), Path(data.path)
-    names = SPLIT_NAMES[split] if named is None else (named,)
-    if folder.is_dir() and data.config is not None:
-        raise DataError(f"{folder}: a folder has no configurations; omit --dataset_config={data.config}")
-    if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
-        file = folder / f"{names[0]}.jsonl"
-        if not file.is_file():
-            raise DataError(f"{file}: no such file{_ways_on(split, [other.stem for other in folder.glob('*.jsonl')])}")
-        return str(file), read_rows(file)
-    splits = _stored_splits(data)
-    for name in names:
-        if name in splits:
-            return f"{data.path} [{name}]", enumerate(splits[name], start=1)
-    raise DataError(f"{data.path}: no split {' or '.join(names)}{_ways_on(split, list(splits))}")
-
-
-def _ways_on(split: str, found: list[str]) -> str:
-    """What to pass instead of a split that is missing."""
-    if not found:
-        return ""
-    share = ", or --test_share=0.05 to hold out training prompts" if split == "test" else ""
-    return f" (there is {', '.join(sorted(found))}); pass --{split}_split=NAME for another{share}"
-
-
-def _stored_splits(data: DataSettings) -> Mapping[str, Any]:
-    import datasets
-
-    try:
-        if Path(data.path).is_dir():
-            return datasets.load_from_disk(data.path)
-        return datasets.load_dataset(data.path, data.config)
-    except Exception as error:
-        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        which = "; pass --dataset_config=NAME" if "onfig name is missing" in reason else ""
-        raise DataError(
-            f"{data.path}: neither a folder of preferences nor a data set of the hub ({reason}){which}"
-        ) from error
+# From preferences to token ids ------------------------------------------------------------------------------------------
 
 
 REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers", "answer cut", "text encoded")
@@ -153,7 +62,7 @@ def tokenise(
     preferences: list[Preference],
     tokenizer: chat.Tokenizer,
     max_len: int,
-    columns: Sequence[Mapping[str, float]] | None = None,
+    columns: Sequence[Columns] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """Turn preferences into token ids.
 
@@ -175,7 +84,7 @@ def tokenise(
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
-    for preference, numbers in zip(shown, columns or [{}] * len(preferences), strict=True):
+    for preference, found in zip(shown, columns or [Columns()] * len(preferences), strict=True):
         if not all(answer[0]["content"].strip() for answer in (preference.chosen, preference.rejected)):
             counts["empty answer"] += 1
             continue
@@ -201,7 +110,9 @@ def tokenise(
         if answers[0] == answers[1]:
             counts["equal answers"] += 1
         else:
-            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers))
+            lengths = {name: float(len(answer)) for name, answer in zip(TOKENS, answers, strict=True)}
+            numbers = {name: lengths.get(name, number) for name, number in found.numbers.items()}
+            pairs.append(Pair(prompt, answers[0], answers[1], preference.prompt_id, numbers, found.groups, found.mixed))
     return pairs, counts
 
 
@@ -478,7 +389,8 @@ def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
     return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
 
 
-def _columns(pairs: list[Pair]) -> dict[str, Tensor]:
+def columns_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """[B] float32 each: the columns of pairs, which all have the same."""
     return {name: torch.tensor([pair.columns[name] for pair in pairs]) for name in pairs[0].columns}
 
 
@@ -509,7 +421,7 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
         answer_mask_ST[row, len(prompt) : length] = True
     return Batch(
         torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST,
-        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), _columns(taken),
+        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), columns_of(taken),
     )  # fmt: skip
 
 
@@ -540,5 +452,5 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> Pa
     return PackedBatch(
         torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
         torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),
-        _columns(taken),
+        columns_of(taken),
     )  # fmt: skip

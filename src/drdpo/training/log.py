@@ -69,7 +69,7 @@ def step_metrics(
     Args:
         parts: contributions of this rank's micro-batches.
         beta: of the rewards.
-        weighted: do pairs have robust weights?
+        weighted: may pairs have unequal weights?
         rho: of WDPO's penalty, if there is one.
         root: for the root penalty, its population: all pairs of the step, or the ranks' n-th micro-batches.
     """
@@ -85,20 +85,21 @@ def step_metrics(
     penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
     penalties_P = distributed.gather(torch.cat(penalties))
     metrics["penalty"] = float(penalties_P.mean())
+    charged = [part.weights_B * part.penalties_B for part in parts if part.penalties_B is not None]
     metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
     errors = [part.errors_B for part in parts if part.errors_B is not None]
     if errors:
         metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
         conditions = [part.conditions_B for part in parts if part.conditions_B is not None]
         metrics["solver_condition"] = float(distributed.gather(torch.cat(conditions)).max())
-    value = metrics["penalty"]
+    value = distributed.gather(torch.cat(charged)).mean()
     if root == "step":
-        value = float(penalties_P.mean().sqrt())
+        value = value.sqrt()
     elif root == "micro":
         # The mean of the populations' roots; all micro-batches have the same number of pairs, or the flags are refused.
-        local_NB = torch.stack(penalties)
-        value = float(distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean())
-    metrics["objective"] += rho * value
+        local_NB = torch.stack(charged)
+        value = distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean()
+    metrics["objective"] += rho * float(value)
     return metrics
 
 

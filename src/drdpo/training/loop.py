@@ -22,7 +22,7 @@ from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import load_state, remove_old_checkpoints, save_model, save_state
-from drdpo.training.data import AnyBatch, BatchPlan
+from drdpo.training.data import AnyBatch, BatchPlan, columns_of
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.log import (
     MetricsLog,
@@ -121,6 +121,9 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     engine.module.flash_attention = config.packed_flash
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
+    if run.method.begin:
+        kept = run.method.begin(columns_of(run.train))
+        engine.module.method_state = {name: value.to(engine.device) for name, value in kept.items()}
     done = load_state(engine, run.folder / "resume")
     if done:
         _say(f"continuing after step {done} of {run.steps}")
@@ -172,11 +175,14 @@ def train_step(
         engine.backward(part.total, scale_wrt_gas=False)
         engine.step()
         parts.append(part.detached())
+    if method.update:
+        engine.module.method_state = parts[-1].state
     return parts
 
 
 def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]:
-    """Plain, unweighted loss, accuracy and rewards on all test pairs; every rank must call."""
+    """Plain, unweighted loss, accuracy and rewards on all test pairs, and loss and accuracy on their shifted populations;
+    every rank must call."""
     plan, tables = run.plans["test"], []
     shards = plan.without_steps()
     with evaluating(engine) as policy:
@@ -184,10 +190,12 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
             batch, reference_B2 = _on_device(engine, plan, indices, reference_M2)
             pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
             table_B4 = pair_table(run.method.loss(pairs), pairs, run.config.beta)
-            tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4], dim=1))
-    table_K5 = distributed.gather(torch.cat(tables))
-    means = table_means(table_K5[table_K5[:, 0] >= 0][:, 1:])
-    return {f"eval_{name}": value for name, value in means.items()}
+            shifted_BC = run.shifts.table(run.method.loss, pairs, batch.indices_B)
+            tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4, shifted_BC], dim=1))
+    table_KC = distributed.gather(torch.cat(tables)).cpu()
+    table_KC = table_KC[table_KC[:, 0] >= 0]
+    shifted = run.shifts.metrics(table_KC[:, 0].long(), table_KC[:, 1:3], table_KC[:, 5:])
+    return {f"eval_{name}": value for name, value in (table_means(table_KC[:, 1:5]) | shifted).items()}
 
 
 def _steps(
@@ -206,8 +214,7 @@ def _steps(
         metrics = {"step": step + 1, "epoch": run.epochs(step + 1)}
         penalty = run.method.penalty
         root = config.robust_scope if penalty and penalty.root else None
-        weighted = run.method.weights is not None
-        metrics |= step_metrics(parts, config.beta, weighted, penalty.rho if penalty else None, root)
+        metrics |= step_metrics(parts, config.beta, run.method.weighted, penalty.rho if penalty else None, root)
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
         seconds = time.perf_counter() - started
         metrics |= throughput([batch for batch, _ in batches], shape, config.dtype, config.train_batch_size, seconds)

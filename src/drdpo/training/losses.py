@@ -6,7 +6,8 @@ the margin of implicit log-ratios,
     total = mean_i( w_i l(h_i) + rho |grad_{e_i} l_i|^2 ),
 
 where KLDPO and Dr. DPO choose the weights w (detached) and WDPO the penalty. A Method is one choice of l, w and penalty;
-`method_of` makes it from the flags, and is the only code of the trainer that knows the methods' names.
+`method_of` makes it from the flags, and is the only code of the trainer that knows the methods' names. Losses and weights of
+--method are in drdpo.training.robust.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences (all chosen rows, then all rejected),
 T tokens, D width.
@@ -14,15 +15,25 @@ T tokens, D width.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from drdpo.training import robust
+
 if TYPE_CHECKING:
     from drdpo.config import TrainConfig
+
+
+TOKENS = ("chosen_tokens", "rejected_tokens")
+"""Columns that are no fields of the rows: tokens of the answers, as they are trained on."""
+
+State = Mapping[str, Tensor]
+"""What a method keeps between steps."""
+NO_STATE: State = {}
 
 
 class Pairs(NamedTuple):
@@ -33,11 +44,18 @@ class Pairs(NamedTuple):
     log_ratios_S: Tensor
     """[S] log pi - log ref of every answer, chosen first."""
     columns: Mapping[str, Tensor]
-    """[B] float32 each: the fields of the preference rows that Method.reads names."""
+    """[B] float32 each: the fields of the preference rows that Method.reads and Method.group name."""
+    state: State = NO_STATE
+    """Of a method that keeps one, for its weights."""
+
+    @property
+    def lengths_S(self) -> Tensor:
+        """[S] tokens of every answer, for a method that reads TOKENS."""
+        return torch.cat([self.columns[name] for name in TOKENS])
 
     def detached(self) -> "Pairs":
         """The same without a graph."""
-        return Pairs(self.margins_B.detach(), self.log_ratios_S.detach(), self.columns)
+        return self._replace(margins_B=self.margins_B.detach(), log_ratios_S=self.log_ratios_S.detach())
 
 
 @dataclass(frozen=True)
@@ -70,13 +88,29 @@ class Method:
     the step is spared the forward passes that collect it."""
     penalty: Penalty | None = None
     reads: tuple[str, ...] = ()
-    """Number fields of the preference rows that loss or weights use, e.g. chosen_score; both splits must have them."""
+    """Number fields of the preference rows that loss or weights use, e.g. chosen_score; both splits must have them. And
+    TOKENS."""
+    group: str | None = None
+    """Field of the preference rows that names a pair's group; its column has the groups' numbers, from 0."""
+    weight_column: str | None = None
+    """The one of `reads` that multiplies a pair's term, penalty included: numbers that are not negative."""
+    begin: Callable[[Mapping[str, Tensor]], State] | None = None
+    """From the columns of all training pairs [M]: what the method keeps between steps, at first."""
+    update: Callable[[State, Tensor, Mapping[str, Tensor]], State] | None = None
+    """(what was kept, population_P, its columns) -> what the weights of this step see, kept for the next."""
     strength: Mapping[str, float] = field(default_factory=dict)
     """The method's own flags, for the label in the manifest and the reports."""
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.penalty is not None:
             raise ValueError(f"{self.name}: a method has weights or a penalty, not both")
+        if self.weight_column is not None and self.weight_column not in self.reads:
+            raise ValueError(f"{self.name}: reads does not name {self.weight_column}, the column of weights")
+
+    @property
+    def weighted(self) -> bool:
+        """May pairs have unequal weights?"""
+        return self.weights is not None or self.weight_column is not None
 
     @property
     def label(self) -> str:
@@ -91,11 +125,32 @@ class Method:
         return root or (self.weights is not None and self.population)
 
 
+KINDS: dict[str, tuple[Literal["sigmoid", "ipo", "robust"], bool]] = {
+    "sigmoid": ("sigmoid", False),
+    "ipo": ("ipo", False),
+    "robust": ("robust", False),
+    "sigmoid_norm": ("sigmoid", True),
+    "ipo_norm": ("ipo", True),
+}
+"""--loss_type: the kind of pair_losses, and whether it is of the margin per token."""
+
+
 def method_of(config: "TrainConfig") -> Method:
     """The method that the flags choose; without any of their own flags it is DPO."""
+    method = _method_of(config)
+    if config.weight_column is None:
+        return method
+    reads = dict.fromkeys([*method.reads, config.weight_column])
+    return replace(method, reads=tuple(reads), weight_column=config.weight_column)
+
+
+def _method_of(config: "TrainConfig") -> Method:
+    kind, by_token = KINDS[config.loss_type]
+    reads = TOKENS if by_token else ()
 
     def loss(pairs: Pairs) -> Tensor:
-        return pair_losses(pairs.margins_B, config.beta, config.label_smoothing, config.loss_type)
+        margins_B = robust.normalised_margins(pairs.log_ratios_S, pairs.lengths_S) if by_token else pairs.margins_B
+        return pair_losses(margins_B, config.beta, config.label_smoothing, kind)
 
     tau, rho, temperature = config.kldpo_tau, config.wdpo_rho, config.drdpo_beta
     if tau is not None:
@@ -103,18 +158,61 @@ def method_of(config: "TrainConfig") -> Method:
         def harder(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
             return kl_weights(losses_B, population_P, tau, normalize=config.kldpo_normalize)
 
-        return Method("KLDPO", loss, harder, strength={"kldpo_tau": tau})
+        return Method("KLDPO", loss, harder, reads=reads, strength={"kldpo_tau": tau})
     if temperature is not None:
 
         def easier(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
             return drdpo_weights(losses_B, population_P, temperature)
 
-        return Method("Dr. DPO", loss, easier, strength={"drdpo_beta": temperature})
+        return Method("Dr. DPO", loss, easier, reads=reads, strength={"drdpo_beta": temperature})
     if rho is not None:
         once = config.wdpo_prompt == "once"
         penalty = Penalty(rho, config.wdpo_penalty == "root", once, config.solver, config.wdpo_fraction)
-        return Method("WDPO", loss, penalty=penalty, strength={"wdpo_rho": rho})
-    return Method("DPO", loss)
+        return Method("WDPO", loss, penalty=penalty, reads=reads, strength={"wdpo_rho": rho})
+    if config.named_method is not None:
+        return _named(*config.named_method, config.beta, config.group_column or "", Method("DPO", loss, reads=reads))
+    return Method("DPO", loss, reads=reads)
+
+
+def _named(name: str, strength: Mapping[str, float], beta: float, group: str, plain: Method) -> Method:
+    """A --method of the flags; one that weights pairs has the loss of `plain`."""
+    losses: dict[str, tuple[str, Callable[..., Tensor]]] = {
+        "ropo": ("ROPO", robust.ropo_losses),
+        "holder": ("Hölder-DPO", robust.holder_losses),
+        "robust_label": ("robust label", robust.robust_label_losses),
+    }
+    weights: dict[str, tuple[str, Callable[..., Tensor]]] = {
+        "tv": ("TV-DRO", robust.tv_weights),
+        "chi2": ("chi-square DRO", robust.chi2_weights),
+        "cvar": ("CVaR", robust.cvar_weights),
+    }
+    if name in losses:
+        title, function = losses[name]
+        return Method(title, lambda pairs: function(pairs.margins_B, beta, **strength), strength=strength)
+    if name in weights:
+        title, function = weights[name]
+        return replace(
+            plain, name=title, strength=strength,
+            weights=lambda losses_B, population_P, pairs: function(losses_B, population_P, **strength),
+        )  # fmt: skip
+    if name == "group":
+        return replace(
+            plain, name="group DRO", strength=strength, group=group,
+            weights=lambda losses_B, population_P, pairs: robust.group_weights(
+                pairs.columns[group], pairs.state["weights"], pairs.state["present"]
+            ),
+            begin=lambda columns: robust.group_state(columns[group]),
+            update=lambda state, population_P, columns: robust.group_step(
+                dict(state), population_P, columns[group], **strength
+            ),
+        )  # fmt: skip
+    scores = ("chosen_score", "rejected_score")
+
+    def uncertain(pairs: Pairs) -> Tensor:
+        labels_B = robust.soft_labels(pairs.columns[scores[0]], pairs.columns[scores[1]], strength["scale"])
+        return robust.soft_label_losses(pairs.margins_B, labels_B, beta, strength["radius"])
+
+    return Method("DPO-PRO", uncertain, reads=scores, strength=strength)
 
 
 def pair_losses(
@@ -208,8 +306,8 @@ def gradient_penalty(
 
 
 def effective_sample_size(weights_P: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2, between 1 (one pair has all the weight) and P (equal weights)."""
-    return weights_P.sum().square() / weights_P.square().sum()
+    """(sum w)^2 / sum w^2, between 1 (one pair has all the weight) and P (equal weights); 0 if all weights are."""
+    return weights_P.sum().square() / weights_P.square().sum().clamp(min=torch.finfo(weights_P.dtype).tiny)
 
 
 def _log_mean_exp(exponents_P: Tensor) -> Tensor:

@@ -521,7 +521,8 @@ def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     try:
         with _Alive(policy.head.weight.shape[0], known) as alive:
-            objective(policy, given, torch.zeros(pairs, 2, device=meta), method, population).total.backward()
+            plain = replace(method, weights=None)  # weights look at values
+            objective(policy, given, torch.zeros(pairs, 2, device=meta), plain, population).total.backward()
     finally:
         for hook in hooks:
             hook.remove()

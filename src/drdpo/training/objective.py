@@ -7,7 +7,7 @@ first step's answers, M micro-batches of all ranks.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.errors import DataError
 from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair
-from drdpo.training.losses import Method, Pairs, Penalty, gradient_penalty
+from drdpo.training.losses import NO_STATE, Method, Pairs, Penalty, State, gradient_penalty
 from drdpo.training.policy import FiniteWatch, Policy, pairs_of
 from drdpo.training.wdpo import input_gradient, tangent_answers, without_scale
 
@@ -26,12 +26,14 @@ class Population(NamedTuple):
 
     losses_P: Tensor | None = None
     mean_penalty: Tensor | None = None
-    """Mean of |grad l|^2, for the root penalty."""
+    """Mean of w |grad l|^2, for the root penalty."""
+    state: State = NO_STATE
+    """What the method's weights of this step see, of a method that keeps something between steps."""
 
 
 class Objective(NamedTuple):
     total: Tensor
-    """Scalar: the micro-batch's share of the step times its mean of w l + c |grad l|^2, c being rho; for the root penalty
+    """Scalar: the micro-batch's share of the step times its mean of w l + c w |grad l|^2, c being rho; for the root penalty
     rho / (2 sqrt M): the gradient is then right, though the value is not the root's. With the tangent solver the gradient is
     right only if the backward pass begins with 1."""
     losses_B: Tensor
@@ -45,6 +47,8 @@ class Objective(NamedTuple):
     without rounding."""
     conditions_B: Tensor | None = None
     """[B] with the tangent solver: how many times rounding is magnified in the margin's slope along the gradient."""
+    state: State = NO_STATE
+    """The population's."""
 
     def detached(self) -> "Objective":
         """The numbers alone, without a graph."""
@@ -64,7 +68,16 @@ def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], method: Metho
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
     with torch.no_grad():
         local = [method.loss(pairs_of(policy(batch).logprob_S, reference_B2, batch)) for batch, reference_B2 in batches]
-    return Population(losses_P=distributed.gather(torch.cat(local)))
+    return _population(torch.cat(local), [batch.columns for batch, _ in batches], method, policy)
+
+
+def _population(losses_B: Tensor, columns: Sequence[Mapping[str, Tensor]], method: Method, policy: Policy) -> Population:
+    """The population of which this rank has these losses and columns, and what the method's weights are to see."""
+    losses_P = distributed.gather(losses_B)
+    if method.update is None:
+        return Population(losses_P)
+    columns_P = {name: distributed.gather(torch.cat([part[name] for part in columns])) for name in columns[0]}
+    return Population(losses_P, state=method.update(_bare(policy).method_state, losses_P, columns_P))
 
 
 def penalty_scales(count: int, fraction: float, seed: int, step: int) -> list[float]:
@@ -107,17 +120,33 @@ def objective(
         return solve(policy, batch, reference_B2, method, population, penalty_scale, share)
     pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
-    weights_B = _weights(losses_B, pairs, method, population)
-    return Objective(share * (weights_B * losses_B).mean(), losses_B, pairs, weights_B)
+    weights_B, state = _weights(losses_B, pairs, method, population, policy)
+    weights_B = _by_column(weights_B, method, batch)
+    return Objective(share * (weights_B * losses_B).mean(), losses_B, pairs, weights_B, state=state)
 
 
-def _weights(losses_B: Tensor, pairs: Pairs, method: Method, population: Population | None) -> Tensor:
+def _weights(
+    losses_B: Tensor, pairs: Pairs, method: Method, population: Population | None, policy: Policy
+) -> tuple[Tensor, State]:
+    """[B] the method's own weights, and what they have seen of the method's state."""
     if method.weights is None:
-        return torch.ones_like(losses_B)
-    losses_P = population.losses_P if population else None
-    if losses_P is None:
-        losses_P = distributed.gather(losses_B) if method.population else losses_B
-    return method.weights(losses_B.detach(), losses_P.detach(), pairs.detached())
+        return torch.ones_like(losses_B), NO_STATE
+    if population is None or population.losses_P is None:
+        alone = Population(losses_B.detach())
+        population = _population(losses_B, [pairs.columns], method, policy) if method.population else alone
+    assert population.losses_P is not None
+    seen = pairs.detached()._replace(state=population.state)
+    return method.weights(losses_B.detach(), population.losses_P.detach(), seen), population.state
+
+
+def _by_column(terms_B: Tensor, method: Method, batch: AnyBatch) -> Tensor:
+    """[B] terms of pairs, times the numbers in the column of weights if the run has one."""
+    return terms_B if method.weight_column is None else terms_B * batch.columns[method.weight_column]
+
+
+def _bare(policy: Policy) -> Policy:
+    """The bare module of a policy or of the engine around it."""
+    return policy if isinstance(policy, Policy) else policy.module
 
 
 def _exact(
@@ -131,8 +160,11 @@ def _exact(
 ) -> Objective:
     """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
     losses_B, penalties_B, pairs = _penalties(policy, batch, reference_B2, method, create_graph=True)
-    total = losses_B.mean() + _factor(penalties_B, method.penalty, population, scale) * penalties_B.mean()
-    return Objective(share * total, losses_B, pairs, torch.ones_like(losses_B), penalties_B.detach())
+    charged_B = _by_column(penalties_B, method, batch)
+    factor = _factor(charged_B, method.penalty, population, scale)
+    total = _by_column(losses_B, method, batch).mean() + factor * charged_B.mean()
+    weights_B = _by_column(torch.ones_like(losses_B), method, batch)
+    return Objective(share * total, losses_B, pairs, weights_B, penalties_B.detach())
 
 
 def _tangent(
@@ -151,11 +183,10 @@ def _tangent(
     """
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # Taken outside the engine, which would mistake it for the backward pass of the step.
-    bare = policy if isinstance(policy, Policy) else policy.module
-    gradient = input_gradient(bare, batch, reference_B2, method)
-    factor = _factor(gradient.penalties_B, method.penalty, population, scale)
+    gradient = input_gradient(_bare(policy), batch, reference_B2, method)
+    factor = _factor(_by_column(gradient.penalties_B, method, batch), method.penalty, population, scale)
     norms_B = gradient.margin_slopes_B
-    scale_B = share / len(norms_B) * 2 * (factor * gradient.loss_slopes_B.square())
+    scale_B = share / len(norms_B) * 2 * _by_column(factor * gradient.loss_slopes_B.square(), method, batch)
     logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient, scale_B))
     pairs = pairs_of(logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
@@ -164,11 +195,11 @@ def _tangent(
     moved_B, expected_B = chosen_B - rejected_B, scale_B * norms_B
     slopes_B = torch.where(expected_B > 0, moved_B.detach() / expected_B, norms_B)
     penalties_B = (loss_slopes_B * slopes_B).square()
-    total = share * (losses_B + factor * penalties_B).mean() + without_scale(moved_B.sum())
+    total = share * _by_column(losses_B + factor * penalties_B, method, batch).mean() + without_scale(moved_B.sum())
     errors_B = torch.where(norms_B > 0, (slopes_B - norms_B).abs() / norms_B, torch.zeros_like(norms_B))
     conditions_B = torch.where(expected_B > 0, gradient.passes.spread(len(norms_B)) / expected_B / norms_B, 0.0)
-    ones_B, pairs = torch.ones_like(norms_B), pairs.detached()
-    return Objective(total, losses_B.detach(), pairs, ones_B, penalties_B.detach(), errors_B, conditions_B)
+    weights_B, pairs = _by_column(torch.ones_like(norms_B), method, batch), pairs.detached()
+    return Objective(total, losses_B.detach(), pairs, weights_B, penalties_B.detach(), errors_B, conditions_B)
 
 
 def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population | None, scale: float) -> Tensor:
@@ -184,12 +215,14 @@ def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population
 
 
 def _penalties_alone(policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method) -> Tensor:
-    """[B] |grad l|^2 without a graph."""
+    """[B] w |grad l|^2 without a graph."""
     assert method.penalty is not None
     if method.penalty.solver == "exact":
-        return _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
-    assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
-    return input_gradient(policy, batch, reference_B2, method).penalties_B
+        penalties_B = _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
+    else:
+        assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
+        penalties_B = input_gradient(policy, batch, reference_B2, method).penalties_B
+    return _by_column(penalties_B, method, batch)
 
 
 def _penalties(
@@ -258,7 +291,7 @@ def check_first_step(
 def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
     """[B] losses if policy and reference were the same, float64."""
     margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
-    return method.loss(Pairs(margins_B, log_ratios_S, pairs.columns)).double()
+    return method.loss(pairs._replace(margins_B=margins_B, log_ratios_S=log_ratios_S)).double()
 
 
 # Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones.

@@ -20,7 +20,7 @@ from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
 from drdpo.models import decoder_of, positions_of, quiet
 from drdpo.training.data import AnyBatch, PackedBatch, Pair
-from drdpo.training.losses import Pairs
+from drdpo.training.losses import NO_STATE, Pairs, State
 from drdpo.training.patches import widen
 
 
@@ -84,6 +84,8 @@ class Policy(nn.Module):
         """Do packed rows attend by drdpo.kernels.packed_attention, which runs on CUDA only?"""
         self.wide_values = False
         """Do packed rows run with values in float32? See widen_values."""
+        self.method_state: State = NO_STATE
+        """What the method keeps between steps."""
         self.generation_config: bytes | None = None
         """The model's generation_config.json, for checkpoints: transformers does not write all that it reads."""
         self.watch: FiniteWatch | None = None

@@ -33,7 +33,7 @@ def reference_key(model_fingerprint: str, pairs: list[Pair], arithmetic: str) ->
         arithmetic: see drdpo.training.run.arithmetic_of.
     """
     computed_by = [f"{name} {versions().get(name)}" for name in ("torch", "transformers", "bitsandbytes")]
-    words = [model_fingerprint, arithmetic, distributed.device().type, *computed_by, pairs_hash(pairs)]
+    words = [model_fingerprint, arithmetic, distributed.device().type, *computed_by, pairs_hash(pairs, columns=False)]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model, fingerprint
-from drdpo.training.data import BatchPlan, Pair, load_split, tokenise
+from drdpo.records import Preference
+from drdpo.training.data import BatchPlan, Pair, tokenise
 from drdpo.training.losses import Method, method_of
+from drdpo.training.rows import Columns, load_split
+from drdpo.training.shifts import NO_SHIFTS, Shifts, shifts_of
 from drdpo.training.stop import seconds_to_wait
 from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing", "push_to_hub",
+    "log", "gradient_checkpointing", "push_to_hub", "eval_columns", "eval_mixture",
 )  # fmt: skip
 """Flags that do not change the trained model."""
 
@@ -45,6 +48,7 @@ class Run:
     counts: dict[str, Any]
     made_by: dict[str, Any]
     dtype_reason: str = ""
+    shifts: Shifts = NO_SHIFTS
 
     @property
     def steps(self) -> int:
@@ -100,7 +104,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
-            preferences, _ = load_split(config.data, split, method.reads)
+            preferences, columns = _load(config, method, split)
+            if split == "test":
+                shifts_of(columns[: config.max_test_pairs], config.eval_groups, list(config.mixtures), config.dataset_path)
             if split == "train":
                 _check_enough(config, len(preferences), split)
     folder = Path(config.save_path)
@@ -147,6 +153,8 @@ def _check_batches(config: TrainConfig, method: Method) -> None:
             f"--train_batch_size={config.train_batch_size} is not divisible by {times}{world} process"
             f"{'es' if world > 1 else ''}"
         )
+    if config.robust_scope == "micro" and method.update:
+        raise UsageError(f"--robust_scope=micro: {method.name} changes what it keeps once a step, by all its pairs; omit it")
     if config.robust_scope == "micro" and not method.needs_population:
         squared = " with --wdpo_penalty=squared" if method.penalty else ""
         raise UsageError(
@@ -200,7 +208,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
     for split in ("train", "test"):
-        preferences, columns = load_split(config.data, split, method.reads)
+        preferences, columns = _load(config, method, split)
         if split == "test":
             preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
@@ -210,11 +218,35 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
             print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
+    if method.group:
+        pairs = _numbered(pairs, method.group)
+    shifts, lines = shifts_of(pairs["test"], config.eval_groups, list(config.mixtures), config.dataset_path)
+    if distributed.is_main():
+        print("".join(f"test, {line}\n" for line in lines), end="")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
     if len(pairs["train"]) % config.train_batch_size:
         made_by["incomplete_steps"] = "filled from the next epoch"  # earlier versions omitted their pairs
     folder = Path(config.save_path)
-    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason)
+    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts)
+
+
+def _load(config: TrainConfig, method: Method, split: str) -> tuple[list[Preference], list[Columns]]:
+    """One side of the data, with what the method reads of its rows, and on the test side the evaluation."""
+    groups, mixtures = [method.group] if method.group else [], {}
+    if split == "test":
+        groups, mixtures = [*groups, *config.eval_groups], config.mixtures
+    grouped = method.group if split == "train" else None
+    return load_split(config.data, split, method.reads, groups, mixtures, method.weight_column, grouped)
+
+
+def _numbered(pairs: dict[str, list[Pair]], column: str) -> dict[str, list[Pair]]:
+    """With the numbers of the groups in the column of their names, the same in both splits."""
+    names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
+    numbers = {name: float(number) for number, name in enumerate(names)}
+    return {
+        split: [replace(pair, columns={**pair.columns, column: numbers[pair.groups[column]]}) for pair in part]
+        for split, part in pairs.items()
+    }
 
 
 def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
@@ -226,12 +258,12 @@ def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
         )
 
 
-def pairs_hash(pairs: list[Pair]) -> str:
+def pairs_hash(pairs: list[Pair], columns: bool = True) -> str:
     """Hash of the token ids of pairs, and of the columns that the method reads, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
-        if pair.columns:
+        if columns and pair.columns:
             digest.update(repr(sorted(pair.columns.items())).encode())
     return digest.hexdigest()
 

@@ -1,0 +1,198 @@
+"""Rows of a preference data set, from a folder or the hub: texts, and the fields that a method or the evaluation reads."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from drdpo.config.training import DataSettings
+from drdpo.errors import DataError
+from drdpo.records import Preference, read_rows
+from drdpo.training.losses import TOKENS
+
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "eval")}
+"""What data sets call the two sides of a run; the first that exists is used. Files have the first name."""
+
+
+class Columns(NamedTuple):
+    """What a run reads of a row besides its texts."""
+
+    numbers: Mapping[str, float] = {}
+    """By field, for the method; TOKENS are counted later."""
+    groups: Mapping[str, str] = {}
+    """Names by field."""
+    mixed: Mapping[str, tuple[float, float]] = {}
+    """By mixture of objectives: scores of the chosen and of the rejected answer."""
+
+
+def load_split(
+    data: DataSettings,
+    split: str,
+    reads: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    mixtures: Mapping[str, Mapping[str, float]] | None = None,
+    weight: str | None = None,
+    grouped: str | None = None,
+) -> tuple[list[Preference], list[Columns]]:
+    """One side of a run's data.
+
+    Args:
+        data: `path` is a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own records
+            or TRL's form, see Preference.from_trl.
+        split: "train" or "test". With `test_share`, the test side is that share of the training split's distinct prompts,
+            with all their rows, and the training side is the rest.
+        reads: number fields of a row, see Method.reads.
+        groups: fields that name groups, as texts or whole numbers.
+        mixtures: {name: {objective: weight}} of the scores in chosen_scores and rejected_scores.
+        weight: the one of `reads` that must not be negative.
+        grouped: the one of `groups` that must name two groups or more, none of one pair.
+
+    Returns:
+        The preferences, and the fields of each.
+
+    Raises:
+        DataError: no such data set or split, no rows, a row without the fields, or a side that `test_share` leaves empty;
+            names file, row and field.
+    """
+    source, rows = _rows(data, "train" if data.test_share is not None else split)
+    preferences, columns, numbers = [], [], []
+    for number, row in rows:
+        numbers.append(number)
+        try:
+            preferences.append(Preference.from_trl(row, number))
+            columns.append(_columns(row, reads, groups, mixtures or {}, weight))
+        except ValueError as error:
+            raise DataError(f"{source}, row {number}: {error}") from error
+    if not preferences:
+        raise DataError(f"{source}: the data set has no rows")
+    kept = list(range(len(preferences)))
+    if data.test_share is not None:
+        held_out = _held_out(data, preferences, source)
+        kept = [row for row in kept if (str(preferences[row].prompt) in held_out) == (split == "test")]
+    preferences, columns = [preferences[row] for row in kept], [columns[row] for row in kept]
+    if grouped is not None:
+        _refuse_lone(source, grouped, [numbers[row] for row in kept], columns)
+    return preferences, columns
+
+
+def _held_out(data: DataSettings, preferences: list[Preference], source: str) -> set[str]:
+    """The prompts of the test side that `test_share` makes."""
+    assert data.test_share is not None
+    prompts = list(dict.fromkeys(str(preference.prompt) for preference in preferences))
+    random.Random(f"{data.seed}/test").shuffle(prompts)
+    held_out = set(prompts[: max(1, round(data.test_share * len(prompts)))])
+    if len(held_out) == len(prompts):
+        raise DataError(
+            f"{source}: --test_share={data.test_share} of {len(prompts)} distinct prompts leaves none to train on"
+        )
+    return held_out
+
+
+def _columns(
+    row: Mapping[str, Any],
+    reads: Sequence[str],
+    groups: Sequence[str],
+    mixtures: Mapping[str, Mapping[str, float]],
+    weight: str | None,
+) -> Columns:
+    """See load_split; ValueError names the field."""
+    numbers = {name: 0.0 if name in TOKENS else _number(row, name, name == weight) for name in reads}
+    mixed = {
+        name: (_mixed(row, "chosen_scores", weights), _mixed(row, "rejected_scores", weights))
+        for name, weights in mixtures.items()
+    }
+    return Columns(numbers, {name: _group(row, name) for name in groups}, mixed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f'field "{name}" is missing, and the method reads it')
+    if not _is_number(value):
+        raise ValueError(f'field "{name}" is no finite number, and the method reads it')
+    if positive and value < 0:
+        raise ValueError(f'field "{name}" is {value}, and a weight is not negative; change it, or omit --weight_column')
+    return float(value)
+
+
+def _group(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f'field "{name}" is missing, and the run groups pairs by it')
+    if not isinstance(value, str | int):
+        raise ValueError(f'field "{name}" is neither a text nor a whole number, and the run groups pairs by it')
+    return str(value)
+
+
+def _mixed(row: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> float:
+    scores = row.get(name)
+    if not isinstance(scores, Mapping):
+        raise ValueError(f'field "{name}" is missing, and --eval_mixture reads it; build the pairs again, --overwrite=true')
+    for objective in weights:
+        if scores.get(objective) is None:
+            known = ", ".join(key for key, score in scores.items() if score is not None) or "none"
+            raise ValueError(f'field "{name}" lacks {objective}, and --eval_mixture reads it; it has {known}')
+        if not _is_number(scores[objective]):
+            raise ValueError(f'field "{name}": {objective} is no finite number, and --eval_mixture reads it')
+    return float(sum(weight * scores[objective] for objective, weight in weights.items()))
+
+
+def _refuse_lone(source: str, column: str, rows: Sequence[int], columns: Sequence[Columns]) -> None:
+    """Refuse a group of one pair, whose weight would be that pair's, and a column of one group."""
+    counts = Counter(found.groups[column] for found in columns)
+    if len(counts) < 2:
+        raise DataError(f'{source}: field "{column}" names one group only; --method=group needs two or more')
+    for row, found in zip(rows, columns, strict=True):
+        if counts[name := found.groups[column]] == 1:
+            raise DataError(
+                f'{source}, row {row}: field "{column}" is "{name}" in this row alone; a group needs two pairs: merge it '
+                "into another, or remove the row"
+            )
+
+
+def _rows(data: DataSettings, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:
+    """The name of a split for messages, and its rows with their numbers from 1."""
+    named, folder = getattr(data, f"{split}_split"), Path(data.path)
+    names = SPLIT_NAMES[split] if named is None else (named,)
+    if folder.is_dir() and data.config is not None:
+        raise DataError(f"{folder}: a folder has no configurations; omit --dataset_config={data.config}")
+    if folder.is_dir() and not (folder / "dataset_dict.json").is_file():
+        file = folder / f"{names[0]}.jsonl"
+        if not file.is_file():
+            raise DataError(f"{file}: no such file{_ways_on(split, [other.stem for other in folder.glob('*.jsonl')])}")
+        return str(file), read_rows(file)
+    splits = _stored_splits(data)
+    for name in names:
+        if name in splits:
+            return f"{data.path} [{name}]", enumerate(splits[name], start=1)
+    raise DataError(f"{data.path}: no split {' or '.join(names)}{_ways_on(split, list(splits))}")
+
+
+def _ways_on(split: str, found: list[str]) -> str:
+    """What to pass instead of a split that is missing."""
+    if not found:
+        return ""
+    share = ", or --test_share=0.05 to hold out training prompts" if split == "test" else ""
+    return f" (there is {', '.join(sorted(found))}); pass --{split}_split=NAME for another{share}"
+
+
+def _stored_splits(data: DataSettings) -> Mapping[str, Any]:
+    import datasets
+
+    try:
+        if Path(data.path).is_dir():
+            return datasets.load_from_disk(data.path)
+        return datasets.load_dataset(data.path, data.config)
+    except Exception as error:
+        # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        which = "; pass --dataset_config=NAME" if "onfig name is missing" in reason else ""
+        raise DataError(
+            f"{data.path}: neither a folder of preferences nor a data set of the hub ({reason}){which}"
+        ) from error

@@ -1,0 +1,223 @@
+"""The methods of --method: numbers by hand, laws, and gradients against float64 autograd of what they are defined to be."""
+
+import math
+
+import pytest
+import torch
+from harness.policies import config_of
+from scipy.optimize import minimize_scalar
+
+from drdpo.training import robust
+from drdpo.training.losses import Pairs, drdpo_weights, kl_weights, method_of, pair_losses
+
+LN2 = math.log(2)
+POPULATIONS = {
+    "spread": [0.3, 0.9, 0.5, 2.0, 0.1, 1.1, 0.95],
+    "two": [0.2, 0.7],
+    "ties": [0.5, 0.5, 0.1, 2.0, 2.0, 0.5],
+    "nearly equal": [0.693147, 0.693148, 0.6931475, 0.693147],
+}
+WEIGHTS = {"tv": robust.tv_weights, "cvar": robust.cvar_weights, "chi2": robust.chi2_weights}
+STRENGTHS = {"tv": (0.1, 0.3, 0.9, 1.0), "cvar": (0.9, 0.5, 0.3, 0.01), "chi2": (0.01, 0.2, 1.0, 50.0)}
+
+
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def value(weights: torch.Tensor, losses: torch.Tensor) -> float:
+    return (weights * losses).mean().item()
+
+
+def test_weights_by_hand():
+    losses = doubles(1, 2, 3, 4, 5)
+    # Of five pairs 0.3 are 1.5: the first all, the second half; the largest gets them.
+    assert robust.tv_weights(losses, losses, 0.3).tolist() == pytest.approx([0, 0.5, 1, 1, 2.5])
+    # The hardest 30% are 1.5 pairs of weight 1 / 0.3.
+    assert robust.cvar_weights(losses, losses, 0.3).tolist() == pytest.approx([0, 0, 0, 0.5 / 0.3, 1 / 0.3])
+    # Around the mean, as far as no weight is negative: 1 + sqrt(2 r) (l - mean) / sd, sd = sqrt 2.
+    assert robust.chi2_weights(losses, losses, 0.04).tolist() == pytest.approx([0.6, 0.8, 1, 1.2, 1.4])
+    # Two pairs, mean w^2 = 1 + 2 r = 2 at the weights 0 and 2.
+    assert robust.chi2_weights(doubles(1, 7), doubles(1, 7), 0.5).tolist() == pytest.approx([0, 2])
+
+
+@pytest.mark.parametrize("population", POPULATIONS)
+@pytest.mark.parametrize(("name", "nothing"), [("tv", 0.0), ("cvar", 1.0), ("chi2", 0.0)])
+def test_radius_zero_is_dpo_exactly(name, nothing, population):
+    losses = torch.tensor(POPULATIONS[population])
+    assert WEIGHTS[name](losses, losses, nothing).tolist() == [1.0] * len(losses)
+
+
+@pytest.mark.parametrize("population", POPULATIONS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_average_one_grow_with_the_loss_and_the_strength_and_do_not_depend_on_the_split(name, population):
+    losses = doubles(*POPULATIONS[population])
+    last = losses.mean().item()
+    for strength in STRENGTHS[name]:
+        weights = WEIGHTS[name](losses, losses, strength)
+        assert weights.mean().item() == pytest.approx(1) and weights.min() >= 0
+        order = losses.argsort()
+        assert (weights[order].diff() >= -1e-12).all(), "a harder pair has no smaller weight"
+        for here in losses.unique():
+            assert weights[losses == here].unique().numel() == 1, "equal losses share"
+        shuffled = losses[torch.randperm(len(losses), generator=torch.Generator().manual_seed(1))]
+        # Another forward pass may have rounded the losses differently, by less than they are apart.
+        again = torch.cat([WEIGHTS[name](part + 1e-12, shuffled, strength) for part in losses.split(1)])
+        assert torch.equal(again, weights)
+        assert last - 1e-12 <= value(weights, losses) <= losses.max() + 1e-12
+        last = value(weights, losses)
+    # The largest loss alone, as the last strength is that large.
+    assert last == pytest.approx(losses.max().item())
+
+
+def test_equal_losses_have_equal_weights_whatever_rounding_does():
+    same = torch.full((6,), LN2)
+    for name, weights in WEIGHTS.items():
+        for strength in STRENGTHS[name]:
+            assert weights(same + 1e-7, same, strength).tolist() == [1.0] * 6, name
+
+
+@pytest.mark.parametrize("population", ["spread", "two", "ties"])
+def test_every_robust_value_lies_between_the_mean_and_the_largest_loss_and_dr_dpo_below(population):
+    losses = doubles(*POPULATIONS[population])
+    low = -0.4 * torch.log(torch.exp(-losses / 0.4).mean()).item()
+    high = 0.4 * torch.log(torch.exp(losses / 0.4).mean()).item()
+    mean, largest = losses.mean().item(), losses.max().item()
+    assert value(drdpo_weights(losses, losses, 0.4), losses) <= low <= mean <= high
+    assert mean <= value(kl_weights(losses, losses, 0.4, normalize=True), losses) <= largest
+    for name, weights in WEIGHTS.items():
+        for strength in STRENGTHS[name]:
+            assert mean - 1e-12 <= value(weights(losses, losses, strength), losses) <= largest + 1e-12, (name, strength)
+
+
+def dual(name: str, losses: torch.Tensor, strength: float) -> torch.Tensor:
+    """The largest mean loss that the method allows, by its dual or by its definition, with a graph."""
+    ordered = losses.sort().values
+    if name == "chi2":
+        c = 1 + 2 * strength
+
+        def upper(eta: torch.Tensor | float) -> torch.Tensor:
+            return eta + math.sqrt(c) * (losses - eta).clamp(min=0).square().mean().sqrt()
+
+        lowest = losses.min().item() - 100
+        best = minimize_scalar(lambda eta: upper(eta).item(), bounds=(lowest, losses.max().item()), method="bounded",
+                               options={"xatol": 1e-12})  # fmt: skip
+        return upper(best.x)
+    if name == "cvar":  # the minimum over eta lies at one of the losses
+        return torch.stack([eta + (losses - eta).clamp(min=0).mean() / strength for eta in losses]).min()
+    left, total = strength, ordered[-1] * strength
+    for loss in ordered:
+        taken = min(left, 1 / len(losses))
+        total, left = total + (1 / len(losses) - taken) * loss, left - taken
+    return total
+
+
+@pytest.mark.parametrize("strength", [0, 1, 2])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_weighted_gradient_is_that_of_the_worst_value(name, strength):
+    losses, strength = doubles(*POPULATIONS["spread"]).requires_grad_(), STRENGTHS[name][strength]
+    weights = WEIGHTS[name](losses, losses, strength)
+    assert not weights.requires_grad
+    worst = dual(name, losses, strength)
+    assert value(weights, losses) == pytest.approx(worst.item(), rel=1e-9)
+    (ours,) = torch.autograd.grad((weights * losses).mean(), losses)
+    (theirs,) = torch.autograd.grad(worst, losses)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+# Losses
+
+MARGINS = doubles(-30, -2, -0.1, 0, 0.4, 3, 30)
+
+
+def test_losses_by_hand():
+    # x = ln 3: p = 3/4.
+    h, beta = doubles(math.log(3) / 0.5), 0.5
+    assert robust.ropo_losses(h, beta, 3.0).item() == pytest.approx(0.75 * (math.log(4 / 3) + 3 / 4))
+    assert robust.holder_losses(h, beta, 2.0).item() == pytest.approx(-3 * 9 / 16 + 2 * 27 / 64)
+    assert robust.robust_label_losses(h, beta, 0.25).item() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert robust.robust_label_losses(-h, beta, 0.25).item() == pytest.approx(math.log(4)), "wrong: the worst label is given"
+    # q = 0.8, radius 1/4: p = 0.8 - sqrt(0.04) = 0.6.
+    soft = robust.soft_label_losses(h, doubles(0.8), beta, 0.25).item()
+    assert soft == pytest.approx(0.6 * math.log(4 / 3) + 0.4 * math.log(4))
+    assert robust.soft_labels(doubles(2), doubles(2 - 3 * math.log(4)), 3.0).item() == pytest.approx(0.8)
+    # 6 / 3 - 2 / 4
+    log_ratios, lengths = doubles(6, 2), doubles(3, 4)
+    assert robust.normalised_margins(log_ratios, lengths).item() == 1.5
+
+
+def test_without_a_radius_the_losses_are_dpos_exactly():
+    plain = pair_losses(MARGINS, 0.5)
+    assert torch.equal(robust.robust_label_losses(MARGINS, 0.5, 0.0), plain)
+    for radius in (0.0, 0.7):
+        assert torch.equal(robust.soft_label_losses(MARGINS, torch.ones_like(MARGINS), 0.5, radius), plain), "hard labels"
+    soft = robust.soft_label_losses(MARGINS, torch.full_like(MARGINS, 0.75), 0.5, 0.0)
+    torch.testing.assert_close(soft, pair_losses(MARGINS, 0.5, smoothing=0.25))
+    ones = torch.ones(2 * len(MARGINS), dtype=torch.float64)
+    per_token = robust.normalised_margins(torch.cat([MARGINS, 0 * MARGINS]), ones)
+    assert torch.equal(pair_losses(per_token, 0.5), plain), "answers of one token"
+    alpha = 1e-9
+    torch.testing.assert_close(robust.ropo_losses(MARGINS, 0.5, alpha), 4 * alpha * plain, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.01, 0.3, 0.5, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize("radius", [0.0, 0.1, 1.0, 9.0])
+def test_dpo_pro_is_the_worst_of_all_label_probabilities_in_the_ball(q, radius):
+    grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    inside = grid[(grid - q).square() <= radius * q * (1 - q) + 1e-12]
+    right, wrong = pair_losses(MARGINS, 0.5), pair_losses(-MARGINS, 0.5)
+    worst = (inside[:, None] * right + (1 - inside)[:, None] * wrong).max(dim=0).values
+    ours = robust.soft_label_losses(MARGINS, torch.full_like(MARGINS, q), 0.5, radius)
+    torch.testing.assert_close(ours, worst, atol=2e-4, rtol=0)
+
+
+def test_slopes_are_those_of_the_formulas_and_those_of_flipped_labels_vanish():
+    x = MARGINS.clone().requires_grad_()
+    p = torch.sigmoid(x.detach())
+    slopes = {
+        "ropo": (robust.ropo_losses(x, 1.0, 14.0), -4 * 14 / 225 * (1 - p) * (1 + 14 * p)),
+        "holder": (robust.holder_losses(x, 1.0, 2.0), -6 * p**2 * (1 - p) ** 2),
+        "label": (robust.robust_label_losses(x, 1.0, 0.2), torch.where(x < 0, p - 1, 0.8 * (p - 1) + 0.2 * p)),
+        "soft": (robust.soft_label_losses(x, torch.full_like(x, 0.8), 1.0, 0.25), p - 0.8 + 0.2 * x.detach().sign()),
+    }
+    for name, (losses, theirs) in slopes.items():
+        (ours,) = torch.autograd.grad(losses.sum(), x)
+        torch.testing.assert_close(ours[MARGINS != 0], theirs[MARGINS != 0], msg=name)
+    assert abs(slopes["holder"][1][0]) < 1e-12, "redescending"
+    assert abs(slopes["ropo"][1][1]) > abs(slopes["ropo"][1][0]), "ROPO's pull falls to a constant"
+
+
+@pytest.mark.parametrize("method", ["ropo:14", "holder:2", "robust_label:0.3", "dpo_pro:0.2,2"])
+def test_large_margins_stay_finite(method):
+    scores = {"chosen_score": doubles(2, 1), "rejected_score": doubles(1, 1)}
+    pairs = Pairs(doubles(-1e5, 1e5).requires_grad_(), torch.zeros(4), scores)
+    losses = method_of(config_of(method=method)).loss(pairs)
+    (slopes,) = torch.autograd.grad(losses.sum(), pairs.margins_B)
+    assert torch.isfinite(losses).all() and torch.isfinite(slopes).all()
+
+
+# Groups
+
+
+def test_group_weights_by_hand():
+    state = robust.group_state(torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0]))
+    assert state["weights"].tolist() == [0.5, 0, 0.5] and state["counts"].tolist() == [3, 0, 2]
+    losses, groups = torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([0.0, 2.0, 2.0, 0.0])
+    # Mean losses 1 and 2.5, exponents 2 (1 + 3 / sqrt 3) and 2 (2.5 + 3 / sqrt 2).
+    after = robust.group_step(state, losses, groups, 2.0, 3.0)
+    first, second = math.exp(2 * (1 + math.sqrt(3))), math.exp(2 * (2.5 + 3 / math.sqrt(2)))
+    assert after["weights"].tolist() == pytest.approx([first / (first + second), 0, second / (first + second)])
+    assert after["present"].tolist() == [2, 0, 2]
+    weights = robust.group_weights(groups, after["weights"], after["present"])
+    expected = after["weights"][0] * 1 + after["weights"][2] * 2.5
+    assert (weights * losses).mean().item() == pytest.approx(expected.item()), "the sum of q_g L_g"
+    assert weights.mean().item() == pytest.approx(1)
+    again = robust.group_step(after, losses, groups, 2.0, 3.0)["weights"]
+    assert again[2] > after["weights"][2] and again.sum().item() == pytest.approx(1)
+
+
+def test_a_group_without_pairs_in_a_step_counts_as_loss_zero():
+    state = robust.group_state(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    after = robust.group_step(state, torch.tensor([0.5]), torch.tensor([1.0]), 1.0, 0.0)
+    assert after["weights"].tolist() == pytest.approx([1 / (1 + math.exp(0.5)), math.exp(0.5) / (1 + math.exp(0.5))])
+    assert robust.group_weights(torch.tensor([1.0]), after["weights"], after["present"])[0] == after["weights"][1]

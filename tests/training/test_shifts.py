@@ -1,0 +1,197 @@
+"""Columns of preference rows, refused or read; and test pairs by group and under other labels, in batches and in a run."""
+
+import json
+import math
+
+import pytest
+import torch
+from harness.policies import config_of, with_facts
+from harness.runs import flags_of, run_ranks, said
+
+from drdpo import chat
+from drdpo.config.training import DataSettings
+from drdpo.errors import DataError
+from drdpo.records import read_rows, write_rows
+from drdpo.training.data import Pair, tokenise
+from drdpo.training.losses import Pairs, method_of
+from drdpo.training.rows import Columns, load_split
+from drdpo.training.run import check_inputs
+from drdpo.training.shifts import LARGEST, relabelled, shifts_of
+
+SCORES = {"chosen_scores": {"x": 1.0, "y": 0.0}, "rejected_scores": {"x": 0.5, "y": 2.0}}
+GROUP = {"method": "group:0.1", "group_column": "domain"}
+PRO = {"method": "dpo_pro:0.1"}
+MIXTURE = {"eval_mixture": ["safe=x:0.5,y:0.5"]}
+
+
+def row(number: int, **fields) -> dict:
+    texts = {"prompt": "a", "chosen": "b", "rejected": "c", "domain": "even" if number % 2 else "odd", "trust": 1.0}
+    return {**texts, "chosen_score": 1.0, "rejected_score": 0.0, **SCORES, **fields}
+
+
+def folder_with(path, changed: dict, split: str = "train"):
+    path.mkdir(exist_ok=True)
+    for name in ("train", "test"):
+        rows = [row(number) for number in range(6)]
+        if name == split:
+            rows[2] = {key: value for key, value in {**rows[2], **changed}.items() if value is not ...}
+        # NaN is what Python writes and reads; write_rows does not.
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed", "words"),
+    [
+        ({"weight_column": "trust"}, {"trust": ...}, 'field "trust" is missing'),
+        ({"weight_column": "trust"}, {"trust": math.nan}, 'field "trust" is no finite number'),
+        ({"weight_column": "trust"}, {"trust": -0.5}, 'field "trust" is -0.5, and a weight is not negative'),
+        ({"weight_column": "trust"}, {"trust": "much"}, 'field "trust" is no finite number'),
+        (GROUP, {"domain": ...}, 'field "domain" is missing'),
+        (GROUP, {"domain": 0.5}, 'field "domain" is neither a text nor a whole number'),
+        (GROUP, {"domain": "rare"}, 'field "domain" is "rare" in this row alone; a group needs two pairs'),
+        (PRO, {"chosen_score": ...}, 'field "chosen_score" is missing, and the method reads it'),
+        (PRO, {"rejected_score": math.inf}, 'field "rejected_score": not a finite number'),
+    ],
+)
+def test_rows_that_a_method_cannot_use_are_named(flags, changed, words, tiny_policy, tmp_path):
+    refuse(flags, folder_with(tmp_path / "pairs", changed), "train.jsonl, row 3: " + words, tiny_policy, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed", "words"),
+    [
+        ({"eval_columns": "domain"}, {"domain": ...}, 'field "domain" is missing'),
+        (MIXTURE, {"chosen_scores": ...}, 'field "chosen_scores" is missing, and --eval_mixture reads it'),
+        (MIXTURE, {"rejected_scores": {"x": 1.0}}, 'field "rejected_scores" lacks y, and --eval_mixture reads it; it has x'),
+        (MIXTURE, {"chosen_scores": {"x": True, "y": 1.0}}, 'field "chosen_scores": x is no finite number'),
+    ],
+)
+def test_test_rows_that_cannot_be_evaluated_apart_are_named(flags, changed, words, tiny_policy, tmp_path):
+    refuse(flags, folder_with(tmp_path / "pairs", changed, "test"), "test.jsonl, row 3: " + words, tiny_policy, tmp_path)
+
+
+def refuse(flags, data, words, model, tmp_path):
+    config = config_of(
+        model_path=str(model), dataset_path=str(data), save_path=str(tmp_path / "out"), train_batch_size=4, **flags
+    )
+    with pytest.raises(DataError) as refused:
+        check_inputs(config, method_of(config))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_group_alone_and_too_many_are_refused(tiny_policy, tmp_path):
+    for split, flags, names, words in (
+        ("train", GROUP, ["same"] * 4, 'field "domain" names one group only'),
+        ("test", {"eval_columns": "domain"}, list(map(str, range(LARGEST + 1))), f"names {LARGEST + 1} groups, more than"),
+        ("test", {"eval_columns": "domain"}, ["a b", "a/b"], "would be the metric domain.a_b; rename one"),
+        ("test", MIXTURE, ["even", "odd"], "--eval_mixture safe scores both answers of every pair alike"),
+    ):
+        data = folder_with(tmp_path / "pairs", {})
+        write_rows(data / f"{split}.jsonl", [row(0, domain=name, rejected_scores=SCORES["chosen_scores"]) for name in names])
+        refuse(flags, data, words, tiny_policy, tmp_path)
+
+
+def test_columns_are_read_by_name(tmp_path):
+    data = folder_with(tmp_path / "pairs", {"domain": 7})
+    reads = ("trust", "chosen_tokens")
+    _, columns = load_split(DataSettings(str(data)), "train", reads, ("domain",), {"safe": {"x": 0.25, "y": 0.75}}, "trust")
+    # 0.25 * 1 + 0.75 * 0, and 0.25 * 0.5 + 0.75 * 2
+    assert columns[1] == Columns({"trust": 1.0, "chosen_tokens": 0.0}, {"domain": "even"}, {"safe": (0.25, 1.625)})
+    assert columns[2].groups == {"domain": "7"}
+
+
+def test_token_counts_are_those_that_are_trained_on(tiny_policy, tmp_path):
+    data, tokenizer = (
+        folder_with(tmp_path / "pairs", {"chosen": "one two three four"}),
+        chat.load_tokenizer(str(tiny_policy)),
+    )
+    preferences, columns = load_split(DataSettings(str(data)), "train", ("rejected_tokens", "chosen_tokens"))
+    room = len(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": "a"}]))
+    pairs, _ = tokenise(preferences, tokenizer, room + 3, columns)
+    found = [(pair.columns["chosen_tokens"], pair.columns["rejected_tokens"]) for pair in pairs]
+    assert found == [(2, 2), (2, 2), (3, 2)] + 3 * [(2, 2)], "with the end of turn; the long answer is cut at three"
+
+
+# Other labels ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "chosen_score": torch.tensor([1.0, 1.0, 1.0]), "rejected_score": torch.zeros(3),
+    "chosen_tokens": torch.tensor([3.0, 4.0, 5.0]), "rejected_tokens": torch.tensor([6.0, 7.0, 8.0]),
+    "trust": torch.tensor([1.0, 2.0, 3.0]),
+}  # fmt: skip
+PAIRS = Pairs(torch.tensor([1.0, -2.0, 4.0]), torch.tensor([3.0, 1.0, 4.0, 2.0, 3.0, 0.0]), COLUMNS)
+MIXED = torch.tensor([[5.0, 7.0], [3.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+"""The first pair's answers change places, the third has no preference."""
+
+
+def test_relabelled_pairs_are_those_of_a_data_set_with_the_other_labels():
+    other = relabelled(PAIRS, MIXED)
+    assert other.margins_B.tolist() == [-1, -2, 4]
+    assert other.log_ratios_S.tolist() == [2, 1, 4, 3, 3, 0]
+    assert torch.equal(other.margins_B, other.log_ratios_S[:3] - other.log_ratios_S[3:])
+    assert other.columns["chosen_score"].tolist() == [7, 3, 1] and other.columns["rejected_score"].tolist() == [5, 2, 1]
+    assert other.columns["chosen_tokens"].tolist() == [6, 4, 5] and other.columns["rejected_tokens"].tolist() == [3, 7, 8]
+    assert other.columns["trust"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("flags", [{}, {"loss_type": "sigmoid_norm"}, PRO, {"method": "holder:2"}])
+def test_metrics_of_groups_and_mixtures_by_hand(flags):
+    loss = method_of(config_of(**flags)).loss
+    facts = [Columns({}, {"domain": name}, {"m": tuple(scores)}) for name, scores in zip("aba", MIXED.tolist(), strict=True)]
+    shifts, lines = shifts_of(facts, ["domain"], ["m"], "pairs")
+    assert lines == ["domain.a: 2 pairs", "domain.b: 1 pairs",
+                     "m: 1 of 3 labels differ from the data set's, 1 without a preference"]  # fmt: skip
+    # Two batches in another order, the second with padding.
+    order, tables = torch.tensor([2, 0, 1, -1]), []
+    for indices in order.split(2):
+        rows = torch.where(indices < 0, 0, indices)
+        part = Pairs(PAIRS.margins_B[rows], PAIRS.log_ratios_S.view(2, 3)[:, rows].flatten(),
+                     {name: column[rows] for name, column in COLUMNS.items()})  # fmt: skip
+        tables.append(torch.cat([torch.stack([loss(part), (part.margins_B > 0).float()], dim=1),
+                                 shifts.table(loss, part, indices)], dim=1))  # fmt: skip
+    table = torch.cat(tables)[:3]
+    found = shifts.metrics(order[:3], table[:, :2], table[:, 2:])
+    plain, other = loss(PAIRS).tolist(), loss(relabelled(PAIRS, MIXED)).tolist()
+    assert found == pytest.approx({
+        "loss.domain.a": (plain[0] + plain[2]) / 2, "accuracy.domain.a": 1.0, "loss.domain.b": plain[1],
+        "accuracy.domain.b": 0.0, "loss.m": (other[0] + other[1]) / 2, "accuracy.m": 0.0,
+    }, rel=1e-6)  # fmt: skip
+
+
+def test_without_shifts_nothing_is_added():
+    shifts, lines = shifts_of(with_facts([Pair([1], [2], [3])]), [], [], "pairs")
+    assert lines == [] and shifts.table(lambda pairs: pairs.margins_B, PAIRS, torch.arange(3)).shape == (3, 0)
+    assert shifts.metrics(torch.arange(3), torch.zeros(3, 2), torch.zeros(3, 0)) == {}
+
+
+@pytest.mark.slow
+def test_a_run_reports_shifted_populations(forks, tiny_policy, data, tmp_path):
+    """On two ranks; the mixture's figures are those of a run whose test pairs have these labels from the start."""
+    words = {"max_epochs": 1, "save_resume": False, "train_batch_size": 4, "method": "cvar:0.5"}
+    runs = {"shifted": (data, {"eval_columns": "domain", "eval_mixture": "other=y:1"}), "labelled": (tmp_path / "other", {})}
+    (tmp_path / "other").mkdir()
+    for split in ("train", "test"):
+        rows = [each for _, each in read_rows(data / f"{split}.jsonl")]
+        if split == "test":
+            swapped = {"chosen": "rejected", "rejected": "chosen"}
+            rows = [
+                {**each, **{name: each[other] for name, other in swapped.items()}}
+                if each["chosen_scores"]["y"] < each["rejected_scores"]["y"] else each for each in rows
+            ]  # fmt: skip
+        write_rows(tmp_path / "other" / f"{split}.jsonl", rows)
+    last = {}
+    for name, (folder, more) in runs.items():
+        save, log = tmp_path / name, tmp_path / f"log {name}"
+        assert run_ranks(forks, flags_of(tiny_policy, folder, save, **words, **more), log) == [0, 0], said(log)
+        last[name] = json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["shifted"]["eval_loss.other"] == pytest.approx(last["labelled"]["eval_loss"], rel=1e-6)
+    assert last["shifted"]["eval_accuracy.other"] == pytest.approx(last["labelled"]["eval_accuracy"])
+    assert last["shifted"]["eval_loss"] != pytest.approx(last["labelled"]["eval_loss"], rel=1e-3)
+    # Of three test pairs the first and the last are in one group.
+    of_groups = (2 * last["shifted"]["eval_loss.domain.even"] + last["shifted"]["eval_loss.domain.odd"]) / 3
+    assert last["shifted"]["eval_loss"] == pytest.approx(of_groups)
+    assert "test, other: 2 of 3 labels differ" in said(tmp_path / "log shifted")
+    events = list((tmp_path / "shifted" / "tensorboard").iterdir())
+    assert any(b"eval/loss.domain.even" in path.read_bytes() for path in events)
