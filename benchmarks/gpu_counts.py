@@ -140,7 +140,7 @@ def micro_batch(
     policy: Policy, pairs: list[Pair], config: TrainConfig, rates: dict[str, Rates] | None = None
 ) -> fake_cuda.Counts:
     """Count one micro-batch, forward and backward, in FakeTensors; for KLDPO and Dr. DPO with its share of the survey."""
-    batch = form_batch(pairs, list(range(len(pairs))), config.packing, config.prompt_once).to(fake_cuda.DEVICE)
+    batch = form_batch(pairs, list(range(len(pairs))), config.packing).to(fake_cuda.DEVICE)
     reference_B2 = torch.zeros(len(pairs), 2, device=fake_cuda.DEVICE)
     hooks = [
         # As under ZeRO, a parameter's gradient is removed as soon as it is complete.
@@ -179,7 +179,7 @@ def row(model: str, method: str, pairs: int, flags: dict[str, Any], folder: Path
     flops = counts.flops
     return {
         "model": model, "method": method, "pairs": pairs, "flags": flags, "default": not flags,
-        "tokens": sum(pair.row_tokens(config.prompt_once) for pair in given),
+        "tokens": sum(pair.row_tokens() for pair in given),
         "launches": counts.launches.total(),
         "gemm_tflop": round((flops.total() - flops["triton"]) / 1e12, 3),
         "gemm_fp32_tflop": round(flops["float32"] / 1e12, 3),

@@ -264,7 +264,7 @@ class Step:
             settings_of(shape, "eager").save_pretrained(folder)
             config = TrainConfig(folder, "-", "-", **{"dtype": "bfloat16", "gradient_checkpointing": "false", **flags})
             self.config = config = resolve_attention(config)
-            largest = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+            largest = form_batch(pairs, range(len(pairs)), config.packing)
             self.predicted = sum(dry_run(shapes(config), largest, method_of(config))) / 2**30
         with made_on(lease.device, getattr(torch, config.dtype)):
             model = LlamaForCausalLM(settings_of(shape, config.attention))
@@ -285,9 +285,7 @@ class Step:
         parameter.grad = None
 
     def batch(self, pairs: list[Pair]) -> Any:
-        return form_batch(pairs, list(range(len(pairs))), self.config.packing, self.config.prompt_once).to(
-            self._lease.device
-        )
+        return form_batch(pairs, list(range(len(pairs))), self.config.packing).to(self._lease.device)
 
     def run(self, batch: Any) -> None:
         reference_B2 = torch.zeros(len(batch.indices_B), 2, device=self._lease.device)

@@ -153,7 +153,7 @@ def our_step(arguments):
         nothing = torch.zeros(arguments.micro_batch, 2, device=engine.device)
         train_step(
             engine,
-            [(form_batch(pairs, row, config.packing, config.prompt_once).to(engine.device), nothing) for row in rows],
+            [(form_batch(pairs, row, config.packing).to(engine.device), nothing) for row in rows],
             config,
             method_of(config),
         )

@@ -131,7 +131,7 @@ def step_of(way: str, config, policy, device: str, pair):
     from drdpo.training.losses import method_of
     from drdpo.training.objective import objective
 
-    batch = form_batch([pair], [0], config.packing, config.prompt_once).to(device)
+    batch = form_batch([pair], [0], config.packing).to(device)
     if way == "original":
         from transformers import AutoModelForCausalLM
 
@@ -219,7 +219,7 @@ def accuracy(arguments) -> list[dict]:
 
     def gradient(dtype: str, pair) -> tuple:
         config, policy, device = prepare("tangent", dtype, True, arguments.model, 1e12)
-        batch = form_batch([pair], [0], config.packing, config.prompt_once).to(device)
+        batch = form_batch([pair], [0], config.packing).to(device)
         with torch.no_grad():
             reference_B2 = policy(batch).logprob_S[None]
         part = objective(policy, batch, reference_B2, method_of(config), None)

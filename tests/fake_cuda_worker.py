@@ -86,7 +86,7 @@ def evaluation(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     config = config_of(folder, flags)
     with FakeTensors(), torch.no_grad():
         policy = gpu_counts.policy_on_cuda(config).eval()
-        batch = form_batch(PAIRS, range(len(PAIRS)), config.packing, config.prompt_once).to(fake_cuda.DEVICE)
+        batch = form_batch(PAIRS, range(len(PAIRS)), config.packing).to(fake_cuda.DEVICE)
         reference_B2 = torch.zeros(len(PAIRS), 2, device=fake_cuda.DEVICE)
         with Counts() as counts:
             pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
@@ -123,7 +123,7 @@ def planted(folder: Path) -> dict[str, Any]:
     with FakeTensors():
         config = config_of(folder, {})
         policy = gpu_counts.policy_on_cuda(config)
-        policy(form_batch(PAIRS, range(len(PAIRS)), config.packing, config.prompt_once))
+        policy(form_batch(PAIRS, range(len(PAIRS)), config.packing))
     return {}
 
 
@@ -145,7 +145,7 @@ MEMORY: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def predicted(config: TrainConfig, pairs: list[Pair]) -> float:
     """GiB that the preflight predicts for activations and head."""
-    batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+    batch = form_batch(pairs, range(len(pairs)), config.packing)
     return sum(dry_run(shapes(config), batch, method_of(config))) / 2**30
 
 

@@ -77,7 +77,7 @@ def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: Trai
     """The objective's value and the gradient of all parameters of one optimizer step in some micro-batches."""
     scales = [1.0] * len(split) if scales is None else scales
     dtype = next(policy.parameters()).dtype
-    parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].to(dtype)) for rows in split]
+    parts = [(form_batch(pairs, rows, config.packing), REFERENCE_M2[rows].to(dtype)) for rows in split]
     population = survey(policy, parts, method_of(config))
     found = [
         objective(policy, batch, reference, method_of(config), population, scale, len(reference) / len(pairs))

@@ -245,7 +245,7 @@ def test_one_micro_batch_is_not_surveyed():
 def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, tiny_policy, pairs, monkeypatch):
     config = config_of(kldpo_tau=0.1, packing=packing)
     policy = load_policy(str(tiny_policy), torch.float32, config.attention, gradient_checkpointing=False)
-    batches = [(form_batch(pairs, rows, config.packing, config.prompt_once), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
+    batches = [(form_batch(pairs, rows, config.packing), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
     sent, known, head = [], [], policy.head.forward
 
     def spy(kernel, hidden_ND, *arguments, **options):

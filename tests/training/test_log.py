@@ -97,7 +97,7 @@ ONE = [Pair([5] * 4, [5] * 2, [5])]
 
 
 def test_flops_by_hand(tiny_policy):
-    batch = pack(ONE, [0], prompt_once=True)
+    batch = pack(ONE, [0])
     shape = Shape(0, 0, blocks=100, blocks_trained=100, head=50, head_trained=True, layers=2, attention=8)
     # Seven tokens, three of them answers; the prompt sees 8 token pairs, the answers 2 * (4 + 1) and 1 * (4 + 0.5).
     assert dpo_flops(shape, batch) == 6 * 100 * 7 + 6 * 50 * 3 + 12 * 2 * 8 * (8 + 10 + 4.5)
@@ -114,5 +114,5 @@ def test_flops_by_hand(tiny_policy):
 
 def test_throughput_without_a_known_peak_has_no_mfu():
     shape = Shape(0, 0, 100, 100, 50, True, 2, 8)
-    found = throughput([pack(ONE, [0], True)] * 2, shape, "float32", pairs=4, seconds=2.0)
+    found = throughput([pack(ONE, [0])] * 2, shape, "float32", pairs=4, seconds=2.0)
     assert found == {"tokens_per_second": 7, "pairs_per_second": 2}

@@ -252,7 +252,7 @@ def test_adapters_before_the_first_step_change_no_bit(tiny_policy, pairs):
     """So the reference, adapters off, is the policy before its first step."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    batch = pack([Pair(*row) for row in pairs], range(4), prompt_once=True)
+    batch = pack([Pair(*row) for row in pairs], range(4))
     for dtype in (torch.float32, torch.bfloat16):
         config = config_of(tiny_policy, dtype="float32" if dtype == torch.float32 else "bfloat16")
         policy = policy_with_lora(tiny_policy, config, dtype)

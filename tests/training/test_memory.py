@@ -39,7 +39,7 @@ from drdpo.training.memory import (
     shapes,
 )
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import load_policy, widen_values
+from drdpo.training.policy import load_policy, recomputable_layers, set_recomputation, widen_values
 from drdpo.training.reference import reference_key
 from drdpo.training.run import Run, check_inputs
 
@@ -70,7 +70,7 @@ def run_of(config: TrainConfig, pairs: list[Pair] = FOUR, cut: int = 0) -> Run:
 
 def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
     config = config_of(path, **flags)
-    batch = pack(pairs, range(len(pairs)), True) if config.packing else collate(pairs, range(len(pairs)), 0)
+    batch = pack(pairs, range(len(pairs))) if config.packing else collate(pairs, range(len(pairs)), 0)
     return dry_run(shapes(config), batch, method_of(config))
 
 
@@ -404,15 +404,15 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
     assert rows(10**6, resume="never") == 16_384
 
 
-@pytest.mark.parametrize("flags", [{}, {"wdpo_rho": 0.1}, {"wdpo_rho": 0.1, "wdpo_prompt": "once"}], ids=str)
-def test_the_row_that_is_predicted_is_full(flags):
-    config = open_config(**flags)
+def test_the_row_that_is_predicted_is_full():
     for tokens in memory.ROWS:
-        pairs = memory._row_of(tokens, config.prompt_once)
-        assert 0.95 * tokens < sum(pair.row_tokens(config.prompt_once) for pair in pairs) <= tokens
+        pairs = memory._row_of(tokens)
+        assert 0.95 * tokens < sum(pair.row_tokens() for pair in pairs) <= tokens
 
 
-@pytest.mark.parametrize(("free", "expected", "line"), [(10**12, "false", "off: without"), (10**6, "true", "on: without")])
+@pytest.mark.parametrize(
+    ("free", "expected", "line"), [(10**12, "false", "off: without"), (10**6, "true", "on for 2 of 2 layers: without")]
+)
 def test_activations_are_kept_if_memory_allows(free, expected, line, tiny_policy, monkeypatch, capsys):
     pairs = [Pair([5] * 40, [6] * 20, [7] * 30)] * 4
     monkeypatch.setattr(memory, "_free", lambda: (free, 1))
@@ -420,6 +420,23 @@ def test_activations_are_kept_if_memory_allows(free, expected, line, tiny_policy
         found, _ = preflight(run_of(open_config(tiny_policy, gradient_checkpointing=asked), pairs))
         assert found.config.gradient_checkpointing == (expected if asked == "auto" else asked)
         assert (f"recompute {line}" in capsys.readouterr().out) == (asked == "auto")
+
+
+def test_the_fewest_layers_recompute(tiny_policy, monkeypatch, capsys):
+    pairs = [Pair([5] * 40, [6] * 20, [7] * 30)] * 4
+    run = run_of(open_config(tiny_policy), pairs)
+    policy = memory.shapes(run.config)
+    peaks = [memory.predicted(run.config, run.method, policy, pairs, layers, 1).total for layers in (0, 1, 2)]
+    assert peaks[0] > peaks[1] >= peaks[2]
+    monkeypatch.setattr(memory, "_resident", lambda: 1)
+    for limit, expected in ((peaks[0], 0), (peaks[0] - 1, 1), (peaks[1], 1), (0, 2)):
+        monkeypatch.setattr(memory, "_free", lambda limit=limit: (limit * 2, 1))
+        assert preflight(run)[0].recompute == expected
+    monkeypatch.setattr(memory, "_free", lambda: (2 * peaks[1], 1))
+    capsys.readouterr()
+    preflight(run)
+    assert "recompute on for 1 of 2 layers: without recomputation the predicted peak of" in capsys.readouterr().out
+    assert [memory.fewest_layers(30, limit, lambda layers: 100 - layers) for limit in (99, 93, 70, 0)] == [1, 7, 30, 30]
 
 
 def test_a_command_line_may_ask_for_it_either_way():
@@ -443,20 +460,23 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
     pairs = [Pair(*(torch.randint(300, (length,), generator=generator).tolist() for length in lengths))
              for lengths in ((7, 5, 9), (12, 3, 4), (2, 20, 6))]  # fmt: skip
     found = []
-    for recompute in (False, True):
-        config = open_config(tiny_policy, gradient_checkpointing=recompute, beta=0.5, **flags)
+    config = open_config(tiny_policy, beta=0.5, **flags)
+    for layers in (0, 1, 2):
         policy = load_policy(
-            str(tiny_policy), getattr(torch, config.dtype), config.attention, recompute, config.second_derivative
+            str(tiny_policy), getattr(torch, config.dtype), config.attention, False, config.second_derivative
         )
+        set_recomputation(policy.language_model, layers)
+        assert [layer.gradient_checkpointing for layer in recomputable_layers(policy)] == [layers > 0, layers > 1]
         if config.wide_values:
             widen_values(policy)
-        batch, method = form_batch(pairs, [0, 1, 2], config.packing, config.prompt_once), method_of(config)
+        batch, method = form_batch(pairs, [0, 1, 2], config.packing), method_of(config)
         population = Population(torch.tensor([0.1, 0.9, 0.5])) if method.weights else None
         part = objective(policy, batch, torch.zeros(3, 2), method, population)
         part.total.backward()
         found.append([part.total.detach(), *(parameter.grad for parameter in policy.parameters())])
     assert all(float(grad.abs().max()) > 0 for grad in found[0])
-    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+    for again in found[1:]:
+        assert all(map(torch.equal, found[0], again))
 
 
 def test_deterministic_kernels_are_asked_for_or_the_flag_is_refused(monkeypatch):

@@ -77,7 +77,7 @@ def test_wdpo_penalises_a_loss_of_ones_own_in_both_solvers(tiny_policy, pairs):
         config = TrainConfig(**PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, micro_batch_size=4)
         method = replace(method_of(config), loss=lambda pairs: torch.sqrt(1 + (1 - 0.5 * pairs.margins_B).square()))
         policy = policy_of(tiny_policy, config)
-        batch = form_batch(pairs, range(4), config.packing, config.prompt_once)
+        batch = form_batch(pairs, range(4), config.packing)
         part = objective(policy, batch, REFERENCE_M2, method)
         found[solver] = (gradients_of(policy, part.total), part.penalties_B)
         assert part.losses_B.tolist() == method.loss(part.pairs).tolist()
@@ -114,7 +114,7 @@ def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
     preferences, columns = load_split(DataSettings(str(tmp_path)), "train", fields)
     pairs, _ = tokenise(preferences, chat.load_tokenizer(str(tiny_policy)), 99, columns)
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
-    for batch in (collate(pairs, range(2), 0), pack(pairs, range(2), True).to(torch.device("cpu"))):
+    for batch in (collate(pairs, range(2), 0), pack(pairs, range(2)).to(torch.device("cpu"))):
         part = objective(policy, batch, torch.zeros(2, 2), method) if isinstance(batch, Batch) else None
         assert batch.columns["chosen_score"].tolist() == [1.0, 2.5]
         assert part is None or part.weights_B.tolist() == [2.0, 1.25]

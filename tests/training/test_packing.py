@@ -41,7 +41,7 @@ def padded(tiny_policy) -> Policy:
 
 def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: TrainConfig):
     """Losses [4] and the gradient of all parameters of one optimizer step in some micro-batches."""
-    parts = [(form_batch(pairs, rows, config.packing, config.prompt_once), REFERENCE_M2[rows].float()) for rows in split]
+    parts = [(form_batch(pairs, rows, config.packing), REFERENCE_M2[rows].float()) for rows in split]
     population = survey(policy, parts, method_of(config)) if method_of(config).needs_population else None
     found = [
         objective(policy, batch, reference, method_of(config), population, share=len(reference) / 4)
@@ -73,7 +73,7 @@ def test_the_two_ways_to_count_the_prompt_differ(pairs, packed):
 
 
 def test_a_packed_row_by_hand():
-    batch = pack([Pair([7, 8], [1], [2, 3]), Pair([9], [4, 5], [6])], [1, 0], prompt_once=True)
+    batch = pack([Pair([7, 8], [1], [2, 3]), Pair([9], [4, 5], [6])], [1, 0])
     assert batch.input_ids_1N.tolist() == [[9, 4, 5, 6, 7, 8, 1, 2, 3]]
     assert batch.positions_1N.tolist() == [[0, 1, 2, 1, 0, 1, 2, 2, 3]]
     assert batch.pair_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
@@ -82,20 +82,16 @@ def test_a_packed_row_by_hand():
     assert batch.sequence_A.tolist() == [0, 0, 2, 1, 3, 3]
     assert batch.indices_B.tolist() == [1, 0]
     assert batch.tokens == 9
-    twice = pack([Pair([7, 8], [1], [2, 3])], [0], prompt_once=False)
-    assert twice.input_ids_1N.tolist() == [[7, 8, 1, 7, 8, 2, 3]]
-    assert twice.positions_1N.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert twice.states_A.tolist() == [1, 4, 5]
 
 
 def test_packing_holds_fewer_tokens_than_padding(pairs):
-    packed_tokens, padded_rows = pack(pairs, range(4), True).tokens, collate(pairs, range(4), 0).input_ids_ST
+    packed_tokens, padded_rows = pack(pairs, range(4)).tokens, collate(pairs, range(4), 0).input_ids_ST
     assert packed_tokens == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) < padded_rows.numel()
 
 
 def test_the_shortest_pair_stands_for_an_absent_one(pairs):
     shortest = pairs.index(min(pairs, key=len))
-    assert torch.equal(pack(pairs, [-1], True).input_ids_1N, pack(pairs, [shortest], True).input_ids_1N)
+    assert torch.equal(pack(pairs, [-1]).input_ids_1N, pack(pairs, [shortest]).input_ids_1N)
 
 
 def test_a_model_that_cannot_be_packed_is_refused(tmp_path):

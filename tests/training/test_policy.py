@@ -31,7 +31,7 @@ def test_dropout_that_is_no_module_is_switched_off(tmp_path):
     )  # fmt: skip
     policy = load_policy(saved(config, tmp_path), torch.float32, "shared_prefix", gradient_checkpointing=True)
     assert policy.training
-    batch = pack([Pair([5, 6, 7], [8, 9], [10])], [0], prompt_once=True)
+    batch = pack([Pair([5, 6, 7], [8, 9], [10])], [0])
     with torch.no_grad():
         first, second = policy(batch).logprob_S, policy(batch).logprob_S
         assert torch.equal(first, second)

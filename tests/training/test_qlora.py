@@ -113,7 +113,7 @@ def dequantized(policy, path: Path, folder: Path) -> Path:
 
 
 def gradients(policy, pairs, config) -> tuple[float, dict[str, torch.Tensor]]:
-    batch = form_batch(pairs, list(range(4)), config.packing, config.prompt_once)
+    batch = form_batch(pairs, list(range(4)), config.packing)
     with torch.no_grad():
         reference_B2 = policy(batch).logprob_S.view(2, -1).T + torch.tensor([[0.3, -0.2]])
     total = objective(policy, batch, reference_B2, method_of(config), None).total
@@ -165,7 +165,7 @@ def test_before_the_first_step_policy_and_reference_are_one(models, pairs, monke
     for dtype in ("float32", "bfloat16"):
         config = config_of(models["llama"], dtype=dtype)
         policy = policy_of(config, moved=False)
-        batch = form_batch(pairs, list(range(4)), config.packing, config.prompt_once)
+        batch = form_batch(pairs, list(range(4)), config.packing)
         policy.eval()
         with torch.no_grad():
             reference_B2 = policy(batch).logprob_S.view(2, -1).T

@@ -49,7 +49,7 @@ def pair_of(*lengths: int) -> Pair:
 
 def logprobs(policy: Policy, pairs: list[Pair], config: TrainConfig) -> torch.Tensor:
     with torch.no_grad():
-        return policy(form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)).logprob_S.view(2, -1)[:, 0]
+        return policy(form_batch(pairs, range(len(pairs)), config.packing)).logprob_S.view(2, -1)[:, 0]
 
 
 @pytest.mark.parametrize("packing", [True, False])

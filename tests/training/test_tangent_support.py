@@ -132,7 +132,7 @@ def test_exact_takes_the_models_that_are_refused(name):
     policy, config = Policy(language_model, second_derivative=True).train(), config_of(wdpo_solver="exact")
     pairs = pairs_of_lengths((4, 9, 6), (1, 1, 3))
     batch, reference_B2 = (
-        form_batch(pairs, [0, 1], config.packing, config.prompt_once),
+        form_batch(pairs, [0, 1], config.packing),
         torch.tensor([[-50.0, -20.0], [-9.0, -30.0]]).double(),
     )
     total = 0.0

@@ -68,9 +68,7 @@ def test_the_penalty_moves_the_gradient(exact, tiny_policy, pairs):
 
 
 def step_without_penalty(policy: Policy, pairs: list[Pair], config: TrainConfig) -> torch.Tensor:
-    total = objective(
-        policy, form_batch(pairs, range(4), config.packing, config.prompt_once), REFERENCE_M2, method_of(config), None
-    ).total
+    total = objective(policy, form_batch(pairs, range(4), config.packing), REFERENCE_M2, method_of(config), None).total
     gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -107,7 +105,7 @@ def test_a_fraction_of_the_micro_batches_is_right_on_average(fraction, solver, t
 def test_micro_batches_without_the_penalty_are_plain_dpo(tiny_policy, pairs):
     config = config_of(wdpo_solver="tangent", wdpo_fraction=0.5)
     policy = policy_of(tiny_policy, config)
-    batch = form_batch(pairs, range(4), config.packing, config.prompt_once)
+    batch = form_batch(pairs, range(4), config.packing)
     part = objective(policy, batch, REFERENCE_M2, method_of(config), None, penalty_scale=0.0)
     assert part.penalties_B is None and part.total.item() == pytest.approx(part.losses_B.mean().item())
     assert penalty_scales(1, 0.5, 42, 0) == [1.0] == penalty_scales(1, 1.0, 42, 0)
@@ -118,7 +116,7 @@ def test_a_pair_without_gradient_has_no_penalty(tiny_policy, pairs):
     config = config_of(wdpo_solver="tangent", beta=1e6)
     policy = policy_of(tiny_policy, config)
     far_M2 = torch.tensor([[-1e6, 0.0]], dtype=torch.float64)
-    part = objective(policy, form_batch(pairs, [0], config.packing, config.prompt_once), far_M2, method_of(config), None)
+    part = objective(policy, form_batch(pairs, [0], config.packing), far_M2, method_of(config), None)
     gradients = torch.autograd.grad(part.total, list(policy.parameters()))
     assert part.penalties_B.tolist() == [0.0]
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
@@ -130,9 +128,7 @@ def test_the_dry_run_takes_every_solver(tiny_policy, pairs):
     sizes = {}
     for solver in ("exact", "tangent"):
         config = config_of(wdpo_solver=solver, model_path=str(tiny_policy))
-        sizes[solver], _ = dry_run(
-            shapes(config), form_batch(pairs, range(4), config.packing, config.prompt_once), method_of(config)
-        )
+        sizes[solver], _ = dry_run(shapes(config), form_batch(pairs, range(4), config.packing), method_of(config))
     assert 0 < sizes["tangent"] < sizes["exact"]
 
 
@@ -155,7 +151,7 @@ def test_bfloat16_gives_the_direction_of_float32_on_a_real_model(smollm, root):
         if config.wide_values:
             widen_values(policy)
         check_tangent(policy, config.model_path, method_of(config))
-        batch = form_batch([Pair(ids[:32], ids[32:64], ids[64:96])], [0], config.packing, config.prompt_once)
+        batch = form_batch([Pair(ids[:32], ids[32:64], ids[64:96])], [0], config.packing)
         with torch.no_grad():
             reference_B2 = policy(batch).logprob_S[None]
         policy.requires_grad_(False)
@@ -201,7 +197,7 @@ def test_the_penalty_costs_two_to_three_steps_of_dpo(recompute, work, memory, tm
     found = {}
     for rho in (None, 0.01):
         config = config_of(wdpo_rho=rho, model_path=str(tmp_path), gradient_checkpointing=recompute)
-        batch = form_batch([Pair([5] * 32, [6] * 32, [7] * 32)], [0], config.packing, config.prompt_once)
+        batch = form_batch([Pair([5] * 32, [6] * 32, [7] * 32)], [0], config.packing)
         policy = shapes(config)
         with FlopCounterMode(display=False) as counted:
             peak = sum(dry_run(policy, batch, method_of(config)))

@@ -81,7 +81,7 @@ def penalty_gradients(folder: Path, dtype: str, pairs: list[Pair]) -> list[tuple
         widen_values(policy)
     found = []
     for pair in pairs:
-        batch = form_batch([pair], [0], config.packing, config.prompt_once)
+        batch = form_batch([pair], [0], config.packing)
         part = objective(policy, batch, torch.zeros(1, 2), method_of(config), None)
         gradients = torch.autograd.grad(part.total, list(policy.parameters()))
         found.append((torch.cat([gradient.flatten() for gradient in gradients]).double(), float(part.conditions_B)))

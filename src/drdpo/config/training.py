@@ -174,8 +174,8 @@ class TrainConfig:
     )
     zero_stage: int = flag("DeepSpeed ZeRO stage, 0 to 3", 2, at_least=0, at_most=3)
     gradient_checkpointing: Literal["auto", "true", "false"] = flag(
-        "recompute activations in the backward pass: same results, less memory, about a third more time. 'auto' does not if "
-        "the predicted peak fits 90% of a GPU's free memory, or half of a CPU's",
+        "recompute activations in the backward pass: same results, less memory, about a third more time. 'auto' does so in "
+        "as few layers as bring the predicted peak to 90% of a GPU's free memory, or half of a CPU's",
         "auto",
     )
     deterministic: bool = flag(
@@ -301,11 +301,6 @@ class TrainConfig:
     def wide_values(self) -> bool:
         """Are values computed in float32, with weights of less precision? See drdpo.training.patches."""
         return self.tangent and self.dtype == "bfloat16"
-
-    @property
-    def prompt_once(self) -> bool:
-        """Packed rows have each prompt once for its two answers."""
-        return True
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:

@@ -47,9 +47,9 @@ class Pair:
         """Tokens of the longer sequence."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
-    def row_tokens(self, prompt_once: bool) -> int:
+    def row_tokens(self) -> int:
         """Tokens that the pair takes in a packed row."""
-        return (1 if prompt_once else 2) * len(self.prompt) + len(self.chosen) + len(self.rejected)
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 # From preferences to token ids ------------------------------------------------------------------------------------------
@@ -148,9 +148,7 @@ class BatchPlan:
     seed: int
     """Of the shuffling."""
     packing: bool
-    """One packed row per micro-batch, instead of two padded rows per pair."""
-    prompt_once: bool
-    """In packed rows, each prompt once for its two answers."""
+    """One packed row per micro-batch, each prompt once for its two answers, instead of two padded rows per pair."""
     pad_token_id: int
     rank: int
     world: int
@@ -158,7 +156,7 @@ class BatchPlan:
     @cached_property
     def lengths(self) -> list[int]:
         """Of every pair: tokens in a packed row under row_tokens, else of the longer sequence."""
-        return [len(pair) if self.row_tokens is None else pair.row_tokens(self.prompt_once) for pair in self.pairs]
+        return [len(pair) if self.row_tokens is None else pair.row_tokens() for pair in self.pairs]
 
     def of_step(self, step: int) -> list[list[int]]:
         """This rank's micro-batches, as indices of pairs, of the optimizer step after `step` finished ones."""
@@ -189,7 +187,7 @@ class BatchPlan:
 
     def batch(self, indices: Sequence[int]) -> "AnyBatch":
         """A micro-batch of these pairs, -1 being padding, on the CPU."""
-        return form_batch(self.pairs, indices, self.packing, self.prompt_once, self.pad_token_id)
+        return form_batch(self.pairs, indices, self.packing, self.pad_token_id)
 
 
 def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -376,11 +374,9 @@ def _sent(batch: AnyBatch, device: torch.device) -> dict[str, Any]:
     return {**tensors, "columns": {name: send(column_B, device) for name, column_B in batch.columns.items()}}
 
 
-def form_batch(
-    pairs: Sequence[Pair], indices: Sequence[int], packing: bool = True, prompt_once: bool = True, pad_token_id: int = 0
-) -> AnyBatch:
+def form_batch(pairs: Sequence[Pair], indices: Sequence[int], packing: bool = True, pad_token_id: int = 0) -> AnyBatch:
     """A micro-batch of these pairs: see `pack` and `collate`."""
-    return pack(pairs, indices, prompt_once) if packing else collate(pairs, indices, pad_token_id)
+    return pack(pairs, indices) if packing else collate(pairs, indices, pad_token_id)
 
 
 def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
@@ -425,20 +421,18 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
     )  # fmt: skip
 
 
-def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> PackedBatch:
-    """Pack pairs into one row.
+def pack(pairs: Sequence[Pair], indices: Sequence[int]) -> PackedBatch:
+    """Pack pairs into one row, each prompt once for its two answers.
 
     Args:
         pairs: all pairs of the split.
         indices: those of the batch; -1 marks padding: the shortest pair is used and its result discarded.
-        prompt_once: False puts the prompt in front of each answer, for a penalty that needs the gradients on the two
-            copies apart.
     """
     groups: list[tuple[int, list[list[int]]]] = []
     taken = batch_pairs(pairs, indices)
     for pair in taken:
         rows = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
-        groups += [(len(pair.prompt), rows)] if prompt_once else [(0, [row]) for row in rows]
+        groups.append((len(pair.prompt), rows))
     row = PackedRow(groups)
     states, targets, sequences, pair_of = [], [], [], []
     for number, pair in enumerate(taken):
@@ -447,8 +441,7 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int], prompt_once: bool) -> Pa
             states += [row.index(2 * number + side, position - 1) for position in range(first, first + len(answer))]
             targets += answer
             sequences += [number + side * len(indices)] * len(answer)
-        copies = 1 if prompt_once else 2
-        pair_of += [number] * (copies * len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
+        pair_of += [number] * pair.row_tokens()
     return PackedBatch(
         torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
         torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),

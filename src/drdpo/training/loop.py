@@ -48,7 +48,7 @@ from drdpo.training.objective import (
     penalty_scales,
     survey,
 )
-from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, widen_values
+from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, set_recomputation, widen_values
 from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
 from drdpo.training.run import (
     Run,
@@ -112,6 +112,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
+    set_recomputation(policy.language_model, run.recompute)
     if config.lora:
         add_lora(policy, config.lora)
     if config.tangent:

@@ -10,8 +10,9 @@ the model support --attn.
 import os
 import sys
 import weakref
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ from drdpo.training.log import Shape, shape_of
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import Policy, check_pairs, fix_rotary, widen_values
+from drdpo.training.policy import (
+    ALL_LAYERS,
+    Policy,
+    check_pairs,
+    fix_rotary,
+    recomputable_layers,
+    set_recomputation,
+    widen_values,
+)
 from drdpo.training.run import Run
 
 MARGIN = 0.9
@@ -70,18 +79,19 @@ def preflight(run: Run) -> tuple[Run, Shape]:
     policy = shapes(run.config, pairs)
     shape = shape_of(policy)
     memory = _free()
-    recompute = run.config.recompute
+    layers = 0
     if distributed.is_main():
         dealt = _dealt(run)
         largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
-        recompute, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
+        layers, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
         lines = [*_work(run, shape, dealt), _lengths(run), *_beyond(policy, pairs), *lines]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
-    return replace(run, config=_recomputing(run.config, _of_all(float(recompute))[0] > 0)), shape
+    layers = int(_of_all(float(layers))[0])
+    return replace(run, config=_recomputing(run.config, layers), recompute=layers), shape
 
 
-def _recomputing(config: TrainConfig, recompute: bool) -> TrainConfig:
-    return replace(config, gradient_checkpointing="true" if recompute else "false")
+def _recomputing(config: TrainConfig, layers: int) -> TrainConfig:
+    return replace(config, gradient_checkpointing="true" if layers else "false")
 
 
 def _dealt(run: Run) -> list[list[int]]:
@@ -98,7 +108,7 @@ def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
     """Tokens, with padding, that a micro-batch of these pairs takes through the model."""
     if not config.packing:
         return 2 * len(pairs) * max(len(pair) for pair in pairs)
-    return sum(pair.row_tokens(config.prompt_once) for pair in pairs)
+    return sum(pair.row_tokens() for pair in pairs)
 
 
 def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
@@ -141,8 +151,8 @@ def _beyond(policy: Policy, pairs: Sequence[Pair]) -> Lines:
     return [("warning", f"the longest pair has {longest} tokens, beyond the model's context: pass --max_len={positions}")]
 
 
-def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[bool, Lines]:
-    """Are activations recomputed, and what is printed about memory.
+def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[int, Lines]:
+    """How many layers recompute their activations, and what is printed about memory.
 
     Args:
         run: with its flags.
@@ -151,36 +161,52 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
         free, sharers: from _free.
     """
     config, process = run.config, None if distributed.use_cuda() else _resident()
-    lines = []
+    whole = max(1, len(recomputable_layers(policy.language_model)))
+    layers, lines = whole if config.recompute else 0, []
+
+    def need_of(layers: int) -> Memory:
+        return predicted(config, run.method, policy, pairs, layers, process)
+
     try:
-        need = predicted(config, run.method, policy, pairs, config.gradient_checkpointing == "true", process)
+        need = need_of(whole if config.gradient_checkpointing == "true" else 0)
         if config.gradient_checkpointing == "auto":
-            limit = int(CPU_SHARE * free) // sharers if process else int(MARGIN * free)
-            config = _recomputing(config, need.total > limit)
-            verdict = ("on", "exceeds") if config.recompute else ("off", "fits")
+            limit, kept = int(CPU_SHARE * free) // sharers if process else int(MARGIN * free), need.total
+            layers = 0 if kept <= limit else fewest_layers(whole, limit, lambda layers: need_of(layers).total)
+            need = need_of(layers) if layers else need
+            config = _recomputing(config, layers)
+            verdict = (f"on for {layers} of {whole} layers", "exceeds") if layers else ("off", "fits")
             share = f"{CPU_SHARE:.0%} of the memory's" if process else f"{MARGIN:.0%} of a GPU's"
             each = f", for each of {sharers} processes" if sharers > 1 else ""
             lines.append(
-                ("recompute", f"{verdict[0]}: without recomputation the predicted peak of {_gib(need.total)} {verdict[1]} "
+                ("recompute", f"{verdict[0]}: without recomputation the predicted peak of {_gib(kept)} {verdict[1]} "
                               f"{_gib(limit)}, {share} {_gib(free)} that are free{each}")
             )  # fmt: skip
-            if config.recompute:
-                need = predicted(config, run.method, policy, pairs, True, process)
     except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
         # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
         reason = one_line(str(error), 100)
-        return config.recompute, [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
+        return layers, [("memory", f"not predicted: the model's forward pass needs more than shapes ({reason})")]
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(need).items() if size)
     lines.append(("memory", f"predicted peak {_gib(need.total)} a {'process' if process else 'device'}: {parts}"))
     lines.append(("", advice(need, config, distributed.world_size())))
     if need.total * sharers <= free:
-        return config.recompute, [*lines, ("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else ""))]
+        return layers, [*lines, ("", f"{_gib(free)} free" + (f" for {sharers} processes" if sharers > 1 else ""))]
     moved = need.optimizer + need.copies
     offload = not process and config.zero_stage and not config.optimizer_offload and need.total - moved <= free
     helps = f"; --optimizer_offload=true moves {_gib(moved)} of it to the CPU's memory" if offload else ""
     total = f"{sharers} processes need {_gib(need.total * sharers)}" if sharers > 1 else f"needs {_gib(need.total)}"
     warning = f"{total}, but {_gib(free)} is free: the run may end for lack of memory{helps}"
-    return config.recompute, [*lines, ("warning", warning)]
+    return layers, [*lines, ("warning", warning)]
+
+
+def fewest_layers(total: int, limit: int, need: Callable[[int], int]) -> int:
+    """The fewest of a model's layers whose recomputation brings the predicted peak to the limit; all if none does.
+
+    Args:
+        total: layers of the model.
+        limit: bytes.
+        need: predicted peak in bytes if so many layers recompute.
+    """
+    return 1 + bisect_left(range(1, total), True, key=lambda layers: need(layers) <= limit)
 
 
 def _gib(size: float) -> str:
@@ -307,9 +333,9 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     if config.gradient_checkpointing == "auto":
         tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
     for tokens, recompute in tried:
-        flags, pairs = replace(config, micro_batch_tokens=tokens), _row_of(tokens, config.prompt_once, method.reads)
+        flags, pairs = replace(config, micro_batch_tokens=tokens), _row_of(tokens, method.reads)
         try:
-            need = predicted(flags, method, policy, pairs, recompute)
+            need = predicted(flags, method, policy, pairs, ALL_LAYERS if recompute else 0)
         except Exception:  # the model's forward pass looks at values: nothing is known
             return choices[-1]
         if need.total <= MARGIN * memory:
@@ -317,9 +343,9 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     return choices[-1]
 
 
-def _row_of(tokens: int, prompt_once: bool, reads: Sequence[str] = ()) -> list[Pair]:
+def _row_of(tokens: int, reads: Sequence[str] = ()) -> list[Pair]:
     """Pairs of equal parts, about 256 tokens each, that fill a row."""
-    parts = Pair([0], [0], [0]).row_tokens(prompt_once)
+    parts = Pair([0], [0], [0]).row_tokens()
     pairs = max(1, tokens // (256 * parts))
     part = [0] * (tokens // (pairs * parts))
     return [Pair(part, part, part, columns=dict.fromkeys(reads, 0.0))] * pairs
@@ -329,31 +355,23 @@ def _row_of(tokens: int, prompt_once: bool, reads: Sequence[str] = ()) -> list[P
 
 
 def predicted(
-    config: TrainConfig, method: Method, policy: Policy, pairs: list[Pair], recompute: bool, process: int | None = None
+    config: TrainConfig, method: Method, policy: Policy, pairs: list[Pair], layers: int, process: int | None = None
 ) -> "Memory":
-    """Peak memory of a step whose largest micro-batch is these pairs, with or without recomputation of activations.
+    """Peak memory of a step whose largest micro-batch is these pairs, with some layers' activations recomputed.
 
     Args:
         config, method: of the run.
         policy: on the meta device.
         pairs: that go through the model together.
-        recompute: as --gradient_checkpointing.
+        layers: that recompute their activations, the first ones.
         process: see predict.
 
     Raises:
         RuntimeError: the model's forward pass needs more than shapes.
     """
-    _set_recomputation(policy, recompute)
-    batch = form_batch(pairs, range(len(pairs)), config.packing, config.prompt_once)
+    set_recomputation(policy.language_model, layers)
+    batch = form_batch(pairs, range(len(pairs)), config.packing)
     return predict(policy, plan_of(config, distributed.world_size()), *dry_run(policy, batch, method), process)
-
-
-def _set_recomputation(policy: Policy, recompute: bool) -> None:
-    """Recompute activations in the backward pass, or keep them; non-reentrant, the form that has a second derivative."""
-    if recompute:
-        policy.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        policy.language_model.gradient_checkpointing_disable()
 
 
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
@@ -368,7 +386,7 @@ def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     policy.flash_attention = config.packed_flash
     if config.lora:
         add_lora(policy, config.lora)
-    _set_recomputation(policy, config.recompute)
+    set_recomputation(policy.language_model, ALL_LAYERS if config.recompute else 0)
     check_pairs(policy, pairs, config.model_path)
     fix_rotary(policy)
     if config.wide_values:

@@ -7,6 +7,7 @@ Shape suffixes: B pairs, S = 2B sequences, T tokens, N tokens of a packed row or
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -196,7 +197,7 @@ def load_policy(
         path: a Hugging Face folder with safetensors, or a hub id.
         dtype: of weights and activations.
         attention: transformers' name of the attention implementation.
-        gradient_checkpointing: recompute activations; non-reentrant, the form that has a second derivative.
+        gradient_checkpointing: recompute the activations of all layers; see set_recomputation.
         second_derivative: see Policy.
         quantize: "nf4" loads the linear layers of the blocks in 4 bits, on this process's device.
 
@@ -226,11 +227,33 @@ def load_policy(
         raise DataError(f"{path}: the model knows no attention called {error}; pass --packing=false") from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_recomputation(model, ALL_LAYERS if gradient_checkpointing else 0)
     policy = Policy(model, second_derivative)
     policy.generation_config = None if own is None else Path(own).read_bytes()
     return policy.train()
+
+
+ALL_LAYERS = sys.maxsize
+
+
+def set_recomputation(model: Any, layers: int) -> None:
+    """Recompute the activations of a model's first layers in the backward pass, and keep the others', which it needs first.
+
+    The results are the same bits. It is the non-reentrant form, which has a second derivative.
+    """
+    if not layers:
+        model.gradient_checkpointing_disable()
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for number, layer in enumerate(recomputable_layers(model)):
+        layer.gradient_checkpointing = number < layers
+
+
+def recomputable_layers(model: Any) -> list[nn.Module]:
+    """A model's layers of which each may recompute its activations or keep them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _four_bit_options(dtype: torch.dtype) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Run:
     made_by: dict[str, Any]
     dtype_reason: str = ""
     shifts: Shifts = NO_SHIFTS
+    recompute: int = 0
+    """The first layers, whose activations are recomputed; from preflight."""
 
     @property
     def steps(self) -> int:
@@ -71,7 +73,7 @@ def batch_plan(config: TrainConfig, pairs: list[Pair], pad_token_id: int = 0) ->
     """This rank's plan of a split's micro-batches, as the flags say."""
     return BatchPlan(
         pairs, config.train_batch_size, config.micro_batch, config.micro_batch_tokens, config.robust_scope == "step",
-        config.seed, config.packing, config.prompt_once, pad_token_id, distributed.rank(), distributed.world_size(),
+        config.seed, config.packing, pad_token_id, distributed.rank(), distributed.world_size(),
     )  # fmt: skip
 
 
@@ -250,7 +252,7 @@ def _numbered(pairs: dict[str, list[Pair]], column: str) -> dict[str, list[Pair]
 
 
 def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
-    longest = max((pair.row_tokens(config.prompt_once) for pair in pairs), default=0)
+    longest = max((pair.row_tokens() for pair in pairs), default=0)
     if config.micro_batch_tokens is not None and longest > config.micro_batch_tokens:
         raise UsageError(
             f"--micro_batch_tokens={config.micro_batch_tokens}: the longest {split} pair takes {longest} tokens of a row; "

@@ -278,7 +278,7 @@ def _check_numbers(policy: Policy, method: Method) -> None:
     vocabulary = policy.head.weight.shape[0]
     ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (6, 9, 5)]
     device = policy.head.weight.device
-    batch = pack([Pair(ids[0], ids[1], ids[2], columns=dict.fromkeys(method.reads, 1.0))], [0], prompt_once=True).to(device)
+    batch = pack([Pair(ids[0], ids[1], ids[2], columns=dict.fromkeys(method.reads, 1.0))], [0]).to(device)
     ours = input_gradient(policy, batch, torch.zeros(1, 2, device=device), method)
     with torch.no_grad():
         chosen, rejected = tangent_answers(policy, batch, ours, torch.ones(1, device=device))[1]
