@@ -119,10 +119,11 @@ def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
         rows = load(pairs, split)
         assert rows.column_names == [
             "prompt_id", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "chosen_token_ids",
-            "rejected_token_ids",
+            "rejected_token_ids", "chosen_scores", "rejected_scores",
         ]  # fmt: skip
         assert str(rows.features["chosen_score"].dtype) == "float64"
         assert str(rows.features["chosen_token_ids"].feature.dtype) == "int64"
+        assert {str(feature.dtype) for feature in rows.features["chosen_scores"].values()} == {"float64"}
         for name in rows.column_names:
             assert all(value is not None for value in rows[name])
 
