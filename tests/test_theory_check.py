@@ -11,7 +11,7 @@ import torch
 import toy_estimators as toy
 from harness import ROOT
 
-from drdpo.training import losses
+from drdpo.training import losses, robust
 
 SQUARED = ("WDPO, squared", "WDPO, root")
 
@@ -31,7 +31,7 @@ def trainers_value(name: str, chosen: np.ndarray, rejected: np.ndarray, theta: t
     if name == "DPO":
         return losses_B.mean()
     if name == "KLDPO, fixed tau":
-        weights_B = losses.kl_weights(losses_B, losses_B, toy.TAU, normalize=True)
+        weights_B = robust.kl_weights(losses_B, losses_B, toy.TAU, normalize=True)
         return (weights_B * losses_B).mean()
     penalties_B = losses.gradient_penalty(losses_B, embeds_STD, create_graph=True)
     return losses_B.mean() + toy.RHO * (penalties_B.mean() if name == "WDPO, squared" else penalties_B.mean().sqrt())
@@ -109,7 +109,7 @@ def test_unclamped_code_weights_have_the_same_answer_as_algorithm_2():
     shares_A = torch.tensor(population.shares_A)
     # kl_weights takes the population's plain mean; shift the losses so that it is the weighted one.
     mean = (shares_A * losses_A).sum()
-    weights_A = losses.kl_weights(losses_A, mean[None], toy.TAU, cap=math.inf)
+    weights_A = robust.kl_weights(losses_A, mean[None], toy.TAU, cap=math.inf)
     gradient_D = (shares_A * weights_A * s_A) @ torch.tensor(population.features_AD)
     assert gradient_D.abs().max() < 1e-8
     plain_D = (shares_A * s_A) @ torch.tensor(population.features_AD)

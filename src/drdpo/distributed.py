@@ -107,13 +107,18 @@ def on_main(action: Callable[[], object], status: int = 1) -> None:
             action()
         except Exception as error:
             failure = error
-    failed = any(gather_floats([float(failure is not None)]))
+    failed = any_rank(failure is not None)
     if failed:
         leave()
     if failure is not None:
         raise failure
     if failed:
         sys.exit(status)
+
+
+def any_rank(flag: bool) -> bool:
+    """Is it so on any rank? Every rank must call this."""
+    return any(gather_floats([float(flag)]))
 
 
 def gather(values_B: "torch.Tensor") -> "torch.Tensor":

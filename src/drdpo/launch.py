@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from drdpo.errors import STOPPED
+from drdpo.errors import STOPPED, one_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -72,7 +72,7 @@ def main() -> None:
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except (OSError, DistError, RendezvousError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = one_line(str(error.__cause__ or error), 300)
         sys.exit(f"error: the processes could not be started: {reason}")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from drdpo import distributed
-from drdpo.errors import UsageError
+from drdpo.errors import UsageError, one_line
 
 Config = TypeVar("Config")
 
@@ -157,7 +157,7 @@ def gpus(untouched: bool = False) -> list[Gpu]:
 
 
 def _unusable(reason: str) -> UsageError:
-    return UsageError(f"torch cannot use the GPUs that it sees ({' '.join(reason.split())[:300]}); {_TO_CPU}")
+    return UsageError(f"torch cannot use the GPUs that it sees ({one_line(reason, 300)}); {_TO_CPU}")
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from drdpo.evaluation.html import Change, html_report
+from drdpo.evaluation.report import Change, html_report
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 400"><rect width="800" height="400"/></svg>'
 REPORT = """# a & b against base

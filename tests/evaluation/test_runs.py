@@ -9,7 +9,7 @@ import pytest
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.runs import method_of, read_provenance, repeated_share
+from drdpo.evaluation.runs import method_label, read_provenance, repeated_share
 from drdpo.folder import write_manifest
 
 
@@ -55,7 +55,7 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     ],
 )
 def test_method_of(flags: dict[str, Any], method: str) -> None:
-    assert method_of(flags) == method
+    assert method_label(flags) == method
 
 
 def test_the_method_is_read_from_the_manifest(tmp_path: Path) -> None:

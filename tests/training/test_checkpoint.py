@@ -214,7 +214,7 @@ def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path, monke
         save_state(engine_around(save=pytest.fail), tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
-    check_room(tmp_path / "x", 10**12, engine_around().device)
+    check_room(tmp_path / "x", 10**12)
 
 
 # --keep_checkpoints.

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from drdpo.training.losses import drdpo_weights, effective_sample_size, gradient_penalty, kl_weights, pair_losses
+from drdpo.training.losses import effective_sample_size, gradient_penalty, pair_losses
+from drdpo.training.robust import drdpo_weights, kl_weights
 
 LN2 = math.log(2)
 

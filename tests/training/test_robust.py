@@ -8,7 +8,8 @@ from harness.policies import config_of
 from scipy.optimize import minimize_scalar
 
 from drdpo.training import robust
-from drdpo.training.losses import Pairs, drdpo_weights, kl_weights, method_of, pair_losses
+from drdpo.training.losses import Method, Pairs, method_of, pair_losses
+from drdpo.training.robust import drdpo_weights, kl_weights
 
 LN2 = math.log(2)
 POPULATIONS = {
@@ -221,3 +222,17 @@ def test_a_group_without_pairs_in_a_step_counts_as_loss_zero():
     after = robust.group_step(state, torch.tensor([0.5]), torch.tensor([1.0]), 1.0, 0.0)
     assert after["weights"].tolist() == pytest.approx([1 / (1 + math.exp(0.5)), math.exp(0.5) / (1 + math.exp(0.5))])
     assert robust.group_weights(torch.tensor([1.0]), after["weights"], after["present"])[0] == after["weights"][1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"begin": dict}, "begin and update"), ({"update": lambda state, losses, columns: state}, "begin and update"),
+     ({"begin": dict, "update": lambda state, losses, columns: state}, "is for weights, with population=True"),
+     ({"begin": dict, "update": lambda state, losses, columns: state, "weights": lambda losses, population, pairs: losses,
+       "population": False}, "is for weights, with population=True"),
+     ({"weight_column": "trust"}, "reads does not name trust")],
+)  # fmt: skip
+def test_what_a_method_keeps_cannot_be_lost(fields, message):
+    """Without weights of a population, update would never be called."""
+    with pytest.raises(ValueError, match=message):
+        Method("mine", lambda pairs: pairs.margins_B, **fields)

@@ -34,19 +34,21 @@ class Strength(NamedTuple):
     default: float | None = None
 
 
-METHODS = {
+_WEIGHTS = {
     "tv": (Strength("radius", 1, zero=True),),
     "chi2": (Strength("radius", zero=True),),
     "cvar": (Strength("share", 1),),
     "group": (Strength("rate"), Strength("adjustment", zero=True, default=0.0)),
+}
+_LOSSES = {
     "ropo": (Strength("alpha"),),
     "holder": (Strength("gamma"),),
     "robust_label": (Strength("radius", 1, zero=True),),
     "dpo_pro": (Strength("radius", zero=True), Strength("scale", default=1.0)),
 }
+"""Methods with a loss of their own, so that --loss_type does not apply."""
+METHODS = {**_WEIGHTS, **_LOSSES}
 """What --method can be, with its numbers; docs/methods.md says what they mean."""
-WEIGHTINGS = ("tv", "chi2", "cvar", "group")
-"""Those that weight the pairs, so that --loss_type applies; the others have a loss of their own."""
 
 
 @dataclass(frozen=True)
@@ -464,7 +466,7 @@ def _check_named(config: TrainConfig) -> None:
         (name == "group") == (config.group_column is not None),
         "--method=group and --group_column belong together; pass both, or neither",
     )
-    if name is None or name in WEIGHTINGS:
+    if name not in _LOSSES:
         return
     for other in ("loss_type", "label_smoothing"):
         value = getattr(config, other)

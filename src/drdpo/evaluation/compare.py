@@ -8,8 +8,7 @@ import pandas as pd
 
 from drdpo.cli import as_dict, require
 from drdpo.config.evaluation import EvaluateConfig
-from drdpo.evaluation.html import Change
-from drdpo.evaluation.report import csv_text, differences, interval, markdown_table, text_table, write_report
+from drdpo.evaluation.report import Change, csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
     MAY_DIFFER,
     Provenance,

@@ -16,7 +16,7 @@ from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_a
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, rank, world_size
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError, UsageError, one_line
 from drdpo.evaluation.leaderboard_scores import json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
     Parts,
@@ -507,7 +507,7 @@ def _shows_system(config: LeaderboardConfig) -> bool:
 
 
 def _no_data(leaf: str, cause: Exception) -> str:
-    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    text = f"{type(cause).__name__}: {one_line(str(cause), 300)}"
     if "gated" in text.lower() or "401" in text or "403" in text:
         advice = "its data set is gated: accept its terms on the hub, then run: hf auth login"
     elif type(cause).__name__ in _UNREACHABLE:

@@ -256,7 +256,7 @@ class Provenance:
     def method(self) -> str:
         """How the policy was trained, e.g. `KLDPO (kldpo_tau=0.05), beta=0.01, seed=42`."""
         shown = [f"{flag}={self.training[flag]}" for flag in ("beta", "seed") if flag in self.training]
-        return ", ".join([method_of(self.training), *shown]) if self.training else "no training recorded"
+        return ", ".join([method_label(self.training), *shown]) if self.training else "no training recorded"
 
     def made_by(self, step: str) -> dict[str, str]:
         """The flags and fingerprints on which a step's results depend."""
@@ -294,7 +294,7 @@ def section(record: Any, *names: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def method_of(flags: Mapping[str, Any]) -> str:
+def method_label(flags: Mapping[str, Any]) -> str:
     """The method of a training and its strength, e.g. `KLDPO (kldpo_tau=0.05)`: as its manifest records it, or derived from
     the flags of a folder whose manifest does not.
     """

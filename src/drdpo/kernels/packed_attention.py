@@ -29,6 +29,7 @@ from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 
 from drdpo.distributed import send
+from drdpo.errors import one_line
 from drdpo.kernels.linear_logprob import on_cuda, refuse_graph
 
 SHARED_PREFIX = "shared_prefix"
@@ -329,7 +330,7 @@ def check_varlen(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
             out = attend(query, key, value, plan, None)
             found.append([out, *torch.autograd.grad(out, (query, key, value), upstream)])
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        return " ".join(str(error).split())[:200]
+        return one_line(str(error), 200)
     for ours, theirs in zip(*found, strict=True):
         if not float((ours - theirs).detach().norm()) <= 0.03 * float(theirs.detach().norm()):
             return "its numbers differ from those of the other kernels"

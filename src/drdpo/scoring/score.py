@@ -323,7 +323,7 @@ class Scorer:
         if self.device.type != "cuda":
             return "sdpa"
         reason = refusal(self.model.model.config, self.device, dtype)
-        if any(distributed.gather_floats([float(reason is not None)])):
+        if distributed.any_rank(reason is not None):
             if distributed.is_main():
                 print(f"attention: sdpa instead of flash, because {reason or 'another process cannot use it'}", flush=True)
             return "sdpa"

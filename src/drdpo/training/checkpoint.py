@@ -58,7 +58,7 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
         model, generation = engine.module.language_model, engine.module.generation_config
         weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
         _check_weights(engine, weights, folder)
-        check_room(folder, written_bytes(model, weights, lora), engine.device)
+        check_room(folder, written_bytes(model, weights, lora))
         distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora, card, generation))
 
 
@@ -78,8 +78,7 @@ def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
     """A gradient can be finite and the step it takes not."""
     bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
-    found = distributed.gather(torch.tensor([float(len(bad))], device=engine.device))
-    if found.any():
+    if distributed.any_rank(bool(bad)):
         raise DataError(
             f"{folder}: not written, as {bad[0] if bad else 'a weight'} has values that are not finite; lower "
             "--learning_rate; earlier checkpoints are kept"
@@ -143,13 +142,12 @@ def _untied(model: Any, weights: Weights) -> Weights:
     return {name: value for name, value in weights.items() if name not in tied[1:]}
 
 
-def check_room(folder: Path, needed: int, device: torch.device) -> None:
+def check_room(folder: Path, needed: int) -> None:
     """Stop every rank if the disk has no room, before a byte is written; every rank must call.
 
     Args:
         folder: to be written; its parent exists.
         needed: bytes, by rank 0's count.
-        device: of the ranks' collectives.
 
     Raises:
         DataError: on every rank.
@@ -157,7 +155,7 @@ def check_room(folder: Path, needed: int, device: torch.device) -> None:
     usage = shutil.disk_usage(folder.parent)
     # File systems that do not know report zero.
     short = distributed.is_main() and usage.total > 0 and usage.free < needed + SLACK
-    if distributed.gather(torch.tensor([float(short)], device=device)).any():
+    if distributed.any_rank(short):
         raise DataError(
             f"{folder}: not written, as it takes {(needed + SLACK) / 1e9:.2f} GB and the disk has {usage.free / 1e9:.2f} GB "
             "left; earlier checkpoints are kept; make room, then rerun the same command"
@@ -336,7 +334,7 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
     aside, size = folder / f".step_{step}.tmp", _state_bytes(engine)
     with patient(size):
         distributed.on_main(lambda: _make_room(folder))
-        check_room(folder / f"step_{step}", size, engine.device)
+        check_room(folder / f"step_{step}", size)
         try:
             engine.save_checkpoint(
                 str(folder),
@@ -428,7 +426,7 @@ def load_state(engine: Engine, folder: Path) -> int:
     for step in steps:
         state = next((state for state in found if state.step == step), None)
         bad = damage(state, distributed.shard(sorted(state.files))) if state else f"{folder}/step_{step} is not visible"
-        if not distributed.gather(torch.tensor([float(bad is not None)], device=engine.device)).any():
+        if not distributed.any_rank(bad is not None):
             chosen = state
             break
         torn.append(bad or f"{folder}/step_{step} is damaged, as another rank sees it")

@@ -275,8 +275,7 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     key = reference_key(run.made_by["model"], pairs, arithmetic_of(run.config))
     logprobs_M2 = read_reference(path, key, len(pairs))
     # All ranks must agree: one that sees the file while another does not would wait for it forever.
-    have = distributed.gather(torch.tensor([float(logprobs_M2 is not None)], device=engine.device))
-    if logprobs_M2 is None or not have.bool().all():
+    if distributed.any_rank(logprobs_M2 is None) or logprobs_M2 is None:
         batches = plan.of_first_epoch() if split == "train" else plan.without_steps()
         logprobs_M2 = reference_logprobs(engine, plan, batches, split)
         distributed.on_main(partial(write_reference, path, key, logprobs_M2))

@@ -6,14 +6,12 @@ the margin of implicit log-ratios,
     total = mean_i( w_i l(h_i) + rho |grad_{e_i} l_i|^2 ),
 
 where KLDPO and Dr. DPO choose the weights w (detached) and WDPO the penalty. A Method is one choice of l, w and penalty;
-`method_of` makes it from the flags, and is the only code of the trainer that knows the methods' names. Losses and weights of
---method are in drdpo.training.robust.
+`method_of` makes it from the flags. The weights, and the losses of --method, are in drdpo.training.robust.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences (all chosen rows, then all rejected),
 T tokens, D width.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -107,6 +105,11 @@ class Method:
         if self.weight_column is not None and self.weight_column not in self.reads:
             raise ValueError(f"{self.name}: reads does not name {self.weight_column}, the column of weights")
 
+        if (self.begin is None) != (self.update is None):
+            raise ValueError(f"{self.name}: what is kept between steps needs begin and update")
+        if self.update is not None and not (self.weights is not None and self.population):
+            raise ValueError(f"{self.name}: what is kept between steps is for weights, with population=True")
+
     @property
     def weighted(self) -> bool:
         """May pairs have unequal weights?"""
@@ -125,16 +128,6 @@ class Method:
         return root or (self.weights is not None and self.population)
 
 
-KINDS: dict[str, tuple[Literal["sigmoid", "ipo", "robust"], bool]] = {
-    "sigmoid": ("sigmoid", False),
-    "ipo": ("ipo", False),
-    "robust": ("robust", False),
-    "sigmoid_norm": ("sigmoid", True),
-    "ipo_norm": ("ipo", True),
-}
-"""--loss_type: the kind of pair_losses, and whether it is of the margin per token."""
-
-
 def method_of(config: "TrainConfig") -> Method:
     """The method that the flags choose; without any of their own flags it is DPO."""
     method = _method_of(config)
@@ -145,33 +138,35 @@ def method_of(config: "TrainConfig") -> Method:
 
 
 def _method_of(config: "TrainConfig") -> Method:
-    kind, by_token = KINDS[config.loss_type]
+    # sigmoid_norm and ipo_norm are losses of the margin per token.
+    kind, by_token = config.loss_type.removesuffix("_norm"), config.loss_type.endswith("_norm")
     reads = TOKENS if by_token else ()
 
     def loss(pairs: Pairs) -> Tensor:
         margins_B = robust.normalised_margins(pairs.log_ratios_S, pairs.lengths_S) if by_token else pairs.margins_B
         return pair_losses(margins_B, config.beta, config.label_smoothing, kind)
 
+    plain = Method("DPO", loss, reads=reads)
     tau, rho, temperature = config.kldpo_tau, config.wdpo_rho, config.drdpo_beta
     if tau is not None:
 
-        def harder(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
-            return kl_weights(losses_B, population_P, tau, normalize=config.kldpo_normalize)
+        def kldpo(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
+            return robust.kl_weights(losses_B, population_P, tau, normalize=config.kldpo_normalize)
 
-        return Method("KLDPO", loss, harder, reads=reads, strength={"kldpo_tau": tau})
+        return replace(plain, name="KLDPO", weights=kldpo, strength={"kldpo_tau": tau})
     if temperature is not None:
 
-        def easier(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
-            return drdpo_weights(losses_B, population_P, temperature)
+        def drdpo(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
+            return robust.drdpo_weights(losses_B, population_P, temperature)
 
-        return Method("Dr. DPO", loss, easier, reads=reads, strength={"drdpo_beta": temperature})
+        return replace(plain, name="Dr. DPO", weights=drdpo, strength={"drdpo_beta": temperature})
     if rho is not None:
         once = config.wdpo_prompt == "once"
         penalty = Penalty(rho, config.wdpo_penalty == "root", once, config.solver, config.wdpo_fraction)
-        return Method("WDPO", loss, penalty=penalty, reads=reads, strength={"wdpo_rho": rho})
+        return replace(plain, name="WDPO", penalty=penalty, strength={"wdpo_rho": rho})
     if config.named_method is not None:
-        return _named(*config.named_method, config.beta, config.group_column or "", Method("DPO", loss, reads=reads))
-    return Method("DPO", loss, reads=reads)
+        return _named(*config.named_method, config.beta, config.group_column or "", plain)
+    return plain
 
 
 def _named(name: str, strength: Mapping[str, float], beta: float, group: str, plain: Method) -> Method:
@@ -206,6 +201,8 @@ def _named(name: str, strength: Mapping[str, float], beta: float, group: str, pl
                 dict(state), population_P, columns[group], **strength
             ),
         )  # fmt: skip
+    if name != "dpo_pro":
+        raise ValueError(f"config.METHODS has {name}, this function does not")
     scores = ("chosen_score", "rejected_score")
 
     def uncertain(pairs: Pairs) -> Tensor:
@@ -215,9 +212,7 @@ def _named(name: str, strength: Mapping[str, float], beta: float, group: str, pl
     return Method("DPO-PRO", uncertain, reads=scores, strength=strength)
 
 
-def pair_losses(
-    margins_B: Tensor, beta: float, smoothing: float = 0.0, kind: Literal["sigmoid", "ipo", "robust"] = "sigmoid"
-) -> Tensor:
+def pair_losses(margins_B: Tensor, beta: float, smoothing: float = 0.0, kind: str = "sigmoid") -> Tensor:
     """Pointwise preference loss of every pair.
 
     Args:
@@ -242,41 +237,6 @@ def pair_losses(
     if kind == "robust":
         return ((1 - smoothing) * right_B - smoothing * wrong_B) / (1 - 2 * smoothing)
     raise ValueError(f"unknown kind of loss {kind!r}")
-
-
-def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False) -> Tensor:
-    """KLDPO's weights: harder pairs count more.
-
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        tau: temperature; infinity is DPO.
-        cap: largest weight of the code form.
-        normalize: False for the authors' code, min(cap, exp((l - mean l) / tau)); True for Algorithm 2,
-            P softmax(l / tau) over the population, whose gradient is that of tau log mean exp(l / tau).
-
-    Returns:
-        [B] weights, detached.
-    """
-    losses_B, population_P = losses_B.detach(), population_P.detach()
-    if normalize:
-        return torch.exp(losses_B / tau - _log_mean_exp(population_P / tau))
-    return torch.exp((losses_B - population_P.mean()) / tau).clamp(max=cap)
-
-
-def drdpo_weights(losses_B: Tensor, population_P: Tensor, temperature: float) -> Tensor:
-    """Dr. DPO's weights: a harder pair, more likely mislabelled, counts less (2407.07880, eq. 13).
-
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        temperature: t; the gradient is that of -t log mean exp(-l / t).
-
-    Returns:
-        [B] weights exp(-l / t) / mean exp(-l / t), detached.
-    """
-    losses_B, population_P = losses_B.detach(), population_P.detach()
-    return torch.exp(-losses_B / temperature - _log_mean_exp(-population_P / temperature))
 
 
 def gradient_penalty(
@@ -308,7 +268,3 @@ def gradient_penalty(
 def effective_sample_size(weights_P: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2, between 1 (one pair has all the weight) and P (equal weights); 0 if all weights are."""
     return weights_P.sum().square() / weights_P.square().sum().clamp(min=torch.finfo(weights_P.dtype).tiny)
-
-
-def _log_mean_exp(exponents_P: Tensor) -> Tensor:
-    return torch.logsumexp(exponents_P, dim=0) - math.log(len(exponents_P))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drdpo import distributed
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError, UsageError, one_line
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
 from drdpo.models import decoder_of, positions_of, quiet
@@ -226,7 +226,7 @@ def load_policy(
     except KeyError as error:
         raise DataError(f"{path}: the model knows no attention called {error}; pass --packing=false") from error
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{path}: the model could not be loaded ({' '.join(str(error).split())[:300]})") from error
+        raise DataError(f"{path}: the model could not be loaded ({one_line(str(error), 300)})") from error
     set_recomputation(model, ALL_LAYERS if gradient_checkpointing else 0)
     policy = Policy(model, second_derivative)
     policy.generation_config = None if own is None else Path(own).read_bytes()

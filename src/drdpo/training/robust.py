@@ -1,10 +1,12 @@
-"""Losses and weights of robust methods beside the paper's: pure functions of small tensors, as drdpo.training.losses.
+"""The weights of all methods, and the losses of --method: pure functions of small tensors, as drdpo.training.losses.
 
 With x = beta h, h the margin, the losses replace -log s(x); the weights multiply a loss and are detached. docs/methods.md
 says what each of them assumes, and which formula could be compared with its source.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, M training pairs, G groups.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -67,6 +69,41 @@ def soft_label_losses(margins_B: Tensor, labels_B: Tensor, beta: float, radius: 
 
 
 # Weights of a pair among the population, with mean 1 ---------------------------------------------------------------------
+
+
+def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False) -> Tensor:
+    """KLDPO's weights: harder pairs count more.
+
+    Args:
+        losses_B: [B] losses.
+        population_P: [P] losses of the population they belong to.
+        tau: temperature; infinity is DPO.
+        cap: largest weight of the code form.
+        normalize: False for the authors' code, min(cap, exp((l - mean l) / tau)); True for Algorithm 2,
+            P softmax(l / tau) over the population, whose gradient is that of tau log mean exp(l / tau).
+
+    Returns:
+        [B] weights, detached.
+    """
+    losses_B, population_P = losses_B.detach(), population_P.detach()
+    if normalize:
+        return torch.exp(losses_B / tau - _log_mean_exp(population_P / tau))
+    return torch.exp((losses_B - population_P.mean()) / tau).clamp(max=cap)
+
+
+def drdpo_weights(losses_B: Tensor, population_P: Tensor, temperature: float) -> Tensor:
+    """Dr. DPO's weights: a harder pair, more likely mislabelled, counts less (2407.07880, eq. 13).
+
+    Args:
+        losses_B: [B] losses.
+        population_P: [P] losses of the population they belong to.
+        temperature: t; the gradient is that of -t log mean exp(-l / t).
+
+    Returns:
+        [B] weights exp(-l / t) / mean exp(-l / t), detached.
+    """
+    losses_B, population_P = losses_B.detach(), population_P.detach()
+    return torch.exp(-losses_B / temperature - _log_mean_exp(-population_P / temperature))
 
 
 def tv_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tensor:
@@ -135,6 +172,10 @@ def chi2_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tenso
     distance = (spread_P[place] / (second * share - 1).clamp(min=tiny)).sqrt().clamp(min=tiny)
     nearest_B = _nearest(losses_B, population_P).double() - largest
     return (((nearest_B - mean_P[place]) / distance + 1).clamp(min=0) / share).to(losses_B.dtype)
+
+
+def _log_mean_exp(exponents_P: Tensor) -> Tensor:
+    return torch.logsumexp(exponents_P, dim=0) - math.log(len(exponents_P))
 
 
 def _ranks(population_P: Tensor) -> Tensor:
