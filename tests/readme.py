@@ -103,13 +103,15 @@ def wdpo_table() -> str:
              "exact once": "`exact`, `--wdpo_prompt=once`", "tangent": "`tangent` (default)",
              "tangent once": "`tangent`, `--wdpo_prompt=once`"}  # fmt: skip
     found = results("wdpo")
-    first = [row for row in found["rows"] if row["tokens"] == found["rows"][0]["tokens"] and row["checkpointing"]]
+    tokens = found["rows"][0]["tokens"]
+    first = {(row["way"], row["checkpointing"]): row for row in found["rows"] if row["tokens"] == tokens}
     rows = []
-    for row in first:
-        error = found["errors"][str(row["tokens"])].get(f"{row['way']}, {row['dtype']}")
-        cells = [f"{error['error']:.0%}", f"{error['worst']:.0%}", f"{error['cosine']:.3f}"] if error else ["-"] * 3
-        rows.append([names[row["way"]], f"{row['time_ratio']:.1f}", f"{row['memory_ratio']:.1f}", *cells])
-    return table("| | time | memory | error in bf16 | worst | lowest cosine |", rows)
+    for way, name in names.items():
+        cells = [f"{first[way, kept][part]:.1f}" for part in ("time_ratio", "memory_ratio") for kept in (True, False)]
+        error = found["errors"][str(tokens)].get(f"{way}, bfloat16")
+        errors = [f"{error['error']:.1%}", f"{error['worst']:.1%}", f"{error['cosine']:.3f}"] if error else ["-"] * 3
+        rows.append([name, *cells, *errors])
+    return table("| | time | without | memory | without | error in bf16 | worst | lowest cosine |", rows)
 
 
 def wdpo_accuracy_table() -> str:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import textwrap
 from typing import get_args, get_type_hints
 
 import pytest
@@ -150,8 +151,9 @@ def test_commands_of_own_md_parse():
 
 
 def test_the_code_and_rows_of_own_md_are_real():
-    (code,) = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)
+    code, kept = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)
     assert code.strip() in (ROOT / "experiments" / "own_method.py").read_text(encoding="utf-8")
+    assert textwrap.dedent(kept).strip() in (ROOT / "tests" / "training" / "test_own_method.py").read_text(encoding="utf-8")
     (block,) = re.findall(r"```json\n(.*?)```", OWN, re.DOTALL)
     pairs = [Preference.from_trl(json.loads(line), 1) for line in block.splitlines()]
     assert len(pairs) == 3 and pairs[0] == pairs[1] == pairs[2]

@@ -17,7 +17,7 @@ from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Preference, to_row, write_rows
 from drdpo.training.data import Batch, collate, form_batch, pack, tokenise
-from drdpo.training.losses import Method, Pairs, Penalty, method_of
+from drdpo.training.losses import TOKENS, Method, Pairs, Penalty, method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import load_policy, pairs_of
 from drdpo.training.rows import load_split
@@ -53,6 +53,42 @@ def test_losses_and_weights_by_hand():
 def gradients_of(policy, total: torch.Tensor) -> torch.Tensor:
     found = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
     return torch.cat([gradient.flatten() for gradient in found])
+
+
+def hinge(pairs):
+    return (1 - pairs.margins_B).clamp(min=0)
+
+
+def mean_length(columns):
+    return (columns["chosen_tokens"] + columns["rejected_tokens"]).mean()
+
+
+def by_length(losses_B, population_P, pairs):
+    return 2 * pairs.state["mean"] / (pairs.state["mean"] + sum(pairs.lengths_S.chunk(2)))
+
+
+def moved_mean(state, population_P, columns):
+    return {"mean": 0.9 * state["mean"] + 0.1 * mean_length(columns)}
+
+
+def begin(columns):
+    return {"mean": mean_length(columns)}
+
+
+SHORTER = Method("shorter pairs", hinge, by_length, reads=TOKENS, begin=begin, update=moved_mean)
+
+
+def test_a_method_keeps_a_state(tiny_policy, pairs):
+    """The page's second example."""
+    method, policy = SHORTER, policy_of(tiny_policy, config_of())
+    tokens_B = torch.tensor([float(len(pair.chosen) + len(pair.rejected)) for pair in pairs[:2]])
+    policy.method_state = {"mean": torch.tensor(10.0)}
+    population = survey(policy, [(collate(pairs, [row], 0), REFERENCE_M2[[row]].float()) for row in (0, 1)], method)
+    mean = 9 + float(tokens_B.mean()) / 10
+    assert float(population.state["mean"]) == pytest.approx(mean)
+    part = objective(policy, collate(pairs, [0, 1], 0), REFERENCE_M2[:2].float(), method, population)
+    assert part.weights_B.tolist() == pytest.approx((2 * mean / (mean + tokens_B)).tolist())
+    assert float(part.state["mean"]) == pytest.approx(mean)
 
 
 def test_its_step_is_the_mean_over_the_hardest_pairs(tiny_policy, pairs):
