@@ -349,17 +349,22 @@ def git_commit() -> str:
         return "unknown"
 
 
-def write_manifest(folder: Path, step: str, made_by: dict[str, Any], **facts: Any) -> None:
+def write_manifest(
+    folder: Path, step: str, made_by: dict[str, Any], flags: dict[str, Any] | None = None, **facts: Any
+) -> None:
     """Write or extend `folder/manifest.json`.
 
     Args:
         folder: of the results; it may contain the results of several steps.
         step: name of the step, e.g. "score".
         made_by: flags and fingerprints that the results depend on; see `already_made`.
+        flags: all that --config takes to repeat the step, from drdpo.cli.as_dict; None for a step without --config.
         facts: counts and other information, which is not compared.
     """
     manifest = read_manifest(folder)
-    manifest[step] = {"made_by": made_by, "versions": versions(), "commit": git_commit(), **facts}
+    manifest.pop(step, None)  # The latest step comes last.
+    replay = {} if flags is None else {"flags": flags}
+    manifest[step] = {"made_by": made_by, **replay, "versions": versions(), "commit": git_commit(), **facts}
     with atomic_file(folder / "manifest.json") as stream:
         json.dump(manifest, stream, indent=2, ensure_ascii=False)
         stream.write("\n")

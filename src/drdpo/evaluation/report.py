@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from tabulate import tabulate
 
+from drdpo.cli import as_dict
 from drdpo.errors import DataError
 from drdpo.evaluation.html import Change, html_report
 from drdpo.evaluation.statistics import Estimate
@@ -80,15 +81,17 @@ def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Col
 
 
 def write_report(
-    folder: Path, step: str, made_by: dict[str, Any], files: Mapping[str, str | bytes], optional: Collection[str] = (),
-    changes: Sequence[Change] = (), **facts: Any,
+    folder: Path, step: str, config: Any, inputs: Mapping[str, Any], files: Mapping[str, str | bytes],
+    optional: Collection[str] = (), changes: Sequence[Change] = (), **facts: Any,
 ) -> None:  # fmt: skip
     """Write a report, report.html and its manifest under the folder's lock. If any file cannot be written, the old report
     stays.
 
     Args:
         folder: created if missing.
-        step, made_by, facts: as for `write_manifest`.
+        step, facts: as for `write_manifest`.
+        config: the flags.
+        inputs: fingerprints by name.
         files: {name: content}, among them report.md.
         changes: see drdpo.evaluation.html.html_report.
         optional: files that only some reports have; those of an older report are deleted.
@@ -108,4 +111,4 @@ def write_report(
                 flush(aside)
         for name in set(optional) - set(files):
             (folder / name).unlink(missing_ok=True)
-        write_manifest(folder, step, made_by, **facts)
+        write_manifest(folder, step, as_dict(config) | {"inputs": inputs}, as_dict(config), **facts)

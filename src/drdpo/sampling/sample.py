@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo import chat
-from drdpo.cli import require
+from drdpo.cli import as_dict, require
 from drdpo.config import CompletionsConfig
 from drdpo.errors import DataError
 from drdpo.folder import (
@@ -179,6 +179,7 @@ def _sample_split(
     seconds = _run_blocks(config, split, blocks, parts, sampling, engines)
     facts = {"model_path": config.model_path, "dataset": str(split.source.parent), "engines": engines.count}
     facts |= {"seconds": round(seconds, 1), "dtype_reason": dtype_reason}
+    facts["flags"] = as_dict(config) | {"engine": split.made_by["engine"]}
     write_results(split, blocks, parts, rejects, sampling, tokenizer, facts)
 
 

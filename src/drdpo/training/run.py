@@ -25,10 +25,10 @@ from drdpo.training.stop import seconds_to_wait
 from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
-    "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing", "push_to_hub", "eval_columns", "eval_mixture",
+    "save_path", "save_steps", "eval_steps", "save_resume", "keep_checkpoints", "log", "gradient_checkpointing",
+    "eval_columns", "eval_mixture",
 )  # fmt: skip
-"""Flags that do not change the trained model."""
+"""Flags that do not change the trained model, besides those of one start (as_dict)."""
 
 ROUNDINGS = ("micro_batch_size", "micro_batch_tokens")
 """Flags that divide a step's pairs, which changes its roundings alone, unless a micro-batch is a population or has
@@ -344,7 +344,7 @@ def _claim(run: Run) -> None:
 def note_run(run: Run, complete: bool) -> None:
     """Write the run's manifest."""
     facts = {"counts": run.counts, "steps": run.steps, "complete": complete, "dtype_reason": run.dtype_reason}
-    write_manifest(run.folder, "train", run.made_by, **facts)
+    write_manifest(run.folder, "train", run.made_by, as_dict(run.config), **facts)
 
 
 def _clear(folder: Path) -> None:
