@@ -596,12 +596,13 @@ def headers_of(script: Path) -> dict[str, str]:
 
 def test_sbatch_headers(root: Path) -> None:
     """sbatch writes its log where the folder exists."""
-    evaluation, training = (headers_of(root / name) for name in ("openllm_eval.slurm", "train_alignment.slurm"))
+    scripts = ("openllm_eval.slurm", "generate_completions.slurm", "train_alignment.slurm")
+    evaluation, sampling, training = (headers_of(root / name) for name in scripts)
     assert set(evaluation) >= {"job-name", "nodes", "gres", "cpus-per-task", "time", "output"}
-    for headers in (evaluation, training):
+    for headers in (evaluation, sampling, training):
         assert (root / headers["output"]).parent.is_dir()
-    assert set(training) >= {"job-name", "nodes", "gpus-per-node", "cpus-per-task", "time", "requeue"}
-    # One launcher a node; the batch shell is told, five minutes before the end; a job that runs again adds to its log.
-    assert training["ntasks-per-node"] == "1"
-    assert training["signal"] == "B:USR1@300"
-    assert training["open-mode"] == "append"
+    for headers in (sampling, training):
+        assert set(headers) >= {"job-name", "nodes", "gpus-per-node", "cpus-per-task", "time", "requeue"}
+        assert (headers["ntasks-per-node"], headers["open-mode"]) == ("1", "append")
+    # One launcher a node; a job that runs again adds to its log; the batch shell is told before the end.
+    assert (training["signal"], sampling["signal"]) == ("B:USR1@300", "B:USR1@120")

@@ -115,8 +115,9 @@ def test_a_host_that_is_lost_costs_its_unfinished_blocks(root, hosts, words, sta
     ]  # fmt: skip
 
     dead = {"at": "drdpo.scoring.score:Scorer.score", "call": 3, "when": "after", "signal": "SIGKILL", "rank": 1}
-    ended = statuses(score(hosts, root, words, save, 2, [dead]))
-    assert ended[0] not in (0, -9) and ended[1] == -9
+    ranks = score(hosts, root, words, save, 2, [dead])
+    assert statuses(ranks) == [1, -9]
+    assert "error: rank 0 lost another rank" in ranks[0].said()[0] and "Traceback" not in ranks[0].said()[0]
     assert not (save / "test.jsonl").exists()
     assert statuses(score(hosts, root, words, save, 2)) == [0, 0]
     assert {name: (save / name).read_bytes() for name in FILES} == alone

@@ -106,7 +106,7 @@ def plan_engines(engine: str, tensor_parallel_size: int, gpus: list[str]) -> lis
 class Machines(NamedTuple):
     """Those that sample together. They share nothing but the folder, so that the loss of one disturbs no other."""
 
-    count: int
+    nodes: int
     this: int | None
     """None for the process that divides the blocks before the others sample and writes the results afterwards."""
 

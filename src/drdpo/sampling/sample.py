@@ -150,7 +150,7 @@ class _LazyEngines:
     @property
     def count(self) -> int:
         """On all machines, which are alike."""
-        return len(self._plan) * self.group.count
+        return len(self._plan) * self.group.nodes
 
     def block_size(self, prompts: int, n: int) -> int:
         """Prompts per block, if there are this many with n samples each; all GPUs have equally many blocks."""
@@ -200,23 +200,23 @@ def _share(split: SplitPrompts, blocks: PromptBlocks, parts: Parts, group: Machi
     """The blocks of this process: all, or its machine's, or none where it divides the unfinished ones among the machines."""
     file = split.parts / SHARES
     left = [number for number in blocks if number not in parts.done]
-    if group.count == 1 or (group.this is None and not left):
+    if group.nodes == 1 or (group.this is None and not left):
         return blocks
     if group.this is None:
         with atomic_file(file) as stream:
-            json.dump([left[node :: group.count] for node in range(group.count)], stream)
-        print(f"{split.split}: {len(left)} of {len(blocks)} blocks are left for {group.count} machines", flush=True)
+            json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
+        print(f"{split.split}: {len(left)} of {len(blocks)} blocks are left for {group.nodes} machines", flush=True)
         return {}
     shares = json.loads(file.read_text()) if file.is_file() else []
-    if len(shares) != group.count:
+    if len(shares) != group.nodes:
         raise _undivided(split, group)
     return {number: blocks[number] for number in shares[group.this]}
 
 
 def _undivided(split: SplitPrompts, group: Machines) -> UsageError:
     return UsageError(
-        f"{split.result}: the blocks are not divided among {group.count} machines; run the same command once with "
-        f"DRDPO_NODES={group.count} and without DRDPO_NODE_RANK, then on every machine with both"
+        f"{split.result}: the blocks are not divided among {group.nodes} machines; run the same command once with "
+        f"DRDPO_NODES={group.nodes} and without DRDPO_NODE_RANK, then on every machine with both"
     )
 
 

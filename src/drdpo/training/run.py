@@ -21,7 +21,6 @@ from drdpo.training.data import BatchPlan, Pair, tokenise
 from drdpo.training.losses import Method, method_of
 from drdpo.training.rows import Columns, load_split
 from drdpo.training.shifts import NO_SHIFTS, Shifts, shifts_of
-from drdpo.training.stop import seconds_to_wait
 from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
@@ -92,7 +91,7 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     """
     _check_own(config, method)
     _check_batches(config, method)
-    seconds_to_wait()
+    distributed.seconds_to_wait()
     check_device(kernels=True)
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
