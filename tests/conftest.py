@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 from harness.forks import Forks
+from harness.hosts import hosts, network  # noqa: F401
 
 SHOWN_CHARACTERS = 4000
 # What a test starts imports this clone's drdpo, as with src/env.sh.

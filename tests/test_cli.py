@@ -1,5 +1,6 @@
 """What every command line refuses, whichever step it is of."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,8 +11,18 @@ from typing import Any, Literal
 import pytest
 
 from drdpo.cli import as_dict, check_bounds, flag, flag_in_file, parse, spelled
-from drdpo.config import CompletionsConfig, EvaluateConfig, InspectConfig, PreferencesConfig, TrainConfig
+from drdpo.config import (
+    CompareMixturesConfig,
+    CompareOpenllmConfig,
+    CompletionsConfig,
+    EvaluateConfig,
+    InspectConfig,
+    LeaderboardConfig,
+    PreferencesConfig,
+    TrainConfig,
+)
 from drdpo.errors import DataError, UsageError
+from drdpo.folder import write_manifest
 
 TRAIN = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
 
@@ -140,6 +151,47 @@ def test_flags_of_a_file_stand_before_those_of_the_command_line(
     assert changed == Odd(**flags | {"some_count": 7, "on": False, "steps": [1]})
     assert "--on (there: true), --some_count (there: 5), --steps (there: 3 4)" in capsys.readouterr().err
     assert flag_in_file(str(path), "some_count") == "5" and flag_in_file(str(path), "nothing") == ""
+
+
+TRAINED = TrainConfig("m", "d", "s", kldpo_tau=0.05, max_steps=7, push_to_hub="me/x", resume="never", dry_run=True)
+SAMPLED = CompletionsConfig(
+    "s", "m", seed=-3, max_prompts=7, chat_template_kwargs={"a": [1]}, overwrite=True, check_only=True
+)
+
+
+@pytest.mark.parametrize(
+    ("used", "once"),
+    [
+        (TRAINED, {"push_to_hub": None, "resume": "auto", "dry_run": False}),
+        (SAMPLED, {"overwrite": False, "check_only": False}),
+        (PreferencesConfig(ArmoRM=0.25, weights=["mine=0.75"], standardize=False, dry_run=True, overwrite=True),
+         {"dry_run": False, "overwrite": False}),
+        (EvaluateConfig(["a=b", "-c=d e"], "o", sweep=["x", "y"], bootstrap=100), {}),
+        (LeaderboardConfig("m", tasks="a,b", limit=5.0, backend="vllm", overwrite=True, check_only=True),
+         {"overwrite": False, "check_only": False}),
+        (CompareOpenllmConfig(["1B/a=b"], "o", published="8B"), {}),
+        (CompareMixturesConfig(["a=b", "c=d"], "o", published=False), {}),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_manifest_gives_back_the_flags_but_for_those_of_one_start(used: Any, once: dict[str, Any], tmp_path: Path) -> None:
+    write_manifest(tmp_path, "assets", {})
+    write_manifest(tmp_path, "a_step", {}, as_dict(dataclasses.replace(used, **once)))
+    write_manifest(tmp_path, "another", {}, {"not": "a flag of it"})
+    write_manifest(tmp_path, "a_step", {}, as_dict(used))
+    config = [f"--config={tmp_path / 'manifest.json'}"]
+    assert parse(type(used), "A step.", config) == dataclasses.replace(used, **once)
+
+
+def test_the_latest_flags_of_a_manifest_count_and_a_file_of_ones_own_may_start_over(tmp_path: Path) -> None:
+    for step, only in (("sample_test", True), ("sample_train", False), ("assets", None)):
+        write_manifest(tmp_path, step, {}, None if only is None else as_dict(CompletionsConfig("s", "m", only_test=only)))
+    assert not parse(CompletionsConfig, "A step.", [f"--config={tmp_path / 'manifest.json'}"]).only_test
+    write_manifest(tmp_path, "sample_test", {}, as_dict(CompletionsConfig("s", "m", only_test=True)))
+    assert parse(CompletionsConfig, "A step.", [f"--config={tmp_path / 'manifest.json'}"]).only_test
+    (tmp_path / "own.yaml").write_text("push_to_hub: me/x\nresume: never\n")
+    config = parse(TrainConfig, "A step.", [*TRAIN, f"--config={tmp_path / 'own.yaml'}"])
+    assert (config.push_to_hub, config.resume) == ("me/x", "never")
 
 
 @pytest.mark.parametrize(

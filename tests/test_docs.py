@@ -33,6 +33,7 @@ SCRIPTS = {
     "src/evaluate_armorm.py": config.EvaluateConfig,
     "src/compare_openllm.py": config.CompareOpenllmConfig,
     "openllm_eval.slurm": config.LeaderboardConfig,
+    "generate_completions.slurm": config.CompletionsConfig,
 }
 OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["cat", "outputs/quickstart/report.md"],
           ["bash", "quickstart.sh"], ["bash", "tests/run.sh"], ["bash", "experiments/armorm_multi_objective.sh"],

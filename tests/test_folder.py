@@ -244,6 +244,28 @@ def test_the_second_is_refused_and_told_by_whom(owner, tmp_path):
     refuse_if_locked(tmp_path / "out")
 
 
+def test_machines_share_a_folder_that_nobody_else_may_write(owner, tmp_path):
+    """`owner` holds the whole of tmp_path / "out"; then shares of it are held here."""
+    with pytest.raises(UsageError, match=f"is locked by process {owner.pid}"), lock_folder(tmp_path / "out", 1):
+        pytest.fail("the whole folder is held")
+    assert not (tmp_path / "out" / ".lock.1").exists()
+    owner.kill()
+    owner.wait()
+    folder = tmp_path / "out"
+    with lock_folder(folder, 0), lock_folder(folder, 1):
+        refuse_if_locked(folder, 2)
+        assert owner_of(folder) is not None
+        for share in (1, None):
+            with pytest.raises(UsageError, match=f"is locked by process {os.getpid()}"):
+                refuse_if_locked(folder, share)
+            with pytest.raises(UsageError, match=f"is locked by process {os.getpid()}"), lock_folder(folder, share):
+                pytest.fail("it is held")
+    (folder / ".lock.1").write_text("of a killed machine")
+    with lock_folder(folder):
+        sweep(folder)
+    assert list(folder.iterdir()) == [] and owner_of(folder) is None
+
+
 def test_the_lock_dies_with_its_owner(owner, tmp_path):
     owner.kill()
     owner.wait()

@@ -25,7 +25,7 @@ if how == "loses rank 1" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if how == "loses rank 1":
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    from drdpo.training.stop import lost_rank_in_one_line
+    from drdpo.distributed import lost_rank_in_one_line
     with lost_rank_in_one_line(60):
         raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 if how == "refuses" and rank == 0:

@@ -2,8 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,8 @@ from harness.stand_ins import add_program, make_environment
 from drdpo.records import Preference, write_records
 
 WRAPPERS = (
-    "generate_completions.sh", "train_alignment.sh", "train_alignment.slurm", "generate.sh", "openllm_eval.slurm",
-    "setup.sh", "quickstart.sh",
+    "generate_completions.sh", "generate_completions.slurm", "train_alignment.sh", "train_alignment.slurm", "generate.sh",
+    "openllm_eval.slurm", "setup.sh", "quickstart.sh",
 )  # fmt: skip
 
 
@@ -217,7 +220,7 @@ def test_a_lost_environment_is_named(root, environment, tmp_path):
     assert "bash setup.sh" in done.stderr
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS[:5])
+@pytest.mark.parametrize("wrapper", WRAPPERS[:6])
 def test_without_any_environment_setup_is_named(wrapper, clone, environment, tmp_path):
     (clone / ".environment").unlink()
     replace_python(environment, f'exec {sys.executable} -S "$@"')  # a python without packages
@@ -290,3 +293,84 @@ def test_a_wrong_reward_model_is_refused_before_the_sampling(
 def test_a_hostfile_is_refused_and_not_ignored(root, environment, flags, tmp_path):
     done = train(root, environment | {"DRDPO_HOSTFILE": "hosts"}, tmp_path, *flags)
     assert done.returncode == 2 and "DRDPO_HOSTFILE is not supported" in done.stderr
+
+
+NOTES = """said="node=${DRDPO_NODE_RANK:-} of ${DRDPO_NODES:-}: $*"
+echo "$said" >>"$LAUNCHED"
+[[ -z "${SLEEPS:-}" || "$said" != $SLEEPS ]] || exec sleep 60
+[[ -z "${FAILS:-}" || "$said" != $FAILS ]] || exit 7"""
+
+
+@pytest.fixture
+def job(root, environment):
+    """Run generate_completions.slurm with a python that notes its words, sleeping at $SLEEPS; (status, words)."""
+    replace_python(environment, NOTES)
+    for name in ("srun", "scontrol"):
+        add_program(Path(environment["DRDPO_ENV"]) / "bin", name, f"slurm/{name}")
+    kept = {name: value for name, value in environment.items() if not name.startswith(("SLURM", "MASTER", "RANK", "WORLD"))}
+
+    def run(nodes: int, sent: signal.Signals | None = None, **variables: str) -> tuple[int, list[str]]:
+        slurm = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_CPUS_PER_TASK": "7", "SLURM_NODEID": "0",
+                 "SLURM_JOB_NODELIST": "node[1-2]", "DRDPO_PROCESSES": "1"}  # fmt: skip
+        command = ["bash", str(root / "generate_completions.slurm"), "--save_path=a b"]
+        process = subprocess.Popen(command, env=kept | slurm | variables)
+        if sent is not None:
+            deadline = time.monotonic() + 60
+            while not any(fnmatch(line, variables["SLEEPS"]) for line in launched(environment)):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            time.sleep(0.3)
+            process.send_signal(sent)
+        status = process.wait(timeout=60)
+        return status, [line.replace(f"{root}/src/", "") for line in launched(environment)]
+
+    return run
+
+
+ALONE = [
+    "node= of : score_completions.py --save_path=a b --check_only=true",
+    "node= of : generate_completions.py --save_path=a b",
+    "node= of : score_completions.py --save_path=a b",
+]
+RENDEZVOUS = "--nnodes=2 --node-rank={} --master-addr=first --master-port=12007 --nproc-per-node=1 --log-dir=/dev/null"
+
+
+def test_a_job_samples_and_scores(job):
+    assert job(1) == (0, ALONE)
+
+
+def test_a_job_on_two_nodes_divides_samples_writes_and_scores(job, environment):
+    status, said = job(2)
+    divide, *samples, merge = (f"node={node} of 2: generate_completions.py --save_path=a b" for node in ("", 0, 1, ""))
+    assert status == 0 and said[0] == ALONE[0] and said[1] == divide and said[4] == merge
+    assert sorted(said[2:4]) == samples
+    score = "score_completions.py --save_path=a b"
+    expected = {f"node={node} of 2: {score} --check_only=true" for node in (0, 1)}
+    expected |= {f"node={node} of 2: -P drdpo/launch.py {RENDEZVOUS.format(node)} {score}" for node in (0, 1)}
+    assert len(said) == 9 and set(said[5:]) == expected
+    srun = Path(environment["LAUNCHED"] + ".srun").read_text().splitlines()
+    assert [word for word in srun if word.startswith("--wait")] == ["--wait=0", "--wait=120"]
+    assert srun.count("cpus=7") == 2 and srun.count("--kill-on-bad-exit=0") == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sleeps", "sent", "status", "queued"),
+    [
+        (1, "*generate*", signal.SIGUSR1, 75, True), (1, "*score*=a b", signal.SIGUSR1, 75, True),
+        (1, "*generate*", signal.SIGTERM, 143, False), (2, "node=1*generate*", signal.SIGUSR1, 75, True),
+        (2, "node=0*launch*", signal.SIGUSR1, 75, True),
+    ],
+)  # fmt: skip
+def test_the_job_is_queued_again_before_the_time_limit_but_not_when_it_is_cancelled(
+    nodes, sleeps, sent, status, queued, job, environment
+):
+    found, said = job(nodes, sent, SLEEPS=sleeps)
+    assert found == status, said
+    assert fnmatch(said[-1], sleeps) or nodes == 2, "nothing follows"
+    requeue = Path(environment["LAUNCHED"] + ".requeue")
+    assert requeue.read_text() == "requeue 40007\n" if queued else not requeue.exists()
+
+
+def test_a_node_that_fails_ends_the_job_once_the_others_have_sampled(job):
+    status, said = job(2, FAILS="node=1*generate*")
+    assert status == 7 and len(said) == 4 and said[-1].startswith("node=")

@@ -20,15 +20,16 @@ _BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, 
 _TRUTH = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(("false", "no", "f", "n", "0"), False)
 
 
-def flag(help: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+def flag(help: str, default: Any = dataclasses.MISSING, once: bool = False, **bounds: float) -> Any:
     """A dataclass field that is a flag; without a default the flag is required.
 
     Args:
         help: for --help and the README's tables.
         default: a list is copied.
+        once: about one start of the command, so that the files of a run do not keep it for the next; see as_dict.
         bounds: `above` or `at_least`, then `below` or `at_most`, for the number or every number of a list.
     """
-    metadata = {"help": help, "bounds": bounds}
+    metadata = {"help": help, "bounds": bounds, "once": once}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -95,8 +96,12 @@ def spelled(config_class: type[Any], name: str) -> str:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The resolved flags, for manifests."""
-    return dataclasses.asdict(config)
+    """The flags that a run's files keep, and --config takes from them: all but those of one start alone.
+
+    A repeated run must not replace results, start over or upload because the first one did.
+    """
+    once = {field.name for field in dataclasses.fields(config) if field.metadata.get("once")}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in once}
 
 
 def require(condition: bool, message: str) -> None:
@@ -179,7 +184,7 @@ def _read_flags(config_class: type[Any], path: Path) -> dict[str, list[str]]:
 
 
 def _load(path: Path) -> list[dict[Any, Any]]:
-    """The object of flags in a file, then those of each step if it is a manifest."""
+    """The object of flags in a file, then those of each step if it is a manifest, the latest first."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
@@ -193,7 +198,7 @@ def _load(path: Path) -> list[dict[Any, Any]]:
     if not isinstance(found, dict):
         raise DataError(f"--config={path}: not an object of flags")
     steps = [entry["flags"] for entry in found.values() if isinstance(entry, dict) and isinstance(entry.get("flags"), dict)]
-    return [found, *steps]
+    return [found, *reversed(steps)]
 
 
 def _spelled_value(path: Path, name: str, value: Any) -> list[str]:

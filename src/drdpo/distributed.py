@@ -1,10 +1,14 @@
 """Rank, world size, sharding and gathering: the same code for one process without a launcher and for many with one."""
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
+
+from drdpo.errors import ProcessError, UsageError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +17,12 @@ Item = TypeVar("Item")
 
 DEFAULT_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other; torch's 10 minutes under NCCL are too short for saving, which rank 0 does alone."""
+
+_LOST = re.compile(
+    r"[/\\]gloo[/\\]|Gloo \w+ failed|NCCL (error|operation|communicator)|nccl(Remote|System|Internal|InProgress)\w*"
+    r"|[Ww]atchdog caught collective|client socket has timed out|[Cc]onnection (was )?(closed|reset|refused) by"
+)
+"""In messages of gloo (which name its source file), NCCL and torch's store; not in those of disks, models and data."""
 
 
 def rank() -> int:
@@ -63,14 +73,18 @@ def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor"
     return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
-def join() -> None:
-    """Join the process group, once; NCCL on GPUs, gloo on CPUs. Does nothing for a single process."""
+def join(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+    """Join the process group, once; NCCL on GPUs, gloo on CPUs. Does nothing for a single process.
+
+    Args:
+        timeout: how long ranks wait for each other.
+    """
     import torch
 
     if use_cuda():
         torch.cuda.set_device(local_rank())
     if world_size() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if use_cuda() else "gloo", timeout=DEFAULT_TIMEOUT)
+        torch.distributed.init_process_group("nccl" if use_cuda() else "gloo", timeout=timeout)
 
 
 def leave() -> None:
@@ -119,6 +133,55 @@ def on_main(action: Callable[[], object], status: int = 1) -> None:
 def any_rank(flag: bool) -> bool:
     """Is it so on any rank? Every rank must call this."""
     return any(gather_floats([float(flag)]))
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Does this error of a collective mean that another rank does not answer?"""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+    )
+
+
+def seconds_to_wait(usual: int = 1800) -> int:
+    """How long ranks wait for one that does not answer: the environment variable DRDPO_TIMEOUT, `usual` by default.
+
+    Raises:
+        UsageError: it is not a positive whole number.
+    """
+    text = os.environ.get("DRDPO_TIMEOUT") or str(usual)
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"DRDPO_TIMEOUT={text} must be a number of seconds, 1 or more")
+    return int(text)
+
+
+@contextmanager
+def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
+    """Turn what torch raises when a rank does not answer into a ProcessError.
+
+    Under torchrun it goes to the rank's error.json, with the traceback, and drdpo.launch prints one line for all ranks: this
+    one, unless a rank of its machine failed for another reason.
+
+    Args:
+        timeout: from seconds_to_wait.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        reason = one_line(str(error), 200)
+        lost = ProcessError(
+            f"rank {rank()} lost another rank: it died, or did not answer for DRDPO_TIMEOUT={timeout} seconds "
+            f"({reason}); rerun the same command to resume from the last saved state"
+        )
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(lost)
+            sys.exit(1)
+        raise lost from error
 
 
 def gather(values_B: "torch.Tensor") -> "torch.Tensor":

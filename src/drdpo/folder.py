@@ -169,6 +169,8 @@ def sweep(folder: Path) -> None:
             if not (folder / old.name).exists():
                 os.replace(old, folder / old.name)
         remove_tree(left) if left.is_dir() else left.unlink()
+    for path in folder.glob(f"{LOCK}.*"):
+        path.unlink()
 
 
 def flush(path: Path) -> None:
@@ -205,18 +207,20 @@ def _umask() -> int:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, share: int | None = None) -> Iterator[None]:
     """Hold a folder's lock.
 
     Args:
         folder: created if missing.
+        share: of one of several machines that write parts there: `.lock.<share>` excludes another process with this share,
+            and whoever holds the whole folder, but not the other machines.
 
     Raises:
         UsageError: another process holds it; the message names it.
         OSError: with `filename` set, if the disk is full or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path = folder / (LOCK if share is None else f"{LOCK}.{share}")
     lock = FileLock(path, timeout=_PATIENCE, fallback_to_soft=False, on_acquired=lambda handle: _sign(handle, path))
     try:
         lock.acquire()
@@ -227,6 +231,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise
         print(f"warning: {folder}: its file system has no locks, so nothing stops a second run there", file=sys.stderr)
     try:
+        # After ours is held: of two that come at the same time at least one sees the other.
+        refuse_if_locked(folder, share, ours=path)
         yield
     finally:
         # Before the release, while the file is ours: a process that waits for it sees that its name is gone and asks again.
@@ -246,16 +252,32 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_if_locked(folder: Path) -> None:
-    """Raise UsageError, naming the owner, if another process holds a folder's lock. Writes nothing."""
-    if (owner := owner_of(folder)) is not None:
-        raise UsageError(_refusal(owner, folder))
+def refuse_if_locked(folder: Path, share: int | None = None, ours: Path | None = None) -> None:
+    """Raise UsageError, naming the owner, if another process holds a lock that excludes this one. Writes nothing.
+
+    Args:
+        folder, share: as for lock_folder.
+        ours: the lock file that this process holds.
+    """
+    for path in _locks(folder, share):
+        if path != ours and (owner := _holder(path)) is not None:
+            raise UsageError(_refusal(owner, folder))
 
 
 def owner_of(folder: Path) -> str | None:
-    """The owner of a folder's lock, for messages; None if nobody holds it. Writes nothing."""
+    """The owner of a folder's lock, or of a share of it, for messages; None if nobody holds it. Writes nothing."""
+    return next((owner for path in _locks(folder) if (owner := _holder(path)) is not None), None)
+
+
+def _locks(folder: Path, share: int | None = None) -> list[Path]:
+    """The lock files that exclude this share, or whoever wants the whole folder."""
+    shares = folder.glob(f"{LOCK}.*") if share is None else [folder / f"{LOCK}.{share}"]
+    return [folder / LOCK, *sorted(shares)]
+
+
+def _holder(path: Path) -> str | None:
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         # No lock yet, or a folder that cannot be read, which the run itself will report.
         return None
@@ -268,8 +290,8 @@ def owner_of(folder: Path) -> str | None:
                 return None
             except BlockingIOError:
                 # A program that a killed owner was just starting holds its lock for another moment.
-                if not _ended(folder / LOCK) or time.monotonic() > deadline:
-                    return _owner(folder / LOCK)
+                if not _ended(path) or time.monotonic() > deadline:
+                    return _owner(path)
                 time.sleep(0.05)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -349,17 +371,22 @@ def git_commit() -> str:
         return "unknown"
 
 
-def write_manifest(folder: Path, step: str, made_by: dict[str, Any], **facts: Any) -> None:
+def write_manifest(
+    folder: Path, step: str, made_by: dict[str, Any], flags: dict[str, Any] | None = None, **facts: Any
+) -> None:
     """Write or extend `folder/manifest.json`.
 
     Args:
         folder: of the results; it may contain the results of several steps.
         step: name of the step, e.g. "score".
         made_by: flags and fingerprints that the results depend on; see `already_made`.
+        flags: all that --config takes to repeat the step, from drdpo.cli.as_dict; None for a step without --config.
         facts: counts and other information, which is not compared.
     """
     manifest = read_manifest(folder)
-    manifest[step] = {"made_by": made_by, "versions": versions(), "commit": git_commit(), **facts}
+    manifest.pop(step, None)  # The latest step comes last.
+    replay = {} if flags is None else {"flags": flags}
+    manifest[step] = {"made_by": made_by, **replay, "versions": versions(), "commit": git_commit(), **facts}
     with atomic_file(folder / "manifest.json") as stream:
         json.dump(manifest, stream, indent=2, ensure_ascii=False)
         stream.write("\n")

@@ -120,7 +120,7 @@ def cause(failures: "dict[int, ProcessFailure]") -> int:
 
 
 def lost(failure: "ProcessFailure") -> str | None:
-    """The message of a rank that lost another one: only drdpo.training.stop writes torchrun's error file."""
+    """The message of a rank that lost another one: only drdpo.distributed writes torchrun's error file."""
     message = failure.error_file_data["message"]
     return str(message["message"]).removeprefix("ProcessError: ") if isinstance(message, dict) else None
 

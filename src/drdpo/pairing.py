@@ -457,4 +457,4 @@ def _write(
         # Old pairs are deleted first and new ones moved last, so that pairs never stand beside the manifest of others.
         for path in outputs.values():
             path.unlink(missing_ok=True)
-        write_manifest(target, STEP, made_by, flags=as_dict(config), **facts)
+        write_manifest(target, STEP, made_by, as_dict(config), **facts)

@@ -11,15 +11,17 @@ from typing import Any
 
 import datasets.exceptions
 import pytest
+import yaml
 from harness.forks import Forks
 from harness.stand_ins import make_environment
 
 from drdpo.chat import DATE_STRING
+from drdpo.cli import parse
 from drdpo.config import LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
-from drdpo.evaluation.leaderboard_scores import json_safe
+from drdpo.evaluation.leaderboard_scores import HUB_BENCHMARKS, json_safe
 from drdpo.folder import changed, lock_folder
 
 CHOICE = """
@@ -347,7 +349,13 @@ def test_a_killed_evaluation_resumes_and_equals_one_run(
         return run(**arguments)
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", recorded)
+    monkeypatch.setitem(HUB_BENCHMARKS, "tiny_choice", ("who/what", "a_task", "acc_norm"))
+    (output / ".eval_results").mkdir()
+    (output / ".eval_results" / "old.yaml").write_text("[]")
     evaluate_openllm(tiny_config(tiny_policy, tasks, output))
+    (entry,) = yaml.safe_load((output / ".eval_results" / "leaderboard.yaml").read_text())
+    assert entry["dataset"] == {"id": "who/what", "task_id": "a_task"} and entry["value"] in (0, 25, 50, 75, 100)
+    assert [file.name for file in (output / ".eval_results").iterdir()] == ["leaderboard.yaml"]
     assert ran == ["tiny_generation"], "the first task had been finished"
     assert "resuming; 1 of 2 tasks are finished" in capsys.readouterr().out
     assert not (output / ".tasks").exists()
@@ -486,6 +494,8 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     assert printed.split()[-2] == f"{ours['results']['tiny']['exact_match,first_word']:.4f}"
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
     assert manifest["made_by"]["max_gen_toks"] == 8
+    repeated = parse(LeaderboardConfig, "Step 4b.", [f"--config={output / 'manifest.json'}"])
+    assert repeated == parse(LeaderboardConfig, "Step 4b.", command[2:])
     assert manifest["max_length"] == 8192
     assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -586,12 +596,13 @@ def headers_of(script: Path) -> dict[str, str]:
 
 def test_sbatch_headers(root: Path) -> None:
     """sbatch writes its log where the folder exists."""
-    evaluation, training = (headers_of(root / name) for name in ("openllm_eval.slurm", "train_alignment.slurm"))
+    scripts = ("openllm_eval.slurm", "generate_completions.slurm", "train_alignment.slurm")
+    evaluation, sampling, training = (headers_of(root / name) for name in scripts)
     assert set(evaluation) >= {"job-name", "nodes", "gres", "cpus-per-task", "time", "output"}
-    for headers in (evaluation, training):
+    for headers in (evaluation, sampling, training):
         assert (root / headers["output"]).parent.is_dir()
-    assert set(training) >= {"job-name", "nodes", "gpus-per-node", "cpus-per-task", "time", "requeue"}
-    # One launcher a node; the batch shell is told, five minutes before the end; a job that runs again adds to its log.
-    assert training["ntasks-per-node"] == "1"
-    assert training["signal"] == "B:USR1@300"
-    assert training["open-mode"] == "append"
+    for headers in (sampling, training):
+        assert set(headers) >= {"job-name", "nodes", "gpus-per-node", "cpus-per-task", "time", "requeue"}
+        assert (headers["ntasks-per-node"], headers["open-mode"]) == ("1", "append")
+    # One launcher a node; a job that runs again adds to its log; the batch shell is told before the end.
+    assert (training["signal"], sampling["signal"]) == ("B:USR1@300", "B:USR1@120")

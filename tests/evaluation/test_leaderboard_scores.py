@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import parse_eval_result_entries
 
 from drdpo.config import LeaderboardConfig
 from drdpo.evaluation.leaderboard_scores import (
@@ -15,6 +16,7 @@ from drdpo.evaluation.leaderboard_scores import (
     MUSR_CHOICES,
     average,
     benchmarks,
+    hub_results,
     json_safe,
     markdown,
     normalise,
@@ -140,3 +142,25 @@ def test_json_safe() -> None:
     assert safe["4"] == [0, 1]
     assert safe["e"] == "drdpo.evaluation.leaderboard_scores.normalise"
     assert safe["p"] == "x"
+
+
+def test_results_for_the_hub_are_in_its_form() -> None:
+    results = {
+        "results": {
+            "leaderboard_gpqa_diamond": task("leaderboard_gpqa_diamond", acc_norm=0.30303),
+            "leaderboard_gpqa_main": task("leaderboard_gpqa_main", acc_norm=0.9),
+            "leaderboard_mmlu_pro": task("leaderboard_mmlu_pro", acc=0.125),
+        },
+        "n-shot": {"leaderboard_gpqa_diamond": 0, "leaderboard_mmlu_pro": 5},
+    }
+    date = "2026-01-02T03:04:05+00:00"
+    text = hub_results(results, date)
+    notes = "lm-eval task leaderboard_{}-shot, by the choices' log-likelihoods, no chain of thought"
+    assert yaml.safe_load(text) == [
+        {"dataset": {"id": "Idavidrein/gpqa", "task_id": "diamond"}, "value": 30.3, "date": date,
+         "notes": notes.format("gpqa_diamond: 0")},
+        {"dataset": {"id": "TIGER-Lab/MMLU-Pro", "task_id": "mmlu_pro"}, "value": 12.5, "date": date,
+         "notes": notes.format("mmlu_pro: 5")},
+    ]  # fmt: skip
+    assert [entry.task_id for entry in parse_eval_result_entries(yaml.safe_load(text))] == ["diamond", "mmlu_pro"]
+    assert hub_results({"results": {"leaderboard_bbh": task("leaderboard_bbh", acc_norm=0.5)}}, date) == ""

@@ -1,5 +1,6 @@
 """SIGKILL at random moments of every step, or a second run: nothing partial, and the same command gives the same result."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -41,6 +42,16 @@ def test_after_sigkill_the_same_command_gives_the_same_result(name, number, fork
     else:
         pytest.fail(f"{name} ended before it could be killed, {_TRIES} times")
     check_nothing_partial(step.out, whole.contents)
+    finish(step, forks, whole)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_repeated_from_its_folder_alone(name, forks, steps, undisturbed):
+    """With --config and no other flag, not even the folder, the same files come out, flags in manifests included."""
+    whole = undisturbed(name)
+    kept = whole.folder / {"sample": "sampled/manifest.json", "train": "config.json"}.get(name, "manifest.json")
+    step = dataclasses.replace(steps[name], flags=(f"--config={kept}",))
+    step.prepare()
     finish(step, forks, whole)
 
 

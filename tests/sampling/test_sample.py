@@ -21,6 +21,7 @@ from drdpo.records import Completion, read_records
 from drdpo.sampling import engines
 from drdpo.sampling import sample as step
 from drdpo.sampling.engines import Sample
+from drdpo.sampling.pool import Machines
 from drdpo.sampling.sample import _LazyEngines, sample_completions
 
 Flags = Callable[..., CompletionsConfig]
@@ -333,6 +334,9 @@ def test_a_killed_run_resumes_to_the_same_file(
 )
 def test_gpus_have_equally_many_blocks_within_the_largest(prompts: int, n: int, engines: int, size: int) -> None:
     assert _LazyEngines(None, [{}] * engines, on_gpu=True).block_size(prompts, n) == size
+    if engines % 2 == 0:  # as one machine with the engines of both
+        halves = _LazyEngines(None, [{}] * (engines // 2), True, Machines(2, None))
+        assert (halves.count, halves.block_size(prompts, n)) == (engines, size)
     blocks = -(-prompts // size)
     assert blocks <= engines or -(-blocks // engines) * size * n <= 1.03 * prompts * n / engines + size
     assert _LazyEngines(None, [{}] * engines, on_gpu=False).block_size(prompts, n) == max(1, 128 // n)

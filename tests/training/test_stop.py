@@ -13,9 +13,9 @@ import torch
 from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
 from harness.stand_ins import make_environment
 
+from drdpo.distributed import is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 from drdpo.errors import STOPPED, ProcessError, UsageError
 from drdpo.training.checkpoint import states
-from drdpo.training.stop import is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 
 STEP = "loop:train_step"
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp"

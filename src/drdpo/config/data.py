@@ -51,8 +51,8 @@ class CompletionsConfig:
     score_batch_tokens: int = flag(
         "tokens per scoring batch, which limits its memory; a prompt counts once for all its completions", 8192, at_least=1
     )
-    overwrite: bool = flag("replace results from other flags, models or inputs", False)
-    check_only: bool = flag("check flags and inputs, then stop", False)
+    overwrite: bool = flag("replace results from other flags, models or inputs", False, once=True)
+    check_only: bool = flag("check flags and inputs, then stop", False, once=True)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -97,8 +97,8 @@ class PreferencesConfig:
         "score the same in train and test",
         "split",
     )
-    dry_run: bool = flag("print the report without writing files", False)
-    overwrite: bool = flag("replace pairs from other flags or inputs", False)
+    dry_run: bool = flag("print the report without writing files", False, once=True)
+    overwrite: bool = flag("replace pairs from other flags or inputs", False, once=True)
     helpsteer_helpfulness: float = _weight()
     helpsteer_correctness: float = _weight()
     helpsteer_coherence: float = _weight()

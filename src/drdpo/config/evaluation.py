@@ -80,8 +80,8 @@ class LeaderboardConfig:
         "tensor-parallel size per vLLM engine (backend vllm); the other GPUs run more engines", 1, at_least=1
     )
     seed: int = flag("seed of the few-shot sampling", 42, at_least=0)
-    overwrite: bool = flag("replace results from other flags or another model", False)
-    check_only: bool = flag("check flags and inputs, then exit", False)
+    overwrite: bool = flag("replace results from other flags or another model", False, once=True)
+    check_only: bool = flag("check flags and inputs, then exit", False, once=True)
 
     def __post_init__(self) -> None:
         check_bounds(self)

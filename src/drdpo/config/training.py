@@ -228,16 +228,20 @@ class TrainConfig:
         True,
     )
     resume: Literal["auto", "never"] = flag(
-        "'auto' resumes the run in --save_path; 'never' starts over and replaces it", "auto"
+        "'auto' resumes the run in --save_path; 'never' starts over and replaces it", "auto", once=True
     )
     log: str = flag(
         "where metrics go besides metrics.jsonl: tensorboard, trackio, wandb, several comma-separated, or none; trackio "
         "and wandb must be installed separately",
         "tensorboard",
     )
-    push_to_hub: str | None = flag("upload the last checkpoint to this hub repository (owner/name, private if new)", None)
-    check_only: bool = flag("check flags and inputs, then stop", False)
-    dry_run: bool = flag("print what the run will do and the memory it will need, then stop; writes nothing", False)
+    push_to_hub: str | None = flag(
+        "upload the last checkpoint to this hub repository (owner/name, private if new)", None, once=True
+    )
+    check_only: bool = flag("check flags and inputs, then stop", False, once=True)
+    dry_run: bool = flag(
+        "print what the run will do and the memory it will need, then stop; writes nothing", False, once=True
+    )
 
     @property
     def named_method(self) -> tuple[str, dict[str, float]] | None:

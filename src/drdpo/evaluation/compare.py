@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from drdpo.cli import as_dict, require
+from drdpo.cli import require
 from drdpo.config.evaluation import EvaluateConfig
 from drdpo.evaluation.report import Change, csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
@@ -87,7 +87,7 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
         facts["trained_mixture"] = {"weights": comparison.mixture, "gains_sd": gains}
     output = Path(config.output_path)
     changes = _changes(runs, comparison, config.split)
-    write_report(output, "evaluate_armorm", as_dict(config) | {"inputs": inputs}, files, _OPTIONAL, changes, **facts)
+    write_report(output, "evaluate_armorm", config, inputs, files, _OPTIONAL, changes, **facts)
     print(_terminal_table(runs, comparison))
     for line in [*_unlike(provenances), *(note for p in provenances.values() for note in p.notes)]:
         print(f"note: {line}")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drdpo.cli import as_dict
 from drdpo.config.evaluation import CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.leaderboard_scores import (
@@ -103,9 +102,8 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
         "report.md": leaderboard_report(config, groups, published),
     }
     inputs = {run.label: fingerprint(run.folder / "results.json") for run in runs}
-    made_by = as_dict(config) | {"inputs": inputs}
     output = Path(config.output_path)
-    write_report(output, "compare_openllm", made_by, files)
+    write_report(output, "compare_openllm", config, inputs, files)
     print(f"report: {output / 'report.md'}")
 
 

@@ -17,10 +17,11 @@ from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, rank, world_size
 from drdpo.errors import DataError, UsageError, one_line
-from drdpo.evaluation.leaderboard_scores import json_safe, lost_note, markdown, terminal
+from drdpo.evaluation.leaderboard_scores import hub_results, json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
     Parts,
     already_made,
+    atomic_file,
     atomic_files,
     lock_folder,
     owner_of,
@@ -38,9 +39,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 STEP = "evaluate_openllm"
-RESULTS, TABLE, PARTS = "results.json", "table.md", ".tasks"
-_PLACES = ("output_path", "overwrite", "check_only")
-"""Flags on which results do not depend."""
+RESULTS, TABLE, PARTS, FOR_THE_HUB = "results.json", "table.md", ".tasks", ".eval_results"
 _BY_TASK = {
     "results": "metrics", "configs": "configs", "versions": "versions", "n-shot": "num_fewshot",
     "higher_is_better": "higher_is_better", "n-samples": "n_samples",
@@ -108,7 +107,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
 
 def _made_by(config: LeaderboardConfig) -> dict[str, Any]:
     """What the results depend on: flags, model, the template's date, lm-eval, and every file of --include_path."""
-    made_by = {name: value for name, value in as_dict(config).items() if name not in _PLACES}
+    made_by = {name: value for name, value in as_dict(config).items() if name != "output_path"}
     made_by |= {"model_fingerprint": fingerprint(config.model_path), "date_string": DATE_STRING}
     made_by["lm-eval version"] = metadata.version("lm-eval")
     if config.include_path is not None:
@@ -324,19 +323,23 @@ def _combine(loaded: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
 def _write(
     config: LeaderboardConfig, output: Path, made_by: dict[str, Any], results: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    """Write table.md, manifest.json and results.json, and print the tables."""
+    """Write table.md, manifest.json, results.json and, for the hub, .eval_results/; print the tables."""
     digest = None
     if config.apply_chat_template:
         template = load_tokenizer(config.model_path, config.chat_template_kwargs).chat_template
         digest = hashlib.sha256(str(template).encode("utf-8")).hexdigest()
-    whole = json_safe(results)
+    whole, date = json_safe(results), datetime.now(UTC).isoformat(timespec="seconds")
+    for_the_hub = "" if config.limit else hub_results(whole, date)
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
+    if (output / FOR_THE_HUB).is_dir():
+        remove_tree(output / FOR_THE_HUB)
     write_manifest(
         output,
         STEP,
         made_by,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        as_dict(config),
+        date=date,
         chat_template_sha256=digest,
         task_versions=whole["versions"],
         **facts,
@@ -344,6 +347,9 @@ def _write(
         cut_prompts=whole["cut_prompts"],
         lost_descriptions=whole["lost_descriptions"],
     )
+    if for_the_hub:
+        with atomic_file(output / FOR_THE_HUB / "leaderboard.yaml") as stream:
+            stream.write(for_the_hub)
     with atomic_files(output / TABLE, output / RESULTS) as (table, file):
         table.write_text(markdown(config, results), encoding="utf-8")
         file.write_text(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

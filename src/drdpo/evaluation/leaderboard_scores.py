@@ -32,6 +32,13 @@ MUSR_CHOICES: dict[str, int] = {"murder_mysteries": 2, "object_placements": 5, "
 COLUMNS = ("IFEval", "BBH", "MATH", "GPQA", "MuSR", "MMLU-Pro")
 """The benchmarks, in the order of published tables."""
 
+HUB_BENCHMARKS = {
+    "leaderboard_gpqa_diamond": ("Idavidrein/gpqa", "diamond", "acc_norm"),
+    "leaderboard_mmlu_pro": ("TIGER-Lab/MMLU-Pro", "mmlu_pro", "acc"),
+}
+"""{task: (data set on the hub, task id in that data set's eval.yaml, metric)} of the leaderboard's tasks whose data sets
+are known to be benchmarks of the hub; its validation refuses results that name another data set."""
+
 TaskScores = Mapping[str, Mapping[str, Any]]
 """The harness's `results`: {task or group: {"metric,filter": value}}."""
 
@@ -141,6 +148,27 @@ def _ifeval(scores: TaskScores) -> Benchmark | None:
     error = metric_value(scores, task, "prompt_level_strict_acc_stderr")
     scaled = None if error is None else error * 100
     return Benchmark("IFEval", "mean of strict accuracies", raw, error, normalise(raw, 0.0), scaled)
+
+
+def hub_results(results: Mapping[str, Any], date: str) -> str:
+    """A file of .eval_results/ in a model's repository on the hub, which shows it beside the benchmarks; "" without any.
+
+    Args:
+        results: what lm_eval.simple_evaluate returned.
+        date: of the evaluation, ISO 8601.
+
+    Source: https://huggingface.co/docs/hub/eval-results; values in percent, as in the benchmarks' tables.
+    """
+    import yaml
+
+    entries = []
+    for task, (dataset, task_id, metric) in HUB_BENCHMARKS.items():
+        if (value := metric_value(results["results"], task, metric)) is not None:
+            shots = _count(results.get("n-shot", {}).get(task))
+            notes = f"lm-eval task {task}: {shots}-shot, by the choices' log-likelihoods, no chain of thought"
+            benchmark = {"id": dataset, "task_id": task_id}
+            entries.append({"dataset": benchmark, "value": round(100 * value, 2), "date": date, "notes": notes})
+    return str(yaml.safe_dump(entries, sort_keys=False)) if entries else ""
 
 
 # The tables --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from drdpo.cli import as_dict
 from drdpo.config.evaluation import CompareMixturesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import spider
@@ -94,8 +93,7 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
             pictures |= save_picture(spiders(results), "spiders", dpi=120)
     files = pictures | {"report.md": mixtures_report(results, output, pictured=bool(pictures))}
     inputs = {result.name: fingerprint(result.folder / "scores.csv") for result in results}
-    made_by = as_dict(config) | {"inputs": inputs}
-    write_report(output, "compare_mixtures", made_by, files, optional=("spiders.png", "spiders.svg"))
+    write_report(output, "compare_mixtures", config, inputs, files, optional=("spiders.png", "spiders.svg"))
     print(f"report: {output / 'report.md'}")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 from tabulate import tabulate
 
+from drdpo.cli import as_dict
 from drdpo.errors import DataError
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
@@ -91,15 +92,17 @@ def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Col
 
 
 def write_report(
-    folder: Path, step: str, made_by: dict[str, Any], files: Mapping[str, str | bytes], optional: Collection[str] = (),
-    changes: Sequence[Change] = (), **facts: Any,
+    folder: Path, step: str, config: Any, inputs: Mapping[str, Any], files: Mapping[str, str | bytes],
+    optional: Collection[str] = (), changes: Sequence[Change] = (), **facts: Any,
 ) -> None:  # fmt: skip
     """Write a report, report.html and its manifest under the folder's lock. If any file cannot be written, the old report
     stays.
 
     Args:
         folder: created if missing.
-        step, made_by, facts: as for `write_manifest`.
+        step, facts: as for `write_manifest`.
+        config: the flags.
+        inputs: fingerprints by name.
         files: {name: content}, among them report.md.
         changes: see html_report.
         optional: files that only some reports have; those of an older report are deleted.
@@ -119,7 +122,7 @@ def write_report(
                 flush(aside)
         for name in set(optional) - set(files):
             (folder / name).unlink(missing_ok=True)
-        write_manifest(folder, step, made_by, **facts)
+        write_manifest(folder, step, as_dict(config) | {"inputs": inputs}, as_dict(config), **facts)
 
 
 # report.html: the Markdown and its pictures as one self-contained page. Text of models and data is escaped.

@@ -2,6 +2,9 @@
 
 A split is divided into blocks of prompts (see drdpo.sampling.pool). Finished blocks are kept as resumable parts in
 `.<split>.parts/`, and the split's file appears whole once all blocks are finished.
+
+Several machines sample in three rounds of processes: one divides the unfinished blocks into `shares.json` beside the parts,
+every machine samples its share, and one writes the results. After a loss the rounds are repeated.
 """
 
 import dataclasses
@@ -14,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from drdpo import chat
-from drdpo.cli import require
+from drdpo.cli import as_dict, require
 from drdpo.config import CompletionsConfig
-from drdpo.errors import DataError
+from drdpo.errors import DataError, UsageError
 from drdpo.folder import (
     Parts,
     SplitResult,
+    atomic_file,
     lock_folder,
     read_manifest,
     refuse_if_locked,
@@ -31,7 +35,7 @@ from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, Prompt, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
-from drdpo.sampling.pool import Engines, choose_engine, open_engines, plan_engines, visible_gpus
+from drdpo.sampling.pool import ALONE, Engines, Machines, choose_engine, machines, open_engines, plan_engines, visible_gpus
 from drdpo.sampling.prompts import Reject, RenderedPrompt, check_context, find_dataset, read_prompts, render, stop_token_ids
 
 CPU_BLOCK = 128
@@ -39,6 +43,9 @@ CPU_BLOCK = 128
 
 GPU_BLOCK = 8192
 """Largest block on a GPU in samples: it samples hundreds at once and should seldom wait for the last ones of a block."""
+
+SHARES = "shares.json"
+"""Beside the parts: the numbers of the blocks of each machine, if there are several."""
 
 _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
@@ -73,7 +80,7 @@ def sample_completions(config: CompletionsConfig) -> None:
     """
     check_model(config.model_path)
     require(config.best_of_n <= MAX_SAMPLES, f"--best_of_n={config.best_of_n}: at most {MAX_SAMPLES} completions per prompt")
-    save_path = Path(config.save_path)
+    save_path, group = Path(config.save_path), machines()
     if save_path.is_file():
         raise DataError(f"--save_path={config.save_path} is a file, not a folder")
     dataset = find_dataset(config.dataset)
@@ -87,7 +94,7 @@ def sample_completions(config: CompletionsConfig) -> None:
     left = [split for split in _splits(config, dataset, prompts) if not finished(split, config.overwrite)]
     if not left:
         return
-    refuse_if_locked(save_path / "sampled")
+    refuse_if_locked(save_path / "sampled", group.this)
     max_model_len = check_context(config.model_path, config.prompt_max_len, config.max_new_tokens)
     tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if config.check_only:
@@ -102,10 +109,11 @@ def sample_completions(config: CompletionsConfig) -> None:
     settings = EngineSettings(
         engine, config.model_path, config.dtype, max_model_len, config.tensor_parallel_size, config.gpu_memory_utilization
     )
-    engines = _LazyEngines(settings, plan, on_gpu=bool(gpus))
+    engines = _LazyEngines(settings, plan, bool(gpus), group)
     try:
-        with lock_folder(save_path / "sampled"):
-            sweep(save_path / "sampled")
+        with lock_folder(save_path / "sampled", group.this):
+            if group.this is None:
+                sweep(save_path / "sampled")
             for split in left:
                 _sample_split(config, split.with_engine(engine), tokenizer, sampling, engines, precision.reason)
     finally:
@@ -135,13 +143,14 @@ def finished(split: SplitPrompts, overwrite: bool) -> bool:
 class _LazyEngines:
     """Engines that start when the first block needs them and serve every split."""
 
-    def __init__(self, settings: EngineSettings, plan: list[dict[str, str]], on_gpu: bool) -> None:
-        self._settings, self._plan, self._on_gpu = settings, plan, on_gpu
+    def __init__(self, settings: EngineSettings, plan: list[dict[str, str]], on_gpu: bool, group: Machines = ALONE) -> None:
+        self._settings, self._plan, self._on_gpu, self.group = settings, plan, on_gpu, group
         self._engines: Engines | None = None
 
     @property
     def count(self) -> int:
-        return len(self._plan)
+        """On all machines, which are alike."""
+        return len(self._plan) * self.group.nodes
 
     def block_size(self, prompts: int, n: int) -> int:
         """Prompts per block, if there are this many with n samples each; all GPUs have equally many blocks."""
@@ -152,7 +161,7 @@ class _LazyEngines:
 
     def start(self) -> Engines:
         if self._engines is None:
-            engines = f"{self.count} engines of " if self.count > 1 else ""
+            engines = f"{len(self._plan)} engines of " if len(self._plan) > 1 else ""
             print(f"loading {self._settings.model_path} into {engines}{self._settings.name} ...", flush=True)
             self._engines = open_engines(self._settings, self._plan)
         return self._engines
@@ -171,15 +180,44 @@ def _sample_split(
     dtype_reason: str,
 ) -> None:
     rendered, rejects = render(tokenizer, split.prompts, split.source, config.prompt_max_len)
-    parts = Parts(split.parts, split.made_by, config.overwrite)
+    parts = Parts(split.parts, split.made_by, config.overwrite, engines.group.this or 0)
+    if engines.group.this is not None and parts.plan is None:
+        raise _undivided(split, engines.group)
     # An interrupted run keeps its block size, whatever the number of engines is now: samples depend on their block.
     size = parts.plan or engines.block_size(len(rendered), sampling.n)
     parts.open(size)
     blocks = {number: rendered[start : start + size] for number, start in enumerate(range(0, len(rendered), size))}
-    seconds = _run_blocks(config, split, blocks, parts, sampling, engines)
+    seconds = _run_blocks(config, split, _share(split, blocks, parts, engines.group), parts, sampling, engines)
+    if engines.group.this is not None or not parts.done.issuperset(blocks):
+        return  # The rest is for the other machines.
     facts = {"model_path": config.model_path, "dataset": str(split.source.parent), "engines": engines.count}
     facts |= {"seconds": round(seconds, 1), "dtype_reason": dtype_reason}
+    facts["flags"] = as_dict(config) | {"engine": split.made_by["engine"]}
     write_results(split, blocks, parts, rejects, sampling, tokenizer, facts)
+
+
+def _share(split: SplitPrompts, blocks: PromptBlocks, parts: Parts, group: Machines) -> PromptBlocks:
+    """The blocks of this process: all, or its machine's, or none where it divides the unfinished ones among the machines."""
+    file = split.parts / SHARES
+    left = [number for number in blocks if number not in parts.done]
+    if group.nodes == 1 or (group.this is None and not left):
+        return blocks
+    if group.this is None:
+        with atomic_file(file) as stream:
+            json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
+        print(f"{split.split}: {len(left)} of {len(blocks)} blocks are left for {group.nodes} machines", flush=True)
+        return {}
+    shares = json.loads(file.read_text()) if file.is_file() else []
+    if len(shares) != group.nodes:
+        raise _undivided(split, group)
+    return {number: blocks[number] for number in shares[group.this]}
+
+
+def _undivided(split: SplitPrompts, group: Machines) -> UsageError:
+    return UsageError(
+        f"{split.result}: the blocks are not divided among {group.nodes} machines; run the same command once with "
+        f"DRDPO_NODES={group.nodes} and without DRDPO_NODE_RANK, then on every machine with both"
+    )
 
 
 def _run_blocks(

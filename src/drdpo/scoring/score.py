@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ def score_completions(config: CompletionsConfig) -> None:
         DataError: a sampled file is missing or malformed, or the reward model folder is not complete.
         UsageError: no reward model, --score_max_len beyond its positions, results from a different configuration, or a
             folder locked by another run.
+        ProcessError: another rank is lost; finished batches are kept.
     """
     folder = reward_model_folder(config.reward_model)
     layout = check_folder(folder)
@@ -66,16 +68,18 @@ def score_completions(config: CompletionsConfig) -> None:
             if (file := _sampled(config, split)).exists():
                 read_sampled(file)
         return
-    distributed.join()
-    try:
-        config, precision = agree(config, precision)
-        announce(precision)
-        _score(config, folder, precision.reason)
-    except (UsageError, DataError, SystemExit):
-        # Every rank ends by these. After the loss of a single rank, leaving would wait for it.
+    timeout = distributed.seconds_to_wait(int(distributed.DEFAULT_TIMEOUT.total_seconds()))
+    with distributed.lost_rank_in_one_line(timeout):
+        distributed.join(timedelta(seconds=timeout))
+        try:
+            config, precision = agree(config, precision)
+            announce(precision)
+            _score(config, folder, precision.reason)
+        except (UsageError, DataError, SystemExit):
+            # Every rank ends by these. After the loss of a single rank, leaving would wait for it.
+            distributed.leave()
+            raise
         distributed.leave()
-        raise
-    distributed.leave()
 
 
 def reward_model_folder(flag: str) -> Path:

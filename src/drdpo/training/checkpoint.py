@@ -26,7 +26,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import LOCK, atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
 from drdpo.training.engine import Engine
 from drdpo.training.lora import load_base, merged, save_adapter
-from drdpo.training.stop import is_lost_rank, patient
+from drdpo.training.stop import patient
 
 INDEX = "state.json"
 KEPT = 2
@@ -348,7 +348,7 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
             distributed.on_main(lambda: _into_place(aside, folder, step, files))
         except (OSError, RuntimeError) as error:
             # torch raises RuntimeError when a disk is full, and when a rank is gone.
-            if is_lost_rank(error):
+            if distributed.is_lost_rank(error):
                 raise
             shutil.rmtree(aside, ignore_errors=True)
             raise DataError(

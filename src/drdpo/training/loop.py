@@ -60,15 +60,15 @@ from drdpo.training.run import (
     note_run,
     open_run,
 )
-from drdpo.training.stop import StopRequest, lost_rank_in_one_line, seconds_to_wait, stop_on_signal
+from drdpo.training.stop import StopRequest, stop_on_signal
 from drdpo.training.wdpo import check_tangent
 
 
 def train_alignment(config: TrainConfig, method: Method) -> None:
     """Align a policy on inputs that drdpo.training.run.check_inputs has passed; see TrainConfig for the flags."""
     config, precision = settle(config, kernels=True)
-    timeout = seconds_to_wait()
-    with stop_on_signal() as stop, lost_rank_in_one_line(timeout):
+    timeout = distributed.seconds_to_wait()
+    with stop_on_signal() as stop, distributed.lost_rank_in_one_line(timeout):
         if config.deterministic:
             deepspeed_engine.be_deterministic()
         if not config.dry_run:

@@ -21,14 +21,13 @@ from drdpo.training.data import BatchPlan, Pair, tokenise
 from drdpo.training.losses import Method, method_of
 from drdpo.training.rows import Columns, load_split
 from drdpo.training.shifts import NO_SHIFTS, Shifts, shifts_of
-from drdpo.training.stop import seconds_to_wait
 from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
-    "save_path", "resume", "check_only", "dry_run", "save_steps", "eval_steps", "save_resume", "keep_checkpoints",
-    "log", "gradient_checkpointing", "push_to_hub", "eval_columns", "eval_mixture",
+    "save_path", "save_steps", "eval_steps", "save_resume", "keep_checkpoints", "log", "gradient_checkpointing",
+    "eval_columns", "eval_mixture",
 )  # fmt: skip
-"""Flags that do not change the trained model."""
+"""Flags that do not change the trained model, besides those of one start (as_dict)."""
 
 ROUNDINGS = ("micro_batch_size", "micro_batch_tokens")
 """Flags that divide a step's pairs, which changes its roundings alone, unless a micro-batch is a population or has
@@ -94,7 +93,7 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     """
     _check_own(config, method)
     _check_batches(config, method)
-    seconds_to_wait()
+    distributed.seconds_to_wait()
     check_device(kernels=True)
     _check_machine(config)
     asked, (config, precision) = config.dtype, settle(config)
@@ -346,7 +345,7 @@ def _claim(run: Run) -> None:
 def note_run(run: Run, complete: bool) -> None:
     """Write the run's manifest."""
     facts = {"counts": run.counts, "steps": run.steps, "complete": complete, "dtype_reason": run.dtype_reason}
-    write_manifest(run.folder, "train", run.made_by, **facts)
+    write_manifest(run.folder, "train", run.made_by, as_dict(run.config), **facts)
 
 
 def _clear(folder: Path) -> None:

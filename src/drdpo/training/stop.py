@@ -3,31 +3,21 @@
 SIGTERM and SIGUSR1 end the run at the next step boundary, the same one on every rank.
 A rank whose process dies closes its connections, which the others notice at once under gloo. One that hangs, or whose host
 loses power or its network, is noticed after DRDPO_TIMEOUT seconds by those that wait for it. Under NCCL torch's watchdog
-then ends the process, and torchrun the other ranks of a machine where one has died.
+then ends the process, and torchrun the other ranks of a machine where one has died. drdpo.distributed has their one line.
 """
 
-import os
-import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from drdpo import distributed
-from drdpo.errors import ProcessError, UsageError, one_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_LOST = re.compile(
-    r"[/\\]gloo[/\\]|Gloo \w+ failed|NCCL (error|operation|communicator)|nccl(Remote|System|Internal|InProgress)\w*"
-    r"|[Ww]atchdog caught collective|client socket has timed out|[Cc]onnection (was )?(closed|reset|refused) by"
-)
-"""In messages of gloo (which name its source file), NCCL and torch's store; not in those of disks, models and data."""
 _SLOWEST = 1e7
 """Bytes per second of the slowest disk that is waited for."""
 
@@ -64,51 +54,6 @@ def stop_on_signal() -> Iterator[StopRequest]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Does this error of a collective mean that another rank does not answer?"""
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
-    )
-
-
-def seconds_to_wait() -> int:
-    """How long ranks wait for one that does not answer: the environment variable DRDPO_TIMEOUT, 1800 by default.
-
-    Raises:
-        UsageError: it is not a positive whole number.
-    """
-    text = os.environ.get("DRDPO_TIMEOUT") or "1800"
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"DRDPO_TIMEOUT={text} must be a number of seconds, 1 or more")
-    return int(text)
-
-
-@contextmanager
-def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
-    """Turn what torch raises when a rank does not answer into a ProcessError.
-
-    Under torchrun it goes to the rank's error.json, with the traceback, and drdpo.launch prints one line for all ranks: this
-    one, unless a rank of its machine failed for another reason.
-
-    Args:
-        timeout: from seconds_to_wait.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        reason = one_line(str(error), 200)
-        lost = ProcessError(
-            f"rank {distributed.rank()} lost another rank: it died, or did not answer for DRDPO_TIMEOUT={timeout} seconds "
-            f"({reason}); rerun the same command to resume from the last saved state"
-        )
-        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            get_error_handler().record_exception(lost)
-            sys.exit(1)
-        raise lost from error
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""Step 1 on two hosts that share a folder: what one machine gives, byte for byte, also after one of them is lost."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.forks import RANK_VARIABLES, Fork, Forks, free_port, statuses
+from harness.hosts import FIRST
+from harness.reward_models import write_embedded_like
+from harness.stand_ins import add_program
+from sampling.conftest import QUESTIONS, write_prompts
+
+from drdpo.errors import UsageError
+from drdpo.sampling.pool import Machines, machines
+
+FILES = ("sampled/test.jsonl", "sampled/train.jsonl", "sampled/rejects.jsonl", "test.jsonl", "train.jsonl", "rejects.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "node", "expected"),
+    [
+        (None, None, (1, None)), ("", "", (1, None)), ("1", "0", (1, None)), ("2", None, (2, None)), ("2", "1", (2, 1)),
+        ("2", "2", None), ("0", None, None), ("two", None, None), ("2", "-1", None), ("2", "x", None),
+    ],
+)  # fmt: skip
+def test_the_machines_are_read_from_the_environment(nodes, node, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DRDPO_NODES", nodes), ("DRDPO_NODE_RANK", node)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(UsageError, match=f"DRDPO_NODES={nodes} and DRDPO_NODE_RANK={node} must be"):
+            machines()
+    else:
+        assert machines() == Machines(*expected)
+
+
+@pytest.fixture(scope="module")
+def words(smollm: Path, tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of both scripts but for --save_path: five blocks of test prompts, two of train prompts."""
+    room = tmp_path_factory.mktemp("room")
+    write_prompts(room / "prompts" / "test.jsonl", QUESTIONS)
+    write_prompts(room / "prompts" / "train.jsonl", QUESTIONS[:4], first_id=100)
+    reward_model = write_embedded_like(room / "reward model", smollm, ["kind", "right"], shards=1)
+    return [
+        f"--model_path={tiny_policy}", f"--dataset={room / 'prompts'}", f"--reward_model={reward_model}", "--best_of_n=64",
+        "--temperature=1.0", "--max_new_tokens=4", "--prompt_max_len=42", "--engine=transformers", "--dtype=float32",
+        "--score_max_len=64", "--score_batch_tokens=400",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(root: Path, hosts: list[Forks], words: list[str]) -> Callable[..., Fork]:
+    """Start sampling on a host: as one of two machines, as the process that divides and writes, or alone."""
+
+    def sample(save: Path, nodes: int = 2, node: int | None = None, faults: Any = ()) -> Fork:
+        kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        ours = {"DRDPO_NODES": str(nodes), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        ours |= {} if node is None else {"DRDPO_NODE_RANK": str(node)}
+        command = [sys.executable, root / "src" / "generate_completions.py", *words, f"--save_path={save}"]
+        return hosts[node or 0].start(command, kept | ours, faults=faults)
+
+    return sample
+
+
+def score(hosts: list[Forks], root: Path, words: list[str], save: Path, world: int, faults: Any = ()) -> list[Fork]:
+    command = [sys.executable, root / "src" / "score_completions.py", *words, f"--save_path={save}"]
+    places = {"address": FIRST, "port": free_port(), "log": save.parent / "score", "faults": faults}
+    return [
+        fork for rank, host in enumerate(hosts[:world]) for fork in host.start_ranks(command, world, ranks=[rank], **places)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(root, hosts, words, start, tmp_path_factory) -> dict[str, bytes]:
+    """The files of one machine."""
+    save = tmp_path_factory.mktemp("alone") / "out"
+    assert statuses([start(save, nodes=1)]) == [0]
+    assert statuses(score(hosts, root, words, save, 1)) == [0]
+    return {name: (save / name).read_bytes() for name in FILES}
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_costs_its_unfinished_blocks(root, hosts, words, start, alone, tmp_path):
+    save = tmp_path / "out"
+    early = start(save, node=1)
+    assert early.wait() == 2
+    assert "the blocks are not divided among 2 machines; run the same command once with DRDPO_NODES=2 and" in early.said()[1]
+
+    def divide() -> str:
+        fork = start(save)
+        assert fork.wait() == 0, fork.said()
+        return fork.said()[0]
+
+    said = divide()
+    assert "train: 2 of 2 blocks are left for 2 machines" in said and "test: 5 of 5 blocks are left for 2 machines" in said
+    # The second host has two blocks of test, then one of train.
+    lost = {"at": "drdpo.sampling.sample:_keep", "call": 1, "when": "after", "signal": "SIGKILL"}
+    assert statuses([start(save, node=0), start(save, node=1, faults=[lost])]) == [0, -9]
+    assert (save / "sampled" / ".lock.1").exists() and not (save / "sampled" / "test.jsonl").exists()
+    said = divide()
+    assert "test: 1 of 5 blocks are left for 2 machines" in said and "train: 1 of 2 blocks are left for 2 machines" in said
+    again = [start(save, node=0), start(save, node=1)]
+    assert statuses(again) == [0, 0], [fork.said() for fork in again]
+    assert ["loading" in fork.said()[0] for fork in again] == [True, False], "one block a split, for the first"
+    said = divide()
+    assert "test: resuming; 576 of 576 completions are finished" in said and "are left" not in said
+    assert sorted(path.name for path in (save / "sampled").iterdir()) == [
+        "manifest.json", "rejects.jsonl", "test.jsonl", "train.jsonl",
+    ]  # fmt: skip
+
+    dead = {"at": "drdpo.scoring.score:Scorer.score", "call": 3, "when": "after", "signal": "SIGKILL", "rank": 1}
+    ranks = score(hosts, root, words, save, 2, [dead])
+    assert statuses(ranks) == [1, -9]
+    assert "error: rank 0 lost another rank" in ranks[0].said()[0] and "Traceback" not in ranks[0].said()[0]
+    assert not (save / "test.jsonl").exists()
+    assert statuses(score(hosts, root, words, save, 2)) == [0, 0]
+    assert {name: (save / name).read_bytes() for name in FILES} == alone
+
+
+@pytest.mark.slow
+def test_the_job_on_two_hosts_gives_the_files_of_one_machine(root, network, hosts, words, alone, tmp_path):
+    """generate_completions.slurm with stand-ins for srun and scontrol; the scores come from torchrun's real ranks."""
+    places = [hosts[node].environment(tmp_path / f"host{node}") for node in range(2)]
+    for name in ("srun", "scontrol"):
+        add_program(places[0] / "bin", name, f"slurm/{name}")
+    common = {
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DRDPO_PROCESSES": "1", "DRDPO_ENV": str(places[0]),
+        "LAUNCHED": str(tmp_path / "launched"), "SLURM_JOB_ID": "40007", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": FIRST,
+    }  # fmt: skip
+    for node, ((namespace, interface), place) in enumerate(zip(network, places, strict=True)):
+        path = f"PATH={place / 'bin'}:{os.environ['PATH']}"
+        common[f"SRUN_ON_{node}"] = f"ip netns exec {namespace} env GLOO_SOCKET_IFNAME={interface} DRDPO_ENV={place} {path}"
+    save = tmp_path / "out"
+    command = ["bash", str(root / "generate_completions.slurm"), *words, f"--save_path={save}"]
+    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    done = subprocess.run(command, env=kept | common, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name: (save / name).read_bytes() for name in FILES} == alone
+    assert json.loads((save / "manifest.json").read_text())["score_test"]["processes"] == 2
