@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def _is_log(name: Path) -> bool:
-    """Is a file about one process, or DeepSpeed's pickles, whose equality tests/training/test_resume.py checks?
+    """Is a file about one process, or a training state, whose equality tests/training/test_resume.py checks?
 
     A killed owner's lock file too, which locks nothing, and which a finished run does not remove.
     """

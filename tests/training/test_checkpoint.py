@@ -1,7 +1,6 @@
 """Checkpoints and states: what counts as one, which stay, what a full disk or a loss that is not finite does."""
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -14,14 +13,14 @@ import pytest
 import torch
 from harness.runs import check_equal, flags_of, run_ranks, said, write_pairs
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from drdpo import chat
 from drdpo.config import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError
+from drdpo.training import checkpoint
 from drdpo.training.checkpoint import (
     SLACK,
-    check_owner,
     check_room,
     damage,
     describe,
@@ -40,20 +39,40 @@ from drdpo.training.objective import check_evaluation, check_step
 from drdpo.training.policy import FiniteWatch, load_policy
 
 
-def engine_around(model=None, save=None) -> SimpleNamespace:
-    model = torch.nn.Linear(1, 1) if model is None else model
+def engine_around(model=None, steps: int = 0) -> SimpleNamespace:
+    """A float32 engine without ZeRO, after some steps of AdamW."""
+    model = torch.nn.Linear(3, 2) if model is None else model
     model.method_state = {}
-    return SimpleNamespace(module=model, zero_optimization_stage=lambda: 2, save_checkpoint=save, device=torch.device("cpu"))
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    engine = SimpleNamespace(
+        module=model, optimizer=optimizer, lr_scheduler=schedule, zero_optimization_stage=lambda: 0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    take(engine, steps)
+    return engine
+
+
+def take(engine: SimpleNamespace, steps: int) -> None:
+    for _ in range(steps):
+        engine.module(torch.tensor([1.0, -2.0, 3.0])).pow(2).sum().backward()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        engine.lr_scheduler.step()
+
+
+def full(*_) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tiny_policy, tmp_path, monkeypatch):
     policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
 
-    def full(folder, **_):
+    def half(folder, **_):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        full()
 
-    monkeypatch.setattr(policy.language_model, "save_pretrained", full)
+    monkeypatch.setattr(policy.language_model, "save_pretrained", half)
     with pytest.raises(DataError, match=r"global_step_2: the checkpoint could not be written .*No space left"):
         save_model(engine_around(policy), None, tmp_path / "global_step_2", None)
     assert list(tmp_path.iterdir()) == []
@@ -76,115 +95,103 @@ def state_in(folder: Path, step: int, content: bytes = b"weights") -> Path:
     """A complete state of one file."""
     place = folder / f"step_{step}"
     place.mkdir(parents=True)
-    (place / "a.pt").write_bytes(content)
-    write_index(place, step, 1, {"a.pt": describe(place / "a.pt")})
+    (place / "a.safetensors").write_bytes(content)
+    write_index(place, step, 1, {"a.safetensors": describe(place / "a.safetensors")})
     return place
 
 
 def test_states_count_when_all_their_files_are_whole_and_newest_first(tmp_path):
     for step in (2, 10, 9, 11, 12):
         state_in(tmp_path, step)
-    (tmp_path / "step_11" / "a.pt").write_bytes(b"weight")
+    (tmp_path / "step_11" / "a.safetensors").write_bytes(b"weight")
     (tmp_path / "step_12" / "state.json").write_text('{"step": 12, "world')
     (tmp_path / ".step_13.tmp").mkdir()
     found, torn = states(tmp_path)
     assert [state.step for state in found] == [10, 9, 2]
     assert "step_12/state.json" in torn[0]
-    assert torn[1].endswith("step_11/a.pt has 6 bytes, not 7")
-    assert damage(found[0], ["a.pt"]) is None
-    (tmp_path / "step_10" / "a.pt").write_bytes(b"Weights")
-    assert "step_10/a.pt was changed" in damage(found[0], ["a.pt"])
-    (tmp_path / "step_9" / "a.pt").unlink()
+    assert torn[1].endswith("step_11/a.safetensors has 6 bytes, not 7")
+    assert damage(found[0], ["a.safetensors"]) is None
+    (tmp_path / "step_10" / "a.safetensors").write_bytes(b"Weights")
+    assert "step_10/a.safetensors was changed" in damage(found[0], ["a.safetensors"])
+    (tmp_path / "step_9" / "a.safetensors").unlink()
     assert [state.step for state in states(tmp_path)[0]] == [10, 2]
 
 
-def test_a_full_disk_keeps_the_state_before(tmp_path):
+def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     for step in (0, 1):
         state_in(tmp_path, step)
-
-    def full(folder, tag, **_):
-        (Path(folder) / tag).mkdir()
-        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
-
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(DataError, match=r"step_2: the state could not be written .*the one before is kept"):
-        save_state(engine_around(save=full), tmp_path, 2)
+        save_state(engine_around(), tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1"]
 
 
 def test_a_state_is_in_place_whole_and_two_stay(tmp_path):
-    def save(folder, tag, **_):
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "b.pt").write_bytes(b"moments")
-
     state_in(tmp_path, 1)
     for step in (2, 3, 4):
-        save_state(engine_around(save=save), tmp_path, step)
+        save_state(engine_around(), tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_4"]
+    names = ["method.safetensors", "rank_00000_00000.safetensors"]
     assert [(state.step, state.world_size, state.files) for state in states(tmp_path)[0]] == [
-        (step, 1, {"b.pt": {"size": 7, "sha256": hashlib.sha256(b"moments").hexdigest()}}) for step in (4, 3)
+        (step, 1, {name: describe(tmp_path / f"step_{step}" / name) for name in names}) for step in (4, 3)
     ]
 
 
-def test_what_the_method_keeps_is_part_of_the_state(tmp_path):
-    def save(folder, tag, client_state, **_):
-        (Path(folder) / tag).mkdir()
-        torch.save(client_state, Path(folder) / tag / "c.pt")
-
-    engine, weights_G = engine_around(save=save), torch.tensor([0.1, 0.9])
+@pytest.mark.parametrize("at_once", [4, checkpoint.AT_ONCE])
+def test_an_engine_with_a_loaded_state_takes_the_same_steps(at_once, tmp_path, monkeypatch):
+    """In one file, and in a file per tensor."""
+    monkeypatch.setattr(checkpoint, "AT_ONCE", at_once)
+    engine, weights_G = engine_around(steps=2), torch.tensor([0.1, 0.9])
     engine.module.method_state = {"weights": weights_G}
     save_state(engine, tmp_path, 2)
-    engine.module.method_state = {}
-    engine.load_checkpoint = lambda folder, tag, **_: (tag, torch.load(Path(folder) / tag / "c.pt", weights_only=True))
-    assert load_state(engine, tmp_path) == 2
-    assert torch.equal(engine.module.method_state["weights"], weights_G)
+    resumed = engine_around()
+    assert load_state(resumed, tmp_path) == 2
+    assert torch.equal(resumed.module.method_state["weights"], weights_G)
+    for each in (engine, resumed):
+        take(each, 1)
+    assert resumed.optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
+    assert torch.equal(resumed.module.weight, engine.module.weight) and torch.equal(resumed.module.bias, engine.module.bias)
 
 
-def test_a_damaged_newest_state_does_not_outlive_the_good_one_that_was_loaded(tmp_path):
+def test_a_state_that_lacks_values_is_not_loaded(tmp_path):
+    save_state(engine_around(), tmp_path, 2)
+    (path,) = (tmp_path / "step_2").glob("rank_*")
+    held = load_file(path)
+    assert held.pop("bias/exp_avg/0").shape == (2,)
+    save_file(held | {"bias/exp_avg/0": torch.zeros(1)}, path)
+    write_index(path.parent, 2, 1, {path.name: describe(path)})
+    with pytest.raises(DataError, match=r"step_2 lacks 1 of bias's values \(exp_avg\); start over with --resume=never"):
+        load_state(engine_around(), tmp_path)
+
+
+def test_a_damaged_newest_state_does_not_outlive_the_good_one_that_was_loaded(tmp_path, monkeypatch):
     """By its number and sizes it would be the one to keep."""
-
-    def save(folder, tag, **_):
-        (Path(folder) / tag).mkdir()
-        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
-
-    for step in (2, 4, 6):
-        state_in(tmp_path, step)
-    (tmp_path / "step_6" / "a.pt").write_bytes(b"Weights")
-    loaded = []
-    engine = engine_around(save=save)
-    engine.load_checkpoint = lambda folder, tag, **_: (loaded.append(tag) or tag, {})
-    assert load_state(engine, tmp_path) == 4 and loaded == ["step_4"]
-    with pytest.raises(DataError, match="step_5"):
-        save_state(engine, tmp_path, 5)
-    assert [state.step for state in states(tmp_path)[0]] == [4]
-    (tmp_path / "step_4" / "a.pt").write_bytes(b"Weights")
-    assert load_state(engine, tmp_path) == 0
+    engine = engine_around()
+    for step in (4, 6):
+        torch.nn.init.constant_(engine.module.weight, step)
+        save_state(engine, tmp_path, step)
+    for step in (6, 4):
+        path = tmp_path / f"step_{step}" / "rank_00000_00000.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert load_state(engine, tmp_path) == (4 if step == 6 else 0)
+        assert [state.step for state in states(tmp_path)[0]] == ([4] if step == 6 else [])
+        assert engine.module.weight[0, 0] == 4
+        if step == 6:
+            with monkeypatch.context() as patched:
+                patched.setattr(checkpoint, "save_file", full)
+                with pytest.raises(DataError, match="step_5"):
+                    save_state(engine, tmp_path, 5)
+            assert [state.step for state in states(tmp_path)[0]] == [4]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_state_of_another_user_is_not_loaded(tmp_path):
-    place = state_in(tmp_path / "resume", 3)
-    check_owner(place)
-    if os.getuid() != 0:
-        pytest.skip("only the superuser can give files away")
-    os.chown(place / "a.pt", 4711, -1)
-    with pytest.raises(UsageError, match=r"step_3/a.pt belongs to user 4711, .*--resume=never"):
-        check_owner(place)
-    # Where a file that this process makes gets that owner too (NFS's root_squash), it is ours.
-    (tmp_path / ".lock").write_text("")
-    os.chown(tmp_path / ".lock", 4711, -1)
-    check_owner(place)
-
-
 def test_what_cannot_be_removed_is_reported_and_the_run_continues(tmp_path, monkeypatch, capsys):
-    def save(folder, tag, **_):
-        (Path(folder) / tag).mkdir()
-
     def busy(folder, **_):
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
 
     monkeypatch.setattr(shutil, "rmtree", busy)
     for step in (1, 2, 3):
-        save_state(engine_around(save=save), tmp_path, step)
+        save_state(engine_around(), tmp_path, step)
     assert [state.step for state in states(tmp_path)[0]] == [3, 2, 1]
     assert "step_1 could not be removed (Directory not empty)" in capsys.readouterr().err
 
@@ -208,10 +215,11 @@ def test_the_bytes_that_are_checked_for_are_those_that_are_written(flags, tiny_p
 
 def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     state_in(tmp_path, 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=SLACK + 31))
-    # Two weights of four bytes, trained: 4 + 12 bytes each.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=SLACK + 8 * 12 - 1))
+    monkeypatch.setattr(checkpoint, "save_file", pytest.fail)
+    # Eight trained weights, with two moments each.
     with pytest.raises(DataError, match=r"step_2: not written, as it takes 0.02 GB and the disk has 0.02 GB left"):
-        save_state(engine_around(save=pytest.fail), tmp_path, 2)
+        save_state(engine_around(), tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
     check_room(tmp_path / "x", 10**12)
@@ -303,10 +311,10 @@ def test_weights_that_explode_stop_the_run_and_leave_the_last_good_checkpoint(fo
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A file system of 60 MB."""
+    """A file system of 48 MB."""
     place = tmp_path / "small disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(place)], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", str(place)], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield place
@@ -316,7 +324,7 @@ def small_disk(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("noticed", ["before writing", "while writing"])
 def test_a_full_disk_keeps_the_last_state_and_room_lets_the_run_continue(noticed, forks, small_disk, tiny_policy, tmp_path):
-    """A checkpoint takes 6 MB of it, a state 25 MB."""
+    """A checkpoint takes 6 MB of it, a state 19 MB."""
     data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
     save = small_disk / "a run"
     flags = flags_of(tiny_policy, data, save, keep_checkpoints=1, eval_steps=0)

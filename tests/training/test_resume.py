@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.runs import check_equal, fault, flags_of, run_ranks, said
+from harness.runs import STEPS, check_equal, fault, flags_of, metrics_of, run_ranks, said
 from safetensors.torch import load_file
 
 from drdpo.training.checkpoint import states
@@ -28,6 +28,11 @@ CASES = {
     "wdpo zero3": ({"wdpo_rho": 0.01, "zero_stage": 3}, [fault(STEP, 2, rank=1)]),
     "dpo lora bfloat16": ({"lora_rank": 4, "dtype": "bfloat16"}, [fault(PLACE, 2), fault(STEP, 1)]),
 }
+MOVED = ["drdpo zero1 padded", "group zero2", "kldpo zero3", "dpo lora"]
+TOLERANCE = 2e-5
+"""Between weights of float32 runs whose sums round in another order: a fiftieth of what a step of AdamW, whose moments
+magnify what rounds in a gradient near zero, moves a weight by. Measured: 1e-7."""
+FLAGS = {"dpo lora": {"lora_rank": 4}} | {case: flags for case, (flags, _) in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def undisturbed(forks, tiny_policy, data, tmp_path_factory):
         if case not in made:
             save = tmp_path_factory.mktemp("undisturbed") / "a run"
             log = save.parent / "log"
-            assert run_ranks(forks, flags_of(tiny_policy, data, save, **CASES[case][0]), log) == [0, 0], said(log)
+            assert run_ranks(forks, flags_of(tiny_policy, data, save, **FLAGS[case]), log) == [0, 0], said(log)
             made[case] = save
         return made[case]
 
@@ -63,6 +68,28 @@ def test_resumed_after_sigkill_equals_undisturbed(case, forks, undisturbed, tiny
     assert sorted(left) == ["step_3", "step_4"]
 
 
+@pytest.mark.parametrize("case", MOVED)
+def test_on_another_number_of_ranks_a_run_goes_on_and_only_rounds_in_another_order(
+    case, forks, undisturbed, tiny_policy, data, tmp_path
+):
+    flags, log = flags_of(tiny_policy, data, tmp_path / "a run", **FLAGS[case]), tmp_path / "log"
+    for before, world, faults in ((0, 2, [fault(STEP, 2)]), (2, 1, [fault(STEP, 2)]), (1, 2, [])):
+        statuses = run_ranks(forks, flags, log, faults, world)
+        assert statuses == [0] * world if not faults else statuses[0] == -9, said(log)
+        reported = [line for line in said(log).splitlines() if "bit-identical" in line]
+        assert len(reported) == (before > 0), said(log)
+        assert all(f"step_{3 - before}: written by {before} and resumed by {world} process" in line for line in reported)
+    whole = undisturbed(case)
+    ours, theirs = (load_file(run / f"global_step_{STEPS}" / "model.safetensors") for run in (tmp_path / "a run", whole))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=TOLERANCE)
+    for found, expected in zip(metrics_of(tmp_path / "a run"), metrics_of(whole), strict=True):
+        # Rewards are beta times differences of log-probs of a hundred, whose last bit is 8e-6.
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert found["lr"] == expected["lr"]
+
+
 @pytest.fixture(scope="module")
 def killed(forks, tiny_policy, data, tmp_path_factory) -> Path:
     """A run that was killed after its third step, with the states of the second and the first."""
@@ -82,7 +109,7 @@ def save(killed, tmp_path) -> Path:
 def test_a_damaged_state_is_skipped_for_the_one_before(how, save, forks, undisturbed, tiny_policy, data, tmp_path):
     log = tmp_path / "log"
     newest, before = (state.folder for state in states(save / "resume")[0])
-    victim = max(newest.glob("*optim_states.pt"))
+    victim = max(newest.glob("rank_*"))
     content = victim.read_bytes()
     if how == "changed":
         middle = len(content) // 2
@@ -104,7 +131,7 @@ def test_a_smaller_micro_batch_after_a_kill_changes_roundings_alone(save, forks,
     ours, theirs = (load_file(run / "global_step_4" / "model.safetensors") for run in (save, undisturbed("dpo zero2")))
     assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=TOLERANCE)
     assert run_ranks(forks, flags_of(tiny_policy, data, save), log) == [2, 2], "a finished run is another one"
 
 
@@ -119,10 +146,8 @@ def test_reference_log_probs_are_never_those_of_trained_weights(save, forks, und
     check_equal(save, undisturbed("dpo zero2"))
 
 
-def test_lost_metrics_and_another_number_of_ranks_are_refused(save, forks, tiny_policy, data, tmp_path):
+def test_lost_metrics_are_refused(save, forks, tiny_policy, data, tmp_path):
     flags, log = flags_of(tiny_policy, data, save), tmp_path / "log"
-    assert run_ranks(forks, flags, log, world=1) == [2]
-    assert "2 processes" in said(log)
     lines = (save / "metrics.jsonl").read_text().splitlines(keepends=True)
     (save / "metrics.jsonl").write_text(lines[0])
     statuses = run_ranks(forks, flags, log)

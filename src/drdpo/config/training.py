@@ -223,8 +223,8 @@ class TrainConfig:
     )
     seed: int = flag("random seed: shuffling, adapters, --wdpo_fraction", 42)
     save_resume: bool = flag(
-        "save DeepSpeed's state (12 to 16 bytes a parameter) to resume from, with every checkpoint and on SIGTERM and "
-        "SIGUSR1; the newest two stay",
+        "save a state to resume from (12 bytes a trained parameter), with every checkpoint and on SIGTERM and SIGUSR1; the "
+        "newest two stay",
         True,
     )
     resume: Literal["auto", "never"] = flag(

@@ -1,4 +1,4 @@
-"""Checkpoints: global_step_<n>, plain Hugging Face folders for use, and resume/step_<n>, DeepSpeed's state to resume from.
+"""Checkpoints: global_step_<n>, plain Hugging Face folders for use, and resume/step_<n>, states to resume from.
 
 A state has an index of its files, state.json: {step, world_size, files: {name: {size, sha256}}}. It is written under another
 name, index last, flushed to disk and only then renamed: a save that was cut short is never taken for a state, and a state
@@ -6,7 +6,9 @@ whose files were cut or changed later is recognised and the one before used. Siz
 contents only where a state is loaded.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from drdpo import distributed
 from drdpo.chat import Tokenizer
 from drdpo.config.training import LoraSettings
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import LOCK, atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
-from drdpo.training.engine import Engine
+from drdpo.folder import atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
+from drdpo.training.engine import Engine, continue_after, parts
 from drdpo.training.lora import load_base, merged, save_adapter
 from drdpo.training.stop import patient
 
 INDEX = "state.json"
+METHOD = "method.safetensors"
+AT_ONCE = 2**30
+"""Bytes of a state that a rank copies to the CPU before it writes them."""
 KEPT = 2
 """States that stay: the newest, and the one before in case the newest is damaged."""
 SLACK = 2**24
@@ -278,37 +284,27 @@ def damage(state: State, names: list[str]) -> str | None:
     return None
 
 
-def check_world(folder: Path) -> None:
-    """Raise UsageError if another number of processes wrote the state in save_path/resume that would be resumed."""
-    newest = next(iter(states(folder)[0]), None)
-    if newest and newest.world_size != distributed.world_size():
-        raise UsageError(
-            f"{folder} was written by {newest.world_size} processes and cannot be resumed by "
-            f"{distributed.world_size()}; use {newest.world_size}, or start over with --resume=never"
-        )
-
-
-def check_owner(place: Path) -> None:
-    """Refuse a state that somebody else put there: DeepSpeed unpickles it, and a pickle can run any code as its reader.
-
-    Its owner must be this user, the superuser, or the owner of a file that this process makes, such as the run's lock: NFS
-    may map the superuser to nobody.
+def check_states(folder: Path, bound: str) -> None:
+    """Refuse the state in save_path/resume that would be resumed, if it cannot be.
 
     Args:
-        place: save_path/resume/step_<n>.
+        folder: save_path/resume.
+        bound: flags that give a number of processes a meaning beyond roundings, for the message; or none.
 
     Raises:
-        UsageError: somebody else owns it, or a file in it.
+        UsageError: an older version wrote it, or another number of processes did and the run is bound to theirs.
     """
-    lock = place.parent.parent / LOCK
-    trusted = {os.getuid(), 0, *([lock.stat().st_uid] if lock.is_file() else [])}
-    for path in [place, *place.iterdir()]:
-        owner = path.stat().st_uid
-        if owner not in trusted:
-            raise UsageError(
-                f"{path} belongs to user {owner}, and loading it could run that user's code as yours; chown it if you trust "
-                "it, or start over with --resume=never"
-            )
+    newest = next(iter(states(folder)[0]), None)
+    if newest and any(name.endswith(".pt") for name in newest.files):
+        raise UsageError(
+            f"{newest.folder} was written by an older version of this code; finish the run there, or start over with "
+            "--resume=never"
+        )
+    if newest and bound and newest.world_size != distributed.world_size():
+        raise UsageError(
+            f"{folder} was written by {newest.world_size} processes, and with {bound} another number of them "
+            f"({distributed.world_size()}) is another objective; use {newest.world_size}, or start over with --resume=never"
+        )
 
 
 def _keep_only(folder: Path, kept: list[State]) -> None:
@@ -319,7 +315,10 @@ def _keep_only(folder: Path, kept: list[State]) -> None:
 
 
 def save_state(engine: Engine, folder: Path, step: int) -> None:
-    """Write DeepSpeed's state, and what the method keeps, after `step` steps, whole or not at all, and keep the one before.
+    """Write the state after `step` steps, whole or not at all, and keep the one before.
+
+    Every rank writes what it holds: float32 weights and AdamW's moments as name/kind/start, flat, so any number of ranks can
+    read them. Rank 0 adds what the method keeps. Frozen weights are not in it.
 
     Every rank must call.
 
@@ -336,18 +335,13 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
         distributed.on_main(lambda: _make_room(folder))
         check_room(folder / f"step_{step}", size)
         try:
-            engine.save_checkpoint(
-                str(folder),
-                tag=aside.name,
-                save_latest=False,
-                exclude_frozen_parameters=_has_frozen(engine),
-                client_state={"method": dict(engine.module.method_state)},
-            )
+            distributed.on_main(lambda: _begin(engine, aside))
+            _write_parts(engine, aside)
             distributed.barrier()
             files = _described(engine, aside)
             distributed.on_main(lambda: _into_place(aside, folder, step, files))
-        except (OSError, RuntimeError) as error:
-            # torch raises RuntimeError when a disk is full, and when a rank is gone.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # safetensors raises its own error when a disk is full, torch a RuntimeError when a rank is gone.
             if distributed.is_lost_rank(error):
                 raise
             shutil.rmtree(aside, ignore_errors=True)
@@ -359,6 +353,56 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
 def _make_room(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _keep_only(folder, states(folder)[0][:1])
+
+
+def _begin(engine: Engine, aside: Path) -> None:
+    aside.mkdir()
+    save_file({name: value.to("cpu") for name, value in engine.module.method_state.items()}, aside / METHOD)
+
+
+def _write_parts(engine: Engine, aside: Path) -> None:
+    """What this rank holds, a GiB at a time, or a tensor. Without ZeRO all hold the same."""
+    mine = parts(engine) if engine.zero_optimization_stage() or distributed.is_main() else ()
+    left = ((f"{part.name}/{kind}/{part.start}", value) for part in mine for kind, value in part.tensors.items())
+    for number in itertools.count():
+        held: Weights = {}
+        room = AT_ONCE
+        for name, values_K in left:
+            held[name] = values_K.to("cpu", copy=True)
+            room -= values_K.nbytes
+            if room <= 0:
+                break
+        if not held:
+            return
+        save_file(held, aside / f"rank_{distributed.rank():05}_{number:05}.safetensors")
+
+
+def _read_parts(engine: Engine, place: Path) -> None:
+    """What this rank holds, from the files of all ranks that wrote, which may be another number.
+
+    Raises:
+        DataError: they lack some of it; every rank raises.
+    """
+    wrong = None
+    with contextlib.ExitStack() as stack:
+        pieces: dict[str, list[tuple[int, Any]]] = {}
+        for path in sorted(place.glob("rank_*.safetensors")):
+            stored = stack.enter_context(safe_open(path, framework="pt"))
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                key, _, start = name.rpartition("/")
+                pieces.setdefault(key, []).append((int(start), stored.get_slice(name)))
+        for part in parts(engine):
+            for kind, values_K in part.tensors.items():
+                end, found = part.start + len(values_K), 0
+                for start, piece in pieces.get(f"{part.name}/{kind}", []):
+                    first, last = max(start, part.start), min(start + piece.get_shape()[0], end)
+                    if first < last:
+                        values_K[first - part.start : last - part.start].copy_(piece[first - start : last - start])
+                        found += last - first
+                if found < len(values_K):
+                    wrong = wrong or f"{len(values_K) - found} of {part.name}'s values ({kind})"
+    if distributed.gather(torch.tensor([float(wrong is not None)], device=engine.device)).any():
+        raise DataError(f"{place} lacks {wrong or 'values of another rank'}; start over with --resume=never")
 
 
 def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
@@ -389,9 +433,8 @@ def _into_place(aside: Path, folder: Path, step: int, files: dict[str, dict[str,
 
 
 def _state_bytes(engine: Engine) -> int:
-    """Bytes of all ranks' state, by formula: AdamW's moments, float32 weights, and the weights in the training dtype."""
-    size = next(parameter.element_size() for parameter in engine.module.parameters() if parameter.requires_grad)
-    return _elements(engine.module, trained=True) * (8 + 4 + (size if engine.zero_optimization_stage() < 3 else 0))
+    """Bytes of all ranks' state, by formula: float32 weights and AdamW's moments."""
+    return _elements(engine.module, trained=True) * 12
 
 
 def _elements(policy: torch.nn.Module, trained: bool = False) -> int:
@@ -399,10 +442,6 @@ def _elements(policy: torch.nn.Module, trained: bool = False) -> int:
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad or not trained]
     # ZeRO-3 leaves a parameter's true size in ds_numel.
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-
-
-def _has_frozen(engine: Engine) -> bool:
-    return not all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
 def load_state(engine: Engine, folder: Path) -> int:
@@ -416,7 +455,7 @@ def load_state(engine: Engine, folder: Path) -> int:
         Finished optimizer steps; 0 without a state.
 
     Raises:
-        DataError: DeepSpeed cannot read the state.
+        DataError: the state lacks weights.
     """
     found, torn = states(folder)
     # Rank 0's view of the folder counts: on a network file system another's may be older.
@@ -438,10 +477,14 @@ def load_state(engine: Engine, folder: Path) -> int:
     distributed.on_main(lambda: _keep_only(folder, kept))
     if chosen is None:
         return 0
-    distributed.on_main(lambda: check_owner(chosen.folder))
-    # Frozen weights are not in the state: they are those that were loaded.
-    loaded, kept = engine.load_checkpoint(str(folder), tag=chosen.folder.name, load_module_strict=not _has_frozen(engine))
-    if loaded is None:
-        raise DataError(f"{chosen.folder}: DeepSpeed cannot read this state; start over with --resume=never")
-    engine.module.method_state = {name: value.to(engine.device) for name, value in kept.get("method", {}).items()}
+    if chosen.world_size != (world := distributed.world_size()) and distributed.is_main():
+        print(
+            f"{chosen.folder}: written by {chosen.world_size} and resumed by {world} process{'es' * (world > 1)}, so not "
+            "bit-identical to a run on one number of them, as sums round in another order",
+            flush=True,
+        )
+    _read_parts(engine, chosen.folder)
+    continue_after(engine, chosen.step)
+    kept_by_method = load_file(chosen.folder / METHOD)
+    engine.module.method_state = {name: value.to(engine.device) for name, value in kept_by_method.items()}
     return chosen.step

@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -137,6 +138,71 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank's optimizer holds of one trained parameter: K consecutive elements of it, flat."""
+
+    name: str
+    start: int
+    """The first of them in the whole parameter."""
+    tensors: dict[str, torch.Tensor]
+    """Views [K] of the engine's memory, float32: weight, and AdamW's moments exp_avg and exp_avg_sq."""
+
+
+def parts(engine: Engine) -> Iterator[Part]:
+    """What this rank's optimizer holds; over the ranks every element of every trained parameter.
+
+    ZeRO 1 and 2 cut all parameters, laid end to end, into a piece per rank; ZeRO-3 cuts each parameter. Without ZeRO every
+    rank holds all, in float32.
+    """
+    optimizer = engine.optimizer
+    adamw = getattr(optimizer, "optimizer", optimizer)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if engine.zero_optimization_stage() == 3:
+            group, first, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            held, start = optimizer.fp32_partitioned_groups_flat[group], distributed.rank() * size
+            # The last pieces are padded.
+            size = min(size, parameter.ds_numel - start)
+        elif engine.zero_optimization_stage():
+            if (place := parameter._hp_mapping) is None:
+                continue
+            held, start = adamw.param_groups[place.param_group_index]["params"][0], place.lp_fragment_address.start
+            first, size = place.hp_fragment_address.start, place.hp_fragment_address.numel
+        else:
+            held, start, first, size = parameter, 0, 0, parameter.numel()
+        if size > 0:
+            whole = {"weight": held.detach(), **_moments(adamw.state[held], held)}
+            yield Part(name, start, {kind: value.view(-1).narrow(0, first, size) for kind, value in whole.items()})
+
+
+def _moments(state: dict[str, torch.Tensor], held: torch.Tensor) -> dict[str, torch.Tensor]:
+    if not state:  # before the first step, as torch's AdamW begins
+        state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
+        state |= {name: torch.zeros_like(held) for name in ("exp_avg", "exp_avg_sq")}
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+
+def continue_after(engine: Engine, step: int) -> None:
+    """Make a fresh engine, whose `parts` were overwritten by those after `step` steps, the one after these steps."""
+    optimizer = engine.optimizer
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        state["step"].fill_(step)
+    if engine.zero_optimization_stage() == 3:
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif engine.zero_optimization_stage():
+        optimizer.update_lp_params()
+    engine.global_steps = step
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects an optimizer step before
+        for _ in range(step):
+            engine.lr_scheduler.step()
 
 
 @contextlib.contextmanager

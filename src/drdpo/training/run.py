@@ -122,9 +122,9 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         known = {name: before["made_by"].get(name) for name in now}
         _other_roundings(config, folder, {**before, "made_by": known}, now)
         # It imports engine and policy, for which a check before a launch should not wait.
-        from drdpo.training.checkpoint import check_world
+        from drdpo.training.checkpoint import check_states
 
-        check_world(folder / "resume")
+        check_states(folder / "resume", _bound(config))
     if config.check_only:
         announce(precision)
 
@@ -284,10 +284,16 @@ def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> 
         )
 
 
+def _bound(config: TrainConfig) -> str:
+    """Flags by which the division of a step's pairs into micro-batches changes more than roundings; none if it does not."""
+    scope = "--robust_scope=micro" if config.robust_scope == "micro" else ""
+    return scope or ("--wdpo_fraction below 1" if config.wdpo_fraction < 1 else "")
+
+
 def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], made_by: dict[str, Any]) -> str:
     """Refuse to resume the run of a manifest's entry as another run; which flags change roundings alone, for a message."""
     before, roundings = entry["made_by"], ""
-    if config.robust_scope == "step" and config.wdpo_fraction == 1 and not entry.get("complete"):
+    if not _bound(config) and not entry.get("complete"):
         kept = {name: made_by[name] for name in ROUNDINGS if name in made_by}
         roundings = changed({name: before.get(name) for name in kept}, kept)
         before = before | kept
