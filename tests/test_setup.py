@@ -37,6 +37,8 @@ def test_help_needs_no_environment(machine: Machine) -> None:
         (["--models"], "--models needs a value"),
         (["--models="], "--models needs a value"),
         (["--dev=maybe"], "--dev=maybe: true or false"),
+        (["--packages=cuda"], "--packages=cuda: auto, cpu, gpu or gpu-cu12"),
+        (["--packages", "cpu gpu"], "--packages=cpu gpu: auto"),
         (["--models=GPT"], "--models=GPT: unknown name 'GPT'"),
     ],
 )
@@ -53,10 +55,8 @@ def test_a_venv_is_made_and_the_second_run_installs_nothing(machine: Machine) ->
     assert done.returncode == 0, done.stderr
     assert machine.noted() == str(machine.tree / ".venv")
     lock = machine.tree / "requirements" / "cpu.txt"
-    aside = f"{machine.tree}/.venv/.torch_aside"
-    assert machine.pip("download") == [f"--no-deps --dest {aside} torch==2.13.0"]
     assert machine.pip() == [
-        f"--no-deps --require-hashes --no-index --find-links {aside} -r {aside}/torch.txt",
+        f"--no-deps --require-hashes -r {machine.tree}/.venv/.drdpo_torch.txt",
         f"--no-deps --require-hashes -r {lock}",
         f"--constraint {machine.tree}/.venv/.drdpo_constraint.txt torch==2.13.0",
     ]
@@ -71,14 +71,23 @@ def test_a_venv_is_made_and_the_second_run_installs_nothing(machine: Machine) ->
     assert machine.calls.read_text().splitlines()[-1].endswith("--models=auto --datasets=auto")
 
 
-def test_the_build_of_torch_that_pip_prefers_is_checked_against_the_lock(machine: Machine, tmp_path: Path) -> None:
-    """The list that its one requirement is installed from: the lock's lines of torch, digests and all, and no other."""
-    seen = tmp_path / "torch.txt"
-    machine.setup(KEEP_TORCH_LIST=str(seen))
-    lines = seen.read_text().splitlines()
-    assert lines[0] == "torch==2.13.0 \\" and len(lines) > 3 and not lines[-1].endswith("\\")
+CPU_INDEX = "--index-url https://download.pytorch.org/whl/cpu "
+
+
+@pytest.mark.parametrize(("place", "tries"), [("", 1), (CPU_INDEX, 2), ("nowhere", 2)])
+def test_the_cpu_build_of_torch_is_looked_for_and_checked_against_the_lock(machine: Machine, place: str, tries: int) -> None:
+    """In the places of pip's settings, then in PyTorch's index; else the package index's build, checked by the lock."""
+    done = machine.setup(TORCH_FROM=place)
+    assert done.returncode == 0, done.stderr
+    pinned = machine.tree / ".venv" / ".drdpo_torch.txt"
+    words = [f"--no-deps --require-hashes {index}-r {pinned}" for index in ("", CPU_INDEX)]
+    assert machine.pip()[:-2] == words[:tries]
+    assert ("the package index's build, with several GB" in done.stdout) == (place == "nowhere")
+    lines = pinned.read_text().splitlines()
+    assert lines[0] == "torch==2.13.0+cpu \\" and len(lines) > 3 and not lines[-1].endswith("\\")
     assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in lines[1:])
-    assert not (machine.tree / ".venv" / ".torch_aside").exists()
+    lock = (machine.tree / "requirements" / "cpu.txt").read_text()
+    assert "\n".join(["torch==2.13.0 \\", *lines[1:], "tqdm"]) in lock, "all digests of torch, and no others"
 
 
 def change_lock(machine: Machine) -> None:
@@ -329,17 +338,51 @@ def test_a_deleted_or_moved_environment_is_made_again(machine: Machine) -> None:
     assert len(machine.pip()) == 3
 
 
-def test_scripts_start_although_the_path_of_the_environment_holds_spaces(machine: Machine) -> None:
-    """pip copies DeepSpeed's launcher as it is, with a first line that the kernel cuts at the space."""
-    machine.setup()
+def test_uv_installs_where_it_is_on_the_path(machine: Machine, tmp_path: Path) -> None:
+    """With pip's index and folders, which it would not read, and no setting of its own changed."""
+    add_program(machine.standins, "uv", "setup/uv")
+    machine.variables["UV_PYTHON"] = str(machine.standins / "python3.11")
+    done = machine.setup("--dev", PIP_INDEX_URL="https://index.example/simple", PIP_FIND_LINKS="/a /b")
+    assert done.returncode == 0, done.stderr
+    calls = machine.calls.read_text()
+    assert "-m venv" not in calls and "-m pip install" not in calls
     folder = machine.tree / ".venv"
-    launcher = machine.add("deepspeed", f"#!{folder}/bin/python\nprint('started')\n", folder / "bin")
-    other = machine.add("other", "#!/bin/bash\necho other\n", folder / "bin")
-    (folder / ".drdpo_cpu.txt").unlink()
-    machine.setup()
-    done = subprocess.run([launcher], env=machine.variables, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "started\n", done.stderr
-    assert other.read_text() == "#!/bin/bash\necho other\n"
+    assert f"uv venv --quiet --clear --seed --python {machine.standins}/python3.11 {folder}\n" in calls
+    start = f"uv pip install --python {folder}/bin/python --compile-bytecode --quiet "
+    lists = machine.tree / "requirements"
+    assert [line.removeprefix(start) for line in calls.splitlines() if line.startswith(start)] == [
+        f"--no-deps --require-hashes -r {folder}/.drdpo_torch.txt",
+        f"--no-deps --require-hashes -r {lists}/cpu.txt",
+        f"--constraint {folder}/.drdpo_constraint.txt torch==2.13.0",
+        f"--no-deps --require-hashes -r {lists}/dev.txt",
+    ]
+    assert calls.count("uv settings https://index.example/simple /a,/b\n") == 5
+    machine.setup("--dev")
+    assert "uv pip" not in machine.calls.read_text(), "all is installed"
+    machine.add_gpu()
+    settings = {"UV_DEFAULT_INDEX": "https://own.example", "UV_FIND_LINKS": "/own"}
+    done = machine.setup(PIP_INDEX_URL="https://index.example/simple", PIP_FIND_LINKS="/a", **settings)
+    assert done.returncode == 0, done.stderr
+    calls = machine.calls.read_text()
+    assert calls.index(f"uv pip uninstall --quiet --python {folder}/bin/python torch\n") < calls.index("gpu.txt\n")
+    assert set(re.findall("uv settings (.*)", calls)) == {"https://own.example /own"}
+
+
+def test_uv_brings_a_python_where_there_is_none(machine: Machine) -> None:
+    add_program(machine.standins, "uv", "setup/uv")
+    machine.variables["UV_PYTHON"] = str((machine.standins / "python3.11").rename(machine.tree.parent / "brought"))
+    done = machine.setup()
+    assert done.returncode == 0, done.stderr
+    assert f"uv venv --quiet --clear --seed --python 3.11 {machine.tree}/.venv\n" in machine.calls.read_text()
+
+
+@pytest.mark.parametrize("lock", ["cpu", "gpu", "gpu-cu12"])
+def test_the_packages_of_another_machine(machine: Machine, lock: str) -> None:
+    """As on a login node without GPUs, or in the build of an image."""
+    assert lock_of(machine.setup(f"--packages={lock}")) == lock
+    machine.add_gpu("470.256.02")
+    assert lock_of(machine.setup(f"--packages={lock}")) == lock, "the driver is not asked"
+    assert ("drdpo.machine" in machine.calls.read_text()) == (lock != "cpu")
 
 
 def test_the_test_command_stops_at_the_first_failing_part(root: Path, machine: Machine) -> None:

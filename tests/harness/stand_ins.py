@@ -80,9 +80,9 @@ class Machine:
             cwd=self.tree.parent, env=environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
-    def pip(self, command: str = "install") -> list[str]:
-        """Arguments of pip's calls in the last run, without the fixed ones."""
-        start = f"python -m pip {command} --quiet --progress-bar off "
+    def pip(self) -> list[str]:
+        """Arguments of pip's installations in the last run, without the fixed ones."""
+        start = "python -m pip install --quiet --progress-bar off "
         return [line.removeprefix(start) for line in self.calls.read_text().splitlines() if line.startswith(start)]
 
     def noted(self) -> str:

@@ -1,0 +1,174 @@
+"""The recipes of container/, and CONTAINER=..., by which wrappers run in such an image, with a stand-in for apptainer."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness.runs import write_pairs
+from harness.stand_ins import Machine, add_program, make_environment
+
+LOCKS = ("cpu", "gpu", "gpu-cu12")
+PYTHON_OF = {"debian:12-slim": "3.11"}
+
+# The recipes
+
+
+def test_both_recipes_make_the_same_image(root: Path) -> None:
+    """The same base, files, step and variables; the version of Python is that of the locks and of setup.sh."""
+    docker = (root / "container" / "Dockerfile").read_text(encoding="utf-8")
+    apptainer = (root / "container" / "drdpo.def").read_text(encoding="utf-8")
+    (base,) = re.findall(r"^FROM (.+)$", docker, re.MULTILINE)
+    assert re.findall(r"^Bootstrap: (.+)\nFrom: (.+)$", apptainer, re.MULTILINE) == [("docker", base)]
+    sections = dict(re.findall(r"^%(\w+)\n((?:    .*\n|\n)+)", apptainer, re.MULTILINE))
+    lines = {name: [line.strip() for line in body.splitlines() if line.strip()] for name, body in sections.items()}
+    assert set(lines) == {"arguments", "files", "post", "environment"}
+    copied = [tuple(line.split()) for line in lines["files"]]
+    assert re.findall(r"^COPY (\S+) (\S+)$", docker, re.MULTILINE) == copied
+    assert all((root / source).exists() and target == f"/opt/drdpo/{source}" for source, target in copied)
+    assert lines["arguments"] == re.findall(r"^ARG (.+)$", docker, re.MULTILINE) == ["LOCK=gpu"]
+    (step,) = re.findall(r"^RUN (.+)$", docker, re.MULTILINE)
+    assert lines["post"] == [step.replace('"$LOCK"', "{{ LOCK }}")] == ["bash /opt/drdpo/container/install.sh {{ LOCK }}"]
+    (variables,) = re.findall(r"^ENV (.+)$", docker, re.MULTILINE)
+    exported = [line.removeprefix("export ") for line in lines["environment"] if not line.startswith("#")]
+    assert variables.split() == exported
+    assert exported == ["DRDPO_ENV=/opt/drdpo/.venv", "PATH=/opt/drdpo/.venv/bin:$PATH"]
+    for name in LOCKS:
+        assert f"for Python {PYTHON_OF[base]} on" in (root / "requirements" / f"{name}.txt").read_text().splitlines()[0]
+    setup = (root / "setup.sh").read_text(encoding="utf-8")
+    assert f"python={PYTHON_OF[base]} pip" in setup and f"for candidate in python{PYTHON_OF[base]} " in setup
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_the_step_installs_the_lock_that_it_is_told(root: Path, tmp_path: Path, lock: str) -> None:
+    machine = Machine(tmp_path)
+    (machine.tree / "container").mkdir()
+    shutil.copy(root / "container" / "install.sh", machine.tree / "container" / "install.sh")
+    for program in ("apt-get", "git", "rm"):
+        (machine.standins / program).unlink(missing_ok=True)
+        machine.add(program, f'#!/bin/bash\nprintf \'{program} %s\\n\' "$*" >>"$CALLS"\n')
+    done = machine.setup(lock, script="container/install.sh")
+    assert done.returncode == 0, done.stderr
+    calls = machine.calls.read_text()
+    (packages,) = re.findall(r"^apt-get install .*--no-install-recommends (.+)$", calls, re.MULTILINE)
+    assert {"ca-certificates", "g++", "git", "python3", "python3-dev", "python3-venv"} == set(packages.split())
+    assert calls.index("apt-get update") < calls.index("apt-get install") < calls.index("-m venv --clear")
+    assert f"--no-deps --require-hashes -r {machine.tree}/requirements/{lock}.txt" in machine.pip()
+    assert calls.endswith("/src/download_assets.py --models=none --datasets=none\n")
+    assert machine.noted() == f"{machine.tree}/.venv"
+
+
+# CONTAINER=...
+
+
+class Cluster:
+    """A host with SLURM and apptainer, and without an environment, beside an image that has one."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        self.folder, self.host, self.executed = folder, folder / "host bin", folder / "executed"
+        self.cwd = folder
+        for program in ("srun", "scontrol", "apptainer"):
+            add_program(self.host, program, f"slurm/{program}")
+        image = make_environment(folder / "environment of the image", {"python": python})
+        self.image = folder / "my image.sif"
+        self.image.touch()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "DRDPO"))}
+        self.variables = kept | {
+            "PATH": f"{self.host}:{os.environ['PATH']}", "DRDPO_ENV": str(folder / "gone"), "CONTAINER": str(self.image),
+            "IMAGE_ENV": str(image), "EXECUTED": str(self.executed), "LAUNCHED": str(folder / "launched"),
+            "CUDA_VISIBLE_DEVICES": "", "DRDPO_PROCESSES": "2",
+        }  # fmt: skip
+
+    def start(self, script: Path, *words: str, **variables: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            ["bash", str(script), *words], cwd=self.cwd, env=self.variables | variables, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, script: Path, *words: str, **variables: str) -> tuple[int, str, str]:
+        process = self.start(script, *words, **variables)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def executions(self) -> list[list[str]]:
+        """The words of apptainer's calls."""
+        return [line.split("\0")[:-1] for line in self.executed.read_text().splitlines()]
+
+    def words(self, root: Path, *command: str) -> list[str]:
+        """What apptainer is to be called with."""
+        elsewhere = [] if self.cwd == root else ["--bind", str(self.cwd)]
+        return ["exec", "--nv", "--bind", str(root), *elsewhere, str(self.image), "bash", *command, "CONTAINER="]
+
+
+def flags_of(folder: Path, model: Path) -> list[str]:
+    data = write_pairs(folder / "pairs")
+    return [f"--model_path={model}", f"--dataset_path={data}", f"--save_path={folder / 'my run'}",
+            "--train_batch_size=4", "--micro_batch_size=1"]  # fmt: skip
+
+
+def test_every_command_that_srun_starts_is_in_the_image(root: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    cluster, flags = Cluster(tmp_path, "slurm/python"), flags_of(tmp_path, tiny_policy)
+    job = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    status, _, err = cluster.run(root / "train_alignment.slurm", *flags, LAUNCH_STATUS="0", **job)
+    assert status == 0, err
+    script = [str(root / "train_alignment.sh"), *flags]
+    started = (tmp_path / "launched.srun").read_text().splitlines()
+    assert started[started.index("env") :][:3] == ["env", "CONTAINER=", "apptainer"]
+    assert cluster.executions() == [cluster.words(root, *script)] * 2
+    assert {"--node-rank=0", "--node-rank=1", "--master-addr=first"} < set((tmp_path / "launched").read_text().splitlines())
+
+
+def test_a_job_in_an_image_is_stopped_and_requeued_as_without(root: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    cluster, flags = Cluster(tmp_path, "slurm/python"), flags_of(tmp_path, tiny_policy)
+    with cluster.start(root / "train_alignment.slurm", *flags, SLURM_JOB_ID="40007") as job:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "launched").is_file():
+            assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        job.send_signal(signal.SIGUSR1)
+        job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert (tmp_path / "launched.told").read_text() == "SIGUSR1\n"
+    assert (tmp_path / "launched.requeue").read_text() == "requeue 40007\n"
+    assert cluster.executions() == [cluster.words(root, str(root / "train_alignment.sh"), *flags)]
+
+
+def test_the_leaderboard_starts_again_in_the_image(root: Path, tmp_path: Path) -> None:
+    """Under sbatch its script is a copy that the image may not see."""
+    cluster, spool = Cluster(tmp_path, "machine/printer"), tmp_path / "spool" / "slurm_script"
+    spool.parent.mkdir()
+    cluster.cwd = root
+    shutil.copy(root / "openllm_eval.slurm", spool)
+    status, out, err = cluster.run(spool, "--model_path=my model", SLURM_SUBMIT_DIR=str(root), SLURM_JOB_ID="42")
+    assert status == 0, err
+    assert cluster.executions() == [cluster.words(root, str(root / "openllm_eval.slurm"), "--model_path=my model")]
+    assert out == f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] WORLD_SIZE=\n"
+
+
+@pytest.mark.parametrize("script", ["train_alignment.sh", "generate_completions.sh", "train_alignment.slurm"])
+def test_without_slurm_every_wrapper_starts_again_in_the_image(root: Path, tmp_path: Path, script: str) -> None:
+    cluster = Cluster(tmp_path, "machine/printer")
+    status, out, err = cluster.run(root / script, "--model_path=my model", "--save_path=out", DRDPO_PROCESSES="1")
+    assert status == 0, err
+    name = script.replace(".slurm", ".sh")
+    assert cluster.executions() == [cluster.words(root, str(root / name), "--model_path=my model", "--save_path=out")]
+    assert "[--model_path=my model] [--save_path=out]" in out
+
+
+@pytest.mark.parametrize("script", ["train_alignment.slurm", "openllm_eval.slurm", "generate.sh"])
+def test_no_image_and_no_apptainer_are_one_line(root: Path, tmp_path: Path, script: str) -> None:
+    cluster = Cluster(tmp_path, "machine/printer")
+    status, out, err = cluster.run(root / script, "--model_path=m", CONTAINER="no.sif")
+    line = f"error: CONTAINER=no.sif does not exist in {tmp_path}; make it: apptainer build drdpo.sif container/drdpo.def\n"
+    assert (status, out, err) == (2, "", line)
+    (cluster.host / "apptainer").unlink()
+    for tool in ("bash", "dirname"):
+        (cluster.host / tool).symlink_to(str(shutil.which(tool)))
+    status, out, err = cluster.run(root / script, "--model_path=m", PATH=str(cluster.host))
+    line = f"error: CONTAINER={cluster.image}, but there is no apptainer on this machine's PATH\n"
+    assert (status, out, err) == (2, "", line)
