@@ -150,7 +150,9 @@ def test_the_leaderboard_starts_again_in_the_image(root: Path, tmp_path: Path) -
     assert out == f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] WORLD_SIZE=\n"
 
 
-@pytest.mark.parametrize("script", ["train_alignment.sh", "generate_completions.sh", "train_alignment.slurm"])
+@pytest.mark.parametrize(
+    "script", ["train_alignment.sh", "generate_completions.sh", "train_alignment.slurm", "generate_completions.slurm"]
+)
 def test_without_slurm_every_wrapper_starts_again_in_the_image(root: Path, tmp_path: Path, script: str) -> None:
     cluster = Cluster(tmp_path, "machine/printer")
     status, out, err = cluster.run(root / script, "--model_path=my model", "--save_path=out", DRDPO_PROCESSES="1")
@@ -158,6 +160,21 @@ def test_without_slurm_every_wrapper_starts_again_in_the_image(root: Path, tmp_p
     name = script.replace(".slurm", ".sh")
     assert cluster.executions() == [cluster.words(root, str(root / name), "--model_path=my model", "--save_path=out")]
     assert "[--model_path=my model] [--save_path=out]" in out
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_a_job_of_step_1_samples_and_scores_in_the_image(root: Path, tmp_path: Path, nodes: str) -> None:
+    cluster = Cluster(tmp_path, "machine/printer")
+    job = {"SLURM_JOB_ID": "40008", "SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_NODELIST": "a,b", "SLURM_NODEID": "0"}
+    status, out, err = cluster.run(root / "generate_completions.slurm", "--model_path=m", "--save_path=out", **job)
+    assert status == 0, err
+    calls = cluster.executions()
+    commands = [[word for word in call[call.index(str(cluster.image)) + 1 :] if word != "CONTAINER="] for call in calls]
+    sample = ["python", f"{root}/src/generate_completions.py", "--model_path=m", "--save_path=out"]
+    check = ["env", "WORLD_SIZE=1", "python", f"{root}/src/score_completions.py", *sample[2:], "--check_only=true"]
+    assert commands[0] == check and sample in commands[1:]
+    assert {command[0] for command in commands[1:]} == {"python", "bash"}
+    assert "src/score_completions.py" in out
 
 
 @pytest.mark.parametrize("script", ["train_alignment.slurm", "openllm_eval.slurm", "generate.sh"])
