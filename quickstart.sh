@@ -64,7 +64,7 @@ say() {
 : >"$output_path/times.tsv"
 
 say "environment, embedded models and prompts"
-bash "$ROOT/setup.sh" --models=embedded --datasets=embedded
+[[ -n "${CONTAINER:-}" ]] || bash "$ROOT/setup.sh" --models=embedded --datasets=embedded # In an image env.sh starts this again.
 # shellcheck source=src/env.sh
 source "$ROOT/src/env.sh"
 export DRDPO_PROCESSES="${DRDPO_PROCESSES:-1}" # Too little work for several GPUs.

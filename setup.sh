@@ -164,7 +164,8 @@ pip_install() {
     local words=(--quiet)
     [[ ! -t 1 ]] || words=() # Show progress on a terminal.
     if has_uv; then
-        DS_BUILD_OPS=0 uv pip install --python "$environment/bin/python" --compile-bytecode ${words[@]+"${words[@]}"} "$@"
+        DS_BUILD_OPS=0 uv pip install --python "$environment/bin/python" --compile-bytecode ${words[@]+"${words[@]}"} \
+            "${@/#--index-url/--default-index}" # which outdoes UV_DEFAULT_INDEX
     else
         [[ -t 1 ]] || words+=(--progress-bar off)
         DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$environment/bin/python" -m pip install ${words[@]+"${words[@]}"} "$@"
@@ -281,6 +282,12 @@ install_lock() {
 }
 
 parse_flags "$@"
+
+# An image (container/) has the packages, and the checkout's .environment is the host's.
+if [[ "${DRDPO_ENV:-}" == /opt/drdpo/.venv ]]; then
+    [[ "$packages$torch_index$dev" == autofalse ]] || die "an image's packages are fixed; omit --packages, --torch_index and --dev"
+    exec "$DRDPO_ENV/bin/python" "$ROOT/src/download_assets.py" --models="$models" --datasets="$datasets"
+fi
 
 # env.sh refuses a recorded environment that is missing; setup creates it again.
 if [[ -f "$ROOT/.environment" && ! -x "$(<"$ROOT/.environment")/bin/python" ]]; then

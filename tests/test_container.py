@@ -62,6 +62,23 @@ def test_the_step_installs_the_lock_that_it_is_told(root: Path, tmp_path: Path, 
     assert machine.noted() == f"{machine.tree}/.venv"
 
 
+def test_in_an_image_setup_only_fetches(root: Path, tmp_path: Path) -> None:
+    """The checkout's .environment, of the host, stays; of DRDPO_ENV only the image's path can be tested without an image."""
+    text = (root / "setup.sh").read_text(encoding="utf-8")
+    image = tmp_path / "image" / ".venv"
+    add_program(image / "bin", "python", "machine/printer")
+    tree = tmp_path / "tree"
+    (tree / "src").mkdir(parents=True)
+    (tree / ".environment").write_text("the host's\n")
+    (tree / "setup.sh").write_text(text.replace("/opt/drdpo/.venv", str(image)))
+    for flags, status, said in ((["--models=embedded"], 0, "download_assets.py] [--models=embedded]"), (["--dev"], 1, "")):
+        done = subprocess.run(["bash", tree / "setup.sh", *flags], env=os.environ | {"DRDPO_ENV": str(image)},
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert (done.returncode, said in done.stdout) == (status, True), done.stderr
+    assert "an image's packages are fixed" in done.stderr
+    assert (tree / ".environment").read_text() == "the host's\n"
+
+
 # CONTAINER=...
 
 

@@ -127,6 +127,15 @@ def test_torch_from_another_index(machine: Machine) -> None:
     assert not any("index.example" in call for call in machine.pip()), "the installed torch is kept"
 
 
+def test_uv_takes_torch_from_the_index_that_is_asked_for(machine: Machine) -> None:
+    """Whatever index its settings name."""
+    add_program(machine.standins, "uv", "setup/uv")
+    machine.variables["UV_PYTHON"] = str(machine.standins / "python3.11")
+    machine.setup("--torch_index=https://index.example/cpu", PIP_INDEX_URL="https://mirror.example/simple")
+    calls = machine.calls.read_text()
+    assert "--no-deps --default-index https://index.example/cpu torch==2.13.0" in calls and "--index-url" not in calls
+
+
 def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
     machine.add_gpu()
     done = machine.setup()

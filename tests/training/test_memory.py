@@ -418,8 +418,21 @@ def test_activations_are_kept_if_memory_allows(free, expected, line, tiny_policy
     monkeypatch.setattr(memory, "_free", lambda: (free, 1))
     for asked in ("auto", "true", "false"):
         found, _ = preflight(run_of(open_config(tiny_policy, gradient_checkpointing=asked), pairs))
-        assert found.config.gradient_checkpointing == (expected if asked == "auto" else asked)
+        assert found.config.gradient_checkpointing == asked, "the flag stays, for a repeated run on another machine"
+        assert found.recompute == (2 if (expected if asked == "auto" else asked) == "true" else 0)
         assert (f"recompute {line}" in capsys.readouterr().out) == (asked == "auto")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"method": "group:0.5", "group_column": "group"}, {"loss_type": "sigmoid_norm", "packing": False},
+     {"weight_column": "trust", "packing": False}],
+    ids=str,
+)  # fmt: skip
+def test_the_step_of_a_method_with_a_state_or_columns_is_predicted(flags, tiny_policy, capsys):
+    columns = {"group": 0.0, "trust": 1.0, "chosen_tokens": 20.0, "rejected_tokens": 30.0}
+    preflight(run_of(open_config(tiny_policy, **flags), [Pair([5] * 40, [6] * 20, [7] * 30, columns=columns)] * 4))
+    assert "memory    predicted peak" in capsys.readouterr().out
 
 
 def test_the_fewest_layers_recompute(tiny_policy, monkeypatch, capsys):

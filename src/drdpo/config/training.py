@@ -465,6 +465,11 @@ def _check_named(config: TrainConfig) -> None:
     """Refuse a --method with flags that it does not use or without those that it needs, and what is not parsed."""
     require(len(config.mixtures) == len(config.eval_mixture), "--eval_mixture: two mixtures have the same name")
     require(config.eval_columns is None or bool(config.eval_groups), "--eval_columns names no field; omit it")
+    for taken in (config.group_column, "chosen_tokens", "rejected_tokens"):
+        require(
+            config.weight_column is None or config.weight_column != taken,
+            f"--weight_column={config.weight_column} names a column of other numbers: groups, or tokens; rename yours",
+        )
     name = config.named_method[0] if config.named_method else None
     require(
         (name == "group") == (config.group_column is not None),

@@ -332,8 +332,7 @@ def _write(
     for_the_hub = "" if config.limit else hub_results(whole, date)
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
-    if (output / FOR_THE_HUB).is_dir():
-        remove_tree(output / FOR_THE_HUB)
+    (output / FOR_THE_HUB / "leaderboard.yaml").unlink(missing_ok=True)
     write_manifest(
         output,
         STEP,

@@ -408,6 +408,8 @@ def _read_parts(engine: Engine, place: Path) -> None:
 def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of every file, flushed to disk, each by one of the ranks."""
     names = sorted(path.name for path in folder.iterdir())
+    if distributed.any_rank(len(set(distributed.gather_floats([len(names)]))) > 1):
+        raise OSError("not every rank sees all files")
     rows = []
     for number in distributed.shard(range(len(names))):
         flush(folder / names[number])

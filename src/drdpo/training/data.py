@@ -339,7 +339,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch as one row without padding: every pair's prompt once or twice, then its answers."""
+    """One micro-batch as one row without padding: every pair's prompt once, then its answers."""
 
     indices_B: Tensor
     """[B] position of every pair in its split; joins the reference log-probs."""

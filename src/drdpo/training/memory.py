@@ -69,7 +69,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
     """Print, on rank 0, what the run will do and the memory it will need. Every rank must call.
 
     Returns:
-        The run, with --gradient_checkpointing=auto resolved, and what a step's work depends on.
+        The run, with its recomputed layers, and what a step's work depends on.
 
     Raises:
         DataError: there is no such model, transformers does not know its architecture, or --wdpo_solver=tangent does not.
@@ -86,8 +86,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         layers, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
         lines = [*_work(run, shape, dealt), _lengths(run), *_beyond(policy, pairs), *lines]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
-    layers = int(_of_all(float(layers))[0])
-    return replace(run, config=_recomputing(run.config, layers), recompute=layers), shape
+    return replace(run, recompute=int(_of_all(float(layers))[0])), shape
 
 
 def _recomputing(config: TrainConfig, layers: int) -> TrainConfig:
@@ -539,7 +538,7 @@ def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     try:
         with _Alive(policy.head.weight.shape[0], known) as alive:
-            plain = replace(method, weights=None)  # weights look at values
+            plain = replace(method, weights=None, begin=None, update=None)  # weights look at values
             objective(policy, given, torch.zeros(pairs, 2, device=meta), plain, population).total.backward()
     finally:
         for hook in hooks:
@@ -553,7 +552,9 @@ def _as_packed(batch: Batch) -> PackedBatch:
     nothing_A = torch.zeros_like(batch.targets_A)
     tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
     groups = (PrefixGroup(0, (width,)),) * rows
-    return PackedBatch(batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups)
+    return PackedBatch(
+        batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups, batch.columns
+    )
 
 
 class _Alive(TorchDispatchMode):

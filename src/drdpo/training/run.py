@@ -124,7 +124,8 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import check_states
 
-        check_states(folder / "resume", _bound(config))
+        if not before.get("complete"):
+            check_states(folder / "resume", _bound(config))
     if config.check_only:
         announce(precision)
 
@@ -136,6 +137,11 @@ def _check_own(config: TrainConfig, method: Method) -> None:
         raise UsageError(
             f"{type(config).__name__} is a command line of its own, but its method is called {method.label}, as one of "
             "train_alignment.sh: pass a function to main that returns a Method with another name, see docs/own.md"
+        )
+    if config.weight_column != method.weight_column:
+        raise UsageError(
+            f"--weight_column={config.weight_column}, but {method.name} has {method.weight_column}: make it with "
+            "replace(method_of(config), ...), or omit the flag"
         )
     if method.penalty not in (None, chosen.penalty):
         raise UsageError(
