@@ -67,7 +67,7 @@ def apart(model, attention: str, pairs: list[Pair]) -> float:
         theirs_S = by_transformers(model, pairs)
         model.set_attn_implementation(attention)
         check_numbers(model, "m")
-        batch = form_batch(pairs, range(len(pairs)), attention == SHARED_PREFIX, True)
+        batch = form_batch(pairs, range(len(pairs)), attention == SHARED_PREFIX)
         ours_S = Policy(model)(batch).logprob_S
         model.set_attn_implementation("eager")
     assert theirs_S.abs().min() > 0.1, "nothing to tell apart"

@@ -89,10 +89,6 @@ def preflight(run: Run) -> tuple[Run, Shape]:
     return replace(run, recompute=int(_of_all(float(layers))[0])), shape
 
 
-def _recomputing(config: TrainConfig, layers: int) -> TrainConfig:
-    return replace(config, gradient_checkpointing="true" if layers else "false")
-
-
 def _dealt(run: Run) -> list[list[int]]:
     """All ranks' micro-batches of the steps that take every pair once, or of the run if that is shorter."""
     plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
@@ -172,7 +168,7 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
             limit, kept = int(CPU_SHARE * free) // sharers if process else int(MARGIN * free), need.total
             layers = 0 if kept <= limit else fewest_layers(whole, limit, lambda layers: need_of(layers).total)
             need = need_of(layers) if layers else need
-            config = _recomputing(config, layers)
+            config = replace(config, gradient_checkpointing="true" if layers else "false")
             verdict = (f"on for {layers} of {whole} layers", "exceeds") if layers else ("off", "fits")
             share = f"{CPU_SHARE:.0%} of the memory's" if process else f"{MARGIN:.0%} of a GPU's"
             each = f", for each of {sharers} processes" if sharers > 1 else ""
