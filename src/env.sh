@@ -145,9 +145,9 @@ check_launch() {
 
 # prepare_launch LOGS SCRIPT FLAG...: set the array `launched` to the command that runs a script with one process per GPU, or
 # with $DRDPO_PROCESSES: python for a single one, torchrun for several, after checking flags and inputs. LOGS: the folder for
-# the processes' output, or /dev/null.
+# the processes' output, or /dev/null. With launch_nodes=1 the other machines of DRDPO_NODES have launchers of their own.
 prepare_launch() {
-    local logs="$1" nodes="${DRDPO_NODES:-1}" node="${DRDPO_NODE_RANK:-${SLURM_NODEID:-}}" processes cores where
+    local logs="$1" nodes="${launch_nodes:-${DRDPO_NODES:-1}}" node="${DRDPO_NODE_RANK:-${SLURM_NODEID:-}}" processes cores where
     shift
     launched=(python "$@")
     if wants_help "$@"; then

@@ -155,16 +155,19 @@ def test_a_job_in_an_image_is_stopped_and_requeued_as_without(root: Path, tiny_p
     assert cluster.executions() == [cluster.words(root, str(root / "train_alignment.sh"), *flags)]
 
 
-def test_the_leaderboard_starts_again_in_the_image(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_leaderboard_starts_again_in_the_image(root: Path, tmp_path: Path, nodes: int) -> None:
     """Under sbatch its script is a copy that the image may not see."""
     cluster, spool = Cluster(tmp_path, "machine/printer"), tmp_path / "spool" / "slurm_script"
     spool.parent.mkdir()
     cluster.cwd = root
     shutil.copy(root / "openllm_eval.slurm", spool)
-    status, out, err = cluster.run(spool, "--model_path=my model", SLURM_SUBMIT_DIR=str(root), SLURM_JOB_ID="42")
+    job = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": str(nodes)}
+    status, out, err = cluster.run(spool, "--model_path=my model", **job)
     assert status == 0, err
-    assert cluster.executions() == [cluster.words(root, str(root / "openllm_eval.slurm"), "--model_path=my model")]
-    assert out == f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] WORLD_SIZE=\n"
+    times = {1: 1, 2: 4}[nodes]  # one divides, two evaluate, one writes
+    assert cluster.executions() == times * [cluster.words(root, str(root / "openllm_eval.slurm"), "--model_path=my model")]
+    assert out == times * f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] WORLD_SIZE=\n"
 
 
 @pytest.mark.parametrize(

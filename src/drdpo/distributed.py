@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from drdpo.errors import ProcessError, UsageError, one_line
 
@@ -43,6 +43,37 @@ def world_size() -> int:
 def is_main() -> bool:
     """Is this rank 0, which prints and writes?"""
     return rank() == 0
+
+
+class Machines(NamedTuple):
+    """Those that divide the parts of a result. They share only the folder, so that the loss of one disturbs no other."""
+
+    nodes: int
+    this: int | None
+    """None for the process that divides the parts before the others make them, and writes the result afterwards."""
+
+    @property
+    def by_others(self) -> bool:
+        """Is this the process that only divides and writes?"""
+        return self.nodes > 1 and self.this is None
+
+
+ALONE = Machines(1, None)
+
+
+def machines() -> Machines:
+    """What the environment variables DRDPO_NODES (1 by default) and DRDPO_NODE_RANK say.
+
+    Raises:
+        UsageError: they are not a number and a number below it.
+    """
+    words = os.environ.get("DRDPO_NODES") or "1", os.environ.get("DRDPO_NODE_RANK") or None
+    count, this = (int(word) if word and word.isdecimal() else None for word in words)
+    if count == 1:
+        return ALONE
+    if not count or (words[1] is not None and (this is None or this >= count)):
+        raise UsageError(f"DRDPO_NODES={words[0]} and DRDPO_NODE_RANK={words[1]} must be a number and one below it, from 0")
+    return Machines(count, this)
 
 
 def shard(items: Sequence[Item]) -> list[Item]:

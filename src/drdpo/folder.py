@@ -536,6 +536,31 @@ class Parts:
         self._file = self._folder / f"{len(list(self._folder.glob('*.jsonl')))}.{self._rank}.jsonl"
         distributed.barrier()  # until all ranks have found the same parts, none adds one
 
+    def divide(self, count: int, group: distributed.Machines, what: str) -> bool:
+        """Divide the unfinished ones of `count` parts among machines; returns whether there are any. `what`: for a note."""
+        if left := [number for number in range(count) if number not in self.done]:
+            with atomic_file(self._folder / "shares.json") as stream:
+                json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
+            print(f"{len(left)} of {count} {what} are left for {group.nodes} machines", flush=True)
+        return bool(left)
+
+    def share(self, group: distributed.Machines, what: str) -> list[int] | None:
+        """Numbers of the parts of this machine, of those that were unfinished; None for all, without several machines.
+
+        Raises:
+            UsageError: the parts are not divided among so many machines.
+        """
+        if group.this is None:
+            return None
+        file = self._folder / "shares.json"
+        shares = json.loads(file.read_text()) if self.plan is not None and file.is_file() else []
+        if len(shares) != group.nodes:
+            raise UsageError(
+                f"{self._folder.parent}: the {what} are not divided among {group.nodes} machines; run the same command once "
+                f"with DRDPO_NODES={group.nodes} and without DRDPO_NODE_RANK, then on every machine with both"
+            )
+        return list(shares[group.this])
+
     def find(self) -> None:
         """Look for the finished parts of all runs and ranks."""
         self._places = {

@@ -12,8 +12,8 @@ from typing import Any
 import datasets.exceptions
 import pytest
 import yaml
-from harness.forks import Forks
-from harness.stand_ins import make_environment
+from harness.forks import RANK_VARIABLES, Forks, statuses
+from harness.stand_ins import add_program, make_environment
 
 from drdpo.chat import DATE_STRING
 from drdpo.cli import parse
@@ -433,6 +433,54 @@ def test_ranks_agree_on_what_is_finished(forks: Forks, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True], ids=["two nodes", "one is lost"])
+def test_a_job_on_two_nodes_gives_the_table_of_one_machine(
+    root: Path, forks: Forks, tiny_policy: Path, tasks: Path, tmp_path: Path, lost: bool
+) -> None:
+    """openllm_eval.slurm with a stand-in for srun; the second of two tasks is the second node's."""
+    script, output = root / "src" / "evaluate_openllm.py", tmp_path / "out"
+    flags = [f"--model_path={tiny_policy}", "--tasks=tiny", f"--include_path={tasks}", "--dtype=float32", "--batch_size=1"]
+    names = (*RANK_VARIABLES, "DRDPO_NODES", "DRDPO_NODE_RANK")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    kept |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+
+    def start(node: int | None, faults: Any = ()) -> Any:
+        group = {"DRDPO_NODES": "2"} | ({} if node is None else {"DRDPO_NODE_RANK": str(node)})
+        return forks.start([sys.executable, script, *flags, f"--output_path={output}"], kept | group, faults=faults)
+
+    alone = forks.run([sys.executable, script, *flags, f"--output_path={tmp_path / 'alone'}"], kept)
+    assert alone.returncode == 0, alone.stderr
+    if lost:
+        early = start(1)
+        assert early.wait() == 2 and "the tasks are not divided among 2 machines" in early.said()[1]
+        divided = start(None)
+        assert divided.wait() == 0 and "2 of 2 tasks are left for 2 machines" in divided.said()[0]
+        dead = {"at": "drdpo.evaluation.leaderboard:_task_part", "call": 1, "when": "after", "signal": "SIGKILL"}
+        nodes = [start(0), start(1, [dead])]
+        assert statuses(nodes) == [0, -9], [node.said() for node in nodes]
+        assert (output / ".lock.1").exists() and not (output / "results.json").exists()
+
+    place = forks.environment(tmp_path / "environment")
+    add_program(place / "bin", "srun", "slurm/srun")
+    job = {"DRDPO_ENV": str(place), "LAUNCHED": str(tmp_path / "launched"), "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", str(root / "openllm_eval.slurm"), *flags, f"--output_path={output}"]
+    done = subprocess.run(command, env=kept | job, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{2 - lost} of 2 tasks are left for 2 machines" in done.stdout
+    ran = sorted(line for line in done.stdout.splitlines() if " of 2: " in line)
+    assert ran == ["task 1 of 2: tiny_choice", "task 2 of 2: tiny_generation"][lost:]
+    assert (output / "table.md").read_bytes() == (tmp_path / "alone" / "table.md").read_bytes()
+    for name, times in (("results.json", ("date",)), ("manifest.json", ("date", "flags"))):
+        ours, theirs = (json.loads((folder / name).read_text()) for folder in (output, tmp_path / "alone"))
+        ours, theirs = (
+            {k: v for k, v in found.get("evaluate_openllm", found).items() if k not in times} for found in (ours, theirs)
+        )
+        assert json.dumps(ours) == json.dumps(theirs), name
+    left = sorted(file.name for file in output.iterdir())
+    assert left == sorted(file.name for file in (tmp_path / "alone").iterdir())
+
+
+@pytest.mark.slow
 def test_what_the_model_does_not_see_is_counted(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
     """Prompts cut from the left, and descriptions that a template without a system role drops, in table and manifest."""
     folder = tmp_path / "no system role"
@@ -555,6 +603,26 @@ def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: 
     assert launched.startswith(f"python [-P] [{root}/src/drdpo/launch.py] [--standalone]")
     assert "[--nproc-per-node=4] [--log-dir=/dev/null]" in launched
     assert script in launched
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_the_nodes_of_a_job_start_launchers_of_their_own(root: Path, fakes: Path, tmp_path: Path, gpus: int) -> None:
+    add_program(fakes / "bin", "srun", "slurm/srun")
+    job = {"SLURM_JOB_NUM_NODES": "2", "LAUNCHED": str(tmp_path / "launched"), "SLURM_CPUS_PER_TASK": "7"}
+    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=gpus, **job)
+    assert done.returncode == 0, done.stderr
+    words = f"[{root}/src/evaluate_openllm.py] [--model_path=m]"
+    divide, *nodes, write = done.stdout.splitlines()
+    assert divide == write == f"python {words} WORLD_SIZE="
+    launcher = f"python [-P] [{root}/src/drdpo/launch.py] [--standalone] [--local-addr=127.0.0.1] [--nproc-per-node=4] "
+    each = [f"python {words} [--check_only=true] WORLD_SIZE=4", f"{launcher}[--log-dir=/dev/null] {words} WORLD_SIZE="]
+    assert sorted(nodes) == sorted(2 * (each if gpus else [divide]))
+    srun = (tmp_path / "launched.srun").read_text().splitlines()
+    assert srun[:4] == ["--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"] and srun[-1] == "cpus=7"
+    failed = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", FAKE_STATUS="3", **job)
+    assert failed.returncode == 3 and failed.stdout == f"{divide}\n", "nothing follows"
+    checked = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--check_only=true", **job)
+    assert checked.stdout == f"python [{root}/src/evaluate_openllm.py] [--check_only=true] WORLD_SIZE=\n"
 
 
 def test_hidden_gpus_do_not_count(root: Path, fakes: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from harness.reward_models import write_embedded_like
 from harness.stand_ins import add_program
 from sampling.conftest import QUESTIONS, write_prompts
 
+from drdpo.distributed import Machines, machines
 from drdpo.errors import UsageError
-from drdpo.sampling.pool import Machines, machines
 
 FILES = ("sampled/test.jsonl", "sampled/train.jsonl", "sampled/rejects.jsonl", "test.jsonl", "train.jsonl", "rejects.jsonl")
 
@@ -90,7 +90,10 @@ def test_a_host_that_is_lost_costs_its_unfinished_blocks(root, hosts, words, sta
     save = tmp_path / "out"
     early = start(save, node=1)
     assert early.wait() == 2
-    assert "the blocks are not divided among 2 machines; run the same command once with DRDPO_NODES=2 and" in early.said()[1]
+    assert (
+        "the blocks of test are not divided among 2 machines; run the same command once with DRDPO_NODES=2 and"
+        in early.said()[1]
+    )
 
     def divide() -> str:
         fork = start(save)
@@ -98,13 +101,17 @@ def test_a_host_that_is_lost_costs_its_unfinished_blocks(root, hosts, words, sta
         return fork.said()[0]
 
     said = divide()
-    assert "train: 2 of 2 blocks are left for 2 machines" in said and "test: 5 of 5 blocks are left for 2 machines" in said
+    assert (
+        "2 of 2 blocks of train are left for 2 machines" in said and "5 of 5 blocks of test are left for 2 machines" in said
+    )
     # The second host has two blocks of test, then one of train.
     lost = {"at": "drdpo.sampling.sample:_keep", "call": 1, "when": "after", "signal": "SIGKILL"}
     assert statuses([start(save, node=0), start(save, node=1, faults=[lost])]) == [0, -9]
     assert (save / "sampled" / ".lock.1").exists() and not (save / "sampled" / "test.jsonl").exists()
     said = divide()
-    assert "test: 1 of 5 blocks are left for 2 machines" in said and "train: 1 of 2 blocks are left for 2 machines" in said
+    assert (
+        "1 of 5 blocks of test are left for 2 machines" in said and "1 of 2 blocks of train are left for 2 machines" in said
+    )
     again = [start(save, node=0), start(save, node=1)]
     assert statuses(again) == [0, 0], [fork.said() for fork in again]
     assert ["loading" in fork.said()[0] for fork in again] == [True, False], "one block a split, for the first"

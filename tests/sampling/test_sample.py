@@ -15,13 +15,13 @@ from harness.forks import Forks
 
 from drdpo import chat
 from drdpo.config import CompletionsConfig
+from drdpo.distributed import Machines
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.machine import resolve_dtype
 from drdpo.records import Completion, read_records
 from drdpo.sampling import engines
 from drdpo.sampling import sample as step
 from drdpo.sampling.engines import Sample
-from drdpo.sampling.pool import Machines
 from drdpo.sampling.sample import _LazyEngines, sample_completions
 
 Flags = Callable[..., CompletionsConfig]

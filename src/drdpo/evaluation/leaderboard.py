@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_arguments
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
-from drdpo.distributed import is_main, rank, world_size
+from drdpo.distributed import is_main, machines, rank, world_size
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.evaluation.leaderboard_scores import hub_results, json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
@@ -57,7 +57,8 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     the same command resumes a killed evaluation.
 
     The hf backend is data-parallel: the launcher starts one process per GPU, and rank 0 writes. The vllm backend is one
-    process that starts an engine per --tensor_parallel_size GPUs.
+    process that starts an engine per --tensor_parallel_size GPUs. Several machines take three rounds, as in sampling: one
+    process divides the unfinished tasks, every machine runs its share, and one process writes.
 
     Raises:
         UsageError: an unknown task, a missing --include_path, a backend that is not installed, a GPU count that
@@ -65,7 +66,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
             locked or contains results from a different configuration.
         DataError: the model folder or its chat template cannot be used, or a task's data cannot be loaded.
     """
-    names = split_tasks(config.tasks)
+    names, group = split_tasks(config.tasks), machines()
     context = context_length(config, check_model(config.model_path, config.apply_chat_template).structure.positions)
     _check_backend(config)
     output = output_folder(config)
@@ -80,28 +81,33 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
         return
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is a file; pass a folder as --output_path")
-    parts = Parts(output / PARTS, made_by, config.overwrite, rank())
+    parts = Parts(output / PARTS, made_by, config.overwrite, (group.this or 0) if is_main() else rank())
     model_args = _model_args(config)
     manager, leaves = find_tasks(names, config.include_path, model_args)
     if is_main():
-        refuse_if_locked(output)
-    if config.check_only:
+        refuse_if_locked(output, group.this)
+    share = parts.share(group, "tasks")
+    if config.check_only or share == [] or (group.by_others and not is_main()):
         return
     model_args |= _parallelism(config)
     if config.backend == "hf":  # vLLM finds its own limit
         model_args["max_length"] = context
     # The other ranks wait for rank 0 when lm-eval joins the process group.
-    loaded = _prepare(config, context, manager, names, leaves) if is_main() else None
+    loaded = _prepare(config, context, manager, names, leaves) if is_main() else {}
     # If rank 0 fails to lock, the launcher stops the others.
-    with lock_folder(output) if is_main() else nullcontext():
-        if is_main():
+    with lock_folder(output, group.this) if is_main() else nullcontext():
+        if is_main() and group.this is None:
             sweep(output)
-        model = _load_model(config, model_args)
-        loaded = loaded or manager.load(names)
-        _evaluate(config, manager, model, model_args, loaded["tasks"], parts)
-        if is_main():
-            facts = {"max_length": int(model.max_length), "dtype_reason": precision.reason}
-            _write(config, output, made_by, _combine(loaded, parts), facts)
+        if group.by_others:
+            parts.open(list(loaded["tasks"]))
+            if parts.divide(len(loaded["tasks"]), group, "tasks"):
+                return
+        else:
+            model = _load_model(config, model_args)
+            loaded = loaded or manager.load(names)
+            _evaluate(config, manager, model, model_args, loaded["tasks"], parts, share)
+        if is_main() and group.this is None:
+            _write(config, output, made_by, _combine(loaded, parts), {"dtype_reason": precision.reason})
             parts.remove()
 
 
@@ -233,13 +239,14 @@ def _evaluate(
     model_args: dict[str, Any],
     tasks: dict[str, Any],
     parts: Parts,
+    share: list[int] | None = None,
 ) -> None:
-    """Run the unfinished tasks and keep what lm-eval returns for each, on rank 0, as a part."""
+    """Run the unfinished tasks, or those of a share, and keep what lm-eval returns for each, on rank 0, as a part."""
     import lm_eval
     import torch
 
     parts.open(list(tasks))
-    todo = [number for number in range(len(tasks)) if number not in parts.done]
+    todo = [number for number in (range(len(tasks)) if share is None else share) if number not in parts.done]
     if parts.done and is_main():
         print(f"resuming; {len(parts.done)} of {len(tasks)} tasks are finished", flush=True)
     # With several engines lm-eval starts them again for every call, so that there is one.
@@ -341,6 +348,7 @@ def _write(
         date=date,
         chat_template_sha256=digest,
         task_versions=whole["versions"],
+        max_length=int(whole["max_length"]),
         **facts,
         samples=whole["n-samples"],
         cut_prompts=whole["cut_prompts"],

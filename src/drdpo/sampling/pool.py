@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.sampling.engines import Engine, EngineSettings, Request, Sample, Sampling, TransformersEngine
@@ -101,32 +101,6 @@ def plan_engines(engine: str, tensor_parallel_size: int, gpus: list[str]) -> lis
         print(f"{len(gpus) % tensor_parallel_size} of {len(gpus)} GPUs are unused (--tensor_parallel_size)", flush=True)
     parts = [gpus[first * tensor_parallel_size :][:tensor_parallel_size] for first in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
-
-
-class Machines(NamedTuple):
-    """Those that sample together. They share nothing but the folder, so that the loss of one disturbs no other."""
-
-    nodes: int
-    this: int | None
-    """None for the process that divides the blocks before the others sample and writes the results afterwards."""
-
-
-ALONE = Machines(1, None)
-
-
-def machines() -> Machines:
-    """What the environment variables DRDPO_NODES (1 by default) and DRDPO_NODE_RANK say.
-
-    Raises:
-        UsageError: they are not a number and a number below it.
-    """
-    words = os.environ.get("DRDPO_NODES") or "1", os.environ.get("DRDPO_NODE_RANK") or None
-    count, this = (int(word) if word and word.isdecimal() else None for word in words)
-    if count == 1:
-        return ALONE
-    if not count or (words[1] is not None and (this is None or this >= count)):
-        raise UsageError(f"DRDPO_NODES={words[0]} and DRDPO_NODE_RANK={words[1]} must be a number and one below it, from 0")
-    return Machines(count, this)
 
 
 class Engines(Protocol):

@@ -19,11 +19,11 @@ from typing import Any
 from drdpo import chat
 from drdpo.cli import as_dict, require
 from drdpo.config import CompletionsConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.distributed import ALONE, Machines, machines
+from drdpo.errors import DataError
 from drdpo.folder import (
     Parts,
     SplitResult,
-    atomic_file,
     lock_folder,
     read_manifest,
     refuse_if_locked,
@@ -35,7 +35,7 @@ from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, Prompt, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
-from drdpo.sampling.pool import ALONE, Engines, Machines, choose_engine, machines, open_engines, plan_engines, visible_gpus
+from drdpo.sampling.pool import Engines, choose_engine, open_engines, plan_engines, visible_gpus
 from drdpo.sampling.prompts import Reject, RenderedPrompt, check_context, find_dataset, read_prompts, render, stop_token_ids
 
 CPU_BLOCK = 128
@@ -43,9 +43,6 @@ CPU_BLOCK = 128
 
 GPU_BLOCK = 8192
 """Largest block on a GPU in samples: it samples hundreds at once and should seldom wait for the last ones of a block."""
-
-SHARES = "shares.json"
-"""Beside the parts: the numbers of the blocks of each machine, if there are several."""
 
 _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
@@ -180,44 +177,23 @@ def _sample_split(
     dtype_reason: str,
 ) -> None:
     rendered, rejects = render(tokenizer, split.prompts, split.source, config.prompt_max_len)
-    parts = Parts(split.parts, split.made_by, config.overwrite, engines.group.this or 0)
-    if engines.group.this is not None and parts.plan is None:
-        raise _undivided(split, engines.group)
+    group, what = engines.group, f"blocks of {split.split}"
+    parts = Parts(split.parts, split.made_by, config.overwrite, group.this or 0)
+    share = parts.share(group, what)
     # An interrupted run keeps its block size, whatever the number of engines is now: samples depend on their block.
     size = parts.plan or engines.block_size(len(rendered), sampling.n)
     parts.open(size)
     blocks = {number: rendered[start : start + size] for number, start in enumerate(range(0, len(rendered), size))}
-    seconds = _run_blocks(config, split, _share(split, blocks, parts, engines.group), parts, sampling, engines)
-    if engines.group.this is not None or not parts.done.issuperset(blocks):
-        return  # The rest is for the other machines.
+    if group.by_others and parts.divide(len(blocks), group, what):
+        return
+    ours = blocks if share is None else {number: blocks[number] for number in share}
+    seconds = _run_blocks(config, split, ours, parts, sampling, engines)
+    if group.this is not None:
+        return  # Another process writes.
     facts = {"model_path": config.model_path, "dataset": str(split.source.parent), "engines": engines.count}
     facts |= {"seconds": round(seconds, 1), "dtype_reason": dtype_reason}
     facts["flags"] = as_dict(config) | {"engine": split.made_by["engine"]}
     write_results(split, blocks, parts, rejects, sampling, tokenizer, facts)
-
-
-def _share(split: SplitPrompts, blocks: PromptBlocks, parts: Parts, group: Machines) -> PromptBlocks:
-    """The blocks of this process: all, or its machine's, or none where it divides the unfinished ones among the machines."""
-    file = split.parts / SHARES
-    left = [number for number in blocks if number not in parts.done]
-    if group.nodes == 1 or (group.this is None and not left):
-        return blocks
-    if group.this is None:
-        with atomic_file(file) as stream:
-            json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
-        print(f"{split.split}: {len(left)} of {len(blocks)} blocks are left for {group.nodes} machines", flush=True)
-        return {}
-    shares = json.loads(file.read_text()) if file.is_file() else []
-    if len(shares) != group.nodes:
-        raise _undivided(split, group)
-    return {number: blocks[number] for number in shares[group.this]}
-
-
-def _undivided(split: SplitPrompts, group: Machines) -> UsageError:
-    return UsageError(
-        f"{split.result}: the blocks are not divided among {group.nodes} machines; run the same command once with "
-        f"DRDPO_NODES={group.nodes} and without DRDPO_NODE_RANK, then on every machine with both"
-    )
 
 
 def _run_blocks(
