@@ -351,11 +351,12 @@ def test_a_killed_evaluation_resumes_and_equals_one_run(
     monkeypatch.setattr(lm_eval, "simple_evaluate", recorded)
     monkeypatch.setitem(HUB_BENCHMARKS, "tiny_choice", ("who/what", "a_task", "acc_norm"))
     (output / ".eval_results").mkdir()
-    (output / ".eval_results" / "old.yaml").write_text("[]")
+    (output / ".eval_results" / "leaderboard.yaml").write_text("old")
+    (output / ".eval_results" / "of_others.yaml").write_text("[]")
     evaluate_openllm(tiny_config(tiny_policy, tasks, output))
     (entry,) = yaml.safe_load((output / ".eval_results" / "leaderboard.yaml").read_text())
     assert entry["dataset"] == {"id": "who/what", "task_id": "a_task"} and entry["value"] in (0, 25, 50, 75, 100)
-    assert [file.name for file in (output / ".eval_results").iterdir()] == ["leaderboard.yaml"]
+    assert sorted(file.name for file in (output / ".eval_results").iterdir()) == ["leaderboard.yaml", "of_others.yaml"]
     assert ran == ["tiny_generation"], "the first task had been finished"
     assert "resuming; 1 of 2 tasks are finished" in capsys.readouterr().out
     assert not (output / ".tasks").exists()
