@@ -24,7 +24,7 @@ ROOMS = {
     "triton": ["kernels/"],
     "lm_eval": ["evaluation/leaderboard.py"],
     "matplotlib": ["evaluation/"],
-    "huggingface_hub": ["assets/", "training/model_card.py"],
+    "huggingface_hub": ["assets/", "models.py", "training/model_card.py"],
     "filelock": ["folder.py"],
 }
 """Library -> the files, or folders, that may import it."""

@@ -249,3 +249,16 @@ def test_heads_fitted_anew_change_a_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * (5 << 20))  # no header: still a fingerprint
     assert fingerprint(tmp_path) != before
+
+
+def test_another_revision_of_a_hub_model_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert fingerprint("who/what") == "hub:who/what"
+    cache = tmp_path / "models--who--what"
+    (cache / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+        (cache / "refs" / "main").write_text(commit)
+        assert fingerprint("who/what") == f"hub:who/what@{commit}"
+    assert fingerprint(tmp_path / "no such folder") == f"hub:{tmp_path}/no such folder"

@@ -535,7 +535,7 @@ def _reason(error: Exception) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Hash of a file, or of a model folder's own files, by name, size and content; a hub id is its own fingerprint.
+    """Hash of a file, or of a model folder's own files, by name, size and content; of a hub id its name and cached commit.
 
     Results beside a model (completions, scores, plots) are ignored. Weights over 4 MiB are read at 65 places from start to
     end, since trained weights differ everywhere. Heads may be refitted on the same backbone, so all tensors outside the
@@ -543,7 +543,7 @@ def fingerprint(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.exists():
-        return f"hub:{path}"
+        return f"hub:{path}{_cached_commit(str(path))}"
     digest = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as stream:
@@ -564,6 +564,17 @@ def fingerprint(path: str | Path) -> str:
                 for tensor in _head_tensors(stream, size):
                     digest.update(tensor)
     return digest.hexdigest()[:32]
+
+
+def _cached_commit(name: str) -> str:
+    """`@<commit>` of a hub model of which the cache has a copy, which is the one that is loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no hub id
+        return ""
+    return f"@{Path(file).parent.name}" if isinstance(file, str) else ""
 
 
 def _head_tensors(stream: BinaryIO, size: int) -> Iterator[bytes]:
