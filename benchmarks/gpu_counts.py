@@ -39,7 +39,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, resolve_attention, shapes
 from drdpo.training.objective import objective, survey
-from drdpo.training.policy import FiniteWatch, Policy
+from drdpo.training.policy import FiniteWatch, Policy, set_recomputation
 from drdpo.training.run import Run
 
 OUTPUT = Path(__file__).parent / "results" / "gpu_counts.json"
@@ -111,8 +111,8 @@ def model_folder(name: str, folder: Path, **changes: Any) -> Path:
     return path
 
 
-def resolved(config: TrainConfig, pairs: list[Pair]) -> TrainConfig:
-    """The flags of a run as the trainer resolves them on this GPU for one micro-batch of these pairs: by its preflight."""
+def resolved(config: TrainConfig, pairs: list[Pair]) -> Run:
+    """A run as the trainer resolves its flags on this GPU for one micro-batch of these pairs: by its preflight."""
     config = replace(config, train_batch_size=len(pairs), micro_batch_size=len(pairs), micro_batch_tokens=None)
     with redirect_stdout(StringIO()):
         with fake_cuda.FakeTensors():
@@ -120,7 +120,7 @@ def resolved(config: TrainConfig, pairs: list[Pair]) -> TrainConfig:
         sizes: Any = {"train": {"answer cut": 0}}
         return preflight(
             Run(config, method_of(config), Path("-"), SimpleNamespace(pad_token_id=0), pairs, pairs, sizes, {})
-        )[0].config
+        )[0]
 
 
 def policy_on_cuda(config: TrainConfig) -> Policy:
@@ -173,9 +173,11 @@ def row(model: str, method: str, pairs: int, flags: dict[str, Any], folder: Path
     """
     config = TrainConfig(str(model_folder(model, folder)), "-", "-", dtype="bfloat16", **METHODS[method], **flags)
     given = pairs_of(pairs)
-    config = resolved(config, given)
+    run = resolved(config, given)
     with fake_cuda.FakeTensors():
-        counts = micro_batch(policy_on_cuda(config), given, config, RATES)
+        policy = policy_on_cuda(run.config)
+        set_recomputation(policy.language_model, run.recompute)
+        counts = micro_batch(policy, given, run.config, RATES)
     flops = counts.flops
     return {
         "model": model, "method": method, "pairs": pairs, "flags": flags, "default": not flags,

@@ -109,7 +109,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     """Everything after the checks, in a folder that this run may write."""
     config = run.config
     policy = load_policy(
-        config.model_path, getattr(torch, config.dtype), config.attention, config.recompute,
+        config.model_path, getattr(torch, config.dtype), config.attention, False,  # set below
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
     set_recomputation(policy.language_model, run.recompute)
