@@ -26,6 +26,7 @@ import numpy as np
 from drdpo import chat
 from drdpo.errors import DataError
 from drdpo.folder import atomic_file, read_manifest
+from drdpo.models import fingerprint
 from drdpo.records import Completion, Message, check_unique, read_records
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def load_candidates(
     return Candidates(
         path, kept, [[row.sample_id for row in of_prompt] for of_prompt in found], ids,
         [[row.token_ids for row in of_prompt] for of_prompt in found], np.concatenate([scores_NKO, *mixed], axis=2),
-        objectives, list(mixtures), units, (omitted + _drawn_otherwise(made_by)).removesuffix("; "),
+        objectives, list(mixtures), units, (omitted + _drawn_otherwise(made_by, tokenizer.name_or_path)).removesuffix("; "),
     )  # fmt: skip
 
 
@@ -283,8 +284,10 @@ def _sampling(path: Path) -> dict[str, Any]:
     return made_by if isinstance(made_by, dict) else {}
 
 
-def _drawn_otherwise(made_by: Mapping[str, Any]) -> str:
-    """A note if they were drawn at another temperature or with top-p; empty if not."""
+def _drawn_otherwise(made_by: Mapping[str, Any], model: str) -> str:
+    """A note if they were drawn at another temperature, with top-p, or with another model; empty if not."""
     odd = [f"{name} {made_by[name]}" for name in ("temperature", "top_p") if made_by.get(name, 1) != 1]
+    if made_by.get("model") not in (None, fingerprint(model)):
+        odd.append("another model than this starting one")
     tilted = "V is the mean score under that distribution tilted by pi / pi_ref, not the policy's own"
     return f"the completions were drawn with {' and '.join(odd)}: {tilted}" if odd else ""

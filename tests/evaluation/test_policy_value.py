@@ -17,6 +17,7 @@ from drdpo.config import EvaluatePolicyConfig
 from drdpo.errors import DataError
 from drdpo.evaluation import policy_value
 from drdpo.evaluation.policy_value import answer_logprobs, evaluate_policy, policy_values
+from drdpo.models import fingerprint
 from drdpo.sampling.engines import EngineSettings, Request, Sampling, TransformersEngine
 
 NAN = float("nan")
@@ -175,11 +176,15 @@ def test_how_they_were_sampled_is_read(tiny_policy: Path, tmp_path: Path) -> Non
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     folder = write_candidates(tmp_path, tokenizer)
     (folder / "sampled").mkdir()
-    made_by = {"temperature": 0.7, "top_p": 1.0, "chat_template_kwargs": None}
+    made_by = {"temperature": 0.7, "top_p": 1.0, "chat_template_kwargs": None, "model": fingerprint(tiny_policy)}
     manifest = folder / "sampled" / "manifest.json"
     manifest.write_text(json.dumps({"sample_test": {"made_by": made_by}}))
     note = load_candidates(str(folder), "test", tokenizer, {}).note
     assert note.startswith("the completions were drawn with temperature 0.7: V is the mean score under that distribution")
+    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by | {"temperature": 1.0}}}))
+    assert load_candidates(str(folder), "test", tokenizer, {}).note == ""
+    manifest.write_text(json.dumps({"sample_test": {"made_by": {"model": "another"}}}))
+    assert "drawn with another model than this starting one" in load_candidates(str(folder), "test", tokenizer, {}).note
     manifest.write_text(json.dumps({"sample_test": {"made_by": made_by | {"chat_template_kwargs": {"a": 1}}}}))
     with pytest.raises(DataError, match=r"sampled with --chat_template_kwargs='{\"a\": 1}'; pass the same"):
         load_candidates(str(folder), "test", tokenizer, {})
