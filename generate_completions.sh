@@ -9,4 +9,4 @@ fi
 # A wrong reward model is refused before the sampling. A check with WORLD_SIZE alone leaves it to the run to print --dtype.
 WORLD_SIZE=1 python "$ROOT/src/score_completions.py" "$@" --check_only=true
 run python "$ROOT/src/generate_completions.py" "$@"
-launch "$ROOT/src/score_completions.py" "$@"
+launch /dev/null "$ROOT/src/score_completions.py" "$@"

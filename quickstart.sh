@@ -105,7 +105,7 @@ for method in dpo kldpo wdpo; do
         mkdir "$output_path/$method"
         cp "$output_path/dpo/"reference_*.safetensors "$output_path/$method"
     fi
-    launch "$ROOT/src/train_alignment.py" --model_path="$policy" --dataset_path="$output_path/preferences" \
+    bash "$ROOT/train_alignment.sh" --model_path="$policy" --dataset_path="$output_path/preferences" \
         --save_path="$output_path/$method" "${own[@]}" --beta="$beta" --learning_rate="$learning_rate" \
         --lora_rank="$lora_rank" --train_batch_size="$train_batch_size" --micro_batch_size=8 --max_steps="$max_steps" --max_len=256 \
         --max_test_pairs=4 --warmup_ratio=0 --gradient_checkpointing=false --save_resume=false --log=none --seed="$seed"

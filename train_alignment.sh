@@ -3,4 +3,4 @@
 # SIGTERM or SIGUSR1: saves after the current step and ends with status 75; rerun the same command to resume. docs/reliability.md
 source "$(dirname "${BASH_SOURCE[0]}")/src/env.sh"
 
-exec_launch "$ROOT/src/train_alignment.py" "$@"
+launch_training "$ROOT/src/train_alignment.py" "$@"

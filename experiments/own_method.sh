@@ -3,4 +3,4 @@
 # shellcheck source=src/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../src/env.sh"
 
-exec_launch "$ROOT/experiments/own_method.py" "$@"
+launch_training "$ROOT/experiments/own_method.py" "$@"

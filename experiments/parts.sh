@@ -109,19 +109,13 @@ finish() {
     echo "$output_path/report.md"
 }
 
-# step COMMAND...: run a command. In a SLURM job pass on the signals; SIGUSR1, sent before the time limit, also requeues it.
+# step COMMAND...: run a command, in a SLURM job as a part of it, which queues the job again before its time limit.
 step() {
-    local status=0
     if [[ -z "$part" ]]; then
         run "$@"
-        return
+    else
+        DRDPO_NODES=1 job_step "$@" # openllm_eval.slurm is not to queue it too.
     fi
-    printf '+ %s\n' "$(printf '%q ' "$@")" >&2
-    run_noting "$@" || status=$?
-    if ((status)) && [[ "$last_signal" == USR1 ]]; then
-        run scontrol requeue "$SLURM_JOB_ID"
-    fi
-    return "$status"
 }
 
 # sample FOLDER MODEL FLAG...: sample and score completions.

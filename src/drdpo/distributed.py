@@ -51,6 +51,8 @@ class Machines(NamedTuple):
     nodes: int
     this: int | None
     """None for the process that divides the parts before the others make them, and writes the result afterwards."""
+    writes: bool = False
+    """Is nothing left to be divided, as the others have ended?"""
 
     @property
     def by_others(self) -> bool:
@@ -62,7 +64,7 @@ ALONE = Machines(1, None)
 
 
 def machines() -> Machines:
-    """What the environment variables DRDPO_NODES (1 by default) and DRDPO_NODE_RANK say.
+    """What the environment variables DRDPO_NODES (1 by default), DRDPO_NODE_RANK and DRDPO_WRITE say.
 
     Raises:
         UsageError: they are not a number and a number below it.
@@ -73,7 +75,7 @@ def machines() -> Machines:
         return ALONE
     if not count or (words[1] is not None and (this is None or this >= count)):
         raise UsageError(f"DRDPO_NODES={words[0]} and DRDPO_NODE_RANK={words[1]} must be a number and one below it, from 0")
-    return Machines(count, this)
+    return Machines(count, this, os.environ.get("DRDPO_WRITE") == "true")
 
 
 def shard(items: Sequence[Item]) -> list[Item]:

@@ -31,7 +31,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from drdpo import distributed
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError, ProcessError, UsageError
 
 LOCK = ".lock"
 PACKAGES = (
@@ -537,8 +537,17 @@ class Parts:
         distributed.barrier()  # until all ranks have found the same parts, none adds one
 
     def divide(self, count: int, group: distributed.Machines, what: str) -> bool:
-        """Divide the unfinished ones of `count` parts among machines; returns whether there are any. `what`: for a note."""
+        """Divide the unfinished ones of `count` parts among machines; returns whether there are any. `what`: for a note.
+
+        Raises:
+            ProcessError: there are, but the machines have ended.
+        """
         if left := [number for number in range(count) if number not in self.done]:
+            if group.writes:
+                raise ProcessError(
+                    f"{self._folder}: {len(left)} of {count} {what} are missing, though all machines have ended without an "
+                    "error (a shared folder may show new files late); rerun the command: what is finished is kept"
+                )
             with atomic_file(self._folder / "shares.json") as stream:
                 json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
             print(f"{len(left)} of {count} {what} are left for {group.nodes} machines", flush=True)
