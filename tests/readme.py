@@ -114,6 +114,19 @@ def wdpo_table() -> str:
     return table("| | time | without | memory | without | error in bf16 | worst | lowest cosine |", rows)
 
 
+def wdpo_length_table() -> str:
+    """Time and memory of benchmarks/wdpo.py over the length, DPO's and the authors' formulation's beside ours."""
+    rows = results("wdpo")["rows"]
+    of = {(row["tokens"], row["checkpointing"], row["way"]): row for row in rows}
+    cells = [
+        [str(tokens), "yes" if kept else "no"]
+        + [f"{of[tokens, kept, way]['time_ratio']:.1f}" for way in ("original", "tangent")]
+        + [f"{of[tokens, kept, way]['peak_gib']:.2f} GiB" for way in ("dpo", "original", "tangent")]
+        for kept in (True, False) for tokens in dict.fromkeys(row["tokens"] for row in rows)
+    ]  # fmt: skip
+    return table("| tokens | checkpointing | time: the authors' | ours | memory: DPO | the authors' | ours |", cells)
+
+
 def wdpo_accuracy_table() -> str:
     """Accuracy of the tangent solver of benchmarks/wdpo.py by length and text, and over all pairs."""
     pairs = results("wdpo").get("accuracy", [])
@@ -168,7 +181,7 @@ def architectures_table() -> str:
 
 MEASURED = {
     "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
-    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table,
+    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "wdpo_length": wdpo_length_table,
     "wdpo_accuracy": wdpo_accuracy_table, "scoring": scoring_table,
     "architectures": architectures_table, "methods": methods_table,
 }  # fmt: skip
