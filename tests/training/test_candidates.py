@@ -34,7 +34,7 @@ def test_flags_that_cannot_be_honoured(flags, words, tiny_policy, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [{}, {"lora_rank": 4, "zero_stage": 3, "micro_batch_size": None, "micro_batch_tokens": 60}], ids=["all", "lora"]
+    "flags", [{}, {"lora_rank": 4, "zero_stage": 3, "micro_batch_size": None, "micro_batch_tokens": 80}], ids=["all", "lora"]
 )
 def test_a_killed_run_reports_what_its_checkpoints_are_worth(flags, forks, tiny_policy, data, tmp_path):
     """On two ranks. The third step is killed and the reference is gone, so the resumed run computes it anew, of the
