@@ -1,17 +1,7 @@
-"""Step 4: the report of an experiment."""
+"""Step 4: set the gains of several training mixtures beside the published ones."""
 
-from drdpo.cli import parse
+from drdpo.cli import run_step
 from drdpo.config import CompareMixturesConfig
-from drdpo.errors import one_line_errors
-
-
-def main() -> None:
-    config = parse(CompareMixturesConfig, "Set the gains of several training mixtures beside the published ones.")
-    from drdpo.evaluation.mixtures import compare_mixtures
-
-    compare_mixtures(config)
-
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_step(CompareMixturesConfig, __doc__, "drdpo.evaluation.mixtures:compare_mixtures")

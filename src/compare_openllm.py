@@ -1,19 +1,7 @@
-"""Step 4: the report of an experiment."""
+"""Step 4: set leaderboard results of several models side by side, and the published ones beside them."""
 
-from drdpo.cli import parse
+from drdpo.cli import run_step
 from drdpo.config import CompareOpenllmConfig
-from drdpo.errors import one_line_errors
-
-
-def main() -> None:
-    config = parse(
-        CompareOpenllmConfig, "Set leaderboard results of several models side by side, and the published ones beside them."
-    )
-    from drdpo.evaluation.compare_leaderboard import compare_openllm
-
-    compare_openllm(config)
-
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_step(CompareOpenllmConfig, __doc__, "drdpo.evaluation.compare_leaderboard:compare_openllm")

@@ -1,17 +1,7 @@
-"""Step 1a: sample completions."""
+"""Step 1a: sample completions of every prompt; src/score_completions.py then scores them."""
 
-from drdpo.cli import parse
+from drdpo.cli import run_step
 from drdpo.config import CompletionsConfig
-from drdpo.errors import one_line_errors
-
-
-def main() -> None:
-    config = parse(CompletionsConfig, "Sample completions of every prompt; src/score_completions.py then scores them.")
-    from drdpo.sampling.sample import sample_completions
-
-    sample_completions(config)
-
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_step(CompletionsConfig, __doc__, "drdpo.sampling.sample:sample_completions")

@@ -1,17 +1,7 @@
-"""A look at the data, whichever step made it."""
+"""Print what a file or folder holds, with samples and dropped rows; draw histograms."""
 
-from drdpo.cli import parse
+from drdpo.cli import run_step
 from drdpo.config import InspectConfig
-from drdpo.errors import one_line_errors
-
-
-def main() -> None:
-    config = parse(InspectConfig, "Print what a file or folder holds, with samples and dropped rows; draw histograms.")
-    from drdpo.evaluation.inspection import inspect_data
-
-    inspect_data(config)
-
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_step(InspectConfig, __doc__, "drdpo.evaluation.inspection:inspect_data")

@@ -1,6 +1,7 @@
 """The rules of the tree, by ast: imports go down, libraries have their rooms, no name stands for two things."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -158,6 +159,10 @@ def test_entrypoints_are_thin() -> None:
     for path in SOURCE.glob("*.py"):
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         assert len(lines) <= 25, f"{path.name}: {len(lines)} lines"
+        # A step that cli.run_step calls by its name.
+        for module, function in re.findall(r'"drdpo\.([\w.]+):(\w+)"', "\n".join(lines)):
+            tree = TREES[f"{module.replace('.', '/')}.py"]
+            assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, path.name
 
 
 @pytest.mark.parametrize(

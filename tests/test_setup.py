@@ -136,16 +136,6 @@ def test_uv_takes_torch_from_the_index_that_is_asked_for(machine: Machine) -> No
     assert "--no-deps --default-index https://index.example/cpu torch==2.13.0" in calls and "--index-url" not in calls
 
 
-def test_a_gpu_chooses_the_cuda_lock(machine: Machine) -> None:
-    machine.add_gpu()
-    done = machine.setup()
-    assert done.returncode == 0, done.stderr
-    assert machine.pip()[0] == f"--no-deps --require-hashes -r {machine.tree}/requirements/gpu.txt"
-    assert "pip uninstall" not in machine.calls.read_text()
-    machine.setup(CUDA_VISIBLE_DEVICES="", CUDA_TORCH="1")
-    assert f"--no-deps --require-hashes -r {machine.tree}/requirements/cpu.txt" in machine.pip(), "a hidden GPU is none"
-
-
 def test_a_gpu_replaces_the_cpu_build_of_torch(machine: Machine) -> None:
     """Its version is the locked one, so pip would keep it, and a cluster's login node and GPU node share an environment."""
     machine.setup()

@@ -125,10 +125,6 @@ def test_one_process_needs_no_launcher(root, environment, flags, tmp_path):
     assert said == [str(root / "src/train_alignment.py"), *flags, f"world= pid={process.pid}"]
 
 
-def test_the_launchers_status_is_the_wrappers(root, environment, flags, tmp_path):
-    assert train(root, {**environment, "LAUNCH_STATUS": "7"}, tmp_path, *flags).returncode == 7
-
-
 @pytest.mark.parametrize(
     ("visible", "asked", "expected"),
     [

@@ -7,11 +7,12 @@ import math
 import operator
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from drdpo.errors import DataError, UsageError, is_text, one_line
+from drdpo.errors import DataError, UsageError, is_text, one_line, one_line_errors
 from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
 
 Config = TypeVar("Config")
@@ -73,6 +74,14 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
         for word in value if isinstance(value, list) else [value]:
             _check_word(spelled(config_class, name), word)
     return config_class(**values)
+
+
+def run_step(config_class: type[Any], description: str, step: str) -> None:
+    """Parse the command line of an entrypoint, then import and call its step, `module:function`: --help loads no library."""
+    with one_line_errors():
+        config = parse(config_class, description)
+        module, _, function = step.partition(":")
+        getattr(import_module(module), function)(config)
 
 
 def flag_in_file(path: str, name: str) -> str:

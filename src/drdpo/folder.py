@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -354,10 +354,8 @@ def versions() -> dict[str, str]:
     """Installed versions of the libraries that results depend on."""
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -399,11 +397,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DataError: the file is not a JSON object.
     """
     path = folder / "manifest.json"
-    if not path.is_file():
-        return {}
     try:
-        # Version 0.1 wrote "sample test" for sample_test.
-        return {step.replace(" ", "_"): entry for step, entry in read_json_object(path).items()}
+        return read_json_object(path) if path.is_file() else {}
     except DataError as error:
         raise DataError(f"{error}; delete it to start again") from error
 
@@ -537,17 +532,14 @@ class Parts:
         distributed.barrier()  # until all ranks have found the same parts, none adds one
 
     def divide(self, count: int, group: distributed.Machines, what: str) -> bool:
-        """Divide the unfinished ones of `count` parts among machines; returns whether there are any. `what`: for a note.
+        """Divide the unfinished ones of `count` parts (`what`: for a note) among machines; returns whether there are any.
 
         Raises:
-            ProcessError: there are, but the machines have ended.
+            ProcessError: there are, though the machines have ended.
         """
         if left := [number for number in range(count) if number not in self.done]:
             if group.writes:
-                raise ProcessError(
-                    f"{self._folder}: {len(left)} of {count} {what} are missing, though all machines have ended without an "
-                    "error (a shared folder may show new files late); rerun the command: what is finished is kept"
-                )
+                raise ProcessError(f"{self._folder}: {len(left)} of {count} {what} are missing; rerun the command")
             with atomic_file(self._folder / "shares.json") as stream:
                 json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
             print(f"{len(left)} of {count} {what} are left for {group.nodes} machines", flush=True)

@@ -125,8 +125,8 @@ def test_names_are_selected_once_in_a_fixed_order() -> None:
 def test_the_entrypoint_imports_no_torch(root: Path) -> None:
     """A second setup does not import torch."""
     code = (
-        "import sys; sys.argv = ['x', '--models=none', '--datasets=none'];"
-        "import download_assets; download_assets.main();"
+        "import runpy, sys; sys.argv = ['x', '--models=none', '--datasets=none'];"
+        f"runpy.run_path('{root}/src/download_assets.py', run_name='__main__');"
         "from drdpo.assets.embedded import policy_is_made; from pathlib import Path;"
         "assert policy_is_made(Path('models/SmolLM2-135M'));"
         "assert not {'torch', 'gguf'} & set(sys.modules)"

@@ -182,7 +182,7 @@ def record_training(folder: Path, run: Path, weights: dict[str, float]) -> None:
     for place, name, content in (
         (pairs, "manifest.json", {"preferences": {"made_by": {"weights": weights}}}),
         (trained, "config.json", {"dataset_path": str(pairs), "kldpo_tau": None, "beta": 0.1, "seed": 1}),
-        (run / "sampled", "manifest.json", {"sample_test": {"made_by": {"model_path": str(trained / "global_step_1")}}}),
+        (run / "sampled", "manifest.json", {"sample_test": {"made_by": {}, "model_path": str(trained / "global_step_1")}}),
     ):
         place.mkdir()
         (place / name).write_text(json.dumps(content))
@@ -258,8 +258,9 @@ def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str])
     flags = {"dataset_path": "pairs", "kldpo_tau": 0.05, "wdpo_rho": None, "beta": 0.01, "seed": 7}
     (trained / "config.json").write_text(json.dumps(flags))
     (dpo / "sampled").mkdir()
-    made_by = {"model_path": str(trained / "global_step_3"), "temperature": 0.7, "seed": 42}
-    record = {"made_by": made_by, "versions": {"vllm": "1.2.3"}, "commit": "abc", "prompts": "datasets/some_prompts"}
+    (trained / "manifest.json").write_text('{"train": {"made_by": {"method": "KLDPO (kldpo_tau=0.05)"}}}')
+    record = {"made_by": {"temperature": 0.7, "seed": 42}, "model_path": str(trained / "global_step_3")}
+    record |= {"versions": {"vllm": "1.2.3"}, "commit": "abc", "prompts": "datasets/some_prompts"}
     (dpo / "sampled" / "manifest.json").write_text(json.dumps({"sample_test": record}))
     scored = {"made_by": {"reward_model": "f00d"}, "versions": {}, "commit": "abc", "reward_model": "models/RM"}
     (dpo / "manifest.json").write_text(json.dumps({"score_test": scored}))

@@ -628,18 +628,6 @@ def test_the_nodes_of_a_job_start_launchers_of_their_own(root: Path, fakes: Path
     assert checked.stdout == f"python [{root}/src/evaluate_openllm.py] [--check_only=true] WORLD_SIZE=\n"
 
 
-def test_hidden_gpus_do_not_count(root: Path, fakes: Path, tmp_path: Path) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=4, CUDA_VISIBLE_DEVICES="1,3")
-    assert "[--nproc-per-node=2]" in done.stdout
-
-
-def test_a_failure_is_the_wrappers_status(root: Path, fakes: Path, tmp_path: Path) -> None:
-    assert start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", FAKE_STATUS="3").returncode == 3
-    several = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=2, FAKE_STATUS="3")
-    assert several.returncode == 3
-    assert "launch.py" not in several.stdout
-
-
 def test_under_sbatch_the_script_is_a_copy(root: Path, fakes: Path, tmp_path: Path) -> None:
     spool = tmp_path / "spool folder" / "job00042"
     spool.mkdir(parents=True)

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError
-from drdpo.evaluation.runs import method_label, read_provenance, repeated_share
+from drdpo.evaluation.runs import read_provenance, repeated_share
 from drdpo.folder import write_manifest
 
 
@@ -32,9 +31,10 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(as_dict(training)))
+    write_manifest(run, "train", {"method": "WDPO (wdpo_rho=0.01)"})
     (tmp_path / "sampled").mkdir()
-    flags = {"model_path": str(run / "global_step_9"), "save_path": "x"}
-    write_manifest(tmp_path / "sampled", "sample test", {"model": "f00d"}, flags=flags, counts={"in": 3, "out": 2})
+    facts = {"model_path": str(run / "global_step_9"), "counts": {"in": 3, "out": 2}}
+    write_manifest(tmp_path / "sampled", "sample_test", {"model": "f00d"}, {"save_path": "x"}, **facts)
     found = read_provenance(tmp_path, "test")
     assert found.policy.endswith("global_step_9")
     assert found.method == "WDPO (wdpo_rho=0.01), beta=0.01, seed=5"
@@ -45,31 +45,10 @@ def test_a_real_manifest(tmp_path: Path) -> None:
     assert "sampling" not in read_provenance(tmp_path, "train").records
 
 
-@pytest.mark.parametrize(
-    ("flags", "method"),
-    [
-        ({}, "DPO"),
-        ({"kldpo_tau": "0.05", "wdpo_rho": None}, "KLDPO (kldpo_tau=0.05)"),
-        ({"drdpo_beta": 1.0}, "Dr. DPO (drdpo_beta=1.0)"),
-        ({"method": "mine, strength 3", "kldpo_tau": None}, "mine, strength 3"),
-    ],
-)
-def test_method_of(flags: dict[str, Any], method: str) -> None:
-    assert method_label(flags) == method
-
-
-def test_the_method_is_read_from_the_manifest(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"dataset_path": "d", "beta": 0.1}')
-    write_manifest(tmp_path, "train", {"method": "mine, strength 3"})
-    (tmp_path / "run" / "sampled").mkdir(parents=True)
-    write_manifest(tmp_path / "run" / "sampled", "sample_test", {"model_path": str(tmp_path / "global_step_1")})
-    assert read_provenance(tmp_path / "run", "test").method == "mine, strength 3, beta=0.1"
-
-
 def test_a_models_folder_is_no_training(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "run" / "sampled").mkdir(parents=True)
-    write_manifest(tmp_path / "run" / "sampled", "sample_test", {"model_path": str(tmp_path / "model")})
+    write_manifest(tmp_path / "run" / "sampled", "sample_test", {}, model_path=str(tmp_path / "model"))
     assert read_provenance(tmp_path / "run", "test").training == {}
 
 

@@ -17,7 +17,8 @@ from drdpo.folder import write_manifest
 def folder(tmp_path):
     """A KLDPO run of 8 pairs a step, killed in its third line, after two steps of 4 s, of ten."""
     run = tmp_path / "a run"
-    write_manifest(run, "train", {"train_batch_size": 8, "kldpo_tau": 0.05, "wdpo_rho": None}, steps=10, complete=False)
+    method = "KLDPO (kldpo_tau=0.05)"
+    write_manifest(run, "train", {"train_batch_size": 8, "method": method}, steps=10, complete=False)
     rows = [
         {"step": 1, "loss": 0.7, "accuracy": 0.5, "pairs_per_second": 2.0, "effective_sample_size": 8},
         {"step": 2, "loss": 0.6, "accuracy": 1, "pairs_per_second": 2.0, "eval_loss": 0.65},
@@ -69,7 +70,7 @@ def test_shifted_test_pairs_have_panels_of_their_own(folder):
 
 
 def test_a_finished_one_and_its_picture(folder, capsys):
-    write_manifest(folder, "train", {"train_batch_size": 8}, steps=2, complete=True)
+    write_manifest(folder, "train", {"train_batch_size": 8, "method": "DPO"}, steps=2, complete=True)
     before = {path.name for path in folder.iterdir()}
     text = shown(folder, capsys, picture=True)
     assert "training, finished" in text and "step 2 of 2 (100%)" in text and "DPO" in text

@@ -108,12 +108,6 @@ def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags: Flags
     before = (sampled(config) / "test.jsonl").read_bytes()
     with pytest.raises(UsageError, match=r"temperature \(1.0 -> 0.5\)"):
         sample_completions(flags(only_test=True, temperature=0.5))
-    # The manifest of version 0.1 wrote the step's name with a blank.
-    manifest = sampled(config) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("sample_test", "sample test"))
-    sample_completions(config)
-    with pytest.raises(UsageError, match=r"temperature \(1.0 -> 0.5\)"):
-        sample_completions(flags(only_test=True, temperature=0.5))
     other = tmp_path / "other model"
     shutil.copytree(config.model_path, other)
     (other / "generation_config.json").write_text('{"eos_token_id": 5}')

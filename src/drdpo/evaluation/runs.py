@@ -4,7 +4,7 @@ Shapes: P prompts, C completions.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,7 @@ class Provenance:
     def method(self) -> str:
         """How the policy was trained, e.g. `KLDPO (kldpo_tau=0.05), beta=0.01, seed=42`."""
         shown = [f"{flag}={self.training[flag]}" for flag in ("beta", "seed") if flag in self.training]
-        return ", ".join([method_label(self.training), *shown]) if self.training else "no training recorded"
+        return ", ".join([self.training["method"], *shown]) if self.training else "no training recorded"
 
     def made_by(self, step: str) -> dict[str, str]:
         """The flags and fingerprints on which a step's results depend."""
@@ -266,7 +266,7 @@ def read_provenance(folder: Path, split: str) -> Provenance:
             continue
         flat = _flat(record)
         if step == "sample":
-            policy = next((flat[n] for n in ("made_by.model_path", "model_path", "flags.model_path") if n in flat), None)
+            policy = flat.get("model_path")
         # "flags" repeats made_by.
         records[title] = {name: text for name, text in flat.items() if not name.startswith("flags.")}
     training = _training_flags(policy)
@@ -278,16 +278,6 @@ def section(record: Any, *names: str) -> dict[str, Any]:
     for name in names:
         record = record.get(name) if isinstance(record, dict) else None
     return record if isinstance(record, dict) else {}
-
-
-def method_label(flags: Mapping[str, Any]) -> str:
-    """The method of a training and its strength, e.g. `KLDPO (kldpo_tau=0.05)`: as its manifest records it, or derived from
-    the flags of a folder whose manifest does not.
-    """
-    if flags.get("method"):
-        return str(flags["method"])
-    names = {"kldpo_tau": "KLDPO", "wdpo_rho": "WDPO", "drdpo_beta": "Dr. DPO"}
-    return next((f"{name} ({flag}={flags[flag]})" for flag, name in names.items() if flags.get(flag) is not None), "DPO")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -312,8 +302,8 @@ def _training_flags(model_path: str | None) -> dict[str, str]:
     # A folder of models may have another config.json; a training's has these two flags.
     if not {"dataset_path", "beta"} <= set(flags):
         return {}
-    named = section(read_manifest(path.parent), "train", "made_by").get("method")
-    return _flat(flags | {"method": named or flags.get("method")})
+    made_by = section(read_manifest(path.parent), "train", "made_by")
+    return _flat(flags | {"method": made_by.get("method", "a method without a record")})
 
 
 def _mixture(training: dict[str, str]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from drdpo.config import ShowRunConfig
 from drdpo.errors import DataError, duration, one_line
-from drdpo.evaluation.runs import method_label, section
+from drdpo.evaluation.runs import section
 from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines
 
 PICTURE = "training.png"
@@ -81,7 +81,7 @@ def _state(folder: Path, manifest: dict[str, Any]) -> str:
 def _training(folder: Path, manifest: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
     record, flags = section(manifest, "train"), section(manifest, "train", "made_by")
     steps, pairs = (value if _is_count(value) else None for value in (record.get("steps"), flags.get("train_batch_size")))
-    facts = {"method": method_label(flags)}
+    facts = {"method": str(flags.get("method", "not recorded"))}
     if not len(table):
         return facts | {"progress": "no steps yet"}
     done, last = int(table.index[-1]), table.iloc[-1].dropna()

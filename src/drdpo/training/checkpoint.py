@@ -292,14 +292,9 @@ def check_states(folder: Path, bound: str) -> None:
         bound: flags that give a number of processes a meaning beyond roundings, for the message; or none.
 
     Raises:
-        UsageError: an older version wrote it, or another number of processes did and the run is bound to theirs.
+        UsageError: another number of processes wrote it, and the run is bound to theirs.
     """
     newest = next(iter(states(folder)[0]), None)
-    if newest and any(name.endswith(".pt") for name in newest.files):
-        raise UsageError(
-            f"{newest.folder} was written by an older version of this code; finish the run there, or start over with "
-            "--resume=never"
-        )
     if newest and bound and newest.world_size != distributed.world_size():
         raise UsageError(
             f"{folder} was written by {newest.world_size} processes, and with {bound} another number of them "

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from drdpo.records import Preference
 from drdpo.training.data import BatchPlan, Pair, tokenise
 from drdpo.training.losses import Method, method_of
 from drdpo.training.rows import Columns, load_split
-from drdpo.training.shifts import NO_SHIFTS, Shifts, shifts_of
+from drdpo.training.shifts import Shifts, shifts_of
 from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
@@ -51,7 +51,7 @@ class Run:
     counts: dict[str, Any]
     made_by: dict[str, Any]
     dtype_reason: str = ""
-    shifts: Shifts = NO_SHIFTS
+    shifts: Shifts = field(default_factory=lambda: Shifts({}, {}))
     candidates: Candidates | None = None
     """Of --eval_candidates."""
     recompute: int = 0
@@ -245,8 +245,6 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     if distributed.is_main():
         print("".join(f"test, {line}\n" for line in lines), end="")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
-    if len(pairs["train"]) % config.train_batch_size:
-        made_by["incomplete_steps"] = "filled from the next epoch"  # earlier versions omitted their pairs
     folder = Path(config.save_path)
     return Run(
         config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts,
@@ -339,11 +337,6 @@ def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], m
         roundings = changed({name: before.get(name) for name in kept}, kept)
         before = before | kept
     changes = changed(before, made_by)
-    if changes and before.get("method") is None:
-        raise UsageError(
-            f"{folder} contains a run of an older version of this code; finish it there, or pass another --save_path, or "
-            "--resume=never to replace it"
-        )
     if changes:
         raise UsageError(
             f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "

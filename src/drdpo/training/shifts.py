@@ -89,9 +89,6 @@ class Shifts:
         return {f"{what}.{name}": value for name, mean in means.items() for what, value in zip(whats, mean, strict=True)}
 
 
-NO_SHIFTS = Shifts({}, {})
-
-
 def shifts_of(
     pairs: Sequence[Pair] | Sequence[Columns], columns: Sequence[str], mixtures: Sequence[str], source: str
 ) -> tuple[Shifts, list[str]]:
