@@ -363,5 +363,6 @@ def note_run(run: Run, complete: bool) -> None:
 def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", DASHBOARD, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
+    references = (f"reference_{split}.safetensors" for split in ("train", "test"))
+    for name in ("metrics.jsonl", "eval_pairs.json", DASHBOARD, "training.png", *references):
         (folder / name).unlink(missing_ok=True)
