@@ -50,8 +50,7 @@ METHODS = {
     "WDPO": ["--wdpo_rho=0.002", "--wdpo_prompt=once"],
 }
 """With the strengths of docs/methods.md."""
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-BETA, DRAWS = 0.1, 2000
+ALPHAS, BETA, DRAWS = (0.0, 0.25, 0.5, 0.75, 1.0), 0.1, 2000
 MEASURES = {"loss": (lambda signed: np.logaddexp(0, -signed), np.max), "accuracy": (lambda signed: signed > 0, np.min)}
 
 
@@ -210,8 +209,7 @@ def run(config: LabelShiftConfig, folder: Path, method: str, seed: int) -> dict[
 def labels(config: LabelShiftConfig, folder: Path) -> tuple[list[int], Array]:
     """Ids of the held-out pairs, and [A, P] labels at ALPHAS: 1 as the training mixture's, -1 the opposite, 0 none."""
     rows = [row for _, row in read_rows(folder / "pairs" / "test.jsonl")]
-    scores = [(row["chosen_scores"], row["rejected_scores"]) for row in rows]
-    changes_PN = np.array([[better[name] - worse[name] for name in config.weights(0)] for better, worse in scores])
+    changes_PN = np.array([[row["chosen_scores"][x] - row["rejected_scores"][x] for x in config.weights(0)] for row in rows])
     weights_AN = [list(config.weights(alpha).values()) for alpha in ALPHAS]
     return [row["prompt_id"] for row in rows], np.sign((weights_AN @ changes_PN.T).round(12))
 
@@ -341,5 +339,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         main()
