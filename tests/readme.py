@@ -172,6 +172,26 @@ def methods_table() -> str:
     return table(head + "| effective sample / pairs | time per step / DPO's |", rows)
 
 
+def label_shift_tables() -> str:
+    """The results of experiments/label_shift.py: losses and accuracies over alpha, and their differences from DPO's."""
+    path = ROOT / "docs" / "label_shift.json"
+    if not path.is_file():
+        return "Not run yet: `bash experiments/label_shift.sh` writes the results."
+    methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    tables = []
+    for measure in ("loss", "accuracy"):
+        rows = []
+        for method, found in methods.items():
+            row = found[measure]
+            last = [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in row.get("against_dpo", [])][-2:]
+            needed = [f"{row['detectable'][-1]:.3f}"] if last else [""] * 3
+            rows.append([method, *(f"{value:.3f}" for value in (*row["alphas"], row["worst"])), *last, *needed])
+        head = f"| {measure} at alpha | 0 | 0.25 | 0.5 | 0.75 | 1 | worst | at 1, minus DPO's | worst, minus DPO's "
+        head += "| detectable |"
+        tables.append(table(head, rows))
+    return "\n\n".join(tables)
+
+
 def architectures_table() -> str:
     """What drdpo.models says of families of transformers."""
     from harness.architectures import table
@@ -184,6 +204,7 @@ MEASURED = {
     "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "wdpo_length": wdpo_length_table,
     "wdpo_accuracy": wdpo_accuracy_table, "scoring": scoring_table,
     "architectures": architectures_table, "methods": methods_table,
+    "label_shift": label_shift_tables,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import readme
 import yaml
 from fit_reward_heads import FitConfig
 from harness import ROOT
+from label_shift import LabelShiftConfig
 
 from drdpo import config
 from drdpo.cli import parse
@@ -137,7 +138,7 @@ OTHER_FLAGS = (
 @pytest.mark.parametrize("page", readme.PAGES[2:], ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
     known = {name for each in config.__all__ for name in getattr(config, each).__dataclass_fields__}
-    known |= {*OTHER_FLAGS, *FitConfig.__dataclass_fields__}
+    known |= {*OTHER_FLAGS, *FitConfig.__dataclass_fields__, *LabelShiftConfig.__dataclass_fields__}
     assert set(re.findall(r"--([a-z]\w+)", page.read_text(encoding="utf-8"))) <= known
 
 

@@ -1,13 +1,22 @@
 """The experiments: flags, what they submit to SLURM, and, marked slow, the whole chain with --tiny."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import label_shift
+import numpy as np
 import pytest
 from harness.stand_ins import add_program
+
+from drdpo.cli import parse
+from drdpo.config import TrainConfig
+from drdpo.evaluation.statistics import Layout
+from drdpo.training.losses import method_of
 
 SCRIPTS = ("armorm_multi_objective.sh", "openllm_leaderboard.sh")
 MIXTURES = ("truthfulness_complexity", "helpfulness_coherence", "correctness_helpfulness")
@@ -158,3 +167,115 @@ def test_the_tiny_chain_runs_and_skips_its_steps_again(clone: Path, tiny_policy:
     again = start(clone, script, tmp_path / "else where", *words)
     assert again.returncode == 0, again.stderr[-3000:]
     assert weights.stat().st_mtime_ns == made
+
+
+# The study of people's labels --------------------------------------------------------------------------------------------
+
+NOTHING = dict.fromkeys(label_shift.RATINGS, 2)
+
+
+def write_ratings(folder: Path) -> Path:
+    """HelpSteer2-like rows: 16 pairs that can be used, three of them without a difference, and four prompts that cannot."""
+    rows = []
+    for number in range(16):
+        for answer in range(2):
+            high = {"verbosity": 2 + answer, "helpfulness": 4 - answer * (number % 2)} if number % 5 else {}
+            words = "so long a text " * (1 + 2 * answer)
+            rows.append({"prompt": f"Question {number}?", "response": f"Answer {answer}, {words}.", **NOTHING, **high})
+    alone, turns = {"prompt": "Alone?", "response": "Yes.", **NOTHING}, "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
+    rows += [alone, *({"prompt": turns, "response": text, **NOTHING} for text in "de")]
+    rows += [{"prompt": "Same?", "response": "Yes.", **NOTHING}] * 2
+    rows += [{"prompt": "Long?", "response": "word " * 99 + end, **NOTHING} for end in "ab"]
+    folder.mkdir()
+    for split, part in (("train", rows[:20]), ("validation", rows[20:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["--first=kindness"], 2, "--first=kindness is not one of helpfulness"),
+        (["--first=verbosity"], 2, "--first and --second are both verbosity"),
+        (["--methods", "WDPO"], 2, "--methods: pass DPO first"),
+        (["--methods", "DPO", "PPO"], 2, "--methods: pass DPO first, then any of DPO, cDPO"),
+        (["--seeds=1"], 2, "--seeds: pass at least two"),
+        (["--results=nowhere/x"], 2, "--results=nowhere/x: no folder nowhere"),
+        (["--data=no/such"], 1, "--data=no/such: neither a folder nor on the hub"),
+        (["--train_pairs=20"], 1, "16 rated pairs have at most 100 tokens, too few for --train_pairs and --test_pairs"),
+        (["--data=bad"], 1, 'train.jsonl, row 1: not a rated answer as in HelpSteer2: field "scores"'),
+    ],
+)
+def test_wrong_flags_and_ratings_of_the_study_are_refused(forks, smollm, tmp_path, words, status, says) -> None:
+    write_ratings(tmp_path / "ratings")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.jsonl").write_text(json.dumps({"prompt": "a", "response": "b", "helpfulness": 1}) + "\n")
+    common = ["--data=ratings", f"--model_path={smollm}", "--output_path=out", "--results=r", "--max_tokens=100"]
+    script = [sys.executable, label_shift.__file__, *common, *words]
+    done = forks.run(script, cwd=tmp_path)
+    error = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == status and len(error) == 1 and says in error[0], done.stderr
+    assert not list(tmp_path.rglob("study.json"))
+
+
+def test_the_methods_of_the_study_are_six_of_the_trainers() -> None:
+    paths = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
+    configs = [parse(TrainConfig, "", [*paths, *flags]) for flags in label_shift.METHODS.values()]
+    assert [method_of(config).name for config in configs] == ["DPO", "DPO", "Dr. DPO", "KLDPO", "CVaR", "WDPO"]
+    assert configs[1].label_smoothing == 0.1
+
+
+def test_the_study_by_hand() -> None:
+    """Two seeds, three held-out pairs, of which the second is labelled at some alphas only, and the first changes sides."""
+    labels = np.array([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, -1], [-1, 0, 1]], dtype=float)
+    margins = {"DPO": np.array([[2.0, -1, 0.5], [1, -2, 0.5]]), "other": np.array([[1.0, 1, 1], [1, 1, 1]])}
+    found = label_shift.summarise(labels, margins)
+    loss = {x: math.log1p(math.exp(-x)) for x in (2, -1, 0.5, 1, -2, -0.5)}
+    first = (loss[2] + loss[-1] + loss[1] + loss[-2] + 2 * loss[0.5]) / 6
+    assert found["DPO"]["loss"]["alphas"][0] == pytest.approx(first)
+    assert found["DPO"]["accuracy"]["alphas"] == pytest.approx([2 / 3, 2 / 3, 1, 1 / 2, 1 / 2])
+    assert found["DPO"]["accuracy"]["worst"] == 0.5 and "against_dpo" not in found["DPO"]["accuracy"]
+    assert found["other"]["loss"]["alphas"] == pytest.approx([loss[1]] * 3 + [(loss[1] + loss[-1]) / 2] * 2)
+    assert found["other"]["loss"]["against_dpo"][0][0] == pytest.approx(loss[1] - first)
+    worst = found["other"]["loss"]["worst"] - found["DPO"]["loss"]["worst"]
+    value, low, high = found["other"]["loss"]["against_dpo"][5]
+    assert value == pytest.approx(worst) and low < value < high
+
+
+def test_the_detectable_difference_by_hand() -> None:
+    """Equal spreads of 0.01 over 31 pairs and 0.01 over the mean of 3 seeds: t is 2.042 and 4.303."""
+    draws, seeds = np.array([-0.1, 0.1] * 500), np.array([-1, 0, 1]) * math.sqrt(0.03)
+    found = label_shift.detectable(np.concatenate([[0.0], draws, seeds]), Layout(31, 1000, (3,)))
+    assert found == pytest.approx(0.1 * math.sqrt(2.042**2 + 4.303**2) + 0.84 * 0.1 * math.sqrt(2), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_study_of_labels_continues_and_agrees_with_the_trainer(clone: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    write_ratings(tmp_path / "my ratings")
+    words = [
+        "--data=my ratings", f"--model_path={tiny_policy}", "--output_path=out", "--results=found", "--max_tokens=150",
+        "--train_pairs=8", "--test_pairs=8", "--train_batch_size=3", "--max_steps=2", "--seeds", "1", "2",
+        "--methods", "DPO", "cDPO", "WDPO",
+    ]  # fmt: skip
+    begun = start(clone, "label_shift.sh", tmp_path, *words, "--seconds=0")
+    assert begun.returncode == 0 and "0 of 6 runs are finished; rerun" in begun.stdout, begun.stderr[-3000:]
+    done = start(clone, "label_shift.sh", tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ratings"]["rated_pairs"] == 16 and sum(found["ratings"]["pairs"].values()) == 12
+    # Where helpfulness differs, it disagrees with verbosity.
+    place = [label_shift.RATINGS.index(name) for name in ("helpfulness", "verbosity")]
+    differ, against = (found["ratings"][name][place[0]][place[1]] for name in ("both_differ", "disagree"))
+    assert differ == against > 0 and min(found["ratings"]["correlations"][place[0]]) < 0
+    as_in_training = found["ratings"]["as_in_training"]
+    assert as_in_training[0] == found["ratings"]["pairs"]["test"] and as_in_training[4] == 0
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+    for number, alpha in enumerate(label_shift.ALPHAS):
+        trainers = [found["runs"][f"DPO, seed {seed}"]["metrics"][f"eval_loss.alpha_{alpha * 100:g}"] for seed in (1, 2)]
+        assert found["methods"]["DPO"]["loss"]["alphas"][number] == pytest.approx(np.mean(trainers), rel=1e-4)
+    assert list(found["methods"]) == ["DPO", "cDPO", "WDPO"]
+    assert found["runs"]["DPO, seed 1"]["margins"] != found["runs"]["DPO, seed 2"]["margins"]
+    again = start(clone, "label_shift.sh", tmp_path, *words, "--seconds=0")
+    assert again.returncode == 0 and json.loads((tmp_path / "found.json").read_text()) == found
+    other = start(clone, "label_shift.sh", tmp_path, *words, "--alpha=0.2")
+    assert other.returncode == 2 and "contains results from a different configuration" in other.stderr

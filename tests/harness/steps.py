@@ -103,7 +103,8 @@ def _equal_part(value: Any) -> Any:
 def check_nothing_partial(folder: Path, expected: dict[str, Any]) -> None:
     """Is every file that has its final name whole?
 
-    Files that grow by whole lines (metrics.jsonl, hidden parts) and logs are exempt; manifests name what is done so far.
+    Files that grow by whole lines (metrics.jsonl, hidden parts) and logs are exempt; manifests name what is done so far,
+    and eval_pairs.json is of the newest evaluation.
     """
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         name = path.relative_to(folder)
@@ -115,7 +116,7 @@ def check_nothing_partial(folder: Path, expected: dict[str, Any]) -> None:
             with safe_open(path, framework="numpy") as stored:
                 assert stored.keys(), path
         found = _content_of(path)
-        if str(name) in expected and path.name not in ("manifest.json", "rejects.jsonl"):
+        if str(name) in expected and path.name not in ("manifest.json", "rejects.jsonl", "eval_pairs.json"):
             assert found == expected[str(name)], f"{name} is not what it will be"
 
 

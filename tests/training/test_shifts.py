@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -193,5 +194,11 @@ def test_a_run_reports_shifted_populations(forks, tiny_policy, data, tmp_path):
     of_groups = (2 * last["shifted"]["eval_loss.domain.even"] + last["shifted"]["eval_loss.domain.odd"]) / 3
     assert last["shifted"]["eval_loss"] == pytest.approx(of_groups)
     assert "test, other: 2 of 3 labels differ" in said(tmp_path / "log shifted")
+    # Pair by pair, from both ranks and in the test pairs' order: the means are the metrics.
+    found = json.loads((tmp_path / "shifted" / "eval_pairs.json").read_text())
+    margins = [one - other for one, other in zip(found["chosen_reward"], found["rejected_reward"], strict=True)]
+    assert found["prompt_id"] == [0, 1, 2] and statistics.mean(found["loss"]) == pytest.approx(last["shifted"]["eval_loss"])
+    assert statistics.mean(margins) == pytest.approx(last["shifted"]["eval_margin"], abs=1e-6)
+    assert found["loss"] == pytest.approx([math.log1p(math.exp(-margin)) for margin in margins], rel=1e-5)
     events = list((tmp_path / "shifted" / "tensorboard").iterdir())
     assert any(b"eval/loss.domain.even" in path.read_bytes() for path in events)

@@ -3,6 +3,7 @@
 What is patched in libraries is in drdpo.training.patches.
 """
 
+import json
 import sys
 import time
 from datetime import timedelta
@@ -18,7 +19,7 @@ from drdpo.candidates import ROW_TOKENS, Candidates, values
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
-from drdpo.folder import sole_writer, whole_lines
+from drdpo.folder import atomic_file, sole_writer, whole_lines
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
 from drdpo.training import engine as deepspeed_engine
@@ -205,8 +206,17 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
             tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4, shifted_BC], dim=1))
     table_KC = distributed.gather(torch.cat(tables)).cpu()
     table_KC = table_KC[table_KC[:, 0] >= 0]
+    distributed.on_main(partial(note_pairs, run, table_KC[:, :5]))
     shifted = run.shifts.metrics(table_KC[:, 0].long(), table_KC[:, 1:3], table_KC[:, 5:])
     return {f"eval_{name}": value for name, value in (table_means(table_KC[:, 1:5]) | shifted).items()}
+
+
+def note_pairs(run: Run, table_K5: Tensor) -> None:
+    """Replace eval_pairs.json by this evaluation's test pairs, in their order: [K, 5] place, then columns of pair_table."""
+    place_K, loss_K, _, chosen_K, rejected_K = (column.tolist() for column in table_K5[table_K5[:, 0].argsort()].T)
+    ids = [run.test[int(place)].prompt_id for place in place_K]
+    with atomic_file(run.folder / "eval_pairs.json") as stream:
+        json.dump({"prompt_id": ids, "loss": loss_K, "chosen_reward": chosen_K, "rejected_reward": rejected_K}, stream)
 
 
 def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_C: Tensor, step: int) -> dict[str, float]:

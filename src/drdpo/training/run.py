@@ -392,5 +392,5 @@ def _clear(folder: Path) -> None:
     for old in [folder / "resume", folder / "tensorboard", folder / CANDIDATES, *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
     references = (f"reference_{part}.safetensors" for part in ("train", "test", CANDIDATES))
-    for name in ("metrics.jsonl", DASHBOARD, "training.png", *references):
+    for name in ("metrics.jsonl", "eval_pairs.json", DASHBOARD, "training.png", *references):
         (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Methods under a shift of people's preferences: HelpSteer2's human ratings, docs/label_shift.md. Rerunning it continues.
+# shellcheck source=src/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../src/env.sh"
+
+has_gpu || export DS_ACCELERATOR=cpu # DeepSpeed looks for other accelerators otherwise, and prints so
+exec python "$ROOT/experiments/label_shift.py" "$@"
