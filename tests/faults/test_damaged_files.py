@@ -164,7 +164,7 @@ def test_a_damaged_reference_file_is_refused(damage, tmp_path):
     write_reference(path, "key", torch.arange(6.0).view(3, 2))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"reference_train\.safetensors: not a readable safetensors file .*; delete it"):
-        read_reference(path, "key", 3)
+        read_reference(path, "key", 3, 2)
 
 
 def test_a_cut_manifest_and_cut_rejects_are_named(fault_reward_model, tmp_path):

@@ -165,6 +165,12 @@ class TrainConfig:
         "chosen_scores and rejected_scores",
         [],
     )
+    eval_candidates: str | None = flag(
+        "at every evaluation also report the policy's expected score on scored completions of --model_path in this folder's "
+        "test.jsonl, without sampling: by objective and by --eval_mixture (docs/methods.md)",
+        None,
+    )
+    max_candidate_prompts: int | None = flag("for --eval_candidates: the first N prompts of the file only", None, at_least=1)
     save_steps: int = flag("save a checkpoint every N steps; 0: only at the end", 158, at_least=0)
     keep_checkpoints: int = flag(
         "number of recent checkpoints to keep, plus the one with the lowest eval loss; 0 keeps all", 0, at_least=0
@@ -363,6 +369,14 @@ def _check_rules(config: TrainConfig) -> None:
     require(
         config.test_share is None or config.test_split is None,
         "--test_share and --test_split both say which the test pairs are; pass one",
+    )
+    require(
+        config.eval_candidates is None or config.packing,
+        "--eval_candidates with --packing=false: a prompt's candidates are answers in one packed row; omit one of the two",
+    )
+    require(
+        config.max_candidate_prompts is None or config.eval_candidates is not None,
+        "--max_candidate_prompts has no meaning without --eval_candidates; pass that too",
     )
     _check_lora(config)
     _check_log(config)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from drdpo import chat, distributed
+from drdpo.candidates import CandidateRow
 from drdpo.distributed import send
 from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow, PrefixGroup
@@ -323,6 +324,11 @@ class Batch:
     """[B] float32 each, see Pair."""
 
     @property
+    def sequences(self) -> int:
+        """S."""
+        return 2 * len(self.indices_B)
+
+    @property
     def prompt_mask_BT(self) -> Tensor:
         """[B, T] True where both sequences of a pair have the prompt."""
         pairs = len(self.indices_B)
@@ -357,12 +363,25 @@ class PackedBatch:
     """[B] float32 each, see Pair."""
 
     @property
+    def sequences(self) -> int:
+        """S."""
+        return 2 * len(self.indices_B)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the row."""
         return self.input_ids_1N.numel()
 
     def to(self, device: torch.device) -> "PackedBatch":
         return replace(self, **_sent(self, device))
+
+
+class CandidateBatch(PackedBatch):
+    """Any number of answers to a prompt, none chosen: indices_B are those of S answers."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.indices_B)
 
 
 AnyBatch = Batch | PackedBatch
@@ -446,4 +465,14 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int]) -> PackedBatch:
         torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
         torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),
         columns_of(taken),
+    )  # fmt: skip
+
+
+def pack_candidates(row: CandidateRow) -> CandidateBatch:
+    """A packed row of drdpo.candidates as a batch of the policy."""
+    packed = row.packed
+    return CandidateBatch(
+        torch.tensor(row.indices_S), torch.tensor([packed.token_ids]), torch.tensor([packed.positions]),
+        torch.zeros(len(packed.token_ids), dtype=torch.int64), torch.tensor(row.states_A), torch.tensor(row.targets_A),
+        torch.tensor(row.sequence_A), tuple(packed.groups),
     )  # fmt: skip

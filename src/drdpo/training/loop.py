@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from drdpo import distributed
+from drdpo.candidates import ROW_TOKENS, Candidates, values
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
@@ -49,8 +50,15 @@ from drdpo.training.objective import (
     survey,
 )
 from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, set_recomputation, widen_values
-from drdpo.training.reference import read_reference, reference_key, reference_logprobs, write_reference
+from drdpo.training.reference import (
+    candidate_logprobs,
+    read_reference,
+    reference_key,
+    reference_logprobs,
+    write_reference,
+)
 from drdpo.training.run import (
+    CANDIDATES,
     Run,
     arithmetic_of,
     claim_folder,
@@ -122,6 +130,8 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
     engine = deepspeed_engine.start_engine(policy, config, run.steps)
     engine.module.flash_attention = config.packed_flash
     references = {split: _reference(engine, run, split) for split in ("train", "test")}
+    if run.candidates is not None:
+        references[CANDIDATES] = _candidate_reference(engine, run, run.candidates)
     if run.method.begin:
         kept = run.method.begin(columns_of(run.train))
         engine.module.method_state = {name: value.to(engine.device) for name, value in kept.items()}
@@ -199,6 +209,27 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
     return {f"eval_{name}": value for name, value in (table_means(table_KC[:, 1:5]) | shifted).items()}
 
 
+def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_C: Tensor, step: int) -> dict[str, float]:
+    """The policy's expected scores on --eval_candidates by objective and mixture, and the mean effective sample size; the
+    log-ratios go to candidates/step_<n>.safetensors. Every rank must call.
+
+    Args:
+        engine, run: of the run.
+        candidates: C of N prompts.
+        reference_C: [C] their log-probs under the starting model.
+        step: finished optimizer steps; 0 computes nothing, as the starting model's log-ratios are zero.
+    """
+    logprobs_C = reference_C
+    if step:
+        logprobs_C = candidate_logprobs(engine, candidates, _row_tokens(run.config), "evaluate candidates")
+    log_ratio_NK = candidates.table((logprobs_C - reference_C).numpy())
+    path = run.folder / CANDIDATES / f"step_{step}.safetensors"
+    distributed.on_main(partial(candidates.write, path, log_ratio_NK, step=str(step)))
+    values_NO, sizes_N = values(log_ratio_NK, candidates.scores_NKO)
+    found = {f"value.{name}": value for name, value in zip(candidates.names, values_NO.mean(axis=0), strict=True)}
+    return {f"eval_{name}": float(value) for name, value in {**found, "candidates_ess": sizes_N.mean()}.items()}
+
+
 def _steps(
     engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: StopRequest
 ) -> None:
@@ -229,6 +260,8 @@ def _steps(
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.update(evaluate(engine, run, references["test"]))
             check_evaluation(metrics, step + 1)
+            if run.candidates is not None:
+                metrics.update(expected_scores(engine, run, run.candidates, references[CANDIDATES], step + 1))
         distributed.on_main(partial(log.write, metrics))
         bar.set_postfix(on_the_bar(metrics))
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
@@ -273,13 +306,32 @@ def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     plan, pairs = run.plans[split], getattr(run, split)
     path = run.folder / f"reference_{split}.safetensors"
     key = reference_key(run.made_by["model"], pairs, arithmetic_of(run.config))
-    logprobs_M2 = read_reference(path, key, len(pairs))
+    logprobs_M2 = read_reference(path, key, len(pairs), 2)
     # All ranks must agree: one that sees the file while another does not would wait for it forever.
     if distributed.any_rank(logprobs_M2 is None) or logprobs_M2 is None:
         batches = plan.of_first_epoch() if split == "train" else plan.without_steps()
         logprobs_M2 = reference_logprobs(engine, plan, batches, split)
         distributed.on_main(partial(write_reference, path, key, logprobs_M2))
     return logprobs_M2
+
+
+def _candidate_reference(engine: Engine, run: Run, candidates: Candidates) -> Tensor:
+    """[C] log-probs of the candidates under the starting model, before any state is loaded."""
+    path, tokens = run.folder / f"reference_{CANDIDATES}.safetensors", _row_tokens(run.config)
+    key = reference_key(run.made_by["model"], [], f"{arithmetic_of(run.config)} {candidates.key} in rows of {tokens}")
+    logprobs_C = read_reference(path, key, len(candidates.places))
+    if distributed.any_rank(logprobs_C is None) or logprobs_C is None:
+        logprobs_C = candidate_logprobs(engine, candidates, tokens, f"reference log-probs, {CANDIDATES}")
+        distributed.on_main(partial(write_reference, path, key, logprobs_C))
+    start = expected_scores(engine, run, candidates, logprobs_C, 0)
+    shown = ", ".join(f"{name.removeprefix('eval_value.')} {value:.4g}" for name, value in start.items() if "value" in name)
+    note = f"\n{candidates.path}: {candidates.note}" if candidates.note else ""
+    _say(f"{candidates.path}: {len(candidates.places)} candidates of {len(candidates.prompts)} prompts; mean {shown}{note}")
+    return logprobs_C
+
+
+def _row_tokens(config: TrainConfig) -> int:
+    return config.micro_batch_tokens or ROW_TOKENS
 
 
 def _on_device(engine: Engine, plan: BatchPlan, indices: list[int], reference_M2: Tensor) -> tuple[AnyBatch, Tensor]:

@@ -75,7 +75,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         DataError: there is no such model, transformers does not know its architecture, or --wdpo_solver=tangent does not.
         UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
     """
-    pairs = [*run.train, *run.test]
+    pairs = run.sequences
     policy = shapes(run.config, pairs)
     shape = shape_of(policy)
     memory = _free()

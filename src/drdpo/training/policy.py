@@ -173,7 +173,7 @@ def pairs_of(logprob_S: Tensor, reference_B2: Tensor, batch: AnyBatch) -> Pairs:
 
 def sum_by_sequence(terms_N: Tensor, sequence_N: Tensor, batch: AnyBatch) -> Tensor:
     """[S] sums over each sequence of its answer tokens' terms [N]."""
-    zeros_S = torch.zeros(2 * len(batch.indices_B), dtype=terms_N.dtype, device=terms_N.device)
+    zeros_S = torch.zeros(batch.sequences, dtype=terms_N.dtype, device=terms_N.device)
     return zeros_S.index_add(0, sequence_N, terms_N)
 
 

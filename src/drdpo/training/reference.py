@@ -4,7 +4,7 @@ No second model is ever in memory. The file is keyed by a hash of weights, pairs
 --max_len), precision, attention, kind of device and versions of libraries. Log-probs with another key are ignored and
 recomputed, before any state is loaded, so never from trained weights.
 
-Shape suffixes: S = 2B sequences, M pairs of the split, K pairs with padding.
+Shape suffixes: S = 2B sequences, M pairs of the split, K pairs with padding, C candidates.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from drdpo import distributed
+from drdpo.candidates import Candidates
 from drdpo.errors import DataError
 from drdpo.folder import atomic_file, versions
 from drdpo.progress import progress
-from drdpo.training.data import BatchPlan, Pair
+from drdpo.training.data import BatchPlan, Pair, pack_candidates
 from drdpo.training.engine import Engine, evaluating
 from drdpo.training.run import pairs_hash
 
@@ -37,8 +38,9 @@ def reference_key(model_fingerprint: str, pairs: list[Pair], arithmetic: str) ->
     return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
-def read_reference(path: Path, key: str, pairs: int) -> Tensor | None:
-    """Log-probs [pairs, 2] of an earlier start of the run, or None if there are none with this key.
+def read_reference(path: Path, key: str, *shape: int) -> Tensor | None:
+    """Log-probs of this shape ([M, 2] of pairs, [C] of candidates) of an earlier start, or None if there are none with this
+    key.
 
     Raises:
         DataError: the file is damaged or incomplete.
@@ -52,7 +54,7 @@ def read_reference(path: Path, key: str, pairs: int) -> Tensor | None:
             logprobs_M2 = stored.get_tensor("logprobs")
     except Exception as error:
         raise DataError(f"{path}: not a readable safetensors file ({error}); delete it") from error
-    _check(logprobs_M2, pairs, str(path))
+    _check(logprobs_M2, shape, str(path))
     return logprobs_M2
 
 
@@ -88,10 +90,34 @@ def reference_logprobs(engine: Engine, plan: BatchPlan, batches: list[list[int]]
     rows_K3 = rows_K3[rows_K3[:, 0] >= 0]
     logprobs_M2 = torch.full((len(plan.pairs), 2), float("nan"))
     logprobs_M2[rows_K3[:, 0].long()] = rows_K3[:, 1:]
-    _check(logprobs_M2, len(plan.pairs), f"the reference model on the {label} pairs")
+    _check(logprobs_M2, (len(plan.pairs), 2), f"the reference model on the {label} pairs")
     return logprobs_M2
 
 
-def _check(logprobs_M2: Tensor, pairs: int, source: str) -> None:
-    if logprobs_M2.shape != (pairs, 2) or not torch.isfinite(logprobs_M2).all():
+def candidate_logprobs(engine: Engine, candidates: Candidates, row_tokens: int, label: str) -> Tensor:
+    """[C] float32 on the CPU: log-probs of all candidates under the policy as it is. Rows do not depend on the ranks, so
+    neither do their roundings. Every rank must call.
+
+    Args:
+        engine: around the policy.
+        candidates: the same on every rank.
+        row_tokens: of a packed row.
+        label: for the progress bar.
+    """
+    rows = candidates.rows(row_tokens)
+    # All ranks make equally many forward passes, in which ZeRO-3 gathers weights; what is done twice has the same bits.
+    rows += rows[:1] * (-len(rows) % distributed.world_size())
+    found = []
+    with evaluating(engine) as policy:
+        for row in progress(distributed.shard(rows), desc=label, unit="row", leave=False, disable=not distributed.is_main()):
+            batch = pack_candidates(row).to(engine.device)
+            found.append(torch.stack([batch.indices_B.double(), policy(batch).logprob_S.double()], dim=1))
+    table_K2 = distributed.gather(torch.cat(found)).cpu()
+    logprobs_C = torch.full((len(candidates.places),), float("nan"))
+    logprobs_C[table_K2[:, 0].long()] = table_K2[:, 1].float()
+    return logprobs_C
+
+
+def _check(logprobs_M2: Tensor, shape: tuple[int, ...], source: str) -> None:
+    if logprobs_M2.shape != shape or not torch.isfinite(logprobs_M2).all():
         raise DataError(f"{source}: the reference log-probs are incomplete or not finite")

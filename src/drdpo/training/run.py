@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo import chat, distributed
+from drdpo.candidates import Candidates, load_candidates
 from drdpo.cli import as_dict
 from drdpo.config import TrainConfig
 from drdpo.errors import DataError, UsageError
@@ -25,9 +26,12 @@ from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "save_steps", "eval_steps", "save_resume", "keep_checkpoints", "log", "gradient_checkpointing",
-    "eval_columns", "eval_mixture",
+    "eval_columns", "eval_mixture", "eval_candidates", "max_candidate_prompts",
 )  # fmt: skip
 """Flags that do not change the trained model, besides those of one start (as_dict)."""
+
+CANDIDATES = "candidates"
+"""Folder of step_<n>.safetensors: log-ratios of --eval_candidates."""
 
 ROUNDINGS = ("micro_batch_size", "micro_batch_tokens")
 """Flags that divide a step's pairs, which changes its roundings alone, unless a micro-batch is a population or has
@@ -48,6 +52,8 @@ class Run:
     made_by: dict[str, Any]
     dtype_reason: str = ""
     shifts: Shifts = NO_SHIFTS
+    candidates: Candidates | None = None
+    """Of --eval_candidates."""
     recompute: int = 0
     """The first layers, whose activations are recomputed; from preflight."""
 
@@ -55,6 +61,14 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps of the run; the pairs that do not fill a last one are not trained on once more."""
         return self.config.max_steps or self.config.max_epochs * len(self.train) // self.config.train_batch_size
+
+    @property
+    def sequences(self) -> list[Pair]:
+        """All pairs, and the longest candidate of every prompt as one: what the model must have room for."""
+        found = self.candidates
+        of_prompts = zip(found.prompts, found.answers, strict=True) if found else ()
+        longest = [Pair(prompt, answer, answer) for prompt, answers in of_prompts for answer in [max(answers, key=len)]]
+        return [*self.train, *self.test, *longest]
 
     def epochs(self, steps: int) -> float:
         """Passes over the training pairs that so many steps make."""
@@ -101,8 +115,8 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     check_model(config.model_path).refuse_training(
         config.packing, config.attention_kernel == "eager", config.tangent, bool(config.lora_rank), config.max_len
     )
-    if config.chat_template_kwargs:
-        chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
+    if config.chat_template_kwargs or config.eval_candidates:
+        _candidates(config, chat.load_tokenizer(config.model_path, config.chat_template_kwargs))
     if Path(config.dataset_path).exists():
         for split in ("train", "test"):
             preferences, columns = _load(config, method, split)
@@ -234,7 +248,10 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     if len(pairs["train"]) % config.train_batch_size:
         made_by["incomplete_steps"] = "filled from the next epoch"  # earlier versions omitted their pairs
     folder = Path(config.save_path)
-    return Run(config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts)
+    return Run(
+        config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts,
+        _candidates(config, tokenizer),
+    )  # fmt: skip
 
 
 def _load(config: TrainConfig, method: Method, split: str) -> tuple[list[Preference], list[Columns]]:
@@ -244,6 +261,24 @@ def _load(config: TrainConfig, method: Method, split: str) -> tuple[list[Prefere
         groups, mixtures = [*groups, *config.eval_groups], config.mixtures
     grouped = method.group if split == "train" else None
     return load_split(config.data, split, method.reads, groups, mixtures, method.weight_column, grouped)
+
+
+def _candidates(config: TrainConfig, tokenizer: chat.Tokenizer) -> Candidates | None:
+    """Those of --eval_candidates.
+
+    Raises:
+        DataError: as load_candidates.
+        UsageError: one is longer than --max_len.
+    """
+    if config.eval_candidates is None:
+        return None
+    found = load_candidates(config.eval_candidates, "test", tokenizer, config.mixtures, config.max_candidate_prompts)
+    if found.longest > config.max_len:
+        raise UsageError(
+            f"{found.path}: the longest prompt with its completion has {found.longest} tokens, and none is cut; pass "
+            f"--max_len={found.longest}"
+        )
+    return found
 
 
 def _numbered(pairs: dict[str, list[Pair]], column: str) -> dict[str, list[Pair]]:
@@ -361,7 +396,8 @@ def note_run(run: Run, complete: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for old in [folder / "resume", folder / "tensorboard", *folder.glob("global_step_*")]:
+    for old in [folder / "resume", folder / "tensorboard", folder / CANDIDATES, *folder.glob("global_step_*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.jsonl", DASHBOARD, "training.png", "reference_train.safetensors", "reference_test.safetensors"):
+    references = (f"reference_{part}.safetensors" for part in ("train", "test", CANDIDATES))
+    for name in ("metrics.jsonl", DASHBOARD, "training.png", *references):
         (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,281 @@
+"""Scored completions of the starting model as a fixed sample by which every policy is judged, without sampling a token.
+
+For a prompt x with candidates y_1 .. y_K drawn from the starting model pi_ref,
+
+    V = sum_k w_k s_k,    w_k = r_k / sum_j r_j,    r_k = pi(y_k | x) / pi_ref(y_k | x)
+
+is the self-normalised importance-sampling estimate of the expected score of pi (Owen, Monte Carlo theory, section 9.2), and
+1 / sum_k w_k^2 its effective sample size, from 1 to K. The ratio is of the tokens as sampled: the stop token is one of them
+if the answer ended by it, and an answer that the length limit cut has none. Candidates drawn at another temperature, or with
+top-p, are not from pi_ref but from some q: then V is the mean score under q tilted by pi / pi_ref.
+
+Shape suffixes: N prompts, K candidates of a prompt, O kinds of score, C candidates of all prompts, A tokens of answers, S
+candidates of a packed row.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from drdpo import chat
+from drdpo.errors import DataError
+from drdpo.folder import atomic_file, read_manifest
+from drdpo.records import Completion, Message, check_unique, read_records
+
+if TYPE_CHECKING:
+    from drdpo.kernels.packed_attention import PackedRow
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+ROW_TOKENS = 4096
+"""Tokens of a packed row of candidates, if not more are needed for one of them."""
+
+
+def values(log_ratio_NK: Array, scores_NKO: Array) -> tuple[Array, Array]:
+    """The expected score of a policy on every prompt, and the effective sample size; see the module's docstring.
+
+    Args:
+        log_ratio_NK: [N, K] log pi - log pi_ref of every candidate, NaN where a prompt has fewer.
+        scores_NKO: [N, K, O] their scores; what stands beside an absent candidate is not read.
+
+    Returns:
+        V [N, O] and the sample size [N]. A prompt with one candidate says nothing of the policy: V is NaN, the size 1.
+    """
+    there_NK = ~np.isnan(log_ratio_NK)
+    log_ratio_NK = np.where(there_NK, log_ratio_NK, -np.inf).astype(np.float64)
+    weights_NK = np.exp(log_ratio_NK - log_ratio_NK.max(axis=1, keepdims=True))
+    weights_NK /= weights_NK.sum(axis=1, keepdims=True)
+    values_NO = np.einsum("nk,nko->no", weights_NK, np.where(there_NK[:, :, None], scores_NKO, 0.0))
+    values_NO[there_NK.sum(axis=1) < 2] = np.nan
+    return values_NO, 1 / np.square(weights_NK).sum(axis=1)
+
+
+# Reading -----------------------------------------------------------------------------------------------------------------
+
+
+def check_scored(path: Path, completions: Sequence[Completion]) -> dict[int, list[Message]]:
+    """{prompt_id: prompt} of scored completions, in their order.
+
+    Raises:
+        DataError: a row without scores, with other objectives than row 1, or with another prompt than earlier rows with its
+            prompt_id; or two rows with one (prompt_id, sample_id).
+    """
+    check_unique(path, ((row.prompt_id, row.sample_id) for row in completions), "(prompt_id, sample_id)")
+    prompts: dict[int, list[Message]] = {}
+    objectives = set(completions[0].scores)
+    for row, completion in enumerate(completions, start=1):
+        if not completion.scores:
+            raise DataError(f'{path}, row {row}: field "scores" is missing; score the completions first')
+        if set(completion.scores) != objectives:
+            odd = ", ".join(sorted(set(completion.scores) ^ objectives))
+            raise DataError(f'{path}, row {row}: field "scores" has other objectives than row 1 ({odd})')
+        if prompts.setdefault(completion.prompt_id, completion.prompt) != completion.prompt:
+            raise DataError(f'{path}, row {row}: field "prompt" differs from an earlier row with the same prompt_id')
+    return prompts
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of N prompts, each with two candidates or more."""
+
+    path: Path
+    prompt_ids: list[int]
+    sample_ids: list[list[int]]
+    prompts: list[list[int]]
+    """Token ids."""
+    answers: list[list[list[int]]]
+    """Token ids of every candidate of every prompt, as sampled."""
+    scores_NKO: Array
+    """NaN where a prompt has fewer candidates: its objectives, then the mixtures of their z-scores."""
+    objectives: list[str]
+    mixtures: list[str]
+    units: dict[str, float]
+    """Standard deviation over all candidates (population form) of each objective."""
+    note: str
+    """What a reader should know of how they were drawn and read; may be empty."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the O kinds of score."""
+        return [*self.objectives, *self.mixtures]
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """(prompt, candidate) of each of the C candidates."""
+        return [(n, k) for n, answers in enumerate(self.answers) for k in range(len(answers))]
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of what log-probs depend on besides the model: ids and tokens."""
+        words = (self.prompt_ids, self.sample_ids, self.prompts, self.answers)
+        return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(len(prompt) + max(map(len, answers)) for prompt, answers in zip(self.prompts, self.answers, strict=True))
+
+    def table(self, values_C: Any) -> Array:
+        """[N, K] of numbers of the C candidates, NaN where a prompt has fewer.
+
+        Raises:
+            DataError: one is not finite.
+        """
+        odd = np.flatnonzero(~np.isfinite(values_C))
+        if len(odd):
+            n, k = self.places[odd[0]]
+            which = f"prompt_id {self.prompt_ids[n]}, sample_id {self.sample_ids[n][k]}"
+            raise DataError(f"{self.path}, {which}: its log-prob under the policy is {values_C[odd[0]]}")
+        table_NK = np.full(self.scores_NKO.shape[:2], np.nan)
+        table_NK[tuple(np.array(self.places).T)] = values_C
+        return table_NK
+
+    def rows(self, budget: int = ROW_TOKENS) -> "list[CandidateRow]":
+        """All candidates in packed rows, each prompt once for those in a row; a function of the candidates and the budget.
+
+        Args:
+            budget: tokens of a row at most, unless a prompt with one answer has more.
+        """
+        rows: list[list[tuple[int, list[int]]]] = []
+        room = 0
+        for n, answers in enumerate(self.answers):
+            for k, answer in enumerate(answers):
+                alone = len(self.prompts[n]) + len(answer)
+                joins = bool(k and rows and rows[-1] and rows[-1][-1][0] == n)
+                size = len(answer) if joins else alone
+                if not rows or size > room:
+                    rows.append([])
+                    room, joins, size = max(budget, alone), False, alone
+                if joins:
+                    rows[-1][-1][1].append(k)
+                else:
+                    rows[-1].append((n, [k]))
+                room -= size
+        first = np.cumsum([0, *map(len, self.answers)]).tolist()
+        return [self._row(groups, first) for groups in rows]
+
+    def _row(self, groups: list[tuple[int, list[int]]], first: list[int]) -> "CandidateRow":
+        from drdpo.kernels.packed_attention import PackedRow
+
+        sequences = [[self.prompts[n] + self.answers[n][k] for k in ks] for n, ks in groups]
+        packed = PackedRow([(len(self.prompts[n]), row) for (n, _), row in zip(groups, sequences, strict=True)])
+        states, targets, sequence = [], [], []
+        places = [(n, k) for n, ks in groups for k in ks]
+        for number, (n, k) in enumerate(places):
+            before, answer = len(self.prompts[n]), self.answers[n][k]
+            states += [packed.index(number, position - 1) for position in range(before, before + len(answer))]
+            targets += answer
+            sequence += [number] * len(answer)
+        return CandidateRow(packed, [first[n] + k for n, k in places], states, targets, sequence)
+
+    def write(self, path: Path, log_ratio_NK: Array, **facts: str) -> None:
+        """Write `log_ratio` [N, K] float32 with `prompt_id` [N] and `sample_id` [N, K], -1 where a prompt has fewer; the
+        metadata names the candidates."""
+        from safetensors.numpy import save
+
+        ids_NK = np.nan_to_num(self.table([i for ids in self.sample_ids for i in ids]), nan=-1).astype(np.int64)
+        tensors = {"log_ratio": log_ratio_NK.astype(np.float32), "prompt_id": np.array(self.prompt_ids), "sample_id": ids_NK}
+        with atomic_file(path, "wb") as stream:
+            stream.write(save(tensors, metadata={"candidates": self.key, "path": str(self.path), **facts}))
+
+
+class CandidateRow(NamedTuple):
+    """S candidates as one row without padding."""
+
+    packed: "PackedRow"
+    indices_S: list[int]
+    """Their numbers among all C."""
+    states_A: list[int]
+    """Where in the row the state is that predicts each answer token."""
+    targets_A: list[int]
+    sequence_A: list[int]
+    """The candidate of the row that each answer token belongs to."""
+
+
+def load_candidates(
+    folder: str, split: str, tokenizer: chat.Tokenizer, mixtures: Mapping[str, Mapping[str, float]], limit: int | None = None
+) -> Candidates:
+    """Read scored completions.
+
+    Args:
+        folder: with <split>.jsonl, as src/score_completions.py writes it.
+        split: "train" or "test".
+        tokenizer: of the model that drew them, with the arguments of its template.
+        mixtures: {name: {objective: weight}} of z-scores, mean and standard deviation over all candidates that are read.
+        limit: of the prompts in the file the first so many.
+
+    Raises:
+        DataError: as read_records and check_scored; no prompt has two candidates; they have no tokens, or others than this
+            tokenizer's; the template refuses a prompt; a mixture of an objective that they lack, or that does not vary.
+    """
+    path = Path(folder) / f"{split}.jsonl"
+    rows = read_records(path, Completion.from_row)
+    prompts = dict(list(check_scored(path, rows).items())[:limit])
+    drawn: dict[int, list[Completion]] = {prompt_id: [] for prompt_id in prompts}
+    for number, row in enumerate(rows, start=1):
+        if row.prompt_id in drawn:
+            _check_tokens(path, number, row, tokenizer)
+            drawn[row.prompt_id].append(row)
+    lone = [prompt_id for prompt_id, found in drawn.items() if len(found) < 2]
+    kept = [prompt_id for prompt_id in prompts if len(drawn[prompt_id]) > 1]
+    if not kept:
+        raise DataError(f"{path}: no prompt has two completions, and one says nothing of a policy; sample with --best_of_n")
+    try:
+        ids = [chat.prompt_token_ids(tokenizer, prompts[prompt_id]) for prompt_id in kept]
+    except ValueError as error:
+        raise DataError(f"{path}: the chat template refuses a prompt: {error}") from error
+    objectives, found = list(rows[0].scores), [drawn[prompt_id] for prompt_id in kept]
+    scores_NKO = np.full((len(kept), max(map(len, found)), len(objectives)), np.nan)
+    for n, of_prompt in enumerate(found):
+        scores_NKO[n, : len(of_prompt)] = [[row.scores[name] for name in objectives] for row in of_prompt]
+    flat_CO = scores_NKO[~np.isnan(scores_NKO[:, :, 0])]
+    units = {name: float(sd) for name, sd in zip(objectives, flat_CO.std(axis=0), strict=True)}
+    mixed = [_mixed(path, scores_NKO, objectives, units, *mixture) for mixture in mixtures.items()]
+    omitted = f"{len(lone)} prompts with one completion were omitted; " if lone else ""
+    return Candidates(
+        path, kept, [[row.sample_id for row in of_prompt] for of_prompt in found], ids,
+        [[row.token_ids for row in of_prompt] for of_prompt in found], np.concatenate([scores_NKO, *mixed], axis=2),
+        objectives, list(mixtures), units, (omitted + _drawn_otherwise(path)).removesuffix("; "),
+    )  # fmt: skip
+
+
+def _check_tokens(path: Path, number: int, row: Completion, tokenizer: chat.Tokenizer) -> None:
+    if not row.token_ids:
+        raise DataError(f'{path}, row {number}: field "token_ids" is empty, and log-probs are of the tokens as sampled')
+    known = max(row.token_ids) < len(tokenizer)
+    if not known or chat.decode(tokenizer, row.token_ids) != row.completion[0]["content"].strip():
+        raise DataError(
+            f'{path}, row {number}: field "token_ids" does not spell the completion in the tokenizer of '
+            f"{tokenizer.name_or_path}: another model drew it; pass completions of the starting model"
+        )
+
+
+def _mixed(
+    path: Path, scores_NKO: Array, objectives: list[str], units: dict[str, float], name: str, weights: Mapping[str, float]
+) -> Array:
+    """[N, K, 1] of a mixture: the weighted sum of z-scores."""
+    if name in objectives:
+        raise DataError(f"{path}: the mixture {name} has the name of an objective; rename it")
+    total_NK1 = np.zeros((*scores_NKO.shape[:2], 1))
+    for objective, weight in weights.items():
+        if not units.get(objective):
+            what = "lack" if objective not in units else "all have the same score in"
+            raise DataError(f"{path}: the completions {what} {objective}, and the mixture {name} reads it")
+        place = objectives.index(objective)
+        one_NK1 = scores_NKO[:, :, place : place + 1]
+        total_NK1 += weight * (one_NK1 - np.nanmean(one_NK1)) / units[objective]
+    return total_NK1
+
+
+def _drawn_otherwise(path: Path) -> str:
+    """A note if the manifest of the sampling names another temperature or a top-p; empty if not."""
+    record = read_manifest(path.parent / "sampled").get(f"sample_{path.stem}", {})
+    made_by = record.get("made_by", {}) if isinstance(record, dict) else {}
+    odd = [f"{name} {made_by[name]}" for name in ("temperature", "top_p") if made_by.get(name, 1) != 1]
+    tilted = "V is the mean score under that distribution tilted by pi / pi_ref, not the policy's own"
+    return f"the completions were drawn with {' and '.join(odd)}: {tilted}" if odd else ""

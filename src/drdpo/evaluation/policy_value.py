@@ -1,0 +1,3 @@
+"""Expected scores of policies on a fixed set of scored completions: see drdpo.candidates."""
+
+from drdpo.candidates import values as values
