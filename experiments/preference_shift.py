@@ -6,12 +6,12 @@ its prompt's mean score, in standard deviations of such deviations. The preferen
     linear     r(alpha) = alpha u1 + (1 - alpha) u2
     geometric  r(alpha) = u1^alpha u2^(1 - alpha)
 
-Pairs are two answers to one prompt, labelled by a Bradley-Terry draw, P(first is chosen) = sigmoid(scale (r_first - r_second)),
+A pair is the best and the worst at alpha_o of six answers to one prompt, labelled by a Bradley-Terry draw, P(first is chosen) = sigmoid(scale (r_first - r_second)),
 at alpha_o. A trained policy's value at any alpha is its expected reward over the fixed candidates of held-out prompts
 (drdpo.candidates), minus the base model's, in standard deviations of the candidates' rewards. The same pairs, labels
 and data order serve every method of a seed, so differences between methods are paired over prompts and seeds.
 
-    label   write candidates/ and pairs/FORM_SEED/ of a folder made by preference_shift.sh
+    label   write candidates/PART/ and pairs/FORM_SEED/ of a folder made by preference_shift.sh
     choose  write the strength of each method with the largest value at alpha_o on the validation prompts
     plan    from the runs of a pilot: spread of the paired differences, and what the study can detect
     report  tables and pictures from all runs
@@ -21,6 +21,7 @@ Shapes: N prompts, K candidates, S seeds, A values of alpha.
 
 import argparse
 import json
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,7 +43,9 @@ from drdpo.records import Completion, Preference, read_records, write_records
 ALPHAS = tuple(step / 10 for step in range(11))
 FORMS = ("linear", "geometric")
 PARTS = ("pairs", "validation", "test")
-"""What a prompt is for; the first prompts of the train split, the next, and the rest with the test split."""
+"""What a prompt is for: the first prompts of the train split, the next ones, and then those of the test split too."""
+DRAWN = 6
+"""Answers of a prompt that a seed draws; its pair is the best and the worst of them."""
 DRAWS = 2000
 MIDDLE, FAR = 0.5, 1.0
 """Where the table looks, beside alpha_o."""
@@ -53,7 +56,9 @@ POWER = norm.ppf(0.975) + norm.ppf(0.8)
 class Study:
     """The base model's scored answers in a folder, and what each prompt is for."""
 
-    def __init__(self, folder: Path, objectives: Sequence[str], prompts: Sequence[int]) -> None:
+    def __init__(
+        self, folder: Path, objectives: Sequence[str], prompts: Sequence[int], candidates: int | None = None
+    ) -> None:
         self.folder = folder
         by_prompt: dict[tuple[int, int], list[Completion]] = defaultdict(list)
         for place, split in enumerate(("train", "test")):
@@ -62,19 +67,22 @@ class Study:
         # Prompt ids of the two splits may be the same: they are numbered anew.
         self.answers = [sorted(by_prompt[key], key=lambda record: record.sample_id) for key in sorted(by_prompt)]
         counts = {len(answers) for answers in self.answers}
-        if len(counts) > 1 or min(counts) < 2 or len(self.answers) <= sum(prompts):
-            raise DataError(f"{folder / 'base'}: needs more than {sum(prompts)} prompts, each with the same number of answers")
-        edges = np.cumsum([0, *prompts, len(self.answers)])
-        self.rows = {part: range(edges[i], min(edges[i + 1], len(self.answers))) for i, part in enumerate(PARTS)}
+        if len(counts) > 1 or min(counts) < 2 or len(self.answers) < sum(prompts):
+            raise DataError(f"{folder / 'base'}: needs {sum(prompts)} prompts or more, each with the same number of answers")
+        edges = np.cumsum([0, *prompts])
+        self.rows = {part: range(edges[i], edges[i + 1]) for i, part in enumerate(PARTS)}
         names = [objective_from_flag(name) for name in objectives]
         missing = [name for name in names if name not in self.answers[0][0].scores]
         if missing:
-            raise UsageError(f"{folder / 'base'} has no scores of {', '.join(missing)}; it has {', '.join(self.answers[0][0].scores)}")
+            raise UsageError(
+                f"{folder / 'base'} has no scores of {', '.join(missing)}; it has {', '.join(self.answers[0][0].scores)}"
+            )
         scores_NK2 = np.array([[[record.scores[name] for name in names] for record in answers] for answers in self.answers])
         within_NK2 = scores_NK2 - scores_NK2.mean(1, keepdims=True)
         self.u_NK2 = 1 / (1 + np.exp(-within_NK2 / within_NK2.std((0, 1))))
+        self.candidates = min(counts.pop(), candidates or sys.maxsize)
         self.facts = {
-            "objectives": names, "prompts": {part: len(rows) for part, rows in self.rows.items()}, "candidates": counts.pop(),
+            "objectives": names, "prompts": {part: len(rows) for part, rows in self.rows.items()}, "candidates": self.candidates,
             "correlation": float(np.corrcoef(scores_NK2.reshape(-1, 2).T)[0, 1]),
             "correlation_within_prompts": float(np.corrcoef(within_NK2.reshape(-1, 2).T)[0, 1]),
         }  # fmt: skip
@@ -84,31 +92,31 @@ class Study:
         u1_NK, u2_NK = self.u_NK2[..., 0], self.u_NK2[..., 1]
         return alpha * u1_NK + (1 - alpha) * u2_NK if form == "linear" else u1_NK**alpha * u2_NK ** (1 - alpha)
 
-    def gains(self, run: Path, form: str, part: str, step: int | None = None) -> tuple[np.ndarray, float]:
+    def gains(self, run: Path, form: str, step: int | None = None) -> tuple[np.ndarray, float]:
         """[N, A] value minus the base model's in sd of the candidates' rewards, and the mean effective sample size.
 
         Args:
             run: a training run's folder.
-            part: of PARTS; its prompts are the N.
             step: the last one by default.
         """
         found = {int(path.stem.split("_")[1]): path for path in (run / "candidates").glob("step_*.safetensors")}
         if not found:
-            raise DataError(f"{run} has no candidates/step_*.safetensors: it has not ended, or ran without --eval_candidates")
-        ratios_NK = load_file(found[max(found) if step is None else step])["log_ratio"].astype(np.float64)
-        chosen = self.rows[part]
-        ratios_NK = ratios_NK[[row - self.rows["validation"].start for row in chosen]]
+            raise DataError(
+                f"{run} has no candidates/step_*.safetensors: it has not ended, or ran without --eval_candidates"
+            )
+        tensors = load_file(found[max(found) if step is None else step])
+        chosen, there = tensors["prompt_id"], slice(tensors["log_ratio"].shape[1])
         rewards_NKA = np.stack([self.reward(form, alpha) for alpha in ALPHAS], -1)
-        sd_A, rewards_NKA = rewards_NKA.std((0, 1)), rewards_NKA[chosen]
-        value_NA, ess_N = values(ratios_NK, rewards_NKA)
+        sd_A, rewards_NKA = rewards_NKA.std((0, 1)), rewards_NKA[chosen, there]
+        value_NA, ess_N = values(tensors["log_ratio"].astype(np.float64), rewards_NKA)
         return (value_NA - rewards_NKA.mean(1)) / sd_A, float(ess_N.mean())
 
 
 def label(study: Study, seeds: Sequence[int], forms: Sequence[str], alpha_o: float, scale: float) -> None:
     """Write the candidates and every seed's pairs; print what was drawn."""
-    held_out = [record for part in PARTS[1:] for row in study.rows[part] for record in _numbered(study, row)]
-    for split in ("train", "test"):  # A completions folder has both; only the test split is read.
-        write_records(study.folder / "candidates" / f"{split}.jsonl", held_out)
+    for part in PARTS[1:]:
+        records = [record for row in study.rows[part] for record in _numbered(study, row)[: study.candidates]]
+        write_records(study.folder / "candidates" / part / "test.jsonl", records)
     print(json.dumps(study.facts))
     for form in forms:
         reward_NK, agreed = study.reward(form, alpha_o), []
@@ -118,7 +126,9 @@ def label(study: Study, seeds: Sequence[int], forms: Sequence[str], alpha_o: flo
             for part, split in (("pairs", "train"), ("validation", "test")):
                 pairs = []
                 for row in study.rows[part]:
-                    answers, places = _numbered(study, row), draw.choice(len(study.answers[row]), 2, replace=False)
+                    answers = _numbered(study, row)
+                    drawn = draw.choice(len(answers), min(DRAWN, len(answers)), replace=False)
+                    places = [drawn[reward_NK[row, drawn].argmax()], drawn[reward_NK[row, drawn].argmin()]]
                     gap = reward_NK[row, places[0]] - reward_NK[row, places[1]]
                     if draw.random() >= 1 / (1 + np.exp(-scale * gap)):
                         places = places[::-1]
@@ -143,7 +153,7 @@ def choose(study: Study, alpha_o: float) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for run in sorted((study.folder / "trials").iterdir()):
         method, _, strength = run.name.partition("=")
-        gains_NA, _ = study.gains(run, FORMS[0], "validation")
+        gains_NA, _ = study.gains(run, FORMS[0])
         found[method][strength] = float(gains_NA[:, ALPHAS.index(alpha_o)].mean())
     with atomic_file(study.folder / "strengths") as file:
         file.writelines(f"{method}={max(trials, key=lambda one: trials[one])}\n" for method, trials in found.items())
@@ -170,11 +180,13 @@ def _runs_of(study: Study, form: str) -> dict[str, np.ndarray]:
     found: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for run in sorted((study.folder / "runs" / form).iterdir()):
         method, _, seed = run.name.rpartition("_")
-        found[method][int(seed)] = study.gains(run, form, "test")[0]
+        found[method][int(seed)] = study.gains(run, form)[0]
     seeds = sorted(found["DPO"])
     uneven = [method for method, by_seed in found.items() if sorted(by_seed) != seeds]
     if uneven or not seeds:
-        raise DataError(f"{study.folder}/runs/{form}: {', '.join(uneven) or 'DPO'} lacks seeds that the others have; run again")
+        raise DataError(
+            f"{study.folder}/runs/{form}: {', '.join(uneven) or 'DPO'} lacks seeds that the others have; run again"
+        )
     order = ["DPO", *(method for method in found if method != "DPO")]
     return {method: np.stack([found[method][seed] for seed in seeds], 1) for method in order}
 
@@ -193,10 +205,10 @@ def results(study: Study, form: str) -> dict[str, Any]:
         return [one.value, one.low, one.high]
 
     folders = {method: sorted((study.folder / "runs" / form).glob(f"{method}_*")) for method in runs}
-    ess = {method: float(np.mean([study.gains(run, form, "test")[1] for run in group])) for method, group in folders.items()}
+    ess = {method: float(np.mean([study.gains(run, form)[1] for run in group])) for method, group in folders.items()}
     steps = sorted(int(path.stem.split("_")[1]) for path in (folders["DPO"][0] / "candidates").glob("step_*.safetensors"))
     curves = {
-        method: [np.mean([study.gains(run, form, "test", step)[0].mean(0) for run in group], axis=0).tolist() for step in steps]
+        method: [np.mean([study.gains(run, form, step)[0].mean(0) for run in group], axis=0).tolist() for step in steps]
         for method, group in folders.items()
     }
     return {
@@ -252,8 +264,14 @@ def draw(stored: dict[str, Any], picture: Path) -> None:
             for alpha, style in ends.items():
                 right.plot(found["steps"], [row[ALPHAS.index(alpha)] for row in found["curves"][method]], style, color=color)
         left.axvline(stored["settings"]["alpha"], color="grey", linewidth=0.8, linestyle=":")
-        left.set(title=f"{form}: value over alpha, {found['seeds']} seeds", xlabel="alpha", ylabel="value - base model's [sd]")
-        right.set(title="over the steps: at alpha_o (line) and 1 (dashed)", xlabel="optimizer step", ylabel="value - base model's [sd]")
+        left.set(
+            title=f"{form}: value over alpha, {found['seeds']} seeds", xlabel="alpha", ylabel="value - base model's [sd]"
+        )
+        right.set(
+            title="over the steps: at alpha_o (line) and 1 (dashed)",
+            xlabel="optimizer step",
+            ylabel="value - base model's [sd]",
+        )
         left.legend(fontsize=8)
         for axis in (left, right):
             axis.axhline(0, color="grey", linewidth=0.8)
@@ -265,7 +283,8 @@ def main() -> None:
     parser.add_argument("what", choices=("label", "choose", "plan", "report"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--objectives", nargs=2, required=True, help="r1 and r2")
-    parser.add_argument("--prompts", nargs=2, type=int, required=True, help="for pairs and for validation; the rest is for the test")
+    parser.add_argument("--prompts", nargs=3, type=int, required=True, help="for pairs, for validation and for the test")
+    parser.add_argument("--candidates", type=int, help="answers of a held-out prompt, all by default")
     parser.add_argument("--alpha", type=float, default=0.1, help="alpha_o, of ALPHAS")
     parser.add_argument("--scale", type=float, default=8.0, help="of the Bradley-Terry draws")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="label: of the pairs")
@@ -274,7 +293,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.alpha not in ALPHAS:
         raise UsageError(f"--alpha={given.alpha:g}: pass one of {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
-    study = Study(given.folder, given.objectives, given.prompts)
+    study = Study(given.folder, given.objectives, given.prompts, given.candidates)
     if given.what == "label":
         label(study, given.seeds, given.forms, given.alpha, given.scale)
     elif given.what == "choose":
