@@ -168,7 +168,9 @@ def test_the_page_of_methods_has_them_all_and_its_command_parses():
     kinds = get_args(get_type_hints(config.TrainConfig)["loss_type"])
     assert {*re.findall(r"--method=(\w+):", text)} == set(METHODS)
     assert {*re.findall(r"--loss_type=(\w+)`", text)} | {"sigmoid"} == set(kinds)
-    (command,) = readme.commands(text)
+    command, evaluated, trained = readme.commands(text)
+    assert parse(config.TrainConfig, "", trained[2:]).eval_candidates == "outputs/base"
+    assert parse(config.EvaluatePolicyConfig, "", evaluated[2:]).weights["safe"] == {"beavertails-is_safe": 1}
     parsed = parse(config.TrainConfig, "", command[2:])
     assert parsed.eval_groups == ["domain", "language"]
     assert parsed.mixtures["brief"] == {"helpsteer-verbosity": 0.5, "helpsteer-complexity": 0.5}

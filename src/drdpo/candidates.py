@@ -14,6 +14,7 @@ candidates of a packed row.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ import numpy as np
 from drdpo import chat
 from drdpo.errors import DataError
 from drdpo.folder import atomic_file, read_manifest
+from drdpo.models import fingerprint
 from drdpo.records import Completion, Message, check_unique, read_records
 
 if TYPE_CHECKING:
@@ -214,6 +216,9 @@ def load_candidates(
             tokenizer's; the template refuses a prompt; a mixture of an objective that they lack, or that does not vary.
     """
     path = Path(folder) / f"{split}.jsonl"
+    made_by = _sampling(path)
+    if (asked := made_by.get("chat_template_kwargs") or {}) != tokenizer.chat_template_kwargs:
+        raise DataError(f"{path}: sampled with --chat_template_kwargs='{json.dumps(asked)}'; pass the same")
     rows = read_records(path, Completion.from_row)
     prompts = dict(list(check_scored(path, rows).items())[:limit])
     drawn: dict[int, list[Completion]] = {prompt_id: [] for prompt_id in prompts}
@@ -240,7 +245,7 @@ def load_candidates(
     return Candidates(
         path, kept, [[row.sample_id for row in of_prompt] for of_prompt in found], ids,
         [[row.token_ids for row in of_prompt] for of_prompt in found], np.concatenate([scores_NKO, *mixed], axis=2),
-        objectives, list(mixtures), units, (omitted + _drawn_otherwise(path)).removesuffix("; "),
+        objectives, list(mixtures), units, (omitted + _drawn_otherwise(made_by, tokenizer.name_or_path)).removesuffix("; "),
     )  # fmt: skip
 
 
@@ -272,10 +277,17 @@ def _mixed(
     return total_NK1
 
 
-def _drawn_otherwise(path: Path) -> str:
-    """A note if the manifest of the sampling names another temperature or a top-p; empty if not."""
-    record = read_manifest(path.parent / "sampled").get(f"sample_{path.stem}", {})
-    made_by = record.get("made_by", {}) if isinstance(record, dict) else {}
+def _sampling(path: Path) -> dict[str, Any]:
+    """What the manifest says of the sampling; empty without one."""
+    record = read_manifest(path.parent / "sampled").get(f"sample_{path.stem}")
+    made_by = record.get("made_by") if isinstance(record, dict) else None
+    return made_by if isinstance(made_by, dict) else {}
+
+
+def _drawn_otherwise(made_by: Mapping[str, Any], model: str) -> str:
+    """A note if they were drawn at another temperature, with top-p, or with another model; empty if not."""
     odd = [f"{name} {made_by[name]}" for name in ("temperature", "top_p") if made_by.get(name, 1) != 1]
+    if made_by.get("model") not in (None, fingerprint(model)):
+        odd.append("another model than this starting one")
     tilted = "V is the mean score under that distribution tilted by pi / pi_ref, not the policy's own"
     return f"the completions were drawn with {' and '.join(odd)}: {tilted}" if odd else ""

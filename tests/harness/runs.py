@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from drdpo.records import Preference, to_row, write_rows
+from drdpo.records import Completion, Preference, to_row, write_rows
 from harness import ROOT
 from harness.forks import Fork, Forks, statuses
 
@@ -36,6 +36,25 @@ def write_pairs(folder: Path) -> Path:
                   "chosen_scores": {"x": 1.0, "y": float(row % 2)}, "rejected_scores": {"x": 0.0, "y": 0.5}}
                  for row in range(rows)]  # fmt: skip
         write_rows(folder / f"{split}.jsonl", [to_row(pair) | fact for pair, fact in zip(pairs, facts, strict=True)])
+    return folder
+
+
+def write_candidates(folder: Path, tokenizer: Any, counts: Sequence[int] = (3, 2, 4), **changed: Any) -> Path:
+    """test.jsonl with so many scored completions of each prompt, by objectives x and y; `changed`: of its second row."""
+    numbers = random.Random(1)
+    completions = []
+    for prompt_id, count in enumerate(counts, start=7):
+        prompt = [{"role": "user", "content": " ".join(numbers.choices(WORDS, k=4))}]
+        for sample_id in range(count):
+            ids = tokenizer(" ".join(numbers.choices(WORDS, k=numbers.randint(1, 6))), add_special_tokens=False)["input_ids"]
+            stop = bool(sample_id % 2)
+            answer = [{"role": "assistant", "content": tokenizer.decode(ids)}]
+            ids += [tokenizer.eos_token_id] * stop
+            scores = {"x": numbers.random(), "y": numbers.gauss(3, 2)}
+            reason = "stop" if stop else "length"
+            completions.append(to_row(Completion(prompt_id, sample_id, prompt, answer, ids, reason, scores)))
+    completions[1] |= changed
+    write_rows(folder / "test.jsonl", completions)
     return folder
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from drdpo.config.evaluation import CompareMixturesConfig as CompareMixturesConfig
     from drdpo.config.evaluation import CompareOpenllmConfig as CompareOpenllmConfig
     from drdpo.config.evaluation import EvaluateConfig as EvaluateConfig
+    from drdpo.config.evaluation import EvaluatePolicyConfig as EvaluatePolicyConfig
     from drdpo.config.evaluation import InspectConfig as InspectConfig
     from drdpo.config.evaluation import LeaderboardConfig as LeaderboardConfig
     from drdpo.config.evaluation import ShowRunConfig as ShowRunConfig
@@ -23,6 +24,7 @@ _FILES = {
     "CompareOpenllmConfig": "evaluation",
     "CompletionsConfig": "data",
     "EvaluateConfig": "evaluation",
+    "EvaluatePolicyConfig": "evaluation",
     "InspectConfig": "evaluation",
     "LeaderboardConfig": "evaluation",
     "PreferencesConfig": "data",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from drdpo.cli import check_bounds, flag, positional, require
+from drdpo.config.training import mixtures_of
 
 HF_MAX_LENGTH = 8192
 """Default of the longest context with backend hf. For generation, lm-eval searches for a batch size with the full context
@@ -42,6 +43,43 @@ class EvaluateConfig:
             f"--sweep {' '.join(self.sweep)}: pass two different objectives, e.g. --sweep helpsteer_helpfulness "
             "helpsteer_coherence",
         )
+
+
+@dataclass(frozen=True)
+class EvaluatePolicyConfig:
+    """Step 4a without sampling: expected scores of policies on scored completions of the starting model."""
+
+    candidates: str = flag("folder of scored completions of --reference, two or more a prompt")
+    policies: list[str] = flag(
+        "NAME=FOLDER arguments, checkpoints to evaluate; the others are also compared with the first; repeat a name with "
+        "other folders to pool training seeds"
+    )
+    reference: str = flag("the starting model, which drew the completions: a Hugging Face folder or hub id")
+    output_path: str = flag("folder for value.json, report.md, report.html, value.png and value.svg, and log-probs")
+    mixtures: list[str] = flag(
+        "also evaluate mixtures of the objectives' z-scores: NAME=OBJECTIVE:WEIGHT,... arguments, weights that sum to 1", []
+    )
+    split: Literal["test", "train"] = flag("split to evaluate", "test")
+    max_prompts: int | None = flag("evaluate the first N prompts only", None, at_least=1)
+    min_ess: float = flag("flag prompts whose effective sample is smaller", 2.0, at_least=1)
+    micro_batch_tokens: int = flag("tokens of a packed row", 4096, at_least=1)
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "precision of the forward passes; bfloat16 is faster, and its rounding is noise in every log-ratio", "float32"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        "JSON object of arguments for the chat template; those that sampled the completions", None
+    )
+    bootstrap: int = flag("bootstrap samples for confidence intervals", 2000, at_least=100)
+    seed: int = flag("seed of the bootstrap", 42, at_least=0)
+
+    @property
+    def weights(self) -> dict[str, dict[str, float]]:
+        """{name: {objective: weight}} of --mixtures."""
+        return mixtures_of("--mixtures", self.mixtures)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        mixtures_of("--mixtures", self.mixtures)
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ class TrainConfig:
         Raises:
             UsageError: not NAME=OBJECTIVE:WEIGHT,..., or weights that are negative or do not sum to 1.
         """
-        return dict(map(_mixture, self.eval_mixture))
+        return mixtures_of("--eval_mixture", self.eval_mixture)
 
     @property
     def eval_groups(self) -> list[str]:
@@ -477,7 +477,7 @@ def _check_method(config: TrainConfig) -> None:
 
 def _check_named(config: TrainConfig) -> None:
     """Refuse a --method with flags that it does not use or without those that it needs, and what is not parsed."""
-    require(len(config.mixtures) == len(config.eval_mixture), "--eval_mixture: two mixtures have the same name")
+    mixtures_of("--eval_mixture", config.eval_mixture)
     require(config.eval_columns is None or bool(config.eval_groups), "--eval_columns names no field; omit it")
     for taken in (config.group_column, "chosen_tokens", "rejected_tokens"):
         require(
@@ -527,9 +527,20 @@ def _named_method(word: str) -> tuple[str, dict[str, float]]:
     return name, {key: number for key, number in numbers.items() if number is not None}
 
 
-def _mixture(word: str) -> tuple[str, dict[str, float]]:
+def mixtures_of(flag_name: str, words: list[str]) -> dict[str, dict[str, float]]:
+    """{name: {objective: weight}} of the arguments NAME=OBJECTIVE:WEIGHT,... of a flag.
+
+    Raises:
+        UsageError: not of that form, or weights that are negative or do not sum to 1.
+    """
+    found = dict(_mixture(f"{flag_name} {word}", word) for word in words)
+    require(len(found) == len(words), f"{flag_name}: two mixtures have the same name")
+    return found
+
+
+def _mixture(shown: str, word: str) -> tuple[str, dict[str, float]]:
     name, equals, parts = word.partition("=")
-    form = f"--eval_mixture {word}: write NAME=OBJECTIVE:WEIGHT,..."
+    form = f"{shown}: write NAME=OBJECTIVE:WEIGHT,..."
     require(bool(equals and re.fullmatch(r"[\w-]+", name)), f"{form}, the name of letters, digits, _ and -")
     weights: dict[str, float] = {}
     for part in parts.split(","):
@@ -539,10 +550,10 @@ def _mixture(word: str) -> tuple[str, dict[str, float]]:
         try:
             weights[objective] = float(number)
         except ValueError:
-            require(False, f"--eval_mixture {word}: {number!r} is not a number")
-        require(0 <= weights[objective] < math.inf, f"--eval_mixture {word}: a weight is finite and not negative")
+            require(False, f"{shown}: {number!r} is not a number")
+        require(0 <= weights[objective] < math.inf, f"{shown}: a weight is finite and not negative")
     total = sum(weights.values())
-    require(abs(total - 1) <= 1e-6, f"--eval_mixture {word}: the weights sum to {total:g}, not to 1")
+    require(abs(total - 1) <= 1e-6, f"{shown}: the weights sum to {total:g}, not to 1")
     return name, weights
 
 

@@ -1,3 +1,284 @@
-"""Expected scores of policies on a fixed set of scored completions: see drdpo.candidates."""
+"""Expected scores of policies on a fixed set of scored completions of their starting model, see drdpo.candidates.
 
+Every policy is judged by the same candidates, so that what they share cancels in the differences: the intervals are those of
+drdpo.evaluation.statistics, a bootstrap over prompts, paired over all policies, and over the checkpoints of a name.
+
+Shape suffixes: N prompts, K candidates of a prompt, O kinds of score, S checkpoints of a policy, C candidates
+of all prompts.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from drdpo import chat
+from drdpo.candidates import Array, Candidates, load_candidates
 from drdpo.candidates import values as values
+from drdpo.config.evaluation import EvaluatePolicyConfig
+from drdpo.errors import DataError
+from drdpo.evaluation.report import STYLE, interval, markdown_table, save_picture, text_table, write_report
+from drdpo.evaluation.runs import parse_runs
+from drdpo.evaluation.spider import run_styles
+from drdpo.evaluation.statistics import Estimate, Observations, estimate, resample
+from drdpo.folder import atomic_file, versions
+from drdpo.machine import announce, settle
+from drdpo.models import check_model, fingerprint
+from drdpo.objectives import flag_name
+from drdpo.progress import progress
+
+
+class PolicyValue(NamedTuple):
+    """What the candidates say of one policy; gains in standard deviations of the candidates' scores."""
+
+    values: dict[str, float]
+    """In the scores' own unit."""
+    gains: dict[str, Estimate]
+    """Over the starting model, whose value is the plain mean; without scores that are all equal."""
+    against_first: dict[str, Estimate]
+    """Difference of the gains from the first policy's; empty for that one."""
+    ess: float
+    """Mean effective sample size over prompts and checkpoints."""
+    few: float
+    """Share of them with less than --min_ess."""
+
+
+def evaluate_policy(config: EvaluatePolicyConfig) -> None:
+    """Write value.json, report.md and a picture; log-probs stay beside them, so that a rerun computes none.
+
+    Raises:
+        UsageError: a --policies argument that is not NAME=FOLDER, or a locked output folder.
+        DataError: completions, a policy or its tokenizer are not usable.
+    """
+    folders = parse_runs(config.policies, "--policies")
+    config, precision = settle(config)
+    candidates = _candidates(config, config.reference)
+    for folder in dict.fromkeys([config.reference, *(str(place) for places in folders.values() for place in places)]):
+        _check(folder, config, candidates)
+    announce(precision)
+    if candidates.note:
+        print(f"note: {candidates.path}: {candidates.note}", flush=True)
+    start_C = _logprobs(config.reference, "the starting model", config, candidates)
+    ratios = {
+        name: [candidates.table(_logprobs(str(place), name, config, candidates) - start_C) for place in places]
+        for name, places in folders.items()
+    }
+    found = policy_values(candidates, ratios, config.min_ess, config.bootstrap, config.seed)
+    numbers = {"candidates": {"path": str(candidates.path), "key": candidates.key, "prompts": len(candidates.prompts),
+                              "completions": len(candidates.places), "sd": candidates.units, "note": candidates.note},
+               "policies": {name: {"checkpoints": [str(place) for place in folders[name]], **_as_json(value)}
+                            for name, value in found.items()}}  # fmt: skip
+    header, rows = _table(candidates, found)
+    files: dict[str, str | bytes] = {"value.json": json.dumps(numbers, indent=2) + "\n", **_picture(candidates, found)}
+    files["report.md"] = value_report(candidates, found, config)
+    inputs = {name: [fingerprint(place) for place in places] for name, places in folders.items()}
+    inputs |= {"reference": [fingerprint(config.reference)], "candidates": [candidates.key]}
+    write_report(Path(config.output_path), "evaluate_policy", config, inputs, files)
+    print(text_table(header, rows))
+    for line in _warnings(found, config.min_ess):
+        print(f"note: {line}")
+    print(f"report: {Path(config.output_path) / 'report.md'}")
+
+
+def _candidates(config: EvaluatePolicyConfig, model: str) -> Candidates:
+    """The completions, as the tokenizer of a model reads them."""
+    tokenizer = chat.load_tokenizer(model, config.chat_template_kwargs)
+    return load_candidates(config.candidates, config.split, tokenizer, config.weights, config.max_prompts)
+
+
+def _check(path: str, config: EvaluatePolicyConfig, candidates: Candidates) -> None:
+    """Refuse a policy of which packed rows would give wrong log-probs, or whose tokenizer is not the starting model's."""
+    model = check_model(path)
+    about, longest = model.structure, candidates.longest
+    problem = about.head or about.packing or ("the weights are stored quantized" if model.quantized else None)
+    if problem is None and about.window and about.window < longest:
+        problem = f"its attention has a sliding window of {about.window} tokens, and the longest candidate {longest}"
+    if problem is None and about.learned and about.positions and about.positions < longest:
+        problem = f"it has {about.positions} positions, and the longest candidate {longest} tokens"
+    if problem:
+        raise DataError(f"{path}: cannot be evaluated: {problem}")
+    if path != config.reference and _candidates(config, path).key != candidates.key:
+        raise DataError(f"{path}: its tokenizer or chat template is not that of --reference={config.reference}")
+
+
+# Log-probs ---------------------------------------------------------------------------------------------------------------
+
+
+def _logprobs(path: str, name: str, config: EvaluatePolicyConfig, candidates: Candidates) -> Array:
+    """[C] log-probs of all candidates, from the output folder if they are there; finite."""
+    from safetensors.numpy import load_file, save
+
+    from drdpo.distributed import device
+
+    computed_by = [versions().get(package) for package in ("torch", "transformers")]
+    made_by = (fingerprint(path), candidates.key, config.dtype, config.micro_batch_tokens, device().type, *computed_by)
+    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
+    stored = Path(config.output_path) / "logprobs" / f"{key}.safetensors"
+    if stored.is_file():
+        try:
+            logprob_C: Array = load_file(stored)["logprobs"]
+        except Exception as error:
+            raise DataError(f"{stored}: not a readable safetensors file ({error}); delete it") from error
+    else:
+        logprob_C = answer_logprobs(path, config.dtype, candidates, config.micro_batch_tokens, name)
+        with atomic_file(stored, "wb") as stream:
+            stream.write(save({"logprobs": logprob_C}, metadata={"model": path, "candidates": candidates.key}))
+    candidates.table(logprob_C)
+    return logprob_C
+
+
+def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: int, label: str) -> Array:
+    """[C] log-probs of all candidates under a model.
+
+    Args:
+        path: of the model, which _check has passed.
+        dtype: "bfloat16" or "float32".
+        candidates: C of them.
+        row_tokens: of a packed row.
+        label: for the progress bar.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from drdpo.distributed import device
+    from drdpo.kernels.linear_logprob import linear_logprob
+    from drdpo.kernels.packed_attention import hidden_states, refusal
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(f"{path}: the model could not be loaded ({error})") from error
+    model = model.to(device()).eval()
+    weight_VD = model.get_output_embeddings().weight
+    flash = weight_VD.is_cuda and refusal(model.config, weight_VD.device, weight_VD.dtype) is None
+    logprob_C = np.full(len(candidates.places), np.nan)
+    with torch.inference_mode():
+        for row in progress(candidates.rows(row_tokens), desc=f"log-probs, {label}", unit="row"):
+            states_A, targets_A, sequence_A = (
+                torch.tensor(part, device=weight_VD.device) for part in (row.states_A, row.targets_A, row.sequence_A)
+            )
+            hidden_ND = hidden_states(model.base_model, row.packed, flash)
+            logprob_A = linear_logprob(hidden_ND[states_A], weight_VD, targets_A)
+            logprob_S = logprob_A.new_zeros(len(row.indices_S)).index_add(0, sequence_A, logprob_A)
+            logprob_C[row.indices_S] = logprob_S.float().cpu().numpy()
+    return logprob_C
+
+
+# Estimates ---------------------------------------------------------------------------------------------------------------
+
+
+def policy_values(
+    candidates: Candidates, ratios: dict[str, list[Array]], min_ess: float, draws: int, seed: int
+) -> dict[str, PolicyValue]:
+    """The value of every policy.
+
+    Args:
+        candidates: of N prompts.
+        ratios: {policy: log-ratios [N, K] of each of its S checkpoints}; the first is what the others are compared with.
+        min_ess: below it, a prompt's effective sample is few.
+        draws, seed: of the bootstrap.
+    """
+    names, first = candidates.names, next(iter(ratios))
+    found = {name: [values(table_NK, candidates.scores_NKO) for table_NK in tables] for name, tables in ratios.items()}
+    start_NO = values(np.where(np.isnan(ratios[first][0]), np.nan, 0.0), candidates.scores_NKO)[0]
+    tables = {("", score): Observations(start_NO[:, o], ()) for o, score in enumerate(names)}
+    for name, runs in found.items():
+        values_NSO = np.stack([values_NO for values_NO, _ in runs], axis=1)
+        tables |= {(name, score): Observations(values_NSO[:, :, o], (name,)) for o, score in enumerate(names)}
+    means, layout = resample(tables, {name: len(runs) for name, runs in found.items()}, draws, seed)
+    units = {score: candidates.units.get(score, 1.0) for score in names}  # a mixture is of z-scores
+    results = {}
+    for name, runs in found.items():
+        sizes_NS = np.stack([sizes_N for _, sizes_N in runs], axis=1)
+
+        def over(base: str, name: str = name) -> dict[str, Estimate]:
+            return {
+                score: estimate((means[name, score] - means[base, score]) / unit, layout)
+                for score, unit in units.items() if unit
+            }  # fmt: skip
+
+        results[name] = PolicyValue(
+            {score: float(means[name, score][0]) for score in names}, over(""), over(first) if name != first else {},
+            float(sizes_NS.mean()), float((sizes_NS < min_ess).mean()),
+        )  # fmt: skip
+    return results
+
+
+# The report --------------------------------------------------------------------------------------------------------------
+
+
+def _as_json(value: PolicyValue) -> dict[str, Any]:
+    estimates = {
+        name: {score: asdict(found) for score, found in part.items()}
+        for name, part in (("gains_sd", value.gains), ("against_first_sd", value.against_first))
+    }
+    return {"values": value.values, **estimates, "ess": value.ess, "share_below_min_ess": value.few}
+
+
+def _table(candidates: Candidates, found: dict[str, PolicyValue], first: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Gains over the starting model, or over the first policy, a row a policy."""
+    header = ["policy", *map(flag_name, candidates.names), *([] if first else ["effective sample"])]
+    rows = []
+    for name, value in list(found.items())[first:]:
+        gains = value.against_first if first else value.gains
+        shown = [interval(gains.get(score), "{:+.3f}") for score in candidates.names]
+        rows.append([name, *shown, *([] if first else [f"{value.ess:.2f}"])])
+    return header, rows
+
+
+def _warnings(found: dict[str, PolicyValue], min_ess: float) -> list[str]:
+    return [
+        f"{name}: {value.few:.0%} of its prompts have an effective sample below {min_ess:g}: it has moved far from the "
+        "starting model, and a few candidates decide its value there; sample it, or draw more candidates"
+        for name, value in found.items() if value.few
+    ]  # fmt: skip
+
+
+def value_report(candidates: Candidates, found: dict[str, PolicyValue], config: EvaluatePolicyConfig) -> str:
+    """report.md."""
+    first = next(iter(found))
+    parts = [
+        "# Expected scores without sampling",
+        f"{len(candidates.prompts)} prompts with {len(candidates.places)} scored completions of {config.reference}, "
+        "weighted by pi / pi_ref of each policy. Gains are over the starting model, in standard deviations of its "
+        "completions' scores, with 95% bootstrap intervals over prompts, and over checkpoints where a policy has several. "
+        f"The effective sample is the mean over prompts; {candidates.scores_NKO.shape[1]} is the most.",
+        markdown_table(*_table(candidates, found)),
+        "![Gains over the starting model](value.png)",
+    ]
+    if len(found) > 1:
+        parts += [f"## Differences from {first}", "In the same unit; all policies share prompts and completions.",
+                  markdown_table(*_table(candidates, found, first=True))]  # fmt: skip
+    notes = [*([candidates.note] if candidates.note else []), *_warnings(found, config.min_ess)]
+    return "\n\n".join(parts + [f"* {note}" for note in notes]) + "\n"
+
+
+def _picture(candidates: Candidates, found: dict[str, PolicyValue]) -> dict[str, bytes]:
+    """Gains with their intervals: a group of lines a score, a line a policy."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = [score for score in candidates.names if all(score in value.gains for value in found.values())]
+    looks = run_styles(["the starting model", *found])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 1.2 + len(names) * (0.25 + 0.16 * len(found))), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color="#333333", linestyle="--", linewidth=1)
+        for number, (policy, value) in enumerate(found.items()):
+            gains = [value.gains[score] for score in names]
+            middle = [gain.value for gain in gains]
+            ends = [[abs(gain.value - (gain.value if end is None else end)) for gain in gains
+                     for end in [getattr(gain, side)]] for side in ("low", "high")]  # fmt: skip
+            places = np.arange(len(names)) + 0.7 * ((number + 0.5) / len(found) - 0.5)
+            look = looks[policy]
+            axes.errorbar(middle, places, xerr=ends, fmt=look.marker, color=look.color, markersize=4, label=policy)
+        axes.set_yticks(range(len(names)), [flag_name(score) for score in names])
+        axes.invert_yaxis()
+        axes.set_xlabel("gain over the starting model, sd of its completions")
+        axes.legend(fontsize=8, frameon=False, loc="best")
+        return save_picture(figure, "value", dpi=120)

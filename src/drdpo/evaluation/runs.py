@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from drdpo.candidates import check_scored
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import read_json_object, read_manifest
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
-from drdpo.records import Completion, Message, check_unique, read_records
+from drdpo.records import Completion, Message, read_records
 
 ANSWERS = ("tokens", "repeated", "cut")
 """Metrics of the answers: length in tokens, `repeated_share`, and whether the length limit cut the answer."""
@@ -105,8 +106,7 @@ def load_run(name: str, folder: Path, split: str) -> ScoredRun:
             "choose with --split=train or --split=test"
         )
     rows = read_records(path, Completion.from_row)
-    check_unique(path, ((row.prompt_id, row.sample_id) for row in rows), "(prompt_id, sample_id)")
-    prompts = _check_rows(path, rows)
+    prompts = dict(sorted(check_scored(path, rows).items()))
     scores = pd.DataFrame([row.scores for row in rows], columns=sort_objectives(rows[0].scores), dtype=np.float64)
     answers = pd.DataFrame(
         [(len(row.token_ids), repeated_share(row.token_ids), row.finish_reason == "length") for row in rows],
@@ -115,20 +115,6 @@ def load_run(name: str, folder: Path, split: str) -> ScoredRun:
     )
     prompt_ids = [row.prompt_id for row in rows]
     return ScoredRun(name, folder, prompts, _by_prompt(scores, prompt_ids), _by_prompt(answers, prompt_ids), scores)
-
-
-def _check_rows(path: Path, completions: list[Completion]) -> dict[int, list[Message]]:
-    prompts: dict[int, list[Message]] = {}
-    objectives = set(completions[0].scores)
-    for row, completion in enumerate(completions, start=1):
-        if not completion.scores:
-            raise DataError(f'{path}, row {row}: field "scores" is missing; score the completions first')
-        if set(completion.scores) != objectives:
-            odd = ", ".join(sorted(set(completion.scores) ^ objectives))
-            raise DataError(f'{path}, row {row}: field "scores" has other objectives than row 1 ({odd})')
-        if prompts.setdefault(completion.prompt_id, completion.prompt) != completion.prompt:
-            raise DataError(f'{path}, row {row}: field "prompt" differs from an earlier row with the same prompt_id')
-    return dict(sorted(prompts.items()))
 
 
 def _by_prompt(values: pd.DataFrame, prompt_ids: list[int]) -> pd.DataFrame:
