@@ -1,15 +1,16 @@
 """Preference shift as in section 7.1 of the paper (2502.01930), on a policy's own answers: labels, power, results.
 
-Two objectives r1 and r2 of a scored completions folder become rewards u1, u2 in (0, 1): the sigmoid of an answer's deviation from
-its prompt's mean score, in standard deviations of such deviations. The preference of a person at alpha is one of
+Two objectives r1 and r2 of a scored completions folder become rewards u1, u2 in (0, 1): the sigmoid of an answer's deviation
+from its prompt's mean score, in standard deviations of such deviations. The preference of a person at alpha is one of
 
     linear     r(alpha) = alpha u1 + (1 - alpha) u2
     geometric  r(alpha) = u1^alpha u2^(1 - alpha)
 
-A pair is the best and the worst at alpha_o of six answers to one prompt, labelled by a Bradley-Terry draw, P(first is chosen) = sigmoid(scale (r_first - r_second)),
-at alpha_o. A trained policy's value at any alpha is its expected reward over the fixed candidates of held-out prompts
-(drdpo.candidates), minus the base model's, in standard deviations of the candidates' rewards. The same pairs, labels
-and data order serve every method of a seed, so differences between methods are paired over prompts and seeds.
+A pair is the best and the worst at alpha_o of six answers to one prompt, labelled by a Bradley-Terry draw,
+P(first is chosen) = sigmoid(scale (r_first - r_second)). A trained policy's value at any alpha is its expected reward over
+the fixed candidates of held-out prompts (drdpo.candidates), minus the base model's, in standard deviations of the
+candidates' rewards. The same pairs, labels and data order serve every method of a seed, so differences between methods are
+paired over prompts and seeds.
 
     label   write candidates/PART/ and pairs/FORM_SEED/ of a folder made by preference_shift.sh
     choose  write the strength of each method with the largest value at alpha_o on the validation prompts
@@ -33,8 +34,8 @@ from safetensors.numpy import load_file
 from scipy.stats import norm
 from tabulate import tabulate
 
-from drdpo.errors import DataError, UsageError, one_line_errors
 from drdpo.candidates import values
+from drdpo.errors import DataError, UsageError, one_line_errors
 from drdpo.evaluation.statistics import Estimate, Observations, estimate, resample
 from drdpo.folder import atomic_file
 from drdpo.objectives import objective_from_flag
@@ -82,7 +83,8 @@ class Study:
         self.u_NK2 = 1 / (1 + np.exp(-within_NK2 / within_NK2.std((0, 1))))
         self.candidates = min(counts.pop(), candidates or sys.maxsize)
         self.facts = {
-            "objectives": names, "prompts": {part: len(rows) for part, rows in self.rows.items()}, "candidates": self.candidates,
+            "objectives": names, "candidates": self.candidates,
+            "prompts": {part: len(rows) for part, rows in self.rows.items()},
             "correlation": float(np.corrcoef(scores_NK2.reshape(-1, 2).T)[0, 1]),
             "correlation_within_prompts": float(np.corrcoef(within_NK2.reshape(-1, 2).T)[0, 1]),
         }  # fmt: skip
@@ -161,8 +163,8 @@ def choose(study: Study, alpha_o: float) -> dict[str, dict[str, float]]:
 
 
 def plan(study: Study, form: str, alpha_o: float) -> str:
-    """The pilot's table: sd of the paired difference from DPO over prompts and over seeds, and the smallest difference that a
-    study of these test prompts and of 5 or 10 seeds finds with a power of 80%."""
+    """The pilot's table: sd of the paired difference from DPO over prompts and seeds, and the smallest difference that
+    a study of these test prompts and of 5 or 10 seeds finds with a power of 80%."""
     runs = _runs_of(study, form)
     table = []
     for method in [name for name in runs if name != "DPO"]:
@@ -200,6 +202,8 @@ def results(study: Study, form: str) -> dict[str, Any]:
     found, layout = resample(tables, {"seed": seeds}, DRAWS, 0)
     by_method = {method: np.stack([found[method, place] for place in range(len(ALPHAS))]) for method in runs}
 
+    dpo, others = by_method["DPO"], {name: entries for name, entries in by_method.items() if name != "DPO"}
+
     def told(entries: np.ndarray) -> list[float | None]:
         one: Estimate = estimate(entries, layout)
         return [one.value, one.low, one.high]
@@ -215,9 +219,8 @@ def results(study: Study, form: str) -> dict[str, Any]:
         "seeds": seeds, "steps": steps, "ess": ess, "curves": curves,
         "gain": {name: [told(row) for row in entries] for name, entries in by_method.items()},
         "worst": {name: told(entries.min(0)) for name, entries in by_method.items()},
-        "difference": {name: [told(row) for row in entries - by_method["DPO"]] for name, entries in by_method.items() if name != "DPO"},
-        "worst_difference": {name: told(entries.min(0) - by_method["DPO"].min(0))
-                             for name, entries in by_method.items() if name != "DPO"},
+        "difference": {name: [told(row) for row in entries - dpo] for name, entries in others.items()},
+        "worst_difference": {name: told(entries.min(0) - dpo.min(0)) for name, entries in others.items()},
     }  # fmt: skip
 
 
@@ -234,10 +237,11 @@ def table(stored: dict[str, Any], form: str) -> str:
     rows = []
     for method, gains in found["gain"].items():
         others = found["difference"].get(method)
+        compared = [others[places[0]], others[places[2]], found["worst_difference"][method]] if others else []
         rows.append([
-            method, stored["strengths"].get(method, ""), *(cell(gains[place]) for place in places), cell(found["worst"][method]),
-            *([cell(others[places[0]]), cell(others[places[2]]), cell(found["worst_difference"][method])] if others else [""] * 3),
-            f"{found['ess'][method]:.1f}",
+            method, stored["strengths"].get(method, ""), *(cell(gains[place]) for place in places),
+            cell(found["worst"][method]),
+            *(map(cell, compared) if others else [""] * 3), f"{found['ess'][method]:.1f}",
         ])  # fmt: skip
     heads = [f"at {ALPHAS[place]:g}" for place in places]
     names = ["method", "strength", *heads, "worst", f"{heads[0]} - DPO's", f"{heads[2]} - DPO's", "worst - DPO's", "ESS"]

@@ -1,13 +1,11 @@
 """The study of preference shifts: labels, values, power and tables, by hand on four prompts."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import preference_shift as shift
 import pytest
-from harness import ROOT
 from safetensors.numpy import save_file
 
 from drdpo.errors import DataError, UsageError
@@ -22,7 +20,7 @@ def sigmoid(x: float) -> float:
 
 @pytest.fixture
 def study(tmp_path: Path) -> shift.Study:
-    """Six prompts with two answers: the first is one deviation better in r1, and in r2 one worse (or better, odd prompts)."""
+    """Six prompts with two answers: the first is one deviation better in r1, in r2 one worse (odd prompts: better)."""
     for split, numbers in (("train", range(4)), ("test", range(2))):
         rows = []
         for prompt in numbers:
