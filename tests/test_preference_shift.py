@@ -1,0 +1,144 @@
+"""The study of preference shifts: labels, values, power and tables, by hand on four prompts."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import preference_shift as shift
+import pytest
+from safetensors.numpy import save_file
+
+from drdpo.errors import DataError, UsageError
+from drdpo.records import Completion, Preference, read_records, write_records
+
+OBJECTIVES = ["helpsteer_verbosity", "helpsteer_coherence"]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> shift.Study:
+    """Six prompts with two answers: the first is one deviation better in r1, in r2 one worse (odd prompts: better)."""
+    for split, numbers in (("train", range(4)), ("test", range(2))):
+        rows = []
+        for prompt in numbers:
+            for answer in range(2):
+                turn = [{"role": "user", "content": f"{split} {prompt}"}]
+                sign = 1 if answer == 0 else -1
+                scores = {
+                    "helpsteer-verbosity": 5.0 + sign,
+                    "helpsteer-coherence": prompt + 0.5 * sign * (-1) ** (prompt + 1),
+                }
+                said = [{"role": "assistant", "content": f"answer {answer}"}]
+                rows.append(Completion(prompt, answer, turn, said, [answer + 1], "stop", scores))
+        write_records(tmp_path / "base" / f"{split}.jsonl", rows)
+    return shift.Study(tmp_path, OBJECTIVES, [2, 1, 3])
+
+
+def run_of(folder: Path, ratios: list[list[float]], prompts: list[int], step: int = 3) -> Path:
+    (folder / "candidates").mkdir(parents=True)
+    tensors = {"log_ratio": np.array(ratios, np.float32), "prompt_id": np.array(prompts)}
+    save_file(tensors, folder / "candidates" / f"step_{step}.safetensors")
+    return folder
+
+
+def test_what_prompts_are_for(study: shift.Study) -> None:
+    assert {part: list(rows) for part, rows in study.rows.items()} == {"pairs": [0, 1], "validation": [2], "test": [3, 4, 5]}
+    assert study.facts["correlation_within_prompts"] == pytest.approx(0)
+    assert study.facts["objectives"] == ["helpsteer-verbosity", "helpsteer-coherence"]
+
+
+def test_rewards_by_hand(study: shift.Study) -> None:
+    """Every answer is one deviation above or below its prompt's mean, in both objectives."""
+    up, down = sigmoid(1), sigmoid(-1)
+    assert study.reward("linear", 0.1)[:2].tolist() == [
+        pytest.approx([0.1 * up + 0.9 * down, 0.1 * down + 0.9 * up]), pytest.approx([up, down])
+    ]  # fmt: skip
+    assert study.reward("geometric", 0.1)[0].tolist() == pytest.approx([up**0.1 * down**0.9, down**0.1 * up**0.9])
+
+
+def test_values_by_hand(study: shift.Study, tmp_path: Path) -> None:
+    """A policy that makes the first answer e times as likely, on prompt 3, where the first answer is better in both."""
+    run = run_of(tmp_path / "runs" / "linear" / "DPO_1", [[1.0, 0.0]], [3])
+    gains_NA, ess = study.gains(run, "linear")
+    share, up, down = sigmoid(1), sigmoid(1), sigmoid(-1)
+    # At alpha = 1 half of the answers have `up`: their standard deviation is half the difference.
+    assert gains_NA[0, -1] == pytest.approx((share * up + (1 - share) * down - 0.5 * (up + down)) / ((up - down) / 2))
+    assert ess == pytest.approx(1 / (share**2 + (1 - share) ** 2))
+    start = run_of(tmp_path / "start", [[0.0, 0.0]], [3], step=0)
+    assert study.gains(start, "geometric")[0] == pytest.approx(np.zeros((1, 11)))
+    with pytest.raises(DataError, match="eval_candidates"):
+        study.gains(tmp_path / "pairs", "linear")
+
+
+def test_labels(study: shift.Study, tmp_path: Path) -> None:
+    shift.label(study, [1], ["linear"], 0.1, scale=1e6)
+    pairs = read_records(tmp_path / "pairs" / "linear_1" / "train.jsonl", Preference.from_row)
+    assert [pair.prompt_id for pair in pairs] == [0, 1]
+    assert all(pair.chosen_score > pair.rejected_score for pair in pairs)
+    # Coherence decides at 0.1: answer 1 of prompt 0, answer 0 of prompt 1.
+    assert [pair.chosen_token_ids for pair in pairs] == [[2], [1]]
+    assert [row.prompt_id for row in read_records(tmp_path / "candidates" / "test" / "test.jsonl", Completion.from_row)] == [
+        3, 3, 4, 4, 5, 5
+    ]  # fmt: skip
+    flipped = 0
+    for seed in range(200):
+        shift.label(study, [seed], ["linear"], 0.1, scale=5)
+        pairs = read_records(tmp_path / "pairs" / f"linear_{seed}" / "train.jsonl", Preference.from_row)
+        flipped += sum(pair.chosen_score < pair.rejected_score for pair in pairs)
+    gaps = [0.8 * (sigmoid(1) - sigmoid(-1)), sigmoid(1) - sigmoid(-1)]
+    expected = sum(sigmoid(-5 * gap) for gap in gaps) * 200
+    assert abs(flipped - expected) < 4 * math.sqrt(expected)
+
+
+def test_the_strength_is_the_best_at_alpha_o(study: shift.Study, tmp_path: Path) -> None:
+    run_of(tmp_path / "trials" / "WDPO=0.1", [[0.0, 1.0]], [2])  # prompt 2 is like prompt 0: its second answer is better
+    run_of(tmp_path / "trials" / "WDPO=0.2", [[1.0, 0.0]], [2])
+    found = shift.choose(study, 0.1)
+    assert found["WDPO"]["0.1"] == pytest.approx(-found["WDPO"]["0.2"]) and found["WDPO"]["0.1"] > 0
+    assert (tmp_path / "strengths").read_text() == "WDPO=0.1\n"
+
+
+def test_what_can_be_detected(study: shift.Study, tmp_path: Path) -> None:
+    """KLDPO equals DPO but for prompt 3 of seed 2; the table's numbers from the definition."""
+    zero = [[0.0, 0.0]] * 3
+    for method, seed, ratios in (
+        ("DPO", 1, zero),
+        ("DPO", 2, zero),
+        ("KLDPO", 1, zero),
+        ("KLDPO", 2, [[1.0, 0.0], *zero[1:]]),
+    ):
+        run_of(tmp_path / "runs" / "linear" / f"{method}_{seed}", ratios, [3, 4, 5])
+    row = shift.plan(study, "linear", 0.1).splitlines()[-1]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    share, gain = sigmoid(1), 2 * sigmoid(1) - 1
+    assert share > 0.5 and [float(cell) for cell in cells[1:4]] == pytest.approx(
+        [1.0, np.std([gain / 2, 0, 0], ddof=1), np.std([0, gain / 3], ddof=1)], abs=6e-4
+    )
+    over_prompts, over_seeds = (float(cell) for cell in cells[2:4])
+    assert float(cells[4]) == pytest.approx(
+        2.8016 * math.hypot(over_prompts / math.sqrt(3), over_seeds / math.sqrt(5)), abs=2e-3
+    )
+
+
+def test_methods_are_compared_on_the_same_seeds(study: shift.Study, tmp_path: Path) -> None:
+    zero = [[0.0, 0.0]] * 3
+    for method, seed in (("DPO", 1), ("DPO", 2), ("CVaR", 1)):
+        run_of(tmp_path / "runs" / "linear" / f"{method}_{seed}", zero, [3, 4, 5])
+    with pytest.raises(DataError, match="CVaR lacks seeds"):
+        shift.results(study, "linear")
+    run_of(tmp_path / "runs" / "linear" / "CVaR_2", [[1.0, 0.0]] * 3, [3, 4, 5])
+    found = shift.results(study, "linear")
+    gain = 2 * sigmoid(1) - 1
+    assert found["difference"]["CVaR"][-1][0] == pytest.approx(gain / 2)
+    assert found["gain"]["DPO"][0] == pytest.approx([0, 0, 0], abs=1e-12)
+    assert found["worst"]["CVaR"][0] == pytest.approx(min(one[0] for one in found["gain"]["CVaR"]))
+
+
+def test_refusals(study: shift.Study, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no scores of helpsteer-complexity; it has helpsteer-verbosity"):
+        shift.Study(tmp_path, ["helpsteer_complexity", "helpsteer_coherence"], [2, 1, 3])
+    with pytest.raises(DataError, match="needs 7 prompts"):
+        shift.Study(tmp_path, OBJECTIVES, [4, 2, 1])
