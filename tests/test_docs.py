@@ -131,13 +131,16 @@ OTHER_FLAGS = (
     "cvar_share config help packages torch_index dev "  # ours, not of a step
     "pairs rounds only_accuracy only_checkpointing output steps tokens "  # of benchmarks
     "signal nodes gpus nnodes hostfile no require slurm "  # sbatch, torchrun, deepspeed, pip, experiments
-    "nv bind build file tag rm ipc"  # apptainer, docker
+    "nv bind build file tag rm ipc "  # apptainer, docker
+    "python group check"  # uv, requirements/hashes.py
 ).split()
 
 
 @pytest.mark.parametrize("page", readme.PAGES[2:], ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
     known = {name for each in config.__all__ for name in getattr(config, each).__dataclass_fields__}
+    study = (ROOT / "experiments" / "preference_shift.sh").read_text(encoding="utf-8").partition("usage:")[2]
+    known |= {"tiny", *re.findall(r"--([a-z_]+)=", study.partition("USAGE")[0])}
     known |= {*OTHER_FLAGS, *FitConfig.__dataclass_fields__, *LabelShiftConfig.__dataclass_fields__}
     assert set(re.findall(r"--([a-z]\w+)", page.read_text(encoding="utf-8"))) <= known
 
