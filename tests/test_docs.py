@@ -129,7 +129,7 @@ def test_the_citation_is_that_of_citation_cff():
 OTHER_FLAGS = (
     "cvar_share config help packages torch_index dev "  # ours, not of a step
     "pairs rounds only_accuracy only_checkpointing output steps tokens "  # of benchmarks
-    "signal nodes gpus nnodes hostfile no require slurm "  # sbatch, torchrun, deepspeed, pip, experiments
+    "signal nodes gpus nnodes hostfile no require slurm python group check "  # sbatch, torchrun, deepspeed, pip, uv
     "nv bind build file tag rm ipc"  # apptainer, docker
 ).split()
 
