@@ -127,11 +127,8 @@ def test_one_process_needs_no_launcher(root, environment, flags, tmp_path):
 
 @pytest.mark.parametrize(
     ("visible", "asked", "expected"),
-    [
-        (None, None, 4), (None, "2", 2), ("2,3", None, 2), ("1,2,3", "2", 2), ("GPU-5c9a,GPU-77b1", None, 2), ("", "2", 2),
-        ("-1", "2", 2),
-    ],
-)  # fmt: skip
+    [(None, None, 4), ("2,3", None, 2), ("1,2,3", "2", 2), ("", "2", 2)],
+)
 def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
     with_gpus(environment)
     environment["SKIP_CHECK"] = "1"
