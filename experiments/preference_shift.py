@@ -8,8 +8,8 @@ from its prompt's mean score, in standard deviations of such deviations. The pre
 
 A pair is the best and the worst at alpha_o of six answers to one prompt, labelled by a Bradley-Terry draw,
 P(first is chosen) = sigmoid(scale (r_first - r_second)). A trained policy's value at any alpha is its expected reward over
-the fixed candidates of held-out prompts (drdpo.candidates), minus the base model's, in standard deviations of the
-candidates' rewards. The same pairs, labels and data order serve every method of a seed, so differences between methods are
+the fixed candidates of held-out prompts (drdpo.candidates), minus the base model's, in standard deviations of the rewards of
+all sampled answers. The same pairs, labels and data order serve every method of a seed, so differences between methods are
 paired over prompts and seeds.
 
     label   write candidates/PART/ and pairs/FORM_SEED/ of a folder made by preference_shift.sh
@@ -95,23 +95,27 @@ class Study:
         return alpha * u1_NK + (1 - alpha) * u2_NK if form == "linear" else u1_NK**alpha * u2_NK ** (1 - alpha)
 
     def gains(self, run: Path, form: str, step: int | None = None) -> tuple[np.ndarray, float]:
-        """[N, A] value minus the base model's in sd of the candidates' rewards, and the mean effective sample size.
+        """[N, A] value minus the base model's in sd of all answers' rewards, and the mean effective sample size.
 
         Args:
             run: a training run's folder.
             step: the last one by default.
         """
-        found = {int(path.stem.split("_")[1]): path for path in (run / "candidates").glob("step_*.safetensors")}
-        if not found:
+        steps = _steps_of(run)
+        if not steps:
             raise DataError(
                 f"{run} has no candidates/step_*.safetensors: it has not ended, or ran without --eval_candidates"
             )
-        tensors = load_file(found[max(found) if step is None else step])
+        tensors = load_file(run / "candidates" / f"step_{steps[-1] if step is None else step}.safetensors")
         chosen, there = tensors["prompt_id"], slice(tensors["log_ratio"].shape[1])
         rewards_NKA = np.stack([self.reward(form, alpha) for alpha in ALPHAS], -1)
         sd_A, rewards_NKA = rewards_NKA.std((0, 1)), rewards_NKA[chosen, there]
         value_NA, ess_N = values(tensors["log_ratio"].astype(np.float64), rewards_NKA)
         return (value_NA - rewards_NKA.mean(1)) / sd_A, float(ess_N.mean())
+
+
+def _steps_of(run: Path) -> list[int]:
+    return sorted(int(path.stem.split("_")[1]) for path in (run / "candidates").glob("step_*.safetensors"))
 
 
 def label(study: Study, seeds: Sequence[int], forms: Sequence[str], alpha_o: float, scale: float) -> None:
@@ -150,16 +154,19 @@ def _numbered(study: Study, row: int) -> list[Completion]:
             for number, one in enumerate(study.answers[row])]  # fmt: skip
 
 
-def choose(study: Study, alpha_o: float) -> dict[str, dict[str, float]]:
-    """{method: {strength: value at alpha_o on the validation prompts}} of trials/METHOD=STRENGTH; writes strengths."""
+def trials_of(study: Study, form: str, alpha_o: float, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{method: {strength: value at alpha_o on the validation prompts}} of trials/METHOD=STRENGTH."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    for run in sorted((study.folder / "trials").iterdir()):
-        method, _, strength = run.name.partition("=")
-        gains_NA, _ = study.gains(run, FORMS[0])
+    for name in names:
+        method, _, strength = name.partition("=")
+        gains_NA, _ = study.gains(study.folder / "trials" / name, form)
         found[method][strength] = float(gains_NA[:, ALPHAS.index(alpha_o)].mean())
-    with atomic_file(study.folder / "strengths") as file:
-        file.writelines(f"{method}={max(trials, key=lambda one: trials[one])}\n" for method, trials in found.items())
     return found
+
+
+def best_of(trials: dict[str, dict[str, float]]) -> dict[str, str]:
+    """{method: the strength with the largest value}."""
+    return {method: max(values, key=lambda one: values[one]) for method, values in trials.items()}
 
 
 def plan(study: Study, form: str, alpha_o: float) -> str:
@@ -210,11 +217,12 @@ def results(study: Study, form: str) -> dict[str, Any]:
 
     folders = {method: sorted((study.folder / "runs" / form).glob(f"{method}_*")) for method in runs}
     ess = {method: float(np.mean([study.gains(run, form)[1] for run in group])) for method, group in folders.items()}
-    steps = sorted(int(path.stem.split("_")[1]) for path in (folders["DPO"][0] / "candidates").glob("step_*.safetensors"))
-    curves = {
-        method: [np.mean([study.gains(run, form, step)[0].mean(0) for run in group], axis=0).tolist() for step in steps]
-        for method, group in folders.items()
-    }
+    # Some seeds have values in the middle of training, the same seeds of every method.
+    steps = max((_steps_of(run) for run in folders["DPO"]), key=len)
+    curves = {}
+    for method, group in folders.items():
+        whole = [run for run in group if _steps_of(run) == steps]
+        curves[method] = [np.mean([study.gains(run, form, step)[0].mean(0) for run in whole], 0).tolist() for step in steps]
     return {
         "seeds": seeds, "steps": steps, "ess": ess, "curves": curves,
         "gain": {name: [told(row) for row in entries] for name, entries in by_method.items()},
@@ -293,6 +301,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=8.0, help="of the Bradley-Terry draws")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="label: of the pairs")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--trials", nargs="*", default=[], help="choose, report: METHOD=STRENGTH, folders in trials/")
     parser.add_argument("--output", type=Path, help="report: write OUTPUT.json and OUTPUT.png")
     given = parser.parse_args()
     if given.alpha not in ALPHAS:
@@ -301,14 +310,17 @@ def main() -> None:
     if given.what == "label":
         label(study, given.seeds, given.forms, given.alpha, given.scale)
     elif given.what == "choose":
-        print(json.dumps(choose(study, given.alpha), indent=1))
+        trials = trials_of(study, given.forms[0], given.alpha, given.trials)
+        with atomic_file(study.folder / "strengths") as file:
+            file.writelines(f"{method}={strength}\n" for method, strength in best_of(trials).items())
+        print(json.dumps(trials, indent=1))
     elif given.what == "plan":
         print("\n\n".join(plan(study, form, given.alpha) for form in given.forms))
     else:
-        strengths = dict(line.split("=") for line in (study.folder / "strengths").read_text(encoding="utf-8").split())
+        trials = trials_of(study, given.forms[0], given.alpha, given.trials)
         stored = {
-            "settings": {"alpha": given.alpha, "scale": given.scale, **study.facts}, "trials": choose(study, given.alpha),
-            "strengths": strengths, "results": {form: results(study, form) for form in given.forms},
+            "settings": {"alpha": given.alpha, "scale": given.scale, **study.facts}, "trials": trials,
+            "strengths": best_of(trials), "results": {form: results(study, form) for form in given.forms},
         }  # fmt: skip
         output = given.output or study.folder / "report"
         with atomic_file(output.with_suffix(".json")) as file:

@@ -22,6 +22,7 @@ usage: bash experiments/preference_shift.sh [--tiny] [--slurm] [--NAME=VALUE ...
   --pairs=48 --validation=32 --test=80  prompts for each
   --candidates=12                       answers of a held-out prompt
   --beta=1 --learning_rate=1e-3 --lora_rank=16 --train_batch_size=8 --max_steps=12
+  --micro_batch_size=8 --gradient_checkpointing=false
   --curves=42                           seeds whose values are also taken in the middle of training, every --eval_steps
   --eval_steps=3
   --tiny=false                          ten minutes: two methods, two seeds, few prompts
@@ -42,6 +43,12 @@ read_flags "$@"
 declare -A trials=([DPO]="" [cDPO]="0.1 0.3" [DrDPO]="1 4" [KLDPO]="0.3 1" [KLDPO-2]="0.3 1" [WDPO]="2e-5 1e-4" [CVaR]="0.5 0.75")
 for method in $methods $geometric_methods; do
     [[ -v "trials[$method]" ]] || refuse_command "unknown method $method: choose from ${!trials[*]}"
+    [[ " $methods " == *" $method "* ]] || refuse_command "--geometric_methods has $method, which --methods lacks: add it there"
+done
+[[ " $geometric_methods " == *" DPO "* ]] || refuse_command "DPO is what the others are compared with: add it to both lists of methods"
+[[ "$alpha" =~ ^(0|1|0\.[1-9])$ ]] || refuse_command "--alpha=$alpha: pass 0, 0.1, ... or 1"
+for form in $forms; do
+    [[ "$form" == linear || "$form" == geometric ]] || refuse_command "unknown form $form: pass linear, geometric or both"
 done
 read -ra both <<<"$objectives"
 read -ra all_forms <<<"$forms"
@@ -49,6 +56,10 @@ read -ra all_seeds <<<"$trial_seed $seeds"
 study=(python "$ROOT/experiments/preference_shift.py")
 study_flags=(--folder="$output_path" --objectives "${both[@]}" --prompts "$pairs" "$validation" "$test" --candidates="$candidates"
     --alpha="$alpha")
+tried=()
+for method in $methods; do
+    for strength in ${trials[$method]}; do tried+=("$method=$strength"); done
+done
 
 make_data() {
     sample "$output_path/base" "$model_path" --best_of_n="$best_of_n" --temperature=1
@@ -61,9 +72,10 @@ align() {
     # The reference is the same for all runs: they share its log-probs. A file that does not match is ignored.
     if [[ ! -d "$1" ]]; then
         mkdir -p "$1" "${references[@]}"
-        find "${references[@]}" -type f -exec ln -t "$1" {} +
+        keep "$1" "${references[0]}"/* "${references[1]}"/*
     fi
-    collect flags beta learning_rate lora_rank train_batch_size max_steps
+    collect flags beta learning_rate lora_rank train_batch_size max_steps micro_batch_size gradient_checkpointing
+    ((lora_rank == 0)) || flags+=(--lora_merge=false)
     [[ "$6" != test || " $curves " != *" $3 "* ]] || flags+=(--eval_steps="$eval_steps")
     case "$4" in
         DPO) ;;
@@ -75,10 +87,19 @@ align() {
         CVaR) flags+=(--method="cvar:$5") ;;
     esac
     step bash "$ROOT/train_alignment.sh" --model_path="$model_path" --dataset_path="$2" --save_path="$1" --seed="$3" \
-        --eval_candidates="$output_path/candidates/$6" --max_test_pairs=4 --lora_merge=false --save_resume=false --log=none \
-        --micro_batch_size=8 --warmup_ratio=0 --gradient_checkpointing=false "${flags[@]}" "${further[@]}"
-    ln -f -t "${references[0]}" "$1/reference_candidates.safetensors"
-    ln -f -t "${references[1]}" "$1"/reference_{train,test}.safetensors
+        --eval_candidates="$output_path/candidates/$6" --max_test_pairs=4 --save_resume=false --log=none --warmup_ratio=0 \
+        "${flags[@]}" "${further[@]}"
+    keep "${references[0]}" "$1/reference_candidates.safetensors"
+    keep "${references[1]}" "$1"/reference_{train,test}.safetensors
+}
+
+# keep FOLDER FILE...: link the files that are there and not yet in the folder. Another job may be doing the same, and what cannot
+# be linked is computed again.
+keep() {
+    local file
+    for file in "${@:2}"; do
+        [[ ! -e "$file" || -e "$1/${file##*/}" ]] || ln -t "$1" "$file" || true
+    done
 }
 
 # chosen METHOD: print its strength, which `choose` has written.
@@ -89,20 +110,21 @@ chosen() {
     printf '%s' "${line#*=}"
 }
 
-align_chosen() { align "$output_path/runs/$1/$2_$3" "$output_path/pairs/$1_$3" "$3" "$2" "$(chosen "$2")" test; }
+align_chosen() {
+    local strength
+    strength="$(chosen "$2")"
+    align "$output_path/runs/$1/$2_$3" "$output_path/pairs/$1_$3" "$3" "$2" "$strength" test
+}
 
 prepare
 part data "" make_data
 needs=""
-for method in $methods; do
-    for strength in ${trials[$method]}; do
-        part "trials/$method=$strength" data \
-            align "$output_path/trials/$method=$strength" "$output_path/pairs/linear_$trial_seed" \
-            "$trial_seed" "$method" "$strength" validation
-        needs+=" trials/$method=$strength"
-    done
+for trial in ${tried[@]+"${tried[@]}"}; do
+    part "trials/$trial" data align "$output_path/trials/$trial" "$output_path/pairs/${all_forms[0]}_$trial_seed" \
+        "$trial_seed" "${trial%%=*}" "${trial#*=}" validation
+    needs+=" trials/$trial"
 done
-part choose "$needs" step "${study[@]}" choose "${study_flags[@]}"
+part choose "${needs:-data}" step "${study[@]}" choose "${study_flags[@]}" --forms "${all_forms[@]}" --trials ${tried[@]+"${tried[@]}"}
 needs=""
 for form in $forms; do
     for seed in $seeds; do
@@ -112,5 +134,6 @@ for form in $forms; do
         done
     done
 done
-part report "$needs" step "${study[@]}" report "${study_flags[@]}" --scale="$scale" --forms "${all_forms[@]}"
+part report "$needs" step "${study[@]}" report "${study_flags[@]}" --scale="$scale" --forms "${all_forms[@]}" \
+    --trials ${tried[@]+"${tried[@]}"}
 finish

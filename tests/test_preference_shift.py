@@ -96,9 +96,10 @@ def test_labels(study: shift.Study, tmp_path: Path) -> None:
 def test_the_strength_is_the_best_at_alpha_o(study: shift.Study, tmp_path: Path) -> None:
     run_of(tmp_path / "trials" / "WDPO=0.1", [[0.0, 1.0]], [2])  # prompt 2 is like prompt 0: its second answer is better
     run_of(tmp_path / "trials" / "WDPO=0.2", [[1.0, 0.0]], [2])
-    found = shift.choose(study, 0.1)
+    run_of(tmp_path / "trials" / "WDPO=9", [[0.0, 9.0]], [2])  # of another start, with other trials
+    found = shift.trials_of(study, "linear", 0.1, ["WDPO=0.1", "WDPO=0.2"])
     assert found["WDPO"]["0.1"] == pytest.approx(-found["WDPO"]["0.2"]) and found["WDPO"]["0.1"] > 0
-    assert (tmp_path / "strengths").read_text() == "WDPO=0.1\n"
+    assert shift.best_of(found) == {"WDPO": "0.1"}
 
 
 def test_what_can_be_detected(study: shift.Study, tmp_path: Path) -> None:
@@ -130,7 +131,11 @@ def test_methods_are_compared_on_the_same_seeds(study: shift.Study, tmp_path: Pa
     with pytest.raises(DataError, match="CVaR lacks seeds"):
         shift.results(study, "linear")
     run_of(tmp_path / "runs" / "linear" / "CVaR_2", [[1.0, 0.0]] * 3, [3, 4, 5])
+    for method in ("DPO", "CVaR"):  # one seed also has a value in the middle
+        tensors = {"log_ratio": np.zeros((3, 2), np.float32), "prompt_id": np.array([3, 4, 5])}
+        save_file(tensors, tmp_path / "runs" / "linear" / f"{method}_2" / "candidates" / "step_1.safetensors")
     found = shift.results(study, "linear")
+    assert found["steps"] == [1, 3] and found["curves"]["CVaR"][0][-1] == 0 < found["curves"]["CVaR"][1][-1]
     gain = 2 * sigmoid(1) - 1
     assert found["difference"]["CVaR"][-1][0] == pytest.approx(gain / 2)
     assert found["gain"]["DPO"][0] == pytest.approx([0, 0, 0], abs=1e-12)

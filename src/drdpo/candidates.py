@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from drdpo import chat
-from drdpo.errors import DataError
+from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, read_manifest
 from drdpo.models import fingerprint
 from drdpo.records import Completion, Message, check_unique, read_records
@@ -185,6 +185,35 @@ class Candidates:
         with atomic_file(path, "wb") as stream:
             stream.write(save(tensors, metadata={"candidates": self.key, "path": str(self.path), **facts}))
 
+    def _others(self, folder: Path) -> list[Path]:
+        """Files of `write` for other candidates."""
+        from safetensors import safe_open
+
+        found = []
+        for path in folder.glob("step_*.safetensors"):
+            with safe_open(path, "numpy") as stored:
+                if (stored.metadata() or {}).get("candidates") != self.key:
+                    found.append(path)
+        return found
+
+    def remove_others(self, folder: Path) -> None:
+        """Remove what an earlier start wrote of other candidates."""
+        for path in self._others(folder):
+            path.unlink(missing_ok=True)
+
+    def check_evaluated(self, run: Path, step: int) -> None:
+        """Refuse a complete run that was not evaluated on these candidates.
+
+        Raises:
+            UsageError: naming the command that evaluates its checkpoints.
+        """
+        path = run / "candidates" / f"step_{step}.safetensors"
+        if not path.is_file() or path in self._others(path.parent):
+            raise UsageError(
+                f"{run} is complete, but was not evaluated on the candidates in {self.path.parent}; evaluate its "
+                "checkpoints by src/evaluate_policy.py, or train into another --save_path"
+            )
+
 
 class CandidateRow(NamedTuple):
     """S candidates as one row without padding."""
@@ -239,7 +268,8 @@ def load_candidates(
     for n, of_prompt in enumerate(found):
         scores_NKO[n, : len(of_prompt)] = [[row.scores[name] for name in objectives] for row in of_prompt]
     flat_CO = scores_NKO[~np.isnan(scores_NKO[:, :, 0])]
-    units = {name: float(sd) for name, sd in zip(objectives, flat_CO.std(axis=0), strict=True)}
+    # Rounding gives equal scores a standard deviation of 1e-17.
+    units = {name: float(one_C.std()) if np.ptp(one_C) else 0.0 for name, one_C in zip(objectives, flat_CO.T, strict=True)}
     mixed = [_mixed(path, scores_NKO, objectives, units, *mixture) for mixture in mixtures.items()]
     omitted = f"{len(lone)} prompts with one completion were omitted; " if lone else ""
     return Candidates(

@@ -53,6 +53,7 @@ from drdpo.training.objective import (
 from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, set_recomputation, widen_values
 from drdpo.training.reference import (
     candidate_logprobs,
+    check_logprobs,
     read_reference,
     reference_key,
     reference_logprobs,
@@ -103,6 +104,8 @@ def _align(config: TrainConfig, method: Method, stop: StopRequest, precision: Pr
         config = resolve_rows(config, method, shapes(config))
     run = open_run(config, method, precision.reason)
     if is_complete(run):
+        if run.candidates is not None:
+            distributed.on_main(partial(run.candidates.check_evaluated, run.folder, run.steps))
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return run.folder / f"global_step_{run.steps}"
     run, shape = preflight(run)
@@ -192,9 +195,13 @@ def train_step(
     return parts
 
 
-def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]:
-    """Plain, unweighted loss, accuracy and rewards on all test pairs, and loss and accuracy on their shifted populations;
-    every rank must call."""
+def evaluate(engine: Engine, run: Run, reference_M2: Tensor, step: int) -> dict[str, float]:
+    """Plain, unweighted loss, accuracy and rewards on all test pairs, and loss and accuracy on their shifted populations,
+    after so many steps; every rank must call.
+
+    Raises:
+        DataError: as check_evaluation.
+    """
     plan, tables = run.plans["test"], []
     shards = plan.without_steps()
     with evaluating(engine) as policy:
@@ -206,9 +213,11 @@ def evaluate(engine: Engine, run: Run, reference_M2: Tensor) -> dict[str, float]
             tables.append(torch.cat([batch.indices_B[:, None].float(), table_B4, shifted_BC], dim=1))
     table_KC = distributed.gather(torch.cat(tables)).cpu()
     table_KC = table_KC[table_KC[:, 0] >= 0]
-    distributed.on_main(partial(note_pairs, run, table_KC[:, :5]))
     shifted = run.shifts.metrics(table_KC[:, 0].long(), table_KC[:, 1:3], table_KC[:, 5:])
-    return {f"eval_{name}": value for name, value in (table_means(table_KC[:, 1:5]) | shifted).items()}
+    metrics = {f"eval_{name}": value for name, value in (table_means(table_KC[:, 1:5]) | shifted).items()}
+    check_evaluation(metrics, step)
+    distributed.on_main(partial(note_pairs, run, table_KC[:, :5]))
+    return metrics
 
 
 def note_pairs(run: Run, table_K5: Tensor) -> None:
@@ -268,8 +277,7 @@ def _steps(
             check_first_step(parts, references_B2, run.method, config.dtype, config.model_path, stored)
         last = step + 1 == run.steps
         if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
-            metrics.update(evaluate(engine, run, references["test"]))
-            check_evaluation(metrics, step + 1)
+            metrics.update(evaluate(engine, run, references["test"], step + 1))
             if run.candidates is not None:
                 metrics.update(expected_scores(engine, run, run.candidates, references[CANDIDATES], step + 1))
         distributed.on_main(partial(log.write, metrics))
@@ -332,7 +340,9 @@ def _candidate_reference(engine: Engine, run: Run, candidates: Candidates) -> Te
     logprobs_C = read_reference(path, key, len(candidates.places))
     if distributed.any_rank(logprobs_C is None) or logprobs_C is None:
         logprobs_C = candidate_logprobs(engine, candidates, tokens, f"reference log-probs, {CANDIDATES}")
+        check_logprobs(logprobs_C, (len(candidates.places),), f"the starting model on {candidates.path}")
         distributed.on_main(partial(write_reference, path, key, logprobs_C))
+    distributed.on_main(partial(candidates.remove_others, run.folder / CANDIDATES))
     start = expected_scores(engine, run, candidates, logprobs_C, 0)
     shown = ", ".join(f"{name.removeprefix('eval_value.')} {value:.4g}" for name, value in start.items() if "value" in name)
     note = f"\n{candidates.path}: {candidates.note}" if candidates.note else ""
@@ -341,7 +351,8 @@ def _candidate_reference(engine: Engine, run: Run, candidates: Candidates) -> Te
 
 
 def _row_tokens(config: TrainConfig) -> int:
-    return config.micro_batch_tokens or ROW_TOKENS
+    """Of candidates: no more than a micro-batch of training may have, for which memory is predicted."""
+    return config.micro_batch_tokens or min(ROW_TOKENS, 2 * config.micro_batch * config.max_len)
 
 
 def _on_device(engine: Engine, plan: BatchPlan, indices: list[int], reference_M2: Tensor) -> tuple[AnyBatch, Tensor]:

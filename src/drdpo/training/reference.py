@@ -54,7 +54,7 @@ def read_reference(path: Path, key: str, *shape: int) -> Tensor | None:
             logprobs_M2 = stored.get_tensor("logprobs")
     except Exception as error:
         raise DataError(f"{path}: not a readable safetensors file ({error}); delete it") from error
-    _check(logprobs_M2, shape, str(path))
+    check_logprobs(logprobs_M2, shape, str(path))
     return logprobs_M2
 
 
@@ -90,7 +90,7 @@ def reference_logprobs(engine: Engine, plan: BatchPlan, batches: list[list[int]]
     rows_K3 = rows_K3[rows_K3[:, 0] >= 0]
     logprobs_M2 = torch.full((len(plan.pairs), 2), float("nan"))
     logprobs_M2[rows_K3[:, 0].long()] = rows_K3[:, 1:]
-    _check(logprobs_M2, (len(plan.pairs), 2), f"the reference model on the {label} pairs")
+    check_logprobs(logprobs_M2, (len(plan.pairs), 2), f"the reference model on the {label} pairs")
     return logprobs_M2
 
 
@@ -118,6 +118,7 @@ def candidate_logprobs(engine: Engine, candidates: Candidates, row_tokens: int, 
     return logprobs_C
 
 
-def _check(logprobs_M2: Tensor, shape: tuple[int, ...], source: str) -> None:
+def check_logprobs(logprobs_M2: Tensor, shape: tuple[int, ...], source: str) -> None:
+    """Raise DataError if log-probs do not have the shape, or one is not finite."""
     if logprobs_M2.shape != shape or not torch.isfinite(logprobs_M2).all():
         raise DataError(f"{source}: the reference log-probs are incomplete or not finite")
