@@ -167,18 +167,17 @@ def prepare(config: LabelShiftConfig, folder: Path) -> dict[str, Any]:
 
 def run(config: LabelShiftConfig, folder: Path, method: str, seed: int) -> dict[str, Any]:
     """Train and evaluate once, in a fork: the trainer's metrics, the held-out margins beta h, and seconds of CPU."""
-    save = folder / "now"
-    shutil.rmtree(save, ignore_errors=True)
-    save.mkdir()
-    for path in folder.glob("reference_*.safetensors"):  # The same for all; one that does not fit is ignored.
-        shutil.copy(path, save)
+    save = folder / "runs" / f"{method}, seed {seed}"  # An interrupted run resumes there.
+    cache = folder / ("reference of WDPO" if method == "WDPO" else "reference")  # WDPO's forward passes are float32.
+    cache.mkdir(exist_ok=True)
+    shutil.copytree(cache, save, dirs_exist_ok=True)
     mixed = [",".join(f"{name}:{weight:g}" for name, weight in config.weights(alpha).items()) for alpha in ALPHAS]
     words = [
         f"--model_path={config.model_path}", f"--dataset_path={folder / 'pairs'}", f"--save_path={save}", f"--beta={BETA}",
         "--lora_rank=16", "--lora_merge=false", "--learning_rate=2e-3", "--warmup_ratio=0",
         f"--train_batch_size={config.train_batch_size}", f"--micro_batch_size={config.train_batch_size}",
         f"--max_steps={config.max_steps}", "--max_epochs=99", f"--max_len={2 * config.max_tokens}",
-        "--gradient_checkpointing=false", "--save_resume=false", "--log=none", "--eval_steps=0", "--save_steps=0",
+        "--gradient_checkpointing=false", "--log=none", "--eval_steps=0", "--save_steps=0",
         f"--seed={seed}", *METHODS[method], "--eval_mixture",
         *(f"alpha_{100 * alpha:g}={mixture}" for alpha, mixture in zip(ALPHAS, mixed, strict=True)),
     ]  # fmt: skip
@@ -192,7 +191,7 @@ def run(config: LabelShiftConfig, folder: Path, method: str, seed: int) -> dict[
     lines = [line for _, line in read_rows(save / "metrics.jsonl")]
     pairs = read_json_object(save / "eval_pairs.json")
     for path in save.glob("reference_*.safetensors"):
-        shutil.copy(path, folder)
+        shutil.copy(path, cache)
     remove_tree(save)
     rewards = zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)
     return {
