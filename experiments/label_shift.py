@@ -34,7 +34,7 @@ from drdpo.cli import check_bounds, flag, parse, require
 from drdpo.config import PreferencesConfig
 from drdpo.errors import DataError, ProcessError, UsageError, one_line, one_line_errors
 from drdpo.evaluation.statistics import Array, Layout, estimate
-from drdpo.folder import atomic_file, read_json_object, remove_tree
+from drdpo.folder import atomic_file, lock_folder, read_json_object, remove_tree
 from drdpo.objectives import flag_name
 from drdpo.pairing import generate_preferences
 from drdpo.records import SPLITS, Completion, read_rows, write_records
@@ -191,7 +191,7 @@ def run(config: LabelShiftConfig, folder: Path, method: str, seed: int) -> dict[
     lines = [line for _, line in read_rows(save / "metrics.jsonl")]
     pairs = read_json_object(save / "eval_pairs.json")
     for path in save.glob("reference_*.safetensors"):
-        shutil.copy(path, cache)
+        path.replace(cache / path.name)
     remove_tree(save)
     rewards = zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)
     return {
@@ -308,8 +308,15 @@ def finish(config: LabelShiftConfig, study: dict[str, Any], folder: Path, runs: 
 
 
 def main() -> None:
-    started, config = time.perf_counter(), parse(LabelShiftConfig, "Study methods under a shift of people's preferences.")
+    config = parse(LabelShiftConfig, "Study methods under a shift of people's preferences.")
     folder = Path(config.output_path).resolve()
+    with lock_folder(folder):
+        study_methods(config, folder)
+
+
+def study_methods(config: LabelShiftConfig, folder: Path) -> None:
+    """Make the pairs, train what is not trained yet for config.seconds, and once all is there write the results."""
+    started = time.perf_counter()
     free = ("output_path", "results", "seconds", "methods", "seeds")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     (folder / "runs").mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ usage: bash experiments/preference_shift.sh [--tiny] [--slurm] [--NAME=VALUE ...
   --seeds="42 43 44 45 46"              of labels, data order and adapters
   --trial_seed=7                        of the trials that choose the strengths
   --best_of_n=12 --max_new_tokens=16 --prompt_max_len=80
+  --prompts=                            sample at most this many prompts per split
   --pairs=48 --validation=32 --test=80  prompts for each
   --candidates=12                       answers of a held-out prompt
   --beta=1 --learning_rate=1e-3 --lora_rank=16 --train_batch_size=8 --max_steps=12
@@ -35,7 +36,7 @@ USAGE
 source "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
 tiny_flags=(
     --output_path=outputs/preference_shift_tiny --methods="DPO WDPO" --geometric_methods=DPO --seeds="42 43" --best_of_n=4
-    --pairs=16 --validation=8 --test=16 --candidates=4 --max_steps=2 --eval_steps=1
+    --prompts=24 --pairs=16 --validation=8 --test=16 --candidates=4 --max_steps=2 --eval_steps=1
 )
 read_flags "$@"
 

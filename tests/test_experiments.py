@@ -18,7 +18,7 @@ from drdpo.config import TrainConfig
 from drdpo.evaluation.statistics import Layout
 from drdpo.training.losses import method_of
 
-SCRIPTS = ("armorm_multi_objective.sh", "openllm_leaderboard.sh")
+SCRIPTS = ("armorm_multi_objective.sh", "openllm_leaderboard.sh", "preference_shift.sh")
 MIXTURES = ("truthfulness_complexity", "helpfulness_coherence", "correctness_helpfulness")
 
 
@@ -35,9 +35,10 @@ def start(root: Path, script: str, cwd: Path, *words: str, **variables: str) -> 
 def test_help_shows_flags_and_defaults(root: Path, tmp_path: Path, script: str) -> None:
     done = start(root, script, tmp_path / "some where", "--help")
     assert done.returncode == 0, done.stderr
-    for name in ("output_path", "model_path", "methods", "kldpo_tau" if script == SCRIPTS[0] else "tasks", "tiny", "slurm"):
+    own = {SCRIPTS[0]: "kldpo_tau", SCRIPTS[1]: "tasks", SCRIPTS[2]: "objectives"}[script]
+    for name in ("output_path", "model_path", "methods", own, "tiny", "slurm"):
         assert f"--{name}" in done.stdout, name
-    assert f'--reward_model="{root}/models/ArmoRM"' in done.stdout
+    assert f'--reward_model="{root}/models/ArmoRM' in done.stdout
     assert list((tmp_path / "some where").iterdir()) == []
 
 
@@ -53,6 +54,11 @@ def test_help_shows_flags_and_defaults(root: Path, tmp_path: Path, script: str) 
         (SCRIPTS[1], ["--sizes=2B"], "unknown size 2B"),
         (SCRIPTS[1], ["--methods=KLDPO"], "method KLDPO: pass DPO, or KLDPO or WDPO with its tau or rho"),
         (SCRIPTS[1], ["--model_path=a/b"], "--model_path is one model"),
+        (SCRIPTS[2], ["--methods=DPO PPO"], "unknown method PPO"),
+        (SCRIPTS[2], ["--methods=DPO KLDPO"], "--geometric_methods has WDPO, which --methods lacks"),
+        (SCRIPTS[2], ["--methods=KLDPO", "--geometric_methods=KLDPO"], "DPO is what the others are compared with"),
+        (SCRIPTS[2], ["--alpha=0.15"], "--alpha=0.15: pass 0, 0.1, ... or 1"),
+        (SCRIPTS[2], ["--forms=linear cubic"], "unknown form cubic"),
     ],
 )
 def test_wrong_flags_end_before_anything_runs(root: Path, tmp_path: Path, script: str, words: list[str], says: str) -> None:
@@ -110,6 +116,16 @@ def test_jobs_of_the_leaderboard(root: Path, tmp_path: Path) -> None:
     assert "--gres=gpu:2" in (tmp_path / "jobs").read_text().split("\0")
 
 
+def test_jobs_of_the_preference_shift(root: Path, tmp_path: Path) -> None:
+    jobs = submitted(
+        root, tmp_path, SCRIPTS[2], "--methods=DPO KLDPO WDPO", "--seeds=1 2", "--lora_rank=0", "--", "--zero_stage=3"
+    )
+    assert len(jobs) == 1 + 4 + 1 + 2 * 3 * 2 + 1  # data, two trials of KLDPO and WDPO, choose, runs of both forms, report
+    assert jobs["choose"][1] == [number for part, (number, _, _) in jobs.items() if part.startswith("trials/")]
+    assert jobs["geometric/WDPO/2"][1] == [jobs["choose"][0]]
+    assert len(jobs["report"][1]) == 12
+
+
 def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path) -> None:
     """SIGUSR1 reaches the running command, and the job requeues itself."""
     tree = tmp_path / "my clone"
@@ -127,7 +143,28 @@ def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_tiny_preference_shift(clone: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    """Data, trials, choice, runs of both forms, report and picture; then again, without a training."""
+    output = tmp_path / "my out"
+    words = ["--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--max_new_tokens=8", "--methods=DPO cDPO"]
+    done = start(clone, SCRIPTS[2], tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored = json.loads((output / "report.json").read_text())
+    assert set(stored["trials"]["cDPO"]) == {"0.1", "0.3"} and stored["strengths"]["cDPO"] in ("0.1", "0.3")
+    assert set(stored["results"]["linear"]["gain"]) == {"DPO", "cDPO"} and set(stored["results"]["geometric"]["gain"]) == {
+        "DPO"
+    }
+    assert stored["results"]["linear"]["steps"] == [0, 1, 2] and stored["results"]["linear"]["seeds"] == 2
+    assert "| cDPO" in (output / "report.md").read_text() and (output / "report.png").read_bytes()[:4] == b"\x89PNG"
+    metrics = output / "runs" / "geometric" / "DPO_43" / "metrics.jsonl"
+    made = metrics.stat().st_mtime_ns
+    again = start(clone, SCRIPTS[2], tmp_path, *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert metrics.stat().st_mtime_ns == made and "nothing to do" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS[:2])
 def test_the_tiny_chain_runs_and_skips_its_steps_again(clone: Path, tiny_policy: Path, tmp_path: Path, script: str) -> None:
     """The whole chain on a random policy at even smaller sizes, then again: every step is skipped.
 

@@ -11,6 +11,7 @@ from drdpo import chat
 from drdpo.candidates import load_candidates, values
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.policy_value import answer_logprobs
+from drdpo.records import read_rows, write_rows
 from drdpo.training.losses import method_of
 from drdpo.training.run import check_inputs
 
@@ -73,3 +74,19 @@ def test_a_killed_run_reports_what_its_checkpoints_are_worth(flags, forks, tiny_
         assert [line[f"eval_value.{name}"] for name in "xym"] == pytest.approx(values_NO.mean(axis=0).tolist())
         assert line["eval_candidates_ess"] == pytest.approx(float(sizes_N.mean()))
     assert "eval_value.x" not in metrics[3]
+
+    assert run_ranks(forks, words, log) == [0, 0] and "nothing to do" in said(log)
+    assert run_ranks(forks, words | {"max_candidate_prompts": 2}, log) == [2, 2]
+    assert "is complete, but was not evaluated on the candidates" in said(log)
+
+
+def test_equal_scores_have_no_unit(tiny_policy, tmp_path):
+    """The standard deviation of 0.3 thirty times is 5e-17 by rounding."""
+    tokenizer = chat.load_tokenizer(str(tiny_policy))
+    path = write_candidates(tmp_path / "candidates", tokenizer, [10] * 3) / "test.jsonl"
+    rows = [row | {"scores": row["scores"] | {"x": 0.3}} for _, row in read_rows(path)]
+    write_rows(path, rows)
+    assert np.full(30, 0.3).std() > 0
+    assert load_candidates(str(path.parent), "test", tokenizer, {}).units["x"] == 0
+    with pytest.raises(DataError, match="all have the same score in x"):
+        load_candidates(str(path.parent), "test", tokenizer, {"m": {"x": 1.0}})
