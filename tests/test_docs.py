@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 import textwrap
 from typing import get_args, get_type_hints
 
@@ -123,6 +124,13 @@ def test_the_citation_is_that_of_citation_cff():
     assert fields["author"] == " and ".join(names)
     assert (fields["booktitle"], int(fields["year"])) == (paper["collection-title"], paper["year"])
     assert paper["identifiers"][0]["value"] == f"arXiv:{fields['eprint']}"
+
+
+def test_wdpos_accuracy_is_what_was_measured():
+    errors = [pair["error"] for pair in readme.results("wdpo")["accuracy"]]
+    said = f"{statistics.median(errors):.1%}", f"of {len(errors)} pairs of real text", f"{max(errors):.1%} at worst"
+    for text in (TEXT, (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")):
+        assert all(part in text.replace("\n", " ") for part in said), said
 
 
 # Flags and commands of the guides
