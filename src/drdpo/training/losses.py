@@ -1,4 +1,4 @@
-"""Methods, and the losses, weights and penalty they consist of: pure functions of small tensors.
+"""Methods, and the losses and penalty they consist of: pure functions of small tensors.
 
 Nothing here knows a process group, a device or a file. The family (arXiv 2502.01930; Dr. DPO: 2407.07880) minimizes, with h
 the margin of implicit log-ratios,
@@ -6,7 +6,8 @@ the margin of implicit log-ratios,
     total = mean_i( w_i l(h_i) + rho |grad_{e_i} l_i|^2 ),
 
 where KLDPO and Dr. DPO choose the weights w (detached) and WDPO the penalty. A Method is one choice of l, w and penalty;
-`method_of` makes it from the flags. The weights, and the losses of --method, are in drdpo.training.robust.
+`method_of` makes it from the flags. The weights, and the losses of --method, are in drdpo.training.robust;
+drdpo.training.objective sums them up.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences (all chosen rows, then all rejected),
 T tokens, D width.

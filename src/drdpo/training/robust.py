@@ -68,7 +68,7 @@ def soft_label_losses(margins_B: Tensor, labels_B: Tensor, beta: float, radius: 
     return -worst_B * logsigmoid(beta * margins_B) - (1 - worst_B) * logsigmoid(-beta * margins_B)
 
 
-# Weights of a pair among the population, with mean 1 ---------------------------------------------------------------------
+# Weights of a pair among the population, with mean 1 (but for KLDPO's of Algorithm 1, which are capped) --------------------
 
 
 def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False) -> Tensor:

@@ -154,8 +154,10 @@ def _check_own(config: TrainConfig, method: Method) -> None:
         )
     if config.weight_column != method.weight_column:
         raise UsageError(
-            f"--weight_column={config.weight_column}, but {method.name} has {method.weight_column}: make it with "
-            "replace(method_of(config), ...), or omit the flag"
+            f"{method.name} was not made for --weight_column={config.weight_column}: make it with "
+            "replace(method_of(config), ...), which takes the column over"
+            if config.weight_column
+            else f"{method.name} has a weight_column: pass --weight_column={method.weight_column}, which it is made from"
         )
     if method.penalty not in (None, chosen.penalty):
         raise UsageError(
