@@ -4,6 +4,9 @@ Positions do not identify objectives: published lists differ from the head's ord
 hyphens (`helpsteer-helpfulness`); command lines write them with underscores (`--helpsteer_helpfulness`).
 """
 
+import math
+import re
+
 from drdpo.errors import UsageError
 
 ARMORM_OBJECTIVES: tuple[str, ...] = (
@@ -62,3 +65,42 @@ def objective_from_flag(flag: str) -> str:
             + "; for verbosity there is helpsteer_verbosity."
         )
     raise UsageError(f"unknown objective {flag!r}; the objectives are {', '.join(FLAG_TO_OBJECTIVE)}")
+
+
+def mixtures_of(flag: str, words: list[str]) -> dict[str, dict[str, float]]:
+    """{name: {objective: weight}} of the arguments NAME=OBJECTIVE:WEIGHT,... of a flag.
+
+    Raises:
+        UsageError: not of that form, or weights that are negative or do not sum to 1.
+    """
+    found = {}
+    for word in words:
+        name, equals, parts = word.partition("=")
+        try:
+            if not (equals and re.fullmatch(r"[\w-]+", name)):
+                raise UsageError("write NAME=OBJECTIVE:WEIGHT,..., the name of letters, digits, _ and -")
+            weights = _weights(parts)
+        except UsageError as error:
+            raise UsageError(f"{flag} {word}: {error}") from None
+        if name in found:
+            raise UsageError(f"{flag}: two mixtures have the same name")
+        found[name] = weights
+    return found
+
+
+def _weights(parts: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for part in parts.split(","):
+        spelled, colon, number = part.rpartition(":")
+        objective = FLAG_TO_OBJECTIVE.get(spelled, spelled)
+        if not (colon and objective) or objective in weights:
+            raise UsageError("write NAME=OBJECTIVE:WEIGHT,..., each objective once")
+        try:
+            weights[objective] = float(number)
+        except ValueError:
+            raise UsageError(f"{number!r} is not a number") from None
+        if not 0 <= weights[objective] < math.inf:
+            raise UsageError("a weight is finite and not negative")
+    if abs((total := sum(weights.values())) - 1) > 1e-6:
+        raise UsageError(f"the weights sum to {total:g}, not to 1")
+    return weights

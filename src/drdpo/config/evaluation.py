@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from drdpo.cli import check_bounds, flag, positional, require
-from drdpo.config.training import mixtures_of
+from drdpo.objectives import mixtures_of
 
 HF_MAX_LENGTH = 8192
 """Default of the longest context with backend hf. For generation, lm-eval searches for a batch size with the full context

@@ -1,12 +1,11 @@
 """Flags of train_alignment.sh."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from drdpo.cli import check_bounds, flag, require
-from drdpo.objectives import FLAG_TO_OBJECTIVE
+from drdpo.objectives import mixtures_of
 
 PACKED_ATTENTION = "shared_prefix"
 """What transformers calls drdpo.kernels.packed_attention."""
@@ -525,36 +524,6 @@ def _named_method(word: str) -> tuple[str, dict[str, float]]:
         require(fits, f"--method={word}: {strength.name} is {spelled}, not a number in {bounds}")
         numbers[strength.name] = number
     return name, {key: number for key, number in numbers.items() if number is not None}
-
-
-def mixtures_of(flag_name: str, words: list[str]) -> dict[str, dict[str, float]]:
-    """{name: {objective: weight}} of the arguments NAME=OBJECTIVE:WEIGHT,... of a flag.
-
-    Raises:
-        UsageError: not of that form, or weights that are negative or do not sum to 1.
-    """
-    found = dict(_mixture(f"{flag_name} {word}", word) for word in words)
-    require(len(found) == len(words), f"{flag_name}: two mixtures have the same name")
-    return found
-
-
-def _mixture(shown: str, word: str) -> tuple[str, dict[str, float]]:
-    name, equals, parts = word.partition("=")
-    form = f"{shown}: write NAME=OBJECTIVE:WEIGHT,..."
-    require(bool(equals and re.fullmatch(r"[\w-]+", name)), f"{form}, the name of letters, digits, _ and -")
-    weights: dict[str, float] = {}
-    for part in parts.split(","):
-        spelled, colon, number = part.rpartition(":")
-        objective = FLAG_TO_OBJECTIVE.get(spelled, spelled)
-        require(bool(colon and objective and objective not in weights), f"{form}, each objective once")
-        try:
-            weights[objective] = float(number)
-        except ValueError:
-            require(False, f"{shown}: {number!r} is not a number")
-        require(0 <= weights[objective] < math.inf, f"{shown}: a weight is finite and not negative")
-    total = sum(weights.values())
-    require(abs(total - 1) <= 1e-6, f"{shown}: the weights sum to {total:g}, not to 1")
-    return name, weights
 
 
 def _check_idle(config: TrainConfig) -> None:
