@@ -105,7 +105,7 @@ def _align(config: TrainConfig, method: Method, stop: StopRequest, precision: Pr
     run = open_run(config, method, precision.reason)
     if is_complete(run):
         if run.candidates is not None:
-            distributed.on_main(partial(run.candidates.check_evaluated, run.folder, run.steps))
+            distributed.on_main(partial(run.candidates.check_evaluated, run.folder, run.steps), status=2)
         _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return run.folder / f"global_step_{run.steps}"
     run, shape = preflight(run)
