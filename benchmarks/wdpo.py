@@ -333,7 +333,7 @@ def draw(facts: dict, path: Path) -> None:
             color, face = COLORS[row["way"]], "none" if row["checkpointing"] else COLORS[row["way"]]
             axes.scatter(row["time_ratio"], row["memory_ratio"], s=70, edgecolors=color, facecolors=face)
             error = f" {row['error']:.1%}" if "error" in row else ""
-            place = (5, -9) if row["way"].endswith("once") else (5, 4)
+            place = (5, (-9, -18)[row["checkpointing"]] if row["way"].endswith("once") else 4)
             axes.annotate(row["way"] + error, (row["time_ratio"], row["memory_ratio"]), xytext=place,
                           textcoords="offset points", fontsize=7)  # fmt: skip
         axes.set(title=f"{dtype}, {shown} tokens a sequence", xlabel="time of a step / DPO's", yscale="log",
