@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drdpo import chat
-from drdpo.candidates import Array, Candidates, load_candidates
-from drdpo.candidates import values as values
+from drdpo.candidates import Array, Candidates, load_candidates, values
 from drdpo.config.evaluation import EvaluatePolicyConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.report import STYLE, interval, markdown_table, save_picture, text_table, write_report
