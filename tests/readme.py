@@ -157,8 +157,6 @@ def scoring_table() -> str:
 
 def methods_table() -> str:
     """The runs of benchmarks/methods.py."""
-    if not (ROOT / "benchmarks" / "results" / "methods.json").is_file():
-        return "Not measured yet: `PYTHONPATH=src python benchmarks/methods.py` writes the results."
     runs = results("methods")["runs"]
     rows = []
     for name, run in runs.items():

@@ -16,7 +16,7 @@ from drdpo.records import read_rows, write_rows
 from drdpo.training.data import Pair, tokenise
 from drdpo.training.losses import Pairs, method_of
 from drdpo.training.rows import Columns, load_split
-from drdpo.training.run import check_inputs
+from drdpo.training.run import check_inputs, open_run
 from drdpo.training.shifts import LARGEST, relabelled, shifts_of
 
 SCORES = {"chosen_scores": {"x": 1.0, "y": 0.0}, "rejected_scores": {"x": 0.5, "y": 2.0}}
@@ -48,10 +48,13 @@ def folder_with(path, changed: dict, split: str = "train"):
         ({"weight_column": "trust"}, {"trust": math.nan}, 'field "trust" is no finite number'),
         ({"weight_column": "trust"}, {"trust": -0.5}, 'field "trust" is -0.5, and a weight is not negative'),
         ({"weight_column": "trust"}, {"trust": "much"}, 'field "trust" is no finite number'),
+        ({"weight_column": "trust"}, {"trust": 10**400}, 'field "trust" is no finite number (of float32)'),
         (GROUP, {"domain": ...}, 'field "domain" is missing'),
+        (GROUP, {"domain": ""}, 'field "domain" is missing or empty'),
         (GROUP, {"domain": 0.5}, 'field "domain" is neither a text nor a whole number'),
         (GROUP, {"domain": "rare"}, 'field "domain" is "rare" in this row alone; a group needs two pairs'),
         (PRO, {"chosen_score": ...}, 'field "chosen_score" is missing, and the method reads it'),
+        (PRO, {"rejected_score": 1e39}, 'field "rejected_score" is no finite number (of float32)'),
         (PRO, {"rejected_score": math.inf}, 'field "rejected_score": not a finite number'),
     ],
 )
@@ -72,12 +75,15 @@ def test_test_rows_that_cannot_be_evaluated_apart_are_named(flags, changed, word
     refuse(flags, folder_with(tmp_path / "pairs", changed, "test"), "test.jsonl, row 3: " + words, tiny_policy, tmp_path)
 
 
+def made(flags, data, model, tmp_path):
+    paths = {"model_path": str(model), "dataset_path": str(data), "save_path": str(tmp_path / "out")}
+    config = config_of(**paths, train_batch_size=4, **flags)
+    return config, method_of(config)
+
+
 def refuse(flags, data, words, model, tmp_path):
-    config = config_of(
-        model_path=str(model), dataset_path=str(data), save_path=str(tmp_path / "out"), train_batch_size=4, **flags
-    )
     with pytest.raises(DataError) as refused:
-        check_inputs(config, method_of(config))
+        check_inputs(*made(flags, data, model, tmp_path))
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
@@ -92,6 +98,28 @@ def test_one_group_alone_and_too_many_are_refused(tiny_policy, tmp_path):
         data = folder_with(tmp_path / "pairs", {})
         write_rows(data / f"{split}.jsonl", [row(0, domain=name, rejected_scores=SCORES["chosen_scores"]) for name in names])
         refuse(flags, data, words, tiny_policy, tmp_path)
+
+
+def test_weights_that_are_all_zero_are_refused_in_training(tiny_policy, tmp_path):
+    data, flags = folder_with(tmp_path / "pairs", {}), {"weight_column": "trust"}
+    for split in ("test", "train"):
+        write_rows(data / f"{split}.jsonl", [row(number, trust=0.0) for number in range(6)])
+        if split == "test":  # which is evaluated without weights
+            check_inputs(*made(flags, data, tiny_policy, tmp_path))
+    refuse(flags, data, 'train.jsonl: field "trust" is 0 in every row', tiny_policy, tmp_path)
+
+
+@pytest.mark.parametrize(("dropped", "words"), [(1, '"rare" is left with 1 usable'), (2, "of 1 groups in field")])
+def test_a_group_that_dropped_pairs_leave_alone_is_refused(dropped, words, tiny_policy, tmp_path):
+    data = folder_with(tmp_path / "pairs", {})
+    rows = [row(number, domain="even" if number < 4 else "rare") for number in range(6)]
+    for each in rows[6 - dropped :]:
+        each["rejected"] = " "
+    write_rows(data / "train.jsonl", rows)
+    config, method = made(GROUP, data, tiny_policy, tmp_path)
+    check_inputs(config, method)
+    with pytest.raises(DataError, match=words):
+        open_run(config, method)
 
 
 def test_columns_are_read_by_name(tmp_path):

@@ -27,7 +27,8 @@ class Strength(NamedTuple):
     """A number of a --method, by name."""
 
     name: str
-    largest: float = math.inf
+    largest: float = 1e6
+    """Far above any of use; powers and exponents of it stay finite."""
     zero: bool = False
     """May it be zero?"""
     default: float | None = None
@@ -47,7 +48,7 @@ _LOSSES = {
 }
 """Methods with a loss of their own, so that --loss_type does not apply."""
 METHODS = {**_WEIGHTS, **_LOSSES}
-"""What --method can be, with its numbers; docs/methods.md says what they mean."""
+"""What --method can be, with its numbers, of which all but the first have a default; docs/methods.md says what they mean."""
 
 
 @dataclass(frozen=True)
@@ -478,11 +479,12 @@ def _check_named(config: TrainConfig) -> None:
     """Refuse a --method with flags that it does not use or without those that it needs, and what is not parsed."""
     mixtures_of("--eval_mixture", config.eval_mixture)
     require(config.eval_columns is None or bool(config.eval_groups), "--eval_columns names no field; omit it")
-    for taken in (config.group_column, "chosen_tokens", "rejected_tokens"):
-        require(
-            config.weight_column is None or config.weight_column != taken,
-            f"--weight_column={config.weight_column} names a column of other numbers: groups, or tokens; rename yours",
-        )
+    taken: list[str | None] = ["chosen_tokens", "rejected_tokens"]
+    for each in ("group_column", "weight_column"):
+        column = getattr(config, each)
+        words = f"--{each}={column} names a column of other numbers: groups, or tokens; rename yours"
+        require(column is None or column not in taken, words)
+        taken.append(column)
     name = config.named_method[0] if config.named_method else None
     require(
         (name == "group") == (config.group_column is not None),
@@ -506,12 +508,9 @@ def _named_method(word: str) -> tuple[str, dict[str, float]]:
         "--drdpo_beta, --loss_type for the others",
     )
     strengths = METHODS[name]
-    form = f"{name}:{','.join(strength.name.upper() for strength in strengths if strength.default is None)}"
+    form = "".join(each.name.upper() if each.default is None else f"[,{each.name.upper()}]" for each in strengths)
     words = text.split(",") if colon else []
-    require(
-        sum(strength.default is None for strength in strengths) <= len(words) <= len(strengths),
-        f"--method={word}: write --method={form}, with {' and '.join(strength.name for strength in strengths)} as numbers",
-    )
+    require(1 <= len(words) <= len(strengths), f"--method={word}: write --method={name}:{form}, in numbers")
     numbers = {strength.name: strength.default for strength in strengths}
     for strength, spelled in zip(strengths, words, strict=False):
         try:
@@ -519,8 +518,8 @@ def _named_method(word: str) -> tuple[str, dict[str, float]]:
         except ValueError:
             number = math.nan
         # NaN fails every comparison.
-        fits = (number >= 0 if strength.zero else number > 0) and number <= strength.largest and number < math.inf
-        bounds = f"{'[' if strength.zero else '('}0, {strength.largest:g}{')' if strength.largest == math.inf else ']'}"
+        fits = (number >= 0 if strength.zero else number > 0) and number <= strength.largest
+        bounds = f"{'[' if strength.zero else '('}0, {strength.largest:g}]"
         require(fits, f"--method={word}: {strength.name} is {spelled}, not a number in {bounds}")
         numbers[strength.name] = number
     return name, {key: number for key, number in numbers.items() if number is not None}

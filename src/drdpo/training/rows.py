@@ -1,6 +1,5 @@
 """Rows of a preference data set, from a folder or the hub: texts, and the fields that a method or the evaluation reads."""
 
-import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,8 @@ from drdpo.training.losses import TOKENS
 
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "eval")}
 """What data sets call the two sides of a run; the first that exists is used. Files have the first name."""
+LARGEST = 3.4e38
+"""Of a number: the method's columns are float32."""
 
 
 class Columns(NamedTuple):
@@ -53,8 +54,8 @@ def load_split(
         The preferences, and the fields of each.
 
     Raises:
-        DataError: no such data set or split, no rows, a row without the fields, or a side that `test_share` leaves empty;
-            names file, row and field.
+        DataError: no such data set or split, no rows, a row without the fields, weights that are all 0, or a side that
+            `test_share` leaves empty; names file, row and field.
     """
     source, rows = _rows(data, "train" if data.test_share is not None else split)
     preferences, columns, numbers = [], [], []
@@ -72,6 +73,10 @@ def load_split(
         held_out = _held_out(data, preferences, source)
         kept = [row for row in kept if (str(preferences[row].prompt) in held_out) == (split == "test")]
     preferences, columns = [preferences[row] for row in kept], [columns[row] for row in kept]
+    if weight is not None and split == "train" and not any(found.numbers[weight] for found in columns):
+        raise DataError(
+            f'{source}: field "{weight}" is 0 in every row, so no pair would train; change it, or omit --weight_column'
+        )
     if grouped is not None:
         _refuse_lone(source, grouped, [numbers[row] for row in kept], columns)
     return preferences, columns
@@ -107,7 +112,7 @@ def _columns(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
@@ -115,7 +120,7 @@ def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
     if value is None:
         raise ValueError(f'field "{name}" is missing, and the method reads it')
     if not _is_number(value):
-        raise ValueError(f'field "{name}" is no finite number, and the method reads it')
+        raise ValueError(f'field "{name}" is no finite number (of float32), and the method reads it')
     if positive and value < 0:
         raise ValueError(f'field "{name}" is {value}, and a weight is not negative; change it, or omit --weight_column')
     return float(value)
@@ -123,8 +128,8 @@ def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
 
 def _group(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
-    if value is None:
-        raise ValueError(f'field "{name}" is missing, and the run groups pairs by it')
+    if value in (None, ""):
+        raise ValueError(f'field "{name}" is missing or empty, and the run groups pairs by it')
     if not isinstance(value, str | int):
         raise ValueError(f'field "{name}" is neither a text nor a whole number, and the run groups pairs by it')
     return str(value)
@@ -139,7 +144,7 @@ def _mixed(row: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> f
             known = ", ".join(key for key, score in scores.items() if score is not None) or "none"
             raise ValueError(f'field "{name}" lacks {objective}, and --eval_mixture reads it; it has {known}')
         if not _is_number(scores[objective]):
-            raise ValueError(f'field "{name}": {objective} is no finite number, and --eval_mixture reads it')
+            raise ValueError(f'field "{name}": {objective} is no finite number (of float32), and --eval_mixture reads it')
     return float(sum(weight * scores[objective] for objective, weight in weights.items()))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -182,7 +183,8 @@ def _check_batches(config: TrainConfig, method: Method) -> None:
         squared = " with --wdpo_penalty=squared" if method.penalty else ""
         raise UsageError(
             f"--robust_scope=micro has no meaning for {method.name}{squared}: no pair's term depends on other "
-            "pairs; omit it, or choose a method with a population: --kldpo_tau, --drdpo_beta, or --wdpo_penalty=root"
+            "pairs; omit it, or choose a method with a population: --kldpo_tau, --drdpo_beta, --method=tv, chi2 or cvar, or "
+            "--wdpo_penalty=root"
         )
     population = config.train_batch_size if config.robust_scope == "step" else micro * world
     if method.weights is not None and method.population and population == 1:
@@ -242,7 +244,7 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         _check_budget(config, pairs[split], split)
         _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
     if method.group:
-        pairs = _numbered(pairs, method.group)
+        pairs = _numbered(pairs, method.group, config.dataset_path)
     shifts, lines = shifts_of(pairs["test"], config.eval_groups, list(config.mixtures), config.dataset_path)
     if distributed.is_main():
         print("".join(f"test, {line}\n" for line in lines), end="")
@@ -281,8 +283,19 @@ def _candidates(config: TrainConfig, tokenizer: chat.Tokenizer) -> Candidates | 
     return found
 
 
-def _numbered(pairs: dict[str, list[Pair]], column: str) -> dict[str, list[Pair]]:
-    """With the numbers of the groups in the column of their names, the same in both splits."""
+def _numbered(pairs: dict[str, list[Pair]], column: str, source: str) -> dict[str, list[Pair]]:
+    """With the numbers of the groups in the column of their names, the same in both splits.
+
+    Raises:
+        DataError: the training pairs that are left are of one group, or one alone is of a group; see load_split.
+    """
+    counts = Counter(pair.groups[column] for pair in pairs["train"])
+    few = min(counts, key=lambda name: counts[name])
+    if counts[few] == 1 or len(counts) == 1:
+        raise DataError(
+            f'{source}: of {len(counts)} groups in field "{column}", "{few}" is left with {counts[few]} usable training '
+            "pairs; --method=group needs two groups of two: merge it into another, or remove its rows"
+        )
     names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
     numbers = {name: float(number) for number, name in enumerate(names)}
     return {
