@@ -118,7 +118,7 @@ def _is_number(value: Any) -> bool:
 def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
     value = row.get(name)
     if value is None:
-        raise ValueError(f'field "{name}" is missing, and the method reads it')
+        raise ValueError(f'field "{name}" is missing, and the method reads it; every row needs it')
     if not _is_number(value):
         raise ValueError(f'field "{name}" is no finite number (of float32), and the method reads it')
     if positive and value < 0:
@@ -129,7 +129,7 @@ def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
 def _group(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value in (None, ""):
-        raise ValueError(f'field "{name}" is missing or empty, and the run groups pairs by it')
+        raise ValueError(f'field "{name}" is missing or empty, and the run groups pairs by it; every row needs it')
     if not isinstance(value, str | int):
         raise ValueError(f'field "{name}" is neither a text nor a whole number, and the run groups pairs by it')
     return str(value)
