@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from drdpo.cli import parse
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import one_line_errors
 
 

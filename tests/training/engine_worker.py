@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from drdpo import chat, distributed
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, load_state, save_model, save_state

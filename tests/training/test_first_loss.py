@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training.losses import Pairs, method_of
 from drdpo.training.objective import Objective, check_first_step

@@ -17,7 +17,7 @@ from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, MixtralCon
 
 from drdpo import distributed
 from drdpo.cli import parse
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
 from drdpo.kernels import packed_attention

@@ -12,7 +12,7 @@ from harness.policies import REFERENCE_M2, policy_of
 from own_method import CvarConfig, cvar
 
 from drdpo import chat
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Preference, to_row, write_rows

@@ -5,7 +5,7 @@ import torch
 from harness.policies import REFERENCE_M2, config_of
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.config.training import PACKED_ATTENTION
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels import packed_attention

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from drdpo import distributed
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.patches import note_gradient_norm
 from drdpo.training.policy import Policy
 

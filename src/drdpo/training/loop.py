@@ -17,7 +17,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.candidates import ROW_TOKENS, Candidates, values
 from drdpo.cli import as_dict
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
 from drdpo.folder import atomic_file, sole_writer, whole_lines
 from drdpo.machine import Precision, agree, announce, settle
