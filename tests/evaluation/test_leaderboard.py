@@ -231,7 +231,8 @@ def test_check_only_refuses_a_locked_folder(tiny_policy: Path, tasks: Path, tmp_
 def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
     """--check_only=true finds a wrong task and loads no weights, nor what runs tasks."""
     code = (
-        "import sys; from drdpo.config.evaluation import LeaderboardConfig; from drdpo.evaluation.leaderboard import evaluate_openllm;"
+        "import sys; from drdpo.config.evaluation import LeaderboardConfig;"
+        "from drdpo.evaluation.leaderboard import evaluate_openllm;"
         "m, t = sys.argv[1:];"
         "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
         "assert not {'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"

@@ -34,8 +34,8 @@ from drdpo.training.checkpoint import (
     written_bytes,
 )
 from drdpo.training.data import Pair
+from drdpo.training.log import check_evaluation, check_step
 from drdpo.training.lora import add_lora
-from drdpo.training.objective import check_evaluation, check_step
 from drdpo.training.policy import FiniteWatch, load_policy
 
 

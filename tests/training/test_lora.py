@@ -334,7 +334,7 @@ def test_a_checkpoint_of_the_adapters_alone(tiny_policy, tmp_path):
 def test_what_lora_refuses(tiny_policy):
     for flags, word in (
         ({"lora_rank": -1}, "--lora_rank=-1"),
-        ({"lora_rank": 0, "lora_merge": False}, "--lora_merge has no meaning"),
+        ({"lora_rank": 0, "lora_merge": False}, "--lora_merge=False has no meaning"),
     ):
         with pytest.raises(UsageError, match=word):
             config_of(tiny_policy, **flags)
