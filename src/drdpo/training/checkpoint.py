@@ -57,7 +57,7 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
     with distributed.patient(4 * _elements(engine.module)):
         model = engine.module.language_model
         weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
-        _check_weights(engine, weights, folder)
+        _check_weights(weights, folder)
         check_room(folder, written_bytes(model, weights, lora))
         distributed.on_main(lambda: _write_model(engine.module, weights, tokenizer, folder, lora, card))
 
@@ -74,7 +74,7 @@ def _gathered(model: Any) -> Weights:
     return weights
 
 
-def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
+def _check_weights(weights: Weights, folder: Path) -> None:
     """A gradient can be finite and the step it takes not."""
     bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
