@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import LlamaConfig
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight, resolve_attention, shapes

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective

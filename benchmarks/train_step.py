@@ -132,7 +132,7 @@ def our_step(arguments):
     """The same by the real DeepSpeed engine and the trainer's own step."""
     import torch
 
-    from drdpo.config import TrainConfig
+    from drdpo.config.training import TrainConfig
     from drdpo.training import engine as deepspeed_engine
     from drdpo.training.data import form_batch
     from drdpo.training.loop import train_step

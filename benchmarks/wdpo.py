@@ -92,7 +92,7 @@ def prepare(way: str, dtype: str, checkpointing: bool, model: str, rho: float):
     """The flags of a way, and its policy."""
     import torch
 
-    from drdpo.config import TrainConfig
+    from drdpo.config.training import TrainConfig
     from drdpo.training.policy import load_policy, widen_values
 
     flags = {"wdpo_rho": rho, **WAYS[way]}

@@ -31,7 +31,7 @@ from scipy.stats import t as student
 from drdpo.assets.hub import split_helpsteer_turns
 from drdpo.chat import Tokenizer, answer_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.cli import check_bounds, flag, parse, require
-from drdpo.config import PreferencesConfig
+from drdpo.config.data import PreferencesConfig
 from drdpo.errors import DataError, ProcessError, UsageError, one_line, one_line_errors
 from drdpo.evaluation.statistics import Array, Layout, estimate
 from drdpo.folder import atomic_file, lock_folder, read_json_object, remove_tree

@@ -1,7 +1,7 @@
 """What a model folder is, and what each step says of it."""
 
 from drdpo.cli import parse
-from drdpo.config import CheckModelConfig
+from drdpo.config.evaluation import CheckModelConfig
 from drdpo.errors import one_line_errors
 
 

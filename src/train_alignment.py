@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from drdpo.cli import parse
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import one_line_errors
 
 
 def main(config_class: type[TrainConfig] = TrainConfig, own_method: Callable[[Any], Any] | None = None) -> None:
     """Train; own_method makes the Method of a config (docs/own.md), by default the one that the flags choose."""
-    # They wait until drdpo.training.stop handles them: a run that is still starting ends with status 75 too.
+    # They wait until drdpo.training.loop handles them: a run that is still starting ends with status 75 too.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     # DeepSpeed's launcher adds a flag, which only repeats the variable LOCAL_RANK.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]

@@ -16,7 +16,7 @@ import torch
 from fake_cuda import Counts, FakeTensors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.kernels.packed_attention import PackedRow
 from drdpo.scoring.armorm import ArmoRM, RewardLayout, Span
 from drdpo.training.data import Pair, form_batch

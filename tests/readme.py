@@ -13,20 +13,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from drdpo import config as configs  # noqa: E402
 from drdpo.cli import spelled  # noqa: E402
+from drdpo.config import data, evaluation, training  # noqa: E402
 
 _TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 _MEASURED = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+CONFIGS = {
+    name: found for file in (data, evaluation, training) for name, found in vars(file).items() if name.endswith("Config")
+}
+"""Every command line by its name."""
 
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def flag_table(class_name: str) -> str:
     """A markdown table of a config class's flags."""
+    config_class = CONFIGS[class_name]
     lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(getattr(configs, class_name)):
+    for field in dataclasses.fields(config_class):
         if field.default is not dataclasses.MISSING:
             default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
         elif field.default_factory is not dataclasses.MISSING:
@@ -34,7 +40,7 @@ def flag_table(class_name: str) -> str:
         else:
             default = "required"
         meaning = field.metadata["help"].replace("|", "\\|")
-        name = spelled(getattr(configs, class_name), field.name)
+        name = spelled(config_class, field.name)
         lines.append(f"| `{name}` | {default.replace('None', 'none')} | {meaning} |")
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ HAND_WRITTEN = {
     "scaled_dot_product_attention": ["kernels/packed_attention.py"],
     "apply_chat_template": ["chat.py"],
     "ArgumentParser": ["cli.py"],
-    "signal.signal": ["launch.py", "training/stop.py"],
+    "signal.signal": ["launch.py", "training/loop.py"],
     "mkstemp": ["folder.py"],
     "mkdtemp": ["folder.py"],
     "flock": ["folder.py"],

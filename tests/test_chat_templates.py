@@ -11,7 +11,8 @@ import pytest
 from harness.chat_templates import SHAPES, write_tokenizer
 
 from drdpo import chat
-from drdpo.config import LeaderboardConfig, TrainConfig
+from drdpo.config.evaluation import LeaderboardConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.records import Preference

@@ -11,16 +11,15 @@ from typing import Any, Literal
 import pytest
 
 from drdpo.cli import as_dict, check_bounds, flag, flag_in_file, parse, spelled
-from drdpo.config import (
+from drdpo.config.data import CompletionsConfig, PreferencesConfig
+from drdpo.config.evaluation import (
     CompareMixturesConfig,
     CompareOpenllmConfig,
-    CompletionsConfig,
     EvaluateConfig,
     InspectConfig,
     LeaderboardConfig,
-    PreferencesConfig,
-    TrainConfig,
 )
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
 

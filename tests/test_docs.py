@@ -14,9 +14,18 @@ from fit_reward_heads import FitConfig
 from harness import ROOT
 from label_shift import LabelShiftConfig
 
-from drdpo import config
 from drdpo.cli import parse
-from drdpo.config.training import METHODS
+from drdpo.config.data import AssetsConfig, CompletionsConfig, PreferencesConfig
+from drdpo.config.evaluation import (
+    CheckModelConfig,
+    CompareOpenllmConfig,
+    EvaluateConfig,
+    EvaluatePolicyConfig,
+    InspectConfig,
+    LeaderboardConfig,
+    ShowRunConfig,
+)
+from drdpo.config.training import METHODS, TrainConfig
 from drdpo.objectives import FLAG_TO_OBJECTIVE
 from drdpo.records import Preference, Prompt
 
@@ -24,18 +33,18 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 OWN = (ROOT / "docs" / "own.md").read_text(encoding="utf-8")
 
 SCRIPTS = {
-    "setup.sh": config.AssetsConfig,
-    "generate_completions.sh": config.CompletionsConfig,
-    "generate.sh": config.CompletionsConfig,
-    "src/generate_preferences.py": config.PreferencesConfig,
-    "src/check_model.py": config.CheckModelConfig,
-    "src/inspect_data.py": config.InspectConfig,
-    "src/show_run.py": config.ShowRunConfig,
-    "train_alignment.sh": config.TrainConfig,
-    "src/evaluate_armorm.py": config.EvaluateConfig,
-    "src/compare_openllm.py": config.CompareOpenllmConfig,
-    "openllm_eval.slurm": config.LeaderboardConfig,
-    "generate_completions.slurm": config.CompletionsConfig,
+    "setup.sh": AssetsConfig,
+    "generate_completions.sh": CompletionsConfig,
+    "generate.sh": CompletionsConfig,
+    "src/generate_preferences.py": PreferencesConfig,
+    "src/check_model.py": CheckModelConfig,
+    "src/inspect_data.py": InspectConfig,
+    "src/show_run.py": ShowRunConfig,
+    "train_alignment.sh": TrainConfig,
+    "src/evaluate_armorm.py": EvaluateConfig,
+    "src/compare_openllm.py": CompareOpenllmConfig,
+    "openllm_eval.slurm": LeaderboardConfig,
+    "generate_completions.slurm": CompletionsConfig,
 }
 OTHERS = (["conda", "activate", "drdpo_env"], ["hf", "auth", "login"], ["cat", "outputs/quickstart/report.md"],
           ["bash", "quickstart.sh"], ["bash", "tests/run.sh"], ["bash", "experiments/armorm_multi_objective.sh"],
@@ -50,7 +59,7 @@ def test_generated_tables_are_current(page):
 
 def test_every_step_has_one_flag_table():
     text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    assert sorted(readme.table_names(text)) == sorted(config.__all__)
+    assert sorted(readme.table_names(text)) == sorted(readme.CONFIGS)
     listed = re.findall(r"^\| `--(\w+)` \| 0\.0 \| weight of ", text, re.MULTILINE)
     assert listed == list(FLAG_TO_OBJECTIVE)
 
@@ -146,7 +155,7 @@ OTHER_FLAGS = (
 
 @pytest.mark.parametrize("page", readme.PAGES[2:], ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
-    known = {name for each in config.__all__ for name in getattr(config, each).__dataclass_fields__}
+    known = {name for each in readme.CONFIGS.values() for name in each.__dataclass_fields__}
     study = (ROOT / "experiments" / "preference_shift.sh").read_text(encoding="utf-8").partition("usage:")[2]
     known |= {"tiny", *re.findall(r"--([a-z_]+)=", study.partition("USAGE")[0])}
     known |= {*OTHER_FLAGS, *FitConfig.__dataclass_fields__, *LabelShiftConfig.__dataclass_fields__}
@@ -155,7 +164,7 @@ def test_every_flag_that_a_page_names_exists(page):
 
 def test_commands_of_own_md_parse():
     classes = {
-        "src/inspect_data.py": config.InspectConfig, "train_alignment.sh": config.TrainConfig,
+        "src/inspect_data.py": InspectConfig, "train_alignment.sh": TrainConfig,
         "experiments/fit_reward_heads.py": FitConfig,
     }  # fmt: skip
     found = readme.commands(OWN)
@@ -177,13 +186,13 @@ def test_the_code_and_rows_of_own_md_are_real():
 
 def test_the_page_of_methods_has_them_all_and_its_command_parses():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    kinds = get_args(get_type_hints(config.TrainConfig)["loss_type"])
+    kinds = get_args(get_type_hints(TrainConfig)["loss_type"])
     assert {*re.findall(r"--method=(\w+):", text)} == set(METHODS)
     assert {*re.findall(r"--loss_type=(\w+)`", text)} | {"sigmoid"} == set(kinds)
     command, evaluated, trained = readme.commands(text)
-    assert parse(config.TrainConfig, "", trained[2:]).eval_candidates == "outputs/base"
-    assert parse(config.EvaluatePolicyConfig, "", evaluated[2:]).weights["safe"] == {"beavertails-is_safe": 1}
-    parsed = parse(config.TrainConfig, "", command[2:])
+    assert parse(TrainConfig, "", trained[2:]).eval_candidates == "outputs/base"
+    assert parse(EvaluatePolicyConfig, "", evaluated[2:]).weights["safe"] == {"beavertails-is_safe": 1}
+    parsed = parse(TrainConfig, "", command[2:])
     assert parsed.eval_groups == ["domain", "language"]
     assert parsed.mixtures["brief"] == {"helpsteer-verbosity": 0.5, "helpsteer-complexity": 0.5}
 

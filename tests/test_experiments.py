@@ -14,7 +14,7 @@ import pytest
 from harness.stand_ins import add_program
 
 from drdpo.cli import parse
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.evaluation.statistics import Layout
 from drdpo.training.losses import method_of
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drdpo import chat, config
+from drdpo import chat
 from drdpo.cli import parse
+from drdpo.config.data import PreferencesConfig
+from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError, is_text, one_line
 from drdpo.pairing import generate_preferences
@@ -155,7 +158,7 @@ def test_pairs(train: bytes, test: bytes, more: str) -> None:
     with folder_of(train=train, test=test) as folder:
         words = [f"--completions={folder}", f"--output_path={folder / 'out'}", "--ArmoRM=1"]
         words += [f"--selection={more}"] if more else []
-        made = ends(lambda: generate_preferences(parse(config.PreferencesConfig, "x", words)) or True, ".jsonl")
+        made = ends(lambda: generate_preferences(parse(PreferencesConfig, "x", words)) or True, ".jsonl")
         there = sorted(path.name for path in (folder / "out").glob("*"))
         assert there == (["manifest.json", "test.jsonl", "train.jsonl"] if made else [])
         for name in there[1:]:
@@ -204,7 +207,7 @@ def test_training_data(tokenizer: Any, rows: bytes) -> None:
             assert all(pair.chosen and pair.rejected and len(pair) <= 64 for pair in pairs)
 
 
-CONFIGS = [getattr(config, name) for name in config.__all__]
+CONFIGS = list(readme.CONFIGS.values())
 
 
 @fuzz
@@ -243,7 +246,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 )
 def test_odd_flags_are_usage_errors(words: list[str]) -> None:
     with pytest.raises(UsageError):
-        parse(config.LeaderboardConfig, "x", ["--model_path=x", *words])
+        parse(LeaderboardConfig, "x", ["--model_path=x", *words])
 
 
 def test_scores_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
@@ -258,5 +261,5 @@ def test_scores_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text("\n\n".join(lines))
     words = [f"--completions={tmp_path}", f"--output_path={tmp_path / 'out'}", "--ArmoRM=1"]
     with pytest.raises(DataError, match=r'train\.jsonl, row 3: field "scores": ArmoRM is 1e\+200'):
-        generate_preferences(parse(config.PreferencesConfig, "x", words))
+        generate_preferences(parse(PreferencesConfig, "x", words))
     assert not (tmp_path / "out").exists()

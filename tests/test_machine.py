@@ -14,7 +14,9 @@ import torch
 from harness.forks import Forks
 
 from drdpo import distributed, machine
-from drdpo.config import CompletionsConfig, LeaderboardConfig, TrainConfig
+from drdpo.config.data import CompletionsConfig
+from drdpo.config.evaluation import LeaderboardConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.evaluation.leaderboard import evaluate_openllm
 from drdpo.sampling.sample import sample_completions
@@ -140,7 +142,7 @@ def test_an_explicit_dtype_is_settled_without_torch_where_there_is_no_driver(roo
     program = """if True:
         import ctypes, sys
         from drdpo import machine
-        from drdpo.config import CompletionsConfig
+        from drdpo.config.data import CompletionsConfig
         def missing(name):
             raise OSError(name)
         ctypes.CDLL = missing
@@ -260,7 +262,7 @@ def test_two_real_ranks_agree(forks: Forks, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "from drdpo import distributed, machine\n"
-        "from drdpo.config import CompletionsConfig\n"
+        "from drdpo.config.data import CompletionsConfig\n"
         "distributed.join()\n"
         "found = machine.Precision(['bfloat16', 'float32'][distributed.rank()], 'here')\n"
         "print(machine.agree(CompletionsConfig('out', 'model', dtype=found.dtype), found)[0].dtype)\n"

@@ -42,18 +42,13 @@ def positional(help: str) -> Any:
 
 
 def parse(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
-    """Parse a command line into a frozen dataclass.
-
-    Args:
-        config_class: one of the classes of drdpo.config.
-        description: one sentence for --help.
-        arguments: sys.argv[1:] by default.
+    """Parse a command line, sys.argv[1:] by default, into a frozen dataclass of drdpo.config; --help shows the description.
 
     Raises:
         SystemExit: status 2 after one line for an unknown or abbreviated flag or a value of the wrong type; status 0
             after --help.
         UsageError: a text flag that is empty, a number that is not finite, a value or combination that the dataclass
-        refuses.
+            refuses.
         DataError: --config is not a file of flags.
     """
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -18,6 +18,9 @@ Item = TypeVar("Item")
 DEFAULT_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other; torch's 10 minutes under NCCL are too short for saving, which rank 0 does alone."""
 
+_SLOWEST = 1e7
+"""Bytes per second of the slowest disk that is waited for."""
+
 _LOST = re.compile(
     r"[/\\]gloo[/\\]|Gloo \w+ failed|NCCL (error|operation|communicator)|nccl(Remote|System|Internal|InProgress)\w*"
     r"|[Ww]atchdog caught collective|client socket has timed out|[Cc]onnection (was )?(closed|reset|refused) by"
@@ -107,11 +110,8 @@ def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor"
 
 
 def join(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-    """Join the process group, once; NCCL on GPUs, gloo on CPUs. Does nothing for a single process.
-
-    Args:
-        timeout: how long ranks wait for each other.
-    """
+    """Join the process group, once; NCCL on GPUs, gloo on CPUs; ranks wait so long for each other. Does nothing for a single
+    process."""
     import torch
 
     if use_cuda():
@@ -139,14 +139,8 @@ def barrier() -> None:
 def on_main(action: Callable[[], object], status: int = 1) -> None:
     """Run `action` on rank 0, e.g. to write a file; every rank must call this. If it fails, all ranks exit.
 
-    Otherwise the others would wait for rank 0 in their next collective and report it lost.
-
-    Args:
-        action: for rank 0.
-        status: exit status of the other ranks if it fails.
-
-    Raises:
-        Exception: on rank 0, what `action` raised; the others exit silently.
+    Otherwise the others would wait for rank 0 in their next collective and report it lost. Rank 0 raises what `action`
+    raised; the others exit silently with this status.
     """
     failure: Exception | None = None
     if is_main():
@@ -190,14 +184,35 @@ def seconds_to_wait(usual: int = 1800) -> int:
 
 
 @contextmanager
+def patient(size: int) -> Iterator[None]:
+    """Let the ranks wait longer for each other, by as much as writing so many bytes takes on a slow disk."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        yield
+        return
+    groups = torch.distributed.distributed_c10d
+    backend = groups._get_default_group()._get_backend(torch.device("cuda" if use_cuda() else "cpu"))
+    before = backend.options._timeout
+    groups._set_pg_timeout(before + timedelta(seconds=size / _SLOWEST))
+    try:
+        yield
+    finally:
+        # on_main has left the group where rank 0 failed, and its error is the one to print.
+        if torch.distributed.is_initialized():
+            groups._set_pg_timeout(before)
+
+
+@contextmanager
 def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     """Turn what torch raises when a rank does not answer into a ProcessError.
 
-    Under torchrun it goes to the rank's error.json, with the traceback, and drdpo.launch prints one line for all ranks: this
-    one, unless a rank of its machine failed for another reason.
+    A rank whose process dies closes its connections, which the others notice at once under gloo. One that hangs, or whose
+    host loses power or its network, is noticed after `timeout` seconds by those that wait for it. Under NCCL torch's
+    watchdog then ends the process, and torchrun the other ranks of a machine where one has died.
 
-    Args:
-        timeout: from seconds_to_wait.
+    Under torchrun the error goes to the rank's error.json, with the traceback, and drdpo.launch prints one line for all
+    ranks: this one, unless a rank of its machine failed for another reason.
     """
     try:
         yield
@@ -218,14 +233,7 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
 
 
 def gather(values_B: "torch.Tensor") -> "torch.Tensor":
-    """The values of all ranks in rank order, detached.
-
-    Args:
-        values_B: [B, ...], B may differ between ranks.
-
-    Returns:
-        [sum of B, ...]
-    """
+    """The values [B, ...] of all ranks in rank order, detached: [sum of B, ...]. B may differ between ranks."""
     import torch
 
     values_B = values_B.detach().contiguous()

@@ -98,13 +98,8 @@ def one_line(text: str, most: int | None = None) -> str:
 
 
 def shortened(text: str, width: int, lines: int) -> list[str]:
-    """The same as wrapped lines; of a longer text the beginning and the end.
-
-    Args:
-        text: of any length.
-        width: maximal columns of a line.
-        lines: maximal number of lines, at least 3.
-    """
+    """The same as wrapped lines of at most so many columns; of a text longer than so many lines, at least 3, the beginning
+    and the end."""
     # Cut first: wrapping a megabyte on one line would take seconds.
     room = width * lines
     parts = [text.strip()] if len(text) <= 2 * room else [text[:room].lstrip(), text[-room:].rstrip()]

@@ -253,12 +253,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_locked(folder: Path, share: int | None = None, ours: Path | None = None) -> None:
-    """Raise UsageError, naming the owner, if another process holds a lock that excludes this one. Writes nothing.
-
-    Args:
-        folder, share: as for lock_folder.
-        ours: the lock file that this process holds.
-    """
+    """Raise UsageError, naming the owner, if another process holds a lock that excludes this one, see lock_folder. Writes
+    nothing. `ours`: the lock file that this process holds."""
     for path in _locks(folder, share):
         if path != ours and (owner := _holder(path)) is not None:
             raise UsageError(_refusal(owner, folder))
@@ -514,11 +510,8 @@ class Parts:
         """How the earlier run divided the work; None without one."""
 
     def open(self, plan: Any) -> None:
-        """Continue the earlier run, or start again if its plan was another. Every rank must call this.
-
-        Args:
-            plan: how the work is divided, the same on every rank.
-        """
+        """Continue the earlier run, or start again if its plan, how the work is divided, was another. Every rank must call
+        this."""
         wanted = json.loads(json.dumps({"made_by": self._made_by, "plan": plan}))
         distributed.barrier()
         if self._rank == 0 and self._read_plan() != wanted:

@@ -33,7 +33,7 @@ _MODEL_FILES = (
 )  # fmt: skip
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Of transformers, whose formulas drdpo.training.wdpo's tangent solver has. Others use the same modules in another way
+"""Of transformers, whose formulas WDPO's tangent solver has. Others use the same modules in another way
 (SmolLM3 skips the rotary positions of some layers), which numbers in bfloat16 on a short row need not show."""
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
@@ -86,14 +86,8 @@ class Model:
     """Special tokens without a row in the embedding that no text becomes."""
 
     def refuse_training(self, packing: bool, eager: bool, tangent: bool, lora: bool, max_len: int) -> None:
-        """Raise DataError or UsageError if it cannot be trained with these flags.
-
-        Args:
-            packing, tangent: --packing, and the tangent solver's penalty.
-            eager: is its attention transformers' plain one?
-            lora: --lora_rank over 0.
-            max_len: --max_len.
-        """
+        """Raise DataError or UsageError if it cannot be trained with these flags. `eager`: is its attention transformers'
+        plain one? `tangent`: is there a penalty by the tangent solver?"""
         about = self.structure
         if self.quantized:
             raise DataError(
@@ -511,20 +505,12 @@ def _head(model: Any, text: Any) -> str | None:
 
 def tangent_problem(model: Any) -> str | None:
     """Why WDPO's tangent pass, which has Llama's formulas, does not compute this architecture; None if it does."""
-    decoder = decoder_of(model)
-    if decoder is None:
-        return "it has no layers, norm and rotary_emb as Llama has"
+    decoder = model.get_decoder()
     if type(decoder).__name__ not in DECODERS:
         return f"it is a {type(decoder).__name__}, and the solver supports {', '.join(DECODERS)}"
     gates = {type(layer.mlp.act_fn).__name__ for layer in decoder.layers}
     others = sorted(name for name in gates if "silu" not in name.lower())
     return f"its layers gate by {others[0]}, not by SiLU" if others else None
-
-
-def decoder_of(model: Any) -> Any:
-    """The module that holds layers, final norm and rotary positions, inside whatever wraps it; None if there is none."""
-    parts = ("layers", "norm", "rotary_emb")
-    return next((module for module in model.modules() if all(hasattr(module, name) for name in parts)), None)
 
 
 def _reason(error: Exception) -> str:

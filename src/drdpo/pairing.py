@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from drdpo.cli import as_dict
-from drdpo.config import PreferencesConfig
+from drdpo.config.data import PreferencesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import already_made, atomic_files, lock_folder, refuse_if_locked, sweep, write_manifest
 from drdpo.models import fingerprint

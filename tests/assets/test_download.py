@@ -11,7 +11,7 @@ import pytest
 from drdpo.asset_names import HUB_MODELS, select_models
 from drdpo.assets import embedded, hub
 from drdpo.assets.download import download_assets
-from drdpo.config import AssetsConfig
+from drdpo.config.data import AssetsConfig
 from drdpo.errors import DataError, UsageError
 
 

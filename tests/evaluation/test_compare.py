@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from drdpo.config import EvaluateConfig
+from drdpo.config.evaluation import EvaluateConfig
 from drdpo.errors import DataError, UsageError, one_line_errors
 from drdpo.evaluation.compare import evaluate_armorm
 

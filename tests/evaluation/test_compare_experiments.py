@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from drdpo.config import CompareMixturesConfig, CompareOpenllmConfig
+from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import compare_leaderboard, mixtures
 from drdpo.evaluation.compare_leaderboard import compare_openllm

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from drdpo.config import InspectConfig
+from drdpo.config.evaluation import InspectConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.inspection import inspect_data, read_table
 

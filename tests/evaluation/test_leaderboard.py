@@ -17,7 +17,7 @@ from harness.stand_ins import add_program, make_environment
 
 from drdpo.chat import DATE_STRING
 from drdpo.cli import parse
-from drdpo.config import LeaderboardConfig
+from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
@@ -231,7 +231,8 @@ def test_check_only_refuses_a_locked_folder(tiny_policy: Path, tasks: Path, tmp_
 def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
     """--check_only=true finds a wrong task and loads no weights, nor what runs tasks."""
     code = (
-        "import sys; from drdpo.config import LeaderboardConfig; from drdpo.evaluation.leaderboard import evaluate_openllm;"
+        "import sys; from drdpo.config.evaluation import LeaderboardConfig;"
+        "from drdpo.evaluation.leaderboard import evaluate_openllm;"
         "m, t = sys.argv[1:];"
         "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
         "assert not {'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"
@@ -313,7 +314,7 @@ def test_a_template_that_requires_a_system_message_is_refused(tiny_policy: Path,
 KILLED = """
 import os, signal, sys
 import lm_eval
-from drdpo.config import LeaderboardConfig
+from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.evaluation.leaderboard import evaluate_openllm
 
 run, calls = lm_eval.simple_evaluate, []
@@ -389,7 +390,7 @@ from types import SimpleNamespace
 import lm_eval
 import torch
 from drdpo import distributed
-from drdpo.config import LeaderboardConfig
+from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.evaluation.leaderboard import _evaluate
 from drdpo.folder import Parts
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from drdpo.config import LeaderboardConfig
+from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.evaluation.leaderboard_scores import (
     BBH_CHOICES,
     MUSR_CHOICES,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from drdpo import chat
 from drdpo.candidates import Candidates, load_candidates, values
-from drdpo.config import EvaluatePolicyConfig
+from drdpo.config.evaluation import EvaluatePolicyConfig
 from drdpo.errors import DataError
 from drdpo.evaluation import policy_value
 from drdpo.evaluation.policy_value import answer_logprobs, evaluate_policy, policy_values

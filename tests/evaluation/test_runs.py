@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.cli import as_dict
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.runs import read_provenance, repeated_share
 from drdpo.folder import write_manifest

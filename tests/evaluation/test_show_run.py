@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from drdpo.config import ShowRunConfig
+from drdpo.config.evaluation import ShowRunConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.show_run import _curves, read_metrics, show_run
 from drdpo.folder import write_manifest

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from drdpo.config import CompletionsConfig, EvaluateConfig, PreferencesConfig, TrainConfig
+from drdpo.config.data import CompletionsConfig, PreferencesConfig
+from drdpo.config.evaluation import EvaluateConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.compare import evaluate_armorm
 from drdpo.pairing import generate_preferences

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective, survey

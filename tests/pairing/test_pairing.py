@@ -453,7 +453,7 @@ def test_a_full_disk_leaves_the_old_pairs(paths: tuple[Path, Path], monkeypatch:
     import errno
 
     from drdpo import pairing
-    from drdpo.config import PreferencesConfig
+    from drdpo.config.data import PreferencesConfig
 
     write(paths[0], good_rows(), good_rows())
     config = PreferencesConfig(completions=str(paths[0]), output_path=str(paths[1]), ArmoRM=1.0)
@@ -475,7 +475,7 @@ def test_a_full_disk_leaves_the_old_pairs(paths: tuple[Path, Path], monkeypatch:
 def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
     """Before or between the two files' moves: neither command takes the folder for its own, nor loses a file unasked."""
 
-    from drdpo.config import PreferencesConfig
+    from drdpo.config.data import PreferencesConfig
     from drdpo.pairing import generate_preferences
 
     write(paths[0], good_rows(), good_rows())

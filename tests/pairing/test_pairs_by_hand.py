@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drdpo.config import PreferencesConfig
+from drdpo.config.data import PreferencesConfig
 from drdpo.pairing import REASONS, compare_lengths, length_lines, mean_and_sd, mix, select, standardise, wilson_interval
 from drdpo.records import Preference
 

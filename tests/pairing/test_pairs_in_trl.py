@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from drdpo import chat
-from drdpo.config import PreferencesConfig
+from drdpo.config.data import PreferencesConfig
 from drdpo.pairing import generate_preferences
 
 pytestmark = pytest.mark.slow  # TRL's import alone takes ten seconds

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from drdpo import chat
-from drdpo.config import CompletionsConfig
+from drdpo.config.data import CompletionsConfig
 from drdpo.sampling.engines import Request, stream_seed
 
 QUESTIONS = [

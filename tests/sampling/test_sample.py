@@ -14,7 +14,7 @@ import pytest
 from harness.forks import Forks
 
 from drdpo import chat
-from drdpo.config import CompletionsConfig
+from drdpo.config.data import CompletionsConfig
 from drdpo.distributed import Machines
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.machine import resolve_dtype

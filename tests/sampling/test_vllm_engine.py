@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from drdpo import chat
-from drdpo.config import CompletionsConfig
+from drdpo.config.data import CompletionsConfig
 from drdpo.errors import DataError
 from drdpo.sampling import sample as step
 from drdpo.sampling import vllm_engine

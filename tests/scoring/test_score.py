@@ -17,7 +17,7 @@ from harness.forks import Fork, Forks
 from harness.reward_models import pad_right
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
-from drdpo.config import CompletionsConfig
+from drdpo.config.data import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.scoring import score

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from drdpo import chat, distributed
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, load_state, save_model, save_state
 from drdpo.training.data import Pair
+from drdpo.training.log import check_step
 from drdpo.training.loop import train_step
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
-from drdpo.training.objective import check_step
 from drdpo.training.policy import load_policy, widen_values
 from drdpo.training.reference import reference_logprobs
 from drdpo.training.run import batch_plan

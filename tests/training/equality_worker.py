@@ -18,7 +18,7 @@ from harness.policies import shifted_reference, with_facts
 from safetensors.torch import save_file
 
 from drdpo import chat, distributed
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training import engine as deepspeed_engine
 from drdpo.training.checkpoint import _gathered, save_model
 from drdpo.training.data import Pair, columns_of

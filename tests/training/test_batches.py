@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, _epoch_order, collate, micro_batches, padded_shards, step_indices, token_batches
 from drdpo.training.run import batch_plan
 

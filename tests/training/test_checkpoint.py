@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from drdpo import chat
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.training import checkpoint
 from drdpo.training.checkpoint import (
@@ -34,8 +34,8 @@ from drdpo.training.checkpoint import (
     written_bytes,
 )
 from drdpo.training.data import Pair
+from drdpo.training.log import check_evaluation, check_step
 from drdpo.training.lora import add_lora
-from drdpo.training.objective import check_evaluation, check_step
 from drdpo.training.policy import FiniteWatch, load_policy
 
 

@@ -14,12 +14,12 @@ from harness.policies import config_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
 from drdpo.training.losses import method_of
-from drdpo.training.memory import plan_of, predict, shapes
+from drdpo.training.memory import predict, shapes
 from drdpo.training.objective import survey
 from drdpo.training.policy import Answers, Policy, load_policy
 
@@ -289,7 +289,7 @@ def test_an_offloaded_optimizer_takes_no_gpu_memory(tiny_policy):
     for offload in (True, False):
         config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
         policy: Policy = shapes(config)
-        shares.append([predict(policy, plan_of(config, 1), 0, 0, process).optimizer for process in (None, 1)])
+        shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
     assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0
 
 

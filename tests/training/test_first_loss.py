@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
+from drdpo.training.log import check_first_step
 from drdpo.training.losses import Pairs, method_of
-from drdpo.training.objective import Objective, check_first_step
+from drdpo.training.objective import Objective
 
 REFERENCE_B2 = torch.tensor([[-100.0, -300.0]])  # 200 nats in the mean
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, collate, pack
 from drdpo.training.log import (
     Shape,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from drdpo import chat
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, pack
@@ -334,7 +334,7 @@ def test_a_checkpoint_of_the_adapters_alone(tiny_policy, tmp_path):
 def test_what_lora_refuses(tiny_policy):
     for flags, word in (
         ({"lora_rank": -1}, "--lora_rank=-1"),
-        ({"lora_rank": 0, "lora_merge": False}, "--lora_merge has no meaning"),
+        ({"lora_rank": 0, "lora_merge": False}, "--lora_merge=False has no meaning"),
     ):
         with pytest.raises(UsageError, match=word):
             config_of(tiny_policy, **flags)

@@ -17,7 +17,7 @@ from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, MixtralCon
 
 from drdpo import distributed
 from drdpo.cli import parse
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
 from drdpo.kernels import packed_attention
@@ -30,7 +30,6 @@ from drdpo.training.memory import (
     Memory,
     advice,
     dry_run,
-    plan_of,
     predict,
     preflight,
     resolve_attention,
@@ -201,23 +200,23 @@ def test_shares_of_zero_by_hand(tiny_policy):
         (3, "bfloat16", (2 * (size // 4 + size), 4 * (size // 4) + 2 * size, 12 * (size // 4), 4 * (size // 4))),
     ):
         config = config_of(tiny_policy, zero_stage=stage, dtype=dtype)
-        found = predict(shapes(config), plan_of(config, 4), activations=1000, head=500, process=77)
+        found = predict(shapes(config), config, 4, activations=1000, head=500, process=77)
         assert (found.weights, found.gradients, found.optimizer, found.copies) == expected, (stage, dtype)
         assert (found.activations, found.head, found.process) == (1000, 500, 77)
         assert found.total == sum(expected) + 1577
     # A second micro-batch has its gradients in bfloat16 and as the float32 copy that is added to the sum.
     config = config_of(tiny_policy, zero_stage=2, dtype="bfloat16", train_batch_size=8)
-    assert predict(shapes(config), plan_of(config, 4), 0, 0, None).copies == (4 + 2) * (size // 4)
+    assert predict(shapes(config), config, 4, 0, 0, None).copies == (4 + 2) * (size // 4)
     # On a GPU the larger of activations and copies counts: they are alive one after the other.
     config = config_of(tiny_policy, zero_stage=2)
-    small, large = (predict(shapes(config), plan_of(config, 4), alive, 0, None) for alive in (1, 10**9))
+    small, large = (predict(shapes(config), config, 4, alive, 0, None) for alive in (1, 10**9))
     assert (small.activations, small.copies) == (0, 4 * (size // 4))
     assert (large.activations, large.copies) == (10**9, 0)
 
 
 def test_adapters_need_no_gradients_of_the_weights(tiny_policy):
     config = config_of(tiny_policy, lora_rank=2)
-    found = predict(shapes(config), plan_of(config, 1), 0, 0, 0)
+    found = predict(shapes(config), config, 1, 0, 0, 0)
     trained = 2 * 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
     assert found.weights == 4 * (PARAMETERS + trained)
     assert found.optimizer == 12 * trained

@@ -13,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.losses import method_of
 from drdpo.training.model_card import model_card, push_to_hub
 

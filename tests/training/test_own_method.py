@@ -12,17 +12,15 @@ from harness.policies import REFERENCE_M2, policy_of
 from own_method import CvarConfig, cvar
 
 from drdpo import chat
-from drdpo.config import TrainConfig
-from drdpo.config.training import DataSettings
+from drdpo.config.training import DataSettings, TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Preference, to_row, write_rows
 from drdpo.training.data import Batch, collate, form_batch, pack, tokenise
 from drdpo.training.losses import TOKENS, Method, Pairs, Penalty, method_of
-from drdpo.training.objective import objective, survey
+from drdpo.training.objective import check_tangent, objective, survey
 from drdpo.training.policy import load_policy, pairs_of
 from drdpo.training.rows import load_split
 from drdpo.training.run import check_inputs
-from drdpo.training.wdpo import check_tangent
 
 PATHS = {"model_path": "-", "dataset_path": "-", "save_path": "-"}
 

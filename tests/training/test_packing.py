@@ -5,8 +5,7 @@ import torch
 from harness.policies import REFERENCE_M2, config_of
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from drdpo.config import TrainConfig
-from drdpo.config.training import PACKED_ATTENTION
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels import packed_attention
 from drdpo.training.data import Pair, collate, form_batch, pack
@@ -31,7 +30,7 @@ METHODS = {
 @pytest.fixture(scope="module")
 def packed(tiny_policy) -> Policy:
     """With gradient checkpointing, whose recomputation must attend by the plan as well."""
-    return load_policy(str(tiny_policy), torch.float32, PACKED_ATTENTION, gradient_checkpointing=True)
+    return load_policy(str(tiny_policy), torch.float32, packed_attention.SHARED_PREFIX, gradient_checkpointing=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +101,11 @@ def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"sliding window of 4.*--packing=false"):
-        load_policy(str(tmp_path), torch.float32, PACKED_ATTENTION, False)
+        load_policy(str(tmp_path), torch.float32, packed_attention.SHARED_PREFIX, False)
 
 
 def test_flags_of_attention_and_packing():
-    assert packed_attention.SHARED_PREFIX == PACKED_ATTENTION == config_of().attention
+    assert config_of().attention == packed_attention.SHARED_PREFIX
     assert config_of(packing=False).attention == "sdpa"
     assert config_of(packing=False, wdpo_rho=0.1).attention == "eager"
     assert config_of().packing and config_of(wdpo_rho=0.1).packing

@@ -48,8 +48,7 @@ def test_a_generation_config_that_transformers_reads_and_does_not_write_is_copie
     (folder / "generation_config.json").unlink()
     if lora:
         add_lora(policy, lora)
-    model = policy.language_model
-    _write_model(model, model.state_dict(), load_tokenizer(str(folder)), saved, lora, "", policy.generation_config)
+    _write_model(policy, policy.language_model.state_dict(), load_tokenizer(str(folder)), saved, lora, "")
     assert (saved / "generation_config.json").read_text() == text
     assert check_model(str(saved)).tensors == 20
 

@@ -21,14 +21,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from drdpo import chat
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.models import check_model, table
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
-from drdpo.training.memory import plan_of, predict, shapes
+from drdpo.training.memory import predict, shapes
 from drdpo.training.objective import objective
 from drdpo.training.policy import load_policy
 from drdpo.training.run import arithmetic_of
@@ -153,7 +153,7 @@ def test_the_weights_are_near_the_stored_ones_and_take_the_bytes_that_are_predic
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     others = sum(parameter.numel() for parameter in policy.parameters() if parameter.is_floating_point())
     meta = shapes(config)
-    predicted = predict(meta, plan_of(config, 1), 0, 0, 0).weights
+    predicted = predict(meta, config, 1, 0, 0, 0).weights
     # At most one layer's weight is dequantized at a time.
     assert predicted == pytest.approx(held + 2 * others + 2 * 64 * 128, rel=1e-3)
     assert sum(p.numel() for p in meta.parameters()) == linear + others, "the preflight counts parameters, not bytes"
@@ -236,7 +236,7 @@ def test_weights_that_are_stored_quantized_are_refused(models, tmp_path):
 
 
 def test_what_qlora_refuses():
-    with pytest.raises(UsageError, match="--lora_quantize has no meaning without --lora_rank"):
+    with pytest.raises(UsageError, match="--lora_quantize=nf4 has no meaning without --lora_rank"):
         config_of(lora_rank=0)
     with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --zero_stage=3: .*--zero_stage=2"):
         config_of(zero_stage=3)

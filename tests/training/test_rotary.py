@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of

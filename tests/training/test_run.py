@@ -15,7 +15,7 @@ from harness.forks import Forks
 
 from drdpo import distributed
 from drdpo.cli import parse
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.folder import lock_folder, write_manifest
 from drdpo.machine import settle

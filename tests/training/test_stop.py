@@ -77,7 +77,7 @@ def test_the_time_to_wait_is_a_positive_number(monkeypatch):
 
 NOTES = """
 import os, signal, sys, torch
-from drdpo.training.stop import stop_on_signal
+from drdpo.training.loop import stop_on_signal
 sent, cpu = signal.Signals[sys.argv[1]], torch.device("cpu")
 os.kill(os.getpid(), sent)
 for expected in (sent.name, None):

@@ -20,9 +20,8 @@ from drdpo.errors import DataError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import method_of
-from drdpo.training.objective import objective
+from drdpo.training.objective import check_tangent, objective
 from drdpo.training.policy import Policy, load_policy, widen_values
-from drdpo.training.wdpo import check_tangent
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.log import MetricsLog
 from drdpo.training.trackers import check_trackers

@@ -10,14 +10,13 @@ from harness.policies import wdpo_config as config_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig
 
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.memory import dry_run, shapes
-from drdpo.training.objective import objective, penalty_scales
+from drdpo.training.objective import check_tangent, objective, penalty_scales
 from drdpo.training.policy import Policy, load_policy, widen_values
-from drdpo.training.wdpo import check_tangent
 
 FORMS = {
     "squared": {},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from drdpo.asset_names import HUB_DATASETS, HUB_MODELS, Selection, select_datasets, select_models
 from drdpo.assets import embedded, hub
-from drdpo.config import AssetsConfig
+from drdpo.config.data import AssetsConfig
 from drdpo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[3]

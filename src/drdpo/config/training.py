@@ -7,9 +7,6 @@ from typing import Any, Literal, NamedTuple
 from drdpo.cli import check_bounds, flag, require
 from drdpo.objectives import mixtures_of
 
-PACKED_ATTENTION = "shared_prefix"
-"""What transformers calls drdpo.kernels.packed_attention."""
-
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -326,7 +323,7 @@ class TrainConfig:
     def attention(self) -> str:
         """What transformers calls the attention of the run."""
         if self.packing:
-            return PACKED_ATTENTION
+            return "shared_prefix"  # drdpo.kernels.packed_attention, which registers itself by this name
         return {"flex": "flex_attention", "flash": "flash_attention_2"}.get(self.attention_kernel, self.attention_kernel)
 
     @property
@@ -367,6 +364,10 @@ def _check_rules(config: TrainConfig) -> None:
         "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; pass --zero_stage=1 or --dtype=float32",
     )
     require(
+        not (config.optimizer_offload and config.zero_stage == 0),
+        "--optimizer_offload=true with --zero_stage=0: DeepSpeed offloads ZeRO's states; pass --zero_stage=1, 2 or 3",
+    )
+    require(
         config.test_share is None or config.test_split is None,
         "--test_share and --test_split both say which the test pairs are; pass one",
     )
@@ -382,7 +383,6 @@ def _check_rules(config: TrainConfig) -> None:
     _check_log(config)
     _check_tokens(config)
     _check_attention(config)
-    _check_speed(config)
 
 
 def _check_log(config: TrainConfig) -> None:
@@ -421,13 +421,6 @@ def _check_attention(config: TrainConfig) -> None:
     )
 
 
-def _check_speed(config: TrainConfig) -> None:
-    require(
-        not (config.optimizer_offload and config.zero_stage == 0),
-        "--optimizer_offload=true with --zero_stage=0: DeepSpeed offloads ZeRO's states; pass --zero_stage=1, 2 or 3",
-    )
-
-
 def _check_lora(config: TrainConfig) -> None:
     if config.lora_rank:
         require(
@@ -441,8 +434,7 @@ def _check_lora(config: TrainConfig) -> None:
             "--zero_stage=2",
         )
         return
-    for name, changed in (("lora_merge", not config.lora_merge), ("lora_quantize", config.lora_quantize != "none")):
-        require(not changed, f"--{name} has no meaning without --lora_rank; pass that too")
+    _refuse_idle(config, ("lora_merge", "lora_quantize"), "without --lora_rank; pass that too")
 
 
 def _check_method(config: TrainConfig) -> None:
@@ -490,14 +482,9 @@ def _check_named(config: TrainConfig) -> None:
         (name == "group") == (config.group_column is not None),
         "--method=group and --group_column belong together; pass both, or neither",
     )
-    if name not in _LOSSES:
-        return
-    for other in ("loss_type", "label_smoothing"):
-        value = getattr(config, other)
-        require(
-            value == type(config).__dataclass_fields__[other].default,
-            f"--{other}={value} has no meaning for --method={config.method}, which has a loss of its own; omit it",
-        )
+    if name in _LOSSES:
+        why = f"for --method={config.method}, which has a loss of its own; omit it"
+        _refuse_idle(config, ("loss_type", "label_smoothing"), why)
 
 
 def _named_method(word: str) -> tuple[str, dict[str, float]]:
@@ -532,12 +519,15 @@ def _check_idle(config: TrainConfig) -> None:
         "kldpo_tau": ("kldpo_normalize",),
     }
     for strength, names in owners.items():
-        for name in names if getattr(config, strength) is None else ():
-            value = getattr(config, name)
-            require(
-                value == type(config).__dataclass_fields__[name].default,
-                f"--{name}={value} has no meaning without --{strength}; pass that too",
-            )
+        if getattr(config, strength) is None:
+            _refuse_idle(config, names, f"without --{strength}; pass that too")
+
+
+def _refuse_idle(config: TrainConfig, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        idle = value == type(config).__dataclass_fields__[name].default
+        require(idle, f"--{name}={value} has no meaning {why}")
 
 
 def _check_exact(config: TrainConfig) -> None:

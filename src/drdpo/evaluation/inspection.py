@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from drdpo.config import InspectConfig
+from drdpo.config.evaluation import InspectConfig
 from drdpo.errors import DataError, one_line, shortened
 from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
 

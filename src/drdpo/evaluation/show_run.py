@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from drdpo.config import ShowRunConfig
+from drdpo.config.evaluation import ShowRunConfig
 from drdpo.errors import DataError, duration, one_line
 from drdpo.evaluation.runs import section
 from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines

@@ -24,6 +24,7 @@ Shape suffixes: N answer tokens, D width, V vocabulary, K columns of one block o
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,10 @@ def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
 
 
 class _MetaKernels:
-    """The Triton kernels on the meta device: the tensors that they would return."""
+    """The Triton kernels on the meta device: the tensors that they would return; some only fill what they get."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
 
     @staticmethod
     def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,25 +106,19 @@ class _MetaKernels:
         return hidden_ND.new_empty(len(hidden_ND), len(weight_KD))
 
 
-def triton_kernels(hidden_ND: Tensor) -> Any:
-    """The Triton kernels if they can run here: on CUDA, or anywhere under Triton's interpreter; otherwise None."""
-    if hidden_ND.dtype == torch.float64 or not len(hidden_ND):
+def triton_kernels(tensor: Tensor, module: str = "triton_logprob") -> Any:
+    """A module of Triton kernels if they can run here: on CUDA, or anywhere under Triton's interpreter; otherwise None."""
+    if tensor.dtype == torch.float64 or not tensor.numel():
         return None
-    if hidden_ND.is_meta:
-        return _MetaKernels if on_cuda(hidden_ND) else None
-    if not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if tensor.is_meta:
+        return _MetaKernels() if on_cuda(tensor) else None
+    if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    from drdpo.kernels import triton_logprob
-
-    return triton_logprob
+    return import_module(f"drdpo.kernels.{module}")
 
 
 class _LogSumExp:
-    """Log-sum-exp of logits, one block at a time.
-
-    Args:
-        hidden_ND, weight_VD, targets_N: as in logprob_and_slope.
-    """
+    """Log-sum-exp of logits, one block at a time; arguments as in logprob_and_slope."""
 
     def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
         self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
@@ -213,8 +211,9 @@ def logit_gradient(
     if (kernels := triton_kernels(hidden_ND)) is not None:
         targets_N = targets_N - columns.start
         return kernels.logit_gradient(hidden_ND.contiguous(), weight_KD.contiguous(), targets_N, lse_N, grad_N.contiguous())
-    probs_NK = probabilities(hidden_ND, weight_KD, lse_N)
-    return scaled_onehot_less(probs_NK, grad_N, targets_N, columns.start).to(hidden_ND.dtype)
+    local_N1, inside_N1 = place(targets_N, columns.start, len(weight_KD))
+    gradient_NK = probabilities(hidden_ND, weight_KD, lse_N).mul_(-grad_N[:, None])
+    return gradient_NK.scatter_add_(1, local_N1, inside_N1 * grad_N[:, None]).to(hidden_ND.dtype)
 
 
 def probabilities(hidden_ND: Tensor, weight_KD: Tensor, lse_N: Tensor) -> Tensor:
@@ -233,12 +232,6 @@ def _logits_less(hidden_ND: Tensor, weight_KD: Tensor, near_N: Tensor) -> tuple[
     """[N, K] logits minus a number of each token, in float32, and that number [N]: near_N, rounded to the input's dtype."""
     less_N = near_N.to(hidden_ND.dtype)
     return wide(torch.addmm(-less_N[:, None], hidden_ND, weight_KD.T)), wide(less_N)
-
-
-def scaled_onehot_less(probs_NK: Tensor, grad_N: Tensor, targets_N: Tensor, start: int) -> Tensor:
-    """g (onehot_t - p), in place."""
-    local_N1, inside_N1 = place(targets_N, start, probs_NK.shape[1])
-    return probs_NK.mul_(-grad_N[:, None]).scatter_add_(1, local_N1, inside_N1 * grad_N[:, None])
 
 
 def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -328,13 +321,7 @@ def tangent_logprob(pair_2ND: Tensor, weight_VD: Tensor, targets_N: Tensor, know
 class _TangentLogProb(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        pair_2ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        logprob_N: Tensor,
-        lse_N: Tensor,
-        slope_ND: Tensor,
+        ctx: Any, pair_2ND: Tensor, weight_VD: Tensor, targets_N: Tensor, logprob_N: Tensor, lse_N: Tensor, slope_ND: Tensor
     ) -> tuple[Tensor, Tensor]:
         moved_N = (wide(pair_2ND[1]) * wide(slope_ND)).sum(dim=1)
         ctx.save_for_backward(pair_2ND, weight_VD, targets_N, lse_N, slope_ND, moved_N)

@@ -297,12 +297,7 @@ def varlen_attention(
 
 
 def refusal(settings: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a transformers model cannot use varlen_attention, or None.
-
-    Args:
-        settings: the model's config.
-        device, dtype: of its weights.
-    """
+    """Why a transformers model of this config, with weights on this device, cannot use varlen_attention, or None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return "flash attention takes 16-bit numbers only"
     settings = settings.get_text_config()

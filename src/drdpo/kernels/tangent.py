@@ -25,15 +25,13 @@ Shape suffixes: N tokens of the row, D width, I inner width, C rows of a chunk, 
 queries per key, E width of a head, A queries of a block, Q = R A of them by key, T keys that they attend to.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from drdpo.kernels.linear_logprob import in_pieces, on_cuda, wide
+from drdpo.kernels.linear_logprob import in_pieces, triton_kernels, wide
 from drdpo.kernels.packed_attention import PrefixGroup
 
 _BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 26}
@@ -48,22 +46,9 @@ WIDEST = 128
 """Width of a head up to which attention has a Triton kernel; it must be a multiple of 16."""
 
 
-class _NoKernels:
-    """The Triton kernels on the meta device: the caller has made what they would fill."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
-
-
 def _kernels(module: str, tensor: Tensor, width: int = 16) -> Any:
-    """A module of Triton kernels if they can run here, see drdpo.kernels.linear_logprob, and know the width of a head."""
-    if tensor.dtype == torch.float64 or not tensor.numel() or width > WIDEST or width % 16:
-        return None
-    if tensor.is_meta:
-        return _NoKernels() if on_cuda(tensor) else None
-    if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    return import_module(f"drdpo.kernels.{module}")
+    """A module of Triton kernels if they can run here and know the width of a head."""
+    return None if width > WIDEST or width % 16 else triton_kernels(tensor, module)
 
 
 def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -102,16 +87,12 @@ def _across(n_CD: Tensor, y_CD: Tensor) -> Tensor:
 def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """[N, D]"""
     out_ND = _like(x_ND)
-    # Round before applying the weight, as transformers does.
-    _by_rows(
-        lambda x: [_scaled(x, epsilon)[0].to(x_ND.dtype) * weight_D],
-        [x_ND],
-        [out_ND],
-        "rms_norm",
-        "forward",
-        weight_D,
-        epsilon,
-    )
+
+    def formula(x_CD: Tensor) -> list[Tensor]:
+        # Round before applying the weight, as transformers does.
+        return [_scaled(x_CD, epsilon)[0].to(x_ND.dtype) * weight_D]
+
+    _by_rows(formula, [x_ND], [out_ND], "rms_norm", "forward", weight_D, epsilon)
     return out_ND
 
 
@@ -347,12 +328,7 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def attention_forward(heads: Heads, groups: Sequence[PrefixGroup], scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of a packed row.
-
-    Args:
-        heads: of N tokens.
-        groups: of the row.
-        scale: c.
+    """Attention of a packed row of N tokens; the scale is c.
 
     Returns:
         [N, H, E] O, and [H, N] the log-sum-exp of S in float32.
@@ -379,14 +355,7 @@ def attention_forward(heads: Heads, groups: Sequence[PrefixGroup], scale: float)
 def attention_tangent(
     heads: Heads, moved: Heads, groups: Sequence[PrefixGroup], scale: float, out_NHE: Tensor, lse_HN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The tangent of attention.
-
-    Args:
-        heads: of N tokens.
-        moved: their tangents.
-        groups: of the row.
-        scale: c.
-        out_NHE, lse_HN: of attention_forward.
+    """The tangent of attention, from the tangents of heads and what attention_forward returned.
 
     Returns:
         [N, H, E] dO, and [H, N] t in float32.
@@ -415,12 +384,7 @@ def attention_tangent(
 def attention_backward(
     heads: Heads, groups: Sequence[PrefixGroup], scale: float, out_NHE: Tensor, lse_HN: Tensor, grad_NHE: Tensor
 ) -> Heads:
-    """First-order gradients: P^T b for V; c P * (X - b . O) for Q K^T.
-
-    Args:
-        heads, groups, scale, out_NHE, lse_HN: as in attention_tangent.
-        grad_NHE: b, for O.
-    """
+    """First-order gradients for b, of O: P^T b for V; c P * (X - b . O) for Q K^T."""
     if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
         grads = Heads(*(_like(part) for part in heads))
         kernels.attention_gradient(
@@ -459,13 +423,8 @@ def attention_second(
     a_NHE: Tensor,
     b_NHE: Tensor,
 ) -> Heads:
-    """Gradients for the values of both outputs, see the module; G_dS = c P * (X - b . O) turns dQ and dK.
-
-    Args:
-        heads, moved, groups, scale, out_NHE, lse_HN: as in attention_tangent.
-        moved_NHE, mean_HN: of attention_tangent.
-        a_NHE, b_NHE: for O and dO.
-    """
+    """Gradients for the values from a and b, of O and dO, see the module; G_dS = c P * (X - b . O) turns dQ and dK.
+    moved_NHE and mean_HN are of attention_tangent."""
     if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
         grads = Heads(*(_like(part) for part in heads))
         kernels.attention_gradient(

@@ -18,7 +18,7 @@ from typing import Any
 
 from drdpo import chat
 from drdpo.cli import as_dict, require
-from drdpo.config import CompletionsConfig
+from drdpo.config.data import CompletionsConfig
 from drdpo.distributed import ALONE, Machines, machines
 from drdpo.errors import DataError
 from drdpo.folder import (

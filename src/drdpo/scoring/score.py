@@ -22,7 +22,7 @@ import torch
 from drdpo import distributed
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.cli import as_dict
-from drdpo.config import CompletionsConfig
+from drdpo.config.data import CompletionsConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import (
     Parts,

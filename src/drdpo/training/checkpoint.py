@@ -29,7 +29,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
 from drdpo.training.engine import Engine, continue_after, parts
 from drdpo.training.lora import load_base, merged, save_adapter
-from drdpo.training.stop import patient
+from drdpo.training.policy import Policy
 
 INDEX = "state.json"
 METHOD = "method.safetensors"
@@ -48,24 +48,18 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
 
     With LoRA the folder contains the merged model, and the adapters in its subfolder `adapter` as peft lays them out;
     without `lora.merge` it contains the adapters alone. Quantized weights are merged into those of `lora.model_path`.
-
-    Args:
-        engine: of any ZeRO stage; every rank must call.
-        tokenizer: of the policy.
-        folder: save_path/global_step_<n>.
-        lora: of the policy's adapters, if it has some.
-        card: its README.md; rank 0's counts.
+    Every rank must call; `card`, its README.md, is rank 0's.
 
     Raises:
         DataError: a weight is not finite, or the disk is full; every rank raises the former.
     """
     # Rank 0 writes while the others wait.
-    with patient(4 * _elements(engine.module)):
-        model, generation = engine.module.language_model, engine.module.generation_config
+    with distributed.patient(4 * _elements(engine.module)):
+        model = engine.module.language_model
         weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
-        _check_weights(engine, weights, folder)
+        _check_weights(weights, folder)
         check_room(folder, written_bytes(model, weights, lora))
-        distributed.on_main(lambda: _write_model(model, weights, tokenizer, folder, lora, card, generation))
+        distributed.on_main(lambda: _write_model(engine.module, weights, tokenizer, folder, lora, card))
 
 
 def _gathered(model: Any) -> Weights:
@@ -80,7 +74,7 @@ def _gathered(model: Any) -> Weights:
     return weights
 
 
-def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
+def _check_weights(weights: Weights, folder: Path) -> None:
     """A gradient can be finite and the step it takes not."""
     bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
@@ -92,14 +86,9 @@ def _check_weights(engine: Engine, weights: Weights, folder: Path) -> None:
 
 
 def _write_model(
-    model: Any,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    folder: Path,
-    lora: LoraSettings | None,
-    card: str,
-    generation: bytes | None,
+    policy: Policy, weights: Weights, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None, card: str
 ) -> None:
+    model, generation = policy.language_model, policy.generation_config
     try:
         with atomic_folder(folder) as aside:
             if lora is None:
@@ -149,15 +138,8 @@ def _untied(model: Any, weights: Weights) -> Weights:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Stop every rank if the disk has no room, before a byte is written; every rank must call.
-
-    Args:
-        folder: to be written; its parent exists.
-        needed: bytes, by rank 0's count.
-
-    Raises:
-        DataError: on every rank.
-    """
+    """Stop every rank with a DataError if the disk has no room for a folder of so many bytes (rank 0's count), before one of
+    them is written; every rank must call."""
     usage = shutil.disk_usage(folder.parent)
     # File systems that do not know report zero.
     short = distributed.is_main() and usage.total > 0 and usage.free < needed + SLACK
@@ -172,16 +154,8 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int) -> set[int]:
-    """Which checkpoints stay.
-
-    Args:
-        steps: of all checkpoints.
-        losses: evaluation loss by step, as far as evaluated.
-        newest: number of the newest that stay, at least one; 0 keeps all.
-
-    Returns:
-        The newest, and of those that were evaluated the one with the lowest loss, the earlier one of equals.
-    """
+    """Which checkpoints stay: the `newest` newest, all if it is 0, and of those with an evaluation loss the one with the
+    lowest, the earlier one of equals."""
     if newest == 0:
         return set(steps)
     evaluated = [step for step in sorted(steps) if step in losses]
@@ -190,12 +164,8 @@ def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int) -> s
 
 
 def remove_old_checkpoints(folder: Path, newest: int) -> None:
-    """Delete the checkpoints of a run that kept_steps does not keep. On rank 0, after a checkpoint is complete.
-
-    Args:
-        folder: save_path, with the evaluation losses in metrics.jsonl.
-        newest: as for kept_steps.
-    """
+    """Delete the checkpoints in save_path that kept_steps does not keep, by the losses in metrics.jsonl. On rank 0, after a
+    checkpoint is complete."""
     metrics = folder / "metrics.jsonl"
     lines = [line for _, line in whole_lines(metrics)] if metrics.is_file() else []
     losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
@@ -253,19 +223,18 @@ def states(folder: Path) -> tuple[list[State], list[str]]:
         try:
             index = read_json_object(place / INDEX)
             state = State(place, int(index["step"]), int(index["world_size"]), dict(index["files"]))
-            wrong = next(filter(None, (_wrong_size(state, name) for name in state.files)), None)
+            wrong = [what for name, about in state.files.items() if (what := _wrong_size(place / name, about["size"]))]
         except (OSError, DataError, KeyError, TypeError, ValueError):
             torn.append(f"{place / INDEX} is missing or not readable")
             continue
         if wrong:
-            torn.append(wrong)
+            torn.append(wrong[0])
         else:
             found.append(state)
     return found, torn
 
 
-def _wrong_size(state: State, name: str) -> str | None:
-    path, size = state.folder / name, state.files[name]["size"]
+def _wrong_size(path: Path, size: int) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     found = path.stat().st_size
@@ -287,12 +256,8 @@ def damage(state: State, names: list[str]) -> str | None:
 def check_states(folder: Path, bound: str) -> None:
     """Refuse the state in save_path/resume that would be resumed, if it cannot be.
 
-    Args:
-        folder: save_path/resume.
-        bound: flags that give a number of processes a meaning beyond roundings, for the message; or none.
-
     Raises:
-        UsageError: another number of processes wrote it, and the run is bound to theirs.
+        UsageError: another number of processes wrote it, and flags, `bound`, give their number a meaning beyond roundings.
     """
     newest = next(iter(states(folder)[0]), None)
     if newest and bound and newest.world_size != distributed.world_size():
@@ -310,23 +275,17 @@ def _keep_only(folder: Path, kept: list[State]) -> None:
 
 
 def save_state(engine: Engine, folder: Path, step: int) -> None:
-    """Write the state after `step` steps, whole or not at all, and keep the one before.
+    """Write the state after `step` steps to save_path/resume, which all ranks share, whole or not at all, and keep the one
+    before.
 
     Every rank writes what it holds: float32 weights and AdamW's moments as name/kind/start, flat, so any number of ranks can
-    read them. Rank 0 adds what the method keeps. Frozen weights are not in it.
-
-    Every rank must call.
-
-    Args:
-        engine: the running engine.
-        folder: save_path/resume, on a file system that all ranks share.
-        step: finished optimizer steps.
+    read them. Rank 0 adds what the method keeps. Frozen weights are not in it. Every rank must call.
 
     Raises:
         DataError: the disk is full, or a rank cannot see what another one wrote.
     """
-    aside, size = folder / f".step_{step}.tmp", _state_bytes(engine)
-    with patient(size):
+    aside, size = folder / f".step_{step}.tmp", 12 * _elements(engine.module, trained=True)
+    with distributed.patient(size):
         distributed.on_main(lambda: _make_room(folder))
         check_room(folder / f"step_{step}", size)
         try:
@@ -429,12 +388,7 @@ def _into_place(aside: Path, folder: Path, step: int, files: dict[str, dict[str,
     _keep_only(folder, states(folder)[0][:KEPT])
 
 
-def _state_bytes(engine: Engine) -> int:
-    """Bytes of all ranks' state, by formula: float32 weights and AdamW's moments."""
-    return _elements(engine.module, trained=True) * 12
-
-
-def _elements(policy: torch.nn.Module, trained: bool = False) -> int:
+def _elements(policy: Policy, trained: bool = False) -> int:
     """Elements of a policy's weights, or of those that are trained."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad or not trained]
     # ZeRO-3 leaves a parameter's true size in ds_numel.
@@ -442,11 +396,8 @@ def _elements(policy: torch.nn.Module, trained: bool = False) -> int:
 
 
 def load_state(engine: Engine, folder: Path) -> int:
-    """Load the newest complete state, with what the method keeps; rank 0 prints if a damaged one was skipped.
-
-    Args:
-        engine: freshly started.
-        folder: save_path/resume.
+    """Load the newest complete state of save_path/resume into a fresh engine, with what the method keeps; rank 0 prints if a
+    damaged one was skipped.
 
     Returns:
         Finished optimizer steps; 0 without a state.

@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -60,21 +60,12 @@ REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers
 
 
 def tokenise(
-    preferences: list[Preference],
-    tokenizer: chat.Tokenizer,
-    max_len: int,
-    columns: Sequence[Columns] | None = None,
+    preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int, columns: Sequence[Columns] | None = None
 ) -> tuple[list[Pair], dict[str, int]]:
     """Turn preferences into token ids.
 
     Sampled ids are used if the record has them and they spell the stored text in this tokenizer; otherwise the text is
-    encoded. An answer is cut at max_len tokens in all and then has no end-of-turn token.
-
-    Args:
-        preferences: of one split.
-        tokenizer: of the policy.
-        max_len: longest prompt + answer in tokens.
-        columns: from load_split, one for each preference.
+    encoded. An answer is cut at max_len tokens in all and then has no end-of-turn token. `columns` are those of load_split.
 
     Returns:
         The pairs that can be trained on, and counts by REASONS: pairs that are dropped ("prompt too long", "template
@@ -192,18 +183,9 @@ class BatchPlan:
 
 
 def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The pairs of one optimizer step.
+    """The pairs of the optimizer step after `step` others: batch_size different indices of at least so many pairs.
 
     Every epoch is a new permutation, and a step that an epoch's last pairs do not fill takes the first ones of the next.
-
-    Args:
-        pairs: how many there are, at least batch_size.
-        batch_size: pairs per optimizer step.
-        seed: of the shuffling.
-        step: optimizer steps done before this one.
-
-    Returns:
-        batch_size indices, all different.
     """
     epoch, first = divmod(step * batch_size, pairs)
     taken = _epoch_order(pairs, batch_size, seed, epoch)[first : first + batch_size]
@@ -236,13 +218,11 @@ def _epoch_order(pairs: int, batch_size: int, seed: int, epoch: int) -> tuple[in
 def micro_batches(
     indices: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int, by_length: bool
 ) -> list[list[int]]:
-    """Deal the pairs of one optimizer step to ranks and micro-batches.
+    """Deal the pairs of one optimizer step, a multiple of micro_batch * world, to ranks and micro-batches.
 
     Args:
-        indices: the step's pairs; their number is a multiple of micro_batch * world.
+        indices: the step's pairs.
         lengths: tokens of every pair of the split.
-        micro_batch: pairs per rank and forward pass.
-        rank, world: this rank and how many there are.
         by_length: put pairs of similar length together, which saves padding and does not change the step as a whole.
 
     Returns:
@@ -256,15 +236,10 @@ def micro_batches(
 
 
 def token_batches(indices: Sequence[int], tokens: Sequence[int], budget: int, rank: int, world: int) -> list[list[int]]:
-    """Deal the pairs of one optimizer step to few rows of about as many tokens each, within a budget.
+    """Deal the pairs of one optimizer step, a multiple of world, to few rows of about as many tokens each, within a budget.
 
-    Longest first, each to the row that holds least (Graham's LPT rule), so that no rank waits long for another.
-
-    Args:
-        indices: the step's pairs; their number is a multiple of world.
-        tokens: that every pair of the split takes in a row.
-        budget: tokens of a row at most.
-        rank, world: this rank and how many there are.
+    Longest first, each to the row that holds least (Graham's LPT rule), so that no rank waits long for another. `tokens` are
+    those that every pair of the split takes in a row.
 
     Returns:
         This rank's rows, as many as every other rank's; a function of the set of indices alone.
@@ -306,11 +281,27 @@ def padded_shards(
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch in the padded form: two rows a pair."""
-
+class _MicroBatch:
     indices_B: Tensor
     """[B] position of every pair in its split; joins the reference log-probs."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """[B] float32 each, see Pair."""
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return 2 * len(self.indices_B)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        tensors: dict[str, Any] = {name: send(part, device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **tensors, columns={name: send(column_B, device) for name, column_B in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class Batch(_MicroBatch):
+    """One micro-batch in the padded form: two rows a pair."""
+
     input_ids_ST: Tensor
     attention_mask_ST: Tensor
     answer_mask_ST: Tensor
@@ -320,13 +311,6 @@ class Batch:
     targets_A: Tensor
     sequence_A: Tensor
     """[A] the sequence that each answer token belongs to."""
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """[B] float32 each, see Pair."""
-
-    @property
-    def sequences(self) -> int:
-        """S."""
-        return 2 * len(self.indices_B)
 
     @property
     def prompt_mask_BT(self) -> Tensor:
@@ -339,16 +323,11 @@ class Batch:
         """Tokens without padding."""
         return int(self.attention_mask_ST.sum())
 
-    def to(self, device: torch.device) -> "Batch":
-        return replace(self, **_sent(self, device))
-
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(_MicroBatch):
     """One micro-batch as one row without padding: every pair's prompt once, then its answers."""
 
-    indices_B: Tensor
-    """[B] position of every pair in its split; joins the reference log-probs."""
     input_ids_1N: Tensor
     positions_1N: Tensor
     pair_N: Tensor
@@ -359,21 +338,11 @@ class PackedBatch:
     sequence_A: Tensor
     """[A] the sequence that each answer token belongs to."""
     groups: tuple[PrefixGroup, ...]
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """[B] float32 each, see Pair."""
-
-    @property
-    def sequences(self) -> int:
-        """S."""
-        return 2 * len(self.indices_B)
 
     @property
     def tokens(self) -> int:
         """Tokens of the row."""
         return self.input_ids_1N.numel()
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        return replace(self, **_sent(self, device))
 
 
 class CandidateBatch(PackedBatch):
@@ -387,19 +356,13 @@ class CandidateBatch(PackedBatch):
 AnyBatch = Batch | PackedBatch
 
 
-def _sent(batch: AnyBatch, device: torch.device) -> dict[str, Any]:
-    """The fields of a batch that are tensors, on a device."""
-    tensors: dict[str, Any] = {name: send(part, device) for name, part in vars(batch).items() if isinstance(part, Tensor)}
-    return {**tensors, "columns": {name: send(column_B, device) for name, column_B in batch.columns.items()}}
-
-
 def form_batch(pairs: Sequence[Pair], indices: Sequence[int], packing: bool = True, pad_token_id: int = 0) -> AnyBatch:
     """A micro-batch of these pairs: see `pack` and `collate`."""
     return pack(pairs, indices) if packing else collate(pairs, indices, pad_token_id)
 
 
 def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
-    """The pairs of a batch; the shortest of all where an index is -1."""
+    """The pairs of a batch; where an index is -1, padding, the shortest of all, whose result is discarded."""
     shortest = min(pairs, key=len) if -1 in indices else None
     return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
 
@@ -410,13 +373,7 @@ def columns_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
 
 
 def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) -> Batch:
-    """Pad pairs on the right into one Batch.
-
-    Args:
-        pairs: all pairs of the split.
-        indices: those of the batch; -1 marks padding: the shortest pair is used and its result discarded.
-        pad_token_id: of the padding; masked, so any id works.
-    """
+    """Pad pairs on the right into one Batch, see batch_pairs; the padding is masked, so any pad_token_id works."""
     taken = batch_pairs(pairs, indices)
     chosen = [(pair.prompt, pair.chosen) for pair in taken]
     rejected = [(pair.prompt, pair.rejected) for pair in taken]
@@ -436,23 +393,14 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
         answer_mask_ST[row, len(prompt) : length] = True
     return Batch(
         torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST,
-        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), columns_of(taken),
+        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), columns=columns_of(taken),
     )  # fmt: skip
 
 
 def pack(pairs: Sequence[Pair], indices: Sequence[int]) -> PackedBatch:
-    """Pack pairs into one row, each prompt once for its two answers.
-
-    Args:
-        pairs: all pairs of the split.
-        indices: those of the batch; -1 marks padding: the shortest pair is used and its result discarded.
-    """
-    groups: list[tuple[int, list[list[int]]]] = []
+    """Pack pairs, see batch_pairs, into one row, each prompt once for its two answers."""
     taken = batch_pairs(pairs, indices)
-    for pair in taken:
-        rows = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
-        groups.append((len(pair.prompt), rows))
-    row = PackedRow(groups)
+    row = PackedRow([(len(pair.prompt), [pair.prompt + pair.chosen, pair.prompt + pair.rejected]) for pair in taken])
     states, targets, sequences, pair_of = [], [], [], []
     for number, pair in enumerate(taken):
         for side, answer in enumerate((pair.chosen, pair.rejected)):
@@ -464,7 +412,7 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int]) -> PackedBatch:
     return PackedBatch(
         torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
         torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),
-        columns_of(taken),
+        columns=columns_of(taken),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from drdpo import distributed
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.training.patches import note_gradient_norm
 from drdpo.training.policy import Policy
 
@@ -23,11 +23,8 @@ Engine = Any
 
 
 def join_with_deepspeed(timeout: timedelta = distributed.DEFAULT_TIMEOUT) -> None:
-    """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not.
-
-    Args:
-        timeout: how long ranks wait for each other.
-    """
+    """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not; ranks wait so long for each
+    other."""
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -67,13 +64,8 @@ def be_deterministic() -> None:
 
 
 def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
-    """Wrap a policy for training.
-
-    Args:
-        policy: on the CPU, in the run's dtype.
-        config: of the run.
-        steps: optimizer steps that the learning-rate schedule spans.
-    """
+    """Wrap a policy on the CPU, in the run's dtype, for training; the learning-rate schedule spans so many optimizer
+    steps."""
     import deepspeed
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -104,14 +96,8 @@ def largest_vector(policy: Policy) -> int:
 
 
 def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector: int = 0) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run on `world` processes.
-
-    Args:
-        config: of the run.
-        world: W.
-        trained: parameters that the run trains.
-        vector: elements of the policy's largest_vector.
-    """
+    """DeepSpeed's configuration of a run on `world` processes that trains so many parameters; `vector` is its policy's
+    largest_vector."""
     bfloat16, offload = getattr(torch, config.dtype) is torch.bfloat16, config.optimizer_offload
     return {
         "train_batch_size": config.train_batch_size,

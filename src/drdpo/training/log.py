@@ -1,14 +1,17 @@
-"""Metrics of a run: computed per step, appended to metrics.jsonl, sent to the trackers of --log, summarized at the end.
+"""Metrics of a run: computed and checked per step, appended to metrics.jsonl, sent to the trackers of --log, summarized.
 
-Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences.
+Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences, K numbers of the first step's answers, M
+micro-batches of all ranks.
 """
 
 import json
+import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -17,14 +20,11 @@ from drdpo import distributed
 from drdpo.errors import DataError, duration
 from drdpo.folder import atomic_file, whole_lines
 from drdpo.training import losses
-from drdpo.training.data import Batch
+from drdpo.training.data import AnyBatch, Batch, Pair
+from drdpo.training.losses import Method, Pairs
+from drdpo.training.objective import Objective
+from drdpo.training.policy import FiniteWatch, Policy
 from drdpo.training.trackers import Tracker
-
-if TYPE_CHECKING:
-    from drdpo.training.data import AnyBatch
-    from drdpo.training.losses import Pairs
-    from drdpo.training.objective import Objective
-    from drdpo.training.policy import Policy
 
 PEAK_BF16 = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
@@ -36,7 +36,7 @@ Tensor Core", halved where they count sparsity."""
 Metrics = dict[str, float]
 
 
-def pair_table(losses_B: Tensor, pairs: "Pairs", beta: float) -> Tensor:
+def pair_table(losses_B: Tensor, pairs: Pairs, beta: float) -> Tensor:
     """[B, 4] per pair: plain loss, is the margin positive, chosen reward, rejected reward (beta times the log-ratio)."""
     chosen_B, rejected_B = (beta * pairs.log_ratios_S).chunk(2)
     columns = (losses_B, (pairs.margins_B > 0).float(), chosen_B, rejected_B)
@@ -56,7 +56,7 @@ def table_means(table_P4: Tensor) -> Metrics:
 
 
 def step_metrics(
-    parts: list["Objective"],
+    parts: list[Objective],
     beta: float,
     weighted: bool,
     rho: float | None = None,
@@ -120,7 +120,7 @@ class Shape:
     """Query heads times their width."""
 
 
-def shape_of(policy: "Policy") -> Shape:
+def shape_of(policy: Policy) -> Shape:
     """The shape of a policy whose parameters are whole or on the meta device."""
 
     def count(parameters: list[Tensor], trained: bool = False) -> int:
@@ -145,7 +145,7 @@ def peak_flops(device: str, dtype: str) -> float | None:
     return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device)), None)
 
 
-def dpo_flops(shape: Shape, batch: "AnyBatch") -> float:
+def dpo_flops(shape: Shape, batch: AnyBatch) -> float:
     """Arithmetic that a DPO step needs for a micro-batch, forward and backward, without recomputation.
 
     6 per trained parameter of the blocks and token, 4 per frozen one; the same for the head and answer tokens only;
@@ -165,16 +165,9 @@ def dpo_flops(shape: Shape, batch: "AnyBatch") -> float:
     return a_token * batch.tokens + a_target * len(batch.targets_A) + 12 * shape.layers * shape.attention * seen
 
 
-def throughput(batches: list["AnyBatch"], shape: Shape, dtype: str, pairs: int, seconds: float) -> Metrics:
-    """tokens_per_second, pairs_per_second and, if the device's peak is known, mfu of a step; every rank must call.
-
-    Args:
-        batches: this rank's micro-batches.
-        shape: of the policy.
-        dtype: of its forward pass.
-        pairs: of the step, over all ranks.
-        seconds: that the step took.
-    """
+def throughput(batches: list[AnyBatch], shape: Shape, dtype: str, pairs: int, seconds: float) -> Metrics:
+    """tokens_per_second, pairs_per_second and, if the device's peak is known, mfu of a step of so many pairs over all
+    ranks, of which this rank had these micro-batches; every rank must call."""
     device = distributed.device()
     peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     tokens = float(sum(batch.tokens for batch in batches))
@@ -208,13 +201,7 @@ def on_the_bar(metrics: Metrics) -> dict[str, str]:
 
 
 def summary(folder: Path, method: str, pairs: int) -> str:
-    """Text summary of a finished run, from save_path/metrics.jsonl.
-
-    Args:
-        folder: save_path.
-        method: its name.
-        pairs: per optimizer step.
-    """
+    """Text summary of a finished run, from save_path/metrics.jsonl; `pairs` are those of an optimizer step."""
     lines = [line for _, line in whole_lines(folder / "metrics.jsonl")]
     last, steps = lines[-1], len(lines)
     seconds = sum(pairs / line["pairs_per_second"] for line in lines)
@@ -240,13 +227,8 @@ class MetricsLog:
     """Appends to save_path/metrics.jsonl and to the trackers of --log; on rank 0 only, a no-op elsewhere."""
 
     def __init__(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
-        """Open the log of a run; lines of later steps are dropped. Every rank must call: if rank 0 fails, all end.
-
-        Args:
-            folder: save_path.
-            done: finished steps.
-            trackers: names in drdpo.training.trackers.
-            flags: of the run, for the trackers.
+        """Open the log of a run in save_path after `done` steps; lines of later ones are dropped. Every rank must call: if
+        rank 0 fails, all end.
 
         Raises:
             DataError: a line of these steps is missing.
@@ -290,3 +272,114 @@ class MetricsLog:
             self._stream.close()
             for tracker in self._trackers:
                 tracker.close()
+
+
+# Before the first step policy and reference are one model: are their log-probs? -------------------------------------------
+
+TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
+"""Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest answers.
+
+The same micro-batches through the same code give the same bits. What may differ are a GPU's kernels, and micro-batches of an
+earlier start on another number of processes. On SmolLM2-135M other micro-batches change a log-prob by 3e-8 of it in float32
+and by 2e-4 in bfloat16 (four answers, CPU). The bfloat16 tolerance is fifty times that by judgement, not by a measurement on
+a GPU; a reference closer than that is not noticed."""
+
+
+def check_first_step(
+    parts: list[Objective], references: list[Tensor], method: Method, dtype: str, model_path: str, reference_file: str
+) -> None:
+    """Refuse reference log-probs that are not the untrained policy's own; every rank must call.
+
+    The loss alone would not show it: at beta 0.01 a margin of 10 nats changes it by 0.05.
+
+    Args:
+        parts, references: of this rank's micro-batches of the first step; reference log-probs [B, 2] of each.
+        method, dtype: of the run.
+        model_path, reference_file: for the message.
+
+    Raises:
+        DataError: the loss is not that of a zero margin, or the log-probs are too far apart.
+    """
+    losses_P = distributed.gather(torch.cat([part.losses_B for part in parts]))
+    # ln 2, 1 / (4 beta^2) for ipo, or what a method's own loss is at a margin of zero.
+    expected_P = distributed.gather(torch.cat([_loss_at_zero(part.pairs, method) for part in parts]))
+    difference_K = distributed.gather(torch.cat([part.pairs.log_ratios_S for part in parts])).double().abs()
+    size_K = distributed.gather(torch.cat([reference_B2.flatten() for reference_B2 in references])).double().abs()
+    share, nats = TOLERANCES[dtype]
+    loss, expected = float(losses_P.double().mean()), float(expected_P.mean())
+    loss_tolerance = (0.05 if dtype == "bfloat16" else 1e-3) * max(1.0, expected)
+    difference, allowed = float(difference_K.mean()), share * float(size_K.mean()) + nats
+    if not abs(loss - expected) <= loss_tolerance:
+        reason = f"the first loss is {loss:.4f}, not {expected:.4f}"
+    elif not difference <= allowed:
+        reason = (
+            f"before the first step the policy's log-probs are {difference:.4g} away from the reference's in the mean, more "
+            f"than the {allowed:.2g} of rounding"
+        )
+    else:
+        return
+    raise DataError(
+        f"{reason}: the reference log-probs do not belong to {model_path}; delete {reference_file}, or pass --resume=never"
+    )
+
+
+def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
+    """[B] losses if policy and reference were the same, float64."""
+    margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
+    return method.loss(pairs._replace(margins_B=margins_B, log_ratios_S=log_ratios_S)).double()
+
+
+# Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones.
+
+SHOWN = 8
+"""Pairs that a message names."""
+
+
+def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
+    """Stop at a step whose metrics are not finite; every rank must call.
+
+    Args:
+        metrics, watch: of the step, the metrics the same on all ranks.
+        indices: [B] of each of this rank's micro-batches.
+        pairs: of the training split.
+
+    Raises:
+        DataError: a metric is not finite; names the pairs of the micro-batches it came from.
+    """
+    wrong = _not_finite(metrics)
+    if not wrong:
+        return
+    bad_M = distributed.gather(watch.bad_M.float()).bool().cpu()
+    device = watch.bad_M.device
+    indices_P = distributed.gather(torch.cat(list(indices)).to(device)).cpu()
+    sizes_M = distributed.gather(torch.tensor([len(part) for part in indices], device=device)).cpu()
+    if bad_M.any():
+        whose = f"from the micro-batch of {_named(indices_P[bad_M.repeat_interleave(sizes_M)].tolist(), pairs)}"
+    else:
+        whose = f"from no micro-batch alone but the sum over the step's {len(indices_P)} pairs"
+    raise DataError(
+        f"step {int(metrics['step'])}: {wrong}, {whose}; nothing of this step is saved and earlier checkpoints are "
+        "kept; look at these pairs, or lower --learning_rate or the method's strength"
+    )
+
+
+def check_evaluation(metrics: dict[str, float], step: int) -> None:
+    """Raise DataError if metrics of the test pairs are not finite: the step before has broken the weights."""
+    wrong = _not_finite(metrics)
+    if wrong:
+        raise DataError(
+            f"after step {step}: {wrong}; nothing of this step is saved and earlier checkpoints are kept; lower "
+            "--learning_rate or the method's strength"
+        )
+
+
+def _not_finite(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+
+
+def _named(indices: list[int], pairs: Sequence[Pair]) -> str:
+    ids = [pairs[index].prompt_id for index in indices]
+    label = "row" if None in ids else "prompt_id"
+    words = [str(index + 1 if label == "row" else prompt_id) for prompt_id, index in zip(ids, indices, strict=True)]
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return f"{label} {', '.join(words[:SHOWN])}{more}"

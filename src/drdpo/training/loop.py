@@ -4,11 +4,15 @@ What is patched in libraries is in drdpo.training.patches.
 """
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 from drdpo import distributed
 from drdpo.candidates import ROW_TOKENS, Candidates, values
 from drdpo.cli import as_dict
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
 from drdpo.folder import atomic_file, sole_writer, whole_lines
 from drdpo.machine import Precision, agree, announce, settle
@@ -29,6 +33,9 @@ from drdpo.training.engine import Engine, evaluating
 from drdpo.training.log import (
     MetricsLog,
     Shape,
+    check_evaluation,
+    check_first_step,
+    check_step,
     on_the_bar,
     pair_table,
     peak_memory_gib,
@@ -41,15 +48,7 @@ from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
 from drdpo.training.memory import preflight, resolve_attention, resolve_rows, shapes
 from drdpo.training.model_card import model_card, push_to_hub
-from drdpo.training.objective import (
-    Objective,
-    check_evaluation,
-    check_first_step,
-    check_step,
-    objective,
-    penalty_scales,
-    survey,
-)
+from drdpo.training.objective import Objective, check_tangent, objective, penalty_scales, survey
 from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, set_recomputation, widen_values
 from drdpo.training.reference import (
     candidate_logprobs,
@@ -70,8 +69,36 @@ from drdpo.training.run import (
     note_run,
     open_run,
 )
-from drdpo.training.stop import StopRequest, stop_on_signal
-from drdpo.training.wdpo import check_tangent
+
+
+class StopRequest:
+    """Has this process been sent SIGTERM or SIGUSR1, which end the run at the next step boundary?"""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        self._number = number
+
+    def agreed(self, device: torch.device) -> str | None:
+        """Name of the signal that any rank was sent, the same answer on every rank; every rank must call."""
+        asked = int(distributed.gather(torch.tensor([self._number], device=device)).max())
+        return signal.Signals(asked).name if asked else None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGUSR1, also those that arrived while src/train_alignment.py blocked them; main thread only."""
+    request, signals = StopRequest(), (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, request.note) for number in signals}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    try:
+        yield request
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train_alignment(config: TrainConfig, method: Method) -> None:
@@ -160,11 +187,8 @@ def train_step(
     """One optimizer step.
 
     Args:
-        engine: around the policy.
         batches: this rank's micro-batches with their reference log-probs [B, 2], as many as every other rank's; over the
             ranks config.train_batch_size pairs, any number of them in each.
-        config: of the run.
-        method: what to minimize.
         step: optimizer steps done before this one; it seeds --wdpo_fraction's draw.
 
     Returns:
@@ -233,9 +257,7 @@ def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_
     log-ratios go to candidates/step_<n>.safetensors. Every rank must call.
 
     Args:
-        engine, run: of the run.
-        candidates: C of N prompts.
-        reference_C: [C] their log-probs under the starting model.
+        candidates, reference_C: C of N prompts, and their log-probs under the starting model.
         step: finished optimizer steps; 0 computes nothing, as the starting model's log-ratios are zero.
     """
     logprobs_C = reference_C

@@ -24,12 +24,8 @@ _PREFIX = "base_model.model."
 
 
 def add_lora(policy: Policy, lora: LoraSettings) -> None:
-    """Put adapters beside linear layers and freeze everything else.
-
-    Args:
-        policy: as loaded, or on the meta device.
-        lora: the seed draws A, the same on every rank.
-    """
+    """Put adapters beside the linear layers of a policy, as loaded or on the meta device, and freeze everything else. The
+    seed draws A, the same on every rank."""
     quiet_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -53,12 +49,8 @@ def add_lora(policy: Policy, lora: LoraSettings) -> None:
 
 
 def merged(weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Weights of a plain model, W + (alpha / r) B A in W's dtype, under their plain names.
-
-    Args:
-        weights: of the adapters and of the frozen model, whole; frozen ones with or without peft's `base_layer` in the name.
-        rank: r.
-    """
+    """Weights of a plain model, W + (alpha / r) B A in W's dtype, under their plain names, from those of the adapters and
+    of the frozen model, whole; frozen ones with or without peft's `base_layer` in the name."""
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
     for name, down_rD in weights.items():
         layer, adapter, _ = name.partition(f".lora_A.{ADAPTER}.")
@@ -90,13 +82,8 @@ def load_base(lora: LoraSettings) -> Any:
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft does.
-
-    Args:
-        model: with adapters.
-        weights: of the model with adapters, whole.
-        folder: created if missing.
-    """
+    """Write adapter_config.json and adapter_model.safetensors of a model with adapters, and its whole weights, as peft
+    does."""
     settings = copy.copy(model.peft_config[ADAPTER])
     # peft would write a set's order, which changes from run to run.
     settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 from drdpo.training import robust
 
 if TYPE_CHECKING:
-    from drdpo.config import TrainConfig
+    from drdpo.config.training import TrainConfig
 
 
 TOKENS = ("chosen_tokens", "rejected_tokens")

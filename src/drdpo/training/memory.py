@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from drdpo import distributed
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.folder import read_manifest
 from drdpo.kernels import linear_logprob
@@ -72,7 +72,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         The run, with its recomputed layers, and what a step's work depends on.
 
     Raises:
-        DataError: there is no such model, transformers does not know its architecture, or --wdpo_solver=tangent does not.
+        DataError: there is no such model, or transformers does not know its architecture.
         UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
     """
     pairs = run.sequences
@@ -147,14 +147,8 @@ def _beyond(policy: Policy, pairs: Sequence[Pair]) -> Lines:
 
 
 def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[int, Lines]:
-    """How many layers recompute their activations, and what is printed about memory.
-
-    Args:
-        run: with its flags.
-        policy: on the meta device.
-        pairs: of the largest micro-batch.
-        free, sharers: from _free.
-    """
+    """How many layers recompute their activations, and what is printed about memory: of the largest micro-batch, by a
+    policy on the meta device; `free` and `sharers` are from _free."""
     config, process = run.config, None if distributed.use_cuda() else _resident()
     whole = max(1, len(recomputable_layers(policy.language_model)))
     layers, lines = whole if config.recompute else 0, []
@@ -194,13 +188,8 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
 
 
 def fewest_layers(total: int, limit: int, need: Callable[[int], int]) -> int:
-    """The fewest of a model's layers whose recomputation brings the predicted peak to the limit; all if none does.
-
-    Args:
-        total: layers of the model.
-        limit: bytes.
-        need: predicted peak in bytes if so many layers recompute.
-    """
+    """The fewest of a model's `total` layers whose recomputation brings the predicted peak to the limit, in bytes; all if
+    none does."""
     return 1 + bisect_left(range(1, total), True, key=lambda layers: need(layers) <= limit)
 
 
@@ -302,16 +291,12 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_rows(config: TrainConfig, method: Method, policy: Policy) -> TrainConfig:
-    """The flags with --micro_batch_tokens, where deals_by_tokens says so. Every rank must call.
+    """The flags, with the kernel of resolve_attention, with --micro_batch_tokens, where deals_by_tokens says so. Every rank
+    must call.
 
     A run in save_path that is resumed keeps its rows, whatever --gradient_checkpointing is now and the GPUs are. A new one
     takes the largest of ROWS that fit: without recomputation down to BUSY tokens, if the flags allow that, else with it. A
     row must have room for the longest pair that --max_len allows.
-
-    Args:
-        config: with the kernel of resolve_attention.
-        method: of the run.
-        policy: on the meta device.
     """
     before = read_manifest(Path(config.save_path)).get("train") if config.resume == "auto" else None
     kept = int(_of_all(float(before["made_by"].get("micro_batch_tokens") or 0 if before else 0))[0])
@@ -352,21 +337,11 @@ def _row_of(tokens: int, reads: Sequence[str] = ()) -> list[Pair]:
 def predicted(
     config: TrainConfig, method: Method, policy: Policy, pairs: list[Pair], layers: int, process: int | None = None
 ) -> "Memory":
-    """Peak memory of a step whose largest micro-batch is these pairs, with some layers' activations recomputed.
-
-    Args:
-        config, method: of the run.
-        policy: on the meta device.
-        pairs: that go through the model together.
-        layers: that recompute their activations, the first ones.
-        process: see predict.
-
-    Raises:
-        RuntimeError: the model's forward pass needs more than shapes.
-    """
+    """Peak memory of a step whose largest micro-batch is these pairs, with the activations of the first layers recomputed.
+    Raises RuntimeError if the model's forward pass needs more than shapes. `policy` and `process`: see predict."""
     set_recomputation(policy.language_model, layers)
     batch = form_batch(pairs, range(len(pairs)), config.packing)
-    return predict(policy, plan_of(config, distributed.world_size()), *dry_run(policy, batch, method), process)
+    return predict(policy, config, distributed.world_size(), *dry_run(policy, batch, method), process)
 
 
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
@@ -401,30 +376,6 @@ def _without_weights(settings: Any, dtype: torch.dtype, attention: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the memory of an optimizer step depends on beside the policy and its batches."""
-
-    dtype: torch.dtype
-    world: int
-    """W, processes."""
-    stage: int
-    """Of ZeRO."""
-    several: bool
-    """Has a process more than one micro-batch a step?"""
-    offload: bool
-    """--optimizer_offload."""
-    quantized: bool
-    """--lora_quantize=nf4."""
-
-
-def plan_of(config: TrainConfig, world: int) -> Plan:
-    """The plan of a run on `world` processes."""
-    several = config.train_batch_size > config.micro_batch * world
-    dtype, quantized = getattr(torch, config.dtype), config.lora_quantize != "none"
-    return Plan(dtype, world, config.zero_stage, several, config.optimizer_offload, quantized)
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes on one device at the moment of its peak."""
 
@@ -446,12 +397,12 @@ class Memory:
         return sum(vars(self).values())
 
 
-def predict(policy: Policy, plan: Plan, activations: int, head: int, process: int | None) -> Memory:
+def predict(policy: Policy, config: TrainConfig, world: int, activations: int, head: int, process: int | None) -> Memory:
     """Peak memory of an optimizer step on one device.
 
     With P parameters, T of them trained, b bytes an element of the training dtype, W devices and ZeRO stage z:
 
-        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); with NF4 see _weight_bytes
+        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); with NF4 see _quantized_bytes
         optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
         gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
                      reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
@@ -465,23 +416,26 @@ def predict(policy: Policy, plan: Plan, activations: int, head: int, process: in
 
     Args:
         policy: on the meta device, with its adapters.
-        plan: of the run.
+        config: of the run.
+        world: W.
         activations, head: bytes.
         process: bytes of the process before a model is loaded, if the device is a CPU; else None.
     """
-    size, stage, parameters = plan.dtype.itemsize, plan.stage, list(policy.parameters())
+    size, stage, parameters = getattr(torch, config.dtype).itemsize, config.zero_stage, list(policy.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    share = trained // plan.world if stage else trained
-    weights = _weight_bytes(policy, plan) if stage < 3 else size * (total // plan.world + min(total, GATHERED))
+    share = trained // world if stage else trained
+    weights = size * (total // world + min(total, GATHERED)) if stage == 3 else size * total
+    if config.lora_quantize != "none":
+        weights = _quantized_bytes(policy, size, total)
     gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
     optimizer, copies = (12 if stage else 8) * share, 4 * share if stage else 0
-    if size == 2 and stage in (1, 2) and plan.several:
+    if size == 2 and stage in (1, 2) and config.train_batch_size > config.micro_batch * world:
         copies += size * share
     if process is None:
-        if plan.offload:
+        if config.optimizer_offload:
             optimizer, copies = 0, 0
         if copies > activations + head:
             activations, head = 0, 0
@@ -490,34 +444,23 @@ def predict(policy: Policy, plan: Plan, activations: int, head: int, process: in
     return Memory(weights, gradients, optimizer, activations, head, copies, process or 0)
 
 
-def _weight_bytes(policy: Policy, plan: Plan) -> int:
-    """Bytes of all weights that a process has whole.
+def _quantized_bytes(policy: Policy, size: int, total: int) -> int:
+    """Bytes of `total` weights of `size` bytes, of which those of frozen linear layers are NF4 codes.
 
-    With NF4 each n frozen weights of linear layers take n/2 bytes for their codes, n/64 for 8-bit scales and 4 n/(64 256)
-    for the scales of those; the largest layer's weight is dequantized while it is multiplied by.
+    Each n of these take n/2 bytes for their codes, n/64 for 8-bit scales and 4 n/(64 256) for the scales of those; the
+    largest layer's weight is dequantized while it is multiplied by.
     """
-    element = plan.dtype.itemsize
-    total = sum(parameter.numel() for parameter in policy.parameters())
-    if not plan.quantized:
-        return element * total
     linear = [module.weight for module in policy.modules() if isinstance(module, nn.Linear)]
     sizes = [weight.numel() for weight in linear if weight is not policy.head.weight and not weight.requires_grad]
     codes = sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-    return element * (total - sum(sizes) + max(sizes)) + round(codes)
+    return size * (total - sum(sizes) + max(sizes)) + round(codes)
 
 
 def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
-    """Peak bytes of a forward and backward pass of one micro-batch: (in the model, in the output head).
+    """Peak bytes of a forward and backward pass of a run's largest micro-batch: (in the model, in the output head).
 
-    Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width.
-
-    Args:
-        policy: from shapes.
-        batch: the largest of the run.
-        method: of the run.
-
-    Raises:
-        Exception: of any kind, if the model's forward pass looks at values.
+    Weights, and the sum of gradients, are not counted. A padded batch counts as rows of its width. The policy is from
+    shapes. Raises an Exception of any kind if the model's forward pass looks at values.
     """
     meta = torch.device("meta")
     # WDPO's exact solver attends to padded rows by plain products, which shapes take as they are.
@@ -549,17 +492,13 @@ def _as_packed(batch: Batch) -> PackedBatch:
     tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
     groups = (PrefixGroup(0, (width,)),) * rows
     return PackedBatch(
-        batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups, batch.columns
+        batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups, columns=batch.columns
     )
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors on the meta device that are alive, and keeps the counts of their peak.
-
-    Args:
-        vocabulary: tensors with a side of this length are the output head's, as are all that its kernels make.
-        known: not to be counted.
-    """
+    """Counts the bytes of all tensors on the meta device that are alive and not known, and keeps the counts of their peak.
+    Those with a side as long as the vocabulary are the output head's, as are all that its kernels make."""
 
     def __init__(self, vocabulary: int, known: list[Tensor]) -> None:
         super().__init__()

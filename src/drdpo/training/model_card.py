@@ -39,13 +39,8 @@ _METRICS = ("loss", "accuracy", "margin", "eval_loss", "eval_accuracy", "eval_ma
 
 
 def model_card(run: Run, step: int, metrics: dict[str, float]) -> str:
-    """The card of a checkpoint: base model, method, pairs, metrics, versions, commit, licence, how to load it.
-
-    Args:
-        run: that made it.
-        step: optimizer steps done.
-        metrics: of that step, a line of metrics.jsonl.
-    """
+    """The card of a checkpoint, whose step has these metrics: base model, method, pairs, metrics, versions, commit, licence,
+    how to load it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     config, base = run.config, _base(run.config.model_path)
@@ -92,12 +87,8 @@ def _base(model_path: str) -> dict[str, str | None]:
 
 
 def push_to_hub(repository: str, folder: Path) -> None:
-    """Upload a checkpoint to a private repository, made if it is missing; a failure is a warning, as the run is complete.
-
-    Args:
-        repository: owner/name.
-        folder: the checkpoint, or that of an earlier step.
-    """
+    """Upload a checkpoint to a private repository (owner/name), made if it is missing; a failure is a warning, as the run is
+    complete."""
     from huggingface_hub import HfApi
 
     try:

@@ -1,24 +1,59 @@
-"""A micro-batch's contribution to the step: weighted losses and, for WDPO, the gradient penalty; then the checks of a step's
-numbers.
+"""A micro-batch's contribution to the step: weighted losses and, for WDPO, the gradient penalty.
 
-Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, T tokens, D width, K numbers of the
-first step's answers, M micro-batches of all ranks.
+WDPO's tangent solver finds the gradient of l + rho |g|^2, g = grad_e l, for Llama-like policies on packed rows, without a
+double backward. A pair's loss depends on its input embeddings e through its margin m alone, so g = l'(m) q with
+q = grad_e m. For any weight
+
+    d (rho |g|^2) = 2 rho l' l'' |q|^2 d m + d <q, t>,    t = 2 rho l'^2 q held fixed,
+
+and <q, t> is dm, the derivative of m along t. So there are four passes over the layers:
+
+    1  values     x of every layer, and the losses
+    2  adjoints   lambda of every layer, the derivative of m for x, down to the embeddings: q
+    3  tangents   dx of every layer, the derivative of x along t, on the values of pass 1, up to dm
+    4  gradients  of (l' + 2 rho l' l'' |q|^2) m + dm for all weights
+
+The adjoint of dx in dm is lambda itself, which pass 2 has found. So pass 4 propagates mu alone, the adjoint of x. At a
+linear map y = W x
+
+    mu_x = W^T mu_y,    the gradient for W is mu_y x^T + lambda_y dx^T
+
+while a norm, gate or attention f adds to J^T mu_y the derivative of <lambda_y, f'(x) dx> for x (drdpo.kernels.tangent). With
+F for the products of a forward pass, the passes cost 1 + 1 + 1 + 3 F, a DPO step 3 F. Pass 4 is an ordinary backward pass of
+autograd through a graph whose values are known: its nodes compute nothing on the way forward, and the gradients of weights
+arrive as any others, as ZeRO requires.
+
+What is kept of a layer between the passes is its border (Layer.border) or, without gradient checkpointing, its inside too.
+What is not kept is computed again when a pass comes by.
+
+With --wdpo_prompt=per_sequence a prompt, whose values are the same in both sequences, has an adjoint and a tangent in each.
+So values and mu are in one row in which the prompt stands once ("once", N rows), adjoints and tangents in one with the
+sequences apart ("apart", M rows). With --wdpo_prompt=once both are the same.
+
+A layer's part of the passes is in drdpo.training.passes; here are both ends of them, and what a policy must be.
+
+Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, T tokens of a padded row, N tokens of
+the packed row, M with the sequences apart, A answer tokens, D width.
 """
 
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drdpo import distributed
 from drdpo.errors import DataError
-from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair
+from drdpo.kernels import tangent as kernels
+from drdpo.kernels.linear_logprob import Known, logprob_and_slope, tangent_logprob
+from drdpo.models import tangent_problem, tangent_refusal
+from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, pack
 from drdpo.training.losses import NO_STATE, Method, Pairs, Penalty, State, gradient_penalty
-from drdpo.training.policy import FiniteWatch, Policy, pairs_of
-from drdpo.training.wdpo import input_gradient, tangent_answers, without_scale
+from drdpo.training.passes import LINEAR, Layer, Node, Row, halves_of, normed, normed_back, normed_tangent
+from drdpo.training.patches import linear_by
+from drdpo.training.policy import Policy, pairs_of, sum_by_sequence
 
 
 class Population(NamedTuple):
@@ -56,13 +91,8 @@ class Objective(NamedTuple):
 
 
 def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], method: Method) -> Population:
-    """The population of a whole optimizer step, over all its micro-batches and ranks, before any of its gradients.
-
-    Args:
-        policy: the bare module.
-        batches: this rank's micro-batches with their reference log-probs.
-        method: that needs a population.
-    """
+    """The population of a whole optimizer step, over all its micro-batches and ranks, before any of its gradients: for a
+    method that needs one, from this rank's micro-batches with their reference log-probs [B, 2], by the bare module."""
     if method.penalty is not None:
         penalties = [_penalties_alone(policy, batch, reference_B2, method) for batch, reference_B2 in batches]
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
@@ -81,15 +111,9 @@ def _population(losses_B: Tensor, columns: Sequence[Mapping[str, Tensor]], metho
 
 
 def penalty_scales(count: int, fraction: float, seed: int, step: int) -> list[float]:
-    """What multiplies the penalty of each of a step's micro-batches: zero, or the inverse of the chance that a micro-batch
-    has it, so that the gradient's expectation is the whole penalty's.
-
-    Args:
-        count: micro-batches of this rank; all ranks have equally many and draw alike.
-        fraction: share of them that have the penalty, at least one.
-        seed: of the draw.
-        step: optimizer steps done before this one.
-    """
+    """What multiplies the penalty of each of a rank's `count` micro-batches of a step: zero, or the inverse of the chance
+    that a micro-batch has it, so that the gradient's expectation is the whole penalty's. At least one of them has it. All
+    ranks draw alike; `step` others are done."""
     chosen = max(1, round(fraction * count))
     drawn = random.Random(f"{seed}/penalty/{step}").sample(range(count), chosen)
     return [count / chosen if number in drawn else 0.0 for number in range(count)]
@@ -117,7 +141,8 @@ def objective(
     """
     if method.penalty is not None and penalty_scale > 0:
         solve = _exact if method.penalty.solver == "exact" else _tangent
-        return solve(policy, batch, reference_B2, method, population, penalty_scale, share)
+        factor = partial(_factor, penalty=method.penalty, population=population, scale=penalty_scale)
+        return solve(policy, batch, reference_B2, method, factor, share)
     pairs = pairs_of(policy(batch).logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
     weights_B, state = _weights(losses_B, pairs, method, population, policy)
@@ -150,33 +175,20 @@ def _bare(policy: Policy) -> Policy:
 
 
 def _exact(
-    policy: Policy,
-    batch: AnyBatch,
-    reference_B2: Tensor,
-    method: Method,
-    population: Population | None,
-    scale: float,
-    share: float,
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, factor: Callable[[Tensor], Tensor], share: float
 ) -> Objective:
     """WDPO by a double backward of torch's own operations: the plain reference, for any architecture."""
     losses_B, penalties_B, pairs = _penalties(policy, batch, reference_B2, method, create_graph=True)
     charged_B = _by_column(penalties_B, method, batch)
-    factor = _factor(charged_B, method.penalty, population, scale)
-    total = _by_column(losses_B, method, batch).mean() + factor * charged_B.mean()
+    total = _by_column(losses_B, method, batch).mean() + factor(charged_B) * charged_B.mean()
     weights_B = _by_column(torch.ones_like(losses_B), method, batch)
     return Objective(share * total, losses_B, pairs, weights_B, penalties_B.detach())
 
 
 def _tangent(
-    policy: Policy,
-    batch: AnyBatch,
-    reference_B2: Tensor,
-    method: Method,
-    population: Population | None,
-    scale: float,
-    share: float,
+    policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method, factor: Callable[[Tensor], Tensor], share: float
 ) -> Objective:
-    """WDPO by drdpo.training.wdpo: the gradient of l + c |g|^2, g = l'(m) q, by passes along 2 c l'^2 q, held fixed.
+    """WDPO by the tangent solver: the gradient of l + c |g|^2, g = l'(m) q, by passes along 2 c l'^2 q, held fixed.
 
     |q|^2 is the largest (q . v)^2 of all unit v, so what rounding does to q changes the slope along it to second order only,
     whereas |q| has all of it: the reported penalty is that of the slope.
@@ -184,9 +196,9 @@ def _tangent(
     assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # Taken outside the engine, which would mistake it for the backward pass of the step.
     gradient = input_gradient(_bare(policy), batch, reference_B2, method)
-    factor = _factor(_by_column(gradient.penalties_B, method, batch), method.penalty, population, scale)
+    strength = factor(_by_column(gradient.penalties_B, method, batch))
     norms_B = gradient.margin_slopes_B
-    scale_B = share / len(norms_B) * 2 * _by_column(factor * gradient.loss_slopes_B.square(), method, batch)
+    scale_B = share / len(norms_B) * 2 * _by_column(strength * gradient.loss_slopes_B.square(), method, batch)
     logprob_S, slope_S = policy(batch, run=lambda bare: tangent_answers(bare, batch, gradient, scale_B))
     pairs = pairs_of(logprob_S, reference_B2, batch)
     losses_B = method.loss(pairs)
@@ -195,16 +207,15 @@ def _tangent(
     moved_B, expected_B = chosen_B - rejected_B, scale_B * norms_B
     slopes_B = torch.where(expected_B > 0, moved_B.detach() / expected_B, norms_B)
     penalties_B = (loss_slopes_B * slopes_B).square()
-    total = share * _by_column(losses_B + factor * penalties_B, method, batch).mean() + without_scale(moved_B.sum())
+    total = share * _by_column(losses_B + strength * penalties_B, method, batch).mean() + without_scale(moved_B.sum())
     errors_B = torch.where(norms_B > 0, (slopes_B - norms_B).abs() / norms_B, torch.zeros_like(norms_B))
     conditions_B = torch.where(expected_B > 0, gradient.passes.spread(len(norms_B)) / expected_B / norms_B, 0.0)
     weights_B, pairs = _by_column(torch.ones_like(norms_B), method, batch), pairs.detached()
     return Objective(total, losses_B.detach(), pairs, weights_B, penalties_B.detach(), errors_B, conditions_B)
 
 
-def _factor(penalties_B: Tensor, penalty: Penalty | None, population: Population | None, scale: float) -> Tensor:
-    """What multiplies the mean of |grad l|^2."""
-    assert penalty is not None
+def _factor(penalties_B: Tensor, penalty: Penalty, population: Population | None, scale: float) -> Tensor:
+    """What multiplies the mean of w |grad l|^2."""
     if not penalty.root:
         return torch.tensor(penalty.rho * scale, dtype=penalties_B.dtype)
     # d rho sqrt(M) = rho / (2 sqrt M) dM, with M the population's mean: the square root's slope is a constant here.
@@ -237,115 +248,224 @@ def _penalties(
     return losses_B, gradient_penalty(losses_B, embeds_STD, create_graph, shared_BT), pairs
 
 
-# Before the first step policy and reference are one model: are their log-probs? -------------------------------------------
-
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
-"""Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest answers.
-
-The same micro-batches through the same code give the same bits. What may differ are a GPU's kernels, and micro-batches of an
-earlier start on another number of processes. On SmolLM2-135M other micro-batches change a log-prob by 3e-8 of it in float32
-and by 2e-4 in bfloat16 (four answers, CPU). The bfloat16 tolerance is fifty times that by judgement, not by a measurement on
-a GPU; a reference closer than that is not noticed."""
+# The tangent solver: both ends of the passes ----------------------------------------------------------------------------
 
 
-def check_first_step(
-    parts: list[Objective], references: list[Tensor], method: Method, dtype: str, model_path: str, reference_file: str
-) -> None:
-    """Refuse reference log-probs that are not the untrained policy's own; every rank must call.
+class Passes:
+    """The four passes of the bare module over a micro-batch: `values`, `adjoints`, `tangents` and `graph`, in this order.
+    Has a prompt one gradient (prompt_once), or one in each of its sequences?"""
 
-    The loss alone would not show it: at beta 0.01 a margin of 10 nats changes it by 0.05.
+    def __init__(self, policy: Policy, batch: PackedBatch, prompt_once: bool) -> None:
+        decoder = policy.language_model.get_decoder()
+        with torch.no_grad():
+            self._embeds_ND = self._embedded(policy, batch).detach()
+            self.row = Row(policy, batch, self._embeds_ND, prompt_once)
+        self.norm = decoder.norm
+        self.layers: list[Layer] = []
+        for module in decoder.layers:
+            self.layers.append(Layer(module, self.row, self.layers[-1] if self.layers else None))
+        for norm in [self.norm, *(norm for layer in self.layers for norm in (*layer.norms, *layer.head_norms))]:
+            # ZeRO-3 leaves a norm's weight whole once it has been gathered (engine_config).
+            if not norm.weight.numel():
+                norm.weight.all_gather()
 
-    Args:
-        parts: what this rank's micro-batches contributed to the first step.
-        references: [B, 2] reference log-probs of each.
-        method: of the run.
-        dtype: of the run.
-        model_path, reference_file: for the message.
+    @staticmethod
+    def _embedded(policy: Policy, batch: PackedBatch) -> Tensor:
+        embeds_ND = policy.embed(batch)[0]
+        return embeds_ND.float() if policy.wide_values else embeds_ND
+
+    @torch.no_grad()
+    def values(self, policy: Policy, batch: PackedBatch) -> Known:
+        """Pass 1: of the answers' tokens, log-probabilities and their slopes for the hidden states."""
+        x_ND = self._embeds_ND
+        del self._embeds_ND
+        for layer in self.layers:
+            x_ND = layer.values(x_ND)
+        self._x_AD = x_ND.index_select(0, self.row.once.states_A)
+        self.hidden_AD = normed(self.norm, self._x_AD).to(policy.head.weight.dtype)
+        return policy.head(logprob_and_slope, self.hidden_AD, batch.targets_A)
+
+    @torch.no_grad()
+    def adjoints(self, for_hidden_AD: Tensor) -> Tensor:
+        """Pass 2: lambda of the input embeddings [M, D]."""
+        self._for_hidden_AD = for_hidden_AD.to(self._x_AD.dtype)
+        lambda_MD = self._for_last_x()
+        self._sizes: list[Tensor] = []
+        for layer in reversed(self.layers):
+            self._sizes.append(lambda_MD.norm(dim=1))
+            lambda_MD = layer.adjoints(lambda_MD)
+        return lambda_MD
+
+    def _for_last_x(self) -> Tensor:
+        """[M, D] lambda of the last layer's output."""
+        for_x_AD = normed_back(self.norm, self._x_AD, self._for_hidden_AD)
+        lambda_MD = for_x_AD.new_zeros(len(self.row.pair_M), for_x_AD.shape[1])
+        return lambda_MD.index_add_(0, self.row.apart.states_A, for_x_AD)
+
+    @torch.no_grad()
+    def tangents(self, direction_MD: Tensor) -> Tensor:
+        """Pass 3: tangents of the hidden states, [A, D]."""
+        moved = []
+        for layer in self.layers:
+            direction_MD = layer.tangents(direction_MD)
+            moved.append(direction_MD.norm(dim=1))
+        self._sizes_LM = torch.stack(self._sizes[::-1]) * torch.stack(moved)
+        self._dx_AD = direction_MD.index_select(0, self.row.apart.states_A)
+        return normed_tangent(self.norm, self._x_AD, self._dx_AD, self.hidden_AD.dtype)
+
+    def spread(self, pairs: int) -> Tensor:
+        """[B] after pass 3, by pair the root of the sum over tokens of (|lambda| |dx|)^2, at the layer where it is largest:
+        the terms <lambda, dx> of a layer's tokens sum to dm, and this bounds what their rounding does to it."""
+        sums_LB = self._sizes_LM.new_zeros(len(self.layers), pairs)
+        return sums_LB.index_add_(1, self.row.pair_M, self._sizes_LM.square()).sqrt().amax(dim=0)
+
+    def graph(self, policy: Policy, batch: PackedBatch) -> Tensor:
+        """Pass 4 is a backward pass through this: hidden_AD with a graph."""
+        parts: tuple[Tensor, ...] = (self._embedded(policy, batch),)
+        for layer in self.layers:
+            parts = layer.graph(*parts)
+        return Node.apply(self._last_norm, (self.hidden_AD,), *parts, self.norm.weight)
+
+    def _last_norm(self, wanted: Sequence[bool], grad_AD: Tensor) -> list[Tensor | None]:
+        known_parts = self.norm.weight, self.norm.variance_epsilon, grad_AD.to(self._x_AD.dtype), self._for_hidden_AD
+        for_x_AD, for_weight_D = kernels.rms_norm_second(self._x_AD, self._dx_AD, *known_parts, wanted[-1])
+        grad_ND = for_x_AD.new_zeros(len(self.row.once.cos_N1E), for_x_AD.shape[1])
+        grad_ND.index_add_(0, self.row.once.states_A, for_x_AD)
+        self.layers[-1].recall(self._for_last_x())
+        return [*[grad_ND] * (len(wanted) - 1), for_weight_D]
+
+
+class InputGradient(NamedTuple):
+    """Of B pairs, all without a graph."""
+
+    gradient_MD: Tensor
+    """[M, D] q."""
+    margin_slopes_B: Tensor
+    """[B] |q|, the margin's slope along the unit vector of q."""
+    loss_slopes_B: Tensor
+    """[B] l'(m)."""
+    head: Known
+    passes: Passes
+    """Of which two are done."""
+
+    @property
+    def penalties_B(self) -> Tensor:
+        """[B] |grad_e l|^2."""
+        return (self.loss_slopes_B * self.margin_slopes_B).square()
+
+
+def input_gradient(policy: Policy, batch: PackedBatch, reference_B2: Tensor, method: Method) -> InputGradient:
+    """The gradient of every pair's margin with respect to its input embeddings: passes 1 and 2 of the bare module.
+
+    Pairs do not attend to each other: q of the summed margins separates by pair. No gradient of a parameter is computed. The
+    method has a penalty, and its loss is a function of the margins.
+    """
+    assert method.penalty is not None
+    passes = Passes(policy, batch, method.penalty.prompt_once)
+    head = passes.values(policy, batch)
+    # The margin is the chosen answer's log-prob less the rejected one's.
+    signs_A = 1 - 2 * (batch.sequence_A >= len(batch.indices_B)).to(head.slope_ND.dtype)
+    gradient_MD = passes.adjoints(head.slope_ND * signs_A[:, None]).to(head.logprob_N.dtype)
+    squares_M = gradient_MD.square().sum(dim=1)
+    norm_B = squares_M.new_zeros(len(batch.indices_B)).index_add(0, passes.row.pair_M, squares_M).sqrt()
+    pairs = pairs_of(sum_by_sequence(head.logprob_N, batch.sequence_A, batch), reference_B2, batch)
+    with torch.enable_grad():
+        margins_B = pairs.margins_B.detach().requires_grad_()
+        (loss_slopes_B,) = torch.autograd.grad(method.loss(pairs._replace(margins_B=margins_B)).sum(), margins_B)
+    return InputGradient(gradient_MD, norm_B, loss_slopes_B, head, passes)
+
+
+def tangent_answers(policy: Policy, batch: PackedBatch, gradient: InputGradient, scale_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [S] of the answers, and their derivatives [S] along c q, c = scale_B: pass 3, and the graph of pass
+    4, in which the gradient for the derivatives must be 1 for chosen answers and -1 for rejected ones."""
+    passes = gradient.passes
+    direction_MD = scale_B[passes.row.pair_M][:, None] * gradient.gradient_MD
+    dhidden_AD = passes.tangents(direction_MD.to(passes.row.wide))
+    pair_2AD = torch.stack([passes.graph(policy, batch), dhidden_AD])
+    logprob_A, slope_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, gradient.head)
+    return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(slope_A, batch.sequence_A, batch)
+
+
+def without_scale(moved: Tensor) -> Tensor:
+    """Zero, with the gradient of the margins' derivatives along c q, which may not be scaled any more: lambda was not."""
+    return Node.apply(_checked, (torch.zeros_like(moved),), moved)
+
+
+def _checked(wanted: Sequence[bool], grad: Tensor) -> list[Tensor]:
+    torch._assert_async(grad == 1, "the objective with the tangent solver must not be scaled; give its share to `objective`")
+    return [grad]
+
+
+# May a policy be trained by the tangent solver? By its modules, and by numbers on a small row -----------------------------
+
+
+def check_tangent(policy: Policy, model_path: str, method: Method) -> None:
+    """Refuse a policy, before DeepSpeed takes it, or a loss that the tangent solver would get wrong.
 
     Raises:
-        DataError: the loss is not that of a zero margin, or the log-probs are too far apart.
+        DataError: another architecture, an adapter that is not linear, values or slopes on a small row that are not the
+            policy's own, or a loss that depends on more than the margins.
     """
-    losses_P = distributed.gather(torch.cat([part.losses_B for part in parts]))
-    # ln 2, 1 / (4 beta^2) for ipo, or what a method's own loss is at a margin of zero.
-    expected_P = distributed.gather(torch.cat([_loss_at_zero(part.pairs, method) for part in parts]))
-    difference_K = distributed.gather(torch.cat([part.pairs.log_ratios_S for part in parts])).double().abs()
-    size_K = distributed.gather(torch.cat([reference_B2.flatten() for reference_B2 in references])).double().abs()
-    share, nats = TOLERANCES[dtype]
-    loss, expected = float(losses_P.double().mean()), float(expected_P.mean())
-    loss_tolerance = (0.05 if dtype == "bfloat16" else 1e-3) * max(1.0, expected)
-    difference, allowed = float(difference_K.mean()), share * float(size_K.mean()) + nats
-    if not abs(loss - expected) <= loss_tolerance:
-        reason = f"the first loss is {loss:.4f}, not {expected:.4f}"
-    elif not difference <= allowed:
-        reason = (
-            f"before the first step the policy's log-probs are {difference:.4g} away from the reference's in the mean, more "
-            f"than the {allowed:.2g} of rounding"
-        )
-    else:
-        return
-    raise DataError(
-        f"{reason}: the reference log-probs do not belong to {model_path}; delete {reference_file}, or pass --resume=never"
-    )
+    if reason := tangent_problem(policy.language_model):
+        raise tangent_refusal(model_path, reason)
+    try:
+        _check_loss(method)
+        for layer in policy.language_model.get_decoder().layers:
+            for part, names in LINEAR.items():
+                for name in names:
+                    _check_linear(getattr(getattr(layer, part), name), f"{part}.{name}")
+        with torch.random.fork_rng(devices=[]):
+            _check_numbers(policy, method)
+    except DataError as error:
+        raise tangent_refusal(model_path, str(error)) from error
 
 
-def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
-    """[B] losses if policy and reference were the same, float64."""
-    margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
-    return method.loss(pairs._replace(margins_B=margins_B, log_ratios_S=log_ratios_S)).double()
+def _check_linear(module: nn.Module, name: str) -> None:
+    """Twice the input must come out at twice the size, exactly: a power of two rounds nothing."""
+    base, adapter = halves_of(module)
+    for part in (base, *(adapter[:2] if adapter else ())):
+        width = getattr(part, "in_features", None)
+        if not isinstance(width, int):
+            raise DataError(f"its {name} is a {type(module).__name__}, which is not known to be linear")
+        weight = next(part.parameters())
+        probe_1D = torch.ones(1, width, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad(), linear_by(lambda linear, x, weight, bias=None: linear(x, weight)):
+            once, twice = part(probe_1D), part(2 * probe_1D)
+        if not torch.equal(twice, 2 * once):
+            raise DataError(f"its {name} is not linear")
 
 
-# Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones.
-
-SHOWN = 8
-"""Pairs that a message names."""
-
-
-def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
-    """Stop at a step whose metrics are not finite; every rank must call.
-
-    Args:
-        metrics: of the step, the same on all ranks.
-        watch: of the step.
-        indices: [B] of each of this rank's micro-batches.
-        pairs: of the training split.
-
-    Raises:
-        DataError: a metric is not finite; names the pairs of the micro-batches it came from.
-    """
-    wrong = _not_finite(metrics)
-    if not wrong:
-        return
-    bad_M = distributed.gather(watch.bad_M.float()).bool().cpu()
-    device = watch.bad_M.device
-    indices_P = distributed.gather(torch.cat(list(indices)).to(device)).cpu()
-    sizes_M = distributed.gather(torch.tensor([len(part) for part in indices], device=device)).cpu()
-    if bad_M.any():
-        whose = f"from the micro-batch of {_named(indices_P[bad_M.repeat_interleave(sizes_M)].tolist(), pairs)}"
-    else:
-        whose = f"from no micro-batch alone but the sum over the step's {len(indices_P)} pairs"
-    raise DataError(
-        f"step {int(metrics['step'])}: {wrong}, {whose}; nothing of this step is saved and earlier checkpoints are "
-        "kept; look at these pairs, or lower --learning_rate or the method's strength"
-    )
+def _check_loss(method: Method) -> None:
+    """Its gradient must come through the margins alone, as input_gradient assumes."""
+    columns = {name: torch.ones(1) for name in method.reads}
+    with torch.enable_grad():
+        loss_B = method.loss(Pairs(torch.zeros(1), torch.zeros(2, requires_grad=True), columns))
+    if loss_B.requires_grad:
+        raise DataError("the loss depends on the log-ratios, not on the margins alone")
 
 
-def check_evaluation(metrics: dict[str, float], step: int) -> None:
-    """Raise DataError if metrics of the test pairs are not finite: the step before has broken the weights."""
-    wrong = _not_finite(metrics)
-    if wrong:
-        raise DataError(
-            f"after step {step}: {wrong}; nothing of this step is saved and earlier checkpoints are kept; lower "
-            "--learning_rate or the method's strength"
-        )
+def _check_numbers(policy: Policy, method: Method) -> None:
+    """Hidden states and the margin's gradient must be those of the policy's own passes, the slope along it its square."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = policy.head.weight.shape[0]
+    ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (6, 9, 5)]
+    device = policy.head.weight.device
+    batch = pack([Pair(ids[0], ids[1], ids[2], columns=dict.fromkeys(method.reads, 1.0))], [0]).to(device)
+    ours = input_gradient(policy, batch, torch.zeros(1, 2, device=device), method)
+    with torch.no_grad():
+        chosen, rejected = tangent_answers(policy, batch, ours, torch.ones(1, device=device))[1]
+    embeds_1ND = policy.embed(batch).detach().requires_grad_()
+    with torch.enable_grad():
+        hidden_AD = policy.answer_states(batch, embeds_1ND)[0]
+    signs_A = 1 - 2 * batch.sequence_A.to(hidden_AD.dtype)
+    (grad_1ND,) = torch.autograd.grad(hidden_AD, embeds_1ND, ours.head.slope_ND * signs_A[:, None])
+    tolerance = 0.1 if embeds_1ND.dtype == torch.bfloat16 else 1e-3
+    if not _relative_error(ours.passes.hidden_AD, hidden_AD.detach()) <= tolerance:
+        raise DataError("its hidden states are not those of Llama's formulas")
+    slope_error = _relative_error(chosen - rejected, ours.margin_slopes_B[0].square())
+    if not max(_relative_error(ours.passes.row.sum(ours.gradient_MD), grad_1ND[0]), slope_error) <= tolerance:
+        raise DataError("its derivatives are not those of Llama's formulas")
 
 
-def _not_finite(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
-
-
-def _named(indices: list[int], pairs: Sequence[Pair]) -> str:
-    ids = [pairs[index].prompt_id for index in indices]
-    label = "row" if None in ids else "prompt_id"
-    words = [str(index + 1 if label == "row" else prompt_id) for prompt_id, index in zip(ids, indices, strict=True)]
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return f"{label} {', '.join(words[:SHOWN])}{more}"
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())

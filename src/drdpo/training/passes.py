@@ -1,4 +1,4 @@
-"""WDPO's four passes in one decoder layer: values, adjoints, tangents, gradients; drdpo.training.wdpo says why these.
+"""WDPO's four passes in one decoder layer: values, adjoints, tangents, gradients; drdpo.training.objective says why these.
 
 Linear maps are called as the modules that they are, under another torch.nn.functional.linear, so that ZeRO-3 gathers their
 weights around the call.
@@ -20,7 +20,6 @@ from drdpo.kernels import tangent as kernels
 from drdpo.kernels.linear_logprob import refuse_graph
 from drdpo.kernels.packed_attention import PrefixGroup
 from drdpo.kernels.tangent import Heads
-from drdpo.models import decoder_of
 from drdpo.training.data import PackedBatch
 from drdpo.training.lora import ADAPTER
 from drdpo.training.patches import linear_by, product, value_product, weight_gradient
@@ -44,18 +43,11 @@ class Form(NamedTuple):
 
 
 class Row:
-    """A micro-batch's packed row with each prompt once, and with the sequences apart if a prompt's gradients on its two
-    copies are to be told apart.
-
-    Args:
-        policy: the bare module.
-        batch: B pairs.
-        embeds_ND: of the row.
-        prompt_once: one form is enough.
-    """
+    """A micro-batch's packed row with each prompt once, and unless prompt_once with the sequences apart, where a prompt's
+    gradients on its two copies are told apart. embeds_ND are the row's, the policy is the bare module."""
 
     def __init__(self, policy: Policy, batch: PackedBatch, embeds_ND: Tensor, prompt_once: bool) -> None:
-        rotary = decoder_of(policy.language_model).rotary_emb
+        rotary = policy.language_model.get_decoder().rotary_emb
         cos_N1E, sin_N1E = (part[0, :, None] for part in rotary(embeds_ND, position_ids=batch.positions_1N))
         self.dtype, self.wide, self.narrow = policy.attention_dtype, embeds_ND.dtype, policy.head.weight.dtype
         """Of attention, of values and of sums over layers, and of all other tangents and gradients."""
@@ -192,13 +184,7 @@ class Tangents(NamedTuple):
 
 
 class Layer:
-    """A decoder layer and what its passes leave for each other.
-
-    Args:
-        module: of transformers.
-        row: of the micro-batch.
-        below: the layer before.
-    """
+    """A decoder layer of transformers, above another or None, and what its passes leave for each other."""
 
     def __init__(self, module: Any, row: Row, below: "Layer | None") -> None:
         self.row, self.below = row, below
@@ -303,11 +289,7 @@ class Layer:
         return stream_ND, self._node("down_proj", gated_NI)
 
     def recall(self, for_y_MD: Tensor) -> None:
-        """Have the layer's inside, and what its last map needs.
-
-        Args:
-            for_y_MD: [M, D] lambda of the output.
-        """
+        """Have the layer's inside, and what its last map needs, from lambda [M, D] of the output."""
         known = self.known = self.known or self._values()
         self.back = self.back or self._adjoints(known, for_y_MD)
         moved = self.moved = self.moved or self._tangents(known)

@@ -19,7 +19,7 @@ from drdpo import distributed
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.kernels.linear_logprob import linear_logprob, plain_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PackedRow, PrefixPlan, register_shared_prefix
-from drdpo.models import decoder_of, positions_of, quiet
+from drdpo.models import positions_of, quiet
 from drdpo.training.data import AnyBatch, PackedBatch, Pair
 from drdpo.training.losses import NO_STATE, Pairs, State
 from drdpo.training.patches import widen
@@ -149,23 +149,14 @@ class Policy(nn.Module):
 
 def widen_values(policy: Policy) -> None:
     """Compute values in float32, in the policy, its reference and its evaluation alike: before the first step all margins
-    are zero only if both come from the same arithmetic.
-
-    Args:
-        policy: that the tangent solver knows, with its adapters.
-    """
-    widen(decoder_of(policy.language_model).layers)
+    are zero only if both come from the same arithmetic. The tangent solver must know the policy, with its adapters."""
+    widen(policy.language_model.get_decoder().layers)
     policy.wide_values = True
 
 
 def pairs_of(logprob_S: Tensor, reference_B2: Tensor, batch: AnyBatch) -> Pairs:
-    """What a method may know of the pairs of a batch.
-
-    Args:
-        logprob_S: [S] log-probs of the answers under the policy.
-        reference_B2: [B, 2] those of the chosen and rejected answers under the frozen reference.
-        batch: B pairs.
-    """
+    """What a method may know of B pairs, from log-probs [S] of the answers under the policy, and [B, 2] of the chosen and
+    the rejected ones under the frozen reference."""
     log_ratios_S = logprob_S - torch.cat([reference_B2[:, 0], reference_B2[:, 1]])
     chosen_B, rejected_B = log_ratios_S.chunk(2)
     return Pairs(chosen_B - rejected_B, log_ratios_S, batch.columns)
@@ -357,12 +348,7 @@ def _padded_states(model: Any, sequences: list[list[int]]) -> list[Tensor]:
 
 def check_pairs(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None:
     """Refuse pairs with tokens that the policy has no row for, or so long that its table of positions ends before, or that
-    the frequencies of its rotary positions change with the batch.
-
-    Args:
-        policy: as loaded, or on the meta device.
-        pairs: of the run.
-        model_path: for the message.
+    the frequencies of its rotary positions change with the batch. The policy may be on the meta device.
 
     Raises:
         DataError: such a token.

@@ -13,7 +13,7 @@ from typing import Any
 from drdpo import chat, distributed
 from drdpo.candidates import Candidates, load_candidates
 from drdpo.cli import as_dict
-from drdpo.config import TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
 from drdpo.machine import announce, check_device, settle
