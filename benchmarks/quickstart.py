@@ -11,6 +11,7 @@ Seconds exclude setup; other work on the cores increases them, so the load at th
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -82,11 +83,9 @@ def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) 
         sys.exit(f"error: {folder} exists, so its steps would be skipped; remove it or pass another --output_path")
     command = ["bash", str(ROOT / "quickstart.sh"), f"--seed={seed}", f"--output_path={folder}", *flags]
     output = []
-    process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, newline="\n"
-    )
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    for line in process.stdout:
+    for line in io.TextIOWrapper(process.stdout, encoding="utf-8", newline="\n"):  # a redrawn bar keeps its carriage returns
         print(line, end="", flush=True)
         output.append(line)
     if process.wait():
