@@ -122,7 +122,7 @@ def test_answers_have_the_ids_that_the_template_renders(
     [
         ("R1", r"the prompt continues with '<think>\\n' where the chat template has 'Seven is one.<\|end\|>'"),
         ("counted turns", r"continues with '1<\|im_start\|>user.* where the chat template has '2<\|im_start\|>user"),
-        ("ChatML without its tokens", r"closes an answer by '<\|im_end\|>\\n', in which the tokenizer has no token of its own"),
+        ("ChatML without its tokens", r"closes an answer by '<\|im_end\|>\\n', and the tokenizer has no token for it"),
         ("prompt that ends in a space", r"a token spans the end of the prompt, '.*ASSISTANT: ', and the answer's start"),
     ],
 )

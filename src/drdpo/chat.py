@@ -304,7 +304,7 @@ def _answer(tokenizer: Tokenizer, prompt: list[Message], answer: Message) -> lis
         )
     end, text = _turn_end(tokenizer, tokenizer.get_chat_template()), whole[shared:]
     if end.beyond is None and end.text.strip():
-        raise ValueError(f"the chat template closes an answer by {end.text!r}, in which the tokenizer has no token of its own")
+        raise ValueError(f"the chat template closes an answer by {end.text!r}, and the tokenizer has no token for it")
     if "".join(messages[-1]["content"].split()) not in "".join(text.split()) or not text.endswith(end.text):
         raise ValueError("the chat template does not print the whole answer with the end of its turn")
     # Whatever precedes a special token has no influence on the ids that follow it.
