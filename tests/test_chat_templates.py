@@ -73,6 +73,7 @@ ANSWERS = {
     ("Llama 3", ""): ("{}", "<|eot_id|>", ""),
     ("Gemma", ""): ("{}", "<end_of_turn>", "\n"),
     ("Phi-3", ""): ("{}", "<|end|>", "<|endoftext|>"),
+    ("phi-4", ""): ("{}", "<|im_end|>", ""),
     ("Zephyr", ""): ("{}", "</s>", "\n"),
     ("Mistral", ""): ("{}", "</s>", ""),
     ("Qwen3", ""): ("<think>\n\n</think>\n\n{}", "<|im_end|>", "\n"),
@@ -122,6 +123,7 @@ def test_answers_have_the_ids_that_the_template_renders(
     [
         ("R1", r"the prompt continues with '<think>\\n' where the chat template has 'Seven is one.<\|end\|>'"),
         ("counted turns", r"continues with '1<\|im_start\|>user.* where the chat template has '2<\|im_start\|>user"),
+        ("ChatML without its tokens", r"closes an answer by '<\|im_end\|>\\n', and the tokenizer has no token for it"),
         ("prompt that ends in a space", r"a token spans the end of the prompt, '.*ASSISTANT: ', and the answer's start"),
     ],
 )
@@ -194,6 +196,11 @@ def test_templates_that_cannot_be_used_are_refused(load: Load, copy: Callable[..
         load("multimodal")
     with pytest.raises(DataError, match=r"given a question with its answer, the chat template rejects it \(Unexpected end"):
         load("broken")
+    folder = copy("ChatML")
+    only_answers = SHAPES["ChatML"].template + "{% if add_generation_prompt %}{{ raise_exception('no prompts') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(only_answers)
+    with pytest.raises(DataError, match=r"given a question with its answer, .* rejects it \(no prompts\); use another"):
+        chat.load_tokenizer(str(folder))
     folder = copy(
         "ChatML", chat_template=[{"name": name, "template": SHAPES["ChatML"].template} for name in ("rag", "tools")]
     )
@@ -220,8 +227,9 @@ def test_a_class_that_overrides_tokenizer_json_is_refused_with_the_way_out(copy:
 
 def test_a_tokenizer_that_prints_its_byte_marks_is_refused(copy: Callable[..., Path]) -> None:
     folder = copy("ChatML", lambda stored: stored.update(decoder=None))
-    with pytest.raises(DataError, match=r"does not give text back: .* becomes .*Ġ.*; copy the tokenizer's files"):
-        chat.load_tokenizer(str(folder))
+    for whole in (True, False):  # the leaderboard can do without a chat template
+        with pytest.raises(DataError, match=r"does not give text back: .* becomes .*Ġ.*; copy the tokenizer's files"):
+            chat.load_tokenizer(str(folder), chat=whole)
 
 
 def test_a_model_of_one_script_need_not_know_others(copy: Callable[..., Path]) -> None:
@@ -258,7 +266,7 @@ def test_every_source_of_time_is_one_date(load: Load) -> None:
     assert chat.fixed_time("%d %b %Y") == chat.DATE_STRING
     tokenizer = load("gpt-oss")
     assert "Current date: 2024-07-26<" in tokenizer.decode(chat.prompt_token_ids(tokenizer, USER))
-    tokenizer.chat_template = "{{ strftime_now('%A %H:%M ') + messages[0].content }}"
+    tokenizer.chat_template = "{{ strftime_now(format='%A %H:%M ') + messages[0].content }}"
     assert tokenizer.decode(chat.prompt_token_ids(tokenizer, USER)) == "Friday 00:00 Name the number 3."
     tokenizer = load("Llama 3")
     assert "Today Date: 26 Jul 2024" in tokenizer.decode(chat.prompt_token_ids(tokenizer, USER))

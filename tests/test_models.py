@@ -70,6 +70,9 @@ WEIGHTS = {
     "a matrix missing": (lambda w: {k: v for k, v in w.items() if k != LAST}, rf"{LAST} is missing"),
     "of data parallel": (prefixed("module."), r"model.embed_tokens.weight \(and 20 more\) is missing, and module\.model\."),
     "of peft": (prefixed("base_model.model."), r"is missing, and base_model\.model\.model\."),
+    "of torch.compile": (prefixed("_orig_mod."), r"is missing, and _orig_mod\.model\."),
+    "of peft, adapters not merged": (lambda w: {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in w.items()},
+                                     r"q_proj.weight \(and 1 more\) is missing, and model\.\S+\.q_proj\.base_layer\."),
     "of another wrapper": (lambda w: {k.replace("model.", "model.language_model.", 1): v for k, v in w.items()},
                            r"is missing, and model\.language_model\."),
     "more layers": (lambda w: w | {k.replace("layers.1", "layers.2"): v.clone() for k, v in w.items() if "layers.1" in k},
@@ -95,6 +98,23 @@ def test_a_head_of_its_own_that_is_missing_is_no_tied_one(folder: Path) -> None:
     refused(folder, "lm_head.weight is missing")
     change(folder, lambda w: w | {HEAD: w["model.embed_tokens.weight"].clone()})
     check_model(str(folder))
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(folder: Path) -> None:
+    """transformers would use it, and vLLM the embedding: trained and sampled would be two models."""
+    change(folder, lambda w: w | {HEAD: w["model.embed_tokens.weight"].clone()})
+    check_model(str(folder))
+    change(folder, lambda w: w | {HEAD: w[HEAD] + 1})
+    refused(folder, r"config\.json ties lm_head\.weight to model\.embed_tokens\.weight, and the weights differ")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantized_weights_that_the_config_does_not_name_are_refused(dtype: str, folder: Path) -> None:
+    """transformers would cast the codes."""
+    import torch
+
+    change(folder, lambda w: w | {LAST: w[LAST].to(getattr(torch, dtype))})
+    refused(folder, rf"{LAST} is stored in (I8|F8_E4M3), and config\.json names no quantization")
 
 
 def test_fewer_layers_in_the_config_are_refused(folder: Path) -> None:
@@ -127,6 +147,11 @@ def test_tokens_without_a_row_are_named_unless_no_text_becomes_them(folder: Path
         (folder / "tokenizer.json").write_text(json.dumps(words | {"added_tokens": added}))
         if special:  # drdpo.chat writes it as plain text; Gemma 3 of 1B has such an image token
             assert "<extra> has no row, and no text becomes it" in table(check_model(str(folder)))
+            own = (folder / "chat_template.jinja").read_text()
+            (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ '<extra>' + m.content }}{% endfor %}")
+            refused(folder, "token '<extra>' has the id 49152")
+            check_model(str(folder), chat=False)
+            (folder / "chat_template.jinja").write_text(own)
         else:
             refused(folder, r"token '<extra>' has the id 49152, and the embedding has 49152 rows; resize")
             refused(folder, "'<extra>'", chat=False)
@@ -199,6 +224,30 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors is missing"):
         check_model(str(folder))
+
+
+@pytest.mark.parametrize("of_file", [False, True])
+def test_an_index_does_not_hide_what_the_shards_lack(of_file: bool, folder: Path) -> None:
+    """What is loaded is what the files hold; an index only names the files."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    listed = {}
+    for number, part in enumerate((False, True)):
+        held = {name: weight for name, weight in weights.items() if ("layers.1." in name) == part}
+        file = f"model-0000{number + 1}-of-00002.safetensors"
+        listed |= dict.fromkeys(held, file)
+        save_file({name: w for name, w in held.items() if name != LAST or not of_file}, folder / file, {"format": "pt"})
+    if not of_file:
+        del listed[LAST]
+    (folder / models.INDEX).write_text(json.dumps({"weight_map": listed}))
+    if of_file:
+        refused(folder, LAST + " is missing")
+    else:
+        assert check_model(str(folder)).tensors == 20
+        shutil.copy(folder / listed["model.norm.weight"], folder / "model-00002-of-00002.safetensors")
+        refused(folder, r"00002\.safetensors: the tensor \S+ is also in model-00001-of-00002")
 
 
 def test_a_config_that_is_cut_is_named(folder: Path) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError, UsageError, reason
 from drdpo.records import Message
 
 DATE_STRING = "26 Jul 2024"
@@ -27,9 +27,9 @@ _TEXTS = (_WORDS, "it's x[0] != {1}", "grüße", "привет, мир", "你好
 """Texts that every tokenizer must give back. Lower case, since a model may know no other."""
 
 
-def fixed_time(form: str) -> str:
-    """The `strftime_now` of every template: DATE_STRING at midnight."""
-    return datetime.strptime(DATE_STRING, "%d %b %Y").strftime(form)
+def fixed_time(format: str) -> str:
+    """The `strftime_now` of every template, which may name the argument: DATE_STRING at midnight."""
+    return datetime.strptime(DATE_STRING, "%d %b %Y").strftime(format)
 
 
 def template_arguments(chat_template_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -40,12 +40,13 @@ def template_arguments(chat_template_kwargs: dict[str, Any] | None = None) -> di
 # Loading --------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str, chat_template_kwargs: dict[str, Any] | None = None) -> Tokenizer:
+def load_tokenizer(path: str, chat_template_kwargs: dict[str, Any] | None = None, chat: bool = True) -> Tokenizer:
     """Load a tokenizer that gives text back and has a chat template that renders a question with its answer.
 
     Args:
         path: a Hugging Face folder or hub id.
         chat_template_kwargs: of --chat_template_kwargs, for every rendering.
+        chat: must it have such a template?
 
     Raises:
         DataError: no tokenizer, chat template or end-of-sequence token there, or unusable ones; says what to do.
@@ -55,17 +56,19 @@ def load_tokenizer(path: str, chat_template_kwargs: dict[str, Any] | None = None
 
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise DataError(f"{path}: no tokenizer (tokenizer.json) in the model folder")
+        raise DataError(f"{path}: no tokenizer (tokenizer.json) in the model folder; copy the one of its base model there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of transformers, tokenizers and the hub's client, which raises a bare Exception
-        raise DataError(f"{path}: no tokenizer could be loaded ({_reason(error)})") from error
+        raise DataError(f"{path}: no tokenizer could be loaded ({reason(error)})") from error
+    _check_text(path, tokenizer)
+    _check_mistral(path, tokenizer)
+    if not chat:
+        return tokenizer
     if not tokenizer.chat_template:
         raise DataError(f"{path}: the tokenizer has no chat template; use an instruct model")
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no end-of-sequence token")
-    _check_text(path, tokenizer)
-    _check_mistral(path, tokenizer)
     tokenizer.chat_template_kwargs = dict(chat_template_kwargs or {})
     _check_template(path, tokenizer)
     return tokenizer
@@ -132,6 +135,7 @@ def _check_template(path: str, tokenizer: Tokenizer) -> None:
     try:
         question = _question(tokenizer)
         text = _render(tokenizer, [*question, {"role": "assistant", "content": _MARK}], add_generation_prompt=False)
+        rendered_ids(tokenizer)
     except ValueError as error:
         raise DataError(f"{path}: given a question with its answer, {error}; use another chat_template.jinja") from error
     if _MARK not in text or any(message["content"] not in text for message in question):
@@ -230,6 +234,13 @@ def check_answers(tokenizer: Tokenizer) -> None:
         )
 
 
+def rendered_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids of a short exchange, with all that the template writes around it."""
+    question = _question(tokenizer)
+    closed = conversation_token_ids(tokenizer, [*question, {"role": "assistant", "content": "Seven is one."}])
+    return {*prompt_token_ids(tokenizer, question), *closed}
+
+
 def template_facts(tokenizer: Tokenizer) -> str:
     """How answers end and whether text can be trained on, in words."""
     problem = _answer_problem(tokenizer, tokenizer.get_chat_template())
@@ -292,6 +303,8 @@ def _answer(tokenizer: Tokenizer, prompt: list[Message], answer: Message) -> lis
             f"{whole[shared : shared + 50]!r} in a conversation"
         )
     end, text = _turn_end(tokenizer, tokenizer.get_chat_template()), whole[shared:]
+    if end.beyond is None and end.text.strip():
+        raise ValueError(f"the chat template closes an answer by {end.text!r}, and the tokenizer has no token for it")
     if "".join(messages[-1]["content"].split()) not in "".join(text.split()) or not text.endswith(end.text):
         raise ValueError("the chat template does not print the whole answer with the end of its turn")
     # Whatever precedes a special token has no influence on the ids that follow it.
@@ -311,7 +324,7 @@ def _render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments)
         )
     except Exception as error:  # a template is a program, and may fail in any way
-        raise ValueError(f"the chat template rejects it ({_reason(error)})") from error
+        raise ValueError(f"the chat template rejects it ({reason(error)})") from error
 
 
 def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool) -> list[int]:
@@ -383,7 +396,3 @@ def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
         raise ValueError("the chat template writes the beginning-of-sequence token twice")
     wants_bos = tokenizer("x")["input_ids"][:1] == [bos]
     return [bos, *ids] if wants_bos and ids[:1] != [bos] else ids
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -97,6 +97,11 @@ def one_line(text: str, most: int | None = None) -> str:
     return line if most is None or len(line) <= most else line[: most - 1] + "…"
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, on one line of at most 200 characters; its type if it says nothing."""
+    return one_line(str(error), 200) or type(error).__name__
+
+
 def shortened(text: str, width: int, lines: int) -> list[str]:
     """The same as wrapped lines of at most so many columns; of a text longer than so many lines, at least 3, the beginning
     and the end."""

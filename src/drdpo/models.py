@@ -11,17 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-from drdpo.chat import load_tokenizer, template_facts
-from drdpo.errors import DataError, UsageError, one_line
+from drdpo.chat import load_tokenizer, rendered_ids, template_facts
+from drdpo.errors import DataError, UsageError, one_line, reason
 from drdpo.folder import read_json_object
 
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _AGAIN = "copy or download it again, or pass an earlier checkpoint"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 _BLOCK = 1 << 16
 _BLOCKS = 64
@@ -36,12 +34,26 @@ DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Of transformers, whose formulas WDPO's tangent solver has. Others use the same modules in another way
 (SmolLM3 skips the rotary positions of some layers), which numbers in bfloat16 on a short row need not show."""
 
-Header = dict[str, tuple[str, tuple[int, ...]]]
-"""dtype and shape of tensors by name, as safetensors spells them."""
+
+class Stored(NamedTuple):
+    """A tensor as the header of its safetensors file describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def content(self) -> bytes:
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.size)
+
+
+Tensors = dict[str, Stored]
 
 _CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
-_PROBE = "drdpo_probe"
-"""Name in transformers of an attention that notes what it is asked for."""
+_PROBE = "drdpo_probe"  # name in transformers of an attention that notes what it is asked for
 
 
 @dataclass(frozen=True)
@@ -142,11 +154,11 @@ def check_model(path: str, chat: bool = True) -> Model:
             model = meta_model(settings) if folder is None or quantized else _compared(folder, settings, found)
             structure = structure_of(model)
         except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
-            raise DataError(f"{path}: the model of config.json cannot be built ({_reason(error)})") from error
+            raise DataError(f"{path}: the model of config.json cannot be built ({reason(error)})") from error
     tokenizer, beyond = None, ""
     if folder is not None:
-        tokenizer = load_tokenizer(path) if chat else _plain_tokenizer(path)
-        beyond = _check_ids(path, tokenizer, structure.rows)
+        tokenizer = load_tokenizer(path, chat=chat)
+        beyond = _check_ids(path, tokenizer, structure.rows, rendered_ids(tokenizer) if chat else set())
     count = sum(parameter.numel() for parameter in model.parameters())
     return Model(path, type(model).__name__, count, structure, quantized, tokenizer, len(found), beyond)
 
@@ -189,8 +201,8 @@ def _may_be_hub_id(path: str) -> bool:
     return plain and len(words) <= 2 and words[0] not in ("models", "outputs", "datasets") and not Path(path).exists()
 
 
-def _check_files(folder: Path) -> Header:
-    """Refuse a folder with files that are missing or damaged; returns the header of all its tensors."""
+def _check_files(folder: Path) -> Tensors:
+    """Refuse a folder with files that are missing or damaged; returns its tensors."""
     if (folder / "adapter_config.json").is_file():
         base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
         raise DataError(
@@ -199,14 +211,24 @@ def _check_files(folder: Path) -> Header:
         )
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json in the model folder")
-    read_json_object(folder / "config.json")
-    if (folder / "generation_config.json").is_file():
-        read_json_object(folder / "generation_config.json")  # transformers would pass over a damaged one
-    found: Header = {}
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if file.is_file():
+            read_json_object(file)  # transformers would pass over a damaged one
+    return read_tensors(folder)
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """Every tensor of a folder's safetensors, single or sharded, from the headers alone.
+
+    Raises:
+        DataError: no safetensors, a shard that is missing or cut, or a tensor that two shards have.
+    """
+    found: Tensors = {}
     for file in _weight_files(folder):
-        found |= read_header(file)
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise DataError(f"{folder}: no tokenizer (tokenizer.json) in the model folder; copy the one of its base model there")
+        header = read_header(file)
+        if twice := sorted(found.keys() & header.keys()):
+            raise DataError(f"{file}: the tensor {twice[0]} is also in {found[twice[0]].file.name}")
+        found |= header
     return found
 
 
@@ -214,15 +236,15 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads: a single one before the shards of an index."""
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
-        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
             raise DataError(
                 f"{folder}: the weights are pickled ({pickled[0]}), which can run code when they are read; save them as "
                 "safetensors (model.save_pretrained(folder) in transformers does)"
             )
-        raise DataError(f"{folder}: no weights ({_WEIGHTS} or {_INDEX}) in the model folder")
+        raise DataError(f"{folder}: no weights ({_WEIGHTS} or {INDEX}) in the model folder")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f'{index}: no "weight_map"')
@@ -233,8 +255,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def read_header(file: Path) -> Header:
-    """{name: (dtype, shape)} of every tensor of a safetensors file. Reads 8 bytes of length, then JSON.
+def read_header(file: Path) -> Tensors:
+    """Every tensor of a safetensors file. Reads 8 bytes of length, then JSON.
 
     Raises:
         DataError: the file is shorter or longer than its header says, or its header is damaged.
@@ -246,12 +268,16 @@ def read_header(file: Path) -> Header:
             raise DataError(f"{file}: cut short, or its header is damaged ({size} bytes); {_AGAIN}")
         try:
             entries = {name: entry for name, entry in json.loads(stream.read(length)).items() if name != "__metadata__"}
-            data = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            header = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+            header = {}
+            for name, entry in entries.items():
+                start, end = entry["data_offsets"]
+                shape = tuple(map(int, entry["shape"]))
+                header[name] = Stored(file, str(entry["dtype"]), shape, 8 + length + start, end - start)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise DataError(f"{file}: its header is damaged, so these are not whole safetensors; {_AGAIN}") from error
-    if 8 + length + data != size:
-        raise DataError(f"{file}: has {size} bytes where its header says {8 + length + data}; {_AGAIN}")
+    whole = max((stored.start + stored.size for stored in header.values()), default=8 + length)
+    if whole != size:
+        raise DataError(f"{file}: has {size} bytes where its header says {whole}; {_AGAIN}")
     return header
 
 
@@ -269,7 +295,7 @@ def read_settings(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of any kind: transformers builds an object of whatever stands in the file
-        raise DataError(f"{path}: the model's config.json cannot be used ({_reason(error)})") from error
+        raise DataError(f"{path}: the model's config.json cannot be used ({reason(error)})") from error
 
 
 def meta_model(settings: Any, dtype: Any = None, attention: str | None = None) -> Any:
@@ -289,7 +315,7 @@ def meta_model(settings: Any, dtype: Any = None, attention: str | None = None) -
         )
 
 
-def _compared(folder: Path, settings: Any, found: Header) -> Any:
+def _compared(folder: Path, settings: Any, found: Tensors) -> Any:
     """The model of the settings on the meta device, after transformers has loaded tensors of the files' names and shapes.
 
     Raises:
@@ -298,16 +324,17 @@ def _compared(folder: Path, settings: Any, found: Header) -> Any:
     import torch
 
     kind = type(meta_model(settings))
-    state = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, (_, shape) in found.items()}
+    state = {name: torch.empty(stored.shape, dtype=torch.bfloat16, device="meta") for name, stored in found.items()}
     try:
         model, info = kind.from_pretrained(
             None, config=settings, state_dict=state, device_map={"": "meta"}, dtype=torch.bfloat16,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except RuntimeError as error:  # experts of unequal shapes, for example
-        raise DataError(f"{folder}: the weights do not fit the model of config.json ({_reason(error)})") from error
+        raise DataError(f"{folder}: the weights do not fit the model of config.json ({reason(error)})") from error
     # Masks and constants that older versions stored: no weights.
-    extra = [name for name in sorted(info["unexpected_keys"]) if _is_weight(found.get(name))]
+    constants = {name for name, stored in found.items() if not stored.shape or stored.dtype.startswith(("BOOL", "I", "U"))}
+    extra = sorted(info["unexpected_keys"] - constants)
     missing = [name for name in model.state_dict() if name in info["missing_keys"]]
     what = ""
     if missing:
@@ -318,13 +345,15 @@ def _compared(folder: Path, settings: Any, found: Header) -> Any:
         what = f"{name} has shape {list(stored)}, not {list(wanted)}"
     elif extra:
         what = f"{_first(extra)} has no place in it"
+    for name, _ in model.named_parameters():
+        if name in found and found[name].dtype.startswith(("I", "U", "F4", "F6", "F8")):
+            what = what or f"{name} is stored in {found[name].dtype}, and config.json names no quantization"
+    for head, table in model.all_tied_weights_keys.items():
+        if not what and {head, table} <= found.keys() and found[head].content() != found[table].content():
+            what = f"config.json ties {head} to {table}, and the weights differ"  # transformers uses both, vLLM the table
     if what:
         raise DataError(f"{folder}: the weights are not those of config.json's {kind.__name__}: {what}")
     return model
-
-
-def _is_weight(entry: tuple[str, tuple[int, ...]] | None) -> bool:
-    return entry is None or (entry[0] not in ("BOOL", "U8", "I8", "I32", "I64") and entry[1] != ())
 
 
 def _first(names: list[str]) -> str:
@@ -347,20 +376,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _plain_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no tokenizer could be loaded ({_reason(error)})") from error
-
-
-def _check_ids(path: str, tokenizer: Any, rows: int) -> str:
-    """Refuse a tokenizer with ids that have no row in the embedding; what to say of those that can never occur."""
+def _check_ids(path: str, tokenizer: Any, rows: int, rendered: set[int]) -> str:
+    """Refuse a tokenizer with ids that have no row in the embedding, among them those that its chat template has `rendered`;
+    what to say of those that can never occur."""
     far = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
     added, roles = tokenizer.added_tokens_decoder, ("pad", "eos", "bos", "unk")
-    used = {getattr(tokenizer, f"{role}_token_id") for role in roles}
+    used = rendered | {getattr(tokenizer, f"{role}_token_id") for role in roles}
     for number, token in sorted(far.items()):
         # drdpo.chat writes content that spells a special token as plain text (Gemma 3's image token has no row).
         if number in used or number not in added or not added[number].special:
@@ -423,7 +444,7 @@ def _packing(model: Any, text: Any) -> tuple[list[dict[str, Any]], str | None]:
         with torch.no_grad():
             model.base_model(inputs_embeds=embeds_1ND, position_ids=positions_1N, use_cache=False, prefix_plan=True)
     except Exception as error:  # of any kind: the forward passes of all architectures
-        return asked, f"its forward pass fails with an attention of ours ({_reason(error)})"
+        return asked, f"its forward pass fails with an attention of ours ({reason(error)})"
     others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if others:
         return asked, f"it has layers of the kind {', '.join(sorted(others))}"
@@ -491,7 +512,7 @@ def _head(model: Any, text: Any) -> str | None:
             out = model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False).logits
         plain = len(got) == 1 and torch.equal(got[0], hidden_14D) and torch.equal(out.float(), logits_14V.float())
     except Exception as error:  # of any kind: the forward passes of all architectures
-        return f"its output head could not be looked at ({_reason(error)})"
+        return f"its output head could not be looked at ({reason(error)})"
     finally:
         del head.forward
         for backbone in {id(backbone): backbone for backbone in backbones}.values():
@@ -513,10 +534,6 @@ def tangent_problem(model: Any) -> str | None:
     return f"its layers gate by {others[0]}, not by SiLU" if others else None
 
 
-def _reason(error: Exception) -> str:
-    return one_line(str(error), 200) or type(error).__name__
-
-
 # Fingerprints -----------------------------------------------------------------------------------------------------------
 
 
@@ -530,12 +547,10 @@ def fingerprint(path: str | Path) -> str:
     path = Path(path)
     if not path.exists():
         return f"hub:{path}{_cached_commit(str(path))}"
-    digest = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()[:32]
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+    digest = hashlib.sha256()
     for file in sorted(file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
@@ -546,9 +561,8 @@ def fingerprint(path: str | Path) -> str:
             for number in range(_BLOCKS + 1):
                 stream.seek((size - _BLOCK) * number // _BLOCKS)
                 digest.update(stream.read(_BLOCK))
-            if file.suffix == ".safetensors":
-                for tensor in _head_tensors(stream, size):
-                    digest.update(tensor)
+        for tensor in _heads(file):
+            digest.update(tensor.content())
     return digest.hexdigest()[:32]
 
 
@@ -563,16 +577,10 @@ def _cached_commit(name: str) -> str:
     return f"@{Path(file).parent.name}" if isinstance(file, str) else ""
 
 
-def _head_tensors(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """The bytes of every tensor outside the backbone in a safetensors file; none if its header is damaged."""
-    stream.seek(0)
-    length = int.from_bytes(stream.read(8), "little")
+def _heads(file: Path) -> list[Stored]:
+    """The tensors outside the backbone in a file; none if it is no safetensors file, or a damaged one."""
     try:
-        header = json.loads(stream.read(length)) if length < size else {}
-        places = [entry["data_offsets"] for name, entry in header.items() if not name.startswith(("model.", "__metadata__"))]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return
-    for start, end in places:
-        if end - start <= _HEAD_BYTES:
-            stream.seek(8 + length + start)
-            yield stream.read(end - start)
+        header = read_header(file) if file.suffix == ".safetensors" else {}
+    except DataError:
+        return []
+    return [stored for name, stored in header.items() if not name.startswith("model.") and stored.size <= _HEAD_BYTES]

@@ -32,9 +32,9 @@ from drdpo.assets.embedded import HEADS, make_prompts, make_reward_model, prompt
 from drdpo.chat import conversation_token_ids, end_of_turn_id, load_tokenizer, prompt_token_ids
 from drdpo.errors import DataError
 from drdpo.folder import read_manifest
-from drdpo.models import check_model
+from drdpo.models import check_model, read_tensors
 from drdpo.records import SPLITS, Prompt, read_rows
-from drdpo.scoring.armorm import check_folder, load_armorm, read_shapes
+from drdpo.scoring.armorm import check_folder, load_armorm
 
 # The policy
 
@@ -204,7 +204,7 @@ def test_the_folder_has_armorms_layout(tiny_policy: Path, heads_folder: Path, tm
     assert {shard for name, shard in shards.items() if name.startswith("model.")} == {SHARDS[0]}
     assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {SHARDS[1]}
     assert "lm_head.weight" not in shards
-    values = sum(torch.Size(shape).numel() for _, shape in read_shapes(folder).values())
+    values = sum(torch.Size(stored.shape).numel() for stored in read_tensors(folder).values())
     assert index["metadata"]["total_size"] == 4 * values, "all tensors of this test are float32"
     assert (folder / "README.md").read_text() == "the card\n"
 
@@ -319,7 +319,7 @@ def test_a_sharded_backbone_with_a_head_of_its_own_is_assembled(tmp_path: Path, 
     assert len(model.model.layers) == 1
     embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
     assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
-    assert not any("lm_head" in name for name in read_shapes(folder))
+    assert not any("lm_head" in name for name in read_tensors(folder))
 
 
 # The prompts

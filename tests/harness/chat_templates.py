@@ -68,6 +68,10 @@ SHAPES = {
         sentencepiece=True,
         rstrip=True,
     ),
+    "phi-4": Shape(
+        turns("'<|im_start|>' + ROLE + '<|im_sep|>'", "'<|im_end|>'", "'<|im_start|>assistant<|im_sep|>'"),
+        (*ML, "<|im_sep|>"), "<|endoftext|>",
+    ),
     "Zephyr": Shape(
         turns(r"'<|' + ROLE + '|>\n'", r"eos_token + '\n'", r"'<|assistant|>\n'"),
         ("<unk>", "<s>", "</s>"), "</s>", "<s>", sentencepiece=True,
@@ -105,6 +109,7 @@ SHAPES = {
         ML, "<|im_end|>",
     ),
     "turn end that is not special": Shape(CHATML, ("<|endoftext|>",), "<|endoftext|>", added=ML[1:]),
+    "ChatML without its tokens": Shape(CHATML, ("<|endoftext|>",), "<|endoftext|>"),
     "turns without tokens": Shape(
         turns(r"m.role | upper + ': '", r"'\n'", "'ASSISTANT:'"), ("<|endoftext|>",), "<|endoftext|>",
     ),

@@ -102,7 +102,7 @@ def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: P
     assert stop_token_ids(str(folder), tokenizer) == (2,)
 
 
-def test_prompt_and_completion_must_fit_the_model(tiny_policy: Path) -> None:
-    assert check_context(str(tiny_policy), 1024, 1024) == 2048
+def test_prompt_and_completion_must_fit_the_model() -> None:
+    assert check_context("m", 2048, 1024, 1024) == check_context("m", None, 1024, 1024) == 2048
     with pytest.raises(UsageError, match=r"need 2049 tokens, but .* has a context of 2048"):
-        check_context(str(tiny_policy), 1024, 1025)
+        check_context("m", 2048, 1024, 1025)

@@ -11,13 +11,13 @@ import torch
 from harness.reward_models import pad_right
 
 from drdpo.errors import DataError
+from drdpo.models import read_tensors
 from drdpo.scoring.armorm import (
     LLAMA3_GATING_PATTERN,
     ArmoRM,
     check_folder,
     load_armorm,
     read_layout,
-    read_shapes,
 )
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
@@ -39,7 +39,7 @@ def test_head_shapes_are_those_of_the_published_inventory(root: Path, tmp_path: 
 
 
 def test_single_file_and_shards_load_alike(published: Path, broken: Broken) -> None:
-    assert len({file for file, _ in read_shapes(published).values()}) == 4
+    assert len({stored.file for stored in read_tensors(published).values()}) == 4
     single = broken(lambda config, tensors: None)
     ids = [[128000, 9, 8, 128009, 128006, 78191, 128007, 271, 5, 6, 128009]]
     scores = [load_armorm(folder, "cpu", torch.float32)(*pad_right(ids, 0)) for folder in (published, single)]
@@ -105,10 +105,10 @@ def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published, folder)
     shard = folder / "model-00002-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"model-00002-of-00004\.safetensors: not a complete safetensors file"):
+    with pytest.raises(DataError, match=r"model-00002-of-00004\.safetensors: has \d+ bytes where"):
         load_armorm(folder, "cpu")
     shard.unlink()
-    with pytest.raises(DataError, match=r"the shard model-00002-of-00004\.safetensors .* is missing"):
+    with pytest.raises(DataError, match=r"not complete: model-00002-of-00004\.safetensors is missing"):
         load_armorm(folder, "cpu")
     (folder / "model.safetensors.index.json").unlink()
     for file in folder.glob("*.safetensors"):
@@ -116,7 +116,7 @@ def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no weights"):
         load_armorm(folder, "cpu")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(DataError, match=r"pickled weights \(pytorch_model\.bin\)"):
+    with pytest.raises(DataError, match=r"pickled \(pytorch_model\.bin\)"):
         load_armorm(folder, "cpu")
     (folder / "config.json").write_text('{"num_objectives": 1')
     with pytest.raises(DataError, match=r"config\.json: not JSON"):

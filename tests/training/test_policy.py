@@ -1,5 +1,6 @@
 """Loading a policy: dropout is off in training mode or the model is refused; attention that cannot be packed is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,10 @@ def test_a_generation_config_that_transformers_reads_and_does_not_write_is_copie
     _write_model(policy, policy.language_model.state_dict(), load_tokenizer(str(folder)), saved, lora, "")
     assert (saved / "generation_config.json").read_text() == text
     assert check_model(str(saved)).tensors == 20
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | json.loads(text)))
+    with pytest.raises(DataError, match=r"config\.json contains settings of generation.*move them to a generation_config"):
+        load_policy(str(folder), torch.float32, "shared_prefix", False)
 
 
 def test_dropout_that_cannot_be_switched_off_and_attention_that_cannot_be_packed_are_refused(tmp_path):

@@ -25,7 +25,7 @@ from typing import Any
 
 from drdpo.errors import DataError
 from drdpo.folder import atomic_folder, read_json_object, read_manifest, write_manifest
-from drdpo.models import fingerprint
+from drdpo.models import INDEX, fingerprint
 from drdpo.records import SPLITS, Prompt, check_unique, read_records, read_rows, write_records
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -39,7 +39,6 @@ CONVERSION = 1
 LAYOUT = 1
 """Increased when the assembly of the reward model changes, so that setup assembles it again."""
 
-INDEX = "model.safetensors.index.json"
 BOS_ID, EOS_ID = 1, 2
 
 CARD = """---

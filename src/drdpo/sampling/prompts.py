@@ -117,20 +117,12 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
-def check_context(model_path: str, prompt_max_len: int, max_new_tokens: int) -> int:
+def check_context(model_path: str, context: int | None, prompt_max_len: int, max_new_tokens: int) -> int:
     """Largest number of tokens of a prompt with its completion.
 
     Raises:
-        UsageError: the model has a shorter context.
-        DataError: the model's config cannot be read.
+        UsageError: the model has a shorter `context`.
     """
-    from transformers import AutoConfig
-
-    try:
-        config: Any = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{model_path}: the model's config cannot be read ({str(error).strip().splitlines()[0]})") from error
-    context = getattr(config, "max_position_embeddings", None)
     need = prompt_max_len + max_new_tokens
     if context is not None and need > context:
         raise UsageError(

@@ -212,12 +212,18 @@ def load_policy(
         if checked != attention:
             model.set_attn_implementation(attention)
         own = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-        if own is None:
-            model.generation_config.validate(strict=True)  # made of config.json
     except KeyError as error:
         raise DataError(f"{path}: the model knows no attention called {error}; pass --packing=false") from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({one_line(str(error), 300)})") from error
+    try:
+        if own is None:
+            model.generation_config.validate(strict=True)  # made of config.json, and written with every checkpoint
+    except ValueError as error:
+        raise DataError(
+            f"{path}: config.json contains settings of generation that transformers refuses to write; move them to a "
+            f"generation_config.json, which is copied ({one_line(str(error), 200)})"
+        ) from error
     set_recomputation(model, ALL_LAYERS if gradient_checkpointing else 0)
     policy = Policy(model, second_derivative)
     policy.generation_config = None if own is None else Path(own).read_bytes()

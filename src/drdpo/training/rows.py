@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drdpo.config.training import DataSettings
-from drdpo.errors import DataError, one_line
+from drdpo.errors import DataError, reason
 from drdpo.records import Preference, read_rows
 from drdpo.training.losses import TOKENS
 
@@ -196,8 +196,7 @@ def _stored_splits(data: DataSettings) -> Mapping[str, Any]:
         return datasets.load_dataset(data.path, data.config)
     except Exception as error:
         # The hub client raises errors of a dozen libraries; all of them mean that there is no data.
-        reason = one_line(str(error), 300) or type(error).__name__
-        which = "; pass --dataset_config=NAME" if "onfig name is missing" in reason else ""
+        which = "; pass --dataset_config=NAME" if "onfig name is missing" in str(error) else ""
         raise DataError(
-            f"{data.path}: neither a folder of preferences nor a data set of the hub ({reason}){which}"
+            f"{data.path}: neither a folder of preferences nor a data set of the hub ({reason(error)}){which}"
         ) from error
