@@ -87,9 +87,8 @@ for mixture in $mixtures; do
             runs+=("$method=$output_path/$mixture/${method}_seed_$seed/completions")
         done
     done
-    read -ra pair <<<"${objectives[$mixture]}"
     part "$mixture" "$needs" step python "$ROOT/src/evaluate_armorm.py" --runs "${runs[@]}" \
-        --output_path="$output_path/$mixture/report" --trained_on "${pair[@]}" --sweep "${pair[@]}"
+        --output_path="$output_path/$mixture/report"
     reports+=("$mixture=$output_path/$mixture/report")
 done
 part report "$mixtures" step python "$ROOT/src/compare_mixtures.py" --reports "${reports[@]}" --output_path="$output_path"

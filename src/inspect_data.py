@@ -1,4 +1,4 @@
-"""Print what a file or folder holds, with samples and dropped rows; draw histograms."""
+"""Print what a file or folder holds, with samples and dropped rows."""
 
 from drdpo.cli import run_step
 from drdpo.config import InspectConfig

@@ -15,7 +15,7 @@ candidates of a packed row.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from drdpo import chat
+from drdpo import chat, distributed
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, read_manifest
 from drdpo.models import fingerprint
+from drdpo.progress import progress
 from drdpo.records import Completion, Message, check_unique, read_records
 
 if TYPE_CHECKING:
+    import torch
+
     from drdpo.kernels.packed_attention import PackedRow
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -86,12 +89,10 @@ class Candidates:
     """Of N prompts, each with two candidates or more."""
 
     path: Path
-    prompt_ids: list[int]
-    sample_ids: list[list[int]]
+    drawn: list[list[Completion]]
+    """The candidates of every prompt."""
     prompts: list[list[int]]
     """Token ids."""
-    answers: list[list[list[int]]]
-    """Token ids of every candidate of every prompt, as sampled."""
     scores_NKO: Array
     """NaN where a prompt has fewer candidates: its objectives, then the mixtures of their z-scores."""
     objectives: list[str]
@@ -105,6 +106,29 @@ class Candidates:
     def names(self) -> list[str]:
         """Of the O kinds of score."""
         return [*self.objectives, *self.mixtures]
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        """[N]"""
+        return [of_prompt[0].prompt_id for of_prompt in self.drawn]
+
+    @cached_property
+    def sample_ids(self) -> list[list[int]]:
+        """Of every candidate of every prompt."""
+        return [[row.sample_id for row in of_prompt] for of_prompt in self.drawn]
+
+    @cached_property
+    def answers(self) -> list[list[list[int]]]:
+        """Token ids of every candidate of every prompt, as sampled."""
+        return [[row.token_ids for row in of_prompt] for of_prompt in self.drawn]
+
+    def read_alike(self, tokenizer: chat.Tokenizer) -> bool:
+        """Does a tokenizer give these prompts and answers the same tokens?"""
+        try:
+            same = self.prompts == [chat.prompt_token_ids(tokenizer, of_prompt[0].prompt) for of_prompt in self.drawn]
+        except ValueError:  # Its template refuses one.
+            return False
+        return same and all(_spells(tokenizer, row) for of_prompt in self.drawn for row in of_prompt)
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
@@ -137,7 +161,29 @@ class Candidates:
         table_NK[tuple(np.array(self.places).T)] = values_C
         return table_NK
 
-    def rows(self, budget: int = ROW_TOKENS) -> "list[CandidateRow]":
+    def logprobs(self, of_row: "Callable[[CandidateRow], torch.Tensor]", row_tokens: int, label: str) -> "torch.Tensor":
+        """[C] float32 on the CPU: log-probs of all candidates. Every rank must call.
+
+        Args:
+            of_row: [S] log-probs of a row. Rows do not depend on the ranks, so neither do its roundings.
+            row_tokens: of a packed row.
+            label: for the progress bar.
+        """
+        import torch
+
+        rows = self.rows(row_tokens)
+        # All ranks make equally many forward passes, in which ZeRO-3 gathers weights; what is done twice has the same bits.
+        rows += rows[:1] * (-len(rows) % distributed.world_size())
+        ours, found = distributed.shard(rows), []
+        for row in progress(ours, desc=label, unit="row", leave=False, disable=not distributed.is_main()):
+            logprob_S = of_row(row).double()
+            found.append(torch.stack([torch.tensor(row.indices_S, device=logprob_S.device).double(), logprob_S], dim=1))
+        table_K2 = distributed.gather(torch.cat(found)).cpu()
+        logprobs_C = torch.full((len(self.places),), float("nan"))
+        logprobs_C[table_K2[:, 0].long()] = table_K2[:, 1].float()
+        return logprobs_C
+
+    def rows(self, budget: int) -> "list[CandidateRow]":
         """All candidates in packed rows, each prompt once for those in a row; a function of the candidates and the budget.
 
         Args:
@@ -273,17 +319,20 @@ def load_candidates(
     mixed = [_mixed(path, scores_NKO, objectives, units, *mixture) for mixture in mixtures.items()]
     omitted = f"{len(lone)} prompts with one completion were omitted; " if lone else ""
     return Candidates(
-        path, kept, [[row.sample_id for row in of_prompt] for of_prompt in found], ids,
-        [[row.token_ids for row in of_prompt] for of_prompt in found], np.concatenate([scores_NKO, *mixed], axis=2),
-        objectives, list(mixtures), units, (omitted + _drawn_otherwise(made_by, tokenizer.name_or_path)).removesuffix("; "),
+        path, found, ids, np.concatenate([scores_NKO, *mixed], axis=2), objectives, list(mixtures), units,
+        (omitted + _drawn_otherwise(made_by, tokenizer.name_or_path)).removesuffix("; "),
     )  # fmt: skip
+
+
+def _spells(tokenizer: chat.Tokenizer, row: Completion) -> bool:
+    known = max(row.token_ids) < len(tokenizer)
+    return known and chat.decode(tokenizer, row.token_ids) == row.completion[0]["content"].strip()
 
 
 def _check_tokens(path: Path, number: int, row: Completion, tokenizer: chat.Tokenizer) -> None:
     if not row.token_ids:
         raise DataError(f'{path}, row {number}: field "token_ids" is empty, and log-probs are of the tokens as sampled')
-    known = max(row.token_ids) < len(tokenizer)
-    if not known or chat.decode(tokenizer, row.token_ids) != row.completion[0]["content"].strip():
+    if not _spells(tokenizer, row):
         raise DataError(
             f'{path}, row {number}: field "token_ids" does not spell the completion in the tokenizer of '
             f"{tokenizer.name_or_path}: another model drew it; pass completions of the starting model"

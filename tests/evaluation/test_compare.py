@@ -1,10 +1,8 @@
-"""evaluate_armorm on fabricated folders: hand-computed means, gains, pairs, seeds and sweeps; joins by id; clear errors."""
+"""evaluate_armorm on fabricated folders: hand-computed means, gains, pairs and seeds; joins by id; clear errors."""
 
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ Scores = dict[int, list[dict[str, float]]]
 """{prompt_id: scores of its completions}"""
 
 H, C = "helpsteer-helpfulness", "helpsteer-coherence"
-SWEEP = ["helpsteer_helpfulness", "helpsteer_coherence"]
 
 
 def rows_of(scores: Scores, token_ids: tuple[int, ...] = (1, 2, 3, 4), finish: str = "stop") -> list[dict[str, Any]]:
@@ -141,7 +138,7 @@ def test_win_rate_counts_ties_half(tmp_path: Path) -> None:
     assert math.isnan(table(output).loc[("run", "ArmoRM"), "gain_sd"])
 
 
-def test_seeds_of_a_run_are_averaged_and_their_spread_shown(tmp_path: Path) -> None:
+def test_seeds_of_a_run_are_averaged(tmp_path: Path) -> None:
     # Seeds one and three higher than the base on every prompt; the first has a prompt more.
     columns = {"base": [-1.0, 1.0], "s1": [0.0, 2.0, 50.0], "s2": [2.0, 4.0]}
     folders = {name: write_run(tmp_path / name, {H: values}) for name, values in columns.items()}
@@ -150,8 +147,6 @@ def test_seeds_of_a_run_are_averaged_and_their_spread_shown(tmp_path: Path) -> N
     assert (row["prompts"], row["mean"], row["gain_sd"]) == (2, pytest.approx(2.0), pytest.approx(2.0))
     # Gains 1 and 3 on every prompt: t(1) = 12.7062 times sqrt(2 / 2).
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((2 - 12.7062, 2 + 12.7062))
-    # Seed means 1 and 3, sd sqrt(2).
-    assert "| `helpsteer_helpfulness` | 1.0000 | 3.0000 | 1.4142 |" in report_of(output)
     assert "| dpo, seed 2 |" in report_of(output)
 
 
@@ -212,35 +207,27 @@ def test_runs_of_two_mixtures_have_no_gain_in_one(tmp_path: Path) -> None:
     assert "trained_mixture" not in json.loads((output / "manifest.json").read_text())["evaluate_armorm"]
 
 
+def test_a_mixture_that_the_reward_model_does_not_score_has_no_gain(tmp_path: Path) -> None:
+    base, run = (write_run(tmp_path / name, {H: [-1.0, 1.0]}) for name in ("base", "run"))
+    record_training(tmp_path, run, {H: 0.5, C: 0.5})
+    text = report_of(evaluate(tmp_path, [f"base={base}", f"run={run}"]))
+    assert "trained mixture" not in text
+    assert "Training used `helpsteer_helpfulness`, `helpsteer_coherence`" in text
+
+
 def test_unseen_objectives_are_marked_from_the_manifests(tmp_path: Path) -> None:
     base = write_run(tmp_path / "base", {H: [-1.0, 1.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]})
     run = write_run(tmp_path / "run", {H: [0.0, 2.0], C: [1.0, 3.0], "ArmoRM": [1.0, 1.0]})
     record_training(tmp_path, run, {H: 1.0})
-    text = report_of(evaluate(tmp_path, [f"base={base}", f"run={run}"]))
+    output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
+    text = report_of(output)
     assert "| `helpsteer_coherence` *unseen* | +2.000 [+2.000, +2.000] |" in text
     assert "| `helpsteer_helpfulness` | +1.000 [+1.000, +1.000] |" in text
     assert "| `ArmoRM` | " in text
     # Of both objectives, without the gated score.
     assert "| mean of all (2) | +1.500 [+1.500, +1.500] |" in text
     assert "| worst of all (2) | +1.000 [+1.000, +1.000] |" in text
-    given = evaluate(tmp_path, [f"base={base}", f"run={run}"], trained_on=["helpsteer_coherence"])
-    assert "`helpsteer_helpfulness` *unseen*" in report_of(given)
-    assert "(unseen)" in (given / "spider.svg").read_text(encoding="utf-8")
-
-
-def test_sweep_by_hand(tmp_path: Path) -> None:
-    base = write_run(tmp_path / "base", {H: [-2.0, 2.0], C: [-1.0, 1.0]})
-    # Gains: (2 / sd 2) = 1 in r1, -1 in r2: alpha - (1 - alpha) = 2 alpha - 1.
-    run = write_run(tmp_path / "run", {H: [0.0, 4.0], C: [-2.0, 0.0]})
-    arguments = [f"base={base}", f"run={run}"]
-    output = evaluate(tmp_path, arguments, sweep=SWEEP)
-    assert dict(table(output, "alpha").loc["run", "gain"]) == pytest.approx({k / 10: 2 * k / 10 - 1 for k in range(11)})
-    assert (output / "alpha.png").read_bytes().startswith(b"\x89PNG")
-    assert "](alpha.png)" in report_of(output)
-    # A newer report without the sweep keeps no plot of the older one.
-    evaluate(tmp_path, arguments)
-    assert not (output / "alpha.png").exists()
-    assert "alpha.png" not in report_of(output)
+    assert "(unseen)" in (output / "spider.svg").read_text(encoding="utf-8")
 
 
 def test_length_and_repetition(tmp_path: Path) -> None:
@@ -260,14 +247,11 @@ def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str])
     (dpo / "sampled").mkdir()
     (trained / "manifest.json").write_text('{"train": {"made_by": {"method": "KLDPO (kldpo_tau=0.05)"}}}')
     record = {"made_by": {"temperature": 0.7, "seed": 42}, "model_path": str(trained / "global_step_3")}
-    record |= {"versions": {"vllm": "1.2.3"}, "commit": "abc", "prompts": "datasets/some_prompts"}
     (dpo / "sampled" / "manifest.json").write_text(json.dumps({"sample_test": record}))
-    scored = {"made_by": {"reward_model": "f00d"}, "versions": {}, "commit": "abc", "reward_model": "models/RM"}
-    (dpo / "manifest.json").write_text(json.dumps({"score_test": scored}))
+    (dpo / "manifest.json").write_text(json.dumps({"score_test": {"made_by": {"reward_model": "f00d"}}}))
     text = report_of(evaluate(tmp_path, two_runs))
     assert "KLDPO (kldpo_tau=0.05), beta=0.01, seed=7" in text
-    for fact in ("global_step_3", "datasets/some_prompts", "models/RM", "f00d", "1.2.3"):
-        assert fact in text
+    assert "global_step_3" in text
     assert f"{base / 'manifest.json'} has no record of score_test" in text
     # base: 2 prompts, none left out; dpo: 3, one left out.
     assert "| 4 | 2 | 0 |" in text
@@ -357,10 +341,6 @@ def broken_run(folder: Path, case: str) -> Path:
         ("one run", {"objectives": ["helpsteer_charm"]}, UsageError, "unknown objective 'helpsteer_charm'"),
         ("one run", {"objectives": ["ultrafeedback_verbosity"]}, UsageError, "no such head"),
         ("one run", {"objectives": ["ArmoRM"]}, DataError, r"run a .* has no scores of ArmoRM"),
-        ("one run", {"trained_on": ["charm"]}, UsageError, "unknown objective 'charm'"),
-        ("one run", {"sweep": SWEEP}, UsageError, "--sweep compares runs with a base"),
-        ("fine", {"sweep": SWEEP}, UsageError, "--sweep: all scores of a are equal in helpsteer-coherence"),
-        ("fine", {"sweep": [SWEEP[0], H]}, UsageError, "names one objective twice"),
         ("no common objective", {}, DataError, "share no objective: a has helpsteer_helpfulness, .*; b has my_own"),
         ("no common prompt", {}, DataError, "the runs a, b have no prompt_id in common"),
         ("unscored", {}, DataError, r'test.jsonl, row 2: field "scores" is missing'),
@@ -398,12 +378,6 @@ def test_errors(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [{"sweep": ["one"]}, {"sweep": ["one", "one"]}, {"sweep_trained_at": 1.5}])
-def test_refused_flags(flags: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--sweep"):
-        EvaluateConfig(runs=["a=b"], output_path="x", **flags)
-
-
 def test_a_failed_report_leaves_the_old_one(tmp_path: Path, two_runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     output = evaluate(tmp_path, two_runs)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -418,13 +392,3 @@ def test_a_failed_report_leaves_the_old_one(tmp_path: Path, two_runs: list[str],
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-def test_command_line(root: Path, tmp_path: Path, two_runs: list[str]) -> None:
-    script = [sys.executable, str(root / "src" / "evaluate_armorm.py"), "--runs", *two_runs]
-    done = subprocess.run([*script, f"--output_path={tmp_path / 'out'}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "report.md").is_file()
-    wrong = subprocess.run([*script, "--output_path=x", "--boot=3"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "--boot=3" in wrong.stderr

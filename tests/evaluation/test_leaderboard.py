@@ -506,11 +506,8 @@ def test_what_the_model_does_not_see_is_counted(tiny_policy: Path, tasks: Path, 
 
 
 @pytest.mark.slow
-def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_path: Path) -> None:
-    """bash openllm_eval.slurm on the embedded model against lm_eval.simple_evaluate; then a second run, which skips."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
+def test_the_wrapper_runs_and_skips(root: Path, smollm: Path, tasks: Path, tmp_path: Path) -> None:
+    """bash openllm_eval.slurm on the embedded model; then a second run, which skips."""
     command = [
         "bash", str(root / "openllm_eval.slurm"), f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}",
         "--max_gen_toks=8", "--batch_size=4", "--limit=3", "--dtype=float32",
@@ -520,23 +517,6 @@ def test_wrapper_equals_the_harness(root: Path, smollm: Path, tasks: Path, tmp_p
     assert done.returncode == 0, done.stderr
     output = tmp_path / "outputs" / "openllm" / smollm.name
     ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    direct = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(smollm), "dtype": "float32", "chat_template_args": {"date_string": DATE_STRING}},
-        tasks=["tiny"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        batch_size=4,
-        device="cpu",
-        limit=3,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
-        gen_kwargs={"max_gen_toks": 8},
-    )
-    assert direct is not None
-    for task in ("tiny_choice", "tiny_generation"):
-        numbers = {key: value for key, value in direct["results"][task].items() if "," in key}
-        assert numbers
-        assert {key: ours["results"][task][key] for key in numbers} == numbers
     assert ours["n-samples"]["tiny_choice"] == {"original": 4, "effective": 3}
     table = (output / "table.md").read_text(encoding="utf-8")
     assert f"| tiny_choice | 0 | 3 | acc | {ours['results']['tiny_choice']['acc,none']:.4f} |" in table

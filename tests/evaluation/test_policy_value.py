@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from drdpo.errors import DataError
 from drdpo.evaluation import policy_value
 from drdpo.evaluation.policy_value import answer_logprobs, evaluate_policy, policy_values
 from drdpo.models import fingerprint
+from drdpo.records import Completion, read_records
 from drdpo.sampling.engines import EngineSettings, Request, Sampling, TransformersEngine
 
 NAN = float("nan")
@@ -28,9 +30,9 @@ def candidates_of(prompts: list[list[int]], answers: list[list[list[int]]], scor
     scores_NKO = np.full((len(prompts), max(map(len, answers)), 1), NAN)
     for n, row in enumerate(scores):
         scores_NKO[n, : len(row), 0] = row
-    ids = [list(range(len(row))) for row in answers]
+    drawn = [[Completion(n, k, [], [], ids, "stop", {}) for k, ids in enumerate(row)] for n, row in enumerate(answers)]
     units = {"x": float(np.nanstd(scores_NKO))}
-    return Candidates(Path("-"), list(range(len(prompts))), ids, prompts, answers, scores_NKO, ["x"], [], units, "")
+    return Candidates(Path("-"), drawn, prompts, scores_NKO, ["x"], [], units, "")
 
 
 # The estimate ------------------------------------------------------------------------------------------------------------
@@ -135,14 +137,16 @@ def test_gains_are_paired_over_prompts_and_seeds() -> None:
     found = policy_values(candidates, {"a": [one], "same": [one], "seeds": [one, two]}, 2.0, 400, 0)
     unit = scores.std()
     ours = [float(values(table, candidates.scores_NKO)[0].mean()) for table in (one, two)]
-    assert found["a"].gains["x"].value == pytest.approx((ours[0] - scores.mean()) / unit)
-    assert found["seeds"].gains["x"].value == pytest.approx((sum(ours) / 2 - scores.mean()) / unit)
-    assert found["a"].against_first == {}
-    same, seeds = (found[name].against_first["x"] for name in ("same", "seeds"))
+    assert found["a"].gains_sd["x"].value == pytest.approx((ours[0] - scores.mean()) / unit)
+    assert found["seeds"].gains_sd["x"].value == pytest.approx((sum(ours) / 2 - scores.mean()) / unit)
+    assert found["a"].against_first_sd == {}
+    same, seeds = (found[name].against_first_sd["x"] for name in ("same", "seeds"))
     assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0))
     assert seeds.value == pytest.approx((ours[1] - ours[0]) / 2 / unit) and seeds.low < seeds.value < seeds.high
     sizes_N = values(one, candidates.scores_NKO)[1]
-    assert found["a"].ess == pytest.approx(sizes_N.mean()) and found["a"].few == pytest.approx((sizes_N < 2).mean())
+    assert found["a"].ess == pytest.approx(sizes_N.mean()) and found["a"].share_below_min_ess == pytest.approx(
+        (sizes_N < 2).mean()
+    )
 
 
 # Files -------------------------------------------------------------------------------------------------------------------
@@ -212,7 +216,10 @@ def test_the_report_and_its_cached_log_probs(
         policies=[f"start={tiny_policy}", f"moved={tmp_path / 'moved'}"], output_path=str(tmp_path / "out"),
         mixtures=["m=x:0.5,y:0.5"],
     )  # fmt: skip
+    read = Mock(wraps=read_records)
+    monkeypatch.setattr("drdpo.candidates.read_records", read)
     evaluate_policy(config)
+    assert read.call_count == 1, "once for all policies"
     found = json.loads((tmp_path / "out" / "value.json").read_text())["policies"]
     assert found["start"]["gains_sd"]["m"] == {"value": 0, "low": 0, "high": 0} and found["start"]["against_first_sd"] == {}
     assert found["start"]["ess"] == pytest.approx(3) and found["start"]["share_below_min_ess"] == 0

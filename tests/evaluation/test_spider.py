@@ -34,7 +34,7 @@ def fabricate(names: list[str], objectives: list[str], shift: float = 0.1) -> li
 def test_every_size_is_drawn(objectives: int, runs: int) -> None:
     names = [*ARMORM_OBJECTIVES, GATED_SCORE][:objectives]
     fabricated = fabricate(["base", "dpo", "kldpo", "wdpo", "drdpo"][:runs], names)
-    files = draw_spider(fabricated, compare(fabricated, names, list(range(12)), 100, 0))
+    files = draw_spider(fabricated, compare(fabricated, names, list(range(12)), 100, 0, [], {}))
     # matplotlib notes every text of an svg in a comment.
     svg = files["spider.svg"].decode()
     assert svg.count("<!-- base -->") >= 1
@@ -50,7 +50,7 @@ def test_an_objective_without_spread_has_no_gain_axis() -> None:
     runs = fabricate(["base", "dpo"], names)
     runs[0].completions[names[0]] = 1.0
     runs[0].scores[names[0]] = 1.0
-    comparison = compare(runs, names, list(range(12)), 100, 0)
+    comparison = compare(runs, names, list(range(12)), 100, 0, [], {})
     assert set(comparison.gains["dpo"]) == set(names[1:])
     svg = draw_spider(runs, comparison)["spider.svg"].decode()
     assert svg.count("helpfulness") < svg.count("correctness")

@@ -23,26 +23,12 @@ class EvaluateConfig:
         "folder for report.md, report.html, CSV files and, from three objectives on, spider.png and spider.svg"
     )
     objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
-    trained_on: list[str] = flag(
-        "objectives that training used; others are marked unseen (default: those recorded in the manifests of the pairs)",
-        [],
-    )
-    sweep: list[str] = flag(
-        "two objectives r1 r2: also evaluate the mixtures alpha r1 + (1 - alpha) r2 for alpha from 0 to 1",
-        [],
-    )
-    sweep_trained_at: float = flag("alpha used in training, marked in the plot of --sweep", 0.5, at_least=0, at_most=1)
     split: Literal["test", "train"] = flag("split to evaluate", "test")
     bootstrap: int = flag("bootstrap samples for confidence intervals", 2000, at_least=100)
     seed: int = flag("seed of the bootstrap", 42, at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require(
-            not self.sweep or len(set(self.sweep)) == len(self.sweep) == 2,
-            f"--sweep {' '.join(self.sweep)}: pass two different objectives, e.g. --sweep helpsteer_helpfulness "
-            "helpsteer_coherence",
-        )
 
 
 @dataclass(frozen=True)
@@ -155,23 +141,20 @@ class CompareOpenllmConfig:
 
     runs: list[str] = flag(
         "NAME=FOLDER arguments, output folders of openllm_eval.slurm; GROUP/NAME=FOLDER tabulates each group separately, "
-        "e.g. 1B/base=outputs/openllm/base"
+        "1B, 3B and 8B with the published numbers, e.g. 1B/base=outputs/openllm/base"
     )
     output_path: str = flag("folder for report.md, report.html and leaderboard.csv")
-    published: Literal["auto", "none", "1B", "3B", "8B"] = flag(
-        "model size whose published numbers to show; auto uses the GROUP names", "auto"
-    )
 
 
 @dataclass(frozen=True)
 class CompareMixturesConfig:
     """Compare the gains of several training mixtures with the published ones."""
 
-    reports: list[str] = flag("NAME=FOLDER arguments, output folders of evaluate_armorm.py, one per training mixture")
-    output_path: str = flag("folder for report.md, report.html, spiders.png and spiders.svg")
-    published: bool = flag(
-        "show the published numbers of mixtures named like the authors' (e.g. helpfulness_coherence)", True
+    reports: list[str] = flag(
+        "NAME=FOLDER arguments, output folders of evaluate_armorm.py, one per training mixture; with the published numbers "
+        "if it is named like the authors', e.g. helpfulness_coherence"
     )
+    output_path: str = flag("folder for report.md, report.html, spiders.png and spiders.svg")
 
 
 # Flags of src/check_model.py, src/inspect_data.py and src/show_run.py.
@@ -186,12 +169,11 @@ class CheckModelConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Tables, samples and histograms of the data of any step."""
+    """Tables and samples of the data of any step."""
 
     path: str = positional("folder or JSON-lines file of prompts, completions, preference pairs or rejected rows")
     samples: int = flag("rows to print per file", 3, at_least=0)
     seed: int = flag("seed for choosing these rows", 42, at_least=0, below=2**32)
-    output_path: str | None = flag("PNG file for the histograms (default: outputs/inspection/<path>.png)", None)
 
     def __post_init__(self) -> None:
         check_bounds(self)

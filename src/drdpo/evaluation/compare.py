@@ -1,16 +1,14 @@
 """Step 4a: report.md and its tables for one or more scored runs, with gains over the first."""
 
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
-from drdpo.cli import require
 from drdpo.config.evaluation import EvaluateConfig
 from drdpo.evaluation.report import Change, csv_text, differences, interval, markdown_table, text_table, write_report
 from drdpo.evaluation.runs import (
-    MAY_DIFFER,
     Provenance,
     ScoredRun,
     choose_objectives,
@@ -19,11 +17,9 @@ from drdpo.evaluation.runs import (
     parse_runs,
     pool_seeds,
     read_provenance,
-    resolve_objectives,
 )
-from drdpo.evaluation.spider import draw_spider, draw_sweep
-from drdpo.evaluation.statistics import ALPHAS, MIXTURE, Comparison, Estimate, compare
-from drdpo.folder import git_commit, versions
+from drdpo.evaluation.spider import draw_spider
+from drdpo.evaluation.statistics import MIXTURE, Comparison, compare
 from drdpo.models import fingerprint
 from drdpo.objectives import GATED_SCORE, flag_name
 from drdpo.records import Completion, read_records
@@ -38,12 +34,12 @@ _CHANGES = 12
 """Prompts that report.html shows with their answers."""
 _ENOUGH_SEEDS = 5
 """With fewer the spread over seeds is hardly known."""
-_OPTIONAL = ("spider.png", "spider.svg", "pairs.csv", "alpha.csv", "alpha.png", "alpha.svg")
+_OPTIONAL = ("spider.png", "spider.svg", "pairs.csv")
 
 
 def evaluate_armorm(config: EvaluateConfig) -> None:
     """Write report.md and scores.csv to the output folder and print the table; for three objectives also spider.png and
-    .svg, for several runs pairs.csv, with --sweep alpha.csv, alpha.png and .svg.
+    .svg, for several runs pairs.csv.
 
     Runs are joined by prompt_id. Means are over all prompts of a run, gains and win rates over the prompts that all share.
 
@@ -57,8 +53,7 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     """
     folders = parse_runs(config.runs)
     runs = [pool_seeds(name, [load_run(name, place, config.split) for place in places]) for name, places in folders.items()]
-    swept = _swept(config, runs)
-    objectives = list(dict.fromkeys([*choose_objectives(runs, config.objectives), *swept]))
+    objectives = choose_objectives(runs, config.objectives)
     provenances = {
         name if len(places) == 1 else f"{name}, seed {number}": read_provenance(place, config.split)
         for name, places in folders.items()
@@ -70,13 +65,10 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
         common_prompts(runs),
         config.bootstrap,
         config.seed,
-        _trained_on(config, runs, provenances),
-        swept or None,
+        list(dict.fromkeys(name for provenance in provenances.values() for name in provenance.mixture)),
         _mixture(provenances),
     )
     files = _tables(runs, comparison) | draw_spider(runs, comparison)
-    if swept:
-        files |= draw_sweep(comparison, config.sweep, config.sweep_trained_at, runs[0].name)
     files["report.md"] = armorm_report(config, runs, comparison, provenances, "spider.png" in files)
     inputs = {name: [fingerprint(place / f"{config.split}.jsonl") for place in places] for name, places in folders.items()}
     facts: dict[str, object] = {
@@ -89,35 +81,9 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     changes = _changes(runs, comparison, config.split)
     write_report(output, "evaluate_armorm", config, inputs, files, _OPTIONAL, changes, **facts)
     print(_terminal_table(runs, comparison))
-    for line in [*_unlike(provenances), *(note for p in provenances.values() for note in p.notes)]:
+    for line in [*_unlike(provenances), *_notes(provenances)]:
         print(f"note: {line}")
     print(f"report: {output / 'report.md'}")
-
-
-def _swept(config: EvaluateConfig, runs: list[ScoredRun]) -> list[str]:
-    """The two objectives of --sweep by their own names; empty without it.
-
-    Raises:
-        UsageError: there is only one run, the two are one objective, or the base's scores in one are all equal.
-        DataError: a run lacks one of them.
-    """
-    if not config.sweep:
-        return []
-    require(len(runs) > 1, "--sweep compares runs with a base; pass at least two --runs")
-    names = choose_objectives(runs, config.sweep)
-    require(len(names) == 2, f"--sweep {' '.join(config.sweep)} names one objective twice")
-    for name in names:
-        require(
-            runs[0].sd(name) > 0, f"--sweep: all scores of {runs[0].name} are equal in {name}; pass an objective that varies"
-        )
-    return names
-
-
-def _trained_on(config: EvaluateConfig, runs: list[ScoredRun], provenances: dict[str, Provenance]) -> list[str]:
-    """The objectives that training used: --trained_on, else those recorded in the manifests."""
-    if config.trained_on:
-        return resolve_objectives(runs, config.trained_on)
-    return list(dict.fromkeys(name for p in provenances.values() for name in p.mixture))
 
 
 def _mixture(provenances: dict[str, Provenance]) -> dict[str, float]:
@@ -131,8 +97,12 @@ def _unlike(provenances: dict[str, Provenance]) -> list[str]:
     return [
         line
         for step in ("sampling", "scoring")
-        for line in differences(step, {r: p.made_by(step) for r, p in provenances.items() if step in p.records}, MAY_DIFFER)
+        for line in differences(step, {run: p.made_by[step] for run, p in provenances.items() if step in p.made_by})
     ]
+
+
+def _notes(provenances: dict[str, Provenance]) -> list[str]:
+    return [note for provenance in provenances.values() for note in provenance.notes]
 
 
 def _changes(runs: list[ScoredRun], comparison: Comparison, split: str) -> list[Change]:
@@ -168,28 +138,17 @@ def _tables(runs: list[ScoredRun], comparison: Comparison) -> dict[str, str | by
     for run in runs:
         for name in comparison.objectives:
             gain = comparison.gains.get(run.name, {}).get(name)
-            numbers = [paired, *_numbers(gain)] if gain else [""] * 4
+            numbers = [paired, *astuple(gain)] if gain else [""] * 4
             scores.append([run.name, name, len(run.prompts), run.mean(name), run.sd(name), *numbers])
     files: dict[str, str | bytes] = {"scores.csv": csv_text(SCORES, scores)}
     if len(runs) > 1:
         pairs = [
-            [run, against, name, paired, *(_numbers(d.gain) if d.gain else [""] * 3), *_numbers(d.win_rate)]
+            [run, against, name, paired, *(astuple(d.gain) if d.gain else [""] * 3), *astuple(d.win_rate)]
             for (run, against), by_name in comparison.pairs.items()
             for name, d in by_name.items()
         ]
         files["pairs.csv"] = csv_text(PAIRS, pairs)
-    if comparison.sweep:
-        sweep = [
-            [run, alpha, *_numbers(gain)]
-            for run, gains in comparison.sweep.items()
-            for alpha, gain in zip(ALPHAS, gains, strict=True)
-        ]
-        files["alpha.csv"] = csv_text(("run", "alpha", "gain", "ci_low", "ci_high"), sweep)
     return files
-
-
-def _numbers(estimate: Estimate) -> list[float | None]:
-    return [estimate.value, estimate.low, estimate.high]
 
 
 def _terminal_table(runs: list[ScoredRun], comparison: Comparison) -> str:
@@ -200,7 +159,7 @@ def _terminal_table(runs: list[ScoredRun], comparison: Comparison) -> str:
         [flag_name(name), *(f"{run.mean(name):.4f}" for run in runs), *(_gain(comparison, run, name) for run in others)]
         for name in comparison.objectives
     ]
-    if others and MIXTURE in comparison.summaries[others[0].name]:
+    if others and comparison.mixture:
         gains = [interval(comparison.summaries[run.name][MIXTURE], "{:+.3f}") for run in others]
         rows.append([MIXTURE, *[""] * len(runs), *gains])
     return text_table(header, rows)
@@ -231,11 +190,10 @@ def armorm_report(
     parts += [f"> **Not a like-for-like comparison:** {line}" for line in _unlike(provenances)]
     parts += ["![Mean scores and gains](spider.png)"] if pictured else []
     parts += ["## Runs", _runs_table(runs, comparison, provenances)]
+    parts += ["\n".join(f"* {note}" for note in notes)] if (notes := _notes(provenances)) else []
     if others:
         parts += _gain_sections(base, others, comparison) + _win_sections(base, others, comparison)
         parts += _pair_sections(runs, comparison)
-    if comparison.sweep:
-        parts += _sweep_sections(config, base.name)
     parts += [
         "## Mean scores",
         "Mean over prompts of each prompt's mean score, on the reward model's own scales.",
@@ -244,9 +202,7 @@ def armorm_report(
             [[f"`{flag_name(name)}`", *(f"{run.mean(name):.4f}" for run in runs)] for name in comparison.objectives],
         ),
     ]
-    parts += _seed_sections(runs, comparison.objectives)
     parts += _answer_sections(runs, comparison)
-    parts += ["## How the runs were made", *_provenance_sections(provenances)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -297,19 +253,17 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
         label: [interval(comparison.summaries[run.name][label], "{:+.3f}") for run in others]
         for label in comparison.summaries[others[0].name]
     }
+    pooled = any(run.seeds for run in (base, *others))
+    seeds = ", for runs of several seeds a t interval over prompts and seeds" if pooled else ""
     text = (
         f"Mean difference from {base.name} over the paired prompts, in standard deviations of {base.name}'s completion "
-        "scores. The unit is held fixed. Brackets: 95% percentile interval of a paired bootstrap over prompts"
-        + (
-            ", for runs of several seeds a t interval over prompts and seeds"
-            if base.seeds or any(r.seeds for r in others)
-            else ""
-        )
-        + ", without correction for multiple comparisons: about one in twenty misses the true value."
+        "scores. The unit is held fixed, so the gain in any mixture of objectives is the weighted sum of their gains. "
+        f"Brackets: 95% percentile interval of a paired bootstrap over prompts{seeds}, without correction for multiple "
+        "comparisons: about one in twenty misses the true value."
     )
     if summaries.keys() - {MIXTURE}:
         text += f" The mean and worst gains omit the gated score ({GATED_SCORE})."
-    if MIXTURE in summaries:
+    if mixture:
         # What training optimised comes first.
         rows.insert(0, [f"**{MIXTURE}**", *summaries.pop(MIXTURE)])
         terms = " + ".join(f"{weight:g} `{flag_name(name)}`" for name, weight in mixture.items())
@@ -325,14 +279,13 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
 
 
 def _win_sections(base: ScoredRun, others: list[ScoredRun], comparison: Comparison) -> list[str]:
-    if not comparison.win_rates:
-        return [f"No win rate: the runs have no gated score ({GATED_SCORE})."]
+    if GATED_SCORE not in comparison.objectives:
+        return [f"No win rate: the gated score ({GATED_SCORE}) is not among the objectives."]
+    rates = {run.name: comparison.pairs[run.name, base.name][GATED_SCORE].win_rate for run in others}
     return [
         f"## Win rate against {base.name}",
         f"Share of the paired prompts on which the run's gated score ({GATED_SCORE}) is higher; ties count half.",
-        markdown_table(
-            ["run", "win rate"], [[run.name, interval(comparison.win_rates[run.name], "{:.1%}")] for run in others]
-        ),
+        markdown_table(["run", "win rate"], [[run, interval(rate, "{:.1%}")] for run, rate in rates.items()]),
     ]
 
 
@@ -359,32 +312,6 @@ def _pair_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
     return ["## Every two runs", text, markdown_table(header, rows)]
 
 
-def _sweep_sections(config: EvaluateConfig, base: str) -> list[str]:
-    r1, r2 = (f"`{flag_name(name)}`" for name in config.sweep)
-    text = (
-        f"r*(alpha) = alpha r1 + (1 - alpha) r2 of z-scores (mean and standard deviation of {base}), r1 = {r1}, r2 = {r2}. "
-        f"{base} is at 0 for every alpha. Training used alpha = {config.sweep_trained_at:g}. The numbers are in alpha.csv."
-    )
-    return ["## Other mixtures of the two objectives", text, "![Gain by alpha](alpha.png)"]
-
-
-def _seed_sections(runs: list[ScoredRun], objectives: list[str]) -> list[str]:
-    """Mean scores of every seed, and their standard deviation; empty if no run has several."""
-    parts = []
-    for run in runs:
-        if run.seeds:
-            means = pd.DataFrame([[seed.mean(name) for seed in run.seeds] for name in objectives], index=objectives)
-            sds = means.std(axis=1, ddof=1)
-            header = [run.name, *(f"seed {number}" for number in range(1, len(run.seeds) + 1)), "sd over seeds"]
-            rows = [
-                [f"`{flag_name(name)}`", *(f"{value:.4f}" for value in means.loc[name]), f"{sds[name]:.4f}"]
-                for name in objectives
-            ]
-            parts.append(markdown_table(header, rows))
-    text = "Over the prompts that all seeds of a run share; the standard deviation over seeds divides by n - 1."
-    return ["## Mean scores by seed", text, *parts] if parts else []
-
-
 def _answer_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]:
     """Lengths, cut and repeated answers, and differences from the base."""
     base, *others = runs
@@ -397,28 +324,11 @@ def _answer_sections(runs: list[ScoredRun], comparison: Comparison) -> list[str]
     ]
     if others:
         rows = [
-            [
-                run.name,
-                *(interval(comparison.answers[run.name][n], form.replace(":", ":+")) for n, form in forms.items()),
-            ]
-            for run in others
+            [run, *(interval(found[name], form.replace(":", ":+")) for name, form in forms.items())]
+            for run, found in comparison.answers.items()
         ]
         parts += [
             f"Differences from {base.name} on the paired prompts:",
             markdown_table(["run", "tokens", "cut by the length limit", "repeated 4-grams"], rows),
         ]
     return parts
-
-
-def _provenance_sections(provenances: dict[str, Provenance]) -> list[str]:
-    parts = []
-    for title in ("training", "sampling", "scoring"):
-        records = {run: p.training if title == "training" else p.records.get(title, {}) for run, p in provenances.items()}
-        fields = list(dict.fromkeys(field for record in records.values() for field in record))
-        if fields:
-            rows = [[f"`{field}`", *(record.get(field, "") for record in records.values())] for field in fields]
-            parts += [f"### {title.capitalize()}", markdown_table(["", *records], rows, left=1 + len(records))]
-    notes = [note for provenance in provenances.values() for note in provenance.notes]
-    if notes:
-        parts += ["### Not recorded", "\n".join(f"- {note}" for note in notes)]
-    return [*parts, f"This report: commit {git_commit()}, numpy {versions()['numpy']}."]

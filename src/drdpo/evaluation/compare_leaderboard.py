@@ -47,9 +47,6 @@ and the README of its repository."""
 _CSV = ("group", "run", "benchmark", "raw", "raw_stderr", "normalised", "normalised_stderr")
 _MAY_DIFFER = ("model_path", "model_fingerprint", "date", "commit")
 
-Published = dict[str, tuple[float, ...]]
-"""{method: raw values in the order of COLUMNS}"""
-
 
 @dataclass(frozen=True)
 class LeaderboardRun:
@@ -96,10 +93,9 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
     """
     runs = read_runs(config.runs)
     groups = {group: [run for run in runs if run.group == group] for group in dict.fromkeys(run.group for run in runs)}
-    published = {group: PUBLISHED.get(group if config.published == "auto" else config.published, {}) for group in groups}
     files = {
         "leaderboard.csv": csv_text(_CSV, _csv_rows(runs)),
-        "report.md": leaderboard_report(config, groups, published),
+        "report.md": leaderboard_report(groups),
     }
     inputs = {run.label: fingerprint(run.folder / "results.json") for run in runs}
     output = Path(config.output_path)
@@ -142,18 +138,8 @@ def _csv_rows(runs: list[LeaderboardRun]) -> list[list[Any]]:
     return rows
 
 
-def leaderboard_report(
-    config: CompareOpenllmConfig,
-    groups: dict[str, list[LeaderboardRun]],
-    published: dict[str, Published],
-) -> str:
-    """The Markdown report.
-
-    Args:
-        config: the flags.
-        groups: {group: its runs}, in order.
-        published: {group: the authors' numbers}, which may be empty.
-    """
+def leaderboard_report(groups: dict[str, list[LeaderboardRun]]) -> str:
+    """The Markdown report of {group: its runs}."""
     parts = ["# Open LLM Leaderboard v2"]
     runs = [run for members in groups.values() for run in members]
     if trials := [run.label for run in runs if section(run.results, "config").get("limit") is not None]:
@@ -164,9 +150,8 @@ def leaderboard_report(
         parts += [f"> **Not a like-for-like comparison:** {line}" for line in unlike]
     for group, members in groups.items():
         if any(run.benchmarks for run in members):
-            title = group or config.published
             parts += [f"## {group}"] if group else []
-            parts += _group_sections(members, published[group], title)
+            parts += _group_sections(group, members)
     parts += _other_sections(runs)
     facts = {run.label: run.facts | {"folder": str(run.folder)} for run in runs}
     names = list(dict.fromkeys(name for record in facts.values() for name in record))
@@ -175,27 +160,31 @@ def leaderboard_report(
     return "\n\n".join(parts) + "\n"
 
 
-def _group_sections(runs: list[LeaderboardRun], published: Published, title: str) -> list[str]:
+def _group_sections(group: str, runs: list[LeaderboardRun]) -> list[str]:
     header = ["run", *COLUMNS]
-
-    def table(value: str) -> str:
-        rows = []
-        for run in runs:
-            found = {benchmark.name: benchmark for benchmark in run.benchmarks}
-            cells = [_cell(found[name], value) if name in found else "-" for name in COLUMNS]
-            rows.append([run.name, *cells, _average(run) if value == "normalised" else _original(run)])
-        return markdown_table([*header, "Average" if value == "normalised" else "MATH, exact_match_original"], rows)
-
+    raw: list[list[str]] = []
+    normalised: list[list[str]] = []
+    for run in runs:
+        found = {benchmark.name: benchmark for benchmark in run.benchmarks}
+        raw.append([
+            run.name, *(_cell(found[name].raw, found[name].raw_stderr, 3) if name in found else "-" for name in COLUMNS),
+            _cell(math_original(run.results["results"]), None, 3),
+        ])  # fmt: skip
+        normalised.append([
+            run.name,
+            *(_cell(found[name].normalised, found[name].normalised_stderr, 2) if name in found else "-" for name in COLUMNS),
+            _cell(average(run.benchmarks), average_stderr(run.benchmarks), 2),
+        ])  # fmt: skip
     parts = [
         "### Normalised like the public leaderboard (0-100, guessing scores 0; ± one standard error)",
-        table("normalised"),
+        markdown_table([*header, "Average"], normalised),
         "### Raw (0-1, every question has the same weight, as in published tables; ± one standard error)",
-        table("raw"),
+        markdown_table([*header, "MATH, exact_match_original"], raw),
     ]
-    if published:
+    if published := PUBLISHED.get(group):
         rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in published.items()]
         parts += [
-            f"### Published raw scores, {title} (arXiv 2502.01930)",
+            f"### Published raw scores, {group} (arXiv 2502.01930)",
             "The paper does not name its version of lm-eval. MATH above is exact_match, which is Math-Verify's since "
             "version 3 of the task. It was exact_match_original before; compare that one with published numbers of 2024.",
             markdown_table(header, rows),
@@ -203,24 +192,10 @@ def _group_sections(runs: list[LeaderboardRun], published: Published, title: str
     return parts
 
 
-def _original(run: LeaderboardRun) -> str:
-    value = math_original(run.results["results"])
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _cell(benchmark: Benchmark, value: str) -> str:
-    if value == "normalised":
-        return _with_error(benchmark.normalised, benchmark.normalised_stderr, 2)
-    return _with_error(benchmark.raw, benchmark.raw_stderr, 3)
-
-
-def _average(run: LeaderboardRun) -> str:
-    mean = average(run.benchmarks)
-    return "-" if mean is None else _with_error(mean, average_stderr(run.benchmarks), 2)
-
-
-def _with_error(value: float, error: float | None, digits: int) -> str:
-    """`0.350 ± 0.006`"""
+def _cell(value: float | None, error: float | None, digits: int) -> str:
+    """`0.350 ± 0.006`; "-" without a value."""
+    if value is None:
+        return "-"
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 

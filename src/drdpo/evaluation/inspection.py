@@ -1,4 +1,4 @@
-"""Tables, samples and histograms of prompts, completions, preference pairs and rejected rows. Needs no torch."""
+"""Tables and samples of prompts, completions, preference pairs and rejected rows. Needs no torch."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import pandas as pd
 
 from drdpo.config import InspectConfig
 from drdpo.errors import DataError, one_line, shortened
-from drdpo.folder import atomic_file
 from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
 
 _WIDTH, _LINES = 100, 14
@@ -21,31 +20,26 @@ Reader = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
 def inspect_data(config: InspectConfig) -> None:
-    """Print counts, quantiles and samples of every file at a path, and draw histograms of lengths and scores.
+    """Print counts, quantiles and samples of every file at a path.
 
     Raises:
         DataError: no such path, no JSON-lines file there, or a row that is malformed or of an unknown kind.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
-    path = Path(config.path)
-    tables = {file: read_table(file) for file in find_files(path)}
+    tables = {file: read_table(file) for file in find_files(Path(config.path))}
     with pd.option_context("display.width", None, "display.max_columns", None, "display.precision", 4):
         for file, table in tables.items():
             print(f"\n== {file}: {len(table):,} {table.attrs['kind']}")
             print("\n".join(_facts(table)))
-            numbers = _numbers(table)
-            if len(numbers.columns):
+            kept = [name for name in table if str(name).endswith(("characters", "tokens")) or str(name).startswith("score ")]
+            if kept:
+                numbers = table[kept].astype(np.float64)
                 print(numbers.describe(percentiles=[0.1, 0.5, 0.9, 0.99]).T.drop(columns="count").to_string())
             for _, row in table.sample(min(config.samples, len(table)), random_state=config.seed).sort_index().iterrows():
                 print(_excerpt(file, row))
     for line in _shared_prompts(tables):
         print(f"note: {line}")
-    if any(len(_numbers(table).columns) for table in tables.values()):
-        picture = Path(config.output_path) if config.output_path else Path("outputs/inspection") / f"{_name(path)}.png"
-        with atomic_file(picture, "wb") as stream:
-            _histograms(tables).savefig(stream, format="png", dpi=120)
-        print(f"histograms: {picture}")
 
 
 def find_files(path: Path) -> list[Path]:
@@ -126,12 +120,6 @@ def _prompt_columns(prompt: list[Message]) -> dict[str, Any]:
     return {"prompt": "\n".join(texts), "turns": len(prompt), "prompt characters": sum(map(len, texts))}
 
 
-def _numbers(table: pd.DataFrame) -> pd.DataFrame:
-    """The columns of lengths and scores."""
-    kept = [name for name in table if str(name).endswith(("characters", "tokens")) or str(name).startswith("score ")]
-    return table[kept].astype(np.float64)
-
-
 def _facts(table: pd.DataFrame) -> list[str]:
     lines = []
     if "reason" in table:
@@ -176,29 +164,3 @@ def _excerpt(file: Path, row: "pd.Series[Any]") -> str:
             text = [f"    {line}" for line in shortened(str(row[name]), _WIDTH - 4, _LINES)]
             lines += [name.upper(), *text]
     return "\n".join(lines)
-
-
-def _histograms(tables: dict[Path, pd.DataFrame]) -> Any:
-    from matplotlib.figure import Figure
-
-    numbers = {file: _numbers(table) for file, table in tables.items()}
-    names = list(dict.fromkeys(name for frame in numbers.values() for name in frame))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    canvas = Figure(figsize=(4.5 * columns, 3.2 * rows))
-    for place, name in enumerate(names):
-        axes = canvas.add_subplot(rows, columns, place + 1)
-        for file, frame in numbers.items():
-            if name in frame:
-                axes.hist(frame[name].dropna(), bins=40, alpha=0.6, density=True, label=file.stem)
-        axes.set_title(str(name).replace("$", r"\$"), fontsize=9)
-        axes.set_yticks([])
-        axes.legend(fontsize=8, frameon=False)
-    canvas.tight_layout()
-    return canvas
-
-
-def _name(path: Path) -> str:
-    here, whole = Path.cwd(), path.resolve()
-    parts = whole.relative_to(here).parts if whole.is_relative_to(here) else whole.parts[1:]
-    return "_".join(parts)[-120:] or "here"

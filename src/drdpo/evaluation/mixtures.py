@@ -67,8 +67,11 @@ class MixtureResult:
     """Without the base."""
     gains: dict[tuple[str, str], Estimate]
     """{(run, objective): gain over the base in its sd}, without objectives in which all base scores are equal."""
-    published: dict[str, tuple[float, ...]]
-    """{method: values in the order of SPOKES}; empty if nothing is published."""
+
+    @property
+    def published(self) -> dict[str, tuple[float, ...]]:
+        """{method: values in the order of SPOKES}; empty if nothing is published."""
+        return PUBLISHED.get(self.name, {})
 
     @property
     def spokes(self) -> list[str]:
@@ -85,7 +88,7 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
         UsageError: a --reports argument that is not NAME=FOLDER, a repeated name, or a locked output folder.
         DataError: a folder without the scores.csv of evaluate_armorm, or with that of a single run.
     """
-    results = [_read(name, folders, config.published) for name, folders in parse_runs(config.reports, "--reports").items()]
+    results = [_read(name, folders) for name, folders in parse_runs(config.reports, "--reports").items()]
     output = Path(config.output_path)
     pictures: dict[str, str | bytes] = {}
     if all(len(result.spokes) >= 3 for result in results):
@@ -97,7 +100,7 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
     print(f"report: {output / 'report.md'}")
 
 
-def _read(name: str, folders: list[Path], published: bool) -> MixtureResult:
+def _read(name: str, folders: list[Path]) -> MixtureResult:
     if len(folders) > 1:
         raise UsageError(f"--reports: the name {name} is given twice; pass one report per mixture")
     (folder,) = folders
@@ -122,8 +125,7 @@ def _read(name: str, folders: list[Path], published: bool) -> MixtureResult:
                     raise DataError(f"{path}, row {number}: a gain is not a number") from error
     if len(runs) < 2:
         raise DataError(f"mixture {name}: {path} has only one run; gains need a base and a run")
-    theirs = PUBLISHED.get(name, {}) if published else {}
-    return MixtureResult(name, folder, sort_objectives(objectives), list(runs)[1:], gains, theirs)
+    return MixtureResult(name, folder, sort_objectives(objectives), list(runs)[1:], gains)
 
 
 def mixtures_report(results: list[MixtureResult], output: Path, pictured: bool) -> str:
@@ -157,7 +159,7 @@ def _mixture_section(result: MixtureResult, output: Path) -> list[str]:
             header.append(f"{run}, published")
             columns.append([f"{published[name]:+.2f}" if name in published else "" for name in result.objectives])
     link = os.path.relpath(result.folder / "report.md", output)
-    trained_on = section(read_manifest(result.folder), "evaluate_armorm", "made_by").get("trained_on") or ()
+    trained_on = section(read_manifest(result.folder), "evaluate_armorm", "trained_mixture", "weights")
     text = f"Trained on {', '.join(f'`{flag_name(name)}`' for name in trained_on)}. " if trained_on else ""
     text += f"Full report, with win rates and answer lengths: [{link}](<{link}>)."
     table = markdown_table(header, list(zip(*columns, strict=True)))

@@ -9,14 +9,13 @@ of all prompts.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from drdpo import chat
-from drdpo.candidates import Array, Candidates, load_candidates, values
+from drdpo.candidates import Array, CandidateRow, Candidates, load_candidates, values
 from drdpo.config.evaluation import EvaluatePolicyConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.report import STYLE, interval, markdown_table, save_picture, text_table, write_report
@@ -27,22 +26,22 @@ from drdpo.folder import atomic_file, versions
 from drdpo.machine import announce, settle
 from drdpo.models import check_model, fingerprint
 from drdpo.objectives import flag_name
-from drdpo.progress import progress
 
 
-class PolicyValue(NamedTuple):
-    """What the candidates say of one policy; gains in standard deviations of the candidates' scores."""
+@dataclass(frozen=True)
+class PolicyValue:
+    """What the candidates say of one policy, as in value.json; gains in standard deviations of the candidates' scores."""
 
     values: dict[str, float]
     """In the scores' own unit."""
-    gains: dict[str, Estimate]
+    gains_sd: dict[str, Estimate]
     """Over the starting model, whose value is the plain mean; without scores that are all equal."""
-    against_first: dict[str, Estimate]
+    against_first_sd: dict[str, Estimate]
     """Difference of the gains from the first policy's; empty for that one."""
     ess: float
     """Mean effective sample size over prompts and checkpoints."""
-    few: float
-    """Share of them with less than --min_ess."""
+    share_below_min_ess: float
+    """Of prompts and checkpoints."""
 
 
 def evaluate_policy(config: EvaluatePolicyConfig) -> None:
@@ -54,7 +53,8 @@ def evaluate_policy(config: EvaluatePolicyConfig) -> None:
     """
     folders = parse_runs(config.policies, "--policies")
     config, precision = settle(config)
-    candidates = _candidates(config, config.reference)
+    tokenizer = chat.load_tokenizer(config.reference, config.chat_template_kwargs)
+    candidates = load_candidates(config.candidates, config.split, tokenizer, config.weights, config.max_prompts)
     for folder in dict.fromkeys([config.reference, *(str(place) for places in folders.values() for place in places)]):
         _check(folder, config, candidates)
     announce(precision)
@@ -68,7 +68,7 @@ def evaluate_policy(config: EvaluatePolicyConfig) -> None:
     found = policy_values(candidates, ratios, config.min_ess, config.bootstrap, config.seed)
     numbers = {"candidates": {"path": str(candidates.path), "key": candidates.key, "prompts": len(candidates.prompts),
                               "completions": len(candidates.places), "sd": candidates.units, "note": candidates.note},
-               "policies": {name: {"checkpoints": [str(place) for place in folders[name]], **_as_json(value)}
+               "policies": {name: {"checkpoints": [str(place) for place in folders[name]], **asdict(value)}
                             for name, value in found.items()}}  # fmt: skip
     header, rows = _table(candidates, found)
     files: dict[str, str | bytes] = {"value.json": json.dumps(numbers, indent=2) + "\n", **_picture(candidates, found)}
@@ -82,12 +82,6 @@ def evaluate_policy(config: EvaluatePolicyConfig) -> None:
     print(f"report: {Path(config.output_path) / 'report.md'}")
 
 
-def _candidates(config: EvaluatePolicyConfig, model: str) -> Candidates:
-    """The completions, as the tokenizer of a model reads them."""
-    tokenizer = chat.load_tokenizer(model, config.chat_template_kwargs)
-    return load_candidates(config.candidates, config.split, tokenizer, config.weights, config.max_prompts)
-
-
 def _check(path: str, config: EvaluatePolicyConfig, candidates: Candidates) -> None:
     """Refuse a policy of which packed rows would give wrong log-probs, or whose tokenizer is not the starting model's."""
     model = check_model(path)
@@ -99,7 +93,7 @@ def _check(path: str, config: EvaluatePolicyConfig, candidates: Candidates) -> N
         problem = f"it has {about.positions} positions, and the longest candidate {longest} tokens"
     if problem:
         raise DataError(f"{path}: cannot be evaluated: {problem}")
-    if path != config.reference and _candidates(config, path).key != candidates.key:
+    if path != config.reference and not candidates.read_alike(chat.load_tokenizer(path, config.chat_template_kwargs)):
         raise DataError(f"{path}: its tokenizer or chat template is not that of --reference={config.reference}")
 
 
@@ -130,15 +124,7 @@ def _logprobs(path: str, name: str, config: EvaluatePolicyConfig, candidates: Ca
 
 
 def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: int, label: str) -> Array:
-    """[C] log-probs of all candidates under a model.
-
-    Args:
-        path: of the model, which _check has passed.
-        dtype: "bfloat16" or "float32".
-        candidates: C of them.
-        row_tokens: of a packed row.
-        label: for the progress bar.
-    """
+    """[C] log-probs of all candidates under a model that _check has passed; see Candidates.logprobs."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -155,17 +141,17 @@ def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: i
     model = model.to(device()).eval()
     weight_VD = model.get_output_embeddings().weight
     flash = weight_VD.is_cuda and refusal(model.config, weight_VD.device, weight_VD.dtype) is None
-    logprob_C = np.full(len(candidates.places), np.nan)
+
+    def of_row(row: CandidateRow) -> torch.Tensor:
+        states_A, targets_A, sequence_A = (
+            torch.tensor(part, device=weight_VD.device) for part in (row.states_A, row.targets_A, row.sequence_A)
+        )
+        logprob_A = linear_logprob(hidden_states(model.base_model, row.packed, flash)[states_A], weight_VD, targets_A)
+        return logprob_A.new_zeros(len(row.indices_S)).index_add(0, sequence_A, logprob_A)
+
     with torch.inference_mode():
-        for row in progress(candidates.rows(row_tokens), desc=f"log-probs, {label}", unit="row"):
-            states_A, targets_A, sequence_A = (
-                torch.tensor(part, device=weight_VD.device) for part in (row.states_A, row.targets_A, row.sequence_A)
-            )
-            hidden_ND = hidden_states(model.base_model, row.packed, flash)
-            logprob_A = linear_logprob(hidden_ND[states_A], weight_VD, targets_A)
-            logprob_S = logprob_A.new_zeros(len(row.indices_S)).index_add(0, sequence_A, logprob_A)
-            logprob_C[row.indices_S] = logprob_S.float().cpu().numpy()
-    return logprob_C
+        logprobs_C = candidates.logprobs(of_row, row_tokens, f"log-probs, {label}")
+    return logprobs_C.double().numpy()
 
 
 # Estimates ---------------------------------------------------------------------------------------------------------------
@@ -211,20 +197,12 @@ def policy_values(
 # The report --------------------------------------------------------------------------------------------------------------
 
 
-def _as_json(value: PolicyValue) -> dict[str, Any]:
-    estimates = {
-        name: {score: asdict(found) for score, found in part.items()}
-        for name, part in (("gains_sd", value.gains), ("against_first_sd", value.against_first))
-    }
-    return {"values": value.values, **estimates, "ess": value.ess, "share_below_min_ess": value.few}
-
-
 def _table(candidates: Candidates, found: dict[str, PolicyValue], first: bool = False) -> tuple[list[str], list[list[str]]]:
     """Gains over the starting model, or over the first policy, a row a policy."""
     header = ["policy", *map(flag_name, candidates.names), *([] if first else ["effective sample"])]
     rows = []
     for name, value in list(found.items())[first:]:
-        gains = value.against_first if first else value.gains
+        gains = value.against_first_sd if first else value.gains_sd
         shown = [interval(gains.get(score), "{:+.3f}") for score in candidates.names]
         rows.append([name, *shown, *([] if first else [f"{value.ess:.2f}"])])
     return header, rows
@@ -232,9 +210,9 @@ def _table(candidates: Candidates, found: dict[str, PolicyValue], first: bool = 
 
 def _warnings(found: dict[str, PolicyValue], min_ess: float) -> list[str]:
     return [
-        f"{name}: {value.few:.0%} of its prompts have an effective sample below {min_ess:g}: it has moved far from the "
-        "starting model, and a few candidates decide its value there; sample it, or draw more candidates"
-        for name, value in found.items() if value.few
+        f"{name}: {value.share_below_min_ess:.0%} of its prompts have an effective sample below {min_ess:g}: it has moved "
+        "far from the starting model, and a few candidates decide its value there; sample it, or draw more candidates"
+        for name, value in found.items() if value.share_below_min_ess
     ]  # fmt: skip
 
 
@@ -262,20 +240,20 @@ def _picture(candidates: Candidates, found: dict[str, PolicyValue]) -> dict[str,
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    names = [score for score in candidates.names if all(score in value.gains for value in found.values())]
+    names = [score for score in candidates.names if all(score in value.gains_sd for value in found.values())]
     looks = run_styles(["the starting model", *found])
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 1.2 + len(names) * (0.25 + 0.16 * len(found))), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(0, color="#333333", linestyle="--", linewidth=1)
         for number, (policy, value) in enumerate(found.items()):
-            gains = [value.gains[score] for score in names]
+            gains = [value.gains_sd[score] for score in names]
             middle = [gain.value for gain in gains]
-            ends = [[abs(gain.value - (gain.value if end is None else end)) for gain in gains
-                     for end in [getattr(gain, side)]] for side in ("low", "high")]  # fmt: skip
+            ends = [[gain.value if end is None else end for end in (gain.low, gain.high)] for gain in gains]
+            lengths = np.abs(np.subtract(ends, np.reshape(middle, (-1, 1)))).T
             places = np.arange(len(names)) + 0.7 * ((number + 0.5) / len(found) - 0.5)
             look = looks[policy]
-            axes.errorbar(middle, places, xerr=ends, fmt=look.marker, color=look.color, markersize=4, label=policy)
+            axes.errorbar(middle, places, xerr=lengths, fmt=look.marker, color=look.color, markersize=4, label=policy)
         axes.set_yticks(range(len(names)), [flag_name(score) for score in names])
         axes.invert_yaxis()
         axes.set_xlabel("gain over the starting model, sd of its completions")

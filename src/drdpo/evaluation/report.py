@@ -75,7 +75,7 @@ def interval(estimate: Estimate | None, form: str) -> str:
     return f"{value} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
 
 
-def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Collection[str]) -> list[str]:
+def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Collection[str] = ()) -> list[str]:
     """One line per field in which the records of runs differ.
 
     Args:
@@ -148,9 +148,7 @@ def html_report(files: Mapping[str, str | bytes], changes: Sequence[Change] = ()
     body = _IMAGE.sub(lambda found: _inline(found[1], found[2], files), body)
     title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")), "report")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_TEMPLATE.read_text("utf-8"))
-    # Before the long tables at the end.
-    before, heading, after = body.partition("<h2>How the runs were made</h2>")
-    return template.render(title=title, before=before, after=heading + after, changes=changes)
+    return template.render(title=title, body=body, changes=changes)
 
 
 def _inline(name: str, label: str, files: Mapping[str, str | bytes]) -> str:

@@ -113,15 +113,10 @@ def load_run(name: str, folder: Path, split: str) -> ScoredRun:
         columns=list(ANSWERS),
         dtype=np.float64,
     )
-    prompt_ids = [row.prompt_id for row in rows]
-    return ScoredRun(name, folder, prompts, _by_prompt(scores, prompt_ids), _by_prompt(answers, prompt_ids), scores)
-
-
-def _by_prompt(values: pd.DataFrame, prompt_ids: list[int]) -> pd.DataFrame:
-    """[C, columns] -> [P, columns]: means per prompt, in ascending order of the id."""
-    index, rows_C = np.unique(prompt_ids, return_inverse=True)
-    counts_P = np.bincount(rows_C)
-    return pd.DataFrame({name: np.bincount(rows_C, weights=values[name]) / counts_P for name in values}, index=index)
+    prompt_ids = np.array([row.prompt_id for row in rows])
+    return ScoredRun(
+        name, folder, prompts, scores.groupby(prompt_ids).mean(), answers.groupby(prompt_ids).mean(), scores
+    )  # fmt: skip
 
 
 def pool_seeds(name: str, seeds: list[ScoredRun]) -> ScoredRun:
@@ -197,7 +192,8 @@ def choose_objectives(runs: list[ScoredRun], wanted: list[str]) -> list[str]:
         if not common:
             raise DataError("the runs share no objective: " + "; ".join(f"{run} has {names}" for run, names in has.items()))
         return sort_objectives(common)
-    chosen = resolve_objectives(runs, wanted)
+    known = {flag_name(name): name for run in runs for name in run.scores}
+    chosen = list(dict.fromkeys(known.get(flag_name(word)) or objective_from_flag(word) for word in wanted))
     for name in chosen:
         for run in runs:
             if name not in run.scores:
@@ -205,49 +201,24 @@ def choose_objectives(runs: list[ScoredRun], wanted: list[str]) -> list[str]:
     return chosen
 
 
-def resolve_objectives(runs: list[ScoredRun], words: list[str]) -> list[str]:
-    """Objectives by their own names, from either spelling, without repetition; a name that no run has must be ArmoRM's.
-
-    Raises:
-        UsageError: an unknown objective.
-    """
-    known = {flag_name(name): name for run in runs for name in run.scores}
-    return list(dict.fromkeys(known.get(flag_name(word)) or objective_from_flag(word) for word in words))
-
-
 # How the runs were made ---------------------------------------------------------------------------------------------------
-
-_PLACES = ("save_path", "output_path", "overwrite", "check_only", "resume")
-"""Flags on which results do not depend."""
-
-MAY_DIFFER = ("model", "model_path", "model_fingerprint", "sampled", "save_path")
-"""Fields of `made_by` that differ between any two runs: the policy and its samples."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How one run was made. Steps without a record are empty here and named in `notes`."""
+    """How one run was made."""
 
-    records: dict[str, dict[str, str]]
-    """{"sampling" or "scoring": the step's record, by dotted names such as `made_by.temperature`}."""
     policy: str
     """The sampled model, as its flag named it."""
-    training: dict[str, str]
-    """Flags and method of the training that wrote the policy; empty if it is not one of ours."""
+    method: str
+    """How the policy was trained, e.g. `KLDPO (kldpo_tau=0.05), beta=0.01, seed=42`."""
     mixture: dict[str, float]
-    """{objective: weight} of the training pairs."""
+    """{objective: weight} of the training pairs; empty if none is recorded."""
+    made_by: dict[str, dict[str, str]]
+    """{"sampling" or "scoring": the flags and fingerprints on which its results depend}, without the policy and its samples,
+    which differ between any two runs."""
     notes: list[str]
-
-    @property
-    def method(self) -> str:
-        """How the policy was trained, e.g. `KLDPO (kldpo_tau=0.05), beta=0.01, seed=42`."""
-        shown = [f"{flag}={self.training[flag]}" for flag in ("beta", "seed") if flag in self.training]
-        return ", ".join([self.training["method"], *shown]) if self.training else "no training recorded"
-
-    def made_by(self, step: str) -> dict[str, str]:
-        """The flags and fingerprints on which a step's results depend."""
-        record = self.records.get(step, {})
-        return {name.removeprefix("made_by."): text for name, text in record.items() if name.startswith("made_by.")}
+    """Names the steps without a record."""
 
 
 def read_provenance(folder: Path, split: str) -> Provenance:
@@ -256,21 +227,20 @@ def read_provenance(folder: Path, split: str) -> Provenance:
     Raises:
         DataError: a manifest that is not JSON.
     """
-    records, notes = {}, []
-    policy = None
+    made_by, notes, policy = {}, [], None
     for title, step, place in (("sampling", "sample", folder / "sampled"), ("scoring", "score", folder)):
-        manifest = read_manifest(place)
-        record = section(manifest, f"{step}_{split}")
+        record = section(read_manifest(place), f"{step}_{split}")
         if "made_by" not in record:
             notes.append(f"{place / 'manifest.json'} has no record of {step}_{split}")
             continue
-        flat = _flat(record)
-        if step == "sample":
-            policy = flat.get("model_path")
-        # "flags" repeats made_by.
-        records[title] = {name: text for name, text in flat.items() if not name.startswith("flags.")}
-    training = _training_flags(policy)
-    return Provenance(records, policy or "not recorded", training, _mixture(training), notes)
+        if step == "sample" and "model_path" in record:
+            policy = str(record["model_path"])
+        made_by[title] = {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in section(record, "made_by").items()
+            if value is not None and name not in ("model", "sampled")
+        }
+    return Provenance(policy or "not recorded", *_training(policy), made_by, notes)
 
 
 def section(record: Any, *names: str) -> dict[str, Any]:
@@ -280,35 +250,17 @@ def section(record: Any, *names: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{dotted name: text}, without nulls and places."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif value is not None and name not in _PLACES:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
-
-
-def _training_flags(model_path: str | None) -> dict[str, str]:
-    """Flags and method of the training that wrote a checkpoint `<save_path>/global_step_<n>`; empty for other models."""
-    if model_path is None or not (path := Path(model_path).parent / "config.json").is_file():
-        return {}
+def _training(policy: str | None) -> tuple[str, dict[str, float]]:
+    """Method and mixture of the training that wrote a checkpoint `<save_path>/global_step_<n>`."""
+    folder = None if policy is None else Path(policy).parent
     try:
-        flags = read_json_object(path)
+        flags = read_json_object(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
     except DataError:
-        return {}
+        flags = {}
     # A folder of models may have another config.json; a training's has these two flags.
-    if not {"dataset_path", "beta"} <= set(flags):
-        return {}
-    made_by = section(read_manifest(path.parent), "train", "made_by")
-    return _flat(flags | {"method": made_by.get("method", "a method without a record")})
-
-
-def _mixture(training: dict[str, str]) -> dict[str, float]:
-    """The weights in the manifest of the pairs that a training used."""
-    if not training or not Path(folder := training["dataset_path"]).is_dir():
-        return {}
-    weights = section(read_manifest(Path(folder)), "preferences", "made_by", "weights")
-    return {name: float(weight) for name, weight in weights.items()}
+    if folder is None or not {"dataset_path", "beta"} <= set(flags):
+        return "no training recorded", {}
+    method = section(read_manifest(folder), "train", "made_by").get("method", "a method without a record")
+    shown = [f"{name}={flags[name]}" for name in ("beta", "seed") if name in flags]
+    weights = section(read_manifest(Path(str(flags["dataset_path"]))), "preferences", "made_by", "weights")
+    return ", ".join([str(method), *shown]), {name: float(weight) for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""The pictures of one report: mean scores and gains over the base as spider plots, and the sweep over mixtures.
+"""Spider plots of one report: mean scores, and gains over the base.
 
 Objectives have different scales, so every axis of the panel of mean scores has its own range, printed under its name: the
 interquartile range of all runs' completion scores, widened to include every mean. Differences that look small are small
@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from drdpo.evaluation.report import STYLE, save_picture
 from drdpo.evaluation.runs import ScoredRun
-from drdpo.evaluation.statistics import ALPHAS, Comparison
-from drdpo.objectives import GATED_SCORE, flag_name
+from drdpo.evaluation.statistics import Comparison
+from drdpo.objectives import GATED_SCORE
 
 _PANEL_WIDTH, _HEIGHT, _DISC = 7.6, 7.75, 4.8
 """Inches: width of a panel, height of the picture, and diameter of a disc, which leaves room for labels."""
@@ -87,9 +87,6 @@ def legend(figure: Figure, labels: list[str], styles: list[Style], columns: int)
     """One legend below all panels."""
     handles = [Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, linewidth=1.8) for look in styles]
     figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=12)
-
-
-# Spiders -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,41 +220,3 @@ def spoke_label(axes: Any, angle: float, text: str, spokes: int) -> None:
         text, (angle, low + (high - low) * 1.07), (0, push), textcoords="offset points", fontsize=size, linespacing=1.15,
         ha="center" if abs(across) < 0.1 else "left" if across > 0 else "right", va="center", annotation_clip=False,
     )  # fmt: skip
-
-
-# The sweep ---------------------------------------------------------------------------------------------------------------
-
-
-@rc_context(STYLE)
-def draw_sweep(comparison: Comparison, sweep: list[str], trained_at: float, base: str) -> dict[str, bytes]:
-    """alpha.png and alpha.svg: gains in the mixtures r*(alpha) = alpha r1 + (1 - alpha) r2 for alpha from 0 to 1, as in the
-    appendix of arXiv 2502.01930.
-
-    Args:
-        comparison: with a sweep.
-        sweep: r1 and r2.
-        trained_at: the alpha that training used.
-        base: name of the first run, the line at zero.
-    """
-    styles = run_styles([base, *comparison.sweep])
-    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(0, color=BASE_STYLE.color, linestyle=BASE_STYLE.line, linewidth=1.4, label=base)
-    axes.axvline(trained_at, color="#999999", linestyle=":", linewidth=1.4)
-    axes.annotate(
-        " trained here", (trained_at, 0.01), xycoords=("data", "axes fraction"), fontsize=9, color="#666666", va="bottom"
-    )
-    for run, gains in comparison.sweep.items():
-        look = styles[run]
-        axes.plot(ALPHAS, [gain.value for gain in gains], color=look.color, marker=look.marker, markersize=5, label=run)
-        ends = [(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None]
-        if len(ends) == len(ALPHAS):
-            low, high = zip(*ends, strict=True)
-            axes.fill_between(ALPHAS, low, high, color=look.color, alpha=0.13, linewidth=0)
-    r1, r2 = (flag_name(name) for name in sweep)
-    axes.set_xlabel(f"alpha: all {r2} at 0, all {r1} at 1")
-    axes.set_ylabel(f"gain over {base} in r*(alpha), z-scores\n(bands: 95% confidence)")
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(1 + len(comparison.sweep), 6), frameon=False)
-    return save_picture(figure, "alpha", dpi=150)

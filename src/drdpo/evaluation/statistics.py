@@ -1,6 +1,6 @@
 """Gains over the base run, comparisons of every two runs, and their confidence intervals.
 
-Shapes: P prompts that every run has (paired), S seeds of a run, K columns, B bootstrap samples, A values of alpha.
+Shapes: P prompts that every run has (paired), S seeds of a run, K columns, B bootstrap samples.
 
 The gain of a run in one objective is
 
@@ -21,7 +21,7 @@ S - 1). Such a sum covers at least 95% (Banerjee, Sankhya 1961); Satterthwaite's
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -34,8 +34,6 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Key = TypeVar("Key")
 
 CONFIDENCE = 0.95
-ALPHAS = tuple(step / 10 for step in range(11))
-"""Where the sweep of a mixture is evaluated."""
 MIXTURE = "trained mixture"
 """Name of the summary that weights the gains like the training pairs weighted the objectives."""
 _DRAWS = 64
@@ -162,20 +160,16 @@ class Comparison:
     trained_on: list[str]
     """The objectives that training used; empty if unknown."""
     mixture: dict[str, float]
-    """{objective: weight} of the training pairs; empty if unknown."""
+    """{objective: weight} of the training pairs; empty if unknown, or if one of them has no gain."""
     gains: dict[str, dict[str, Estimate]]
     """{run: {objective: gain over the first run in its sd}}, without the first run."""
-    win_rates: dict[str, Estimate]
-    """{run: its win rate against the first run on the gated score}."""
-    pairs: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str], dict[str, Difference]]
     """{(run, against): {objective: }}, every two runs once, the later of them first."""
-    summaries: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    summaries: dict[str, dict[str, Estimate]]
     """{run: {"mean of ...": mean gain over those objectives, "worst of ...": the smallest}}, without the gated score; and
     MIXTURE: the gain in the mixture that was trained on, of z-scores (mean and sd of the first run)."""
-    answers: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    answers: dict[str, dict[str, Estimate]]
     """{run: {name in ANSWERS: difference from the first run, in its own unit}}."""
-    sweep: dict[str, list[Estimate]] = field(default_factory=dict)
-    """{run: [A] gain in the mixture alpha r1 + (1 - alpha) r2 of z-scores, for every one of ALPHAS}."""
 
 
 def compare(
@@ -184,9 +178,8 @@ def compare(
     common: list[int],
     draws: int,
     seed: int,
-    trained_on: list[str] | None = None,
-    sweep: list[str] | None = None,
-    mixture: dict[str, float] | None = None,
+    trained_on: list[str],
+    mixture: dict[str, float],
 ) -> Comparison:
     """Compare every run with the first one, and every two runs, on the prompts they share.
 
@@ -196,46 +189,37 @@ def compare(
         common: ids of the prompts that every run has.
         draws: bootstrap samples.
         seed: of the bootstrap.
-        trained_on: the objectives that training used, if known.
-        sweep: two of `objectives`, r1 and r2, whose base scores are not all equal; None for no sweep.
-        mixture: {objective: weight} of the training pairs, if known.
+        trained_on: the objectives that training used; empty if unknown.
+        mixture: {objective: weight} of the training pairs; empty if unknown.
     """
     base, *others = runs
     pairs = [(run, against) for place, run in enumerate(runs) for against in runs[:place]]
-    judge = GATED_SCORE in set.intersection(*(set(run.scores) for run in runs))
-    tables = _observations(runs, pairs, objectives, [GATED_SCORE] if judge else [], common)
-    found, layout = resample(tables, {run.name: len(run.members) for run in runs}, draws, seed)
+    found, layout = resample(
+        _observations(runs, pairs, objectives, common), {run.name: len(run.members) for run in runs}, draws, seed
+    )
     units = {name: unit for name in objectives if (unit := base.sd(name)) > 0}
+    mixture = mixture if mixture.keys() <= units.keys() else {}
 
     def difference(run: ScoredRun, against: ScoredRun, objective: str) -> Array:
         return (found[run.name, objective] - found[against.name, objective]) * (1 / units[objective])
 
     def pair(run: ScoredRun, against: ScoredRun, objective: str) -> Difference:
         gain = estimate(difference(run, against, objective), layout) if objective in units else None
-        return Difference(gain, wins(run, against, objective))
-
-    def wins(run: ScoredRun, against: ScoredRun, objective: str) -> Estimate:
-        return estimate(found[run.name, against.name, objective, "wins"], layout, (0.0, 1.0))
+        return Difference(gain, estimate(found[run.name, against.name, objective, "wins"], layout, (0.0, 1.0)))
 
     gains = {run.name: {name: difference(run, base, name) for name in units} for run in others}
-    mixtures = [{sweep[0]: alpha, sweep[1]: 1 - alpha} for alpha in ALPHAS] if sweep else []
     return Comparison(
         objectives,
         common,
-        trained_on or [],
-        mixture or {},
+        trained_on,
+        mixture,
         {run: {name: estimate(gain, layout) for name, gain in by_name.items()} for run, by_name in gains.items()},
-        {run.name: wins(run, base, GATED_SCORE) for run in others if judge},
         {(run.name, against.name): {name: pair(run, against, name) for name in objectives} for run, against in pairs},
-        {run: _summaries(by_name, layout, trained_on or [], mixture or {}) for run, by_name in gains.items()},
+        {run: _summaries(by_name, layout, trained_on, mixture) for run, by_name in gains.items()},
         {
             run.name: {name: estimate(found[run.name, "", name] - found[base.name, "", name], layout) for name in ANSWERS}
             for run in others
         },
-        # Gains in sd units are means of z-scores, which mix linearly.
-        {run: [estimate(weighted(by_name, alphas), layout) for alphas in mixtures] for run, by_name in gains.items()}
-        if sweep
-        else {},
     )
 
 
@@ -243,14 +227,13 @@ def _observations(
     runs: list[ScoredRun],
     pairs: list[tuple[ScoredRun, ScoredRun]],
     objectives: list[str],
-    judges: list[str],
     common: list[int],
 ) -> dict[tuple[str, ...], Observations]:
     """What is bootstrapped: (run, objective), (run, "", one of ANSWERS) and (run, against, objective, "wins")."""
     scores_PS = {
         (run.name, name): np.stack([member.scores.loc[common, name] for member in run.members], axis=1)
         for run in runs
-        for name in dict.fromkeys([*objectives, *judges])
+        for name in objectives
     }
     tables: dict[tuple[str, ...], Observations] = {}
     for run in runs:
@@ -260,7 +243,7 @@ def _observations(
             values_PS = np.stack([member.answers.loc[common, name] for member in run.members], axis=1)
             tables[run.name, "", name] = Observations(values_PS, (run.name,))
     for run, against in pairs:
-        for name in dict.fromkeys([*objectives, *judges]):
+        for name in objectives:
             # [P, S of the run, S of the other]: 1, 1/2 or 0 for every two seeds.
             signs = np.sign(scores_PS[run.name, name][:, :, None] - scores_PS[against.name, name][:, None, :])
             tables[run.name, against.name, name, "wins"] = Observations((signs + 1) / 2, (run.name, against.name))
@@ -270,15 +253,15 @@ def _observations(
 def _summaries(
     gains: dict[str, Array], layout: Layout, trained_on: list[str], mixture: dict[str, float]
 ) -> dict[str, Estimate]:
-    """The gain in the trained mixture, if every objective of it has one; mean and worst gain over all objectives without the
-    gated score, which is a mixture itself, and over the trained and the unseen ones."""
+    """The gain in the trained mixture, if there is one (gains in sd are of z-scores, which mix linearly); mean and worst
+    gain over all objectives without the gated score, which is a mixture itself, and over the trained and unseen ones."""
     single = [name for name in gains if name != GATED_SCORE]
     groups = {"all": single}
     if trained_on:
         groups["trained"] = [name for name in single if name in trained_on]
         groups["unseen"] = [name for name in single if name not in trained_on]
     found: dict[str, Estimate] = {}
-    if mixture and all(name in gains for name in mixture):
+    if mixture:
         found[MIXTURE] = estimate(weighted(gains, mixture), layout)
     for label, names in groups.items():
         if len(names) >= 2:

@@ -95,27 +95,9 @@ def reference_logprobs(engine: Engine, plan: BatchPlan, batches: list[list[int]]
 
 
 def candidate_logprobs(engine: Engine, candidates: Candidates, row_tokens: int, label: str) -> Tensor:
-    """[C] float32 on the CPU: log-probs of all candidates under the policy as it is. Rows do not depend on the ranks, so
-    neither do their roundings. Every rank must call.
-
-    Args:
-        engine: around the policy.
-        candidates: the same on every rank.
-        row_tokens: of a packed row.
-        label: for the progress bar.
-    """
-    rows = candidates.rows(row_tokens)
-    # All ranks make equally many forward passes, in which ZeRO-3 gathers weights; what is done twice has the same bits.
-    rows += rows[:1] * (-len(rows) % distributed.world_size())
-    found = []
+    """[C] float32 on the CPU: log-probs of all candidates under the policy as it is; see Candidates.logprobs."""
     with evaluating(engine) as policy:
-        for row in progress(distributed.shard(rows), desc=label, unit="row", leave=False, disable=not distributed.is_main()):
-            batch = pack_candidates(row).to(engine.device)
-            found.append(torch.stack([batch.indices_B.double(), policy(batch).logprob_S.double()], dim=1))
-    table_K2 = distributed.gather(torch.cat(found)).cpu()
-    logprobs_C = torch.full((len(candidates.places),), float("nan"))
-    logprobs_C[table_K2[:, 0].long()] = table_K2[:, 1].float()
-    return logprobs_C
+        return candidates.logprobs(lambda row: policy(pack_candidates(row).to(engine.device)).logprob_S, row_tokens, label)
 
 
 def check_logprobs(logprobs_M2: Tensor, shape: tuple[int, ...], source: str) -> None:
