@@ -114,8 +114,9 @@ def load_run(name: str, folder: Path, split: str) -> ScoredRun:
         dtype=np.float64,
     )
     prompt_ids = np.array([row.prompt_id for row in rows])
-    by_prompt = (table.groupby(prompt_ids).mean() for table in (scores, answers))
-    return ScoredRun(name, folder, prompts, *by_prompt, scores)
+    return ScoredRun(
+        name, folder, prompts, scores.groupby(prompt_ids).mean(), answers.groupby(prompt_ids).mean(), scores
+    )  # fmt: skip
 
 
 def pool_seeds(name: str, seeds: list[ScoredRun]) -> ScoredRun:
