@@ -28,6 +28,8 @@ def join_with_deepspeed(timeout: timedelta = distributed.DEFAULT_TIMEOUT) -> Non
     Args:
         timeout: how long ranks wait for each other.
     """
+    if not distributed.use_cuda():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it looks for other accelerators, and prints so
     import deepspeed
 
     if "RANK" not in os.environ:
