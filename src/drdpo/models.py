@@ -209,14 +209,14 @@ def _check_files(folder: Path) -> Header:
     if (folder / "generation_config.json").is_file():
         read_json_object(folder / "generation_config.json")  # transformers would pass over a damaged one
     found: Header = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         found |= read_header(file)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise DataError(f"{folder}: no tokenizer (tokenizer.json) in the model folder; copy the one of its base model there")
     return found
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads: a single one before the shards of an index."""
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]

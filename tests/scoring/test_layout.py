@@ -105,10 +105,10 @@ def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published, folder)
     shard = folder / "model-00002-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"model-00002-of-00004\.safetensors: not a complete safetensors file"):
+    with pytest.raises(DataError, match=r"model-00002-of-00004\.safetensors: has \d+ bytes where its header says"):
         load_armorm(folder, "cpu")
     shard.unlink()
-    with pytest.raises(DataError, match=r"the shard model-00002-of-00004\.safetensors .* is missing"):
+    with pytest.raises(DataError, match=r"not complete: model-00002-of-00004\.safetensors is missing"):
         load_armorm(folder, "cpu")
     (folder / "model.safetensors.index.json").unlink()
     for file in folder.glob("*.safetensors"):
@@ -116,7 +116,7 @@ def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no weights"):
         load_armorm(folder, "cpu")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(DataError, match=r"pickled weights \(pytorch_model\.bin\)"):
+    with pytest.raises(DataError, match=r"the weights are pickled \(pytorch_model\.bin\)"):
         load_armorm(folder, "cpu")
     (folder / "config.json").write_text('{"num_objectives": 1')
     with pytest.raises(DataError, match=r"config\.json: not JSON"):

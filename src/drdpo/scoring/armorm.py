@@ -22,7 +22,6 @@ config.json contains num_objectives, gating_temperature, gating_hidden_dim and g
 Shape suffixes: B sequences, T tokens, A tokens of an answer, N tokens of a packed row, D width. `heads` objectives.
 """
 
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,21 +29,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from drdpo.errors import DataError
 from drdpo.folder import read_json_object
 from drdpo.kernels.packed_attention import PackedRow, hidden_states
-from drdpo.models import window_of
+from drdpo.models import read_header, weight_files, window_of
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
 """Llama-3's ids of "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n"."""
 
 POOLINGS = ("last", "mean")
-
-INDEX = "model.safetensors.index.json"
 
 
 class Rewards(NamedTuple):
@@ -155,51 +152,15 @@ def read_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of every tensor in a folder's safetensors, single or sharded, from the headers alone.
 
     Raises:
-        DataError: no safetensors weights, a shard that is missing or cut, or an index that disagrees with its shards.
+        DataError: no safetensors weights, a shard that is missing or cut, or a tensor that two of them have.
     """
-    files, indexed = _weight_files(folder)
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in files:
-        for name, shape in _header(file).items():
+    for file in weight_files(folder):
+        for name, (_, shape) in read_header(file).items():
             if name in found:
                 raise DataError(f"{file}: the tensor {name} is also in {found[name][0].name}")
             found[name] = (file, shape)
-    for name, file_name in indexed.items():
-        if name not in found or found[name][0].name != file_name:
-            raise DataError(f"{folder / INDEX}: lists the tensor {name} in {file_name}, which does not contain it")
-    if indexed and (extra := sorted(set(found) - set(indexed))):
-        raise DataError(f"{found[extra[0]][0]}: the tensor {extra[0]} is not in {INDEX}")
     return found
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files, and the index's {tensor: file name}, empty for a single file."""
-    if (folder / INDEX).is_file():
-        try:
-            indexed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(indexed.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f'{folder / INDEX}: not an index with a "weight_map"') from error
-        for name in names:
-            if not isinstance(name, str) or "/" in name or not (folder / name).is_file():
-                raise DataError(f"{folder}: the shard {name} that {INDEX} names is missing")
-        return [folder / name for name in names], indexed
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"], {}
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles:
-        raise DataError(
-            f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded; save them as safetensors"
-        )
-    raise DataError(f"{folder}: no weights (model.safetensors or {INDEX})")
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: not a complete safetensors file ({error})") from error
 
 
 def check_shapes(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]], expected: dict[str, tuple[int, ...]]) -> None:
