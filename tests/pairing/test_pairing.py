@@ -355,9 +355,7 @@ def test_the_filter_that_left_no_pair_is_named(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--ArmoRM=1.0", "--selection=best"), "invalid choice: 'best'"),
         (("--ArmoRM=1.0", "--min_margin=-1"), "--min_margin=-1.0 must not be negative"),
-        (("--ArmoRM=1.0", "--min_margin=nan"), "--min_margin=nan is not a finite number"),
         (("--ArmoRM=1.0", "--max_pairs_per_prompt=3"), "top_bottom makes one pair per prompt"),
         (
             ("--ArmoRM=1.0", "--max_pairs_per_prompt=3", "--selection=top_random"),
@@ -371,14 +369,12 @@ def test_the_filter_that_left_no_pair_is_named(
         (("--ultrafeedback_verbosity=0.5", "--ArmoRM=0.5"), "ArmoRM has no such head. Its UltraFeedback heads are"),
         (("--ArmoRM=0.7",), "the objective weights sum to 0.7, not to 1"),
         ((), "the objective weights sum to 0, not to 1"),
-        (("--ArmoRM=nan",), "--ArmoRM=nan is not a finite number"),
         (
             ("--ArmoRM=1.5", "--helpsteer_complexity=-0.5"),
             "--helpsteer_complexity=-0.5: a weight is finite and not negative",
         ),
         (("--ArmoRM=1.5", "--weights", "kind=-0.5"), "--weights kind=-0.5: a weight is finite and not negative"),
         (("--ArmoRM=1.0", "--weights", "kind=nan"), "--weights kind=nan: a weight is finite and not negative"),
-        (("--ArmoRM=1.0", "--helpsteer_kindness=0.5"), "unrecognized arguments"),
     ],
 )
 def test_wrong_flags_are_status_2(run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str) -> None:
