@@ -391,19 +391,6 @@ def test_the_row_that_is_predicted_is_full():
 
 
 @pytest.mark.parametrize(
-    ("free", "expected", "line"), [(10**12, "false", "off: without"), (10**6, "true", "on for 2 of 2 layers: without")]
-)
-def test_activations_are_kept_if_memory_allows(free, expected, line, tiny_policy, monkeypatch, capsys):
-    pairs = [Pair([5] * 40, [6] * 20, [7] * 30)] * 4
-    monkeypatch.setattr(memory, "_free", lambda: (free, 1))
-    for asked in ("auto", "true", "false"):
-        found, _ = preflight(run_of(open_config(tiny_policy, gradient_checkpointing=asked), pairs))
-        assert found.config.gradient_checkpointing == asked, "the flag stays, for a repeated run on another machine"
-        assert found.recompute == (2 if (expected if asked == "auto" else asked) == "true" else 0)
-        assert (f"recompute {line}" in capsys.readouterr().out) == (asked == "auto")
-
-
-@pytest.mark.parametrize(
     "flags",
     [{"method": "group:0.5", "group_column": "group"}, {"loss_type": "sigmoid_norm", "packing": False},
      {"weight_column": "trust", "packing": False}],
@@ -424,7 +411,12 @@ def test_the_fewest_layers_recompute(tiny_policy, monkeypatch, capsys):
     monkeypatch.setattr(memory, "_resident", lambda: 1)
     for limit, expected in ((peaks[0], 0), (peaks[0] - 1, 1), (peaks[1], 1), (0, 2)):
         monkeypatch.setattr(memory, "_free", lambda limit=limit: (limit * 2, 1))
-        assert preflight(run)[0].recompute == expected
+        found, _ = preflight(run)
+        assert found.recompute == expected
+        assert found.config.gradient_checkpointing == "auto", "the flag stays, for a repeated run on another machine"
+        assert ("recompute off: without" in capsys.readouterr().out) == (expected == 0)
+    for asked, layers in (("true", 2), ("false", 0)):
+        assert preflight(run_of(open_config(tiny_policy, gradient_checkpointing=asked), pairs))[0].recompute == layers
     monkeypatch.setattr(memory, "_free", lambda: (2 * peaks[1], 1))
     capsys.readouterr()
     preflight(run)
