@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All steps on the embedded models: no GPU, no login. Ends in <output_path>/report.md and spider.png.
 # Rerunning it skips finished steps.
+# shellcheck disable=SC2154 # the variables of the usage
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -25,10 +26,12 @@ usage: bash quickstart.sh [--NAME=VALUE ...]
 USAGE
 }
 
-output_path=outputs/quickstart prompts=48 prompt_max_len=64 best_of_n=6 max_new_tokens=24 temperature=1.2 pairs_per_prompt=2
-train_batch_size=8 max_steps=10 learning_rate=2e-3 lora_rank=16 beta=0.1 kldpo_tau=1 wdpo_rho=0.002 seed=42
-names=(output_path prompts prompt_max_len best_of_n max_new_tokens temperature pairs_per_prompt train_batch_size max_steps
-    learning_rate lora_rank beta kldpo_tau wdpo_rho seed)
+# A variable for every flag of the usage, with its default.
+names=()
+while IFS="=" read -r name value; do
+    names+=("$name")
+    printf -v "$name" '%s' "$value"
+done < <(usage | sed -nE 's/^  --([a-z_]+=[^ ]+).*/\1/p')
 for word in "$@"; do
     name="${word%%=*}" name="${name#--}"
     if [[ "$word" == -h || "$word" == --help ]]; then
@@ -77,7 +80,6 @@ trained model answers the test prompts, and the report compares them with the un
 PLAN
 python "$ROOT/benchmarks/quickstart.py" --estimate=true
 
-has_gpu || export DS_ACCELERATOR=cpu # DeepSpeed looks for other accelerators otherwise, and says so
 policy="$ROOT/models/SmolLM2-135M"
 sampling=(--dataset="$ROOT/datasets/embedded_prompts" --reward_model="$ROOT/models/ArmoRM-SmolLM2"
     --best_of_n="$best_of_n" --temperature="$temperature" --max_new_tokens="$max_new_tokens" --prompt_max_len="$prompt_max_len"

@@ -193,15 +193,13 @@ driver_version() {
 # cuda-compat, which raises it; without libcuda the driver's version decides. An unknown driver is assumed to be new; torch
 # is checked later.
 choose_lock() {
-    local driver cuda branch
+    local driver cuda branch # has_gpu sets cuda_version.
     lock="$ROOT/requirements/${packages/auto/cpu}.txt"
     [[ "$packages" == auto ]] && has_gpu || return 0
     driver="$(driver_version)"
     branch="${driver:-580}"
     branch="${branch%%.*}"
-    cuda="$(ask_cuda)"
-    cuda="${cuda#* }"
-    cuda="$((cuda > 0 ? cuda / 1000 : branch >= 580 ? 13 : branch >= 525 ? 12 : 0))"
+    cuda="$((cuda_version > 0 ? cuda_version / 1000 : branch >= 580 ? 13 : branch >= 525 ? 12 : 0))"
     if ((cuda >= 13)); then
         lock="$ROOT/requirements/gpu.txt"
     elif ((cuda == 12)); then

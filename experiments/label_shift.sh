@@ -3,5 +3,4 @@
 # shellcheck source=src/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../src/env.sh"
 
-has_gpu || export DS_ACCELERATOR=cpu # DeepSpeed looks for other accelerators otherwise, and prints so
 exec python "$ROOT/experiments/label_shift.py" "$@"

@@ -3,6 +3,8 @@
 # Sourced by both experiments: their flags, and their parts, which run in turn or as SLURM jobs.
 # shellcheck source=src/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../src/env.sh"
+# shellcheck source=src/slurm.sh
+source "$ROOT/src/slurm.sh"
 
 declare -A method_flag=([DPO]="" [KLDPO]=--kldpo_tau [WDPO]=--wdpo_rho) job_of=()
 part_found=false

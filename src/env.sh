@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by every wrapper: strict mode, repository root, the environment made by setup.sh, `run`, `launch` and a job's parts.
+# Sourced by every wrapper: strict mode, repository root, the environment made by setup.sh, `run` and `launch`.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -44,8 +44,7 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The second prints the stack of 
 [[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # Waiting threads sleep instead of spinning, which made vLLM ten times slower on shared cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-gpu_count=""                # See count_gpus.
-last_signal="" step_pid="" # See job_step.
+gpu_count="" cuda_version="" # See ask_driver.
 
 # run COMMAND...: print a command, then run it.
 run() {
@@ -86,40 +85,17 @@ is_set() {
     [[ ! "${value,,}" =~ ^(|n|no|f|false|0)$ ]]
 }
 
-# ask_cuda: print how many GPUs CUDA sees and the driver's CUDA version, e.g. "8 12040" for 12.4; nothing without a driver. It
-# needs neither nvidia-smi, which containers may lack, nor torch, which setup.sh has yet to install.
-ask_cuda() {
-    [[ -e /dev/nvidiactl || -e /dev/dxg ]] || return 0
-    python -c 'import ctypes
-cuda, count, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
-cuda.cuDriverGetVersion(ctypes.byref(version))
-seen = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
-print(count.value if seen else 0, version.value)' 2>/dev/null || true
-}
-
-# count_gpus: set gpu_count, once, to the number of GPUs that CUDA sees. If it sees none, count those that nvidia-smi lists; the
-# steps then report why CUDA cannot use them. An empty CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu, hides all.
-count_gpus() {
-    local listed
-    [[ -z "$gpu_count" ]] || return 0
-    gpu_count=0
-    [[ "${DS_ACCELERATOR:-}" != cpu && -n "${CUDA_VISIBLE_DEVICES-unset}" ]] || return 0
-    gpu_count="$(ask_cuda)"
-    gpu_count="$((${gpu_count% *}))"
-    ((gpu_count == 0)) && command -v nvidia-smi >/dev/null || return 0
-    listed="$(timeout 10 nvidia-smi --list-gpus 2>&1)" || echo "note: nvidia-smi fails: ${listed%%$'\n'*}" >&2
-    gpu_count="$(grep -c '^GPU' <<<"$listed" || true)"
-    [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]] || return 0
-    # CUDA stops at the first number that is negative or that no GPU has. SLURM writes NoDevFiles for none.
-    gpu_count="$(awk -v RS=, -v count="$gpu_count" '
-        count == 0 || NF == 0 || $1 ~ /^(-|NoDevFiles)/ || ($1 ~ /^[0-9]+$/ && $1 >= count) { exit }
-        { visible++ }
-        END { print visible + 0 }' <<<"$CUDA_VISIBLE_DEVICES")"
+# ask_driver: set gpu_count, once, to the number of GPUs to start a process for, and cuda_version to what the driver runs, e.g.
+# 12040 for CUDA 12.4. Why torch cannot use GPUs that are there is for the steps to say.
+ask_driver() {
+    # shellcheck disable=SC2034 # setup.sh reads cuda_version.
+    [[ -n "$gpu_count" ]] ||
+        read -r gpu_count cuda_version < <(python -c 'from drdpo.machine import ask_driver; print(*ask_driver())')
 }
 
 # has_gpu: is a GPU visible?
 has_gpu() {
-    count_gpus
+    ask_driver
     ((gpu_count > 0))
 }
 
@@ -151,7 +127,7 @@ launch() {
     fi
     # With these left over from a cluster's template, a single process would wait for others forever.
     unset RANK LOCAL_RANK WORLD_SIZE
-    has_gpu || export DS_ACCELERATOR=cpu # Otherwise DeepSpeed looks for other accelerators, and prints so.
+    ask_driver
     processes="${DRDPO_PROCESSES:-$((gpu_count > 0 ? gpu_count : 1))}"
     check_launch "$processes" "$nodes" "$node"
     ((processes * nodes > 1)) || run exec python "$@"
@@ -174,59 +150,6 @@ launch_training() {
         logs=/dev/null
     fi
     launch "$logs" "$@"
-}
-
-# job_step COMMAND...: run a part of a SLURM job; if it fails, end the job with its status. SIGTERM and SIGUSR1 are passed on to
-# it; after one that comes between two parts, the next does not begin. After SIGUSR1, which announces the time limit, the job is
-# queued again and ends with 75; where `resumable` is set, only if the part ended with that status.
-job_step() {
-    local status=75 # Stopped before it began.
-    trap 'note_signal TERM' TERM INT
-    trap 'note_signal USR1' USR1
-    if [[ -z "$last_signal" ]]; then
-        printf '+ %s\n' "$(printf '%q ' "$@")" >&2
-        "$@" &
-        step_pid=$! noted=yes
-        [[ -z "$last_signal" ]] || note_signal "$last_signal" # It came before the number of the process was known.
-        while [[ -n "$noted" ]]; do
-            noted="" status=0
-            wait "$step_pid" || status=$? # A signal ends `wait` too.
-        done
-        step_pid=""
-    fi
-    ((status)) || return 0
-    # After SIGTERM it is for SLURM to say what becomes of the job: preemption queues it again, scancel does not.
-    if [[ "$last_signal" == USR1 ]] && ((status == ${resumable:-status})); then
-        run scontrol requeue "$SLURM_JOB_ID"
-        status=75
-    fi
-    exit "$status"
-}
-note_signal() {
-    last_signal="$1" noted=yes
-    [[ -z "$step_pid" ]] || kill -s "$1" "$step_pid" 2>/dev/null || true
-}
-
-# on_nodes SECONDS COMMAND...: such a part on every node of the job at once. If a node ends, the others go on, for so long (0: as
-# long as they take). srun passes signals on to all, but by itself does not take the CPUs over from the job.
-on_nodes() {
-    export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
-    # shellcheck disable=SC2016
-    job_step srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait="$1" \
-        bash -c 'export DRDPO_NODE_RANK="$SLURM_NODEID"; exec "$@"' node "${@:2}"
-}
-
-# in_three_rounds COMMAND...: one process divides the work, every node does its share, one process writes the results.
-in_three_rounds() {
-    job_step "$@"
-    on_nodes 0 "$@"
-    DRDPO_WRITE=true job_step "$@"
-}
-
-# name_meeting: where the ranks of several nodes meet: a port of the first one, another for every job that shares it.
-name_meeting() {
-    MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
-    export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}"
 }
 
 # Without an environment of its own a wrapper runs in the shell's, if that has the packages. setup.sh is about to make one.

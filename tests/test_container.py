@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.runs import write_pairs
 from harness.stand_ins import Machine, add_program, make_environment
 
 LOCKS = ("cpu", "gpu", "gpu-cu12")
@@ -121,38 +120,25 @@ class Cluster:
         return ["exec", "--nv", "--bind", str(root), *elsewhere, str(self.image), "bash", *command, "CONTAINER="]
 
 
-def flags_of(folder: Path, model: Path) -> list[str]:
-    data = write_pairs(folder / "pairs")
-    return [f"--model_path={model}", f"--dataset_path={data}", f"--save_path={folder / 'my run'}",
-            "--train_batch_size=4", "--micro_batch_size=1"]  # fmt: skip
-
-
-def test_every_command_that_srun_starts_is_in_the_image(root: Path, tiny_policy: Path, tmp_path: Path) -> None:
-    cluster, flags = Cluster(tmp_path, "slurm/python"), flags_of(tmp_path, tiny_policy)
-    job = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
-    status, _, err = cluster.run(root / "train_alignment.slurm", *flags, LAUNCH_STATUS="0", **job)
-    assert status == 0, err
-    script = [str(root / "train_alignment.sh"), *flags]
-    started = (tmp_path / "launched.srun").read_text().splitlines()
-    assert started[started.index("env") :][:3] == ["env", "CONTAINER=", "apptainer"]
-    assert cluster.executions() == [cluster.words(root, *script)] * 2
-    assert {"--node-rank=0", "--node-rank=1", "--master-addr=first"} < set((tmp_path / "launched").read_text().splitlines())
-
-
-def test_a_job_in_an_image_is_stopped_and_requeued_as_without(root: Path, tiny_policy: Path, tmp_path: Path) -> None:
-    cluster, flags = Cluster(tmp_path, "slurm/python"), flags_of(tmp_path, tiny_policy)
-    with cluster.start(root / "train_alignment.slurm", *flags, SLURM_JOB_ID="40007") as job:
+def test_every_command_that_srun_starts_is_in_the_image_and_a_job_is_requeued_as_without(root: Path, tmp_path: Path) -> None:
+    cluster, flags = Cluster(tmp_path, "slurm/python"), ["--model_path=m", "--save_path=my run"]
+    launched = tmp_path / "launched"
+    variables = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    variables |= {"SLEEPS": "node=1*launch*", "STOPPED": "75"}
+    with cluster.start(root / "train_alignment.slurm", *flags, **variables) as job:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "launched").is_file():
+        while not launched.is_file() or launched.read_text().count("launch.py") < 2:
             assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()
             time.sleep(0.05)
         time.sleep(0.3)
         job.send_signal(signal.SIGUSR1)
         job.communicate(timeout=60)
     assert job.returncode == 75
-    assert (tmp_path / "launched.told").read_text() == "SIGUSR1\n"
     assert (tmp_path / "launched.requeue").read_text() == "requeue 40007\n"
-    assert cluster.executions() == [cluster.words(root, str(root / "train_alignment.sh"), *flags)]
+    started = (tmp_path / "launched.srun").read_text().splitlines()
+    assert started[started.index("env") :][:3] == ["env", "CONTAINER=", "apptainer"]
+    assert cluster.executions() == [cluster.words(root, str(root / "train_alignment.sh"), *flags)] * 2
+    assert {"--node-rank=0", "--node-rank=1", "--master-addr=first"} < set(launched.read_text().split())
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

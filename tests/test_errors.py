@@ -1,5 +1,7 @@
 """A user's errors are one clear line and a status; untrusted text on a terminal steers nothing and stays readable."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +54,16 @@ def test_a_folder_where_a_file_must_be(
     folder.mkdir()
     assert said(capsys, write, folder).startswith(f"error: {folder} is a folder, where a file must be")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "the disk is full while writing"), (errno.EACCES, "no permission to write")]
+)
+def test_a_full_or_a_forbidden_disk_is_one_line(capsys: pytest.CaptureFixture[str], number: int, words: str) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    assert said(capsys, refuse, Path("out put.jsonl")).startswith(f"error: {words} out put.jsonl")
 
 
 def test_other_errors_of_the_system_keep_their_traceback() -> None:

@@ -131,7 +131,8 @@ def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path
     tree = tmp_path / "my clone"
     shutil.copytree(root / "experiments", tree / "experiments")
     (tree / "src").mkdir()
-    shutil.copy(root / "src" / "env.sh", tree / "src" / "env.sh")
+    for name in ("env.sh", "slurm.sh"):
+        shutil.copy(root / "src" / name, tree / "src" / name)
     (tree / "openllm_eval.slurm").write_text("trap 'exit 75' USR1\nkill -USR1 \"$PPID\"\nsleep 20 >/dev/null 2>&1 & wait\n")
     binaries = tmp_path / "binaries"
     add_program(binaries, "scontrol", "slurm/scontrol")

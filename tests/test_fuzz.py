@@ -247,19 +247,3 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_odd_flags_are_usage_errors(words: list[str]) -> None:
     with pytest.raises(UsageError):
         parse(LeaderboardConfig, "x", ["--model_path=x", *words])
-
-
-def test_scores_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
-    row = {"prompt_id": 1, "prompt": [{"role": "user", "content": "q"}], "token_ids": [], "finish_reason": "stop"}
-    lines = [
-        json.dumps(
-            row | {"sample_id": n, "scores": {"ArmoRM": 1e200 * n}, "completion": [{"role": "assistant", "content": "a"}]}
-        )
-        for n in range(2)
-    ]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("\n\n".join(lines))
-    words = [f"--completions={tmp_path}", f"--output_path={tmp_path / 'out'}", "--ArmoRM=1"]
-    with pytest.raises(DataError, match=r'train\.jsonl, row 3: field "scores": ArmoRM is 1e\+200'):
-        generate_preferences(parse(PreferencesConfig, "x", words))
-    assert not (tmp_path / "out").exists()

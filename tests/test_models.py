@@ -160,16 +160,6 @@ def test_tokens_without_a_row_are_named_unless_no_text_becomes_them(folder: Path
     refused(folder, r"token '\[PAD\]' has the id 49152")
 
 
-def test_an_adapter_is_named_with_its_base(folder: Path) -> None:
-    set_config(folder, "adapter_config.json", base_model_name_or_path="some/base")
-    refused(folder, r"an adapter of some/base, not a whole model; merge it")
-
-
-def test_a_generation_config_that_is_cut_is_refused_and_not_passed_over(folder: Path) -> None:
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1,')
-    refused(folder, r"generation_config\.json: not JSON")
-
-
 def test_a_config_that_no_model_can_be_built_from_is_refused(folder: Path) -> None:
     for fields in ({"model_type": "nosuchmodel"}, {"hidden_size": "wide"}, {"num_attention_heads": 0}):
         text = (folder / "config.json").read_text()
@@ -201,29 +191,10 @@ def test_a_file_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_model("config.json")
 
 
-def test_what_is_missing_is_named(folder: Path) -> None:
-    for name, words in (
-        ("tokenizer.json", "no tokenizer"),
-        ("model.safetensors", "no weights"),
-        ("config.json", r"no config\.json"),
-    ):
-        (folder / name).unlink()
-        with pytest.raises(DataError, match=words):
-            check_model(str(folder))
-
-
-def test_pickled_weights_are_refused(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(DataError, match=r"the weights are pickled \(pytorch_model.bin\).*safetensors"):
-        check_model(str(folder))
-
-
-def test_a_missing_shard_is_named(folder: Path) -> None:
+def shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors is missing"):
-        check_model(str(folder))
 
 
 @pytest.mark.parametrize("of_file", [False, True])
@@ -250,10 +221,24 @@ def test_an_index_does_not_hide_what_the_shards_lack(of_file: bool, folder: Path
         refused(folder, r"00002\.safetensors: the tensor \S+ is also in model-00001-of-00002")
 
 
-def test_a_config_that_is_cut_is_named(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(DataError, match=r"config\.json: not JSON"):
-        check_model(str(folder))
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+        (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": '), r"config\.json: not JSON"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), r"generation_config\.json: not JSON"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+         r"the weights are pickled \(pytorch_model.bin\).*safetensors"),
+        (shard, r"model-00002-of-00002\.safetensors is missing"),
+        (lambda folder: set_config(folder, "adapter_config.json", base_model_name_or_path="some/base"),
+         r"an adapter of some/base, not a whole model; merge it"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_damaged_is_named(damage: Callable[[Path], Any], words: str, folder: Path) -> None:
+    damage(folder)
+    refused(folder, words)
 
 
 def test_results_beside_a_model_do_not_change_its_fingerprint(folder: Path) -> None:

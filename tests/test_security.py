@@ -10,8 +10,6 @@ import pytest
 from harness import ROOT
 from harness.forks import Forks
 
-from drdpo.assets.hub import wanted
-
 SECRETS = {
     "HF_TOKEN": "hf_secretsecretsecret",
     "HUGGING_FACE_HUB_TOKEN": "hf_othersecret",
@@ -44,25 +42,6 @@ def offences(source: str) -> list[str]:
 def test_no_source_runs_foreign_code() -> None:
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
     assert {str(path): offences(source) for path, source in sources.items() if offences(source)} == {}
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from joblib import load", "torch.load(x)", "torch.load(x, weights_only=False)", "eval(x)",
-        "run(x, shell=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)", "np.load(x, allow_pickle=True)",
-    ],
-)  # fmt: skip
-def test_the_rule_can_fail(source: str) -> None:
-    assert offences(source)
-
-
-@pytest.mark.parametrize(
-    "name", ["model.bin", "a.pt", "x.pkl", "modeling_custom.py", "sub/evil.py", "original/a.safetensors"]
-)
-def test_code_and_pickles_are_not_fetched(name: str) -> None:
-    assert not wanted(name)
-    assert wanted("model-00001-of-00002.safetensors")
 
 
 def completions(folder: Path, name: str) -> None:

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -127,15 +126,6 @@ def test_torch_from_another_index(machine: Machine) -> None:
     assert not any("index.example" in call for call in machine.pip()), "the installed torch is kept"
 
 
-def test_uv_takes_torch_from_the_index_that_is_asked_for(machine: Machine) -> None:
-    """Whatever index its settings name."""
-    add_program(machine.standins, "uv", "setup/uv")
-    machine.variables["UV_PYTHON"] = str(machine.standins / "python3.11")
-    machine.setup("--torch_index=https://index.example/cpu", PIP_INDEX_URL="https://mirror.example/simple")
-    calls = machine.calls.read_text()
-    assert "--no-deps --default-index https://index.example/cpu torch==2.13.0" in calls and "--index-url" not in calls
-
-
 def test_a_gpu_replaces_the_cpu_build_of_torch(machine: Machine) -> None:
     """Its version is the locked one, so pip would keep it, and a cluster's login node and GPU node share an environment."""
     machine.setup()
@@ -180,7 +170,6 @@ def test_a_driver_that_is_too_old_is_refused_by_name(machine: Machine) -> None:
 @pytest.mark.parametrize(("driver", "cuda", "lock"), [("470.256.02", "12080", "gpu-cu12"), ("550.54.15", "13000", "gpu")])
 def test_libcudas_version_overrides_the_drivers(machine: Machine, driver: str, cuda: str, lock: str) -> None:
     """libcuda's own version decides, which that package raises."""
-    (machine.move_devices() / "nvidiactl").touch()
     machine.add_gpu(driver)
     assert lock_of(machine.setup(CUDA=f"1 {cuda}")) == lock
 
@@ -194,43 +183,14 @@ def test_an_unknown_gpu_of_an_unknown_driver_is_used(machine: Machine) -> None:
 
 @pytest.mark.parametrize(("cuda", "lock"), [("2 12080", "gpu-cu12"), ("1 13010", "gpu"), ("0 13010", "cpu"), ("", "cpu")])
 def test_a_container_without_nvidia_smi_has_the_gpus_that_cuda_sees(machine: Machine, cuda: str, lock: str) -> None:
-    devices = machine.move_devices()
-    (devices / "version").write_text(
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
-    )
-    assert lock_of(machine.setup(CUDA=cuda)) == "cpu", "there is no device"
-    (devices / "nvidiactl").touch()
+    machine.tell_driver("550.54.15")
     done = machine.setup(CUDA=cuda)
     assert lock_of(done) == lock
     assert ("note: driver 550.54.15 runs CUDA 12" in done.stdout) == (lock == "gpu-cu12")
 
 
-LIBCUDA = """
-int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
-int cuInit(unsigned flags) { return STATUS; }
-int cuDeviceGetCount(int *count) { *count = 2; return 0; }
-"""
-
-
-@pytest.mark.parametrize(("status", "said"), [("0", "2 12080\n"), ("100", "0 12080\n"), (None, "")])
-def test_cuda_is_asked_for_devices_and_version(machine: Machine, status: str | None, said: str) -> None:
-    """By its own library, here one of three functions; 100 is CUDA's error for no device."""
-    (machine.move_devices() / "nvidiactl").touch()
-    folder = machine.tree.parent
-    if status is not None:
-        compiler = shutil.which("cc") or pytest.skip("no C compiler")
-        command = [compiler, "-shared", "-fPIC", f"-DSTATUS={status}", "-x", "c", "-", "-o", str(folder / "libcuda.so.1")]
-        subprocess.run(command, input=LIBCUDA, text=True, check=True)
-    machine.add("python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
-    words = ["bash", "-c", 'source "$1"; ask_cuda', "bash", str(machine.tree / "src" / "env.sh")]
-    environment = {"PATH": str(machine.standins), "LD_LIBRARY_PATH": str(folder)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
-
-
 @pytest.mark.parametrize(("cuda", "lock"), [("1 13000", "gpu"), ("0 0", "cpu"), ("", "cpu")])
 def test_with_a_broken_nvidia_smi_cuda_decides(machine: Machine, cuda: str, lock: str) -> None:
-    (machine.move_devices() / "nvidiactl").touch()
     says = "Failed to initialize NVML: Driver/library version mismatch"
     machine.add("nvidia-smi", f"#!/bin/bash\necho '{says}'\necho 'NVML library version: 580.65'\nexit 18\n")
     done = machine.setup(CUDA=cuda)
@@ -248,7 +208,7 @@ def test_a_gpu_that_cannot_be_used_ends_the_setup(machine: Machine) -> None:
     assert machine.setup().returncode == 0
     assert machine.pip() == []
     machine.setup(CUDA_VISIBLE_DEVICES="")
-    assert "drdpo.machine" not in machine.calls.read_text()
+    assert "-m drdpo.machine" not in machine.calls.read_text()
 
 
 @pytest.mark.parametrize(
@@ -365,6 +325,11 @@ def test_uv_installs_where_it_is_on_the_path(machine: Machine, tmp_path: Path) -
     calls = machine.calls.read_text()
     assert calls.index(f"uv pip uninstall --quiet --python {folder}/bin/python torch\n") < calls.index("gpu.txt\n")
     assert set(re.findall("uv settings (.*)", calls)) == {"https://own.example /own"}
+    (folder / ".drdpo_gpu.txt").unlink()
+    (folder / "bin" / "python.torch").unlink()
+    machine.setup("--torch_index=https://index.example/cpu", PIP_INDEX_URL="https://mirror.example/simple")
+    calls = machine.calls.read_text()
+    assert "--no-deps --default-index https://index.example/cpu torch==2.13.0" in calls and "--index-url" not in calls
 
 
 def test_uv_brings_a_python_where_there_is_none(machine: Machine) -> None:
@@ -381,7 +346,7 @@ def test_the_packages_of_another_machine(machine: Machine, lock: str) -> None:
     assert lock_of(machine.setup(f"--packages={lock}")) == lock
     machine.add_gpu("470.256.02")
     assert lock_of(machine.setup(f"--packages={lock}")) == lock, "the driver is not asked"
-    assert ("drdpo.machine" in machine.calls.read_text()) == (lock != "cpu")
+    assert ("-m drdpo.machine" in machine.calls.read_text()) == (lock != "cpu")
 
 
 def test_the_test_command_stops_at_the_first_failing_part(root: Path, machine: Machine) -> None:

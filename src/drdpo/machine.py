@@ -190,17 +190,38 @@ def check_device(kernels: bool = False, untouched: bool = False) -> list[Gpu]:
             )
     if found and kernels:
         check_compiler()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
-    if not found and visible and not visible.startswith("-") and visible != "NoDevFiles":  # Slurm's word for none
+    if not found and not _hidden():
         _check_unseen()
     return found
 
 
+def ask_driver() -> tuple[int, int]:
+    """For how many GPUs processes are to be started, and the CUDA version that the driver runs, e.g. 12040 for 12.4.
+
+    What the driver counts, with CUDA_VISIBLE_DEVICES; if that is none, what nvidia-smi lists: the steps then say why torch
+    cannot use it. src/env.sh asks this, for setup.sh before torch is installed.
+    """
+    count, version = _driver()
+    return 0 if _hidden() else count or len(_listed(told=True)), version
+
+
+def _hidden() -> bool:
+    """Has the user chosen the CPU?"""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    return cpu or not visible or visible.startswith("-") or visible == "NoDevFiles"  # Slurm's word for none
+
+
+def _listed(told: bool = False) -> list[str]:
+    """Names of the GPUs that nvidia-smi lists."""
+    return re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus", told=told), re.MULTILINE)
+
+
 def _check_unseen() -> None:
     """Refuse the CPU on a machine whose driver lists GPUs that torch does not see."""
-    names = re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus"), re.MULTILINE)
+    names = _listed()
     asked = "nvidia-smi" if names else "the driver"
-    names = names or ["of unknown name"] * _driver_count()  # a container without nvidia-smi
+    names = names or ["of unknown name"] * _driver()[0]  # a container without nvidia-smi
     if not names:
         return
     import torch
@@ -223,13 +244,19 @@ def _check_unseen() -> None:
     )
 
 
-def _driver_count() -> int:
-    """Number of GPUs that the driver's library counts; 0 without it. Asked only if torch sees no GPU."""
-    cuda, count = _libcuda(), ctypes.c_int()
+def _driver() -> tuple[int, int]:
+    """Number of GPUs that the driver's library counts, and the CUDA version that it runs; zeros without it.
+
+    It needs neither nvidia-smi, which containers may lack, nor torch."""
+    cuda, count, version = _libcuda(), ctypes.c_int(), ctypes.c_int()
     try:
-        return count.value if cuda and cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+        if cuda:
+            cuda.cuDriverGetVersion(ctypes.byref(version))
+            counted = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+            return count.value if counted else 0, version.value
     except AttributeError:
-        return 0
+        pass
+    return 0, 0
 
 
 def _libcuda() -> ctypes.CDLL | None:
@@ -241,15 +268,19 @@ def _libcuda() -> ctypes.CDLL | None:
 
 
 @lru_cache
-def _nvidia_smi(*words: str) -> str:
-    """What nvidia-smi prints; empty if it is missing, fails or hangs, so that torch alone decides."""
+def _nvidia_smi(*words: str, told: bool = False) -> str:
+    """What nvidia-smi prints; empty if it is missing, hangs or fails, so that torch alone decides; `told`: print why."""
     command = ["nvidia-smi", *words]
     try:
-        return subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True).stdout.decode(
-            "utf-8", "replace"
-        )
+        done = subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True)
+        return done.stdout.decode("utf-8", "replace")
+    except subprocess.CalledProcessError as error:
+        if told:
+            first = (error.stdout + error.stderr).decode("utf-8", "replace").partition("\n")[0]
+            print(f"note: nvidia-smi fails: {one_line(first, 300)}", file=sys.stderr)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        pass
+    return ""
 
 
 def check_compiler() -> None:

@@ -2,13 +2,9 @@
 
 import itertools
 import json
-import re
-import shutil
 import sys
-from collections import Counter
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,11 +25,10 @@ from transformers import (
 
 from drdpo.assets import embedded
 from drdpo.assets.embedded import HEADS, make_prompts, make_reward_model, prompts_are_made, reward_model_is_made
-from drdpo.chat import conversation_token_ids, end_of_turn_id, load_tokenizer, prompt_token_ids
+from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.errors import DataError
 from drdpo.folder import read_manifest
 from drdpo.models import check_model, read_tensors
-from drdpo.records import SPLITS, Prompt, read_rows
 from drdpo.scoring.armorm import check_folder, load_armorm
 
 # The policy
@@ -114,16 +109,6 @@ def test_numbers_are_split_into_digits_also_after_a_save(smollm: Path, tmp_path:
         assert again.chat_template == tokenizer.chat_template
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
         tokenizer = again
-
-
-def test_the_prompt_begins_with_one_bos_and_ends_in_the_assistants_turn(smollm: Path) -> None:
-    tokenizer = load_tokenizer(str(smollm))
-    ids = prompt_token_ids(tokenizer, [{"role": "user", "content": "Hi"}])
-    assert ids[:1] == [1]
-    assert ids[:2] != [1, 1]
-    assert tokenizer.decode(ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert tokenizer.decode(ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert end_of_turn_id(tokenizer) == 2
 
 
 @pytest.mark.slow
@@ -209,14 +194,6 @@ def test_the_folder_has_armorms_layout(tiny_policy: Path, heads_folder: Path, tm
     assert (folder / "README.md").read_text() == "the card\n"
 
 
-def test_the_head_names_are_those_of_the_published_checkpoint(root: Path) -> None:
-    inventory = root.parent / "shared" / "data" / "armorm" / "tensor_inventory.json"
-    if not inventory.is_file():
-        pytest.skip("../shared is missing")
-    published = json.loads(inventory.read_text())["armorm"]["non_layer_tensors"]
-    assert set(heads()) == {name for name in published if not name.startswith("model.")}
-
-
 def heads_of_one_layer(heads_folder: Path) -> Path:
     config = json.loads((heads_folder / "config.json").read_text())
     (heads_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "pooling": "mean"}))
@@ -242,19 +219,26 @@ def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, h
         make_reward_model(folder, tiny_policy, heads_folder)
 
 
-def test_a_family_that_names_the_kind_of_each_layer_is_cut_too(
-    tiny_policy: Path, heads_folder: Path, tmp_path: Path
-) -> None:
-    policy = tmp_path / "qwen"
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=600, num_hidden_layers=3, tie_word_embeddings=True, **sizes)).save_pretrained(
-        policy
-    )
-    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(policy)
-    assert len(json.loads((policy / "config.json").read_text())["layer_types"]) == 3
-    make_reward_model(tmp_path / "reward", policy, heads_of_one_layer(heads_folder))
-    assert len(json.loads((tmp_path / "reward" / "config.json").read_text())["layer_types"]) == 1
-    assert len(load_armorm(tmp_path / "reward", "cpu", torch.float32).model.layers) == 1
+@pytest.mark.parametrize("kind", ["sharded, with a head of its own", "with the kind of each layer in its config"])
+def test_other_backbones_are_cut_too(kind: str, tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone, folder = tmp_path / "back bone", tmp_path / "reward model"
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "num_hidden_layers": 3}  # fmt: skip
+    if "sharded" in kind:  # as an 8B folder is
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=False))
+        model.save_pretrained(backbone, max_shard_size="7MB")
+        assert len(list(backbone.glob("model-*.safetensors"))) > 1
+    else:
+        Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=600, tie_word_embeddings=True)).save_pretrained(backbone)
+        assert len(config_in(backbone)["layer_types"]) == 3
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(backbone)
+    make_reward_model(folder, backbone, heads_of_one_layer(heads_folder))
+    model = load_armorm(folder, "cpu", torch.float32)
+    assert len(model.model.layers) == 1 == len(config_in(folder).get("layer_types", ["one"]))
+    embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
+    assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
+    assert not any("lm_head" in name for name in read_tensors(folder))
 
 
 def test_raw_messages_get_no_system_turn(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
@@ -302,80 +286,7 @@ def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm:
     assert reward_model_is_made(folder, smollm), "models/ArmoRM-SmolLM2 is older than the committed heads; rerun setup.sh"
 
 
-def test_a_sharded_backbone_with_a_head_of_its_own_is_assembled(tmp_path: Path, heads_folder: Path, smollm: Path) -> None:
-    """As an 8B folder is: several files, lm_head.weight apart; the heads read one layer of two."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": False}  # fmt: skip
-    backbone, folder = tmp_path / "back bone", tmp_path / "reward model"
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(backbone, max_shard_size="7MB")
-    assert len(list(backbone.glob("model-*.safetensors"))) > 1
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(smollm / name, backbone / name)
-    added = json.loads((heads_folder / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (heads_folder / "config.json").write_text(json.dumps(added))
-    make_reward_model(folder, backbone, heads_folder)
-    model = load_armorm(folder, "cpu", torch.float32)
-    assert len(model.model.layers) == 1
-    embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
-    assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
-    assert not any("lm_head" in name for name in read_tensors(folder))
-
-
 # The prompts
-
-CATEGORIES = ("facts", "writing", "code", "reasoning", "advice", "safety", "summarise_rewrite", "two_turn")
-IDS = {"train": range(0, 192), "test": range(1000, 1048)}
-MAX_JACCARD = 0.6
-"""Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
-
-
-def rows_of(split: str) -> list[dict[str, Any]]:
-    return [row for _, row in read_rows(embedded.PROMPTS / f"{split}.jsonl")]
-
-
-def text_of(row: dict[str, Any]) -> str:
-    return "\n".join(message["content"] for message in row["prompt"])
-
-
-def words_of(row: dict[str, Any]) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text_of(row).lower())
-
-
-@pytest.mark.parametrize(("split", "system_messages"), [("train", 8), ("test", 2)])
-def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split: str, system_messages: int) -> None:
-    rows = rows_of(split)
-    assert [row["prompt_id"] for row in rows] == list(IDS[split])
-    assert [row["category"] for row in rows] == list(CATEGORIES) * (len(rows) // len(CATEGORIES))
-    openings: Counter[bool] = Counter()
-    for row in rows:
-        assert set(row) == {"prompt_id", "category", "prompt"}, row
-        roles = [message["role"] for message in Prompt.from_row(row).prompt]
-        openings[roles[0] == "system"] += 1
-        turns = roles[1:] if roles[0] == "system" else roles
-        assert turns == (["user", "assistant", "user"] if row["category"] == "two_turn" else ["user"]), row
-    assert openings[True] == system_messages
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_prompts_are_stripped_and_of_5_to_100_words_short_and_long(split: str) -> None:
-    rows = rows_of(split)
-    for message in itertools.chain.from_iterable(row["prompt"] for row in rows):
-        assert set(message) == {"role", "content"}
-        assert message["content"] and message["content"] == message["content"].strip(), message
-    lengths = [len(words_of(row)) for row in rows]
-    assert min(lengths) >= 5 and max(lengths) <= 100
-    assert sum(length <= 15 for length in lengths) >= len(lengths) // 5
-    assert sum(length >= 35 for length in lengths) >= len(lengths) // 8
-
-
-def test_no_two_prompts_are_nearly_equal() -> None:
-    """Over both splits at once."""
-    rows = [row for split in SPLITS for row in rows_of(split)]
-    assert len({text_of(row).casefold() for row in rows}) == len(rows)
-    asked = [(row["prompt_id"], set(words_of(row))) for row in rows]
-    for (left_id, left), (right_id, right) in itertools.combinations(asked, 2):
-        assert len(left & right) / len(left | right) <= MAX_JACCARD, (left_id, right_id)
 
 
 def line_of(number: int, text: str = "Why?") -> str:

@@ -154,33 +154,25 @@ def test_an_incomplete_file_shows_nothing(
     assert not (tmp_path / "model").exists()
 
 
-def test_a_gated_model_is_refused_with_the_login_command(fake: FakeHub, tmp_path: Path) -> None:
-    fake.files, fake.fail = _llama_files(), _http(GatedRepoError, 401)
-    with pytest.raises(hub.NeedsLoginError, match=r"huggingface\.co/meta-llama/Llama-3\.2-1B-Instruct, run `hf auth login`"):
-        hub.download_model("meta-llama/Llama-3.2-1B-Instruct", tmp_path / "Llama1b")
-    assert not (tmp_path / "Llama1b").exists()
-
-
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("files", "broken", "says"),
     [
-        (_http(RepositoryNotFoundError, 404), "no such repository"),
-        (_http(HfHubHTTPError, 503), r"the download failed \(Cannot access it\.\)"),
-        (TimeoutError("timed out"), r"the download failed \(timed out\)"),
+        ({}, {"info_error": _http(RepositoryNotFoundError, 404)}, "no such repository"),
+        ({}, {"info_error": _http(HfHubHTTPError, 503)}, r"the download failed \(Cannot access it\.\)"),
+        ({}, {"info_error": TimeoutError("timed out")}, r"the download failed \(timed out\)"),
+        ({"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}, {}, "no safetensors weights"),
+        (_llama_files(), {"fail": _http(GatedRepoError, 401)}, r"huggingface\.co/owner/model, run `hf auth login`"),
     ],
 )
-def test_hub_errors_are_one_line(fake: FakeHub, tmp_path: Path, error: Exception, message: str) -> None:
-    fake.info_error = error
-    with pytest.raises(DataError, match=message):
+def test_what_cannot_be_downloaded_is_one_line(
+    fake: FakeHub, tmp_path: Path, files: dict[str, bytes], broken: dict[str, Exception], says: str
+) -> None:
+    fake.files = files
+    for name, error in broken.items():
+        setattr(fake, name, error)
+    with pytest.raises(hub.NeedsLoginError if "login" in says else DataError, match=says):
         hub.download_model("owner/model", tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-
-
-def test_pickled_weights_are_never_downloaded(fake: FakeHub, tmp_path: Path) -> None:
-    fake.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}
-    with pytest.raises(DataError, match="no safetensors weights"):
-        hub.download_model("owner/model", tmp_path / "model")
-    assert fake.fetched == []
+    assert not (tmp_path / "model").exists() and fake.fetched == []
 
 
 def test_too_little_disk_space_is_reported_before_the_download(

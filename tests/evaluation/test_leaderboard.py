@@ -616,7 +616,7 @@ def test_under_sbatch_the_script_is_a_copy(root: Path, fakes: Path, tmp_path: Pa
     shutil.copy(root / "openllm_eval.slurm", copy)
     repository = tmp_path / "my repository"
     (repository / "src").mkdir(parents=True)
-    for name in ("src/env.sh", "openllm_eval.slurm"):
+    for name in ("src/env.sh", "src/slurm.sh", "openllm_eval.slurm"):
         shutil.copy(root / name, repository / name)
     done = start_wrapper(copy, fakes, repository, "--model_path=m", SLURM_SUBMIT_DIR=str(repository), SLURM_JOB_ID="42")
     assert done.returncode == 0, done.stderr

@@ -169,6 +169,13 @@ def test_a_damaged_reference_file_is_refused(damage, tmp_path):
         read_reference(path, "key", 3, 2)
 
 
+def test_reference_log_probs_with_holes_are_refused(tmp_path):
+    path = tmp_path / "reference_train.safetensors"
+    write_reference(path, "key", torch.tensor([[1.0, 2.0], [3.0, torch.nan]]))
+    with pytest.raises(DataError, match=r"reference_train\.safetensors.* incomplete"):
+        read_reference(path, "key", 2, 2)
+
+
 def test_a_cut_manifest_and_cut_rejects_are_named(fault_reward_model, tmp_path):
     fields, below, step = READERS["score"]
     write_cut(tmp_path / below, "test", rows_of(*fields))

@@ -38,7 +38,7 @@ class Machine:
         self.variables = {"REAL_PYTHON": sys.executable, "CALLS": str(self.calls)}
         (self.tree / "src" / "drdpo").mkdir(parents=True)
         shutil.copytree(ROOT / "requirements", self.tree / "requirements")
-        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "errors")]
+        ground = [f"src/drdpo/{name}.py" for name in ("__init__", "asset_names", "distributed", "errors", "machine")]
         for name in ("setup.sh", "src/env.sh", *ground):
             shutil.copy(ROOT / name, self.tree / name)
         self.standins.mkdir()
@@ -58,15 +58,11 @@ class Machine:
         add_program(self.standins, "nvidia-smi", "machine/nvidia-smi")
         self.variables |= {"SMI_DRIVER": driver, "SMI_GPUS": name}
 
-    def move_devices(self) -> Path:
-        """An empty folder where the tree's scripts look for the devices and the kernel's word on the driver."""
-        folder = self.tree.parent / "devices"
-        folder.mkdir()
-        for name in ("setup.sh", "src/env.sh"):
-            text = (self.tree / name).read_text().replace("/dev/", f"{folder}/")
-            text = text.replace(f"{folder}/null", "/dev/null").replace("/proc/driver/nvidia/version", f"{folder}/version")
-            (self.tree / name).write_text(text)
-        return folder
+    def tell_driver(self, version: str) -> None:
+        """The kernel's word on the driver, as where nvidia-smi is missing."""
+        path, setup = self.tree.parent / "version", self.tree / "setup.sh"
+        path.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Tue Mar  5 22:23:56 UTC 2024\n")
+        setup.write_text(setup.read_text().replace("/proc/driver/nvidia/version", str(path)))
 
     def setup(self, *flags: str, script: str = "setup.sh", **variables: str) -> "subprocess.CompletedProcess[str]":
         """Run setup.sh from another folder; afterwards `calls` holds only this run's calls."""

@@ -199,42 +199,22 @@ def test_the_order_of_the_file_changes_no_pair(run: Command, tmp_path: Path, fla
     assert len(first) >= 30
 
 
-def test_a_prompts_random_draw_does_not_depend_on_other_prompts(run: Command, tmp_path: Path) -> None:
-    rows = random_rows(2)
-    for name, train in (("all", rows), ("half", rows[len(rows) // 2 :])):
-        write(tmp_path / name, train, rows)
-        flags = ("--ArmoRM=1.0", "--standardize=false", "--selection=top_random")
-        assert run(*flags_of((tmp_path / name, tmp_path / f"pairs {name}"), *flags)).returncode == 0
-    whole = {pair.prompt_id: pair for pair in written(tmp_path / "pairs all")}
-    half = written(tmp_path / "pairs half")[1:]  # the first prompt may be cut
-    assert len(half) > 10
-    assert all(whole[pair.prompt_id] == pair for pair in half)
-
-
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_selections_from_the_command_line(run: Command, paths: tuple[Path, Path], selection: str) -> None:
+def test_a_selection_is_made_once_and_refused_under_other_flags(
+    run: Command, paths: tuple[Path, Path], selection: str
+) -> None:
     rows, flags = random_rows(3), SELECTIONS[selection]
     write(paths[0], rows, rows)
     done = run(*flags_of(paths, *HALF, *flags))
     assert done.returncode == 0, done.stderr
     pairs = written(paths[1])
-    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
-    counts, made_by = facts["train"]["counts"], facts["made_by"]
-    assert (len(pairs) > counts["prompts"]) is ("--selection=all_pairs" in flags)
-    assert counts["pairs"] == len(pairs)
     assert f"train: {len(pairs)} pairs from 40 prompts" in done.stdout
+    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
     margins = [pair.chosen_score - pair.rejected_score for pair in pairs]  # type: ignore[operator]
-    assert min(margins) > (0.7 - 1e-9 if "--min_margin=0.7" in flags else 0)
     assert facts["train"]["margins"]["min"] == pytest.approx(min(margins))
-    assert made_by["selection"] == (flags[0].removeprefix("--selection=") if flags else "top_bottom")
-    assert set(made_by) == {
-        "weights", "standardize", "standardize_by", "completions",
-        "selection", "min_margin", "max_pairs_per_prompt", "seed",
-    }  # fmt: skip
     assert run(*flags_of(paths, *HALF, *flags)).stdout.count("skipped") == 1
     other = run(*flags_of(paths, *HALF, *flags, "--min_margin=0.8"))
-    assert other.returncode == 2
-    assert "min_margin" in other.stderr
+    assert (other.returncode, "min_margin" in other.stderr) == (2, True)
     seeded = run(*flags_of(paths, *HALF, *flags, "--seed=7"))
     assert seeded.returncode == (2 if selection == "top_random" else 0), "the seed matters where something is drawn"
 
@@ -284,28 +264,18 @@ def test_rows_have_the_scores_by_which_another_mixture_would_label_them(run: Com
     assert 0 < swapped < len(pairs)
 
 
-def test_a_length_bias_is_printed_and_kept(run: Command, paths: tuple[Path, Path]) -> None:
-    write(paths[0], random_rows(4, prompts=60), random_rows(5, prompts=3))
-    done = run(*flags_of(paths, "--ultrafeedback_honesty=1.0"))
-    assert done.returncode == 0, done.stderr
-    assert "train: length bias: chosen is longer for " in done.stdout
-    facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
-    assert facts["train"]["lengths"]["unit"] == "tokens"
-    assert facts["train"]["lengths"]["biased"] is True
-    assert facts["train"]["lengths"]["margin_correlation"] > 0.5
-    assert facts["test"]["lengths"]["biased"] is False
-    assert "no significant bias" in done.stdout
-
-
 def test_a_dry_run_prints_the_report_and_writes_nothing(run: Command, paths: tuple[Path, Path]) -> None:
-    write(paths[0], random_rows(6), random_rows(7))
-    flags = flags_of(paths, *HALF)
+    write(paths[0], random_rows(4, prompts=60), random_rows(5, prompts=3))
+    flags = flags_of(paths, "--ultrafeedback_honesty=1.0")
     dry = run(*flags, "--dry_run")
     assert dry.returncode == 0, dry.stderr
     assert not paths[1].exists()
     assert "dry run: nothing was written" in dry.stdout
+    assert "train: length bias: chosen is longer for " in dry.stdout and "no significant bias" in dry.stdout
     real = run(*flags)
     assert real.stdout.strip() in dry.stdout, "the same report"
+    lengths = json.loads((paths[1] / "manifest.json").read_text())["preferences"]["train"]["lengths"]
+    assert (lengths["unit"], lengths["biased"]) == ("tokens", True) and lengths["margin_correlation"] > 0.5
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in paths[1].iterdir()}
     for other in ([], ["--selection=all_pairs"], ["--overwrite=true", "--min_margin=0.5"]):
         again = run(*flags, *other, "--dry_run=true")
@@ -320,28 +290,20 @@ def nan_score() -> str:
 
 BAD_DATA: dict[str, tuple[Any, Any, str]] = {
     "missing test split": (good_rows(), None, "test.jsonl: no such file"),
-    "missing train split": (None, good_rows(), "train.jsonl: no such file"),
-    "empty file": (good_rows(), "", "test.jsonl: the file has no rows"),
-    "cut line": (good_rows(), json.dumps(good_rows()[0])[:-9], "test.jsonl, row 1: not a whole JSON object"),
+    "scores whose squares overflow": (
+        [row(1, 0, "a", ArmoRM=0.0), row(1, 1, "b", ArmoRM=1e200)],
+        good_rows(),
+        'row 2: field "scores": ArmoRM is 1e+200',
+    ),
     "missing objective": ([row(1, 0, "a", kind=1.0), row(1, 1, "b", kind=2.0)], good_rows(), "lacks ArmoRM; it has kind"),
     "unscored": ([row(1, 0, "a"), row(1, 1, "b")], good_rows(), "no scores at all"),
     "NaN score": (good_rows(), nan_score(), 'test.jsonl, row 3: field "scores": not a finite number'),
     "n = 1": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(2, 0, "b", ArmoRM=2.0)], "only one completion"),
     "duplicate key": (good_rows(), [*good_rows(), good_rows()[2]], 'row 5: field "prompt_id", "sample_id" repeats (7, 1)'),
-    "infinite score": (
-        good_rows(),
-        nan_score().replace("NaN", "-Infinity"),
-        'test.jsonl, row 3: field "scores": not a finite number',
-    ),
     "objective missing in one row": (
         good_rows(),
         [*good_rows()[:3], row(3, 1, "d", ultrafeedback_truthfulness=0.0)],
         'row 4 (prompt_id 3, sample_id 1): field "scores" lacks ArmoRM; it has ultrafeedback-truthfulness',
-    ),
-    "half a character": (
-        good_rows(),
-        [*good_rows()[:3], row(3, 1, "d \ud800", ArmoRM=0.2)],
-        'test.jsonl, row 4: field "completion" contains half of a surrogate pair',
     ),
     "only equal texts": (
         good_rows(),
@@ -393,9 +355,7 @@ def test_the_filter_that_left_no_pair_is_named(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--ArmoRM=1.0", "--selection=best"), "invalid choice: 'best'"),
         (("--ArmoRM=1.0", "--min_margin=-1"), "--min_margin=-1.0 must not be negative"),
-        (("--ArmoRM=1.0", "--min_margin=nan"), "--min_margin=nan is not a finite number"),
         (("--ArmoRM=1.0", "--max_pairs_per_prompt=3"), "top_bottom makes one pair per prompt"),
         (
             ("--ArmoRM=1.0", "--max_pairs_per_prompt=3", "--selection=top_random"),
@@ -409,14 +369,12 @@ def test_the_filter_that_left_no_pair_is_named(
         (("--ultrafeedback_verbosity=0.5", "--ArmoRM=0.5"), "ArmoRM has no such head. Its UltraFeedback heads are"),
         (("--ArmoRM=0.7",), "the objective weights sum to 0.7, not to 1"),
         ((), "the objective weights sum to 0, not to 1"),
-        (("--ArmoRM=nan",), "--ArmoRM=nan is not a finite number"),
         (
             ("--ArmoRM=1.5", "--helpsteer_complexity=-0.5"),
             "--helpsteer_complexity=-0.5: a weight is finite and not negative",
         ),
         (("--ArmoRM=1.5", "--weights", "kind=-0.5"), "--weights kind=-0.5: a weight is finite and not negative"),
         (("--ArmoRM=1.0", "--weights", "kind=nan"), "--weights kind=nan: a weight is finite and not negative"),
-        (("--ArmoRM=1.0", "--helpsteer_kindness=0.5"), "unrecognized arguments"),
     ],
 )
 def test_wrong_flags_are_status_2(run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str) -> None:
@@ -427,19 +385,6 @@ def test_wrong_flags_are_status_2(run: Command, paths: tuple[Path, Path], flags:
     assert not paths[1].exists()
 
 
-def test_bad_commands_in_a_process_of_their_own(root: Path, paths: tuple[Path, Path]) -> None:
-    write(paths[0], good_rows(), nan_score())
-    done = run_without_torch(root, *flags_of(paths, "--ArmoRM=1.0"))
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("[transformers] PyTorch was not found")]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    done = run_without_torch(root, *flags_of(paths, "--ultrafeedback_verbosity=1.0"))
-    assert done.returncode == 2
-    assert "ArmoRM has no such head" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_pairs_never_overwrite_their_completions(run: Command, paths: tuple[Path, Path]) -> None:
     write(paths[0], good_rows(), good_rows())
     before = (paths[0] / "train.jsonl").read_bytes()
@@ -447,28 +392,6 @@ def test_pairs_never_overwrite_their_completions(run: Command, paths: tuple[Path
     assert done.returncode == 2
     assert "is the folder of the completions" in done.stderr
     assert (paths[0] / "train.jsonl").read_bytes() == before
-
-
-def test_a_full_disk_leaves_the_old_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
-    from drdpo import pairing
-    from drdpo.config.data import PreferencesConfig
-
-    write(paths[0], good_rows(), good_rows())
-    config = PreferencesConfig(completions=str(paths[0]), output_path=str(paths[1]), ArmoRM=1.0)
-    real, calls = pairing.write_records, []
-
-    def full_at_the_second(path: Path, records: Any) -> int:
-        calls.append(path)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, records)
-
-    monkeypatch.setattr(pairing, "write_records", full_at_the_second)
-    with pytest.raises(OSError, match="No space left"):
-        pairing.generate_preferences(config)
-    assert list(paths[1].iterdir()) == []
 
 
 @pytest.mark.parametrize("moves", [0, 1])
@@ -505,18 +428,3 @@ def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch:
     assert {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")} == before
     facts = json.loads((paths[1] / "manifest.json").read_text())["preferences"]
     assert facts["made_by"]["weights"] == {"ArmoRM": 1.0}
-
-
-def test_half_of_somebody_elses_pairs_is_not_replaced(run: Command, tmp_path: Path) -> None:
-    source, target = write(tmp_path / "scored", good_rows(), good_rows()), tmp_path / "pairs"
-    target.mkdir()
-    (target / "train.jsonl").write_text("mine\n")
-    flags = [f"--completions={source}", f"--output_path={target}", "--ultrafeedback_truthfulness=1"]
-    refused = run(*flags)
-    assert refused.returncode == 2
-    assert "train.jsonl exists, but" in refused.stderr
-    assert (target / "train.jsonl").read_text() == "mine\n"
-    assert run(*flags, "--overwrite=true").returncode == 0
-    (target / "test.jsonl").unlink()  # as a kill in the middle leaves it: the same command makes it whole
-    assert run(*flags).returncode == 0
-    assert (target / "test.jsonl").is_file()

@@ -8,6 +8,7 @@ import pytest
 
 from drdpo import chat
 from drdpo.errors import DataError, UsageError
+from drdpo.models import check_model
 from drdpo.records import Prompt
 from drdpo.sampling.prompts import Reject, check_context, find_dataset, read_prompts, render, stop_token_ids
 
@@ -53,14 +54,6 @@ def test_a_prompt_id_that_comes_twice_is_an_error(prompts: Path) -> None:
         read_prompts(prompts, only_test=True, max_prompts=2)
 
 
-def test_the_bos_stands_once_and_first(tokenizer: Any) -> None:
-    rendered, _ = render(tokenizer, [user(0, "What is rain?")], Path("test.jsonl"), 64)
-    ids = rendered[0].token_ids
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids[1] != tokenizer.bos_token_id
-    assert tokenizer.decode(ids).endswith("<|im_start|>user\nWhat is rain?<|im_end|>\n<|im_start|>assistant\n")
-
-
 def test_a_long_prompt_is_rejected_with_the_reason(tokenizer: Any) -> None:
     prompts = [user(3, "short"), user(4, "word " * 200), user(8, "also short")]
     rendered, rejects = render(tokenizer, prompts, Path("d/test.jsonl"), 64)
@@ -102,7 +95,8 @@ def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: P
     assert stop_token_ids(str(folder), tokenizer) == (2,)
 
 
-def test_prompt_and_completion_must_fit_the_model() -> None:
-    assert check_context("m", 2048, 1024, 1024) == check_context("m", None, 1024, 1024) == 2048
+def test_prompt_and_completion_must_fit_the_model(tiny_policy: Path) -> None:
+    model = check_model(str(tiny_policy))
+    assert check_context(model, 1024, 1024) == 2048
     with pytest.raises(UsageError, match=r"need 2049 tokens, but .* has a context of 2048"):
-        check_context("m", 2048, 1024, 1025)
+        check_context(model, 1024, 1025)

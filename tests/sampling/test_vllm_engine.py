@@ -1,9 +1,6 @@
 """vLLM on the embedded model in float32, in an engine process as with several GPUs."""
 
-import json
-import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,7 @@ from typing import Any
 import pytest
 
 from drdpo import chat
-from drdpo.config.data import CompletionsConfig
 from drdpo.errors import DataError
-from drdpo.sampling import sample as step
 from drdpo.sampling import vllm_engine
 from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
 from drdpo.sampling.pool import Pool
@@ -29,27 +24,6 @@ def test_a_broken_vllm_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert problem is not None
     assert problem.startswith("importing vllm failed: ")
     assert "\n" not in problem
-
-
-def test_two_warnings_of_vllm_are_suppressed_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = logging.getLogger("vllm.triton_utils.importing")
-    said: list[str] = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
-    # vLLM, if imported before, has configured its own loggers.
-    monkeypatch.setattr(triton, "handlers", [handler])
-    monkeypatch.setattr(triton, "level", logging.WARNING)
-    monkeypatch.setattr(triton, "disabled", False)
-    triton.manager._clear_cache()  # type: ignore[attr-defined]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        vllm_engine._silence()
-        warnings.warn("`torch.distributed.reduce_op` is deprecated, please use ...", FutureWarning, stacklevel=1)
-        warnings.warn("`torch.distributed.other` is deprecated", FutureWarning, stacklevel=1)
-        triton.warning("Triton is installed, but doesn't include CPU backend. Disabling Triton.")
-        triton.warning("Triton is installed, but something else")
-    assert [str(warning.message) for warning in caught] == ["`torch.distributed.other` is deprecated"]
-    assert said == ["Triton is installed, but something else"]
 
 
 @pytest.fixture(scope="module")
@@ -123,42 +97,6 @@ def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requ
     long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(20)]
     assert sum(len(request.prompt_token_ids) for request in long) > 2048
     assert all(len(samples) == 2 for samples in run(engine, long, Sampling(2, 1.0, 1.0, 2, (2,))))
-
-
-class Kept:
-    """The engine of the other tests, which does not end with the step that it is lent to."""
-
-    def __init__(self, engine: Pool) -> None:
-        self.run = engine.run
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.mark.slow
-def test_the_step_with_vllm(engine: Pool, settings: EngineSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the step starts vLLM itself, in its own process, is for tests/test_readme_run.py."""
-
-    def opened(asked: EngineSettings, plan: list[dict[str, str]]) -> Kept:
-        assert (asked, len(plan)) == (settings, 1)
-        return Kept(engine)
-
-    monkeypatch.setattr(step, "choose_engine", lambda name, *_, **__: name)
-    monkeypatch.setattr(step, "open_engines", opened)
-    prompts = tmp_path / "my prompts" / "test.jsonl"
-    prompts.parent.mkdir()
-    rows = [{"prompt_id": n, "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(QUESTIONS)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    step.sample_completions(
-        CompletionsConfig(
-            save_path=str(tmp_path / "out put"), model_path=settings.model_path, dataset=str(prompts.parent), only_test=True,
-            engine="vllm", dtype="float32", max_new_tokens=12, prompt_max_len=116,
-        )
-    )  # fmt: skip
-    completions = [json.loads(line) for line in (tmp_path / "out put" / "sampled" / "test.jsonl").read_text().splitlines()]
-    assert [(row["prompt_id"], row["sample_id"]) for row in completions] == [(n, k) for n in range(6) for k in range(2)]
-    assert all((row["finish_reason"] == "stop") == (row["token_ids"][-1] == 2) for row in completions)
-    assert any("rain" in row["completion"][0]["content"].lower() for row in completions[:2])
 
 
 @pytest.mark.slow

@@ -91,11 +91,6 @@ def broken_step(training: Training, facts: dict) -> None:
         check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], training.pairs)
     except DataError as error:
         facts["error"] = str(error)
-    if training.config.zero_stage == 0:
-        try:
-            save_model(engine, chat.load_tokenizer(MODEL), OUTPUT / "broken", training.config.lora)
-        except DataError as error:
-            facts["save_error"] = str(error)
 
 
 def main() -> None:

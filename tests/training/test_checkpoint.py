@@ -2,16 +2,12 @@
 
 import errno
 import json
-import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness.runs import check_equal, flags_of, run_ranks, said, write_pairs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -293,56 +289,3 @@ def test_metrics_that_are_not_finite_end_the_run_and_name_the_pairs():
     check_evaluation({"eval_loss": 0.5}, 7)
     with pytest.raises(DataError, match="after step 7: eval_loss is nan"):
         check_evaluation({"eval_loss": float("nan")}, 7)
-
-
-@pytest.mark.slow
-def test_weights_that_explode_stop_the_run_and_leave_the_last_good_checkpoint(forks, tiny_policy, tmp_path):
-    data, log, out = write_pairs(tmp_path / "pairs"), tmp_path / "log", tmp_path / "out"
-    flags = flags_of(tiny_policy, data, out, train_batch_size=2, max_steps=3, learning_rate=1e30, warmup_ratio=0)
-    assert run_ranks(forks, flags, log, world=1) == [1], said(log)
-    (message,) = [line for line in said(log).splitlines() if line.startswith("error: ")]
-    assert re.search(r"step 2: .*(loss is nan|grad_norm is inf).* micro-batch of prompt_id \d", message), message
-    assert "Traceback" not in said(log)
-    assert sorted(path.name for path in out.glob("global_step_*")) == ["global_step_1"]
-    assert [path.name for path in (out / "resume").glob("step_*")] == ["step_1"]
-    assert all(torch.isfinite(value).all() for value in load_file(out / "global_step_1" / "model.safetensors").values())
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 48 MB."""
-    place = tmp_path / "small disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("noticed", ["before writing", "while writing"])
-def test_a_full_disk_keeps_the_last_state_and_room_lets_the_run_continue(noticed, forks, small_disk, tiny_policy, tmp_path):
-    """A checkpoint takes 6 MB of it, a state 19 MB."""
-    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
-    save = small_disk / "a run"
-    flags = flags_of(tiny_policy, data, save, keep_checkpoints=1, eval_steps=0)
-    blind = {"at": "shutil:disk_usage", "returns": {"total": 1e15, "free": 1e15}} if noticed == "while writing" else None
-    statuses = run_ranks(forks, flags, log, [blind] if blind else [], world=1)
-    assert statuses == [1], said(log)
-    assert "Traceback" not in said(log)
-    error = said(log).splitlines()[-1]
-    assert error.startswith("error: ")
-    assert ("not written, as it takes" if noticed == "before writing" else "could not be") in error
-    kept = states(save / "resume")[0]
-    assert (save / f"global_step_{kept[0].step}" / "config.json").is_file()
-    assert not list((save / "resume").glob(".step_*"))
-    os.sync()
-    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    assert run_ranks(forks, flags, log, world=1) == [0], said(log)
-    assert f"continuing after step {kept[0].step} of 4" in said(log)
-    assert sorted(path.name for path in save.glob("global_step_*")) == ["global_step_4"]
-    whole = flags_of(tiny_policy, data, tmp_path / "whole", eval_steps=0)
-    assert run_ranks(forks, whole, log, world=1) == [0], said(log)
-    check_equal(save, tmp_path / "whole")

@@ -208,12 +208,6 @@ def test_a_row_that_the_template_refuses_is_counted(tokenizer, monkeypatch):
     assert (len(pairs), counts["template refuses"]) == (1, 1)
 
 
-@pytest.mark.parametrize("texts", [("", "No."), ("Red.", " \n")])
-def test_an_answer_without_text_is_dropped_and_counted(texts, tokenizer):
-    pairs, counts = tokenise([preference(*texts), preference()], tokenizer, 100)
-    assert (len(pairs), counts["empty answer"]) == (1, 1)
-
-
 def test_a_template_that_fails_on_every_row_is_quoted(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] + 1 }}")
     with pytest.raises(DataError, match=r"template renders no pair; the last: .*can only concatenate str"):

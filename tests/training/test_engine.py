@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from drdpo.config.training import TrainConfig
+from drdpo.kernels.packed_attention import SHARED_PREFIX
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
@@ -296,9 +297,9 @@ def test_an_offloaded_optimizer_takes_no_gpu_memory(tiny_policy):
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ({}, "shared_prefix"),
-        ({"attn": "sdpa"}, "shared_prefix"),
-        ({"wdpo_rho": 0.1}, "shared_prefix"),
+        ({}, SHARED_PREFIX),
+        ({"attn": "sdpa"}, SHARED_PREFIX),
+        ({"wdpo_rho": 0.1}, SHARED_PREFIX),
         ({"wdpo_rho": 0.1, "wdpo_solver": "exact"}, "eager"),
         ({"packing": False}, "sdpa"),
         ({"packing": False, "attn": "eager"}, "eager"),
@@ -308,7 +309,8 @@ def test_an_offloaded_optimizer_takes_no_gpu_memory(tiny_policy):
     ],
 )
 def test_the_attention_that_flags_choose(flags, name):
-    assert config_of(**flags).attention == name
+    config = config_of(**flags)
+    assert config.attention == name and config.packing == (name == SHARED_PREFIX)
 
 
 def test_a_model_is_checked_on_the_cpu_and_then_attends_as_asked(tiny_policy):

@@ -109,13 +109,6 @@ def test_weighted_gradient_is_that_of_the_robust_value(weights, value):
     assert torch.allclose(ours, theirs, atol=1e-12)
 
 
-def test_soft_min_mean_soft_max_are_ordered():
-    losses, t = losses_of(0.3, 0.9, 0.5, 2.0), 0.4
-    soft_min = -t * torch.log(torch.exp(-losses / t).mean())
-    soft_max = t * torch.log(torch.exp(losses / t).mean())
-    assert soft_min < losses.mean() < soft_max
-
-
 def test_effective_sample_size_by_hand():
     assert effective_sample_size(losses_of(1, 1, 1, 1)).item() == 4
     assert effective_sample_size(losses_of(1, 0, 0, 0)).item() == 1

@@ -111,36 +111,3 @@ def test_a_loaded_policy_recomputes_activations(tiny_policy):
     loaded = load_policy(str(tiny_policy), torch.float32, "sdpa", gradient_checkpointing=True)
     layers = loaded.language_model.base_model.layers
     assert all(layer.training and layer.gradient_checkpointing for layer in layers)
-
-
-def test_root_penalty_gradient_is_that_of_the_root(policy, pairs):
-    batch = collate(pairs, range(4), 0)
-    losses_B, embeds_STD = losses_of(policy, batch)
-    written_out = losses_B.mean() + 0.1 * gradient_penalty(losses_B, embeds_STD, True).mean().sqrt()
-    ours = gradients(policy, whole(policy, pairs, wdpo_rho=0.1, wdpo_penalty="root").total)
-    assert relative_error(ours, gradients(policy, written_out)) < 1e-6
-
-
-def test_checkpointing_changes_no_gradient(tiny_policy, policy, pairs):
-    checkpointed = policy_of(tiny_policy, checkpointing=True)
-    for flags in ({}, {"wdpo_rho": 0.1}):
-        ours = gradients(checkpointed, whole(checkpointed, pairs, **flags).total)
-        assert relative_error(ours, gradients(policy, whole(policy, pairs, **flags).total)) < 1e-6
-
-
-def test_padding_changes_nothing(policy, pairs):
-    alone = [losses_of(policy, collate(pairs, [row], 0), REFERENCE_M2[[row]])[0] for row in range(4)]
-    together = losses_of(policy, collate(pairs, range(4), 0))[0]
-    assert torch.allclose(torch.cat(alone), together, atol=1e-10)
-
-
-@pytest.mark.parametrize("second_derivative", [False, True])
-def test_answer_log_probs_equal_the_plain_form(second_derivative, tiny_policy, pairs):
-    batch, policy = collate(pairs, [1], 0), policy_of(tiny_policy, second_derivative=second_derivative)
-    logprob_S = policy(batch).logprob_S
-    pair = pairs[1]
-    for row, answer in enumerate((pair.chosen, pair.rejected)):
-        ids = torch.tensor([pair.prompt + answer])
-        logits_TV = policy.language_model(input_ids=ids).logits[0].log_softmax(-1)
-        plain = sum(logits_TV[len(pair.prompt) + k - 1, token] for k, token in enumerate(answer))
-        assert logprob_S[row].item() == pytest.approx(plain.item(), abs=1e-9)

@@ -16,13 +16,14 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from harness.runs import flags_of, words_of, write_pairs
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from drdpo import chat
 from drdpo.config.training import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError
 from drdpo.models import check_model, table
 from drdpo.training.checkpoint import save_model
 from drdpo.training.data import Pair, form_batch
@@ -208,7 +209,11 @@ def test_a_merged_checkpoint_is_the_stored_weights_and_the_adapters(model, model
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
             torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
-    assert not (tmp_path / "alone" / "model.safetensors").exists()
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert "tokenizer.json" in names and not {"config.json", "model.safetensors"} & names
+    settings = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert settings["base_model_name_or_path"] == str(models[model])
 
 
 def test_a_base_that_is_gone_is_said(models, tmp_path):
@@ -235,37 +240,15 @@ def test_weights_that_are_stored_quantized_are_refused(models, tmp_path):
         model.refuse_training(False, False, False, True, 2048)
 
 
-def test_what_qlora_refuses():
-    with pytest.raises(UsageError, match="--lora_quantize=nf4 has no meaning without --lora_rank"):
-        config_of(lora_rank=0)
-    with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --zero_stage=3: .*--zero_stage=2"):
-        config_of(zero_stage=3)
-    for solver in ("tangent", "exact"):
-        with pytest.raises(UsageError, match=r"--lora_quantize=nf4 with --wdpo_rho .*--lora_quantize=none"):
-            config_of(wdpo_rho=0.1, wdpo_solver=solver)
-
-
 @pytest.mark.slow
 def test_a_run_that_was_broken_off_ends_as_one_that_was_not(models, tmp_path, root, forks):
-    for split, rows in (("train", 6), ("test", 2)):
-        texts = [
-            {
-                "prompt_id": row,
-                "prompt": [{"role": "user", "content": f"Say {row}."}],
-                "chosen": [{"role": "assistant", "content": "one two " * (row + 2)}],
-                "rejected": [{"role": "assistant", "content": "no " * (row + 3)}],
-            }
-            for row in range(rows)
-        ]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    data = write_pairs(tmp_path / "pairs")
 
-    def train(save: str, *flags: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable, str(root / "src/train_alignment.py"), f"--model_path={models['llama']}",
-            f"--dataset_path={tmp_path}", f"--save_path={tmp_path / save}", "--train_batch_size=2", "--micro_batch_size=1",
-            "--lora_rank=4", "--lora_quantize=nf4", "--max_steps=3", "--learning_rate=1e-3", "--kldpo_tau=0.1",
-            "--save_steps=1", *flags,
-        ]  # fmt: skip
+    def train(save: str) -> subprocess.CompletedProcess[str]:
+        flags = flags_of(
+            models["llama"], data, tmp_path / save, lora_rank=4, lora_quantize="nf4", kldpo_tau=0.1, max_steps=3
+        )
+        command = [sys.executable, root / "src/train_alignment.py", *words_of(flags)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         # The first one from nothing: what libraries say when they are imported is heard too.
         run = partial(subprocess.run, capture_output=True, text=True) if save == "whole" else forks.run

@@ -86,9 +86,6 @@ def test_every_robust_value_lies_between_the_mean_and_the_largest_loss_and_dr_dp
     mean, largest = losses.mean().item(), losses.max().item()
     assert value(drdpo_weights(losses, losses, 0.4), losses) <= low <= mean <= high
     assert mean <= value(kl_weights(losses, losses, 0.4, normalize=True), losses) <= largest
-    for name, weights in WEIGHTS.items():
-        for strength in STRENGTHS[name]:
-            assert mean - 1e-12 <= value(weights(losses, losses, strength), losses) <= largest + 1e-12, (name, strength)
 
 
 def dual(name: str, losses: torch.Tensor, strength: float) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +58,7 @@ def refuse(done, status: int, *words: str) -> None:
 
 ROBUST, WDPO = "--kldpo_tau=0.1", "--wdpo_rho=0.1"
 EXACT = (WDPO, "--wdpo_solver=exact")
+QLORA = ("--lora_rank=4", "--lora_quantize=nf4")
 REFUSED = {
     ("--kldpo_tua=0.1",): ["unrecognized arguments", "--kldpo_tua"],
     ("--kldpo_t=0.1",): ["unrecognized arguments"],
@@ -108,9 +108,25 @@ REFUSED = {
     ("--robust_scope=micro",): ["--robust_scope=micro", "DPO"],
     ("--robust_scope=micro", WDPO): ["--robust_scope=micro", "root"],
     (WDPO, "--wdpo_fraction=0.1", "--micro_batch_size=1"): ["--wdpo_fraction=0.1 of 4", "0.25"],
+    (WDPO, "--wdpo_fraction=0"): ["(0, 1]"],
+    (WDPO, "--wdpo_fraction=1.5"): ["(0, 1]"],
+    (WDPO, "--wdpo_fraction=0.5", "--wdpo_penalty=root"): ["root of a sample"],
+    ("--wdpo_solver=exact",): ["--wdpo_solver=exact has no meaning without --wdpo_rho"],
+    ("--wdpo_penalty=root",): ["--wdpo_penalty=root has no meaning without --wdpo_rho"],
+    ("--wdpo_prompt=once",): ["--wdpo_prompt=once has no meaning without --wdpo_rho"],
+    ("--wdpo_fraction=0.5",): ["--wdpo_fraction=0.5 has no meaning without --wdpo_rho"],
+    ("--kldpo_normalize=true",): ["--kldpo_normalize=True has no meaning without --kldpo_tau"],
+    ("--lora_rank=-1",): ["--lora_rank=-1"],
+    ("--lora_merge=false",): ["--lora_merge has no meaning"],
+    ("--lora_quantize=nf4",): ["--lora_quantize has no meaning without --lora_rank"],
+    (*QLORA, "--zero_stage=3"): ["--lora_quantize=nf4 with --zero_stage=3", "--zero_stage=2"],
+    (*QLORA, WDPO): ["--lora_quantize=nf4 with --wdpo_rho", "--lora_quantize=none"],
+    (*QLORA, *EXACT): ["--lora_quantize=nf4 with --wdpo_rho"],
+    (WDPO, "--wdpo_solver=tangent", "--packing=false"): ["--packing=false"],
+    (WDPO, "--packing=false", "--zero_stage=3"): ["auto, which is exact", "--wdpo_solver=tangent and --packing=true"],
     (*EXACT, "--packing=true"): ["padded rows only", "--wdpo_solver=tangent"],
     (*EXACT, "--micro_batch_tokens=9"): ["--micro_batch_size"],
-    (*EXACT, "--zero_stage=3"): ["--zero_stage=3", "--zero_stage=2"],
+    (*EXACT, "--zero_stage=3"): ["--zero_stage=3", "--zero_stage=2", "--wdpo_solver=tangent"],
     (*EXACT, "--attn=flash", "--dtype=bfloat16"): ["second derivative"],
     (WDPO, "--packing=false", "--attn=flash"): ["second derivative", "eager"],
     (WDPO, "--packing=false", "--attn=sdpa"): ["second derivative", "--attn=eager"],
@@ -149,8 +165,7 @@ def test_flash_attention_that_is_not_installed_is_refused(tiny_policy, data, tmp
 
 def test_a_wrong_command_ends_with_status_2(check, tiny_policy, data, tmp_path):
     out = tmp_path / "out"
-    for flag in ("--kldpo_tua=0.1", "--kldpo_tau=0.0", "--attn=flex"):
-        refuse(check(tiny_policy, data, out, flag), 2, flag.partition("=")[0])
+    refuse(check(tiny_policy, data, out, "--kldpo_tua=0.1"), 2, "--kldpo_tua")
     refuse(check(tiny_policy, data, out, "--micro_batch_size=1", world=3), 2, "3 processes")
     assert not out.exists()
 
@@ -159,16 +174,6 @@ def test_the_first_test_pairs_alone_are_evaluated(tiny_policy, data, tmp_path):
     config = TrainConfig(str(tiny_policy), str(data), str(tmp_path / "run"), train_batch_size=4, max_test_pairs=3)
     run = open_run(config, method_of(config))
     assert (len(run.train), len(run.test)) == (4, 3)
-
-
-def broken_model(tiny_policy: Path, tmp_path: Path, *missing: str, add: str | None = None) -> Path:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_policy, model)
-    for name in missing:
-        (model / name).unlink()
-    if add:
-        (model / add).write_bytes(b"\x80\x04")
-    return model
 
 
 def test_too_few_pairs_and_a_file_for_a_folder_are_refused_before_the_launcher(check, tiny_policy, data, tmp_path):
@@ -209,33 +214,6 @@ def test_a_second_run_into_one_folder_is_refused_while_the_first_lives(check, ti
     with lock_folder(out):
         refuse(check(tiny_policy, data, out), 2, "is locked by process", str(out))
     assert check(tiny_policy, data, out).returncode == 0
-
-
-def test_bad_models_end_with_status_1(check, tiny_policy, data, tmp_path):
-    out = tmp_path / "out"
-    refuse(check(Path("models/none"), data, out), 1, "models/none", "no such model folder")
-    refuse(check(broken_model(tiny_policy, tmp_path / "a", "tokenizer.json"), data, out), 1, "tokenizer")
-    pickled = broken_model(tiny_policy, tmp_path / "b", "model.safetensors", add="pytorch_model.bin")
-    refuse(check(pickled, data, out), 1, "pickle", "safetensors")
-    assert not out.exists()
-
-
-def test_bad_data_ends_with_status_1(check, tiny_policy, data, tmp_path):
-    broken = tmp_path / "data"
-    shutil.copytree(data, broken)
-    out = tmp_path / "out"
-    rows = (data / "train.jsonl").read_text()
-    for text, words in [
-        (rows[:-10], ["train.jsonl, row 4", "not a whole JSON object"]),
-        (rows + '{"prompt": "a", "chosen": "b"}\n', ["train.jsonl, row 5", '"rejected" is missing']),
-        ("", ["train.jsonl", "no rows"]),
-    ]:
-        (broken / "train.jsonl").write_text(text)
-        refuse(check(tiny_policy, broken, out), 1, *words)
-    (broken / "train.jsonl").write_text(rows)
-    (broken / "test.jsonl").unlink()
-    refuse(check(tiny_policy, broken, out), 1, "test.jsonl: no such file")
-    assert not out.exists()
 
 
 def test_checks_pass_without_the_libraries_of_training(root, tiny_policy, data, tmp_path):

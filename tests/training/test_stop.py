@@ -2,16 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
-from harness.stand_ins import make_environment
 
 from drdpo.distributed import is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 from drdpo.errors import STOPPED, ProcessError, UsageError
@@ -98,97 +94,6 @@ def test_a_signal_is_noted_also_one_that_was_blocked(sent):
     command = [sys.executable, "-c", block + "[sys.executable, '-c', *sys.argv[1:]])", NOTES, sent]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "noted\n", done.stderr
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """Stand-ins: a launcher that ends with 75 on a signal, and SLURM's srun and scontrol."""
-    slurm = {"python": "slurm/python", "srun": "slurm/srun", "scontrol": "slurm/scontrol"}
-    prefix = make_environment(tmp_path / "an environment", slurm)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "DRDPO"))}
-    ours = {"DRDPO_ENV": str(prefix), "LAUNCHED": str(tmp_path / "launched"), "DRDPO_PROCESSES": "2"}
-    return {**kept, **ours, "CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.fixture
-def wrapped(root, environment, tiny_policy, tmp_path):
-    """Start a wrapper; once the launcher runs, send a signal; return the exit status and the stand-ins' notes."""
-    data = write_pairs(tmp_path / "pairs")
-
-    def run(script: str, sent: signal.Signals | None, *flags: str, **variables: str) -> tuple[int, dict[str, str]]:
-        command = ["bash", str(root / script), f"--model_path={tiny_policy}", f"--dataset_path={data}",
-                   f"--save_path={tmp_path / 'my run'}", "--train_batch_size=4", "--micro_batch_size=1", *flags]  # fmt: skip
-        with (tmp_path / "said").open("w") as output:
-            process = subprocess.Popen(command, env={**environment, **variables}, stderr=output, stdout=output)
-            deadline = time.monotonic() + 120
-            nodes = int(variables.get("SLURM_JOB_NUM_NODES", "1"))
-            launched = tmp_path / "launched"
-            while sent and (not launched.is_file() or launched.read_text().count("train_alignment.py\n") < nodes):
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
-                time.sleep(0.05)
-            if sent is not None:
-                time.sleep(0.3)
-                process.send_signal(sent)
-            status = process.wait(timeout=120)
-        notes = {path.suffix: path.read_text() for path in tmp_path.glob("launched*")}
-        return status, notes
-
-    return run
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_wrapper_reaches_the_launcher(sent, wrapped, tmp_path):
-    status, notes = wrapped("train_alignment.sh", sent)
-    assert status == 75, (tmp_path / "said").read_text()
-    assert notes[".told"].split() == [sent.name]
-    assert "--standalone" in notes[""].splitlines()
-
-
-def test_the_launchers_status_and_a_wrong_number_of_machines(wrapped, tmp_path):
-    assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7")[0] == 7
-    for variables, words in [
-        ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="),
-        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
-        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "1"}, "MASTER_ADDR"),
-        ({"DRDPO_NODES": "two"}, "DRDPO_NODES=two"),
-    ]:
-        assert wrapped("train_alignment.sh", None, LAUNCH_STATUS="7", **variables)[0] == 2
-        assert words in (tmp_path / "said").read_text()
-
-
-SLURM = {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[1-2]"}
-
-
-@pytest.mark.parametrize(("sent", "queued"), [(signal.SIGUSR1, "requeue 40007\n"), (signal.SIGTERM, None)])
-def test_the_job_requeues_itself_before_the_time_limit_but_not_when_it_is_cancelled(sent, queued, wrapped, tmp_path):
-    status, notes = wrapped("train_alignment.slurm", sent, **SLURM)
-    assert status == 75, (tmp_path / "said").read_text()
-    assert notes.get(".requeue") == queued
-
-
-def test_a_requeued_job_resumes_whatever_it_was_started_with(wrapped, tmp_path):
-    for count, last in (("0", "--resume=never"), ("2", "--resume=auto")):
-        status, notes = wrapped(
-            "train_alignment.slurm", None, "--resume=never", LAUNCH_STATUS="0", SLURM_RESTART_COUNT=count,
-            SLURM_CPUS_PER_TASK="7", **SLURM
-        )  # fmt: skip
-        assert status == 0, (tmp_path / "said").read_text()
-        assert [word for word in notes[""].splitlines() if word.startswith("--resume")][-1] == last
-    assert "it resumes (--resume=auto)" in (tmp_path / "said").read_text()
-
-
-def test_two_nodes_start_a_launcher_each(wrapped, tmp_path):
-    status, notes = wrapped(
-        "train_alignment.slurm", signal.SIGUSR1, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="7", DRDPO_PROCESSES="1",
-        **SLURM
-    )  # fmt: skip
-    assert status == 75, (tmp_path / "said").read_text()
-    assert notes[".requeue"] == "requeue 40007\n"
-    words = notes[""].splitlines()
-    assert {"--node-rank=0", "--node-rank=1"} < set(words)
-    for word in ("--nnodes=2", "--nproc-per-node=1", "--master-addr=first", "--master-port=12007"):
-        assert words.count(word) == 2, words
-    assert {"--ntasks-per-node=1", "cpus=7"} <= set(notes[".srun"].splitlines())
 
 
 @pytest.mark.slow

@@ -3,16 +3,12 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from harness.forks import Forks
-from harness.runs import check_equal
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -40,7 +36,7 @@ def run(root, tiny_policy, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     started = start(root, words_of(tiny_policy, data, folder / "a run", "--wdpo_rho=0.01", "--save_steps=2"), folder)
     out, err = started.communicate(timeout=600)
-    assert started.returncode == 0, out[-2000:] + err[-4000:]
+    assert started.returncode == 0 and "accelerator" not in out + err, out[-2000:] + err[-4000:]
     return folder / "a run"
 
 
@@ -81,39 +77,3 @@ def test_checkpoint_loads_and_generates_and_keeps_the_tokenizer(run, tiny_policy
     assert "aligned by **WDPO (wdpo_rho=0.01)**" in card and "step 4 of 4" in card and "| eval loss |" in card
     ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert ids.shape[1] > 3
-
-
-def two_ranks(forks: Forks, root: Path, words: list[str]) -> str:
-    """What the first of two ranks prints, started as by DeepSpeed's launcher, which adds a flag."""
-    done = forks.ranks([sys.executable, root / "src/train_alignment.py", "--local_rank=0", *words], 2)
-    assert [rank.returncode for rank in done] == [0, 0], done
-    return done[0].stdout
-
-
-def test_a_finished_run_is_not_repeated(run, root, forks, tiny_policy, data):
-    before = (run / "metrics.jsonl").stat().st_mtime_ns
-    words = words_of(tiny_policy, data, run, "--wdpo_rho=0.01", "--save_steps=2")
-    assert "is complete" in two_ranks(forks, root, words)
-    assert (run / "metrics.jsonl").stat().st_mtime_ns == before
-
-
-def test_a_stopped_run_ends_with_75_and_resumes_to_equal_the_uninterrupted(run, root, forks, tiny_policy, data, tmp_path):
-    again = tmp_path / "again"
-    words = words_of(tiny_policy, data, again, "--wdpo_rho=0.01", "--save_steps=1")
-    started = start(root, words, tmp_path, str(forks.environment(tmp_path / "an environment")))
-    deadline = time.monotonic() + 300
-    while not list((again / "resume").glob("step_*/state.json")):
-        assert started.poll() is None and time.monotonic() < deadline, "no state was saved before the run ended"
-        time.sleep(0.05)
-    started.send_signal(signal.SIGTERM)
-    out, err = started.communicate(timeout=300)
-    assert (started.returncode, "stopped by SIGTERM after step" in out) == (75, True), out + err
-    assert "Traceback" not in err
-    assert "after step" in two_ranks(forks, root, words)
-    check_equal(again, run)
-
-
-def test_a_run_is_repeated_from_its_config_json(run, root, forks, tmp_path):
-    again = tmp_path / "again"
-    two_ranks(forks, root, [f"--config={run / 'config.json'}", f"--save_path={again}"])
-    check_equal(again, run)

@@ -42,13 +42,13 @@ class NeedsLoginError(Exception):
     """A gated repository: the licence is not accepted, or the user is not logged in."""
 
 
-def hub_answers(timeout: float = 3.0) -> bool:
-    """Whether the hub answers within `timeout` seconds; False if HF_HUB_OFFLINE=1."""
+def hub_answers() -> bool:
+    """Whether the hub answers within three seconds; False if HF_HUB_OFFLINE=1."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
     try:
-        HfApi().model_info(PROBE_REPO, timeout=timeout)
+        HfApi().model_info(PROBE_REPO, timeout=3)
     except (HTTPError, OSError):
         return False
     return True

@@ -6,6 +6,7 @@ from typing import Any
 
 from drdpo import chat
 from drdpo.errors import DataError, UsageError
+from drdpo.models import Model
 from drdpo.records import SPLITS, Prompt, check_unique, read_records
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -117,16 +118,12 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
-def check_context(model_path: str, context: int | None, prompt_max_len: int, max_new_tokens: int) -> int:
-    """Largest number of tokens of a prompt with its completion.
-
-    Raises:
-        UsageError: the model has a shorter `context`.
-    """
-    need = prompt_max_len + max_new_tokens
+def check_context(model: Model, prompt_max_len: int, max_new_tokens: int) -> int:
+    """Largest number of tokens of a prompt with its completion; raises UsageError if the model has a shorter context."""
+    context, need = model.structure.positions, prompt_max_len + max_new_tokens
     if context is not None and need > context:
         raise UsageError(
-            f"--prompt_max_len={prompt_max_len} and --max_new_tokens={max_new_tokens} need {need} tokens, but {model_path} "
+            f"--prompt_max_len={prompt_max_len} and --max_new_tokens={max_new_tokens} need {need} tokens, but {model.path} "
             f"has a context of {context}; pass smaller values"
         )
     return need

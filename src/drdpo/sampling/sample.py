@@ -75,7 +75,7 @@ def sample_completions(config: CompletionsConfig) -> None:
         DataError: prompts or model folder are not usable.
         ProcessError: an engine process died; finished blocks are kept.
     """
-    context = check_model(config.model_path).structure.positions
+    model = check_model(config.model_path)
     require(config.best_of_n <= MAX_SAMPLES, f"--best_of_n={config.best_of_n}: at most {MAX_SAMPLES} completions per prompt")
     save_path, group = Path(config.save_path), machines()
     if save_path.is_file():
@@ -92,7 +92,7 @@ def sample_completions(config: CompletionsConfig) -> None:
     if not left:
         return
     refuse_if_locked(save_path / "sampled", group.this)
-    max_model_len = check_context(config.model_path, context, config.prompt_max_len, config.max_new_tokens)
+    max_model_len = check_context(model, config.prompt_max_len, config.max_new_tokens)
     tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     if config.check_only:
         return

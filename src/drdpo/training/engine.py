@@ -25,6 +25,8 @@ Engine = Any
 def join_with_deepspeed(timeout: timedelta = distributed.DEFAULT_TIMEOUT) -> None:
     """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not; ranks wait so long for each
     other."""
+    if not distributed.use_cuda():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it looks for other accelerators, and prints so
     import deepspeed
 
     if "RANK" not in os.environ:
