@@ -56,16 +56,6 @@ def test_runs_of_other_flags_do_not_stay(check: ModuleType, monkeypatch: pytest.
     assert set(json.loads(output.read_text())["native"]["seeds"]) == {"3", "7"}
 
 
-def test_warnings_and_redrawn_bars_are_noise(check: ModuleType) -> None:
-    bad = ["x.py:3: FutureWarning: old", "WARNING: b", "sample:  3%\rsample:  4%", "`a` is deprecated"]
-    assert check.noise_in(["sample test: 10% (completion 24 of 204)", *bad, "done"]) == bad
-
-
-def test_a_finished_run_is_not_timed_again(check: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="exists"):
-        check.run(7, tmp_path, {}, [])
-
-
 def test_the_estimate_scales_what_was_measured_in_the_same_precision(check: ModuleType) -> None:
     entry = {"machine": "2 cores", "dtype": "bfloat16", "gflops": 200.0, "seconds": 600.0}
     other = entry | {"dtype": "float32", "seconds": 9000.0}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drdpo.sampling.engines import Draw, EngineSettings, Request, Sample, Sampling, TransformersEngine, copies, stream_seed
+from drdpo.sampling.engines import Draw, EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,3 @@ def test_seeds_of_two_prompts_never_meet() -> None:
     assert len(seeds) == 1000
     assert all(seed % (1 << 14) == 0 and 0 <= seed < 1 << 62 for seed in seeds)
     assert stream_seed(42, "test", 7) == stream_seed(42, "test", 7)
-
-
-def test_greedy_samples_are_copied() -> None:
-    one = Sample([1, 2], "stop")
-    assert copies([one], 3) == [one, one, one]

@@ -92,7 +92,7 @@ def work(pairs, tiny_policy, forks, tmp_path_factory) -> Callable[[dict, int], P
         folder = tmp_path_factory.mktemp("engine")
         (folder / "cases.json").write_text(json.dumps(cases))
         (folder / "pairs.json").write_text(json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]))
-        worker = Path(__file__).parent / "equality_worker.py"
+        worker = Path(__file__).parent / "engine_worker.py"
         command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
         for done in forks.ranks(command, ranks, timeout=600):
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -118,7 +118,7 @@ def flat(path: Path) -> torch.Tensor:
 
 
 def figures(folder: Path, case: str) -> dict[str, list[float]]:
-    return json.loads((folder / f"{case}.json").read_text())
+    return json.loads((folder / f"{case}.0.json").read_text())
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, forks: Forks) 
     folder = tmp_path_factory.mktemp("deep speed")
     (folder / "cases.json").write_text(json.dumps(CASES))
     (folder / "pairs.json").write_text(json.dumps(pairs))
-    worker = Path(__file__).parent / "equality_worker.py"
+    worker = Path(__file__).parent / "engine_worker.py"
     command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
     for done in forks.ranks(command, 2, timeout=600):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -238,7 +238,7 @@ def test_two_processes_under_deepspeed_equal_plain_torch(case, deepspeed_weights
 @pytest.mark.slow
 def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(deepspeed_weights):
     sizes = {size for case in FLOAT32_CASES if case.endswith("tokens")
-             for size in json.loads((deepspeed_weights / f"{case}.json").read_text())["sizes"]}  # fmt: skip
+             for size in json.loads((deepspeed_weights / f"{case}.0.json").read_text())["sizes"]}  # fmt: skip
     assert len(sizes) > 1, sizes
 
 
@@ -246,7 +246,7 @@ def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(deepspeed_weights)
 @pytest.mark.parametrize(("method", "stage"), BFLOAT16_CASES)
 def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(method, stage, deepspeed_weights, pairs, tiny_policy):
     """DeepSpeed's stage 0 takes bfloat16 steps a quarter too small; the stages that are allowed must not."""
-    facts = json.loads((deepspeed_weights / f"{method}_bfloat16-zero{stage}.json").read_text())
+    facts = json.loads((deepspeed_weights / f"{method}_bfloat16-zero{stage}.0.json").read_text())
     assert facts["losses"][0] == pytest.approx(math.log(2), abs=1e-2 if method == "dpo" else 1e-5)
     ours = load_file(deepspeed_weights / f"{method}_bfloat16-zero{stage}.safetensors")
     theirs = plain_training(tiny_policy, pairs, METHODS[method], learning_rate=1e-2)

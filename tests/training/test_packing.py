@@ -6,7 +6,7 @@ from harness.policies import REFERENCE_M2, config_of
 
 from drdpo.config.training import TrainConfig
 from drdpo.kernels import packed_attention
-from drdpo.training.data import Pair, collate, form_batch, pack
+from drdpo.training.data import Pair, form_batch, pack
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, load_policy
@@ -69,13 +69,3 @@ def test_a_packed_row_by_hand():
     assert batch.sequence_A.tolist() == [0, 0, 2, 1, 3, 3]
     assert batch.indices_B.tolist() == [1, 0]
     assert batch.tokens == 9
-
-
-def test_packing_holds_fewer_tokens_than_padding(pairs):
-    packed_tokens, padded_rows = pack(pairs, range(4)).tokens, collate(pairs, range(4), 0).input_ids_ST
-    assert packed_tokens == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) < padded_rows.numel()
-
-
-def test_the_shortest_pair_stands_for_an_absent_one(pairs):
-    shortest = pairs.index(min(pairs, key=len))
-    assert torch.equal(pack(pairs, [-1]).input_ids_1N, pack(pairs, [shortest]).input_ids_1N)

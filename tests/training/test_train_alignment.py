@@ -1,4 +1,4 @@
-"""train_alignment.sh for real: torchrun, checkpoints that load, the first loss, resume equals uninterrupted."""
+"""train_alignment.sh for real: torchrun, checkpoints that load, the first loss."""
 
 import json
 import math
