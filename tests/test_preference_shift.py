@@ -1,5 +1,6 @@
 """The study of preference shifts: labels, values, power and tables, by hand on four prompts."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, Preference, read_records, write_records
 
+ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = ["helpsteer_verbosity", "helpsteer_coherence"]
 
 
@@ -147,3 +149,11 @@ def test_refusals(study: shift.Study, tmp_path: Path) -> None:
         shift.Study(tmp_path, ["helpsteer_complexity", "helpsteer_coherence"], [2, 1, 3])
     with pytest.raises(DataError, match="needs 7 prompts"):
         shift.Study(tmp_path, OBJECTIVES, [4, 2, 1])
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    stored = json.loads((ROOT / "docs" / "preference_shift.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "preference_shift.md").read_text(encoding="utf-8")
+    assert set(stored["results"]) == {"linear", "geometric"}
+    for form in stored["results"]:
+        assert shift.table(stored, form) in page, "run experiments/preference_shift.py report and copy its tables"
