@@ -527,7 +527,8 @@ def _refuse_idle(config: TrainConfig, names: tuple[str, ...], why: str) -> None:
     for name in names:
         value = getattr(config, name)
         idle = value == type(config).__dataclass_fields__[name].default
-        require(idle, f"--{name}={value} has no meaning {why}")
+        shown = str(value).lower() if isinstance(value, bool) else value
+        require(idle, f"--{name}={shown} has no meaning {why}")
 
 
 def _check_exact(config: TrainConfig) -> None:
