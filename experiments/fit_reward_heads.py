@@ -47,7 +47,6 @@ from drdpo.errors import DataError, one_line_errors
 from drdpo.folder import atomic_folder
 from drdpo.kernels.packed_attention import PackedRow, hidden_states
 from drdpo.machine import announce, settle
-from drdpo.models import check_model
 from drdpo.records import Message, Preference, read_rows
 from drdpo.scoring.armorm import POOLINGS, GatingNetwork, find_span, packed_batches
 from drdpo.scoring.score import DTYPES, use_cpu_well
@@ -530,7 +529,6 @@ def fit_reward_heads(config: FitConfig) -> None:
     """
     config, precision = settle(config)
     announce(precision)
-    check_model(config.backbone)
     tokenizer = load_tokenizer(config.backbone)
     if config.chat_template is not None:
         tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")

@@ -32,6 +32,7 @@ from drdpo.assets.hub import split_helpsteer_turns
 from drdpo.chat import Tokenizer, answer_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.cli import check_bounds, flag, parse, require
 from drdpo.config.data import PreferencesConfig
+from drdpo.distributed import use_cuda
 from drdpo.errors import DataError, ProcessError, UsageError, one_line, one_line_errors
 from drdpo.evaluation.statistics import Array, Layout, estimate
 from drdpo.folder import atomic_file, lock_folder, read_json_object, remove_tree
@@ -327,6 +328,8 @@ def study_methods(config: LabelShiftConfig, folder: Path) -> None:
     study = read_json_object(folder / "study.json")
     if study["settings"] != settings:
         raise UsageError(f"--output_path={folder} contains results from a different configuration; choose another")
+    if not use_cuda():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which otherwise looks for others, and prints so
     for name in ("deepspeed", "peft", "drdpo.training.loop"):
         importlib.import_module(name)  # Once, for the forks.
     runs: dict[tuple[str, int], dict[str, Any]] = {}

@@ -366,11 +366,17 @@ def test_a_launcher_counts_the_drivers_gpus_or_else_those_that_nvidia_smi_lists(
     assert machine.ask_driver() == (expected, 12080)
 
 
-def test_a_launcher_tells_of_a_broken_nvidia_smi(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("echo it has failed; echo more; exit 9", "it has failed"), ("sleep 60", "timed out after 0.3 seconds")],
+)
+def test_a_launcher_tells_of_a_broken_nvidia_smi(monkeypatch, tmp_path, capsys, script, why):
+    monkeypatch.setattr(machine, "SMI_TIMEOUT", 0.3 if "sleep" in script else 10)
     monkeypatch.setattr(machine, "_driver", lambda: (0, 0))
-    monkeypatch.setenv("PATH", f"{smi(tmp_path, 'echo it has failed; echo more; exit 9')}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{smi(tmp_path, script)}:{os.environ['PATH']}")
     assert machine.ask_driver() == (0, 0)
-    assert capsys.readouterr().err == "note: nvidia-smi fails: it has failed\n"
+    said = capsys.readouterr().err
+    assert said.startswith("note: nvidia-smi fails: ") and said.endswith(f"{why}\n")
 
 
 LIBCUDA = """

@@ -104,6 +104,8 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(folder: Path) ->
     """transformers would use it, and vLLM the embedding: trained and sampled would be two models."""
     change(folder, lambda w: w | {HEAD: w["model.embed_tokens.weight"].clone()})
     check_model(str(folder))
+    change(folder, lambda w: w | {HEAD: w[HEAD].double()})  # the same values
+    check_model(str(folder))
     change(folder, lambda w: w | {HEAD: w[HEAD] + 1})
     refused(folder, r"config\.json ties lm_head\.weight to model\.embed_tokens\.weight, and the weights differ")
 
@@ -195,6 +197,12 @@ def shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def test_an_index_names_files_of_its_folder(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    (folder / models.INDEX).write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    refused(folder, r"'\.\./outside\.safetensors' is no file of this folder")
 
 
 @pytest.mark.parametrize("of_file", [False, True])

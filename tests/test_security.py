@@ -44,6 +44,17 @@ def test_no_source_runs_foreign_code() -> None:
     assert {str(path): offences(source) for path, source in sources.items() if offences(source)} == {}
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from joblib import load", "torch.load(x)", "torch.load(x, weights_only=False)", "eval(x)",
+        "run(x, shell=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)", "np.load(x, allow_pickle=True)",
+    ],
+)  # fmt: skip
+def test_the_rule_can_fail(source: str) -> None:
+    assert offences(source)
+
+
 def completions(folder: Path, name: str) -> None:
     folder.mkdir()
     rows = [

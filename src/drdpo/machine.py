@@ -274,12 +274,14 @@ def _nvidia_smi(*words: str, told: bool = False) -> str:
     try:
         done = subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True)
         return done.stdout.decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
     except subprocess.CalledProcessError as error:
-        if told:
-            first = (error.stdout + error.stderr).decode("utf-8", "replace").partition("\n")[0]
-            print(f"note: nvidia-smi fails: {one_line(first, 300)}", file=sys.stderr)
-    except (OSError, subprocess.SubprocessError):
-        pass
+        why = (error.stdout + error.stderr).decode("utf-8", "replace").partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    if told:
+        print(f"note: nvidia-smi fails: {one_line(why, 300)}", file=sys.stderr)
     return ""
 
 

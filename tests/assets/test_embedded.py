@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import re
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.errors import DataError
 from drdpo.folder import read_manifest
 from drdpo.models import check_model, read_tensors
+from drdpo.records import SPLITS, Prompt, read_rows
 from drdpo.scoring.armorm import check_folder, load_armorm
 
 # The policy
@@ -287,6 +291,47 @@ def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm:
 
 
 # The prompts
+
+CATEGORIES = ("facts", "writing", "code", "reasoning", "advice", "safety", "summarise_rewrite", "two_turn")
+IDS = {"train": range(0, 192), "test": range(1000, 1048)}
+MAX_JACCARD = 0.6
+"""Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
+
+
+def rows_of(split: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(embedded.PROMPTS / f"{split}.jsonl")]
+
+
+def text_of(row: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in row["prompt"])
+
+
+def words_of(row: dict[str, Any]) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text_of(row).lower())
+
+
+@pytest.mark.parametrize(("split", "system_messages"), [("train", 8), ("test", 2)])
+def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split: str, system_messages: int) -> None:
+    rows = rows_of(split)
+    assert [row["prompt_id"] for row in rows] == list(IDS[split])
+    assert [row["category"] for row in rows] == list(CATEGORIES) * (len(rows) // len(CATEGORIES))
+    openings: Counter[bool] = Counter()
+    for row in rows:
+        assert set(row) == {"prompt_id", "category", "prompt"}, row
+        roles = [message["role"] for message in Prompt.from_row(row).prompt]
+        openings[roles[0] == "system"] += 1
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == (["user", "assistant", "user"] if row["category"] == "two_turn" else ["user"]), row
+    assert openings[True] == system_messages
+
+
+def test_no_two_prompts_are_nearly_equal() -> None:
+    """Over both splits at once."""
+    rows = [row for split in SPLITS for row in rows_of(split)]
+    assert len({text_of(row).casefold() for row in rows}) == len(rows)
+    asked = [(row["prompt_id"], set(words_of(row))) for row in rows]
+    for (left_id, left), (right_id, right) in itertools.combinations(asked, 2):
+        assert len(left & right) / len(left | right) <= MAX_JACCARD, (left_id, right_id)
 
 
 def line_of(number: int, text: str = "Why?") -> str:

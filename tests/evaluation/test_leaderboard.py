@@ -80,6 +80,14 @@ def test_tasks_are_found_in_both_places(tasks: Path) -> None:
     assert len(leaves) == 1 + 24 + 3 + 7 + 1 + 3
 
 
+def test_a_group_that_lists_itself_is_its_other_tasks(tasks: Path) -> None:
+    (tasks / "group.yaml").write_text("group: tiny\ntask:\n  - tiny\n  - tiny_choice\n  - nowhere\n  - nowhere\n")
+    with pytest.raises(UsageError, match=r"no task nowhere (or )?in"):
+        find_tasks(["tiny"], str(tasks), {})
+    (tasks / "group.yaml").write_text("group: tiny\ntask:\n  - tiny\n  - tiny_choice\n")
+    assert find_tasks(["tiny"], str(tasks), {})[1] == ["tiny_choice"]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -1,4 +1,4 @@
-"""Checkpoints and states: what counts as one, which stay, what a full disk or a loss that is not finite does."""
+"""Checkpoints and states: what counts as one, which stay, what numbers that are not finite do."""
 
 import errno
 import json
@@ -265,7 +265,19 @@ def test_a_checkpoint_that_cannot_be_moved_does_not_end_the_run(tmp_path, capsys
     assert "global_step_1 could not be removed (Directory not empty)" in capsys.readouterr().err
 
 
-# Full disks and numbers that are not finite, under the real engine.
+# Numbers that are not finite
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_policy, tmp_path):
+    policy = load_policy(str(tiny_policy), torch.float32, "sdpa", False)
+    with torch.no_grad():
+        policy.language_model.model.norm.weight[1] = float("inf")
+    engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 2)
+    with pytest.raises(
+        DataError, match=r"global_step_1: not written, as model\.norm\.weight has values that are not finite"
+    ):
+        save_model(engine, chat.load_tokenizer(str(tiny_policy)), tmp_path / "global_step_1", None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_that_are_not_finite_end_the_run_and_name_the_pairs():

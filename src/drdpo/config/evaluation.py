@@ -22,7 +22,9 @@ class EvaluateConfig:
     output_path: str = flag(
         "folder for report.md, report.html, CSV files and, from three objectives on, spider.png and spider.svg"
     )
-    objectives: list[str] = flag("objectives to report, in either spelling (default: all that the runs share)", [])
+    objectives: list[str] = flag(
+        "objectives to report, in either spelling (default: all that the runs share); win rates need ArmoRM among them", []
+    )
     split: Literal["test", "train"] = flag("split to evaluate", "test")
     bootstrap: int = flag("bootstrap samples for confidence intervals", 2000, at_least=100)
     seed: int = flag("seed of the bootstrap", 42, at_least=0)

@@ -257,7 +257,8 @@ def _gain_sections(base: ScoredRun, others: list[ScoredRun], comparison: Compari
     seeds = ", for runs of several seeds a t interval over prompts and seeds" if pooled else ""
     text = (
         f"Mean difference from {base.name} over the paired prompts, in standard deviations of {base.name}'s completion "
-        "scores. The unit is held fixed, so the gain in any mixture of objectives is the weighted sum of their gains. "
+        "scores. The unit is held fixed, so a mixture of such scores gains the weighted sum of their gains; "
+        "`src/evaluate_policy.py --mixtures` has its interval. "
         f"Brackets: 95% percentile interval of a paired bootstrap over prompts{seeds}, without correction for multiple "
         "comparisons: about one in twenty misses the true value."
     )

@@ -418,20 +418,24 @@ def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[s
 
 
 def _leaves(manager: "TaskManager", names: list[str]) -> tuple[list[str], list[str]]:
-    """The single tasks of the names, each once, and the names that the index lacks."""
-    leaves: dict[str, None] = {}
+    """The single tasks of the names, and the names that the index lacks."""
+    leaves: list[str] = []
     missing: list[str] = []
-    for name in names:
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
         entry = manager.task_index.get(name)
         if entry is None:
             missing.append(name)
-        elif members := _members(entry):
-            inner, lost = _leaves(manager, members)
-            leaves |= dict.fromkeys(inner)
-            missing += lost
+            continue
+        if members := _members(entry):
+            waiting = [*members, *waiting]
         else:
-            leaves[name] = None
-    return list(leaves), missing
+            leaves.append(name)
+    return leaves, missing
 
 
 def _members(entry: Any) -> list[str]:
