@@ -545,41 +545,37 @@ def test_the_wrapper_runs_and_skips(root: Path, smollm: Path, tasks: Path, tmp_p
     assert "seed (42 -> 1)" in changed.stderr
 
 
-# The wrapper, with a python and an nvidia-smi that print their arguments --------------------------------------------------
+# The wrapper, with a python that prints its arguments ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> Path:
     """An environment whose python prints its words."""
-    return make_environment(tmp_path / "fake env", {"python": "machine/printer", "nvidia-smi": "machine/nvidia-smi"})
+    return make_environment(tmp_path / "fake env", {"python": "machine/printer"})
 
 
 def start_wrapper(
     script: Path, fakes: Path, cwd: Path, *words: str, gpus: int = 0, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "DRDPO_"))}
-    environment = kept | {"DRDPO_ENV": str(fakes), "SMI_GPUS": "\n".join(["fake"] * gpus)} | variables
+    environment = kept | {"DRDPO_ENV": str(fakes), "GPUS": str(gpus)} | variables
     return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 @pytest.mark.parametrize(
-    ("words", "gpus", "visible"),
+    ("words", "gpus"),
     [
-        (("--model_path=my model", "--limit", "2"), 0, ""),
-        (("--model_path=my model", "--limit", "2"), 1, ""),
-        (("--model_path=m", "--backend=vllm"), 4, ""),
-        (("--model_path=m", "--backend", "vllm"), 4, ""),
-        (("--model_path=m",), 4, "1"),
-        (("--help",), 0, ""),
-        (("--help",), 4, ""),
+        (("--model_path=my model", "--limit", "2"), 0),
+        (("--model_path=my model", "--limit", "2"), 1),
+        (("--model_path=m", "--backend=vllm"), 4),
+        (("--model_path=m", "--backend", "vllm"), 4),
+        (("--help",), 0),
+        (("--help",), 4),
     ],
 )
-def test_one_process_needs_no_launcher(
-    root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...], gpus: int, visible: str
-) -> None:
-    """No GPU or one, vLLM, which starts its own engines, one visible GPU of several, and --help."""
-    seen = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, *words, gpus=gpus, **seen)
+def test_one_process_needs_no_launcher(root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...], gpus: int) -> None:
+    """No GPU or one, vLLM, which starts its own engines, and --help."""
+    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, *words, gpus=gpus)
     assert done.returncode == 0, done.stderr
     listed = " ".join(f"[{word}]" for word in words)
     assert done.stdout == f"python [{root}/src/evaluate_openllm.py] {listed} WORLD_SIZE=\n"
