@@ -97,10 +97,10 @@ def linear_logprob_table() -> str:
         ways = case["ways"]
         times = [1 / ways["matmuls"]["forward_times_drdpo"]]
         times += [1 / ways[way]["both_times_drdpo"] for way in ("matmuls", "trl", "plain")]
-        peaks = [f"{1024 * ways[way]['peak_gib']:,.0f} MiB" for way in ("drdpo", "plain", "compile", "trl", "cce")]
+        peaks = [f"{1024 * ways[way]['peak_gib']:,.0f} MiB" for way in ("drdpo", "plain", "compile", "trl")]
         rows.append([case["case"].replace("x", " x "), *(f"{ratio:.2f}" for ratio in times), *peaks])
     head = "| V x D x tokens | ours / products, forward | ours / products, both | ours / TRL's chunks | ours / log_softmax "
-    return table(head + "| memory: ours | log_softmax | torch.compile | TRL's chunks | cut-cross-entropy |", rows)
+    return table(head + "| memory: ours | log_softmax | torch.compile | TRL's chunks |", rows)
 
 
 def wdpo_table() -> str:
