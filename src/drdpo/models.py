@@ -21,9 +21,7 @@ _AGAIN = "copy or download it again, or pass an earlier checkpoint"
 _WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_BLOCK = 1 << 16
-_BLOCKS = 64
-_HEAD_BYTES = 1 << 26
+_BLOCK, _BLOCKS, _HEAD_BYTES = 1 << 16, 64, 1 << 26  # bytes of a block, blocks of a file, bytes of a head that is read whole
 
 _MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
@@ -366,9 +364,9 @@ def _differ(left: str, of_left: Stored, right: str, of_right: Stored) -> bool:
     if of_left.shape != of_right.shape:
         return True
     with safe_open(of_left.file, "pt") as one, safe_open(of_right.file, "pt") as other:
-        lefts, rights = one.get_slice(left), other.get_slice(right)
-        places = (slice(start, start + 4096) for start in range(0, of_left.shape[0], 4096))
-        return any(not torch.equal(lefts[rows].float(), rights[rows].float()) for rows in places)
+        a, b, step = one.get_slice(left), other.get_slice(right), 4096
+        starts = range(0, of_left.shape[0], step)
+        return any(not torch.equal(a[k : k + step].float(), b[k : k + step].float()) for k in starts)
 
 
 def _first(names: list[str]) -> str:
