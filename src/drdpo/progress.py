@@ -2,12 +2,10 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
-
-Item = TypeVar("Item")
 
 PATIENT_SECONDS = 60.0
 """Maximum between two lines, if a unit is finished in it."""
@@ -16,81 +14,42 @@ QUIET_SECONDS = 2.0
 """Minimum between two lines and before the first, so that quick work prints none."""
 
 
-class Lines(Iterable[Item]):
-    """The part of tqdm's interface that drdpo uses, as lines on stderr."""
+class Lines(tqdm):  # type: ignore[type-arg]
+    """A bar that prints lines on stderr: every unit that is finished calls `display`."""
 
-    def __init__(self, items: Iterable[Item], desc: str, total: int | None, unit: str, initial: int) -> None:
-        self._items, self._desc, self._total, self._unit = items, desc, total, unit
-        self._done, self._postfix = initial, ""
+    monitor_interval = 0
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
         self._started = self._printed = time.monotonic()
+        super().__init__(*arguments, **settings, mininterval=0, miniters=1)
         self._tenth = self._tenths()
 
-    def __iter__(self) -> Iterator[Item]:
-        for item in self._items:
-            yield item
-            self.update()
+    def _tenths(self) -> int:
+        return 10 * self.n // self.total if self.total else 0
 
-    def __enter__(self) -> "Lines[Item]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, count: int = 1) -> None:
-        """Count, and print a line if another tenth is finished or a minute is over."""
-        self._done += count
-        now, tenth = time.monotonic(), self._tenths()
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print a line if another tenth is finished or a minute is over."""
+        now = time.monotonic()
         since = now - self._printed
-        if since >= PATIENT_SECONDS or (tenth > self._tenth and since >= QUIET_SECONDS):
-            self._tenth, self._printed = tenth, now
-            what = f"{self._unit} {self._done} of {self._total}, {now - self._started:.0f} s{self._postfix}"
-            print(
-                f"{self._desc}: {100 * self._done // self._total if self._total else 0}% ({what})",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def set_postfix(self, values: dict[str, Any]) -> None:
-        """Metrics for the next line."""
-        self._postfix = "".join(f", {name}={value}" for name, value in values.items())
-
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Text for the next line."""
-        self._postfix = f", {text}"
+        if since >= PATIENT_SECONDS or (since >= QUIET_SECONDS and self._tenths() > self._tenth):
+            self._tenth, self._printed = self._tenths(), now
+            share = 100 * self.n // self.total if self.total else 0
+            metrics = f", {self.postfix}" if self.postfix else ""
+            what = f"{self.unit} {self.n} of {self.total}, {now - self._started:.0f} s{metrics}"
+            print(f"{self.desc}: {share}% ({what})", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Nothing to do: every line is complete."""
-
-    def _tenths(self) -> int:
-        return 10 * self._done // self._total if self._total else 0
+        """Nothing to draw: every line is complete."""
+        self._decr_instances(self)
 
 
-def progress(
-    items: Iterable[Any] | None = None,
-    *,
-    desc: str,
-    unit: str,
-    total: int | None = None,
-    initial: int = 0,
-    disable: bool = False,
-    **of_a_bar: Any,
-) -> Any:
-    """Show the progress of a loop.
+def progress(items: Iterable[Any] | None = None, *, desc: str, unit: str, disable: bool = False, **of_a_bar: Any) -> Any:
+    """Show the progress of a loop over items, or, without them, of what the caller counts by `update`.
 
     Args:
-        items: to iterate over; None if the caller counts by `update`.
-        desc: name of the work.
-        unit: singular.
-        total: number of units; len(items) by default.
-        initial: units that are finished already.
+        desc, unit: name of the work, and of one unit, singular.
         disable: show nothing, e.g. on other ranks.
-        of_a_bar: further arguments of tqdm.
-
-    Returns:
-        A tqdm or Lines of the items: an iterable and a context manager with `update`.
+        of_a_bar: tqdm's `total` (len(items) by default), `initial` and others.
     """
-    if total is None:
-        total = len(items) if isinstance(items, Sized) else None
-    if disable or sys.stderr.isatty():
-        return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, disable=disable, **of_a_bar)
-    return Lines(() if items is None else items, desc, total, unit, initial)
+    kind = tqdm if disable or sys.stderr.isatty() else Lines
+    return kind(items, desc=desc, unit=unit, disable=disable, **of_a_bar)

@@ -219,7 +219,7 @@ def _run_blocks(
     running = engines.start().run(left, sampling)
     collected: dict[int, dict[int, list[Sample]]] = {number: {} for number in left}
     tokens, started = 0, time.monotonic()
-    with progress(total=total, initial=done, desc=f"sample {split.split}", unit="completion", mininterval=1.0) as bar:
+    with progress(total=total, initial=done, desc=f"sample {split.split}", unit="completion") as bar:
         for number, index, samples in running:
             collected[number][blocks[number][index].prompt.prompt_id] = samples
             tokens += sum(len(sample.token_ids) for sample in samples[: sampling.distinct])

@@ -303,7 +303,7 @@ def _steps(
             if run.candidates is not None:
                 metrics.update(expected_scores(engine, run, run.candidates, references[CANDIDATES], step + 1))
         distributed.on_main(partial(log.write, metrics))
-        bar.set_postfix(on_the_bar(metrics))
+        bar.set_postfix(on_the_bar(metrics), refresh=False)
         if last or (config.save_steps and (step + 1) % config.save_steps == 0):
             distributed.on_main(log.flush)
             _save(engine, run, metrics)
