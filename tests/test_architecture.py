@@ -36,8 +36,6 @@ HAND_WRITTEN = {
     "apply_chat_template": ["chat.py"],
     "ArgumentParser": ["cli.py"],
     "signal.signal": ["launch.py", "training/loop.py"],
-    "mkstemp": ["folder.py"],
-    "mkdtemp": ["folder.py"],
     "flock": ["folder.py"],
 }
 """What no library does for us -> the files that do it: backward passes, kernels, packing, chat rendering, the command line,

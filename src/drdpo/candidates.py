@@ -15,20 +15,21 @@ candidates of a packed row.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from drdpo import chat, distributed
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import atomic_file, read_manifest
 from drdpo.models import fingerprint
 from drdpo.progress import progress
-from drdpo.records import Completion, Message, check_unique, read_records
+from drdpo.records import Completion, check_unique, read_records, row_number
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
+LARGEST_SCORE = 1e100
+"""Squares and sums of larger scores would overflow."""
 ROW_TOKENS = 4096
 """Tokens of a packed row of candidates, if not more are needed for one of them."""
 
@@ -63,25 +66,44 @@ def values(log_ratio_NK: Array, scores_NKO: Array) -> tuple[Array, Array]:
 # Reading -----------------------------------------------------------------------------------------------------------------
 
 
-def check_scored(path: Path, completions: Sequence[Completion]) -> dict[int, list[Message]]:
-    """{prompt_id: prompt} of scored completions, in their order.
+def check_scored(
+    path: Path, completions: Sequence[Completion], needed: Collection[str] | None = None
+) -> dict[int, list[Completion]]:
+    """{prompt_id: completions} of scored completions, in their order.
+
+    Args:
+        needed: objectives that every row must have, with scores within LARGEST_SCORE; by default all those of row 1, and no
+            others.
 
     Raises:
-        DataError: a row without scores, with other objectives than row 1, or with another prompt than earlier rows with its
-            prompt_id; or two rows with one (prompt_id, sample_id).
+        DataError: a row without scores or with other objectives, with another prompt than earlier rows with its prompt_id,
+            or with the (prompt_id, sample_id) of another.
     """
-    check_unique(path, ((row.prompt_id, row.sample_id) for row in completions), "(prompt_id, sample_id)")
-    prompts: dict[int, list[Message]] = {}
-    objectives = set(completions[0].scores)
-    for row, completion in enumerate(completions, start=1):
-        if not completion.scores:
-            raise DataError(f'{path}, row {row}: field "scores" is missing; score the completions first')
-        if set(completion.scores) != objectives:
-            odd = ", ".join(sorted(set(completion.scores) ^ objectives))
-            raise DataError(f'{path}, row {row}: field "scores" has other objectives than row 1 ({odd})')
-        if prompts.setdefault(completion.prompt_id, completion.prompt) != completion.prompt:
-            raise DataError(f'{path}, row {row}: field "prompt" differs from an earlier row with the same prompt_id')
-    return prompts
+    check_unique(path, ((row.prompt_id, row.sample_id) for row in completions), '"prompt_id", "sample_id"')
+    by_prompt: dict[int, list[Completion]] = {}
+    first = set(completions[0].scores)
+    for index, row in enumerate(completions):
+        group, odd, problem = by_prompt.setdefault(row.prompt_id, []), set(row.scores) ^ first, ""
+        if not row.scores:
+            problem = '"scores" is missing; score the completions first'
+        elif needed is None and odd:
+            problem = f'"scores" has other objectives than row 1 ({", ".join(sorted(odd))})'
+        elif lacking := sorted(set(needed or ()) - set(row.scores)):
+            problem = f'"scores" lacks {", ".join(lacking)}; it has {", ".join(row.scores)}'
+        elif large := [name for name in needed or () if abs(row.scores[name]) > LARGEST_SCORE]:
+            problem = f'"scores": {large[0]} is {row.scores[large[0]]:g}, beyond {LARGEST_SCORE:g}'
+        elif group and group[0].prompt != row.prompt:
+            problem = f'"prompt" differs from that of another row with prompt_id {row.prompt_id}'
+        if problem:
+            raise DataError(f"{path}, row {row_number(path, index)}: field {problem}")
+        group.append(row)
+    return by_prompt
+
+
+def mean_and_sd(scores_C: npt.ArrayLike) -> tuple[float, float]:
+    """Mean and population standard deviation; the latter is exactly 0 for equal scores, which rounding would make 1e-17."""
+    values_C = np.asarray(scores_C, dtype=np.float64)
+    return float(values_C.mean()), float(values_C.std()) if np.ptp(values_C) else 0.0
 
 
 @dataclass(frozen=True)
@@ -295,29 +317,26 @@ def load_candidates(
     if (asked := made_by.get("chat_template_kwargs") or {}) != tokenizer.chat_template_kwargs:
         raise DataError(f"{path}: sampled with --chat_template_kwargs='{json.dumps(asked)}'; pass the same")
     rows = read_records(path, Completion.from_row)
-    prompts = dict(list(check_scored(path, rows).items())[:limit])
-    drawn: dict[int, list[Completion]] = {prompt_id: [] for prompt_id in prompts}
+    drawn = dict(list(check_scored(path, rows).items())[:limit])
     for number, row in enumerate(rows, start=1):
         if row.prompt_id in drawn:
             _check_tokens(path, number, row, tokenizer)
-            drawn[row.prompt_id].append(row)
-    lone = [prompt_id for prompt_id, found in drawn.items() if len(found) < 2]
-    kept = [prompt_id for prompt_id in prompts if len(drawn[prompt_id]) > 1]
-    if not kept:
+    found = [of_prompt for of_prompt in drawn.values() if len(of_prompt) > 1]
+    if not found:
         raise DataError(f"{path}: no prompt has two completions, and one says nothing of a policy; sample with --best_of_n")
     try:
-        ids = [chat.prompt_token_ids(tokenizer, prompts[prompt_id]) for prompt_id in kept]
+        ids = [chat.prompt_token_ids(tokenizer, of_prompt[0].prompt) for of_prompt in found]
     except ValueError as error:
         raise DataError(f"{path}: the chat template refuses a prompt: {error}") from error
-    objectives, found = list(rows[0].scores), [drawn[prompt_id] for prompt_id in kept]
-    scores_NKO = np.full((len(kept), max(map(len, found)), len(objectives)), np.nan)
+    objectives = list(rows[0].scores)
+    scores_NKO = np.full((len(found), max(map(len, found)), len(objectives)), np.nan)
     for n, of_prompt in enumerate(found):
         scores_NKO[n, : len(of_prompt)] = [[row.scores[name] for name in objectives] for row in of_prompt]
     flat_CO = scores_NKO[~np.isnan(scores_NKO[:, :, 0])]
-    # Rounding gives equal scores a standard deviation of 1e-17.
-    units = {name: float(one_C.std()) if np.ptp(one_C) else 0.0 for name, one_C in zip(objectives, flat_CO.T, strict=True)}
+    units = {name: mean_and_sd(one_C)[1] for name, one_C in zip(objectives, flat_CO.T, strict=True)}
     mixed = [_mixed(path, scores_NKO, objectives, units, *mixture) for mixture in mixtures.items()]
-    omitted = f"{len(lone)} prompts with one completion were omitted; " if lone else ""
+    lone = len(drawn) - len(found)
+    omitted = f"{lone} prompts with one completion were omitted; " if lone else ""
     return Candidates(
         path, found, ids, np.concatenate([scores_NKO, *mixed], axis=2), objectives, list(mixtures), units,
         (omitted + _drawn_otherwise(made_by, tokenizer.name_or_path)).removesuffix("; "),

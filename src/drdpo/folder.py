@@ -14,11 +14,11 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -44,7 +44,7 @@ _ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|old)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of a file system without locks."""
 _PATIENCE = 1.0
-"""Seconds to wait for a lock: owner_of holds it for an instant."""
+"""Seconds to wait for a lock: owner_of holds it for an instant, a program that a killed owner was starting for a moment."""
 
 
 # Reading.
@@ -102,52 +102,45 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
     Raises:
         OSError: as atomic_file; for several paths `filename` may be the folder of the first.
     """
-    asides: list[Path] = []
-    try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-            os.close(handle)
-            asides.append(Path(name))
-        yield asides
-        for aside in asides:
-            flush(aside)
-            os.chmod(aside, 0o666 & ~_umask())
-        for aside, path in zip(asides, paths, strict=True):
-            os.replace(aside, path)
-        for folder in {path.parent for path in paths}:
-            flush(folder)
-    except BaseException as error:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            blamed = error.filename2 or (paths[0] if len(paths) == 1 else paths[0].parent)
-            raise OSError(error.errno, error.strerror, str(blamed)) from error
-        raise
+    asides = [_beside(path, "tmp") for path in paths]
+    with _blaming(paths[0] if len(paths) == 1 else paths[0].parent):
+        try:
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            yield asides
+            for aside in asides:
+                for place in [*aside.rglob("*"), aside]:
+                    flush(place)
+            for aside, path in zip(asides, paths, strict=True):
+                if aside.is_dir() and path.exists():
+                    old = _beside(path, "old")
+                    old.mkdir()
+                    os.replace(path, old / path.name)
+                    os.replace(aside, path)
+                    shutil.rmtree(old)
+                else:
+                    os.replace(aside, path)
+            for folder in {path.parent for path in paths}:
+                flush(folder)
+        except BaseException:
+            for aside in asides:
+                shutil.rmtree(aside, ignore_errors=True)
+                with suppress(OSError):
+                    aside.unlink()
+            raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success flush it to disk and replace `path` by it, on any error remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        with _blaming(path):
-            yield aside
-            os.chmod(aside, 0o777 & ~_umask())
-            for place in [*aside.rglob("*"), aside]:
-                flush(place)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-                os.replace(path, old / path.name)
-                os.replace(aside, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(aside, path)
-            flush(path.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with atomic_files(path) as (aside,):
+        aside.mkdir()
+        yield aside
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A new name that _ASIDE knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
 
 
 def remove_tree(folder: Path) -> None:
@@ -194,13 +187,7 @@ def _blaming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise OSError(error.errno, error.strerror, str(error.filename2 or path)) from error
 
 
 # The lock of the one writer.
@@ -225,7 +212,7 @@ def lock_folder(folder: Path, share: int | None = None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UsageError(_refusal(_owner(path), folder)) from None
+        raise _refusal(folder, _owner(path)) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -255,92 +242,67 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def refuse_if_locked(folder: Path, share: int | None = None, ours: Path | None = None) -> None:
     """Raise UsageError, naming the owner, if another process holds a lock that excludes this one, see lock_folder. Writes
     nothing. `ours`: the lock file that this process holds."""
-    for path in _locks(folder, share):
-        if path != ours and (owner := _holder(path)) is not None:
-            raise UsageError(_refusal(owner, folder))
+    if owner := owner_of(folder, share, ours):
+        raise _refusal(folder, owner)
 
 
-def owner_of(folder: Path) -> str | None:
-    """The owner of a folder's lock, or of a share of it, for messages; None if nobody holds it. Writes nothing."""
-    return next((owner for path in _locks(folder) if (owner := _holder(path)) is not None), None)
+def _refusal(folder: Path, owner: str) -> UsageError:
+    return UsageError(f"{folder} is locked by {owner}; wait, stop that process, or choose another folder")
 
 
-def _locks(folder: Path, share: int | None = None) -> list[Path]:
-    """The lock files that exclude this share, or whoever wants the whole folder."""
+def owner_of(folder: Path, share: int | None = None, ours: Path | None = None) -> str | None:
+    """The owner of that lock, for messages; None if nobody holds it."""
     shares = folder.glob(f"{LOCK}.*") if share is None else [folder / f"{LOCK}.{share}"]
-    return [folder / LOCK, *sorted(shares)]
+    for path in [folder / LOCK, *sorted(shares)]:
+        if path != ours and _held(path):
+            return _owner(path)
+    return None
 
 
-def _holder(path: Path) -> str | None:
+def _owner(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(errors="replace") or "another process"
+    return "another process"
+
+
+def _held(path: Path) -> bool:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         # No lock yet, or a folder that cannot be read, which the run itself will report.
-        return None
+        return False
     deadline = time.monotonic() + _PATIENCE
     try:
         while True:
             try:
                 # A shared lock for an instant only tests whether it is held.
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
+                return False
             except BlockingIOError:
-                # A program that a killed owner was just starting holds its lock for another moment.
-                if not _ended(path) or time.monotonic() > deadline:
-                    return _owner(path)
+                if time.monotonic() > deadline:
+                    return True
                 time.sleep(0.05)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False
     finally:
         os.close(handle)
-    return None
 
 
 def _sign(handle: int, path: Path) -> None:
     """Write the owner into the lock file."""
-    owner = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "command": " ".join(sys.argv)[:500],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    command, now = " ".join(sys.argv)[:500], datetime.now(UTC).isoformat(timespec="seconds")
     with _blaming(path):
         # NFS keeps a removed file under another name, which filelock does not notice.
         if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
             raise UsageError(f"{path.parent} was released by another run at this moment; rerun the command")
         try:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(owner).encode(), 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} ({command}), since {now}".encode(), 0)
         except OSError:
             path.unlink()  # while it is ours
             raise
-
-
-def _ended(path: Path) -> bool:
-    """Was the owner a process of this host that is no longer there?"""
-    try:
-        owner = json.loads(path.read_bytes())
-        if owner["host"] != socket.gethostname():
-            return False
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return False
-
-
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_bytes())
-        return f"process {owner['pid']} on {owner['host']} ({owner['command']}), since {owner['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _refusal(owner: str, folder: Path) -> str:
-    return f"{folder} is locked by {owner}; wait, stop that process, or choose another folder"
 
 
 # The manifest.

@@ -8,9 +8,9 @@ Shapes: C completions of a split, n completions of one prompt, P pairs.
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, TypeAlias
@@ -19,24 +19,22 @@ import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
+from drdpo.candidates import LARGEST_SCORE, check_scored, mean_and_sd
 from drdpo.cli import as_dict
 from drdpo.config.data import PreferencesConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import already_made, atomic_files, lock_folder, refuse_if_locked, sweep, write_manifest
 from drdpo.models import fingerprint
 from drdpo.progress import progress
-from drdpo.records import SPLITS, Completion, Preference, check_unique, read_records, row_number, write_records
+from drdpo.records import SPLITS, Completion, Preference, read_records, write_records
 
 STEP = "preferences"
 DECIMALS = 12
 """Scores that differ only by the rounding of their sum are tied."""
-LARGEST_SCORE = 1e100
-"""Squares and sums of larger scores would overflow."""
 REASONS = ("zero_margin", "small_margin", "empty_text", "equal_texts", "over_max_pairs_per_prompt")
 """Why a candidate (two completions that the selection puts together) is dropped; the first that applies is counted."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-_Key: TypeAlias = tuple[int, int]
 Statistics: TypeAlias = dict[str, tuple[float, float]]
 """{objective: (mean, population standard deviation)} of raw scores."""
 
@@ -53,9 +51,12 @@ class SplitPairs:
     counts: dict[str, int]
     """prompts, completions, candidates, pairs, prompts_without_pair, dropped_one_completion (prompts), dropped_<reason>
     (candidates), not_drawn (candidates). candidates = pairs + all dropped_<reason> + not_drawn."""
-    margins: dict[str, float]
-    """min, median, mean and max of the pairs' margins, in units of the mixed score."""
     lengths: "Lengths"
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """min, median, mean and max of the pairs' margins, in units of the mixed score."""
+        return {name: float(getattr(np, name)(_margins(self.pairs))) for name in ("min", "median", "mean", "max")}
 
 
 def generate_preferences(config: PreferencesConfig) -> None:
@@ -76,10 +77,10 @@ def generate_preferences(config: PreferencesConfig) -> None:
         if not path.is_file():
             raise DataError(f"{path}: no such file; pass --completions=FOLDER with scored train.jsonl and test.jsonl")
     weights = config.objective_weights()
+    names = ("standardize", "standardize_by", "selection", "min_margin", "max_pairs_per_prompt")
     made_by: dict[str, object] = {
         "weights": weights,
-        **{name: getattr(config, name) for name in ("standardize", "standardize_by")},
-        **{name: getattr(config, name) for name in ("selection", "min_margin", "max_pairs_per_prompt")},
+        **{name: getattr(config, name) for name in names},
         # Only random draws depend on the seed.
         "seed": config.seed if config.selection == "top_random" else None,
         "completions": {split: fingerprint(path) for split, path in inputs.items()},
@@ -92,7 +93,7 @@ def generate_preferences(config: PreferencesConfig) -> None:
     splits: dict[str, SplitPairs] = {}
     for split, path in inputs.items():
         fitted = splits["train"].statistics if config.standardize_by == "train" and split != "train" else None
-        splits[split] = pair_completions(path, read_completions(path, weights), config, split, fitted)
+        splits[split] = pair_completions(path, config, split, fitted)
     if not config.dry_run:
         with lock_folder(target):
             sweep(target)
@@ -103,42 +104,11 @@ def generate_preferences(config: PreferencesConfig) -> None:
         print("dry run: nothing was written")
 
 
-def read_completions(path: Path, objectives: Iterable[str]) -> list[Completion]:
-    """Read the scored completions of a JSON-lines file.
+def pair_completions(path: Path, config: PreferencesConfig, split: str, fitted: Statistics | None = None) -> SplitPairs:
+    """Pair the completions of each prompt by their mixed scores. The order of the rows changes no pair.
 
     Args:
-        path: the file.
-        objectives: that every completion must have a score of.
-
-    Raises:
-        DataError: as read_records; also for a repeated (prompt_id, sample_id), and for a completion that lacks one of the
-            objectives or has a score beyond LARGEST_SCORE.
-    """
-    completions = read_records(path, Completion.from_row)
-    check_unique(path, ((c.prompt_id, c.sample_id) for c in completions), '"prompt_id", "sample_id"')
-    needed = set(objectives)
-    for index, completion in enumerate(completions):
-        if lacking := ", ".join(sorted(needed - completion.scores.keys())):
-            raise DataError(
-                f"{path}, row {row_number(path, index)} "
-                f"(prompt_id {completion.prompt_id}, sample_id {completion.sample_id}): "
-                f'field "scores" lacks {lacking}; it has {", ".join(completion.scores) or "no scores at all; run step 1"}'
-            )
-        for name in needed:
-            if abs(score := completion.scores[name]) > LARGEST_SCORE:
-                where = f'{path}, row {row_number(path, index)}: field "scores"'
-                raise DataError(f"{where}: {name} is {score:g}, beyond {LARGEST_SCORE:g}")
-    return completions
-
-
-def pair_completions(
-    path: Path, completions: list[Completion], config: PreferencesConfig, split: str, fitted: Statistics | None = None
-) -> SplitPairs:
-    """Pair the completions of each prompt by their mixed scores. The order of the completions changes no pair.
-
-    Args:
-        path: file of the completions, for messages.
-        completions: of one split, with scores of all weighted objectives, in any order and number per prompt.
+        path: scored completions of one split, in any order and number per prompt.
         config: weights, standardisation and selection.
         split: "train" or "test".
         fitted: statistics of another split to standardise by; this split's own by default.
@@ -150,69 +120,51 @@ def pair_completions(
         DataError: see generate_preferences.
     """
     weights = config.objective_weights()
-    groups = group_by_prompt(path, completions)
+    by_prompt = check_scored(path, read_records(path, Completion.from_row), weights)
+    if max(map(len, by_prompt.values())) < 2:
+        raise DataError(f"{path}: every prompt has only one completion; sample with --best_of_n=2 or more")
+    groups: dict[int, list[int]] = {prompt_id: [] for prompt_id in by_prompt}
     # In order of ids, because the last bit of a sum depends on its order.
-    ordered = sorted(completions, key=lambda completion: (completion.prompt_id, completion.sample_id))
-    scores = {name: np.array([completion.scores[name] for completion in ordered]) for name in _shared(ordered)}
+    rows = sorted(chain(*by_prompt.values()), key=lambda row: (row.prompt_id, row.sample_id))
+    for place, row in enumerate(rows):
+        groups[row.prompt_id].append(place)
+    shared = sorted(set.intersection(*(set(row.scores) for row in rows)))
+    scores = {name: np.array([row.scores[name] for row in rows]) for name in shared}
+    scores = {name: scores_C for name, scores_C in scores.items() if np.abs(scores_C).max() <= LARGEST_SCORE}
     own = {name: mean_and_sd(scores_C) for name, scores_C in scores.items()}
     used = (own if fitted is None else fitted) if config.standardize else None
     if used is not None:
         scores = {name: standardise(scores_C, used[name]) for name, scores_C in scores.items() if name in used}
-    keys = [(completion.prompt_id, completion.sample_id) for completion in ordered]
-    mixed = dict(zip(keys, mix(scores, weights).tolist(), strict=True))
-    rows = np.array(list(scores.values())).T.tolist()
-    by_objective = {key: dict(zip(scores, row, strict=True)) for key, row in zip(keys, rows, strict=True)}
+    mixed_C = mix(scores, weights).tolist()
+    standard_C = [dict(zip(scores, of_row, strict=True)) for of_row in np.array(list(scores.values())).T.tolist()]
     counts = Counter[str]()
     pairs: list[Preference] = []
-    for group in progress(groups, desc=f"pair {split}", total=len(groups), unit="prompt", delay=2):
-        mixed_n = [mixed[completion.prompt_id, completion.sample_id] for completion in group]
-        texts = [completion.completion[-1]["content"] for completion in group]
-        chosen, dropped = select(mixed_n, texts, config, f"{split}/{group[0].prompt_id}")
-        pairs += [_preference(group[best], group[other], mixed, by_objective) for best, other in chosen]
+    for prompt_id, places in progress(groups.items(), desc=f"pair {split}", total=len(groups), unit="prompt", delay=2):
+        mixed_n, texts = [mixed_C[c] for c in places], [rows[c].completion[-1]["content"] for c in places]
+        chosen, dropped = select(mixed_n, texts, config, f"{split}/{prompt_id}")
+        for c, r in ((places[best], places[other]) for best, other in chosen):
+            pairs.append(
+                Preference(
+                    prompt_id, rows[c].prompt, rows[c].completion, rows[r].completion, mixed_C[c], mixed_C[r],
+                    rows[c].token_ids, rows[r].token_ids, standard_C[c], standard_C[r],
+                )
+            )  # fmt: skip
         counts += dropped
         counts["prompts_without_pair"] += not chosen
-        counts["dropped_one_completion"] += len(group) < 2
-    found = {"prompts": len(groups), "completions": len(completions)}
-    found |= {"candidates": counts["candidates"], "pairs": len(pairs)}
-    found |= {name: counts[name] for name in ("prompts_without_pair", "dropped_one_completion")}
-    found |= {f"dropped_{reason}": counts[reason] for reason in REASONS} | {"not_drawn": counts["not_drawn"]}
+        counts["one_completion"] += len(places) < 2
+    found = {"prompts": len(groups), "completions": len(rows), "candidates": counts["candidates"], "pairs": len(pairs)}
+    names = ("prompts_without_pair", "dropped_one_completion", *(f"dropped_{reason}" for reason in REASONS), "not_drawn")
+    found |= {name: counts[name.replace("dropped_", "")] for name in names}
     if not pairs:
         why = _dropped(found)
         if counts["small_margin"]:
-            mixed_by_prompt = ([mixed[c.prompt_id, c.sample_id] for c in group] for group in groups)
-            largest = max(max(mixed_n) - min(mixed_n) for mixed_n in mixed_by_prompt)
+            largest = max(max(mixed_n) - min(mixed_n) for mixed_n in ([mixed_C[c] for c in g] for g in groups.values()))
             why += f"; --min_margin={config.min_margin:g}, but the largest margin is {largest:.4g}"
         raise DataError(f"{path}: no pair is left of {len(groups)} prompts ({why})")
-    return SplitPairs(pairs, own, used, found, _margins(pairs), compare_lengths(pairs))
-
-
-def group_by_prompt(path: Path, completions: list[Completion]) -> list[list[Completion]]:
-    """Completions by prompt_id, each group sorted by sample_id, groups in order of first appearance.
-
-    Raises:
-        DataError: one prompt_id has two different prompts, or no prompt has two completions.
-    """
-    groups: dict[int, list[Completion]] = {}
-    for index, completion in enumerate(completions):
-        group = groups.setdefault(completion.prompt_id, [])
-        if group and group[0].prompt != completion.prompt:
-            raise DataError(
-                f"{path}, row {row_number(path, index)}: "
-                f'field "prompt" differs from that of another row with prompt_id {completion.prompt_id}'
-            )
-        group.append(completion)
-    if max(map(len, groups.values())) < 2:
-        raise DataError(f"{path}: every prompt has only one completion; sample with --best_of_n=2 or more")
-    return [sorted(group, key=lambda completion: completion.sample_id) for group in groups.values()]
+    return SplitPairs(pairs, own, used, found, compare_lengths(pairs))
 
 
 # Scores ------------------------------------------------------------------------------------------------------------------
-
-
-def mean_and_sd(scores_C: npt.ArrayLike) -> tuple[float, float]:
-    """Mean and population standard deviation; the latter is exactly 0 for equal scores."""
-    values = np.asarray(scores_C, dtype=np.float64)
-    return float(values.mean()), 0.0 if np.ptp(values) == 0 else float(values.std())
 
 
 def standardise(scores_C: npt.ArrayLike, statistics: tuple[float, float]) -> Floats:
@@ -287,22 +239,6 @@ def _candidates(scores: list[float], selection: str) -> list[tuple[int, int]]:
     return [(i, j) if scores[i] >= scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
 
 
-def _shared(completions: list[Completion]) -> list[str]:
-    """The objectives that all completions have a score of, within LARGEST_SCORE."""
-    shared = set.intersection(*(set(completion.scores) for completion in completions))
-    return sorted(name for name in shared if all(abs(c.scores[name]) <= LARGEST_SCORE for c in completions))
-
-
-def _preference(
-    chosen: Completion, rejected: Completion, mixed: Mapping[_Key, float], scores: Mapping[_Key, dict[str, float]]
-) -> Preference:
-    first, second = ((completion.prompt_id, completion.sample_id) for completion in (chosen, rejected))
-    return Preference(
-        chosen.prompt_id, chosen.prompt, chosen.completion, rejected.completion, mixed[first], mixed[second],
-        chosen.token_ids, rejected.token_ids, scores[first], scores[second],
-    )  # fmt: skip
-
-
 # Lengths: a reward that likes length teaches length ------------------------------------------------------------------------
 
 
@@ -350,7 +286,7 @@ def compare_lengths(pairs: Sequence[Preference]) -> Lengths:
         totals[pair.prompt_id] += difference
     longer, shorter = (sum(sign * total > 0 for total in totals.values()) for sign in (1, -1))
     share, low, high = wilson_interval(longer, longer + shorter) if longer + shorter else (None, None, None)
-    margin_P = _margins_of(pairs)
+    margin_P = _margins(pairs)
     varies = np.ptp(margin_P) > 0 and np.ptp(difference_P) > 0
     return Lengths(
         unit="tokens" if by_tokens else "characters",
@@ -376,13 +312,8 @@ def wilson_interval(hits: int, trials: int) -> tuple[float, float, float]:
     return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _margins_of(pairs: Sequence[Preference]) -> Floats:
+def _margins(pairs: Sequence[Preference]) -> Floats:
     return np.array([(pair.chosen_score or 0.0) - (pair.rejected_score or 0.0) for pair in pairs])
-
-
-def _margins(pairs: Sequence[Preference]) -> dict[str, float]:
-    margin_P = _margins_of(pairs)
-    return {name: float(getattr(np, name)(margin_P)) for name in ("min", "median", "mean", "max")}
 
 
 # What is printed and written -----------------------------------------------------------------------------------------------
@@ -438,14 +369,14 @@ def _write(
     made_by: dict[str, object],
     config: PreferencesConfig,
 ) -> None:
-    def named(statistics: Statistics) -> dict[str, dict[str, float]]:
-        return {objective: {"mean": mean, "sd": sd} for objective, (mean, sd) in statistics.items()}
+    def named(statistics: Statistics | None) -> dict[str, dict[str, float]] | None:
+        return statistics and {objective: {"mean": mean, "sd": sd} for objective, (mean, sd) in statistics.items()}
 
     facts = {
         split: {
             "counts": made.counts,
             "scores": named(made.statistics),
-            "standardized_by": None if made.standardised_by is None else named(made.standardised_by),
+            "standardized_by": named(made.standardised_by),
             "margins": made.margins,
             "lengths": asdict(made.lengths) | {"biased": made.lengths.biased},
         }

@@ -296,14 +296,14 @@ BAD_DATA: dict[str, tuple[Any, Any, str]] = {
         'row 2: field "scores": ArmoRM is 1e+200',
     ),
     "missing objective": ([row(1, 0, "a", kind=1.0), row(1, 1, "b", kind=2.0)], good_rows(), "lacks ArmoRM; it has kind"),
-    "unscored": ([row(1, 0, "a"), row(1, 1, "b")], good_rows(), "no scores at all"),
+    "unscored": ([row(1, 0, "a"), row(1, 1, "b")], good_rows(), '"scores" is missing'),
     "NaN score": (good_rows(), nan_score(), 'test.jsonl, row 3: field "scores": not a finite number'),
     "n = 1": (good_rows(), [row(1, 0, "a", ArmoRM=1.0), row(2, 0, "b", ArmoRM=2.0)], "only one completion"),
     "duplicate key": (good_rows(), [*good_rows(), good_rows()[2]], 'row 5: field "prompt_id", "sample_id" repeats (7, 1)'),
     "objective missing in one row": (
         good_rows(),
         [*good_rows()[:3], row(3, 1, "d", ultrafeedback_truthfulness=0.0)],
-        'row 4 (prompt_id 3, sample_id 1): field "scores" lacks ArmoRM; it has ultrafeedback-truthfulness',
+        'row 4: field "scores" lacks ArmoRM; it has ultrafeedback-truthfulness',
     ),
     "only equal texts": (
         good_rows(),

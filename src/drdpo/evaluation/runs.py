@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from drdpo.candidates import check_scored
+from drdpo.candidates import check_scored, mean_and_sd
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import read_json_object, read_manifest
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
@@ -50,8 +50,7 @@ class ScoredRun:
 
     def sd(self, objective: str) -> float:
         """Standard deviation over completions (population form); 0 if all scores are equal."""
-        scores_C = self.completions[objective].to_numpy()
-        return 0.0 if np.ptp(scores_C) == 0 else float(scores_C.std())
+        return mean_and_sd(self.completions[objective].to_numpy())[1]
 
 
 def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
@@ -106,7 +105,7 @@ def load_run(name: str, folder: Path, split: str) -> ScoredRun:
             "choose with --split=train or --split=test"
         )
     rows = read_records(path, Completion.from_row)
-    prompts = dict(sorted(check_scored(path, rows).items()))
+    prompts = {prompt_id: group[0].prompt for prompt_id, group in sorted(check_scored(path, rows).items())}
     scores = pd.DataFrame([row.scores for row in rows], columns=sort_objectives(rows[0].scores), dtype=np.float64)
     answers = pd.DataFrame(
         [(len(row.token_ids), repeated_share(row.token_ids), row.finish_reason == "length") for row in rows],
