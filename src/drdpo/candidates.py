@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -211,37 +212,34 @@ class Candidates:
         Args:
             budget: tokens of a row at most, unless a prompt with one answer has more.
         """
-        rows: list[list[tuple[int, list[int]]]] = []
+        rows: list[list[int]] = []
         room = 0
-        for n, answers in enumerate(self.answers):
-            for k, answer in enumerate(answers):
-                alone = len(self.prompts[n]) + len(answer)
-                joins = bool(k and rows and rows[-1] and rows[-1][-1][0] == n)
-                size = len(answer) if joins else alone
-                if not rows or size > room:
-                    rows.append([])
-                    room, joins, size = max(budget, alone), False, alone
-                if joins:
-                    rows[-1][-1][1].append(k)
-                else:
-                    rows[-1].append((n, [k]))
-                room -= size
-        first = np.cumsum([0, *map(len, self.answers)]).tolist()
-        return [self._row(groups, first) for groups in rows]
+        for c, (n, k) in enumerate(self.places):
+            size = alone = len(self.prompts[n]) + len(self.answers[n][k])
+            if rows and self.places[rows[-1][-1]][0] == n:
+                size = len(self.answers[n][k])
+            if not rows or size > room:
+                rows.append([])
+                room, size = max(budget, alone), alone
+            rows[-1].append(c)
+            room -= size
+        return [self._row(indices_S) for indices_S in rows]
 
-    def _row(self, groups: list[tuple[int, list[int]]], first: list[int]) -> "CandidateRow":
+    def _row(self, indices_S: list[int]) -> "CandidateRow":
         from drdpo.kernels.packed_attention import PackedRow
 
-        sequences = [[self.prompts[n] + self.answers[n][k] for k in ks] for n, ks in groups]
-        packed = PackedRow([(len(self.prompts[n]), row) for (n, _), row in zip(groups, sequences, strict=True)])
+        places = [self.places[c] for c in indices_S]
+        by_prompt = groupby(places, key=lambda place: place[0])
+        packed = PackedRow(
+            [(len(self.prompts[n]), [self.prompts[n] + self.answers[n][k] for _, k in group]) for n, group in by_prompt]
+        )
         states, targets, sequence = [], [], []
-        places = [(n, k) for n, ks in groups for k in ks]
         for number, (n, k) in enumerate(places):
             before, answer = len(self.prompts[n]), self.answers[n][k]
             states += [packed.index(number, position - 1) for position in range(before, before + len(answer))]
             targets += answer
             sequence += [number] * len(answer)
-        return CandidateRow(packed, [first[n] + k for n, k in places], states, targets, sequence)
+        return CandidateRow(packed, indices_S, states, targets, sequence)
 
     def write(self, path: Path, log_ratio_NK: Array, **facts: str) -> None:
         """Write `log_ratio` [N, K] float32 with `prompt_id` [N] and `sample_id` [N, K], -1 where a prompt has fewer; the
@@ -253,30 +251,22 @@ class Candidates:
         with atomic_file(path, "wb") as stream:
             stream.write(save(tensors, metadata={"candidates": self.key, "path": str(self.path), **facts}))
 
-    def _others(self, folder: Path) -> list[Path]:
-        """Files of `write` for other candidates."""
+    def _is_of_others(self, path: Path) -> bool:
+        """Did `write` write this file for other candidates?"""
         from safetensors import safe_open
 
-        found = []
-        for path in folder.glob("step_*.safetensors"):
-            with safe_open(path, "numpy") as stored:
-                if (stored.metadata() or {}).get("candidates") != self.key:
-                    found.append(path)
-        return found
+        with safe_open(path, "numpy") as stored:
+            return (stored.metadata() or {}).get("candidates") != self.key
 
     def remove_others(self, folder: Path) -> None:
         """Remove what an earlier start wrote of other candidates."""
-        for path in self._others(folder):
+        for path in filter(self._is_of_others, folder.glob("step_*.safetensors")):
             path.unlink(missing_ok=True)
 
     def check_evaluated(self, run: Path, step: int) -> None:
-        """Refuse a complete run that was not evaluated on these candidates.
-
-        Raises:
-            UsageError: naming the command that evaluates its checkpoints.
-        """
+        """Raise UsageError if a complete run was not evaluated on these candidates."""
         path = run / "candidates" / f"step_{step}.safetensors"
-        if not path.is_file() or path in self._others(path.parent):
+        if not path.is_file() or self._is_of_others(path):
             raise UsageError(
                 f"{run} is complete, but was not evaluated on the candidates in {self.path.parent}; evaluate its "
                 "checkpoints by src/evaluate_policy.py, or train into another --save_path"
@@ -299,11 +289,9 @@ class CandidateRow(NamedTuple):
 def load_candidates(
     folder: str, split: str, tokenizer: chat.Tokenizer, mixtures: Mapping[str, Mapping[str, float]], limit: int | None = None
 ) -> Candidates:
-    """Read scored completions.
+    """Read the scored completions in folder/<split>.jsonl.
 
     Args:
-        folder: with <split>.jsonl, as src/score_completions.py writes it.
-        split: "train" or "test".
         tokenizer: of the model that drew them, with the arguments of its template.
         mixtures: {name: {objective: weight}} of z-scores, mean and standard deviation over all candidates that are read.
         limit: of the prompts in the file the first so many.

@@ -10,7 +10,7 @@ import re
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from drdpo.errors import DataError, UsageError, reason
 from drdpo.records import Message
@@ -167,35 +167,17 @@ def _question(tokenizer: Tokenizer) -> list[Message]:
 
 
 def prompt_token_ids(tokenizer: Tokenizer, prompt: list[Message]) -> list[int]:
-    """Token ids of a prompt, up to where the assistant's answer begins.
-
-    Args:
-        tokenizer: from load_tokenizer.
-        prompt: messages ending in a user turn.
-
-    Returns:
-        Ids with exactly one BOS, if the model has one.
+    """Token ids of a prompt, up to where the assistant's answer begins, with exactly one BOS, if the model has one.
 
     Raises:
         ValueError: the template rejects the prompt.
     """
-    return _one_bos(tokenizer, _encode(tokenizer, prompt, add_generation_prompt=True))
+    return _encode(tokenizer, prompt, add_generation_prompt=True)
 
 
 def conversation_token_ids(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation with its last answer closed, as a reward model reads it.
-
-    Args:
-        tokenizer: from load_tokenizer.
-        messages: prompt and completion, ending in an assistant turn.
-
-    Returns:
-        Ids with exactly one BOS, if the model has one.
-
-    Raises:
-        ValueError: the template rejects the conversation.
-    """
-    return _one_bos(tokenizer, _encode(tokenizer, messages, add_generation_prompt=False))
+    """The same of a prompt with its answer, closed, as a reward model reads it."""
+    return _encode(tokenizer, messages, add_generation_prompt=False)
 
 
 def answer_token_ids(tokenizer: Tokenizer, answer: list[Message], prompt: list[Message] | None = None) -> list[int]:
@@ -204,7 +186,6 @@ def answer_token_ids(tokenizer: Tokenizer, answer: list[Message], prompt: list[M
     Sampled token ids are better where they exist: text that is tokenised again may differ.
 
     Args:
-        tokenizer: from load_tokenizer.
         answer: one assistant message.
         prompt: what it answers; by default a short question.
 
@@ -219,19 +200,13 @@ def answer_token_ids(tokenizer: Tokenizer, answer: list[Message], prompt: list[M
         raise ValueError(f"an answer is one assistant message, not {len(answer)}")
     if not answer[0]["content"].strip():
         return []
-    check_answers(tokenizer)
-    return _answer(tokenizer, prompt or _question(tokenizer), answer[0])
-
-
-def check_answers(tokenizer: Tokenizer) -> None:
-    """Raise DataError unless the template renders an answer given as text after its prompt."""
-    problem = _answer_problem(tokenizer, tokenizer.get_chat_template())
-    if problem:
+    if problem := _answer_problem(tokenizer, tokenizer.get_chat_template()):
         raise DataError(
             f"{tokenizer.name_or_path}: answers given as text cannot be encoded: {problem}; use pairs with token ids "
             "(chosen_token_ids and rejected_token_ids of sampled completions), --chat_template_kwargs that change it, or "
             "another chat_template.jinja"
         )
+    return _answer(tokenizer, prompt or _question(tokenizer), answer[0])
 
 
 def rendered_ids(tokenizer: Tokenizer) -> set[int]:
@@ -250,7 +225,7 @@ def template_facts(tokenizer: Tokenizer) -> str:
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int:
     """The token with which the template closes an assistant turn (`<|eot_id|>`, `<end_of_turn>`), else EOS."""
-    return _turn_end(tokenizer, tokenizer.get_chat_template()).token
+    return _turn_end(tokenizer, tokenizer.get_chat_template())[1]
 
 
 def decode(tokenizer: Tokenizer, token_ids: list[int]) -> str:
@@ -260,26 +235,18 @@ def decode(tokenizer: Tokenizer, token_ids: list[int]) -> str:
     return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-class _TurnEnd(NamedTuple):
-    """How a template closes an assistant turn."""
-
-    text: str
-    """All that follows the answer."""
-    token: int
-    beyond: int | None
-    """Tokens of the text behind `token`; None if it is EOS, which the template does not write."""
-
-
 @lru_cache(maxsize=16)
-def _turn_end(tokenizer: Tokenizer, template: str) -> _TurnEnd:
+def _turn_end(tokenizer: Tokenizer, template: str) -> tuple[str, int, int | None]:
+    """All that the template writes behind an answer, the token that ends the turn, and the number of tokens behind that;
+    None if it is EOS, which the template does not write."""
     answer = {"role": "assistant", "content": _MARK}
     text = _render(tokenizer, [*_question(tokenizer), answer], add_generation_prompt=False).rpartition(_MARK)[2]
     ids, added = _ids(tokenizer, text, "x"), tokenizer.added_tokens_decoder
     marks = [place for place, token in enumerate(ids) if token in added]
     special = [place for place in marks if added[ids[place]].special]
     for place in special or marks:
-        return _TurnEnd(text, ids[place], len(ids) - place - 1)
-    return _TurnEnd(text, int(tokenizer.eos_token_id), None)
+        return text, ids[place], len(ids) - place - 1
+    return text, int(tokenizer.eos_token_id), None
 
 
 @lru_cache(maxsize=16)
@@ -302,19 +269,17 @@ def _answer(tokenizer: Tokenizer, prompt: list[Message], answer: Message) -> lis
             f"the prompt continues with {before[shared : shared + 50]!r} where the chat template has "
             f"{whole[shared : shared + 50]!r} in a conversation"
         )
-    end, text = _turn_end(tokenizer, tokenizer.get_chat_template()), whole[shared:]
-    if end.beyond is None and end.text.strip():
-        raise ValueError(f"the chat template closes an answer by {end.text!r}, and the tokenizer has no token for it")
-    if "".join(messages[-1]["content"].split()) not in "".join(text.split()) or not text.endswith(end.text):
+    (closing, end, beyond), text = _turn_end(tokenizer, tokenizer.get_chat_template()), whole[shared:]
+    if beyond is None and closing.strip():
+        raise ValueError(f"the chat template closes an answer by {closing!r}, and the tokenizer has no token for it")
+    if "".join(messages[-1]["content"].split()) not in "".join(text.split()) or not text.endswith(closing):
         raise ValueError("the chat template does not print the whole answer with the end of its turn")
     # Whatever precedes a special token has no influence on the ids that follow it.
     context = before[max((found.start() for found in _special(tokenizer).finditer(before)), default=0) :]
     context = context.rpartition(mark)[2]
-    if end.beyond is None:
-        text = text.removesuffix(end.text)
-    parts = text.split(mark)
+    parts = (text.removesuffix(closing) if beyond is None else text).split(mark)
     ids = _joined(tokenizer, parts, plain[len(plain) + 1 - len(parts) :], context, strict=True)
-    return [*ids, end.token] if end.beyond is None else ids[: len(ids) - end.beyond]
+    return [*ids, end] if beyond is None else ids[: len(ids) - beyond]
 
 
 def _render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool) -> str:
@@ -332,7 +297,11 @@ def _encode(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt
     parts = _render(tokenizer, messages, add_generation_prompt).split(mark)
     if len(parts) != len(plain) + 1:
         raise ValueError("the chat template does not print every message once, so special tokens in it cannot be escaped")
-    return _joined(tokenizer, parts, plain)
+    ids, bos = _joined(tokenizer, parts, plain), tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise ValueError("the chat template writes the beginning-of-sequence token twice")
+    lacks_bos = bos is not None and ids[:1] != [bos] and tokenizer("x")["input_ids"][:1] == [bos]
+    return [bos, *ids] if lacks_bos else ids
 
 
 def _joined(tokenizer: Tokenizer, parts: list[str], plain: list[str], context: str = "", strict: bool = False) -> list[int]:
@@ -367,12 +336,9 @@ def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
 
 
 def _ids(tokenizer: Tokenizer, text: str, context: str = "", plain: bool = False, strict: bool = False) -> list[int]:
-    """Ids of a text as they follow those of another text: SentencePiece begins a text with a space, and does not here.
+    """Ids of a text as they follow those of `context`: SentencePiece begins a text with a space, and does not here.
 
     Args:
-        tokenizer: from load_tokenizer.
-        text: to encode.
-        context: what stands before it.
         plain: special tokens are words.
         strict: refuse a token that spans the seam; otherwise the text is then encoded alone.
     """
@@ -386,13 +352,3 @@ def _ids(tokenizer: Tokenizer, text: str, context: str = "", plain: bool = False
     if strict:
         raise ValueError(f"a token spans the end of the prompt, {context[-20:]!r}, and the answer's start, {text[:20]!r}")
     return list(encode(text))
-
-
-def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids
-    if ids[:2] == [bos, bos]:
-        raise ValueError("the chat template writes the beginning-of-sequence token twice")
-    wants_bos = tokenizer("x")["input_ids"][:1] == [bos]
-    return [bos, *ids] if wants_bos and ids[:1] != [bos] else ids

@@ -121,18 +121,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
     """Add --some_name, also spelled --some-name; if it is not false by default also --no_some_name."""
-    text = field.metadata["help"].replace("%", "%%")  # argparse fills in what follows a %
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    required = default is dataclasses.MISSING
+    note = "" if required or default in (None, []) else f" (default: {str(default).lower() if kind is bool else default})"
+    help = (field.metadata["help"] + note).replace("%", "%%")  # argparse fills in what follows a %
     if field.metadata.get("positional"):
-        parser.add_argument(field.name, type=kind, help=text)
+        parser.add_argument(field.name, type=kind, help=help)
         return
-    default = None if field.default is dataclasses.MISSING else field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    required = default is None and field.default is dataclasses.MISSING
-    note = "" if default in (None, []) else f" (default: {str(default).lower() if kind is bool else default})"
-    settings: dict[str, Any] = {"default": default, "required": required, "help": text + note.replace("%", "%%")}
+    settings: dict[str, Any] = {"default": None if required else default, "required": required, "help": help}
     if NoneType in get_args(kind):
-        (kind,) = (part for part in get_args(kind) if part is not NoneType)
+        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         settings["choices"] = get_args(kind)
     elif get_origin(kind) is list:
@@ -152,39 +150,33 @@ def _add_flag(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", 
 
 
 def _with_file(config_class: type[Any], arguments: list[str]) -> list[str]:
-    """The command line behind the flags of the file that its --config names; prints what the command line changes."""
-    asking = _Parser(add_help=False, allow_abbrev=False)
-    asking.add_argument("--config")
-    path = asking.parse_known_args(arguments)[0].config
-    if path is None:
-        return arguments
-    filed = _read_flags(config_class, Path(path))
-    given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    changed = sorted(name for name in filed if name in given or f"no_{name}" in given)
-    if os.environ.get("RANK", "0") == "0":
-        was = ", ".join(f"--{name} (there: {' '.join(filed[name])})" for name in changed) or "nothing"
-        print(f"flags of {path}; changed on the command line: {was}", file=sys.stderr)
-    words = [word for name, value in filed.items() if name not in changed for word in _as_words(name, value)]
-    return [*words, *arguments]
-
-
-def _as_words(name: str, value: list[str]) -> list[str]:
-    # One word, so that a value may begin with a dash; a list needs several.
-    return [f"--{name}={value[0]}"] if len(value) == 1 else [f"--{name}", *value]
-
-
-def _read_flags(config_class: type[Any], path: Path) -> dict[str, list[str]]:
-    """Every flag that a file gives a value, as it would stand on the command line.
+    """The command line behind the flags of the file that its --config names; prints what the command line changes.
 
     Raises:
         DataError: not a file of flags, a flag that this command does not have, or a value that is none.
     """
+    asking = _Parser(add_help=False, allow_abbrev=False)
+    asking.add_argument("--config", type=Path)
+    path = asking.parse_known_args(arguments)[0].config
+    if path is None:
+        return arguments
     names = {field.name for field in dataclasses.fields(config_class) if not field.metadata.get("positional")}
     candidates = _load(path)
     found = next((flags for flags in candidates if set(flags) <= names), candidates[0])
     if unknown := sorted(str(name) for name in set(found) - names):
         raise DataError(f"--config={path}: {one_line(unknown[0])} is no flag of this command; --help lists the flags")
-    return {name: _spelled_value(path, name, value) for name, value in found.items() if value not in (None, [])}
+    filed = {name: _spelled_value(path, name, value) for name, value in found.items() if value not in (None, [])}
+    given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    changed = sorted(name for name in filed if name in given or f"no_{name}" in given)
+    if os.environ.get("RANK", "0") == "0":
+        was = ", ".join(f"--{name} (there: {' '.join(filed[name])})" for name in changed) or "nothing"
+        print(f"flags of {path}; changed on the command line: {was}", file=sys.stderr)
+    words = []
+    for name, value in filed.items():
+        # One word, so that a value may begin with a dash; a list needs several.
+        if name not in changed:
+            words += [f"--{name}={value[0]}"] if len(value) == 1 else [f"--{name}", *value]
+    return [*words, *arguments]
 
 
 def _load(path: Path) -> list[dict[Any, Any]]:

@@ -42,11 +42,6 @@ class Stored(NamedTuple):
     start: int
     size: int
 
-    def content(self) -> bytes:
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            return stream.read(self.size)
-
 
 Tensors = dict[str, Stored]
 
@@ -574,8 +569,9 @@ def fingerprint(path: str | Path) -> str:
             for number in range(_BLOCKS + 1):
                 stream.seek((size - _BLOCK) * number // _BLOCKS)
                 digest.update(stream.read(_BLOCK))
-        for tensor in _heads(file):
-            digest.update(tensor.content())
+            for tensor in _heads(file):
+                stream.seek(tensor.start)
+                digest.update(stream.read(tensor.size))
     return digest.hexdigest()[:32]
 
 

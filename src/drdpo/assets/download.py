@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
-from drdpo.asset_names import HUB_DATASETS, HUB_MODELS, Selection, select_datasets, select_models
+from drdpo.asset_names import HUB_DATASETS, HUB_MODELS, select_datasets, select_models
 from drdpo.assets import embedded, hub
 from drdpo.config.data import AssetsConfig
 from drdpo.errors import DataError
@@ -12,11 +14,9 @@ from drdpo.errors import DataError
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@dataclass(frozen=True)
-class Asset:
+class Asset(NamedTuple):
     """A model or prompt set for `folder`."""
 
-    name: str
     folder: Path
     is_made: Callable[[], bool]
     make: Callable[[], object]
@@ -35,10 +35,6 @@ class Outcome:
 def download_assets(config: AssetsConfig, root: Path = ROOT) -> list[Outcome]:
     """Put the selected models into `root`/models and prompts into `root`/datasets, and print a table.
 
-    Args:
-        config: --models and --datasets.
-        root: the repository.
-
     Returns:
         One outcome per asset.
 
@@ -46,9 +42,32 @@ def download_assets(config: AssetsConfig, root: Path = ROOT) -> list[Outcome]:
         DataError: an asset failed, after all others were done. With `auto`, a gated model without a login and a hub that
             does not answer are not failures.
     """
-    models, datasets = select_models(config.models), select_datasets(config.datasets)
-    outcomes = [_attempt(asset, required=True) for asset in _embedded((*models.embedded, *datasets.embedded), root)]
-    outcomes += _from_hub(models, datasets, root)
+    chosen = (select_models(config.models), select_datasets(config.datasets))
+    names = {name for each in chosen for name in (*each.embedded, *each.hub)}
+    optional = {name for each in chosen if each.automatic for name in each.hub}
+    answers = cache(hub.hub_answers)  # asked only if something is missing
+    outcomes = []
+    for name, asset in _assets(root).items():
+        if name not in names and not (name == "SmolLM2-135M" and "ArmoRM-SmolLM2" in names):  # its backbone
+            continue
+        state, note, required = "present", str(asset.folder), name not in optional
+        try:
+            if not asset.is_made():
+                if name in (*HUB_MODELS, *HUB_DATASETS) and not answers():
+                    raise ConnectionError
+                print(f"{name}: making {asset.folder}", flush=True)
+                asset.make()
+                state = "made"
+        except hub.NeedsLoginError as error:
+            state, note = "needs a login", str(error)
+        except ConnectionError:
+            state, note = "failed" if required else "left out", "the hub does not answer"
+        except DataError as error:
+            state, note, required = "failed", str(error), True
+        outcomes.append(Outcome(name, state, note, required and state not in ("present", "made")))
+    if any(outcome.state == "left out" for outcome in outcomes):
+        print("The hub does not answer: using only the embedded models and prompts, which are enough for quickstart.sh.")
+    outcomes = [outcome for outcome in outcomes if outcome.state != "left out"]
     width = max((len(outcome.name) for outcome in outcomes), default=0)
     for outcome in outcomes:
         print(f"{outcome.name:<{width}}  {outcome.state:<13}  {outcome.note.removeprefix(f'{root}/')}")
@@ -57,60 +76,21 @@ def download_assets(config: AssetsConfig, root: Path = ROOT) -> list[Outcome]:
     return outcomes
 
 
-def _embedded(names: tuple[str, ...], root: Path) -> list[Asset]:
-    """The embedded assets of these names, dependencies first: the reward model's backbone is the policy."""
-    policy, reward = root / "models" / "SmolLM2-135M", root / "models" / "ArmoRM-SmolLM2"
-    prompts = root / "datasets" / "embedded_prompts"
-    makers: dict[Path, tuple[Callable[[], bool], Callable[[], object]]] = {
-        policy: (lambda: embedded.policy_is_made(policy), lambda: embedded.make_policy(policy)),
-        reward: (
-            lambda: embedded.reward_model_is_made(reward, policy), lambda: embedded.make_reward_model(reward, policy),
+def _assets(root: Path) -> dict[str, Asset]:
+    """All of them, dependencies first: the reward model's backbone is the policy."""
+    models, datasets = root / "models", root / "datasets"
+    policy, reward, prompts = models / "SmolLM2-135M", models / "ArmoRM-SmolLM2", datasets / "embedded_prompts"
+    assets = [
+        Asset(policy, partial(embedded.policy_is_made, policy), partial(embedded.make_policy, policy)),
+        Asset(
+            reward,
+            partial(embedded.reward_model_is_made, reward, policy),
+            partial(embedded.make_reward_model, reward, policy),
         ),
-        prompts: (lambda: embedded.prompts_are_made(prompts), lambda: embedded.make_prompts(prompts)),
-    }  # fmt: skip
-    chosen = {*names, *([policy.name] if reward.name in names else [])}
-    return [Asset(folder.name, folder, *maker) for folder, maker in makers.items() if folder.name in chosen]
-
-
-def _hub_model(name: str, root: Path) -> Asset:
-    folder = root / "models" / name
-    return Asset(name, folder, (folder / "config.json").is_file, lambda: hub.download_model(HUB_MODELS[name], folder))
-
-
-def _hub_dataset(name: str, root: Path) -> Asset:
-    folder = root / "datasets" / name
-    return Asset(name, folder, (folder / "test.jsonl").is_file, lambda: hub.download_helpsteer2(HUB_DATASETS[name], folder))
-
-
-def _from_hub(models: Selection, datasets: Selection, root: Path) -> list[Outcome]:
-    """Download the hub's assets, at any revision; the hub is only asked if one is missing."""
-    assets = [(_hub_model(name, root), not models.automatic) for name in models.hub]
-    assets += [(_hub_dataset(name, root), not datasets.automatic) for name in datasets.hub]
-    missing = [(asset, required) for asset, required in assets if not asset.is_made()]
-    if not missing or hub.hub_answers():
-        return [_attempt(asset, required) for asset, required in assets]
-    if not all(required for _, required in missing):
-        print("The hub does not answer: using only the embedded models and prompts, which are enough for quickstart.sh.")
-    outcomes = [_attempt(*each) for each in assets if each not in missing]
-    return outcomes + [
-        Outcome(asset.name, "failed", "the hub does not answer", failed=True) for asset, required in missing if required
+        Asset(prompts, partial(embedded.prompts_are_made, prompts), partial(embedded.make_prompts, prompts)),
     ]
-
-
-def _attempt(asset: Asset, required: bool) -> Outcome:
-    """Make one asset if it is missing. A failure is returned, so that the others are still made.
-
-    Args:
-        asset: what to make.
-        required: whether a missing login is a failure.
-    """
-    try:
-        if asset.is_made():
-            return Outcome(asset.name, "present", str(asset.folder))
-        print(f"{asset.name}: making {asset.folder}", flush=True)
-        asset.make()
-    except hub.NeedsLoginError as error:
-        return Outcome(asset.name, "needs a login", str(error), failed=required)
-    except DataError as error:
-        return Outcome(asset.name, "failed", str(error), failed=True)
-    return Outcome(asset.name, "made", str(asset.folder))
+    for folder, repo in ((models / name, repo) for name, repo in HUB_MODELS.items()):
+        assets.append(Asset(folder, (folder / "config.json").is_file, partial(hub.download_model, repo, folder)))
+    for folder, repo in ((datasets / name, repo) for name, repo in HUB_DATASETS.items()):
+        assets.append(Asset(folder, (folder / "test.jsonl").is_file, partial(hub.download_helpsteer2, repo, folder)))
+    return {asset.folder.name: asset for asset in assets}

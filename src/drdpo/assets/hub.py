@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.folder import atomic_file, atomic_folder, write_manifest
+from drdpo.folder import atomic_file, atomic_folder, read_json_object, write_manifest
 from drdpo.records import Message, Prompt, write_records
 
 PROBE_REPO = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
@@ -60,11 +61,8 @@ def wanted(name: str) -> bool:
 
 
 def download_model(repo: str, folder: Path) -> None:
-    """Download a model after printing its size; rerunning resumes an interrupted download.
-
-    Args:
-        repo: hub id.
-        folder: appears once the model is complete; until then the files are in `.<name>.download` beside it.
+    """Download a model after printing its size; rerunning resumes an interrupted download, from `.<name>.download` beside
+    the folder, which appears once the model is complete.
 
     Raises:
         NeedsLoginError: the repository is gated; the message says what to do.
@@ -101,25 +99,22 @@ def set_pad_token(folder: Path, token: str, token_id: int) -> None:
     Raises:
         DataError: the tokenizer does not have this token under this id.
     """
-    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+    added = read_json_object(folder / "tokenizer.json").get("added_tokens", [])
     if not any(entry.get("content") == token and entry.get("id") == token_id for entry in added):
         raise DataError(f"{folder}/tokenizer.json: no token {token} with the id {token_id}, so no pad token can be set")
-    changes = {"tokenizer_config.json": token, "special_tokens_map.json": token, "generation_config.json": token_id}
-    for name, value in changes.items():
-        path = folder / name
-        if name == "special_tokens_map.json" and not path.is_file():
-            continue  # Only older folders have it.
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        config["pad_token_id" if isinstance(value, int) else "pad_token"] = value
-        with atomic_file(path) as stream:
-            json.dump(config, stream, indent=2, ensure_ascii=False)
+    changes = {"tokenizer_config.json": {"pad_token": token}, "generation_config.json": {"pad_token_id": token_id}}
+    if (folder / "special_tokens_map.json").is_file():  # Only older folders have it.
+        changes["special_tokens_map.json"] = {"pad_token": token}
+    for name, change in changes.items():
+        config = read_json_object(folder / name) if (folder / name).is_file() else {}
+        with atomic_file(folder / name) as stream:
+            json.dump(config | change, stream, indent=2, ensure_ascii=False)
             stream.write("\n")
 
 
 def download_helpsteer2(repo: str, folder: Path) -> None:
-    """Download HelpSteer2 (about 25 MB) and write its prompts to `folder/{train,test}.jsonl`.
-
-    The data set has two rated responses per prompt, in consecutive rows; only the prompts are kept.
+    """Download HelpSteer2 (about 25 MB), two rated responses per prompt, and write its prompts to
+    `folder/{train,test}.jsonl`.
 
     Raises:
         DataError: the hub does not answer, a file is damaged, or a split has no usable prompt.
@@ -132,41 +127,33 @@ def download_helpsteer2(repo: str, folder: Path) -> None:
             split: Path(hf_hub_download(repo, f"{upstream}.jsonl.gz", repo_type="dataset", revision=revision))
             for split, upstream in UPSTREAM.items()
         }
-    test, test_counts = convert_rows(_read_gzip(paths["test"]), first_id=FIRST_TEST_ID)
-    train, train_counts = convert_rows(_read_gzip(paths["train"]), held_out=test)
+    test = convert_rows(_read_gzip(paths["test"]), first_id=FIRST_TEST_ID)
+    train = convert_rows(_read_gzip(paths["train"]), held_out=test[0])
     with atomic_folder(folder) as aside:
-        for split, prompts in (("train", train), ("test", test)):
+        for split, (prompts, _) in (("train", train), ("test", test)):
             if not prompts:
                 raise DataError(f"{repo}: the {UPSTREAM[split]} split has no usable prompt")
             write_records(aside / f"{split}.jsonl", prompts)
-        made_by = {"repository": repo, "revision": revision}
-        counts = {"train": train_counts, "test": test_counts}
+        made_by, counts = {"repository": repo, "revision": revision}, {"train": train[1], "test": test[1]}
         write_manifest(aside, "assets", made_by, licence=HELPSTEER2_LICENCE, count=counts)
 
 
 def convert_rows(
     rows: Iterable[Any], first_id: int = 0, held_out: Iterable[Prompt] = ()
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """Convert rows of HelpSteer2 into unique prompts.
+    """Unique prompts of rows of HelpSteer2, in order of first appearance, and counts of rows, prompts and dropped rows.
 
     Args:
         rows: JSON objects with a string field `prompt`; other fields are not read.
         first_id: prompt_id of the first prompt; later prompts count up from it.
         held_out: prompts to omit (the test split's, for the train split).
 
-    Returns:
-        The prompts in order of first appearance, and counts of rows, prompts and dropped rows.
-
     Raises:
         DataError: a row without that field; the message names the row.
     """
     prompts: list[Prompt] = []
-    held, seen = {str(prompt.prompt) for prompt in held_out}, set[str]()
-    counts = dict.fromkeys(
-        ("rows", "prompts", "multi_turn", "dropped_repeated", "dropped_broken_turns", "dropped_also_in_test"), 0
-    )
+    held, seen, counts = {str(prompt.prompt) for prompt in held_out}, set[str](), Counter[str]()
     for number, row in enumerate(rows, start=1):
-        counts["rows"] += 1
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise DataError(f'HelpSteer2, row {number}: field "prompt" is missing or is not a string')
@@ -175,30 +162,23 @@ def convert_rows(
         except ValueError:
             messages = []
         key = str(messages)
-        if not messages or "<extra_id_" in key:  # A turn marker in another form.
-            counts["dropped_broken_turns"] += 1
-        elif key in seen:
-            counts["dropped_repeated"] += 1
-        elif key in held:
-            counts["dropped_also_in_test"] += 1
+        broken = not messages or "<extra_id_" in key  # a turn marker in another form
+        if reason := "broken_turns" if broken else "repeated" if key in seen else "also_in_test" if key in held else "":
+            counts[f"dropped_{reason}"] += 1
         else:
             prompts.append(Prompt(first_id + len(prompts), messages))
         seen.add(key)
+        counts["rows"] = number
     counts |= {"prompts": len(prompts), "multi_turn": sum(len(prompt.prompt) > 1 for prompt in prompts)}
-    return prompts, counts
+    names = ("rows", "prompts", "multi_turn", "dropped_repeated", "dropped_broken_turns", "dropped_also_in_test")
+    return prompts, {name: counts[name] for name in names}
 
 
 def split_helpsteer_turns(text: str) -> list[Message]:
-    """Split a HelpSteer2 prompt into messages.
+    """The messages of a HelpSteer2 prompt, user, assistant, ..., user, stripped of outer white space.
 
     About 29% of HelpSteer2's prompts are conversations in one string: the first user turn, then turns opened by
     "\\n<extra_id_1>Assistant\\n" and "\\n<extra_id_1>User\\n".
-
-    Args:
-        text: the data set's `prompt` field.
-
-    Returns:
-        Messages that alternate user, assistant, ..., user, stripped of outer white space.
 
     Raises:
         ValueError: the turns do not alternate, a turn is empty, or the last is not the user's.
@@ -240,22 +220,16 @@ def _check_space(repo: str, folder: Path, size: int) -> None:
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     """Turn huggingface_hub's exceptions into one line."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HTTPError,
-        RepositoryNotFoundError,
-        XetDownloadError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise NeedsLoginError(
             f"gated: accept the licence at https://huggingface.co/{repo}, run `hf auth login`, then rerun this command"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise DataError(f"{repo}: no such repository on the hub, or it is private") from error
-    except (HTTPError, EntryNotFoundError, XetDownloadError, ConnectionError, TimeoutError) as error:
+    except (errors.HTTPError, errors.EntryNotFoundError, errors.XetDownloadError, ConnectionError, TimeoutError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{repo}: the download failed ({first}); rerun the same command to resume") from error

@@ -56,10 +56,10 @@ class CompletionsConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        tokens, longest = self.score_batch_tokens, self.score_max_len
         require(
-            self.score_batch_tokens >= self.score_max_len,
-            f"--score_batch_tokens={self.score_batch_tokens} is less than --score_max_len={self.score_max_len}, so the "
-            "longest conversation would not fit in a batch; increase --score_batch_tokens or decrease --score_max_len",
+            tokens >= longest,
+            f"--score_batch_tokens={tokens} is less than --score_max_len={longest}: the longest conversation would not fit",
         )
 
 
@@ -134,30 +134,21 @@ class PreferencesConfig:
             except ValueError:
                 require(False, f"--weights {word}: {number!r} is not a number")
         for name, weight in named.items():
-            require(
-                0 <= weight < math.inf,
-                f"{spelled[name]}: a weight is finite and not negative; the mix is a convex combination of objectives",
-            )
+            require(0 <= weight < math.inf, f"{spelled[name]}: a weight is finite and not negative")
         total = sum(named.values())
-        require(
-            abs(total - 1.0) <= 1e-6,
-            f"the objective weights sum to {total:g}, not to 1; pass e.g. --ArmoRM=1.0 or "
-            "--ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5",
-        )
+        example = "--ArmoRM=1.0 or --ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5"
+        require(abs(total - 1.0) <= 1e-6, f"the objective weights sum to {total:g}, not to 1; pass e.g. {example}")
         return {name: weight for name, weight in named.items() if weight > 0}
 
     def __post_init__(self) -> None:
         self.objective_weights()
         check_bounds(self)
+        most, by = self.max_pairs_per_prompt, self.standardize_by
         require(
-            self.max_pairs_per_prompt is None or self.selection == "all_pairs",
-            f"--max_pairs_per_prompt={self.max_pairs_per_prompt} requires --selection=all_pairs; "
-            f"{self.selection} makes one pair per prompt",
+            most is None or self.selection == "all_pairs",
+            f"--max_pairs_per_prompt={most} requires --selection=all_pairs; {self.selection} makes one pair per prompt",
         )
-        require(
-            self.standardize or self.standardize_by == "split",
-            f"--standardize_by={self.standardize_by} requires --standardize=true",
-        )
+        require(self.standardize or by == "split", f"--standardize_by={by} requires --standardize=true")
 
 
 # Flags of src/download_assets.py, which setup.sh passes on.

@@ -353,138 +353,102 @@ class TrainConfig:
 
 
 def _check_rules(config: TrainConfig) -> None:
-    """Raise UsageError for flags that exclude each other."""
-    _check_method(config)
-    require(
-        config.label_smoothing == 0 or not config.loss_type.startswith("ipo"),
-        f"--label_smoothing has no meaning for --loss_type={config.loss_type}; omit it",
-    )
-    require(
-        not (config.zero_stage == 0 and config.dtype == "bfloat16"),
-        "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; pass --zero_stage=1 or --dtype=float32",
-    )
-    require(
-        not (config.optimizer_offload and config.zero_stage == 0),
-        "--optimizer_offload=true with --zero_stage=0: DeepSpeed offloads ZeRO's states; pass --zero_stage=1, 2 or 3",
-    )
-    require(
-        config.test_share is None or config.test_split is None,
-        "--test_share and --test_split both say which the test pairs are; pass one",
-    )
-    require(
-        config.eval_candidates is None or config.packing,
-        "--eval_candidates with --packing=false: a prompt's candidates are answers in one packed row; omit one of the two",
-    )
-    require(
-        config.max_candidate_prompts is None or config.eval_candidates is not None,
-        "--max_candidate_prompts has no meaning without --eval_candidates; pass that too",
-    )
-    _check_lora(config)
-    _check_log(config)
-    _check_tokens(config)
-    _check_attention(config)
-
-
-def _check_log(config: TrainConfig) -> None:
-    names = [name.strip() for name in config.log.split(",")]
-    for name in names:
-        known = ("tensorboard", "trackio", "wandb", "none")
-        require(name in known, f"--log={config.log}: '{name}' is not one of {', '.join(known)}")
-    require("none" not in names or len(names) == 1, f"--log={config.log}: none excludes the others; omit one")
-
-
-def _check_tokens(config: TrainConfig) -> None:
-    if config.micro_batch_tokens is None:
-        return
-    require(config.micro_batch_size is None, "--micro_batch_tokens and --micro_batch_size exclude each other; pass one")
-    require(config.packing, "--micro_batch_tokens counts the tokens of packed rows; for padded ones pass --micro_batch_size")
-    require(
-        config.robust_scope == "step",
-        "--micro_batch_tokens with --robust_scope=micro: the population would change with the lengths; pass "
-        "--micro_batch_size",
-    )
-
-
-def _check_attention(config: TrainConfig) -> None:
-    require(
-        not config.deterministic or config.packing or config.attn not in ("flex", "flash"),
-        f"--deterministic=true with --attn={config.attn} and --packing=false: transformers' kernels do not follow torch's "
-        "switch; pass --attn=sdpa",
-    )
-    require(
-        not config.packing or config.attn not in ("flex", "eager"),
-        f"--attn={config.attn}: packed rows attend by sdpa or flash; pass --attn=sdpa, or --packing=false as well",
-    )
-    require(
-        config.attn != "flash" or config.dtype != "float32",
-        "--attn=flash with --dtype=float32: flash attention takes 16-bit numbers only; pass --attn=sdpa",
-    )
-
-
-def _check_lora(config: TrainConfig) -> None:
-    if config.lora_rank:
-        require(
-            config.lora_quantize == "none" or config.wdpo_rho is None,
-            "--lora_quantize=nf4 with --wdpo_rho is not supported: in bfloat16 bitsandbytes rounds the float32 rows that "
-            "WDPO's gradient needs; pass --lora_quantize=none",
-        )
-        require(
-            config.lora_quantize == "none" or config.zero_stage <= 2,
-            "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; pass "
-            "--zero_stage=2",
-        )
-        return
-    _refuse_idle(config, ("lora_merge", "lora_quantize"), "without --lora_rank; pass that too")
-
-
-def _check_method(config: TrainConfig) -> None:
-    chosen = [name for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta", "method") if getattr(config, name) is not None]
-    require(
-        len(chosen) <= 1,
-        f"{' and '.join(f'--{name}' for name in chosen)} choose different methods; pass one of them",
-    )
-    _check_idle(config)
-    _check_named(config)
-    if config.wdpo_rho is None:
-        return
-    require(
-        not config.loss_type.endswith("_norm") or config.second_derivative,
-        f"--loss_type={config.loss_type} with --wdpo_solver=tangent, which takes losses of the margin alone; pass "
-        "--wdpo_solver=exact",
-    )
-    require(
-        config.wdpo_fraction == 1 or config.wdpo_penalty == "squared",
-        f"--wdpo_fraction={config.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is biased; "
-        "pass --wdpo_penalty=squared or --wdpo_fraction=1",
-    )
-    if config.second_derivative:
-        _check_exact(config)
-    else:
-        require(
-            config.packing,
-            "--packing=false with --wdpo_solver=tangent, which takes packed rows only; pass --wdpo_solver=exact or "
-            "--packing=true",
-        )
-
-
-def _check_named(config: TrainConfig) -> None:
-    """Refuse a --method with flags that it does not use or without those that it needs, and what is not parsed."""
+    """Raise UsageError for flags that exclude each other, or that the others leave without effect."""
     mixtures_of("--eval_mixture", config.eval_mixture)
-    require(config.eval_columns is None or bool(config.eval_groups), "--eval_columns names no field; omit it")
+    strengths = [name for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta", "method") if getattr(config, name) is not None]
+    named = config.named_method[0] if config.named_method else None
+    owners = [
+        (config.wdpo_rho is not None, "wdpo_penalty wdpo_prompt wdpo_solver wdpo_fraction",
+         "without --wdpo_rho; pass that too"),
+        (config.kldpo_tau is not None, "kldpo_normalize", "without --kldpo_tau; pass that too"),
+        (bool(config.lora_rank), "lora_merge lora_quantize", "without --lora_rank; pass that too"),
+        (config.eval_candidates is not None, "max_candidate_prompts", "without --eval_candidates; pass that too"),
+        (named not in _LOSSES, "loss_type label_smoothing",
+         f"for --method={config.method}, which has a loss of its own; omit it"),
+        (not config.loss_type.startswith("ipo"), "label_smoothing", f"for --loss_type={config.loss_type}; omit it"),
+    ]  # fmt: skip
+    require(
+        len(strengths) <= 1, f"{' and '.join(f'--{name}' for name in strengths)} choose different methods; pass one of them"
+    )
+    for used, names, why in owners:
+        for name in () if used else names.split():
+            value = getattr(config, name)
+            idle = value == type(config).__dataclass_fields__[name].default
+            require(idle, f"--{name}={str(value).lower() if isinstance(value, bool) else value} has no meaning {why}")
     taken: list[str | None] = ["chosen_tokens", "rejected_tokens"]
     for each in ("group_column", "weight_column"):
         column = getattr(config, each)
         words = f"--{each}={column} names a column of other numbers: groups, or tokens; rename yours"
         require(column is None or column not in taken, words)
         taken.append(column)
-    name = config.named_method[0] if config.named_method else None
-    require(
-        (name == "group") == (config.group_column is not None),
-        "--method=group and --group_column belong together; pass both, or neither",
-    )
-    if name in _LOSSES:
-        why = f"for --method={config.method}, which has a loss of its own; omit it"
-        _refuse_idle(config, ("loss_type", "label_smoothing"), why)
+    for excluded, message in _exclusions(config, named):
+        require(not excluded, message)
+
+
+def _exclusions(c: TrainConfig, named: str | None) -> list[tuple[bool, str]]:
+    """Whether flags exclude each other, and what to say of it."""
+    wdpo, exact, tokens = c.wdpo_rho is not None, c.second_derivative, c.micro_batch_tokens is not None
+    logs, known = [name.strip() for name in c.log.split(",")], ("tensorboard", "trackio", "wandb", "none")
+    solver = f"{c.wdpo_solver}{', which is exact' * (c.wdpo_solver == 'auto')}"
+    return [
+        (c.eval_columns is not None and not c.eval_groups, "--eval_columns names no field; omit it"),
+        ((named == "group") != (c.group_column is not None),
+         "--method=group and --group_column belong together; pass both, or neither"),
+        (c.tangent and c.loss_type.endswith("_norm"),
+         f"--loss_type={c.loss_type} with --wdpo_solver=tangent, which takes losses of the margin alone; "
+         "pass --wdpo_solver=exact"),
+        (wdpo and c.wdpo_fraction != 1 and c.wdpo_penalty != "squared",
+         f"--wdpo_fraction={c.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is biased; "
+         "pass --wdpo_penalty=squared or --wdpo_fraction=1"),
+        (exact and c.packing,
+         "--packing=true with --wdpo_solver=exact, whose plain attention takes padded rows only; omit --packing, or pass "
+         "--wdpo_solver=tangent"),
+        (exact and c.attention_kernel != "eager",
+         f"--attn={c.attn} with the exact solver of --wdpo_rho: its kernels have no second derivative, so the penalty would "
+         "be wrong or fail; pass --attn=eager, or another --wdpo_solver"),
+        (exact and c.zero_stage > 2,
+         f"--zero_stage=3 with --wdpo_solver={solver}: DeepSpeed's stage 3 cannot run its double backward; "
+         "pass --wdpo_solver=tangent and --packing=true, or --zero_stage=2"),
+        (c.tangent and not c.packing,
+         "--packing=false with --wdpo_solver=tangent, which takes packed rows only; pass --wdpo_solver=exact or "
+         "--packing=true"),
+        (c.zero_stage == 0 and c.dtype == "bfloat16",
+         "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; pass --zero_stage=1 or --dtype=float32"),
+        (c.optimizer_offload and c.zero_stage == 0,
+         "--optimizer_offload=true with --zero_stage=0: DeepSpeed offloads ZeRO's states; pass --zero_stage=1, 2 or 3"),
+        (c.test_share is not None and c.test_split is not None,
+         "--test_share and --test_split both say which the test pairs are; pass one"),
+        (c.eval_candidates is not None and not c.packing,
+         "--eval_candidates with --packing=false: a prompt's candidates are answers in one packed row; omit one of the two"),
+        (c.lora_quantize != "none" and wdpo,
+         "--lora_quantize=nf4 with --wdpo_rho: in bfloat16 bitsandbytes rounds the float32 rows that WDPO's gradient needs; "
+         "pass --lora_quantize=none"),
+        (c.lora_quantize != "none" and c.zero_stage > 2,
+         "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; "
+         "pass --zero_stage=2"),
+        *((name not in known, f"--log={c.log}: '{name}' is not one of {', '.join(known)}") for name in logs),
+        ("none" in logs and len(logs) > 1, f"--log={c.log}: none excludes the others; omit one"),
+        (tokens and c.micro_batch_size is not None,
+         "--micro_batch_tokens and --micro_batch_size exclude each other; pass one"),
+        (tokens and not c.packing,
+         "--micro_batch_tokens counts the tokens of packed rows; for padded ones pass --micro_batch_size"),
+        (tokens and c.robust_scope != "step",
+         "--micro_batch_tokens with --robust_scope=micro: the population would change with the lengths; "
+         "pass --micro_batch_size"),
+        *_attention(c),
+    ]  # fmt: skip
+
+
+def _attention(c: TrainConfig) -> list[tuple[bool, str]]:
+    return [
+        (c.deterministic and not c.packing and c.attn in ("flex", "flash"),
+         f"--deterministic=true with --attn={c.attn} and --packing=false: transformers' kernels do not follow torch's "
+         "switch; pass --attn=sdpa"),
+        (c.packing and c.attn in ("flex", "eager"),
+         f"--attn={c.attn}: packed rows attend by sdpa or flash; pass --attn=sdpa, or --packing=false as well"),
+        (c.attn == "flash" and c.dtype == "float32",
+         "--attn=flash with --dtype=float32: flash attention takes 16-bit numbers only; pass --attn=sdpa"),
+    ]  # fmt: skip
 
 
 def _named_method(word: str) -> tuple[str, dict[str, float]]:
@@ -510,41 +474,3 @@ def _named_method(word: str) -> tuple[str, dict[str, float]]:
         require(fits, f"--method={word}: {strength.name} is {spelled}, not a number in {bounds}")
         numbers[strength.name] = number
     return name, {key: number for key, number in numbers.items() if number is not None}
-
-
-def _check_idle(config: TrainConfig) -> None:
-    """Refuse flags of a method that is not chosen, which would have no effect."""
-    owners = {
-        "wdpo_rho": ("wdpo_penalty", "wdpo_prompt", "wdpo_solver", "wdpo_fraction"),
-        "kldpo_tau": ("kldpo_normalize",),
-    }
-    for strength, names in owners.items():
-        if getattr(config, strength) is None:
-            _refuse_idle(config, names, f"without --{strength}; pass that too")
-
-
-def _refuse_idle(config: TrainConfig, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        idle = value == type(config).__dataclass_fields__[name].default
-        shown = str(value).lower() if isinstance(value, bool) else value
-        require(idle, f"--{name}={shown} has no meaning {why}")
-
-
-def _check_exact(config: TrainConfig) -> None:
-    require(
-        not config.packing,
-        "--packing=true with --wdpo_solver=exact, whose plain attention takes padded rows only; omit --packing, or "
-        "pass --wdpo_solver=tangent",
-    )
-    require(
-        config.attention_kernel == "eager",
-        f"--attn={config.attn} with the exact solver of --wdpo_rho: its kernels have no second derivative, so the penalty "
-        "would be wrong or fail; pass --attn=eager, or another --wdpo_solver",
-    )
-    require(
-        config.zero_stage <= 2,
-        f"--zero_stage=3 with --wdpo_solver={config.wdpo_solver}{', which is exact' * (config.wdpo_solver == 'auto')}: "
-        "DeepSpeed's stage 3 cannot run its double backward; pass --wdpo_solver=tangent and --packing=true, or "
-        "--zero_stage=2",
-    )
