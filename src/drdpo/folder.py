@@ -440,11 +440,9 @@ class SplitResult:
 
 
 class Parts:
-    """Finished parts of a result on disk, from which an interrupted step resumes: {number: JSON content}.
+    """Finished parts of a result, from which an interrupted step resumes: part_<number>.json, each whole or not there.
 
-    `plan.json` records what the parts depend on and how the work is divided into parts. A run appends one line
-    {"part": number, "content": ...} per finished part to a new file of its own. A killed process leaves at most one cut
-    line, at the end of its file, which is ignored.
+    `plan.json` records what the parts depend on and how the work is divided into parts.
     """
 
     def __init__(self, folder: Path, made_by: dict[str, Any], overwrite: bool, rank: int = 0) -> None:
@@ -460,7 +458,8 @@ class Parts:
             UsageError: the parts are from a different configuration, and `overwrite` is False.
         """
         self._folder, self._rank, self._made_by = folder, rank, made_by
-        self._places: dict[int, tuple[Path, int]] = {}
+        self.done: set[int] = set()
+        """Numbers of the parts found or added."""
         before = self._read_plan()
         changes = changed(before.get("made_by", {}), made_by) if before else ""
         if changes and not overwrite:
@@ -482,8 +481,6 @@ class Parts:
                 json.dump(wanted, stream)
         distributed.barrier()
         self.find()
-        # A name that no earlier run has used: what follows a cut line would be lost.
-        self._file = self._folder / f"{len(list(self._folder.glob('*.jsonl')))}.{self._rank}.jsonl"
         distributed.barrier()  # until all ranks have found the same parts, none adds one
 
     def divide(self, count: int, group: distributed.Machines, what: str) -> bool:
@@ -519,29 +516,17 @@ class Parts:
 
     def find(self) -> None:
         """Look for the finished parts of all runs and ranks."""
-        self._places = {
-            line["part"]: (file, offset)
-            for file in sorted(self._folder.glob("*.jsonl"))
-            for offset, line in whole_lines(file)
-        }
-
-    @property
-    def done(self) -> set[int]:
-        """Numbers of the parts found or added."""
-        return set(self._places)
+        self.done = {int(path.stem.removeprefix("part_")) for path in self._folder.glob("part_*.json")}
 
     def add(self, number: int, content: Any) -> None:
-        """Keep a finished part."""
-        with _blaming(self._file), self._file.open("ab") as stream:
-            self._places[number] = self._file, stream.tell()
-            stream.write(json.dumps({"part": number, "content": content}).encode() + b"\n")
+        """Keep a finished part, any JSON."""
+        with atomic_file(self._folder / f"part_{number}.json") as stream:
+            json.dump(content, stream)
+        self.done.add(number)
 
     def read(self, number: int) -> Any:
         """The content of a finished part."""
-        file, offset = self._places[number]
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            return json.loads(stream.readline())["content"]
+        return json.loads((self._folder / f"part_{number}.json").read_text(encoding="utf-8"))
 
     def remove(self) -> None:
         """Delete the parts."""

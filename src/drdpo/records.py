@@ -228,16 +228,6 @@ def check_unique(path: Path, keys: Iterable[tuple[int, ...]], fields: str) -> No
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        row = _parse_leniently(path, number, line)
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
-    return row
-
-
-def _parse_leniently(path: Path, number: int, line: bytes) -> Any:
     """Python also reads NaN, which is an error only in a field of a record, and half of a surrogate pair."""
     try:
         row = json.loads(line.decode())
@@ -245,7 +235,9 @@ def _parse_leniently(path: Path, number: int, line: bytes) -> Any:
         raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:  # ValueError also for an integer with more digits than Python reads
         raise DataError(f"{path}, row {number}: not a whole JSON object ({error})") from error
-    for name, value in row.items() if isinstance(row, dict) else ():
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
+    for name, value in row.items() if b"\\ud" in line.lower() else ():
         if not is_text(json.dumps([name, value], ensure_ascii=False)):
             raise DataError(f'{path}, row {number}: field "{name}" contains half of a surrogate pair (\\ud800 to \\udfff)')
     return row

@@ -269,9 +269,9 @@ def test_changed_heads_are_noticed(tiny_policy: Path, heads_folder: Path, tmp_pa
     ("spoil", "message"),
     [
         (lambda folder: (folder / "heads.safetensors").unlink(), "heads.safetensors: no such file"),
-        (lambda folder: save_file(heads(torch.float16), folder / "heads.safetensors"), "float16"),
+        (lambda folder: save_file(heads(torch.float16), folder / "heads.safetensors"), "F16"),
         (lambda folder: save_file({"model.x": torch.ones(1)}, folder / "heads.safetensors"), "unexpected tensor model.x"),
-        (lambda folder: (folder / "heads.safetensors").write_bytes(b"\x08\0\0"), "damaged safetensors"),
+        (lambda folder: (folder / "heads.safetensors").write_bytes(b"\x08\0\0"), "its header is damaged"),
     ],
 )
 def test_bad_heads_leave_nothing(tiny_policy: Path, heads_folder: Path, tmp_path: Path, spoil, message: str) -> None:

@@ -305,9 +305,7 @@ def test_only_what_is_missing_is_scored(
     monkeypatch.setattr(Scorer, "score", stopping)
     with pytest.raises(KeyboardInterrupt):
         score_completions(config(save_path=str(broken), **flags))
-    part = broken / ".train.parts" / "0.0.jsonl"
-    with part.open("ab") as stream:
-        stream.write(part.read_bytes().splitlines()[0][:-9])  # a line cut by the kill
+    (broken / ".train.parts" / ".part_9.json.abcdefgh.tmp").write_text("[{")  # cut by the kill
     assert not (broken / "train.jsonl").exists()
     most = 100
     score_completions(config(save_path=str(broken), **flags))

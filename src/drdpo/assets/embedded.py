@@ -25,7 +25,7 @@ from typing import Any
 
 from drdpo.errors import DataError
 from drdpo.folder import atomic_folder, read_json_object, read_manifest, write_manifest
-from drdpo.models import INDEX, fingerprint
+from drdpo.models import INDEX, Tensors, fingerprint, read_header, read_tensors
 from drdpo.records import SPLITS, Prompt, check_unique, read_records, read_rows, write_records
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -74,11 +74,7 @@ def find_gguf() -> tuple[Path, str]:
 
 def policy_is_made(folder: Path) -> bool:
     """Whether `folder` is what make_policy would write."""
-    return _is_made(folder, _policy_source(find_gguf()[1]), ["model.safetensors"])
-
-
-def _policy_source(source: str) -> dict[str, Any]:
-    return {"source": source, "conversion": CONVERSION}
+    return _is_made(folder, {"source": find_gguf()[1], "conversion": CONVERSION}, ["model.safetensors"])
 
 
 def make_policy(folder: Path) -> None:
@@ -95,7 +91,7 @@ def make_policy(folder: Path) -> None:
         _write_weights(gguf, aside)
         _write_tokenizer(gguf, aside)
         (aside / "README.md").write_text(CARD.format(gguf=GGUF_NAME, source=source), encoding="utf-8")
-        write_manifest(aside, "assets", _policy_source(source))
+        write_manifest(aside, "assets", {"source": source, "conversion": CONVERSION})
 
 
 def _write_weights(gguf: Path, folder: Path) -> None:
@@ -208,42 +204,34 @@ def _write_config(backbone: Path, heads: Path, target: Path) -> int:
 
 def _write_shards(policy: Path, heads: Path, layers: int, folder: Path) -> None:
     """Write the backbone's first layers file by file, then the heads, and the index of all tensors."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     def kept(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         return name.startswith("model.") and (layer is None or int(layer[1]) < layers)
 
-    names = {}
-    for file in sorted(policy.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            names[file] = [name for name in stored.keys() if kept(name)]  # noqa: SIM118 - not a dict
-    names = {file: found for file, found in names.items() if found}  # A file may have the output head alone.
-    if not names:
-        raise DataError(f"{policy}: no tensor model.* in model*.safetensors; the backbone must be a causal language model")
-    try:
-        head = load_file(heads)
-    except SafetensorError as error:
-        raise DataError(f"{heads}: damaged safetensors ({error})") from error
-    for name, tensor in head.items():
-        if name.startswith("model.") or str(tensor.dtype) != "torch.float32":
-            raise DataError(f"{heads}: unexpected tensor {name} ({tensor.dtype}); heads are float32 and not model.*")
-
+    files: dict[Path, Tensors] = {}
+    for name, stored in read_tensors(policy).items():
+        if kept(name):  # A file may have the output head alone.
+            files.setdefault(stored.file, {})[name] = stored
+    if not files:
+        raise DataError(f"{policy}: no tensor model.* in its safetensors; the backbone must be a causal language model")
+    files[heads] = read_header(heads)
+    for name, stored in files[heads].items():
+        if name.startswith("model.") or stored.dtype != "F32":
+            raise DataError(f"{heads}: unexpected tensor {name} ({stored.dtype}); heads are float32 and not model.*")
     weight_map: dict[str, str] = {}
-    total = 0
-    for number, file in enumerate([*names, heads], start=1):
-        shard = folder / f"model-{number:05}-of-{len(names) + 1:05}.safetensors"
+    for number, (file, tensors) in enumerate(files.items(), start=1):
+        shard = folder / f"model-{number:05}-of-{len(files):05}.safetensors"
         if file == heads:
-            tensors = head
             shutil.copyfile(heads, shard)
         else:
-            with safe_open(file, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in names[file]}
-            save_file(tensors, shard, metadata={"format": "pt"})
+            with safe_open(file, framework="pt") as opened:
+                save_file({name: opened.get_tensor(name) for name in tensors}, shard, metadata={"format": "pt"})
         shard.chmod((folder / "config.json").stat().st_mode)  # safetensors writes mode 600
         weight_map |= dict.fromkeys(tensors, shard.name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(stored.size for tensors in files.values() for stored in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
