@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -57,8 +58,7 @@ def settle(config: Config, kernels: bool = False, untouched: bool = False) -> tu
     Raises:
         UsageError: as check_device; or the config's other flags do not allow the resolved --dtype.
     """
-    found = check_device(kernels, untouched)
-    precision = resolve_dtype(config.dtype, found)  # type: ignore[attr-defined]
+    precision = resolve_dtype(config.dtype, check_device(kernels, untouched))  # type: ignore[attr-defined]
     return _with(config, precision), precision
 
 
@@ -93,9 +93,8 @@ def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
     found = gpus() if found is None else found
     if asked != "auto":
         slow = asked == "bfloat16" and not found and bfloat16_speed() < 1
-        times = f"{1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
-        warning = f"this CPU multiplies {asked} {times}; --dtype=float32, or omitting --dtype, is faster" if slow else ""
-        return Precision(asked, _ASKED, warning)
+        times = f"this CPU multiplies bfloat16 {1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
+        return Precision(asked, _ASKED, slow * f"{times}; --dtype=float32, or omitting --dtype, is faster")
     if found:
         names = dict.fromkeys(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}" for gpu in found)
         return Precision("bfloat16", ", ".join(names))
@@ -147,24 +146,20 @@ def gpus(untouched: bool = False) -> list[Gpu]:
         return []
     import torch
 
-    if untouched:
-        return _gpus_of_another_process() if torch.cuda.device_count() else []
-    found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     try:
+        if untouched:
+            return _gpus_of_another_process() if torch.cuda.device_count() else []
+        found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
         return [Gpu(torch.cuda.get_device_name(k), *torch.cuda.get_device_capability(k)) for k in found]
     except RuntimeError as error:
-        raise _unusable(str(error)) from error
-
-
-def _unusable(reason: str) -> UsageError:
-    return UsageError(f"torch cannot use the GPUs that it sees ({one_line(reason, 300)}); {_TO_CPU}")
+        raise UsageError(f"torch cannot use the GPUs that it sees ({one_line(str(error), 300)}); {_TO_CPU}") from error
 
 
 @lru_cache
 def _gpus_of_another_process() -> list[Gpu]:
     done = subprocess.run([sys.executable, "-c", _LIST_GPUS], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise _unusable("".join(done.stderr.splitlines()[-1:]) or f"status {done.returncode}")
+        raise RuntimeError("".join(done.stderr.splitlines()[-1:]) or f"status {done.returncode}")
     return [Gpu(*gpu) for gpu in json.loads(done.stdout.splitlines()[-1])]
 
 
@@ -249,35 +244,31 @@ def _driver() -> tuple[int, int]:
 
     It needs neither nvidia-smi, which containers may lack, nor torch."""
     cuda, count, version = _libcuda(), ctypes.c_int(), ctypes.c_int()
-    try:
+    with suppress(AttributeError):
         if cuda:
             cuda.cuDriverGetVersion(ctypes.byref(version))
-            counted = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
-            return count.value if counted else 0, version.value
-    except AttributeError:
-        pass
-    return 0, 0
+            if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+                count.value = 0
+    return count.value, version.value
 
 
 def _libcuda() -> ctypes.CDLL | None:
     """The NVIDIA driver's library; None if it cannot be loaded, and then torch sees no GPU either."""
-    try:
+    with suppress(OSError):
         return ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
+    return None
 
 
 @lru_cache
 def _nvidia_smi(*words: str, told: bool = False) -> str:
     """What nvidia-smi prints; empty if it is missing, hangs or fails, so that torch alone decides; `told`: print why."""
-    command = ["nvidia-smi", *words]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SMI_TIMEOUT, check=True)
-        return done.stdout.decode("utf-8", "replace")
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, timeout=SMI_TIMEOUT, text=True, errors="replace")
+        if done.returncode == 0:
+            return done.stdout
+        why = (done.stdout + done.stderr).partition("\n")[0]
     except FileNotFoundError:
         return ""
-    except subprocess.CalledProcessError as error:
-        why = (error.stdout + error.stderr).decode("utf-8", "replace").partition("\n")[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         why = str(error)
     if told:
