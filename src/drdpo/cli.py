@@ -25,8 +25,6 @@ def flag(help: str, default: Any = dataclasses.MISSING, once: bool = False, **bo
     """A dataclass field that is a flag; without a default the flag is required.
 
     Args:
-        help: for --help and the README's tables.
-        default: a list is copied.
         once: about one start of the command, so that the files of a run do not keep it for the next; see as_dict.
         bounds: `above` or `at_least`, then `below` or `at_most`, for the number or every number of a list.
     """
@@ -45,10 +43,8 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     """Parse a command line, sys.argv[1:] by default, into a frozen dataclass of drdpo.config; --help shows the description.
 
     Raises:
-        SystemExit: status 2 after one line for an unknown or abbreviated flag or a value of the wrong type; status 0
-            after --help.
-        UsageError: a text flag that is empty, a number that is not finite, a value or combination that the dataclass
-            refuses.
+        SystemExit: status 2 after one line for an unknown flag or a value of the wrong type; status 0 after --help.
+        UsageError: an empty text, a number that is not finite, a value or combination that the dataclass refuses.
         DataError: --config is not a file of flags.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -100,10 +96,8 @@ def spelled(config_class: type[Any], name: str) -> str:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The flags that a run's files keep, and --config takes from them: all but those of one start alone.
-
-    A repeated run must not replace results, start over or upload because the first one did.
-    """
+    """The flags that a run's files keep, and --config takes from them: all but those of one start alone, as a repeated run
+    must not replace results, start over or upload because the first one did."""
     once = {field.name for field in dataclasses.fields(config) if field.metadata.get("once")}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in once}
 

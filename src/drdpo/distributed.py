@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from drdpo.errors import ProcessError, UsageError, one_line
+from drdpo.errors import ProcessError, UsageError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -137,24 +137,21 @@ def barrier() -> None:
 
 
 def on_main(action: Callable[[], object], status: int = 1) -> None:
-    """Run `action` on rank 0, e.g. to write a file; every rank must call this. If it fails, all ranks exit.
+    """Run `action` on rank 0, e.g. to write a file; every rank must call this.
 
-    Otherwise the others would wait for rank 0 in their next collective and report it lost. Rank 0 raises what `action`
-    raised; the others exit silently with this status.
+    If it fails, rank 0 raises its error and the others exit silently with this status; otherwise they would wait for rank 0
+    in their next collective and report it lost.
     """
-    failure: Exception | None = None
-    if is_main():
-        try:
+    failure: BaseException = SystemExit(status)
+    try:
+        if is_main():
             action()
-        except Exception as error:
-            failure = error
-    failed = any_rank(failure is not None)
-    if failed:
+        failed = False
+    except Exception as error:
+        failed, failure = True, error
+    if any_rank(failed):
         leave()
-    if failure is not None:
         raise failure
-    if failed:
-        sys.exit(status)
 
 
 def any_rank(flag: bool) -> bool:
@@ -166,9 +163,8 @@ def is_lost_rank(error: BaseException) -> bool:
     """Does this error of a collective mean that another rank does not answer?"""
     import torch
 
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
-    )
+    said = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return said or isinstance(error, torch.distributed.DistError)
 
 
 def seconds_to_wait(usual: int = 1800) -> int:
@@ -207,22 +203,18 @@ def patient(size: int) -> Iterator[None]:
 def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     """Turn what torch raises when a rank does not answer into a ProcessError.
 
-    A rank whose process dies closes its connections, which the others notice at once under gloo. One that hangs, or whose
-    host loses power or its network, is noticed after `timeout` seconds by those that wait for it. Under NCCL torch's
-    watchdog then ends the process, and torchrun the other ranks of a machine where one has died.
-
-    Under torchrun the error goes to the rank's error.json, with the traceback, and drdpo.launch prints one line for all
-    ranks: this one, unless a rank of its machine failed for another reason.
+    A rank whose process dies is noticed at once under gloo; one that hangs, or whose host is gone, after `timeout` seconds.
+    Under NCCL torch's watchdog then ends the process. Under torchrun the error goes to the rank's error.json, with the
+    traceback, and drdpo.launch prints one line for all ranks.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        reason = one_line(str(error), 200)
         lost = ProcessError(
             f"rank {rank()} lost another rank: it died, or did not answer for DRDPO_TIMEOUT={timeout} seconds "
-            f"({reason}); rerun the same command to resume from the last saved state"
+            f"({reason(error)}); rerun the same command to resume from the last saved state"
         )
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler

@@ -51,11 +51,7 @@ _PATIENCE = 1.0
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that contains one JSON object.
-
-    Raises:
-        DataError: the file is not JSON, or not an object.
-    """
+    """Read a file that contains one JSON object; raises DataError if it does not."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -195,16 +191,14 @@ def _blaming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(folder: Path, share: int | None = None) -> Iterator[None]:
-    """Hold a folder's lock.
+    """Hold the lock of a folder, which is created if missing.
 
     Args:
-        folder: created if missing.
         share: of one of several machines that write parts there: `.lock.<share>` excludes another process with this share,
             and whoever holds the whole folder, but not the other machines.
 
     Raises:
         UsageError: another process holds it; the message names it.
-        OSError: with `filename` set, if the disk is full or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (LOCK if share is None else f"{LOCK}.{share}")
@@ -330,11 +324,9 @@ def git_commit() -> str:
 def write_manifest(
     folder: Path, step: str, made_by: dict[str, Any], flags: dict[str, Any] | None = None, **facts: Any
 ) -> None:
-    """Write or extend `folder/manifest.json`.
+    """Write or extend `folder/manifest.json`, of results of one step or several.
 
     Args:
-        folder: of the results; it may contain the results of several steps.
-        step: name of the step, e.g. "score".
         made_by: flags and fingerprints that the results depend on; see `already_made`.
         flags: all that --config takes to repeat the step, from drdpo.cli.as_dict; None for a step without --config.
         facts: counts and other information, which is not compared.
@@ -349,11 +341,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder by step; empty if it has none.
-
-    Raises:
-        DataError: the file is not a JSON object.
-    """
+    """The manifest of a folder by step; empty if it has none. Raises DataError if the file is not a JSON object."""
     path = folder / "manifest.json"
     try:
         return read_json_object(path) if path.is_file() else {}
@@ -362,15 +350,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[Path], overwrite: bool) -> bool:
-    """Did this step already make these files from the same flags, models and inputs?
-
-    Args:
-        folder, step, made_by: as for write_manifest.
-        files: the results, in order.
-        overwrite: allow results of another configuration to be replaced.
+    """Did this step already make these files from the same flags, models and inputs, as write_manifest keeps them?
 
     Raises:
-        UsageError: they come from a different configuration; the message names what differs.
+        UsageError: they come from a different configuration, and `overwrite` does not allow to replace them; the message
+            names what differs.
     """
     there = [file for file in files if file.is_file()]
     if not there:
@@ -451,11 +435,10 @@ class Parts:
         Args:
             folder: contains nothing but the parts.
             made_by: what the parts depend on, as in the manifest.
-            overwrite: drop parts from a different configuration.
             rank: of this process, for a step that runs on several; rank 0 writes the plan.
 
         Raises:
-            UsageError: the parts are from a different configuration, and `overwrite` is False.
+            UsageError: the parts are from a different configuration, and `overwrite` does not allow to drop them.
         """
         self._folder, self._rank, self._made_by = folder, rank, made_by
         self.done: set[int] = set()

@@ -8,7 +8,7 @@ that model too: what its attention is asked for, what happens between hidden sta
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,11 +280,7 @@ def read_header(file: Path) -> Tensors:
 
 
 def read_settings(path: str) -> Any:
-    """transformers' config of a folder or hub id.
-
-    Raises:
-        DataError: there is none, or transformers does not know the architecture.
-    """
+    """transformers' config of a folder or hub id; raises DataError without one, or for an unknown architecture."""
     from transformers import AutoConfig
 
     try:
@@ -294,13 +290,8 @@ def read_settings(path: str) -> Any:
 
 
 def meta_model(settings: Any, dtype: Any = None, attention: str | None = None) -> Any:
-    """A causal language model with shapes alone.
-
-    Args:
-        settings: of read_settings.
-        dtype: of weights; bfloat16 by default, the only one in which shapes alone suffice for transformers' experts.
-        attention: transformers' name of it, or its default.
-    """
+    """A causal language model with shapes alone, in bfloat16 by default, the only dtype in which shapes suffice for
+    transformers' experts."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -333,8 +324,7 @@ def _compared(folder: Path, settings: Any, found: Tensors) -> Any:
     missing = [name for name in model.state_dict() if name in info["missing_keys"]]
     what = ""
     if missing:
-        others = f", and {_first(extra)} has no place in it" if extra else ""
-        what = f"{_first(missing)} is missing{others}"
+        what = f"{_first(missing)} is missing" + (f", and {_first(extra)} has no place in it" if extra else "")
     elif info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
         what = f"{name} has shape {list(stored)}, not {list(wanted)}"
@@ -579,11 +569,10 @@ def _cached_commit(name: str) -> str:
     """`@<commit>` of a hub model of which the cache has a copy, which is the one that is loaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        file = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no hub id
-        return ""
-    return f"@{Path(file).parent.name}" if isinstance(file, str) else ""
+    with suppress(ValueError):  # no hub id
+        if isinstance(file := try_to_load_from_cache(name, "config.json"), str):
+            return f"@{Path(file).parent.name}"
+    return ""
 
 
 def _heads(file: Path) -> list[Stored]:

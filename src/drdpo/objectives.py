@@ -47,22 +47,15 @@ FLAG_TO_OBJECTIVE: dict[str, str] = {flag_name(name): name for name in (*ARMORM_
 
 
 def objective_from_flag(flag: str) -> str:
-    """The objective of a flag or argument.
-
-    Args:
-        flag: an objective in either spelling, e.g. `helpsteer_coherence` or `helpsteer-coherence`, or `ArmoRM`.
-
-    Raises:
-        UsageError: no such objective; the message lists the real names.
-    """
-    name = FLAG_TO_OBJECTIVE.get(flag_name(flag))
-    if name is not None:
-        return name
+    """The objective of a flag or argument in either spelling, e.g. `helpsteer_coherence` or `helpsteer-coherence`, or
+    `ArmoRM`; raises UsageError, which lists the real names, if there is none."""
+    if flag_name(flag) in FLAG_TO_OBJECTIVE:
+        return FLAG_TO_OBJECTIVE[flag_name(flag)]
     if flag_name(flag) == PHANTOM_FLAG:
+        heads = ", ".join(name for name in FLAG_TO_OBJECTIVE if name.startswith("ultrafeedback"))
         raise UsageError(
             f"--{PHANTOM_FLAG} is listed in the paper's README, but ArmoRM has no such head. Its UltraFeedback heads are "
-            + ", ".join(f for f in FLAG_TO_OBJECTIVE if f.startswith("ultrafeedback"))
-            + "; for verbosity there is helpsteer_verbosity."
+            f"{heads}; for verbosity there is helpsteer_verbosity."
         )
     raise UsageError(f"unknown objective {flag!r}; the objectives are {', '.join(FLAG_TO_OBJECTIVE)}")
 

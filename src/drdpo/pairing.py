@@ -109,15 +109,10 @@ def pair_completions(path: Path, config: PreferencesConfig, split: str, fitted: 
 
     Args:
         path: scored completions of one split, in any order and number per prompt.
-        config: weights, standardisation and selection.
-        split: "train" or "test".
         fitted: statistics of another split to standardise by; this split's own by default.
 
     Returns:
         Pairs in the order in which their prompts first appear; within a prompt, the largest margin first.
-
-    Raises:
-        DataError: see generate_preferences.
     """
     weights = config.objective_weights()
     by_prompt = check_scored(path, read_records(path, Completion.from_row), weights)
@@ -185,13 +180,7 @@ def mix(scores: Mapping[str, npt.ArrayLike], weights: Mapping[str, float]) -> Fl
 def select(
     mixed_n: Sequence[float], texts: Sequence[str], config: PreferencesConfig, key: str
 ) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """Select the pairs of one prompt.
-
-    Args:
-        mixed_n: mixed scores.
-        texts: the answers.
-        config: --selection, --min_margin, --max_pairs_per_prompt and --seed.
-        key: names the split and the prompt; a random draw depends on this and the seed only.
+    """Select the pairs of one prompt by its mixed scores; a random draw depends on `key`, its split and prompt, and --seed.
 
     Returns:
         (chosen, rejected) positions, the largest margin first, on ties the lowest positions; and the numbers of

@@ -167,11 +167,7 @@ def row_number(path: Path, index: int) -> int:
 
 
 def read_records(path: Path, from_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
-    """Read and check every record of a file.
-
-    Args:
-        path: a JSON-lines file.
-        from_row: `Prompt.from_row`, `Completion.from_row` or `Preference.from_row`.
+    """Read and check every record of a file, by `Prompt.from_row`, `Completion.from_row` or `Preference.from_row`.
 
     Raises:
         DataError: naming file, row and field; also for a file without rows.
@@ -195,17 +191,14 @@ def to_row(record: "Prompt | Completion | Preference") -> dict[str, Any]:
 
 def write_records(path: Path, records: "Iterable[Prompt | Completion | Preference]") -> int:
     """Write records as JSON lines, whole or not at all; returns how many."""
-    return write_rows(path, (to_row(record) for record in records))
+    return write_rows(path, map(to_row, records))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write JSON objects as lines, whole or not at all; returns how many."""
-    count = 0
     with atomic_file(path) as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    return count
+        lines = (stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n") for row in rows)
+        return sum(1 for _ in lines)
 
 
 def write_rejects(folder: Path, split: str, rejects: list[dict[str, Any]]) -> None:

@@ -248,20 +248,12 @@ class TrainConfig:
 
     @property
     def named_method(self) -> tuple[str, dict[str, float]] | None:
-        """Name and numbers in --method.
-
-        Raises:
-            UsageError: it does not name a method with numbers in their bounds.
-        """
+        """Name and numbers in --method; raises UsageError for other names, or numbers out of their bounds."""
         return None if self.method is None else _named_method(self.method)
 
     @property
     def mixtures(self) -> dict[str, dict[str, float]]:
-        """{name: {objective: weight}} of --eval_mixture.
-
-        Raises:
-            UsageError: not NAME=OBJECTIVE:WEIGHT,..., or weights that are negative or do not sum to 1.
-        """
+        """{name: {objective: weight}} of --eval_mixture; raises UsageError as mixtures_of."""
         return mixtures_of("--eval_mixture", self.eval_mixture)
 
     @property
@@ -395,23 +387,18 @@ def _exclusions(c: TrainConfig, named: str | None) -> list[tuple[bool, str]]:
         ((named == "group") != (c.group_column is not None),
          "--method=group and --group_column belong together; pass both, or neither"),
         (c.tangent and c.loss_type.endswith("_norm"),
-         f"--loss_type={c.loss_type} with --wdpo_solver=tangent, which takes losses of the margin alone; "
-         "pass --wdpo_solver=exact"),
+         f"--loss_type={c.loss_type} is no loss of the margin alone, as the tangent solver needs; pass --wdpo_solver=exact"),
         (wdpo and c.wdpo_fraction != 1 and c.wdpo_penalty != "squared",
-         f"--wdpo_fraction={c.wdpo_fraction} with --wdpo_penalty=root: the root of a sample's mean is biased; "
-         "pass --wdpo_penalty=squared or --wdpo_fraction=1"),
+         f"--wdpo_fraction={c.wdpo_fraction}: the root of a sample's mean is biased; pass --wdpo_penalty=squared"),
         (exact and c.packing,
-         "--packing=true with --wdpo_solver=exact, whose plain attention takes padded rows only; omit --packing, or pass "
-         "--wdpo_solver=tangent"),
+         "--packing=true: --wdpo_solver=exact takes padded rows only; omit --packing, or pass --wdpo_solver=tangent"),
         (exact and c.attention_kernel != "eager",
-         f"--attn={c.attn} with the exact solver of --wdpo_rho: its kernels have no second derivative, so the penalty would "
-         "be wrong or fail; pass --attn=eager, or another --wdpo_solver"),
+         f"--attn={c.attn} has no second derivative, as --wdpo_solver=exact needs; pass --attn=eager, or another solver"),
         (exact and c.zero_stage > 2,
          f"--zero_stage=3 with --wdpo_solver={solver}: DeepSpeed's stage 3 cannot run its double backward; "
          "pass --wdpo_solver=tangent and --packing=true, or --zero_stage=2"),
         (c.tangent and not c.packing,
-         "--packing=false with --wdpo_solver=tangent, which takes packed rows only; pass --wdpo_solver=exact or "
-         "--packing=true"),
+         "--packing=false: --wdpo_solver=tangent takes packed rows only; pass --wdpo_solver=exact or --packing=true"),
         (c.zero_stage == 0 and c.dtype == "bfloat16",
          "--zero_stage=0 with --dtype=bfloat16 takes wrong steps in DeepSpeed; pass --zero_stage=1 or --dtype=float32"),
         (c.optimizer_offload and c.zero_stage == 0,
@@ -421,11 +408,9 @@ def _exclusions(c: TrainConfig, named: str | None) -> list[tuple[bool, str]]:
         (c.eval_candidates is not None and not c.packing,
          "--eval_candidates with --packing=false: a prompt's candidates are answers in one packed row; omit one of the two"),
         (c.lora_quantize != "none" and wdpo,
-         "--lora_quantize=nf4 with --wdpo_rho: in bfloat16 bitsandbytes rounds the float32 rows that WDPO's gradient needs; "
-         "pass --lora_quantize=none"),
+         "--lora_quantize=nf4 with --wdpo_rho: bitsandbytes rounds the rows of WDPO's gradient; pass --lora_quantize=none"),
         (c.lora_quantize != "none" and c.zero_stage > 2,
-         "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes among the processes; "
-         "pass --zero_stage=2"),
+         "--lora_quantize=nf4 with --zero_stage=3: DeepSpeed would split the 4-bit codes; pass --zero_stage=2"),
         *((name not in known, f"--log={c.log}: '{name}' is not one of {', '.join(known)}") for name in logs),
         ("none" in logs and len(logs) > 1, f"--log={c.log}: none excludes the others; omit one"),
         (tokens and c.micro_batch_size is not None,
@@ -433,17 +418,9 @@ def _exclusions(c: TrainConfig, named: str | None) -> list[tuple[bool, str]]:
         (tokens and not c.packing,
          "--micro_batch_tokens counts the tokens of packed rows; for padded ones pass --micro_batch_size"),
         (tokens and c.robust_scope != "step",
-         "--micro_batch_tokens with --robust_scope=micro: the population would change with the lengths; "
-         "pass --micro_batch_size"),
-        *_attention(c),
-    ]  # fmt: skip
-
-
-def _attention(c: TrainConfig) -> list[tuple[bool, str]]:
-    return [
+         "--micro_batch_tokens makes the population of --robust_scope=micro vary in size; pass --micro_batch_size"),
         (c.deterministic and not c.packing and c.attn in ("flex", "flash"),
-         f"--deterministic=true with --attn={c.attn} and --packing=false: transformers' kernels do not follow torch's "
-         "switch; pass --attn=sdpa"),
+         f"--deterministic=true with --attn={c.attn} and --packing=false, whose kernels cannot be; pass --attn=sdpa"),
         (c.packing and c.attn in ("flex", "eager"),
          f"--attn={c.attn}: packed rows attend by sdpa or flash; pass --attn=sdpa, or --packing=false as well"),
         (c.attn == "flash" and c.dtype == "float32",
