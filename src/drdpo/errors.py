@@ -14,8 +14,8 @@ from pathlib import Path
 
 STOPPED = os.EX_TEMPFAIL
 """Exit status of a run that a signal stopped and that can be resumed: 75, "temporary failure" of sysexits.h."""
-_JOINERS = "\u200c\u200d"
-"""Format characters that ordinary text needs: in Persian, in Indic scripts, in emoji."""
+_ORDINARY = "\n\u200c\u200d"
+"""Control and format characters that ordinary text needs: joiners in Persian, in Indic scripts, in emoji."""
 
 
 class UsageError(Exception):
@@ -35,10 +35,8 @@ def one_line_errors() -> Iterator[None]:
     """Turn errors that a user can cause into one line on stderr and an exit status; bugs keep their traceback."""
     try:
         yield
-    except UsageError as error:
-        _stop(str(error), 2)
-    except (DataError, ProcessError) as error:
-        _stop(str(error), 1)
+    except (UsageError, DataError, ProcessError) as error:
+        _stop(str(error), 2 if isinstance(error, UsageError) else 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _stop(f"the disk is full while writing {error.filename or 'a file'}; nothing half written was kept", 1)
@@ -56,10 +54,9 @@ def _misplaced(error: OSError) -> str:
     path = Path(os.fsdecode(error.filename2 or error.filename))
     if error.errno == errno.EISDIR:
         return f"{path} is a folder, where a file must be; move it away or pass another path"
-    file = next((place for place in (path, *path.parents) if place.is_file()), None)
-    if file is None:
-        return f"{path}: {error.strerror}"
-    return f"{file} is a file, where a folder must be; move it away or pass another path"
+    files = [place for place in (path, *path.parents) if place.is_file()]
+    why = "is a file, where a folder must be; move it away or pass another path"
+    return f"{files[0]} {why}" if files else f"{path}: {error.strerror}"
 
 
 def _stop(message: str, status: int) -> None:
@@ -129,6 +126,5 @@ def duration(seconds: float) -> str:
 
 
 def _escaped(character: str) -> str:
-    if character == "\n" or character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return character
-    return character.encode("unicode_escape").decode()
+    steers = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _ORDINARY
+    return character.encode("unicode_escape").decode() if steers else character

@@ -125,10 +125,9 @@ def tangent_refusal(path: str, reason: str) -> DataError:
 
 
 def check_model(path: str, chat: bool = True) -> Model:
-    """Refuse a model that no step could use; of a hub id config.json alone is looked at.
+    """Refuse a model that no step could use; of a hub id (`owner/name`, no existing folder) config.json alone is looked at.
 
     Args:
-        path: a Hugging Face folder, or a hub id (`owner/name`, not an existing folder).
         chat: must its tokenizer have a chat template?
 
     Raises:
@@ -164,11 +163,8 @@ def table(model: Model) -> str:
         weights = "stored quantized: cannot be trained"
     rows = [("model", f"{model.name}, {model.parameters:,} parameters"), ("weights", weights)]
     if model.tokenizer is not None:
-        end = model.tokenizer.eos_token
-        rows.append(
-            ("tokens", f"{len(model.tokenizer):,} in the tokenizer, {about.rows:,} rows in the embedding; end of sequence "
-                       f"{end}{model.beyond}")
-        )  # fmt: skip
+        tokens = f"{len(model.tokenizer):,} in the tokenizer, {about.rows:,} rows in the embedding; end of sequence "
+        rows.append(("tokens", tokens + f"{model.tokenizer.eos_token}{model.beyond}"))
         rows.append(("template", template_facts(model.tokenizer)))
     kind = "learned: longer texts are errors" if about.learned else "longer texts are beyond what it was trained for"
     rows.append(("positions", f"{about.positions:,}; {kind}" if about.positions else "not limited by config.json"))

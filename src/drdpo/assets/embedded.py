@@ -78,14 +78,8 @@ def policy_is_made(folder: Path) -> bool:
 
 
 def make_policy(folder: Path) -> None:
-    """Convert the packaged GGUF file into `folder` (269 MB), which appears complete or not at all.
-
-    Writes config.json, generation_config.json, model.safetensors (bf16, tied embeddings, no lm_head), tokenizer.json,
-    tokenizer_config.json, chat_template.jinja and README.md.
-
-    Raises:
-        DataError: the package is not installed.
-    """
+    """Convert the packaged GGUF file into `folder` (269 MB), which appears complete or not at all; raises DataError if the
+    package is not installed."""
     gguf, source = find_gguf()
     with atomic_folder(folder) as aside:
         _write_weights(gguf, aside)
@@ -130,16 +124,10 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
     )
     special = [backend.id_to_token(token) for token in (BOS_ID, EOS_ID)]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=special[0],
-        eos_token=special[1],
-        pad_token=special[1],
-        unk_token=backend.id_to_token(0),
-        additional_special_tokens=special,
-        chat_template=read.chat_template,
-        model_max_length=8192,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=backend, bos_token=special[0], eos_token=special[1], pad_token=special[1],
+        unk_token=backend.id_to_token(0), additional_special_tokens=special, chat_template=read.chat_template,
+        model_max_length=8192, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
     # A model-specific class would rebuild its own pre-tokenizer on load and lose the split into digits, also in every
     # checkpoint saved from it; the plain class uses tokenizer.json as it is.
@@ -167,7 +155,6 @@ def make_reward_model(folder: Path, policy: Path, heads: Path = HEADS) -> None:
     """Assemble a reward model folder, which appears complete or not at all.
 
     Args:
-        folder: where to write.
         policy: Hugging Face folder of a Llama-family model in safetensors, single or sharded.
         heads: folder with heads.safetensors, config.json (what the heads add to the backbone's config), README.md and
             chat_template.jinja.

@@ -9,7 +9,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from drdpo.records import Message, Prompt, write_records
 PROBE_REPO = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
 """Public, so the probe needs no login."""
 
-ALLOW = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.md", "LICENSE*"]
-NEVER = "original/* *.bin *.bin.* *.pt *.pth *.ckpt *.pkl *.py *.gguf *.onnx *.h5 *.msgpack".split()
+WANTED = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.md", "LICENSE*"],
+    "ignore_patterns": "original/* *.bin *.bin.* *.pt *.pth *.ckpt *.pkl *.py *.gguf *.onnx *.h5 *.msgpack".split(),
+}
 """Loading a pickle or a repository's Python file can run code, so neither is ever downloaded."""
 
 LLAMA3_PAD = ("<|finetune_right_pad_id|>", 128004)
@@ -55,11 +56,6 @@ def hub_answers() -> bool:
     return True
 
 
-def wanted(name: str) -> bool:
-    """Whether a file of a model repository is downloaded."""
-    return any(fnmatch(name, pattern) for pattern in ALLOW) and not any(fnmatch(name, pattern) for pattern in NEVER)
-
-
 def download_model(repo: str, folder: Path) -> None:
     """Download a model after printing its size; rerunning resumes an interrupted download, from `.<name>.download` beside
     the folder, which appears once the model is complete.
@@ -72,17 +68,19 @@ def download_model(repo: str, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: exists without config.json, so it is no whole model; move it away, then rerun setup.sh")
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     with _hub_errors(repo):
         info = HfApi().model_info(repo, files_metadata=True, timeout=30)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if wanted(file.rfilename)}
+    of_model = filter_repo_objects(info.siblings or [], **WANTED, key=lambda file: file.rfilename)
+    sizes = {file.rfilename: file.size or 0 for file in of_model}
     if not any(name.endswith(".safetensors") for name in sizes):
         raise DataError(f"{repo}: no safetensors weights; pickled weights are not loaded")
     aside = folder.parent / f".{folder.name}.download"
     aside.mkdir(parents=True, exist_ok=True)
     _check_space(repo, aside, sum(sizes.values()))
     with _hub_errors(repo):
-        snapshot_download(repo, revision=info.sha, local_dir=aside, allow_patterns=ALLOW, ignore_patterns=NEVER)
+        snapshot_download(repo, revision=info.sha, local_dir=aside, **WANTED)
     for name, size in sizes.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != size:
             raise DataError(f"{repo}: {name} is incomplete; rerun the same command")

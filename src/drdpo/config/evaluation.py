@@ -1,5 +1,6 @@
 """Flags of step 4: evaluation, comparisons, inspection of data and runs."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,23 +116,16 @@ class LeaderboardConfig:
             self.limit is None or self.limit < 1 or self.limit == int(self.limit),
             f"--limit={self.limit}: pass a whole number of samples, or a share below 1",
         )
-        require(
-            self.batch_size == "auto"
-            or (self.batch_size.isascii() and self.batch_size.isdigit() and 0 < len(self.batch_size.lstrip("0")) < 10),
-            f"--batch_size={self.batch_size}: pass a positive number or auto",
-        )
+        known = self.batch_size == "auto" or re.fullmatch("0*[1-9][0-9]{0,8}", self.batch_size)
+        require(bool(known), f"--batch_size={self.batch_size}: pass a positive number or auto")
         require(
             self.tensor_parallel_size == 1 or self.backend == "vllm",
             f"--tensor_parallel_size={self.tensor_parallel_size} requires --backend=vllm; hf loads a whole model per GPU",
         )
-        require(
-            self.apply_chat_template or not self.chat_template_kwargs,
-            "--chat_template_kwargs requires --apply_chat_template",
-        )
-        require(
-            self.apply_chat_template or not self.fewshot_as_multiturn,
-            "--fewshot_as_multiturn requires --apply_chat_template; also pass --fewshot_as_multiturn=false",
-        )
+        if not self.apply_chat_template:
+            require(not self.chat_template_kwargs, "--chat_template_kwargs requires --apply_chat_template")
+            turns = "--fewshot_as_multiturn requires --apply_chat_template; also pass --fewshot_as_multiturn=false"
+            require(not self.fewshot_as_multiturn, turns)
 
 
 # Flags of src/compare_openllm.py and src/compare_mixtures.py, the last step of each experiment.
