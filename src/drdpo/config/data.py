@@ -42,8 +42,7 @@ class CompletionsConfig:
         "auto",
     )
     reward_model: str = flag(
-        "folder of a reward model in ArmoRM's layout; 'auto' is models/ArmoRM if present, else models/ArmoRM-SmolLM2",
-        "auto",
+        "folder of a reward model in ArmoRM's layout; 'auto' is models/ArmoRM if present, else models/ArmoRM-SmolLM2", "auto"
     )
     score_max_len: int = flag(
         "maximum length of prompt and completion in tokens; longer ones go to rejects.jsonl", 4096, at_least=1

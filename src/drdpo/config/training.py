@@ -104,10 +104,7 @@ class TrainConfig:
         "auto",
     )
     wdpo_fraction: float = flag(
-        "apply the penalty to a random share of a step's micro-batches, rescaled to stay unbiased",
-        1.0,
-        above=0,
-        at_most=1,
+        "apply the penalty to a random share of a step's micro-batches, rescaled to stay unbiased", 1.0, above=0, at_most=1
     )
     robust_scope: Literal["step", "micro"] = flag(
         "population of the robust weights, and of WDPO's root: all pairs of the optimizer step, or of one micro-batch on "
