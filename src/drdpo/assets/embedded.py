@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.folder import atomic_folder, read_json_object, read_manifest, write_manifest
+from drdpo.folder import already_made, atomic_folder, read_json_object, write_manifest
 from drdpo.models import INDEX, Tensors, fingerprint, read_header, read_tensors
 from drdpo.records import SPLITS, Prompt, check_unique, read_records, read_rows, write_records
 
@@ -53,10 +53,8 @@ Model: Allal et al. 2025, arXiv 2502.02737.
 """
 
 
-def _is_made(folder: Path, made_by: dict[str, Any], names: list[str]) -> bool:
-    """Whether all files are there and the manifest has this `made_by`."""
-    before = read_manifest(folder).get("assets", {}).get("made_by")
-    return bool(before == made_by) and all((folder / name).is_file() for name in names)
+def _is_made(folder: Path, made_by: dict[str, Any], *names: str) -> bool:
+    return already_made(folder, "assets", made_by, [folder / name for name in names], overwrite=True)
 
 
 def find_gguf() -> tuple[Path, str]:
@@ -74,7 +72,7 @@ def find_gguf() -> tuple[Path, str]:
 
 def policy_is_made(folder: Path) -> bool:
     """Whether `folder` is what make_policy would write."""
-    return _is_made(folder, {"source": find_gguf()[1], "conversion": CONVERSION}, ["model.safetensors"])
+    return _is_made(folder, {"source": find_gguf()[1], "conversion": CONVERSION}, "model.safetensors")
 
 
 def make_policy(folder: Path) -> None:
@@ -140,8 +138,9 @@ def reward_model_is_made(folder: Path, policy: Path, heads: Path = HEADS) -> boo
     """Whether `folder` is what make_reward_model would write."""
     if not (policy / "config.json").is_file() or not (folder / INDEX).is_file():
         return False
-    shards = set(read_json_object(folder / INDEX)["weight_map"].values())
-    return _is_made(folder, _reward_model_source(policy, heads), sorted(shards))
+    return _is_made(
+        folder, _reward_model_source(policy, heads), *set(read_json_object(folder / INDEX)["weight_map"].values())
+    )
 
 
 def _reward_model_source(policy: Path, heads: Path) -> dict[str, Any]:
@@ -225,7 +224,7 @@ def _write_shards(policy: Path, heads: Path, layers: int, folder: Path) -> None:
 
 def prompts_are_made(folder: Path, committed: Path = PROMPTS) -> bool:
     """Whether `folder` is what make_prompts would write."""
-    return _is_made(folder, _prompts_source(committed), [f"{split}.jsonl" for split in SPLITS])
+    return _is_made(folder, _prompts_source(committed), *(f"{split}.jsonl" for split in SPLITS))
 
 
 def _prompts_source(committed: Path) -> dict[str, Any]:
