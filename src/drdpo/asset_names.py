@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from drdpo.errors import UsageError, one_line_errors
 
@@ -31,17 +32,8 @@ class Selection:
     """Set by "auto": hub assets are fetched if the hub answers, and a missing login is not an error."""
 
 
-def select_models(value: str) -> Selection:
-    """The assets that `--models=value` selects; raises UsageError for an unknown name."""
-    return _select("models", value, EMBEDDED_MODELS, HUB_MODELS)
-
-
-def select_datasets(value: str) -> Selection:
-    """The assets that `--datasets=value` selects; raises UsageError for an unknown name."""
-    return _select("datasets", value, EMBEDDED_DATASETS, HUB_DATASETS)
-
-
-def _select(flag: str, value: str, embedded: tuple[str, ...], hub: dict[str, str]) -> Selection:
+def _select(flag: str, embedded: tuple[str, ...], hub: dict[str, str], value: str) -> Selection:
+    """The assets that `--flag=value` selects; raises UsageError for an unknown name."""
     if value == "auto":
         return Selection(embedded, tuple(hub), automatic=True)
     if value == "none":
@@ -57,6 +49,9 @@ def _select(flag: str, value: str, embedded: tuple[str, ...], hub: dict[str, str
         chosen.update(groups.get(name, (name,)))
     return Selection(tuple(name for name in embedded if name in chosen), tuple(name for name in hub if name in chosen))
 
+
+select_models = partial(_select, "models", EMBEDDED_MODELS, HUB_MODELS)
+select_datasets = partial(_select, "datasets", EMBEDDED_DATASETS, HUB_DATASETS)
 
 if __name__ == "__main__":
     with one_line_errors():
