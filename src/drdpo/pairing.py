@@ -359,7 +359,8 @@ def _write(
     config: PreferencesConfig,
 ) -> None:
     def named(statistics: Statistics | None) -> dict[str, dict[str, float]] | None:
-        return statistics and {objective: {"mean": mean, "sd": sd} for objective, (mean, sd) in statistics.items()}
+        by_objective = {objective: {"mean": mean, "sd": sd} for objective, (mean, sd) in (statistics or {}).items()}
+        return None if statistics is None else by_objective
 
     facts = {
         split: {

@@ -100,7 +100,8 @@ def set_pad_token(folder: Path, token: str, token_id: int) -> None:
     added = read_json_object(folder / "tokenizer.json").get("added_tokens", [])
     if not any(entry.get("content") == token and entry.get("id") == token_id for entry in added):
         raise DataError(f"{folder}/tokenizer.json: no token {token} with the id {token_id}, so no pad token can be set")
-    changes = {"tokenizer_config.json": {"pad_token": token}, "generation_config.json": {"pad_token_id": token_id}}
+    changes: dict[str, dict[str, Any]] = {"tokenizer_config.json": {"pad_token": token}}
+    changes["generation_config.json"] = {"pad_token_id": token_id}
     if (folder / "special_tokens_map.json").is_file():  # Only older folders have it.
         changes["special_tokens_map.json"] = {"pad_token": token}
     for name, change in changes.items():
