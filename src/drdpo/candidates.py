@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,16 +131,6 @@ class Candidates:
         return [*self.objectives, *self.mixtures]
 
     @cached_property
-    def prompt_ids(self) -> list[int]:
-        """[N]"""
-        return [of_prompt[0].prompt_id for of_prompt in self.drawn]
-
-    @cached_property
-    def sample_ids(self) -> list[list[int]]:
-        """Of every candidate of every prompt."""
-        return [[row.sample_id for row in of_prompt] for of_prompt in self.drawn]
-
-    @cached_property
     def answers(self) -> list[list[list[int]]]:
         """Token ids of every candidate of every prompt, as sampled."""
         return [[row.token_ids for row in of_prompt] for of_prompt in self.drawn]
@@ -161,7 +151,8 @@ class Candidates:
     @cached_property
     def key(self) -> str:
         """Hash of what log-probs depend on besides the model: ids and tokens."""
-        words = (self.prompt_ids, self.sample_ids, self.prompts, self.answers)
+        ids = [of_prompt[0].prompt_id for of_prompt in self.drawn], [[row.sample_id for row in rows] for rows in self.drawn]
+        words = (*ids, self.prompts, self.answers)
         return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
 
     @property
@@ -177,8 +168,8 @@ class Candidates:
         """
         odd = np.flatnonzero(~np.isfinite(values_C))
         if len(odd):
-            n, k = self.places[odd[0]]
-            which = f"prompt_id {self.prompt_ids[n]}, sample_id {self.sample_ids[n][k]}"
+            row = list(chain(*self.drawn))[odd[0]]
+            which = f"prompt_id {row.prompt_id}, sample_id {row.sample_id}"
             raise DataError(f"{self.path}, {which}: its log-prob under the policy is {values_C[odd[0]]}")
         table_NK = np.full(self.scores_NKO.shape[:2], np.nan)
         table_NK[tuple(np.array(self.places).T)] = values_C
@@ -246,8 +237,9 @@ class Candidates:
         metadata names the candidates."""
         from safetensors.numpy import save
 
-        ids_NK = np.nan_to_num(self.table([i for ids in self.sample_ids for i in ids]), nan=-1).astype(np.int64)
-        tensors = {"log_ratio": log_ratio_NK.astype(np.float32), "prompt_id": np.array(self.prompt_ids), "sample_id": ids_NK}
+        prompt_ids_N = np.array([of_prompt[0].prompt_id for of_prompt in self.drawn])
+        ids_NK = np.nan_to_num(self.table([row.sample_id for row in chain(*self.drawn)]), nan=-1).astype(np.int64)
+        tensors = {"log_ratio": log_ratio_NK.astype(np.float32), "prompt_id": prompt_ids_N, "sample_id": ids_NK}
         with atomic_file(path, "wb") as stream:
             stream.write(save(tensors, metadata={"candidates": self.key, "path": str(self.path), **facts}))
 

@@ -41,12 +41,8 @@ def template_arguments(chat_template_kwargs: dict[str, Any] | None = None) -> di
 
 
 def load_tokenizer(path: str, chat_template_kwargs: dict[str, Any] | None = None, chat: bool = True) -> Tokenizer:
-    """Load a tokenizer that gives text back and has a chat template that renders a question with its answer.
-
-    Args:
-        path: a Hugging Face folder or hub id.
-        chat_template_kwargs: of --chat_template_kwargs, for every rendering.
-        chat: must it have such a template?
+    """Load a tokenizer, of a folder or hub id, that gives text back and, with `chat`, has a chat template that renders a
+    question with its answer; `chat_template_kwargs` are for every rendering.
 
     Raises:
         DataError: no tokenizer, chat template or end-of-sequence token there, or unusable ones; says what to do.
