@@ -171,7 +171,8 @@ def test_rows_that_say_nothing_are_named(changed: dict, words: str, tiny_policy:
 def test_single_completions_are_omitted_or_refused(tiny_policy: Path, tmp_path: Path) -> None:
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     found = load_candidates(str(write_candidates(tmp_path / "some", tokenizer, (2, 1, 3))), "test", tokenizer, {})
-    assert [rows[0].prompt_id for rows in found.drawn] == [7, 9] and found.note == "1 prompts with one completion were omitted"
+    assert [rows[0].prompt_id for rows in found.drawn] == [7, 9]
+    assert found.note == "1 prompts with one completion were omitted"
     with pytest.raises(DataError, match="no prompt has two completions, and one says nothing of a policy"):
         load_candidates(str(write_candidates(tmp_path / "none", tokenizer, (1, 1))), "test", tokenizer, {})
 
