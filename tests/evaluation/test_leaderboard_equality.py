@@ -61,7 +61,7 @@ def musr(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Path:
+def hub(tmp_path):
     """A folder with the four data sets, and NLTK's data."""
     place = tmp_path / "a place"
     bbh = {}
@@ -95,7 +95,7 @@ def start(hub: Path, environment: dict[str, str], words: list[str]) -> subproces
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared samples of the benchmarks are not here")
-def test_real_questions_equal_the_harness(smollm: Path, hub: Path) -> None:
+def test_real_questions_equal_the_harness(smollm, hub):
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "", "NLTK_DATA": str(hub / "nltk"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip

@@ -33,7 +33,7 @@ def task(name: str, questions: int = 10, **metrics: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def harness() -> dict[str, Any]:
+def harness():
     """Every BBH subtask at chance but navigate (0.75) and one below chance; the rest at round figures."""
     bbh = {f"leaderboard_bbh_{name}": task(name, acc_norm=1 / choices) for name, choices in BBH_CHOICES.items()}
     bbh["leaderboard_bbh_navigate"] = task("navigate", acc_norm=0.75)
@@ -63,14 +63,14 @@ def harness() -> dict[str, Any]:
     return {"results": results, "groups": groups, "group_subtasks": subtasks, "n-shot": {"leaderboard_mmlu_pro": 5}}
 
 
-def test_normalise() -> None:
+def test_normalise():
     assert normalise(0.25, 0.25) == 0
     assert normalise(1.0, 0.25) == 100
     assert normalise(0.1, 0.25) == 0
     assert normalise(0.625, 0.25) == pytest.approx(50)
 
 
-def test_six_benchmarks_by_hand(harness: dict[str, Any]) -> None:
+def test_six_benchmarks_by_hand(harness):
     found = benchmarks(harness["results"])
     normalised = {benchmark.name: benchmark.normalised for benchmark in found}
     raw = {benchmark.name: benchmark.raw for benchmark in found}
@@ -82,14 +82,14 @@ def test_six_benchmarks_by_hand(harness: dict[str, Any]) -> None:
     assert average(found) == pytest.approx((55 + 50 / 24 + 8 + 50 + 125 / 3 + 50) / 6)
 
 
-def test_no_average_of_five_and_no_half_benchmark(harness: dict[str, Any]) -> None:
+def test_no_average_of_five_and_no_half_benchmark(harness):
     del harness["results"]["leaderboard_musr_team_allocation"]
     found = benchmarks(harness["results"])
     assert [benchmark.name for benchmark in found] == ["IFEval", "BBH", "MATH", "GPQA", "MMLU-Pro"]
     assert average(found) is None
 
 
-def test_choices_are_those_of_the_installed_tasks() -> None:
+def test_choices_are_those_of_the_installed_tasks():
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / "leaderboard"
@@ -112,7 +112,7 @@ def test_choices_are_those_of_the_installed_tasks() -> None:
         assert aggregated == {"metric": metric, "aggregation": "mean", "weight_by_size": True}
 
 
-def test_tables(harness: dict[str, Any]) -> None:
+def test_tables(harness):
     config = LeaderboardConfig(model_path="some/model")
     text = markdown(config, harness)
     assert "| IFEval | mean of strict accuracies | 0.5500 | 0.0100 | 55.00 | 1.00 |" in text
@@ -127,12 +127,12 @@ def test_tables(harness: dict[str, Any]) -> None:
     assert "leaderboard_mmlu_pro" in printed
 
 
-def test_raw_rows_name_filters_and_missing_errors() -> None:
+def test_raw_rows_name_filters_and_missing_errors():
     values = {"alias": "t", "sample_len": 3, "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A"}
     assert raw_rows({"results": {"t": values}}) == [["t", "", "3", "exact_match (strict)", "0.5000", "n/a"]]
 
 
-def test_json_safe() -> None:
+def test_json_safe():
     odd = {"a": np.float32(0.5), "b": math.nan, "c": {3, 1}, 4: np.arange(2), "e": normalise, "p": Path("x")}
     safe = json_safe(odd)
     assert json.loads(json.dumps(safe, allow_nan=False)) == safe
@@ -144,7 +144,7 @@ def test_json_safe() -> None:
     assert safe["p"] == "x"
 
 
-def test_results_for_the_hub_are_in_its_form() -> None:
+def test_results_for_the_hub_are_in_its_form():
     results = {
         "results": {
             "leaderboard_gpqa_diamond": task("leaderboard_gpqa_diamond", acc_norm=0.30303),

@@ -38,7 +38,7 @@ def candidates_of(prompts: list[list[int]], answers: list[list[list[int]]], scor
 # The estimate ------------------------------------------------------------------------------------------------------------
 
 
-def test_values_and_sizes_by_hand() -> None:
+def test_values_and_sizes_by_hand():
     log_ratio_NK = np.log([[1.0, 3.0, NAN], [2.0, 2.0, 4.0], [5.0, NAN, NAN]])
     scores_NKO = np.array([[[1.0], [2.0], [NAN]], [[0.0], [4.0], [8.0]], [[7.0], [NAN], [NAN]]])
     values_NO, sizes_N = values(log_ratio_NK, scores_NKO)
@@ -47,7 +47,7 @@ def test_values_and_sizes_by_hand() -> None:
     np.testing.assert_allclose(sizes_N, [1 / (1 / 16 + 9 / 16), 1 / (1 / 16 + 1 / 16 + 1 / 4), 1.0])
 
 
-def test_the_starting_models_value_is_the_plain_mean_and_constants_cancel() -> None:
+def test_the_starting_models_value_is_the_plain_mean_and_constants_cancel():
     generator = np.random.default_rng(0)
     scores_NKO, ratio_NK = generator.normal(size=(5, 4, 3)), generator.normal(size=(5, 4))
     same, sizes_N = values(np.zeros((5, 4)), scores_NKO)
@@ -59,7 +59,7 @@ def test_the_starting_models_value_is_the_plain_mean_and_constants_cancel() -> N
 
 
 @pytest.mark.parametrize("row_tokens", [1, 40, 4096])
-def test_all_answers_as_candidates_of_a_uniform_model_give_the_exact_expectation(row_tokens: int, tmp_path: Path) -> None:
+def test_all_answers_as_candidates_of_a_uniform_model_give_the_exact_expectation(row_tokens, tmp_path):
     """A model without an output head is uniform over the 64 answers of two tokens, so each of them once is in proportion to
     it: then sum pi / pi_ref s / sum pi / pi_ref is sum pi s, here by whole rows of transformers."""
     config = LlamaConfig(
@@ -93,7 +93,7 @@ def test_all_answers_as_candidates_of_a_uniform_model_give_the_exact_expectation
 
 
 @pytest.mark.slow
-def test_it_agrees_with_sampling_the_embedded_model(smollm: Path, tmp_path: Path) -> None:
+def test_it_agrees_with_sampling_the_embedded_model(smollm, tmp_path):
     """The policy is the embedded model with a larger last norm, so at a lower temperature; the score of an answer is its
     log-prob under the starting model, which that raises by many standard errors."""
     cooler = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
@@ -104,13 +104,13 @@ def test_it_agrees_with_sampling_the_embedded_model(smollm: Path, tmp_path: Path
     prompts = [tokenizer(text)["input_ids"] for text in ("The river is", "She opened the", "Two and two", "A good book")]
     sampling = Sampling(48, 1.0, 1.0, 3, (tokenizer.eos_token_id,))
 
-    def drawn(path: Path) -> list[list[list[int]]]:
+    def drawn(path):
         engine = TransformersEngine(EngineSettings("transformers", str(path), "float32", 64))
         requests = [Request(prompt, 1000 * number) for number, prompt in enumerate(prompts)]
         found = dict(engine.generate(requests, sampling))
         return [[sample.token_ids for sample in found[number]] for number in range(len(prompts))]
 
-    def logprobs(path: Path, answers: list[list[list[int]]]) -> np.ndarray:
+    def logprobs(path, answers):
         candidates = candidates_of(prompts, answers, [[0.0] * len(row) for row in answers])
         return candidates.table(answer_logprobs(str(path), "float32", candidates, 4096, path.name))
 
@@ -128,7 +128,7 @@ def test_it_agrees_with_sampling_the_embedded_model(smollm: Path, tmp_path: Path
     assert values_NO.mean() - start_NK.mean() > 4 * error, "the starting model's own mean is no such estimate"
 
 
-def test_gains_are_paired_over_prompts_and_seeds() -> None:
+def test_gains_are_paired_over_prompts_and_seeds():
     generator = np.random.default_rng(1)
     scores = generator.normal(size=(20, 6))
     candidates = candidates_of([[0]] * 20, [[[0]] * 6] * 20, scores.tolist())
@@ -162,13 +162,13 @@ def test_gains_are_paired_over_prompts_and_seeds() -> None:
         ({"token_ids": [10**6]}, 'row 2: field "token_ids" does not spell the completion'),
     ],
 )
-def test_rows_that_say_nothing_are_named(changed: dict, words: str, tiny_policy: Path, tmp_path: Path) -> None:
+def test_rows_that_say_nothing_are_named(changed, words, tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     with pytest.raises(DataError, match=words):
         load_candidates(str(write_candidates(tmp_path, tokenizer, **changed)), "test", tokenizer, {})
 
 
-def test_single_completions_are_omitted_or_refused(tiny_policy: Path, tmp_path: Path) -> None:
+def test_single_completions_are_omitted_or_refused(tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     found = load_candidates(str(write_candidates(tmp_path / "some", tokenizer, (2, 1, 3))), "test", tokenizer, {})
     assert found.prompt_ids == [7, 9] and found.note == "1 prompts with one completion were omitted"
@@ -176,7 +176,7 @@ def test_single_completions_are_omitted_or_refused(tiny_policy: Path, tmp_path: 
         load_candidates(str(write_candidates(tmp_path / "none", tokenizer, (1, 1))), "test", tokenizer, {})
 
 
-def test_how_they_were_sampled_is_read(tiny_policy: Path, tmp_path: Path) -> None:
+def test_how_they_were_sampled_is_read(tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     folder = write_candidates(tmp_path, tokenizer)
     (folder / "sampled").mkdir()
@@ -194,7 +194,7 @@ def test_how_they_were_sampled_is_read(tiny_policy: Path, tmp_path: Path) -> Non
         load_candidates(str(folder), "test", tokenizer, {})
 
 
-def test_mixtures_are_of_z_scores(tiny_policy: Path, tmp_path: Path) -> None:
+def test_mixtures_are_of_z_scores(tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     found = load_candidates(str(write_candidates(tmp_path, tokenizer)), "test", tokenizer, {"m": {"x": 0.25, "y": 0.75}})
     x, y, m = (found.scores_NKO[:, :, o][~np.isnan(found.scores_NKO[:, :, o])] for o in range(3))
@@ -202,9 +202,7 @@ def test_mixtures_are_of_z_scores(tiny_policy: Path, tmp_path: Path) -> None:
     assert found.names == ["x", "y", "m"] and found.units == pytest.approx({"x": x.std(), "y": y.std()})
 
 
-def test_the_report_and_its_cached_log_probs(
-    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_and_its_cached_log_probs(tiny_policy, tmp_path, monkeypatch, capsys):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     moved = AutoModelForCausalLM.from_pretrained(tiny_policy)
     with torch.no_grad():
@@ -239,7 +237,7 @@ def test_the_report_and_its_cached_log_probs(
         evaluate_policy(config)
 
 
-def test_a_policy_of_another_tokenizer_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
+def test_a_policy_of_another_tokenizer_is_refused(tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(tiny_policy).save_pretrained(other)

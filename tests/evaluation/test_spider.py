@@ -31,7 +31,7 @@ def fabricate(names: list[str], objectives: list[str], shift: float = 0.1) -> li
 
 @pytest.mark.parametrize("objectives", [3, 6, 20])
 @pytest.mark.parametrize("runs", [1, 2, 5])
-def test_every_size_is_drawn(objectives: int, runs: int) -> None:
+def test_every_size_is_drawn(objectives, runs):
     names = [*ARMORM_OBJECTIVES, GATED_SCORE][:objectives]
     fabricated = fabricate(["base", "dpo", "kldpo", "wdpo", "drdpo"][:runs], names)
     files = draw_spider(fabricated, compare(fabricated, names, list(range(12)), 100, 0, [], {}))
@@ -45,7 +45,7 @@ def test_every_size_is_drawn(objectives: int, runs: int) -> None:
     assert len(files["spider.png"]) > 10_000
 
 
-def test_an_objective_without_spread_has_no_gain_axis() -> None:
+def test_an_objective_without_spread_has_no_gain_axis():
     names = list(ARMORM_OBJECTIVES[:4])
     runs = fabricate(["base", "dpo"], names)
     runs[0].completions[names[0]] = 1.0
@@ -56,7 +56,7 @@ def test_an_objective_without_spread_has_no_gain_axis() -> None:
     assert svg.count("helpfulness") < svg.count("correctness")
 
 
-def test_raw_axis_is_the_quartiles_widened_to_hold_every_mean() -> None:
+def test_raw_axis_is_the_quartiles_widened_to_hold_every_mean():
     (objective,) = names = [ARMORM_OBJECTIVES[0]]
     for shift in (0.0, 3.0):
         runs = fabricate(["base", "dpo"], names, shift)
@@ -69,7 +69,7 @@ def test_raw_axis_is_the_quartiles_widened_to_hold_every_mean() -> None:
     assert axis.place(axis.high) == 1
 
 
-def test_raw_axis_of_equal_scores() -> None:
+def test_raw_axis_of_equal_scores():
     runs = fabricate(["only"], [ARMORM_OBJECTIVES[0]])
     runs[0].completions[ARMORM_OBJECTIVES[0]] = 5.0
     runs[0].scores[ARMORM_OBJECTIVES[0]] = 5.0
@@ -77,7 +77,7 @@ def test_raw_axis_of_equal_scores() -> None:
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(-0.5, -0.1), (-0.2, 0.3), (0.1, 0.4), (0.0, 0.0)])
-def test_negative_gains_lie_inside_the_bases_ring(smallest: float, largest: float) -> None:
+def test_negative_gains_lie_inside_the_bases_ring(smallest, largest):
     low, high = gain_limits(smallest, largest)
     assert low < min(smallest, 0.0)
     assert high > max(largest, 0.0)

@@ -56,11 +56,11 @@ Command = Callable[..., Done]
 
 
 @pytest.fixture
-def run(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def run(root, monkeypatch, capsys):
     """The entrypoint in this process: fast, and otherwise the same."""
     script = root / "src" / "generate_preferences.py"
 
-    def call(*flags: str) -> Done:
+    def call(*flags):
         monkeypatch.setattr(sys, "argv", [str(script), *flags])
         status = 0
         try:
@@ -84,7 +84,7 @@ def run_without_torch(root: Path, *flags: str) -> Done:
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> tuple[Path, Path]:
+def paths(tmp_path):
     return tmp_path / "my completions", tmp_path / "my pairs"
 
 
@@ -95,7 +95,7 @@ def flags_of(paths: tuple[Path, Path], *more: str) -> list[str]:
 README_MIX = ("--ultrafeedback_truthfulness=0.5", "--helpsteer_complexity=0.5")
 
 
-def test_the_readme_command(root: Path, run: Command, paths: tuple[Path, Path]) -> None:
+def test_the_readme_command(root, run, paths):
     write(paths[0], good_rows(), good_rows()[:1] + good_rows()[2:3])
     done = run_without_torch(root, *flags_of(paths, *README_MIX))
     assert done.returncode == 0, done.stderr
@@ -127,7 +127,7 @@ def test_the_readme_command(root: Path, run: Command, paths: tuple[Path, Path]) 
     }
 
 
-def test_raw_scores_without_standardisation(run: Command, paths: tuple[Path, Path]) -> None:
+def test_raw_scores_without_standardisation(run, paths):
     write(paths[0], good_rows(), good_rows())
     done = run(*flags_of(paths, "--ArmoRM=1.0", "--standardize=false"))
     assert done.returncode == 0, done.stderr
@@ -135,9 +135,7 @@ def test_raw_scores_without_standardisation(run: Command, paths: tuple[Path, Pat
     assert (pair.prompt_id, pair.chosen_score, pair.rejected_score) == (7, 0.5, 0.4)
 
 
-def test_ties_equal_texts_empty_and_lonely_completions_are_dropped_and_counted(
-    run: Command, paths: tuple[Path, Path]
-) -> None:
+def test_ties_equal_texts_empty_and_lonely_completions_are_dropped_and_counted(run, paths):
     rows = [
         row(1, 0, "x", ArmoRM=1.0), row(1, 1, "y", ArmoRM=1.0), row(1, 2, "z", ArmoRM=1.0),
         row(2, 0, "same", ArmoRM=1.0), row(2, 1, "  same\n", ArmoRM=2.0),
@@ -187,7 +185,7 @@ HALF = ("--ultrafeedback_honesty=0.5", "--ArmoRM=0.5")
 
 
 @pytest.mark.parametrize("flags", SELECTIONS.values(), ids=SELECTIONS)
-def test_the_order_of_the_file_changes_no_pair(run: Command, tmp_path: Path, flags: list[str]) -> None:
+def test_the_order_of_the_file_changes_no_pair(run, tmp_path, flags):
     rows, shuffled = random_rows(1), random_rows(1)
     random.Random(0).shuffle(shuffled)
     for name, train in (("in order", rows), ("shuffled", shuffled)):
@@ -200,9 +198,7 @@ def test_the_order_of_the_file_changes_no_pair(run: Command, tmp_path: Path, fla
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_selection_is_made_once_and_refused_under_other_flags(
-    run: Command, paths: tuple[Path, Path], selection: str
-) -> None:
+def test_a_selection_is_made_once_and_refused_under_other_flags(run, paths, selection):
     rows, flags = random_rows(3), SELECTIONS[selection]
     write(paths[0], rows, rows)
     done = run(*flags_of(paths, *HALF, *flags))
@@ -219,7 +215,7 @@ def test_a_selection_is_made_once_and_refused_under_other_flags(
     assert seeded.returncode == (2 if selection == "top_random" else 0), "the seed matters where something is drawn"
 
 
-def test_standardised_by_train_a_completion_scores_the_same_in_test(run: Command, paths: tuple[Path, Path]) -> None:
+def test_standardised_by_train_a_completion_scores_the_same_in_test(run, paths):
     train = good_rows()  # prompt 7 in train too; truthfulness mean 1, sd 1; complexity mean 2, sd 1
     write(paths[0], train, [train[0], train[2]])
     done = run(*flags_of(paths, *README_MIX, "--standardize_by=train"))
@@ -239,7 +235,7 @@ def test_standardised_by_train_a_completion_scores_the_same_in_test(run: Command
     assert by_split.chosen_score == 0.5, "by its own split complexity has sd 0"
 
 
-def test_rows_have_the_scores_by_which_another_mixture_would_label_them(run: Command, paths: tuple[Path, Path]) -> None:
+def test_rows_have_the_scores_by_which_another_mixture_would_label_them(run, paths):
     """What --eval_mixture of the trainer relabels by."""
     (source, folder), other, rng = paths, paths[1].parent / "other", random.Random(9)
     train = random_rows(7, prompts=20)
@@ -264,7 +260,7 @@ def test_rows_have_the_scores_by_which_another_mixture_would_label_them(run: Com
     assert 0 < swapped < len(pairs)
 
 
-def test_a_dry_run_prints_the_report_and_writes_nothing(run: Command, paths: tuple[Path, Path]) -> None:
+def test_a_dry_run_prints_the_report_and_writes_nothing(run, paths):
     write(paths[0], random_rows(4, prompts=60), random_rows(5, prompts=3))
     flags = flags_of(paths, "--ultrafeedback_honesty=1.0")
     dry = run(*flags, "--dry_run")
@@ -320,7 +316,7 @@ BAD_DATA: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_one_line_and_status_1_and_writes_nothing(run: Command, paths: tuple[Path, Path], case: str) -> None:
+def test_bad_data_is_one_line_and_status_1_and_writes_nothing(run, paths, case):
     train, test, message = BAD_DATA[case]
     write(paths[0], train, test)
     done = run(*flags_of(paths, "--ArmoRM=1.0"))
@@ -338,9 +334,7 @@ def test_bad_data_is_one_line_and_status_1_and_writes_nothing(run: Command, path
         (("--selection=top_random", "--min_margin=9"), "no pair is left of 2 prompts (2 small margin"),
     ],
 )
-def test_the_filter_that_left_no_pair_is_named(
-    run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str
-) -> None:
+def test_the_filter_that_left_no_pair_is_named(run, paths, flags, message):
     # ArmoRM 0.5 0.1 0.4 0.2: sd sqrt(0.1 / 4) = 0.158; margins 0.1 / sd = 0.632
     write(paths[0], [{**one, "completion": [{"role": "assistant", "content": f"same{'.' * index}"}]}
                      for index, one in enumerate(good_rows())], good_rows())  # fmt: skip
@@ -377,7 +371,7 @@ def test_the_filter_that_left_no_pair_is_named(
         (("--ArmoRM=1.0", "--weights", "kind=nan"), "--weights kind=nan: a weight is finite and not negative"),
     ],
 )
-def test_wrong_flags_are_status_2(run: Command, paths: tuple[Path, Path], flags: tuple[str, ...], message: str) -> None:
+def test_wrong_flags_are_status_2(run, paths, flags, message):
     write(paths[0], good_rows(), good_rows())
     done = run(*flags_of(paths, *flags))
     assert done.returncode == 2, done.stderr
@@ -385,7 +379,7 @@ def test_wrong_flags_are_status_2(run: Command, paths: tuple[Path, Path], flags:
     assert not paths[1].exists()
 
 
-def test_pairs_never_overwrite_their_completions(run: Command, paths: tuple[Path, Path]) -> None:
+def test_pairs_never_overwrite_their_completions(run, paths):
     write(paths[0], good_rows(), good_rows())
     before = (paths[0] / "train.jsonl").read_bytes()
     done = run(f"--completions={paths[0]}", f"--output_path={paths[0]}/", "--ArmoRM=1.0", "--overwrite=true")
@@ -395,20 +389,20 @@ def test_pairs_never_overwrite_their_completions(run: Command, paths: tuple[Path
 
 
 @pytest.mark.parametrize("moves", [0, 1])
-def test_killed_while_replacing_the_pairs(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+def test_killed_while_replacing_the_pairs(paths, monkeypatch, moves):
     """Before or between the two files' moves: neither command takes the folder for its own, nor loses a file unasked."""
 
     from drdpo.config.data import PreferencesConfig
     from drdpo.pairing import generate_preferences
 
     write(paths[0], good_rows(), good_rows())
-    common: dict[str, Any] = {"completions": str(paths[0]), "output_path": str(paths[1])}
+    common = {"completions": str(paths[0]), "output_path": str(paths[1])}
     generate_preferences(old := PreferencesConfig(**common, ArmoRM=1.0))
     before = {split: (paths[1] / f"{split}.jsonl").read_bytes() for split in ("train", "test")}
     new = PreferencesConfig(**common, ultrafeedback_truthfulness=1.0, overwrite=True)
     real, moved = os.replace, []
 
-    def killed(source: Any, target: Any) -> None:
+    def killed(source, target):
         if Path(target).suffix == ".jsonl":
             if len(moved) == moves:
                 raise KeyboardInterrupt

@@ -13,19 +13,19 @@ from drdpo.pairing import REASONS, compare_lengths, length_lines, mean_and_sd, m
 from drdpo.records import Preference
 
 
-def test_standardise_takes_the_population_sd() -> None:
+def test_standardise_takes_the_population_sd():
     # mean 5; deviations -3 -1 -1 -1 0 0 2 4; mean square 32 / 8 = 4; sd 2
     scores_C = [2, 4, 4, 4, 5, 5, 7, 9]
     assert mean_and_sd(scores_C) == (5.0, 2.0)
     np.testing.assert_allclose(standardise(scores_C, (5.0, 2.0)), [-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2])
 
 
-def test_standardise_of_equal_scores_is_zero_even_when_their_mean_rounds() -> None:
+def test_standardise_of_equal_scores_is_zero_even_when_their_mean_rounds():
     assert mean_and_sd(np.full(7, 0.1))[1] == 0.0
     assert standardise(np.full(3, 0.1), mean_and_sd(np.full(7, 0.1))).tolist() == [0.0] * 3
 
 
-def test_mix_is_a_weighted_sum_by_name() -> None:
+def test_mix_is_a_weighted_sum_by_name():
     scores = {"a": [1.0, 2.0], "b": [10.0, 20.0], "unused": [9.0, 9.0]}
     np.testing.assert_allclose(mix(scores, {"b": 0.25, "a": 0.75}), [3.25, 6.5])
 
@@ -50,14 +50,14 @@ def selected(
     return select(scores, texts or TEXTS[: len(scores)], config, key)
 
 
-def test_top_bottom_by_hand() -> None:
+def test_top_bottom_by_hand():
     assert selected() == ([(1, 2)], {"candidates": 1, "over_max_pairs_per_prompt": 0})
     assert selected(min_margin=0.8)[0] == [(1, 2)]
     pairs, counts = selected(min_margin=0.81)
     assert (pairs, counts["small_margin"]) == ([], 1)
 
 
-def test_all_pairs_by_hand() -> None:
+def test_all_pairs_by_hand():
     pairs, counts = selected("all_pairs")
     assert pairs == ALL
     assert (counts["candidates"], counts["zero_margin"]) == (10, 1)
@@ -69,7 +69,7 @@ def test_all_pairs_by_hand() -> None:
     assert (counts["small_margin"], counts["over_max_pairs_per_prompt"]) == (1, 5)
 
 
-def test_top_random_rejects_each_of_the_lower_completions_equally_often() -> None:
+def test_top_random_rejects_each_of_the_lower_completions_equally_often():
     drawn = Counter(selected("top_random", key=f"train/{prompt}")[0][0] for prompt in range(3000))
     assert set(drawn) == {(1, 0), (1, 2), (1, 4)}, "3 has the score of the best one"
     assert all(900 < count < 1100 for count in drawn.values()), drawn  # 1000 +- 26 for one standard deviation
@@ -77,7 +77,7 @@ def test_top_random_rejects_each_of_the_lower_completions_equally_often() -> Non
     assert (counts["candidates"], counts["zero_margin"], counts["not_drawn"]) == (4, 1, 2)
 
 
-def test_top_random_depends_on_seed_split_and_prompt_only() -> None:
+def test_top_random_depends_on_seed_split_and_prompt_only():
     keys = [f"{split}/{prompt}" for split in ("train", "test") for prompt in range(50)]
     first = [selected("top_random", seed=1, key=key)[0] for key in keys]
     assert first[::-1] == [selected("top_random", seed=1, key=key)[0] for key in reversed(keys)]
@@ -85,13 +85,13 @@ def test_top_random_depends_on_seed_split_and_prompt_only() -> None:
     assert first[:50] != first[50:], "a prompt_id of train and one of test are different prompts"
 
 
-def test_top_random_draws_after_filtering() -> None:
+def test_top_random_draws_after_filtering():
     texts = ["bird", *TEXTS[1:]]
     drawn = {selected("top_random", texts=texts, key=str(key), min_margin=0.35)[0][0] for key in range(50)}
     assert drawn == {(1, 2)}, "0 has the chosen one's text, the margin of 4 is too small"
 
 
-def test_equal_texts_make_no_pair() -> None:
+def test_equal_texts_make_no_pair():
     texts, scores = ["one two three", " one two three\n", "four"], [3.0, 2.0, 1.0]
     pairs, counts = selected("all_pairs", scores, texts)
     assert pairs == [(0, 2), (1, 2)]
@@ -99,13 +99,13 @@ def test_equal_texts_make_no_pair() -> None:
     assert selected("top_bottom", scores[:2], texts[:2])[0] == [], "top_bottom tries no other pair"
 
 
-def test_one_completion_makes_no_candidate() -> None:
+def test_one_completion_makes_no_candidate():
     for selection in ("top_bottom", "top_random", "all_pairs"):
         pairs, counts = selected(selection, [0.5])
         assert (pairs, counts["candidates"]) == ([], 0)
 
 
-def test_scores_that_differ_only_by_rounding_are_tied() -> None:
+def test_scores_that_differ_only_by_rounding_are_tied():
     scores = [0.1 + 0.2, 0.3, 0.0]
     assert scores[0] != scores[1]
     assert selected("all_pairs", scores)[0] == [(0, 2), (1, 2)]
@@ -124,7 +124,7 @@ def prompts() -> list[tuple[list[float], list[str]]]:
     return made
 
 
-def test_laws() -> None:
+def test_laws():
     some = 0
     for scores_n, texts_n in prompts():
         every = selected("all_pairs", scores_n, texts_n)
@@ -157,7 +157,7 @@ def pair(prompt_id: int, chosen: int, rejected: int, margin: float = 1.0, tokens
     return Preference(prompt_id, [{"role": "user", "content": "q"}], *answers, margin, 0.0, *ids)
 
 
-def test_lengths_by_hand() -> None:
+def test_lengths_by_hand():
     # Differences 2, 1, -1, 0; margins 4, 3, 2, 3: means 0.5 and 3; sum of products 1.5 + 0 + 1.5 - 0 = 3;
     # squares 2.25 + 0.25 + 2.25 + 0.25 = 5 and 1 + 0 + 1 + 0 = 2.
     found = compare_lengths([pair(1, 5, 3, 4.0), pair(2, 3, 2, 3.0), pair(3, 1, 2, 2.0), pair(4, 9, 9, 3.0)])
@@ -175,14 +175,14 @@ def test_lengths_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(81, 263), (15, 148), (0, 20), (1, 29), (29, 29)])
-def test_the_interval_is_wilsons(hits: int, trials: int) -> None:
+def test_the_interval_is_wilsons(hits, trials):
     from scipy.stats import binomtest
 
     interval = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
     assert wilson_interval(hits, trials) == pytest.approx((hits / trials, interval.low, interval.high), abs=1e-12)
 
 
-def test_pairs_of_one_prompt_count_once() -> None:
+def test_pairs_of_one_prompt_count_once():
     together = compare_lengths([pair(number // 10, 5, 3 if number < 70 else 8) for number in range(100)])
     alone = compare_lengths([pair(number, 5, 3 if number < 7 else 8) for number in range(10)])
     assert (together.chosen_longer, together.chosen_shorter) == (7, 3)
@@ -191,7 +191,7 @@ def test_pairs_of_one_prompt_count_once() -> None:
     assert compare_lengths([pair(1, 7, 3), pair(1, 3, 4), pair(1, 3, 4)]).chosen_longer == 1
 
 
-def test_a_bias_is_reported_only_if_the_interval_excludes_one_half() -> None:
+def test_a_bias_is_reported_only_if_the_interval_excludes_one_half():
     longer = compare_lengths([pair(number, 5, 3 if number % 10 < 7 else 8) for number in range(1000)])
     assert longer.biased
     assert "length bias: chosen is longer for 70.0% of prompts (95% CI 67.1-72.8%)" in length_lines(longer)
@@ -202,7 +202,7 @@ def test_a_bias_is_reported_only_if_the_interval_excludes_one_half() -> None:
     assert not few.biased, "three of three may be chance"
 
 
-def test_equal_lengths_do_not_enter_the_share() -> None:
+def test_equal_lengths_do_not_enter_the_share():
     most = compare_lengths(
         [pair(number, 8, 8) for number in range(900)]
         + [pair(-number, 5, 3 if number < 60 else 9) for number in range(1, 101)]
@@ -215,7 +215,7 @@ def test_equal_lengths_do_not_enter_the_share() -> None:
     assert "equally long" in length_lines(none)[1]
 
 
-def test_the_unit_is_tokens_only_if_every_answer_has_them() -> None:
+def test_the_unit_is_tokens_only_if_every_answer_has_them():
     mixed = compare_lengths([pair(1, 5, 3), pair(2, 2, 4, tokens=False)])
     assert (mixed.unit, mixed.chosen_mean, mixed.rejected_mean) == ("characters", 7.0, 7.0)
     assert "length in characters" in length_lines(mixed)[0]

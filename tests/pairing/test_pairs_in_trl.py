@@ -32,12 +32,12 @@ CUT = (2, 2)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm: Path) -> Any:
+def tokenizer(smollm):
     return chat.load_tokenizer(str(smollm))
 
 
 @pytest.fixture(scope="module", params=["top_bottom", "all_pairs"])
-def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def pairs(request, tmp_path_factory, tokenizer):
     source = tmp_path_factory.mktemp("completions")
     rows = []
     for prompt_id, (prompt, answers) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -73,7 +73,7 @@ def prepared(rows: Any, tokenizer: Any, folder: Path) -> Any:
     return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, config, "train")
 
 
-def test_trl_and_our_trainer_read_the_same_tokens(pairs: Path, tokenizer: Any) -> None:
+def test_trl_and_our_trainer_read_the_same_tokens(pairs, tokenizer):
     from trl.data_utils import is_conversational
 
     from drdpo.config.training import DataSettings
@@ -100,7 +100,7 @@ def test_trl_and_our_trainer_read_the_same_tokens(pairs: Path, tokenizer: Any) -
     assert cut >= 1
 
 
-def test_trl_collates_them_as_we_do(pairs: Path, tokenizer: Any) -> None:
+def test_trl_collates_them_as_we_do(pairs, tokenizer):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     from drdpo.training.data import Pair, collate
@@ -114,7 +114,7 @@ def test_trl_collates_them_as_we_do(pairs: Path, tokenizer: Any) -> None:
     assert theirs["completion_mask"].bool().tolist() == ours.answer_mask_ST.tolist()
 
 
-def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
+def test_columns_have_one_type_without_nulls(pairs):
     for split in ("train", "test"):
         rows = load(pairs, split)
         assert rows.column_names == [
@@ -128,7 +128,7 @@ def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
             assert all(value is not None for value in rows[name])
 
 
-def test_completions_without_token_ids_open_too(tmp_path: Path, tokenizer: Any) -> None:
+def test_completions_without_token_ids_open_too(tmp_path, tokenizer):
     """Completions of another program: some or all have no ids; the trainer then encodes the text."""
     from drdpo.config.training import DataSettings
     from drdpo.training.data import tokenise

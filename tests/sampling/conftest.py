@@ -1,9 +1,7 @@
 """Prompts and flags for the sampling tests."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +25,7 @@ def write_prompts(path: Path, contents: list[str], first_id: int = 0) -> None:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
+def prompts(tmp_path):
     """A folder whose name has a space, with ten test and four train prompts."""
     folder = tmp_path / "my prompts"
     write_prompts(folder / "test.jsonl", QUESTIONS)
@@ -36,7 +34,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def requests(tiny_policy: Path) -> list[Request]:
+def requests(tiny_policy):
     """The ten questions for the tiny model."""
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     return [
@@ -46,10 +44,10 @@ def requests(tiny_policy: Path) -> list[Request]:
 
 
 @pytest.fixture
-def flags(tmp_path: Path, prompts: Path, tiny_policy: Path) -> Callable[..., CompletionsConfig]:
+def flags(tmp_path, prompts, tiny_policy):
     """A config for a small run with the tiny model and transformers, in float32; flags can be replaced."""
 
-    def make(**changes: Any) -> CompletionsConfig:
+    def make(**changes):
         usual = {
             "save_path": str(tmp_path / "out put"), "model_path": str(tiny_policy), "dataset": str(prompts), "best_of_n": 3,
             "temperature": 1.0, "max_new_tokens": 6, "prompt_max_len": 64, "engine": "transformers", "dtype": "float32",

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from drdpo.sampling.engines import Draw, EngineSettings, Request, Sample, Sampli
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_policy: Path) -> TransformersEngine:
+def engine(tiny_policy):
     return TransformersEngine(EngineSettings("transformers", str(tiny_policy), "float32", 128))
 
 
@@ -29,27 +28,27 @@ def draws(logits_V: torch.Tensor, how: Sampling, rows: int) -> list[float]:
     return [counts[token] / rows for token in range(len(logits_V))]
 
 
-def test_frequencies_are_the_softmax_at_the_temperature() -> None:
+def test_frequencies_are_the_softmax_at_the_temperature():
     logits_V = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     assert draws(logits_V, sampling(temperature=1.0), 8000) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
     # At temperature 1/2 probabilities are squared: 1, 4, 9, 16 thirtieths.
     assert draws(logits_V, sampling(temperature=0.5), 8000) == pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30], abs=0.02)
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits_V = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     # 0.4 + 0.3 reaches 0.65; the two are renormalised.
     assert draws(logits_V, sampling(top_p=0.65), 8000) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.02)
     assert draws(logits_V, sampling(top_p=0.05), 200) == [0, 0, 0, 1]
 
 
-def test_every_request_has_n_different_samples(engine: TransformersEngine, requests: list[Request]) -> None:
+def test_every_request_has_n_different_samples(engine, requests):
     found = dict(engine.generate(requests, sampling(n=4)))
     assert sorted(found) == list(range(len(requests)))
     assert all(len({tuple(sample.token_ids) for sample in samples}) == 4 for samples in found.values())
 
 
-def test_samples_do_not_depend_on_order_or_company(engine: TransformersEngine, requests: list[Request]) -> None:
+def test_samples_do_not_depend_on_order_or_company(engine, requests):
     together = dict(engine.generate(requests, sampling()))
     backwards = dict(engine.generate(requests[::-1], sampling()))
     assert [backwards[len(requests) - 1 - index] for index in range(len(requests))] == [
@@ -59,10 +58,8 @@ def test_samples_do_not_depend_on_order_or_company(engine: TransformersEngine, r
         assert dict(engine.generate([request], sampling()))[0] == together[index]
 
 
-def test_many_samples_of_a_prompt_are_the_first_ones_and_more_and_never_one_batch(
-    engine: TransformersEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows: list[int] = []
+def test_many_samples_of_a_prompt_are_the_first_ones_and_more_and_never_one_batch(engine, requests, monkeypatch):
+    rows = []
     forward = engine._model.forward
     monkeypatch.setattr(engine._model, "forward", lambda *a, **k: (rows.append(len(k["input_ids"])), forward(*a, **k))[1])
     many = dict(engine.generate(requests[:2], sampling(n=150)))
@@ -73,14 +70,12 @@ def test_many_samples_of_a_prompt_are_the_first_ones_and_more_and_never_one_batc
         assert many[index][:5] == few[index]
 
 
-def test_the_seed_changes_the_samples(engine: TransformersEngine, requests: list[Request]) -> None:
+def test_the_seed_changes_the_samples(engine, requests):
     again = [Request(requests[0].prompt_token_ids, stream_seed(2, "test", 0))]
     assert dict(engine.generate(again, sampling()))[0] != dict(engine.generate(requests[:1], sampling()))[0]
 
 
-def test_greedy_is_the_argmax_of_the_plain_model(
-    engine: TransformersEngine, requests: list[Request], tiny_policy: Path
-) -> None:
+def test_greedy_is_the_argmax_of_the_plain_model(engine, requests, tiny_policy):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).eval()
@@ -94,16 +89,14 @@ def test_greedy_is_the_argmax_of_the_plain_model(
         assert found[index] == [Sample(expected, "length")] * 2
 
 
-def test_a_sample_ends_with_its_stop_token(engine: TransformersEngine, requests: list[Request]) -> None:
+def test_a_sample_ends_with_its_stop_token(engine, requests):
     free = dict(engine.generate(requests[:1], sampling(n=1, temperature=0.0)))[0][0].token_ids
     stop = free[3]
     ended = dict(engine.generate(requests, sampling(n=1, temperature=0.0, stops=(2, stop))))[0][0]
     assert ended == Sample(free[: free.index(stop) + 1], "stop")
 
 
-def test_the_folders_own_generation_config_does_not_count(
-    tiny_policy: Path, tmp_path: Path, requests: list[Request]
-) -> None:
+def test_the_folders_own_generation_config_does_not_count(tiny_policy, tmp_path, requests):
     plain = dict(
         TransformersEngine(EngineSettings("transformers", str(tiny_policy), "float32", 128)).generate(requests, sampling())
     )
@@ -115,7 +108,7 @@ def test_the_folders_own_generation_config_does_not_count(
     assert dict(other.generate(requests, sampling())) == plain
 
 
-def test_seeds_of_two_prompts_never_meet() -> None:
+def test_seeds_of_two_prompts_never_meet():
     seeds = {stream_seed(42, split, prompt_id) for split in ("train", "test") for prompt_id in range(500)}
     assert len(seeds) == 1000
     assert all(seed % (1 << 14) == 0 and 0 <= seed < 1 << 62 for seed in seeds)

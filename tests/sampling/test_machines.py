@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ FILES = ("sampled/test.jsonl", "sampled/train.jsonl", "sampled/rejects.jsonl", "
         ("2", "2", None), ("0", None, None), ("two", None, None), ("2", "-1", None), ("2", "x", None),
     ],
 )  # fmt: skip
-def test_the_machines_are_read_from_the_environment(nodes, node, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machines_are_read_from_the_environment(nodes, node, expected, monkeypatch):
     for name, value in (("DRDPO_NODES", nodes), ("DRDPO_NODE_RANK", node), ("DRDPO_WRITE", None)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -41,7 +40,7 @@ def test_the_machines_are_read_from_the_environment(nodes, node, expected, monke
 
 
 @pytest.fixture(scope="module")
-def words(smollm: Path, tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def words(smollm, tiny_policy, tmp_path_factory):
     """Flags of both scripts but for --save_path: five blocks of test prompts, two of train prompts."""
     room = tmp_path_factory.mktemp("room")
     write_prompts(room / "prompts" / "test.jsonl", QUESTIONS)
@@ -55,10 +54,10 @@ def words(smollm: Path, tiny_policy: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def start(root: Path, hosts: list[Forks], words: list[str]) -> Callable[..., Fork]:
+def start(root, hosts, words):
     """Start sampling on a host: as one of two machines, as the process that divides and writes, or alone."""
 
-    def sample(save: Path, nodes: int = 2, node: int | None = None, faults: Any = (), **variables: str) -> Fork:
+    def sample(save, nodes=2, node=None, faults=(), **variables):
         kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         ours = {"DRDPO_NODES": str(nodes), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         ours |= variables | ({} if node is None else {"DRDPO_NODE_RANK": str(node)})
@@ -77,7 +76,7 @@ def score(hosts: list[Forks], root: Path, words: list[str], save: Path, world: i
 
 
 @pytest.fixture(scope="module")
-def alone(root, hosts, words, start, tmp_path_factory) -> dict[str, bytes]:
+def alone(root, hosts, words, start, tmp_path_factory):
     """The files of one machine."""
     save = tmp_path_factory.mktemp("alone") / "out"
     assert statuses([start(save, nodes=1)]) == [0]
@@ -95,7 +94,7 @@ def test_a_host_that_is_lost_costs_its_unfinished_blocks(root, hosts, words, sta
         in early.said()[1]
     )
 
-    def divide() -> str:
+    def divide():
         fork = start(save)
         assert fork.wait() == 0, fork.said()
         return fork.said()[0]

@@ -2,27 +2,23 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from drdpo.errors import DataError, ProcessError, UsageError
 from drdpo.sampling import pool, vllm_engine
-from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling
+from drdpo.sampling.engines import EngineSettings, Request, Sampling
 from drdpo.sampling.pool import SHORT_ANSWERS, InProcess, Pool, choose_engine, plan_engines
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(autouse=True)
-def _no_engine_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_engine_count(monkeypatch):
     monkeypatch.delenv("DRDPO_ENGINES", raising=False)
 
 
-def test_vllm_that_does_not_work_is_an_error_if_requested_or_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vllm_that_does_not_work_is_an_error_if_requested_or_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--engine=vllm: .*not installed.*--engine=transformers"):
         choose_engine("vllm", 1024, on_gpu=False)
@@ -33,9 +29,7 @@ def test_vllm_that_does_not_work_is_an_error_if_requested_or_on_a_gpu(
     assert line.startswith("WARNING: ") and "not installed" in line
 
 
-def test_auto_is_vllm_but_transformers_for_short_answers_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_is_vllm_but_transformers_for_short_answers_on_a_cpu(monkeypatch, capsys):
     monkeypatch.setattr(pool, "vllm_problem", lambda: None)
     assert choose_engine("auto", SHORT_ANSWERS, on_gpu=False) == "transformers"
     assert "--engine=auto is transformers" in capsys.readouterr().out
@@ -44,18 +38,18 @@ def test_auto_is_vllm_but_transformers_for_short_answers_on_a_cpu(
     assert choose_engine("vllm", SHORT_ANSWERS, on_gpu=False) == "vllm", "a flag wins"
 
 
-def test_one_engine_per_gpu() -> None:
+def test_one_engine_per_gpu():
     assert plan_engines("vllm", 1, ["0", "1", "2"]) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
 
 
-def test_tensor_parallel_engines_share_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensor_parallel_engines_share_the_gpus(capsys):
     assert plan_engines("vllm", 2, ["4", "5", "GPU-a", "GPU-b", "7"]) == [
         {"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"},
     ]  # fmt: skip
     assert "1 of 5 GPUs are unused" in capsys.readouterr().out
 
 
-def test_one_engine_on_a_cpu_and_more_by_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_engine_on_a_cpu_and_more_by_the_variable(monkeypatch):
     assert len(plan_engines("transformers", 1, [])) == 1
     monkeypatch.setenv("DRDPO_ENGINES", "2")
     assert len(plan_engines("transformers", 1, [])) == 2
@@ -73,16 +67,14 @@ def test_one_engine_on_a_cpu_and_more_by_the_variable(monkeypatch: pytest.Monkey
         ("vllm", 1, [], "0", "at least 1"),
     ],
 )
-def test_more_than_there_is_is_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch, engine: str, width: int, gpus: list[str], engines: str | None, message: str
-) -> None:
+def test_more_than_there_is_is_a_usage_error(monkeypatch, engine, width, gpus, engines, message):
     if engines is not None:
         monkeypatch.setenv("DRDPO_ENGINES", engines)
     with pytest.raises(UsageError, match=message):
         plan_engines(engine, width, gpus)
 
 
-def test_the_gpus_are_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_are_the_visible_ones(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -95,29 +87,25 @@ def test_the_gpus_are_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_policy: Path) -> EngineSettings:
+def settings(tiny_policy):
     return EngineSettings("transformers", str(tiny_policy), "float32", 128)
 
 
 @pytest.fixture(scope="module")
-def blocks(requests: list[Request]) -> dict[int, list[Request]]:
+def blocks(requests):
     return {block: requests[3 * block : 3 * block + 3] for block in range(4)}
 
 
 @pytest.fixture(scope="module")
-def two_engines(settings: EngineSettings) -> Iterator[Pool]:
+def two_engines(settings):
     engines = Pool(settings, [ONE_THREAD, ONE_THREAD])
     yield engines
     engines.close()
 
 
-def test_two_engines_sample_what_one_samples(
-    two_engines: Pool, settings: EngineSettings, blocks: dict[int, list[Request]]
-) -> None:
+def test_two_engines_sample_what_one_samples(two_engines, settings, blocks):
     sampling = Sampling(2, 1.0, 0.9, 5, (2,))
-    one: dict[tuple[int, int], list[Sample]] = {
-        (block, index): samples for block, index, samples in InProcess(settings).run(blocks, sampling)
-    }
+    one = {(block, index): samples for block, index, samples in InProcess(settings).run(blocks, sampling)}
     for _ in range(2):  # the processes serve more than one run
         two = {(block, index): samples for block, index, samples in two_engines.run(blocks, sampling)}
         assert len(two) == 10
@@ -125,7 +113,7 @@ def test_two_engines_sample_what_one_samples(
 
 
 @pytest.mark.parametrize("count", [1, 20000], ids=["a small block", "a block beyond the pipe's buffer"])
-def test_an_engine_that_cannot_load_says_why(tmp_path: Path, count: int) -> None:
+def test_an_engine_that_cannot_load_says_why(tmp_path, count):
     (tmp_path / "config.json").write_text("{}")
     engines = Pool(EngineSettings("transformers", str(tmp_path), "float32", 128), [ONE_THREAD])
     try:
@@ -135,7 +123,7 @@ def test_an_engine_that_cannot_load_says_why(tmp_path: Path, count: int) -> None
         engines.close()
 
 
-def test_a_killed_engine_ends_the_run(two_engines: Pool, blocks: dict[int, list[Request]]) -> None:
+def test_a_killed_engine_ends_the_run(two_engines, blocks):
     """Last in the file: it breaks the pool."""
     running = two_engines.run(blocks, Sampling(2, 1.0, 1.0, 5, (2,)))
     next(running)

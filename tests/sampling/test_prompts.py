@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from drdpo.sampling.prompts import Reject, check_context, find_dataset, read_pro
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_policy: Path) -> Any:
+def tokenizer(tiny_policy):
     return chat.load_tokenizer(str(tiny_policy))
 
 
@@ -22,7 +21,7 @@ def user(prompt_id: int, content: str) -> Prompt:
     return Prompt(prompt_id, [{"role": "user", "content": content}])
 
 
-def test_auto_prefers_helpsteer_and_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_prefers_helpsteer_and_says_which(tmp_path, capsys):
     (tmp_path / "datasets" / "embedded_prompts").mkdir(parents=True)
     assert find_dataset("auto", tmp_path).name == "embedded_prompts"
     (tmp_path / "datasets" / "helpsteer2_prompts").mkdir()
@@ -31,14 +30,14 @@ def test_auto_prefers_helpsteer_and_says_which(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines()[-1] == f"prompts: {found} (--dataset=auto)"
 
 
-def test_no_prompts_is_an_error_that_helps(tmp_path: Path) -> None:
+def test_no_prompts_is_an_error_that_helps(tmp_path):
     with pytest.raises(DataError, match=r"setup\.sh"):
         find_dataset("auto", tmp_path)
     with pytest.raises(DataError, match="no such folder of prompts"):
         find_dataset(str(tmp_path / "none"), tmp_path)
 
 
-def test_test_comes_first_and_train_only_if_wanted(prompts: Path) -> None:
+def test_test_comes_first_and_train_only_if_wanted(prompts):
     assert list(read_prompts(prompts, only_test=False, max_prompts=None)) == ["test", "train"]
     (prompts / "train.jsonl").unlink()
     assert len(read_prompts(prompts, only_test=True, max_prompts=3)["test"]) == 3
@@ -46,7 +45,7 @@ def test_test_comes_first_and_train_only_if_wanted(prompts: Path) -> None:
         read_prompts(prompts, only_test=False, max_prompts=None)
 
 
-def test_a_prompt_id_that_comes_twice_is_an_error(prompts: Path) -> None:
+def test_a_prompt_id_that_comes_twice_is_an_error(prompts):
     path = prompts / "test.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[2]]) + "\n")
@@ -54,7 +53,7 @@ def test_a_prompt_id_that_comes_twice_is_an_error(prompts: Path) -> None:
         read_prompts(prompts, only_test=True, max_prompts=2)
 
 
-def test_a_long_prompt_is_rejected_with_the_reason(tokenizer: Any) -> None:
+def test_a_long_prompt_is_rejected_with_the_reason(tokenizer):
     prompts = [user(3, "short"), user(4, "word " * 200), user(8, "also short")]
     rendered, rejects = render(tokenizer, prompts, Path("d/test.jsonl"), 64)
     assert [(prompt.row, prompt.prompt.prompt_id) for prompt in rendered] == [(1, 3), (3, 8)]
@@ -63,7 +62,7 @@ def test_a_long_prompt_is_rejected_with_the_reason(tokenizer: Any) -> None:
     assert reject.reason.endswith("tokens, more than --prompt_max_len=64")
 
 
-def test_a_prompt_that_just_fits_is_kept(tokenizer: Any) -> None:
+def test_a_prompt_that_just_fits_is_kept(tokenizer):
     prompt = user(0, "What is rain?")
     length = len(chat.prompt_token_ids(tokenizer, prompt.prompt))
     assert render(tokenizer, [prompt], Path("test.jsonl"), length)[1] == []
@@ -71,7 +70,7 @@ def test_a_prompt_that_just_fits_is_kept(tokenizer: Any) -> None:
         render(tokenizer, [prompt], Path("test.jsonl"), length - 1)
 
 
-def test_prompts_that_the_template_rejects_are_rejects(tiny_policy: Path) -> None:
+def test_prompts_that_the_template_rejects_are_rejects(tiny_policy):
     strict = chat.load_tokenizer(str(tiny_policy))
     strict.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
@@ -83,7 +82,7 @@ def test_prompts_that_the_template_rejects_are_rejects(tiny_policy: Path) -> Non
     assert rejects == [Reject("test.jsonl", 1, 1, "the chat template rejects it (no system turns)")]
 
 
-def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy, tmp_path, tokenizer):
     import shutil
 
     assert stop_token_ids(str(tiny_policy), tokenizer) == (2,)
@@ -95,7 +94,7 @@ def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: P
     assert stop_token_ids(str(folder), tokenizer) == (2,)
 
 
-def test_prompt_and_completion_must_fit_the_model(tiny_policy: Path) -> None:
+def test_prompt_and_completion_must_fit_the_model(tiny_policy):
     model = check_model(str(tiny_policy))
     assert check_context(model, 1024, 1024) == 2048
     with pytest.raises(UsageError, match=r"need 2049 tokens, but .* has a context of 2048"):

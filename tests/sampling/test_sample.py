@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.forks import Forks
 
 from drdpo import chat
 from drdpo.config.data import CompletionsConfig
@@ -32,7 +31,7 @@ def sampled(config: CompletionsConfig) -> Path:
     return Path(config.save_path) / "sampled"
 
 
-def test_files_hold_n_samples_of_every_prompt_in_order(flags: Flags) -> None:
+def test_files_hold_n_samples_of_every_prompt_in_order(flags):
     config = flags()
     sample_completions(config)
     tokenizer = chat.load_tokenizer(config.model_path)
@@ -54,7 +53,7 @@ def test_files_hold_n_samples_of_every_prompt_in_order(flags: Flags) -> None:
     ]  # fmt: skip
 
 
-def test_only_test_leaves_train_alone_and_both_splits_add_up(flags: Flags) -> None:
+def test_only_test_leaves_train_alone_and_both_splits_add_up(flags):
     tokenizer = chat.load_tokenizer(flags().model_path)
     lengths = [len(chat.prompt_token_ids(tokenizer, row["prompt"])) for row in rows_of(Path(flags().dataset) / "test.jsonl")]
     limit = max(lengths) - 1
@@ -71,7 +70,7 @@ def test_only_test_leaves_train_alone_and_both_splits_add_up(flags: Flags) -> No
     assert len(rows_of(sampled(config) / "train.jsonl")) == 12
 
 
-def test_auto_and_the_precision_that_it_is_are_the_same_run(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_and_the_precision_that_it_is_are_the_same_run(flags, capsys):
     sample_completions(config := flags(only_test=True, dtype="auto"))
     found = resolve_dtype("auto")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--dtype=")]
@@ -85,9 +84,7 @@ def test_auto_and_the_precision_that_it_is_are_the_same_run(flags: Flags, capsys
         sample_completions(flags(only_test=True, dtype=other))
 
 
-def test_a_finished_step_is_skipped_with_a_line(
-    flags: Flags, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_step_is_skipped_with_a_line(flags, capsys, monkeypatch):
     sample_completions(flags(only_test=True))
     capsys.readouterr()
     monkeypatch.setattr(step, "open_engines", lambda *_: pytest.fail("an engine was started"))
@@ -100,7 +97,7 @@ def test_a_finished_step_is_skipped_with_a_line(
         assert line.startswith(str(sampled(same) / "test.jsonl")) and line.endswith("skipped")
 
 
-def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags: Flags, prompts: Path, tmp_path: Path) -> None:
+def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags, prompts, tmp_path):
     sample_completions(config := flags(only_test=True))
     before = (sampled(config) / "test.jsonl").read_bytes()
     with pytest.raises(UsageError, match=r"temperature \(1.0 -> 0.5\)"):
@@ -119,7 +116,7 @@ def test_changed_flags_prompts_or_model_are_refused_until_overwrite(flags: Flags
 
 
 @pytest.mark.parametrize("save_path", ["{0}", "{0}/../{1}", "{0}/.."])
-def test_completions_never_overwrite_their_prompts(flags: Flags, prompts: Path, tmp_path: Path, save_path: str) -> None:
+def test_completions_never_overwrite_their_prompts(flags, prompts, tmp_path, save_path):
     """Also where the prompts lie in sampled/, which is where this step writes."""
     dataset = prompts.rename(tmp_path / "sampled")
     before = (dataset / "test.jsonl").read_bytes()
@@ -130,7 +127,7 @@ def test_completions_never_overwrite_their_prompts(flags: Flags, prompts: Path, 
     assert (dataset / "test.jsonl").read_bytes() == before
 
 
-def test_the_order_of_the_prompts_does_not_matter(flags: Flags, prompts: Path, tmp_path: Path) -> None:
+def test_the_order_of_the_prompts_does_not_matter(flags, prompts, tmp_path):
     sample_completions(config := flags(only_test=True))
     turned = tmp_path / "turned"
     turned.mkdir()
@@ -155,9 +152,7 @@ def dies_after(prompts: int) -> Any:
     return failing
 
 
-def test_an_interrupted_run_resumes_to_the_same_file(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupted_run_resumes_to_the_same_file(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "CPU_BLOCK", 9)  # three prompts
     sample_completions(whole := flags(only_test=True, save_path=str(tmp_path / "whole")))
     config = flags(only_test=True)
@@ -175,10 +170,10 @@ def test_an_interrupted_run_resumes_to_the_same_file(
     assert not (sampled(config) / ".test.parts").exists()
 
 
-def test_completions_that_the_engine_did_not_end_are_rejects(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_that_the_engine_did_not_end_are_rejects(flags, monkeypatch):
     generate = engines.TransformersEngine.generate
 
-    def odd(self: Any, requests: Any, sampling: Any) -> Iterator[tuple[int, list[Sample]]]:
+    def odd(self, requests, sampling):
         for index, samples in generate(self, requests, sampling):
             if index == 1:
                 samples = [samples[0], Sample([5], "abort"), samples[2]]
@@ -196,7 +191,7 @@ def test_completions_that_the_engine_did_not_end_are_rejects(flags: Flags, monke
     assert {row["prompt_id"] for row in rows_of(sampled(config) / "test.jsonl")} == set(range(10)) - {1, 4}
 
 
-def test_the_results_may_lie_in_the_models_own_folder(flags: Flags, tmp_path: Path, tiny_policy: Path) -> None:
+def test_the_results_may_lie_in_the_models_own_folder(flags, tmp_path, tiny_policy):
     folder = tmp_path / "global_step_3"
     shutil.copytree(tiny_policy, folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -209,20 +204,20 @@ def test_the_results_may_lie_in_the_models_own_folder(flags: Flags, tmp_path: Pa
     sample_completions(config)  # is skipped: results do not make it another model
 
 
-def test_check_only_writes_nothing(flags: Flags) -> None:
+def test_check_only_writes_nothing(flags):
     sample_completions(config := flags(check_only=True))
     assert not Path(config.save_path).exists()
     with pytest.raises(UsageError, match="context of 2048"):
         sample_completions(flags(check_only=True, max_new_tokens=4096))
 
 
-def test_a_file_in_place_of_the_folder_is_refused(flags: Flags, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(flags, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="is a file, not a folder"):
         sample_completions(flags(save_path=str(tmp_path / "file")))
 
 
-def test_bad_input_is_one_line_and_status_1(root: Path, forks: Forks, flags: Flags, prompts: Path) -> None:
+def test_bad_input_is_one_line_and_status_1(root, forks, flags, prompts):
     config, expected = flags(), f"{prompts / 'test.jsonl'}, row 11"
     with (prompts / "test.jsonl").open("a") as stream:
         stream.write('{"prompt_id": 77}\n')
@@ -239,7 +234,7 @@ def test_bad_input_is_one_line_and_status_1(root: Path, forks: Forks, flags: Fla
     ("prompts", "n", "engines", "size"),
     [(10162, 10, 8, 636), (10162, 10, 4, 636), (10162, 2, 8, 1271), (3, 2, 8, 1), (10, 20000, 1, 1), (10162, 10, 1, 782)],
 )
-def test_gpus_have_equally_many_blocks_within_the_largest(prompts: int, n: int, engines: int, size: int) -> None:
+def test_gpus_have_equally_many_blocks_within_the_largest(prompts, n, engines, size):
     assert _LazyEngines(None, [{}] * engines, on_gpu=True).block_size(prompts, n) == size
     if engines % 2 == 0:  # as one machine with the engines of both
         halves = _LazyEngines(None, [{}] * (engines // 2), True, Machines(2, None))
@@ -249,7 +244,7 @@ def test_gpus_have_equally_many_blocks_within_the_largest(prompts: int, n: int, 
     assert _LazyEngines(None, [{}] * engines, on_gpu=False).block_size(prompts, n) == max(1, 128 // n)
 
 
-def test_samples_of_other_template_arguments_are_not_mixed(flags: Flags, tiny_policy: Path, tmp_path: Path) -> None:
+def test_samples_of_other_template_arguments_are_not_mixed(flags, tiny_policy, tmp_path):
     folder = Path(shutil.copytree(tiny_policy, tmp_path / "thinker"))
     template = folder / "chat_template.jinja"
     off = "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"

@@ -1,9 +1,6 @@
 """vLLM on the embedded model in float32, in an engine process as with several GPUs."""
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +14,7 @@ from drdpo.sampling.vllm_engine import VllmEngine, vllm_problem
 QUESTIONS = ["What is rain?", "Name three fruits.", "Say hi.", "Write one sentence about the sea.", "Add 2 and 2.", "Hello!"]
 
 
-def test_a_broken_vllm_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_vllm_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # what an import of it then raises is an ImportError
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: object())
     problem = vllm_problem()
@@ -27,12 +24,12 @@ def test_a_broken_vllm_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def settings(smollm: Path) -> EngineSettings:
+def settings(smollm):
     return EngineSettings("vllm", str(smollm), "float32", 128)
 
 
 @pytest.fixture(scope="module")
-def requests(smollm: Path) -> list[Request]:
+def requests(smollm):
     tokenizer = chat.load_tokenizer(str(smollm))
     return [
         Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": content}]), stream_seed(1, "test", number))
@@ -41,7 +38,7 @@ def requests(smollm: Path) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def engine(settings: EngineSettings) -> Iterator[Pool]:
+def engine(settings):
     pool = Pool(settings, [{"DS_ACCELERATOR": "cpu"}])
     yield pool
     # vLLM's process may take longer to end than close waits.
@@ -55,14 +52,14 @@ def run(engine: Pool, requests: list[Request], sampling: Sampling) -> list[list[
 
 
 @pytest.mark.slow
-def test_greedy_equals_transformers(engine: Pool, requests: list[Request], settings: EngineSettings) -> None:
+def test_greedy_equals_transformers(engine, requests, settings):
     sampling = Sampling(2, 0.0, 1.0, 20, (2,))
     plain = dict(TransformersEngine(settings).generate(requests[:3], sampling))
     assert run(engine, requests, sampling)[:3] == [plain[index] for index in range(3)]
 
 
 @pytest.mark.slow
-def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool, requests: list[Request]) -> None:
+def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine, requests):
     sampling = Sampling(4, 1.0, 0.95, 12, (2,))
     first = run(engine, requests, sampling)
     assert all(len({tuple(sample.token_ids) for sample in samples}) == 4 for samples in first[:2])
@@ -72,7 +69,7 @@ def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[Request]) -> None:
+def test_samples_do_not_depend_on_order_or_company(engine, requests):
     sampling = Sampling(2, 0.7, 1.0, 12, (2,))
     together = run(engine, requests, sampling)
     assert run(engine, requests[::-1], sampling) == together[::-1]
@@ -80,7 +77,7 @@ def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[
 
 
 @pytest.mark.slow
-def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
+def test_a_stop_keeps_its_token(engine, requests):
     free = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2,)))[0][0]
     stop = free.token_ids[8]
     place = free.token_ids.index(stop)
@@ -92,7 +89,7 @@ def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
 
 
 @pytest.mark.slow
-def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requests: list[Request]) -> None:
+def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine, requests):
     """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see vllm_engine)."""
     long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(20)]
     assert sum(len(request.prompt_token_ids) for request in long) > 2048
@@ -101,16 +98,14 @@ def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requ
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "context"), [(False, "LLM_CLASS"), (True, "ENGINE_CONTEXT")])
-def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
-    cpu: bool, context: str, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_gets_the_defaults_of_vllms_offline_class(cpu, context, settings, monkeypatch):
     """1,024 sequences and 16,384 tokens a step on an H100, as vllm.LLM has; the engine's own are 128 and 2,048."""
     import vllm
     from vllm.platforms import current_platform
 
     started = {}
 
-    def start(arguments: Any, usage_context: Any = None) -> None:
+    def start(arguments, usage_context=None):
         started.update(vars(arguments), context=usage_context.value)
 
     monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", start)
@@ -122,10 +117,10 @@ def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
 
 
 @pytest.mark.slow
-def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_start_is_a_data_error(settings, monkeypatch):
     import vllm
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", fail)
@@ -134,7 +129,7 @@ def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, m
 
 
 @pytest.mark.slow
-def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch):
     """It would be compiled by nvcc, which a machine with a driver alone lacks; our requests have seeds and never use it."""
     from vllm import envs
 

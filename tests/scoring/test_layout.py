@@ -24,7 +24,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], None]
 Broken = Callable[[Change], Path]
 
 
-def test_head_shapes_are_those_of_the_published_inventory(root: Path, tmp_path: Path) -> None:
+def test_head_shapes_are_those_of_the_published_inventory(root, tmp_path):
     data = root.parent / "shared" / "data" / "armorm"
     if not data.is_dir():
         pytest.skip("the published tensor inventory is not here")
@@ -38,7 +38,7 @@ def test_head_shapes_are_those_of_the_published_inventory(root: Path, tmp_path: 
     assert list(layout.objectives) == json.loads((data / "published_example.json").read_text())["attributes"]
 
 
-def test_single_file_and_shards_load_alike(published: Path, broken: Broken) -> None:
+def test_single_file_and_shards_load_alike(published, broken):
     assert len({stored.file for stored in read_tensors(published).values()}) == 4
     single = broken(lambda config, tensors: None)
     ids = [[128000, 9, 8, 128009, 128006, 78191, 128007, 271, 5, 6, 128009]]
@@ -95,12 +95,12 @@ def with_config(**fields: Any) -> Change:
         (with_config(model_type="nonesuch"), r"the backbone cannot be built"),
     ],
 )
-def test_a_wrong_folder_is_refused(broken: Broken, change: Change, message: str) -> None:
+def test_a_wrong_folder_is_refused(broken, change, message):
     with pytest.raises(DataError, match=message):
         load_armorm(broken(change), "cpu")
 
 
-def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
+def test_missing_and_cut_files(published, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(published, folder)
     shard = folder / "model-00002-of-00004.safetensors"
@@ -125,7 +125,7 @@ def test_missing_and_cut_files(published: Path, tmp_path: Path) -> None:
         load_armorm(tmp_path / "nowhere", "cpu")
 
 
-def test_the_check_before_loading_finds_missing_parts(published: Path, embedded_like: Path, broken: Broken) -> None:
+def test_the_check_before_loading_finds_missing_parts(published, embedded_like, broken):
     assert check_folder(embedded_like).objectives == ("kind", "right", "short")
     with pytest.raises(DataError, match="no tokenizer"):
         check_folder(published)
@@ -140,7 +140,7 @@ def test_the_check_before_loading_finds_missing_parts(published: Path, embedded_
         ("LlamaForSequenceClassification", r"no such model \(LlamaForSequenceClassification\) where --reward_model needs"),
     ],
 )
-def test_another_kind_of_model_is_named(published: Path, tmp_path: Path, architecture: str, message: str) -> None:
+def test_another_kind_of_model_is_named(published, tmp_path, architecture, message):
     config = {
         name: value for name, value in json.loads((published / "config.json").read_text()).items() if "gating" not in name
     }

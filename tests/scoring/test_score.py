@@ -5,13 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness.forks import Forks
 from harness.reward_models import pad_right
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
@@ -20,7 +18,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.records import Completion, read_records, read_rows, write_rows
 from drdpo.scoring import score
 from drdpo.scoring.armorm import ArmoRM, load_armorm
-from drdpo.scoring.score import Reading, Scorer, score_completions
+from drdpo.scoring.score import Scorer, score_completions
 
 Row = dict[str, Any]
 
@@ -46,7 +44,7 @@ ROWS = [
 
 
 @pytest.fixture
-def save_path(tmp_path: Path) -> Path:
+def save_path(tmp_path):
     folder = tmp_path / "my completions"
     write_rows(folder / "sampled" / "train.jsonl", ROWS)
     write_rows(folder / "sampled" / "test.jsonl", ROWS[:2])
@@ -54,8 +52,8 @@ def save_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def config(save_path: Path, embedded_like: Path) -> Callable[..., CompletionsConfig]:
-    def make(**fields: Any) -> CompletionsConfig:
+def config(save_path, embedded_like):
+    def make(**fields):
         given = {"save_path": str(save_path), "model_path": "unused", "reward_model": str(embedded_like), "dtype": "float32"}
         return CompletionsConfig(**(given | fields))
 
@@ -66,9 +64,7 @@ def scores_of(path: Path) -> list[dict[str, float]]:
     return [completion.scores for completion in read_records(path, Completion.from_row)]
 
 
-def test_scores_equal_those_of_one_conversation_at_a_time(
-    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_equal_those_of_one_conversation_at_a_time(config, save_path, embedded_like, capsys):
     score_completions(config())
     rows = [one for _, one in read_rows(save_path / "train.jsonl")]
     assert [{name: one[name] for name in ROWS[0]} for one in rows] == ROWS
@@ -93,9 +89,7 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     assert counts == {"in": 5, "out": 5, "dropped": 0, "why": {}}
 
 
-def test_two_processes_score_as_one_does(
-    config: Callable[..., CompletionsConfig], save_path: Path, root: Path, forks: Forks, embedded_like: Path
-) -> None:
+def test_two_processes_score_as_one_does(config, save_path, root, forks, embedded_like):
     score_completions(config())
     alone = scores_of(save_path / "train.jsonl")
     flags = ["--model_path=x", f"--save_path={save_path}", f"--reward_model={embedded_like}", "--dtype=float32"]
@@ -109,9 +103,7 @@ def test_two_processes_score_as_one_does(
     assert not list(save_path.glob(".*"))
 
 
-def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(
-    config: Callable[..., CompletionsConfig], save_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(config, save_path, capsys):
     score_completions(config(only_test=True))
     assert not (save_path / "train.jsonl").exists()
     before = (save_path / "test.jsonl").stat().st_mtime_ns
@@ -129,9 +121,7 @@ def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(
     assert [one["prompt_id"] for _, one in read_rows(save_path / "test.jsonl")] == [2]
 
 
-def test_completions_that_cannot_be_scored_are_rejects(
-    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, tmp_path: Path
-) -> None:
+def test_completions_that_cannot_be_scored_are_rejects(config, save_path, embedded_like, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "reward model with a hole"
@@ -169,21 +159,19 @@ def test_completions_that_cannot_be_scored_are_rejects(
     assert nan["reason"].startswith("the score is not finite (")
 
 
-def test_nothing_scored_is_an_error(config: Callable[..., CompletionsConfig], save_path: Path) -> None:
+def test_nothing_scored_is_an_error(config, save_path):
     with pytest.raises(DataError, match="none of 5 completions could be scored; the first: longer than"):
         score_completions(config(score_max_len=3))
     assert not (save_path / "train.jsonl").exists()
 
 
-def test_save_path_may_be_a_model_folder(config: Callable[..., CompletionsConfig], save_path: Path) -> None:
+def test_save_path_may_be_a_model_folder(config, save_path):
     (save_path / "config.json").write_text("{}")
     score_completions(config(only_test=True))
     assert (save_path / "config.json").read_text() == "{}"
 
 
-def test_bad_inputs_are_named(
-    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, published: Path, tmp_path: Path
-) -> None:
+def test_bad_inputs_are_named(config, save_path, embedded_like, published, tmp_path):
     with pytest.raises(UsageError, match="longest conversation would not fit"):
         config(score_max_len=500, score_batch_tokens=499)
     with pytest.raises(UsageError, match="reads at most 8192 tokens"):
@@ -206,9 +194,7 @@ def test_bad_inputs_are_named(
         score_completions(config())
 
 
-def test_completions_that_the_template_rejects_are_rejects(
-    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, tmp_path: Path
-) -> None:
+def test_completions_that_the_template_rejects_are_rejects(config, save_path, embedded_like, tmp_path):
     folder = tmp_path / "strict"
     shutil.copytree(embedded_like, folder)
     template = folder / "chat_template.jinja"
@@ -229,8 +215,8 @@ def test_completions_that_the_template_rejects_are_rejects(
 
 
 def test_check_only_loads_no_model_writes_nothing_and_needs_no_samples_but_checks_those_there(
-    config: Callable[..., CompletionsConfig], save_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    config, save_path, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "8")  # and waits for no other process
     monkeypatch.setattr(score, "Scorer", lambda *_: pytest.fail("a model was loaded"))
     score_completions(config(check_only=True, save_path=str(tmp_path / "fresh")))
@@ -243,9 +229,7 @@ def test_check_only_loads_no_model_writes_nothing_and_needs_no_samples_but_check
         score_completions(config(check_only=True))
 
 
-def test_a_backbone_that_cannot_be_packed_is_named(
-    config: Callable[..., CompletionsConfig], embedded_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backbone_that_cannot_be_packed_is_named(config, embedded_like, tmp_path, monkeypatch):
     folder = tmp_path / "mistral"
     shutil.copytree(embedded_like, folder)
     written = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 256}
@@ -254,7 +238,7 @@ def test_a_backbone_that_cannot_be_packed_is_named(
         score_completions(config(reward_model=str(folder), score_max_len=300, check_only=True))
     score_completions(config(reward_model=str(folder), score_max_len=256, check_only=True))
 
-    def capped(*_: Any) -> None:
+    def capped(*_):
         raise ValueError("capped logits")
 
     monkeypatch.setattr(ArmoRM, "score_packed", capped)
@@ -263,8 +247,8 @@ def test_a_backbone_that_cannot_be_packed_is_named(
 
 
 def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recorded(
-    config: Callable[..., CompletionsConfig], save_path: Path, embedded_like: Path, monkeypatch, capsys
-) -> None:
+    config, save_path, embedded_like, monkeypatch, capsys
+):
     score_completions(config(only_test=True))
     assert json.loads((save_path / "manifest.json").read_text())["score_test"]["attention"] == "sdpa"
     loaded = Scorer(embedded_like, "float32", 100, 100)
@@ -277,9 +261,7 @@ def test_what_attends_is_flash_on_cuda_where_it_serves_the_backbone_and_is_recor
     assert loaded._attend(torch.bfloat16) == "flash" and loaded.model.flash_attention
 
 
-def test_parts_that_a_kill_left_beside_finished_scores_are_removed(
-    config: Callable[..., CompletionsConfig], save_path: Path
-) -> None:
+def test_parts_that_a_kill_left_beside_finished_scores_are_removed(config, save_path):
     score_completions(config())
     scored = (save_path / "train.jsonl").read_bytes()
     (save_path / ".train.parts").mkdir()
@@ -288,15 +270,13 @@ def test_parts_that_a_kill_left_beside_finished_scores_are_removed(
     assert (save_path / "train.jsonl").read_bytes() == scored
 
 
-def test_only_what_is_missing_is_scored(
-    config: Callable[..., CompletionsConfig], save_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_only_what_is_missing_is_scored(config, save_path, tmp_path, monkeypatch, capsys):
     flags, broken = {"score_max_len": 48, "score_batch_tokens": 48}, tmp_path / "broken"
     shutil.copytree(save_path, broken)
     score_completions(config(**flags))
     score, scored, most = Scorer.score, [], 2
 
-    def stopping(self: Scorer, reading: Reading, number: int) -> dict[int, dict[str, Any]]:
+    def stopping(self, reading, number):
         if len(scored) == most:
             raise KeyboardInterrupt
         scored.append((len(reading.batches), number))
