@@ -3,7 +3,6 @@
 import gzip
 import json
 from contextlib import nullcontext
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from drdpo.assets import hub
 from drdpo.errors import DataError
@@ -20,17 +20,35 @@ from drdpo.records import Prompt, read_records, read_rows
 PAD = "<|finetune_right_pad_id|>"
 
 
+LLAMA = {
+    "config.json": b"{}",
+    "model-00001-of-00002.safetensors": b"1",
+    "model-00002-of-00002.safetensors": b"2",
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": json.dumps({"added_tokens": [{"id": 128004, "content": PAD}]}).encode(),
+    "tokenizer_config.json": b'{"eos_token": "<|eot_id|>"}',
+    "generation_config.json": b'{"eos_token_id": [128001, 128008, 128009]}',
+    "LICENSE.txt": b"licence",
+}
+REFUSED = dict.fromkeys(
+    (
+        "original/consolidated.00.pth", "original/params.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+        "modeling_custom.py", "tokenizer_code.py",
+    ),
+    b"code or pickle",
+)  # fmt: skip
+
+
 class FakeHub:
     """Serves `files` of one repository; `fail` is raised by the download after `fail_after` files."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.fail: Exception | None = None
-        self.fail_after = 0
-        self.info_error: Exception | None = None
-        self.fetched: list[str] = []
+    fail = info_error = None
+    fail_after, free = 0, 1 << 40
 
-    def model_info(self, repo: str, **options: object) -> SimpleNamespace:
+    def __init__(self):
+        self.files, self.fetched = LLAMA | REFUSED, []
+
+    def model_info(self, repo, **options):
         if self.info_error:
             raise self.info_error
         siblings = [SimpleNamespace(rfilename=name, size=len(content)) for name, content in self.files.items()]
@@ -38,20 +56,14 @@ class FakeHub:
 
     dataset_info = model_info
 
-    def snapshot_download(
-        self, repo: str, *, revision: str, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]
-    ) -> str:
+    def snapshot_download(self, repo, *, revision, local_dir, **patterns):
         assert revision == "abc123"
-        for count, (name, content) in enumerate(self.files.items()):
+        for count, name in enumerate(filter_repo_objects(self.files, **patterns)):
             if self.fail and count >= self.fail_after:
                 raise self.fail
-            allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
-            if allowed and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
-                self.fetched.append(name)
-                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
-                (local_dir / name).write_bytes(content)
+            self.fetched.append(name)
+            (local_dir / name).write_bytes(self.files[name])
         (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
-        return str(local_dir)
 
 
 @pytest.fixture
@@ -59,6 +71,7 @@ def fake(monkeypatch):
     fake = FakeHub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=fake.free))
     return fake
 
 
@@ -67,56 +80,30 @@ def _http(error: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
     return error("Cannot access it.\nMore lines.", response=httpx.Response(status, request=request))
 
 
-def _llama_files() -> dict[str, bytes]:
-    added = [{"id": 128004, "content": PAD}, {"id": 128009, "content": "<|eot_id|>"}]
-    return {
-        "config.json": b"{}",
-        "model-00001-of-00002.safetensors": b"1",
-        "model-00002-of-00002.safetensors": b"2",
-        "model.safetensors.index.json": b"{}",
-        "tokenizer.json": json.dumps({"added_tokens": added}).encode(),
-        "tokenizer_config.json": b'{"eos_token": "<|eot_id|>"}',
-        "generation_config.json": b'{"eos_token_id": [128001, 128008, 128009]}',
-        "LICENSE.txt": b"licence",
-        "original/consolidated.00.pth": b"pickle",
-        "original/params.json": b"{}",
-        "pytorch_model.bin": b"pickle",
-        "pytorch_model.bin.index.json": b"{}",
-        "modeling_custom.py": b"code",
-        "tokenizer_code.py": b"code",
-    }
-
-
 def test_a_llama_is_downloaded_with_its_pad_token(fake, tmp_path, capsys):
-    fake.files = _llama_files()
     folder = tmp_path / "models" / "Llama1b"
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
-    names = {str(file.relative_to(folder)) for file in folder.rglob("*")}
-    refused = ("original/", "pytorch_model", "modeling_custom.py", "tokenizer_code.py")
-    kept = {name for name in fake.files if not name.startswith(refused)}
-    assert names == kept | {"manifest.json"}
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*")} == LLAMA.keys() | {"manifest.json"}
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "<|eot_id|>", "pad_token": PAD}
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
     assert read_manifest(folder)["assets"]["made_by"]["revision"] == "abc123"
     assert "downloading 0.0 GB" in capsys.readouterr().out
     assert [path.name for path in folder.parent.iterdir()] == ["Llama1b"]
-
-
-def test_other_models_keep_their_own_pad_token(fake, tmp_path):
-    fake.files = _llama_files()
+    # Other models keep their own.
     hub.download_model("RLHFlow/ArmoRM-Llama3-8B-v0.1", tmp_path / "ArmoRM")
     assert b"pad" not in (tmp_path / "ArmoRM" / "tokenizer_config.json").read_bytes()
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
+    with pytest.raises(DataError, match=r"no token .* with the id 128004"):
+        hub.set_pad_token(folder, *hub.LLAMA3_PAD)
 
 
 def test_an_interrupted_download_shows_nothing_and_resumes(fake, tmp_path):
-    fake.files = _llama_files()
     fake.fail, fake.fail_after = ConnectionError("connection reset\nby peer"), 2
-    folder = tmp_path / "Llama1b"
+    folder, aside = tmp_path / "Llama1b", tmp_path / ".Llama1b.download"
     with pytest.raises(DataError, match=r"Llama-3\.2-1B-Instruct: the download failed \(connection reset\)"):
         hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert not folder.exists()
-    aside = tmp_path / ".Llama1b.download"
     assert (aside / "model-00001-of-00002.safetensors").is_file(), "complete files are kept for the next run"
     fake.fail = None
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
@@ -125,24 +112,21 @@ def test_an_interrupted_download_shows_nothing_and_resumes(fake, tmp_path):
 
 
 def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake, tmp_path):
-    fake.files = _llama_files()
-    (tmp_path / "Llama1b").mkdir()
-    hub.download_model("owner/model", tmp_path / "Llama1b")
-    assert (tmp_path / "Llama1b" / "config.json").is_file(), "an empty folder is replaced"
+    folder = tmp_path / "Llama1b"
+    folder.mkdir()
+    hub.download_model("owner/model", folder)
+    assert (folder / "config.json").is_file(), "an empty folder is replaced"
     fake.fetched.clear()
-    (tmp_path / "Llama1b" / "config.json").unlink()
+    (folder / "config.json").unlink()
     with pytest.raises(DataError, match=r"Llama1b: exists without config\.json.*move it away"):
-        hub.download_model("owner/model", tmp_path / "Llama1b")
+        hub.download_model("owner/model", folder)
     assert fake.fetched == []
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
 def test_an_incomplete_file_shows_nothing(fake, tmp_path, monkeypatch, spoil):
-    fake.files = _llama_files()
-    complete = fake.snapshot_download
-
     def careless(repo, *, local_dir, **options):
-        complete(repo, local_dir=local_dir, **options)
+        fake.snapshot_download(repo, local_dir=local_dir, **options)
         spoil(local_dir / "model-00002-of-00002.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", careless)
@@ -152,36 +136,21 @@ def test_an_incomplete_file_shows_nothing(fake, tmp_path, monkeypatch, spoil):
 
 
 @pytest.mark.parametrize(
-    ("files", "broken", "says"),
+    ("broken", "says"),
     [
-        ({}, {"info_error": _http(RepositoryNotFoundError, 404)}, "no such repository"),
-        ({}, {"info_error": _http(HfHubHTTPError, 503)}, r"the download failed \(Cannot access it\.\)"),
-        ({}, {"info_error": TimeoutError("timed out")}, r"the download failed \(timed out\)"),
-        ({"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}, {}, "no safetensors weights"),
-        (_llama_files(), {"fail": _http(GatedRepoError, 401)}, r"huggingface\.co/owner/model, run `hf auth login`"),
+        ({"info_error": _http(RepositoryNotFoundError, 404)}, "no such repository"),
+        ({"info_error": _http(HfHubHTTPError, 503)}, r"the download failed \(Cannot access it\.\)"),
+        ({"info_error": TimeoutError("timed out")}, r"the download failed \(timed out\)"),
+        ({"files": {"config.json": b"{}", "tokenizer.json": b"{}"} | REFUSED}, "no safetensors weights"),
+        ({"fail": _http(GatedRepoError, 401)}, r"huggingface\.co/owner/model, run `hf auth login`"),
+        ({"free": 99}, r"only 0\.0 GB are free"),
     ],
 )
-def test_what_cannot_be_downloaded_is_one_line(fake, tmp_path, files, broken, says):
-    fake.files = files
-    for name, error in broken.items():
-        setattr(fake, name, error)
+def test_what_cannot_be_downloaded_is_one_line(fake, tmp_path, broken, says):
+    vars(fake).update(broken)
     with pytest.raises(hub.NeedsLoginError if "login" in says else DataError, match=says):
         hub.download_model("owner/model", tmp_path / "model")
     assert not (tmp_path / "model").exists() and fake.fetched == []
-
-
-def test_too_little_disk_space_is_reported_before_the_download(fake, tmp_path, monkeypatch):
-    fake.files = {"model.safetensors": b"x" * 1000}
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
-    with pytest.raises(DataError, match=r"only 0\.0 GB are free"):
-        hub.download_model("owner/model", tmp_path / "model")
-    assert fake.fetched == []
-
-
-def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
-    with pytest.raises(DataError, match=r"no token .* with the id 128004"):
-        hub.set_pad_token(tmp_path, *hub.LLAMA3_PAD)
 
 
 @pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
@@ -190,7 +159,7 @@ def test_the_hub_answers_unless_the_request_fails(fake, error):
     assert hub.hub_answers() is (error is None)
 
 
-def test_the_hub_does_not_answer_offline(monkeypatch):
+def test_the_hub_does_not_answer_offline():
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert hub.hub_answers() is False
@@ -202,14 +171,12 @@ def helpsteer2(fake, tmp_path, monkeypatch):
 
     def fetch(repo, name, repo_type, revision):
         assert (repo, repo_type, revision) == ("nvidia/HelpSteer2", "dataset", "abc123")
-        (tmp_path / name).write_bytes(fake.files[name])
         return str(tmp_path / name)
 
     def download(cut=0, **splits):
         for split, texts in splits.items():
-            lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
-            content = gzip.compress(lines.encode())
-            fake.files[f"{split}.jsonl.gz"] = content[: len(content) - cut]
+            content = gzip.compress("".join(json.dumps({"prompt": text}) + "\n" for text in texts).encode())
+            (tmp_path / f"{split}.jsonl.gz").write_bytes(content[: len(content) - cut])
         hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "datasets" / "helpsteer2_prompts")
         return tmp_path / "datasets" / "helpsteer2_prompts"
 
@@ -231,14 +198,14 @@ def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": ["A"], "validation": []}, "the validation split has no usable prompt"),
-        ({"train": ["A"], "validation": ["B"], "cut": 9}, r"\.jsonl\.gz: the download is damaged"),
-        ({"train": ["A"], "validation": [None]}, 'row 1: field "prompt"'),
+        ({"validation": []}, "the validation split has no usable prompt"),
+        ({"validation": ["B"], "cut": 9}, r"\.jsonl\.gz: the download is damaged"),
+        ({"validation": [None]}, 'row 1: field "prompt"'),
     ],
 )
 def test_bad_helpsteer2_leaves_nothing(helpsteer2, tmp_path, splits, message):
     with pytest.raises(DataError, match=message):
-        helpsteer2(**splits)
+        helpsteer2(train=["A"], **splits)
     assert not list(tmp_path.glob("datasets/*"))
 
 
