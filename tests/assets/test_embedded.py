@@ -7,8 +7,6 @@ import shutil
 import sys
 from collections import Counter
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -40,7 +38,7 @@ from drdpo.scoring.armorm import check_folder, load_armorm
 # The policy
 
 
-def config_in(folder: Path, name: str = "config.json") -> dict:
+def config_in(folder, name="config.json"):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
@@ -145,7 +143,7 @@ WIDTH = 32
 """Of the tiny policy."""
 
 
-def heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
+def heads(dtype=torch.float32, scale=1.0):
     sizes = [WIDTH, 8, 8, 8, 2]
     found = {
         "regression_layer.weight": torch.full((2, WIDTH), scale),
@@ -173,7 +171,7 @@ def heads_folder(tmp_path):
     return folder
 
 
-def change_config(folder: Path, **fields: Any) -> Path:
+def change_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config_in(folder) | fields))
     return folder
 
@@ -284,11 +282,11 @@ MAX_JACCARD = 0.6
 """Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
 
 
-def rows_of(split: str) -> list[dict[str, Any]]:
+def rows_of(split):
     return [row for _, row in read_rows(embedded.PROMPTS / f"{split}.jsonl")]
 
 
-def text_of(row: dict[str, Any]) -> str:
+def text_of(row):
     return "\n".join(message["content"] for message in row["prompt"])
 
 
@@ -316,7 +314,7 @@ def test_no_two_prompts_are_nearly_equal():
         assert len(left & right) / len(left | right) <= MAX_JACCARD, (left_id, right_id)
 
 
-def asked(number: int, text: str = "Why?") -> dict[str, Any]:
+def asked(number, text="Why?"):
     return {"prompt_id": number, "category": "facts", "prompt": [{"role": "user", "content": text}]}
 
 

@@ -1,10 +1,14 @@
-"""Hub downloads against a fake hub: what is downloaded, refused and resumed; HelpSteer2's rows as prompts."""
+"""Hub downloads from a fake hub: what is downloaded, refused and resumed; HelpSteer2's rows as prompts; setup's choice."""
 
 import gzip
 import json
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import huggingface_hub
@@ -12,8 +16,11 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from drdpo.assets import hub
-from drdpo.errors import DataError
+from drdpo.asset_names import HUB_MODELS, select_models
+from drdpo.assets import embedded, hub
+from drdpo.assets.download import download_assets
+from drdpo.config.data import AssetsConfig
+from drdpo.errors import DataError, UsageError
 from drdpo.folder import read_manifest
 from drdpo.records import Prompt, read_records, read_rows
 
@@ -75,7 +82,7 @@ def fake(monkeypatch):
     return fake
 
 
-def _http(error: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+def _http(error, status):
     request = httpx.Request("GET", "https://hub.example/api")
     return error("Cannot access it.\nMore lines.", response=httpx.Response(status, request=request))
 
@@ -212,17 +219,18 @@ def test_bad_helpsteer2_leaves_nothing(helpsteer2, tmp_path, splits, message):
 ASSISTANT, USER = "\n<extra_id_1>Assistant\n", "\n<extra_id_1>User\n"
 
 
-def _rows(*texts: str) -> list[dict[str, str]]:
-    return [{"prompt": text, "response": "r"} for text in texts]
+def converted(*texts, **options):
+    return hub.convert_rows([{"prompt": text, "response": "r"} for text in texts], **options)
+
+
+def user(text):
+    return {"role": "user", "content": text}
 
 
 def test_each_prompt_once_and_turns_split():
-    rows = _rows(" Hi ", "Hi", f"A{ASSISTANT}B\n{USER}\nC", f"A{ASSISTANT}B{USER}C", "Bye")
-    prompts, counts = hub.convert_rows(rows, first_id=10)
-    turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))]
-    assert prompts == [
-        Prompt(10, [{"role": "user", "content": "Hi"}]), Prompt(11, turns), Prompt(12, [{"role": "user", "content": "Bye"}]),
-    ]  # fmt: skip
+    prompts, counts = converted(" Hi ", "Hi", f"A{ASSISTANT}B\n{USER}\nC", f"A{ASSISTANT}B{USER}C", "Bye", first_id=10)
+    turns = [user("A"), {"role": "assistant", "content": "B"}, user("C")]
+    assert prompts == [Prompt(10, [user("Hi")]), Prompt(11, turns), Prompt(12, [user("Bye")])]
     assert counts == {
         "rows": 5, "prompts": 3, "multi_turn": 1,
         "dropped_repeated": 2, "dropped_broken_turns": 0, "dropped_also_in_test": 0,
@@ -244,8 +252,8 @@ def test_each_prompt_once_and_turns_split():
 def test_broken_turns_are_dropped_and_counted(text, message):
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         hub.split_helpsteer_turns(text)
-    prompts, counts = hub.convert_rows(_rows("fine\n\nUser\nthere", text))
-    assert [prompt.prompt for prompt in prompts] == [[{"role": "user", "content": "fine\n\nUser\nthere"}]]
+    prompts, counts = converted("fine\n\nUser\nthere", text)
+    assert [prompt.prompt for prompt in prompts] == [[user("fine\n\nUser\nthere")]]
     assert counts["dropped_broken_turns"] == 1
 
 
@@ -255,10 +263,98 @@ def test_rows_of_the_real_data_set_are_converted(root, split, prompts, multi_tur
     if not path.is_file():
         pytest.skip("../shared is missing")
     rows = [row for _, row in read_rows(path)]
-    converted, counts = hub.convert_rows(rows)
+    kept, counts = hub.convert_rows(rows)
     assert counts["rows"] == len(rows) == 2 * prompts
     assert counts["prompts"] + counts["dropped_broken_turns"] // 2 == prompts
     marked = {row["prompt"] for row in rows if "<extra_id_1>" in row["prompt"]}
     assert len(marked) == multi_turn
     assert counts["multi_turn"] + counts["dropped_broken_turns"] // 2 == multi_turn
-    assert "extra_id" not in json.dumps([prompt.prompt for prompt in converted])
+    assert "extra_id" not in json.dumps([prompt.prompt for prompt in kept])
+
+
+# Which assets setup makes, and how the failure of one affects the others and the exit status ---------------------------
+
+
+@pytest.fixture
+def setup(monkeypatch, tmp_path):
+    """Run setup's second half; {asset: state}. Embedded models, which have tests of their own, and hub are stand-ins."""
+    errors = {}
+
+    def make(folder, *rest):
+        folder.mkdir(parents=True)
+
+    def download(repo, folder):
+        if error := errors.get(repo):
+            raise error
+        folder.mkdir(parents=True)
+        for name in ("config.json", "test.jsonl"):
+            (folder / name).write_text("{}")
+
+    for name in ("policy", "reward_model"):
+        monkeypatch.setattr(embedded, f"make_{name}", make)
+        monkeypatch.setattr(embedded, f"{name}_is_made", lambda folder, *rest: folder.is_dir())
+    for name in ("model", "helpsteer2"):
+        monkeypatch.setattr(hub, f"download_{name}", download)
+
+    def run(answers=True, llama=None, **flags):
+        errors[HUB_MODELS["Llama1b"]] = llama
+        monkeypatch.setattr(hub, "hub_answers", Mock(return_value=answers))
+        return {outcome.name: outcome.state for outcome in download_assets(AssetsConfig(**flags), tmp_path)}
+
+    return run
+
+
+def test_auto_without_a_hub_is_the_embedded_set(setup, capsys):
+    names = {"SmolLM2-135M", "ArmoRM-SmolLM2", "embedded_prompts"}
+    assert setup(answers=False) == dict.fromkeys(names, "made")
+    assert capsys.readouterr().out.count("The hub does not answer") == 1
+    assert setup(answers=False) == dict.fromkeys(names, "present"), "a second run makes nothing"
+
+
+def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(setup, capsys):
+    states = setup(llama=hub.NeedsLoginError("gated: accept the licence"))
+    assert states.pop("Llama1b") == "needs a login"
+    assert set(states.values()) == {"made"}
+    assert re.search(r"^Llama1b +needs a login +gated: accept the licence$", capsys.readouterr().out, re.MULTILINE)
+    assert setup()["Llama1b"] == "made"
+    assert set(setup().values()) == {"present"}
+    assert not hub.hub_answers.called, "the hub is not asked if nothing is missing"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
+)
+def test_a_named_asset_that_fails_is_an_error_after_the_others_are_made(setup, tmp_path, capsys, error, state):
+    with pytest.raises(DataError, match=r"1 of 3 .*: Llama1b"):
+        setup(llama=error, models="Llama1b,ArmoRM", datasets="embedded")
+    assert (tmp_path / "models" / "ArmoRM" / "config.json").is_file()
+    assert (tmp_path / "datasets" / "embedded_prompts" / "train.jsonl").is_file()
+    assert state in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"1 of 2 .* helpsteer2_prompts"):
+        setup(answers=False, models="none", datasets="all")
+
+
+def test_the_reward_model_brings_its_backbone(setup):
+    assert list(setup(models="ArmoRM-SmolLM2", datasets="none")) == ["SmolLM2-135M", "ArmoRM-SmolLM2"]
+
+
+def test_names_are_selected_once_in_a_fixed_order():
+    assert select_models("embedded,Llama1b").hub == ("Llama1b",)
+    assert select_models("ArmoRM,Llama1b,ArmoRM").hub == ("Llama1b", "ArmoRM")
+    assert select_models("auto").automatic and not select_models("all").automatic
+    assert (select_models("none").embedded, select_models("none").hub) == ((), ())
+    for value in ("llama1b", "", "Llama1b,", "auto,Llama1b", "none,embedded"):
+        with pytest.raises(UsageError, match="choose from SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
+            AssetsConfig(models=value)
+
+
+def test_the_entrypoint_imports_no_torch(root):
+    """A second setup does not import torch."""
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--models=none', '--datasets=none'];"
+        f"runpy.run_path('{root}/src/download_assets.py', run_name='__main__');"
+        "from drdpo.assets.embedded import policy_is_made; from pathlib import Path;"
+        "assert policy_is_made(Path('models/SmolLM2-135M'));"
+        "assert not {'torch', 'gguf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)

@@ -1,26 +1,26 @@
-"""evaluate_armorm on fabricated folders: hand-computed means, gains, pairs and seeds; joins by id; clear errors."""
+"""evaluate_armorm on fabricated folders: means, gains, pairs and seeds by hand; joins by id; provenance; clear errors."""
 
 import json
 import math
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
+from drdpo.cli import as_dict
 from drdpo.config.evaluation import EvaluateConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.compare import evaluate_armorm
+from drdpo.evaluation.runs import read_provenance, repeated_share
+from drdpo.folder import write_manifest
 from drdpo.records import write_rows
-
-Scores = dict[int, list[dict[str, float]]]
-"""{prompt_id: scores of its completions}"""
 
 H, C = "helpsteer-helpfulness", "helpsteer-coherence"
 
 
-def rows_of(scores: Scores, token_ids: tuple[int, ...] = (1, 2, 3, 4), finish: str = "stop") -> list[dict[str, Any]]:
+def rows_of(scores, token_ids=(1, 2, 3, 4), finish="stop"):
+    """Of {prompt_id: scores of its completions}."""
     return [
         {
             "prompt_id": prompt_id, "sample_id": sample_id, "prompt": [{"role": "user", "content": f"question {prompt_id}"}],
@@ -32,32 +32,32 @@ def rows_of(scores: Scores, token_ids: tuple[int, ...] = (1, 2, 3, 4), finish: s
     ]  # fmt: skip
 
 
-def write_run(folder: Path, columns: dict[str, list[float]], **more: Any) -> Path:
+def write_run(folder, columns, **more):
     """One completion per prompt: {objective: score of prompt 0, 1, ...}."""
     samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     write_rows(folder / "test.jsonl", rows_of({prompt: [values] for prompt, values in enumerate(samples)}, **more))
     return folder
 
 
-def write_runs(folder: Path, runs: dict[str, dict[str, list[float]]]) -> list[str]:
+def write_runs(folder, runs):
     return [f"{name}={write_run(folder / name, columns)}" for name, columns in runs.items()]
 
 
-def evaluate(tmp_path: Path, arguments: list[str], **flags: Any) -> Path:
+def evaluate(tmp_path, arguments, **flags):
     output = tmp_path / "report of runs"
     evaluate_armorm(EvaluateConfig(runs=arguments, output_path=str(output), **flags))
     return output
 
 
-def report_of(output: Path) -> str:
+def report_of(output):
     return (output / "report.md").read_text(encoding="utf-8")
 
 
-def recorded(output: Path) -> dict[str, Any]:
+def recorded(output):
     return json.loads((output / "manifest.json").read_text())["evaluate_armorm"]
 
 
-def table(output: Path, name: str = "scores") -> pd.DataFrame:
+def table(output, name="scores"):
     """A CSV file, indexed by its first two columns."""
     return pd.read_csv(output / f"{name}.csv", index_col=[0, 1])
 
@@ -151,16 +151,15 @@ def test_win_rate_of_seeds_is_over_every_two(tmp_path):
     assert table(evaluate(tmp_path, runs), "pairs")["win_rate"].tolist() == [pytest.approx(2.5 / 4)]
 
 
-def record_training(folder: Path, run: Path, weights: dict[str, float]) -> None:
+def record_training(folder, run, weights, method="DPO"):
     """Manifests of a run that was sampled from a policy trained on pairs of these weights."""
     pairs, trained = folder / f"{run.name}_pairs", folder / f"{run.name}_trained"
-    for place, name, content in (
-        (pairs, "manifest.json", {"preferences": {"made_by": {"weights": weights}}}),
-        (trained, "config.json", {"dataset_path": str(pairs), "kldpo_tau": None, "beta": 0.1, "seed": 1}),
-        (run / "sampled", "manifest.json", {"sample_test": {"made_by": {}, "model_path": str(trained / "global_step_1")}}),
-    ):
-        place.mkdir()
-        (place / name).write_text(json.dumps(content))
+    write_manifest(pairs, "preferences", {"weights": weights})
+    write_manifest(trained, "train", {"method": method})
+    flags = TrainConfig(model_path="m", dataset_path=str(pairs), save_path="s", beta=0.1, seed=5)
+    (trained / "config.json").write_text(json.dumps(as_dict(flags)))
+    made_by = {"model": "f00d", "temperature": 0.7, "top_k": None}
+    write_manifest(run / "sampled", "sample_test", made_by, {}, model_path=str(trained / "global_step_1"))
 
 
 def test_the_gain_in_the_mixture_that_was_trained_on(tmp_path):
@@ -220,14 +219,13 @@ def test_length_and_repetition(tmp_path):
 
 def test_the_report_shows_what_was_compared(tmp_path, base_and_dpo, two_runs):
     base, dpo = base_and_dpo
-    record_training(tmp_path, dpo, {})
-    trained = tmp_path / "d p o_trained"
-    (trained / "manifest.json").write_text('{"train": {"made_by": {"method": "KLDPO (kldpo_tau=0.05)"}}}')
-    (dpo / "manifest.json").write_text(json.dumps({"score_test": {"made_by": {"reward_model": "f00d"}}}))
+    record_training(tmp_path, dpo, {}, "KLDPO (kldpo_tau=0.05)")
+    write_manifest(dpo, "score_test", {"reward_model": "f00d"})
     text = report_of(evaluate(tmp_path, two_runs))
-    assert "KLDPO (kldpo_tau=0.05), beta=0.1, seed=1" in text
-    assert "global_step_1" in text
+    assert "KLDPO (kldpo_tau=0.05), beta=0.1, seed=5" in text and "global_step_1" in text
     assert f"{base / 'manifest.json'} has no record of score_test" in text
+    assert read_provenance(dpo, "test").made_by["sampling"] == {"temperature": "0.7"}
+    assert read_provenance(dpo, "train").made_by == {}, "the train split was not sampled"
     # base: 2 prompts, none left out; dpo: 3, one left out.
     assert "| 4 | 2 | 0 |" in text and "| 5 | 3 | 1 |" in text
     # Lengths and cut answers.
@@ -236,8 +234,7 @@ def test_the_report_shows_what_was_compared(tmp_path, base_and_dpo, two_runs):
 
 def test_a_comparison_of_unlike_runs_is_marked(tmp_path, base_and_dpo, two_runs, capsys):
     for folder, model in zip(base_and_dpo, ("one", "two"), strict=True):
-        record = {"made_by": {"reward_model": model, "sampled": model}, "versions": {}, "commit": "x"}
-        (folder / "manifest.json").write_text(json.dumps({"score_test": record}))
+        write_manifest(folder, "score_test", {"reward_model": model, "sampled": model})
     text = report_of(evaluate(tmp_path, two_runs))
     assert "the scoring differs in reward_model: base one, dpo two" in text
     assert "differs in sampled" not in text
@@ -261,7 +258,7 @@ def test_same_input_same_bytes(tmp_path):
 def test_output_into_the_runs_own_folder(base_and_dpo):
     """What generate.sh does: the report joins the scores, whose manifest stays."""
     folder, _ = base_and_dpo
-    (folder / "manifest.json").write_text(json.dumps({"score_test": {"made_by": {}, "versions": {}, "commit": "x"}}))
+    write_manifest(folder, "score_test", {})
     evaluate_armorm(EvaluateConfig(runs=[f"base={folder}"], output_path=str(folder)))
     assert set(json.loads((folder / "manifest.json").read_text())) == {"score_test", "evaluate_armorm"}
     assert (folder / "test.jsonl").is_file()
@@ -326,3 +323,27 @@ def test_a_failed_report_leaves_the_old_one(tmp_path, two_runs, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_share_by_hand():
+    # abcd abcd: 5 four-grams (abcd bcda cdab dabc abcd), 4 distinct.
+    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repeated_share([7] * 13) == pytest.approx(9 / 10)
+    assert repeated_share([1, 2, 3]) == 0.0
+    assert repeated_share([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
+
+
+def test_what_is_not_recorded(tmp_path):
+    found = read_provenance(tmp_path, "test")
+    assert (found.policy, found.method, found.made_by) == ("not recorded", "no training recorded", {})
+    assert len(found.notes) == 2
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model's folder is no training
+    write_manifest(tmp_path / "sampled", "sample_test", {}, model_path=str(tmp_path / "model"))
+    found = read_provenance(tmp_path, "test")
+    assert (found.policy, found.method) == (str(tmp_path / "model"), "no training recorded")
+    (tmp_path / "manifest.json").write_text('{"score_test": ')
+    with pytest.raises(DataError, match="not JSON"):
+        read_provenance(tmp_path, "test")

@@ -1,29 +1,159 @@
-"""compare_openllm and compare_mixtures on stored results: tables computed by hand, pictures, and clear errors."""
+"""The leaderboard's scores, compare_openllm and compare_mixtures, on stored results: by hand, pictures, and clear errors."""
 
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 
-from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig
+from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig, LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import compare_leaderboard, mixtures
 from drdpo.evaluation.compare_leaderboard import compare_openllm
-from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES
+from drdpo.evaluation.leaderboard_scores import (
+    BBH_CHOICES,
+    COLUMNS,
+    MUSR_CHOICES,
+    average,
+    benchmarks,
+    hub_results,
+    json_safe,
+    markdown,
+    normalise,
+    raw_rows,
+    terminal,
+)  # fmt: skip
 from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 
-def metrics(**values: float | str) -> dict[str, Any]:
+def task(name, questions=10, **metrics):
+    found = {f"{metric},none": value for metric, value in metrics.items()}
+    found |= {f"{metric}_stderr,none": 0.01 for metric in metrics}
+    return {"name": name, "alias": f" - {name}", "sample_len": questions, **found}
+
+
+@pytest.fixture
+def harness():
+    """Every BBH subtask at chance but navigate (0.75) and one below chance; the rest at round figures."""
+    scores = {f"bbh_{name}": {"acc_norm": 1 / choices} for name, choices in BBH_CHOICES.items()}
+    scores |= {
+        "bbh_navigate": {"acc_norm": 0.75}, "bbh_snarks": {"acc_norm": 0.2}, "musr_murder_mysteries": {"acc_norm": 0.75},
+        "musr_object_placements": {"acc_norm": 0.6}, "musr_team_allocation": {"acc_norm": 0.5}, "bbh": {"acc_norm": 0.3},
+        "musr": {"acc_norm": 0.62}, "gpqa": {"acc_norm": 0.625}, "math_hard": {"exact_match": 0.08},
+        "ifeval": {"prompt_level_strict_acc": 0.5, "inst_level_strict_acc": 0.6, "prompt_level_loose_acc": 0.9},
+        "mmlu_pro": {"acc": 0.55},
+    }  # fmt: skip
+    results = {f"leaderboard_{name}": task(name, **metrics) for name, metrics in scores.items()}
+    bbh, musr = ([name for name in results if name.startswith(f"leaderboard_{group}_")] for group in ("bbh", "musr"))
+    groups = {name: results[name] for name in ("leaderboard_bbh", "leaderboard_musr")}
+    subtasks = {"leaderboard": [*groups, "leaderboard_mmlu_pro", "leaderboard_ifeval"]}
+    subtasks |= {"leaderboard_bbh": bbh, "leaderboard_musr": musr}
+    return {"results": results, "groups": groups, "group_subtasks": subtasks, "n-shot": {"leaderboard_mmlu_pro": 5}}
+
+
+def test_six_benchmarks_by_hand(harness):
+    assert [normalise(raw, 0.25) for raw in (0.25, 1.0, 0.1, 0.625)] == [0, 100, 0, pytest.approx(50)]
+    found = benchmarks(harness["results"])
+    # BBH: navigate (0.75 - 1/2) / (1/2) = 50, every other 0, over 24. MuSR: 50, 50 and (1/2 - 1/3) / (2/3) = 25, over 3.
+    by_hand = {"IFEval": 55, "BBH": 50 / 24, "MATH": 8, "GPQA": 50, "MuSR": 125 / 3, "MMLU-Pro": 50}
+    assert {one.name: one.normalised for one in found} == pytest.approx(by_hand)
+    # Raw: the harness's own means, not means of subtasks.
+    raw = {"IFEval": 0.55, "BBH": 0.3, "MATH": 0.08, "GPQA": 0.625, "MuSR": 0.62, "MMLU-Pro": 0.55}
+    assert {one.name: one.raw for one in found} == pytest.approx(raw)
+    assert average(found) == pytest.approx((55 + 50 / 24 + 8 + 50 + 125 / 3 + 50) / 6)
+
+
+def test_no_average_of_five_and_no_half_benchmark(harness):
+    del harness["results"]["leaderboard_musr_team_allocation"]
+    found = benchmarks(harness["results"])
+    assert [benchmark.name for benchmark in found] == ["IFEval", "BBH", "MATH", "GPQA", "MMLU-Pro"]
+    assert average(found) is None
+
+
+def test_choices_are_those_of_the_installed_tasks():
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "leaderboard"
+    group = yaml.safe_load((folder / "bbh_mc" / "_leaderboard_bbh.yaml").read_text())
+    assert group["task"] == [f"leaderboard_bbh_{name}" for name in sorted(BBH_CHOICES)]
+    for name, choices in BBH_CHOICES.items():
+        listed = yaml.safe_load((folder / "bbh_mc" / f"{name}.yaml").read_text())["doc_to_choice"]
+        assert len(yaml.safe_load(listed) if isinstance(listed, str) else listed) == choices, name
+    group = yaml.safe_load((folder / "musr" / "_musr.yaml").read_text())
+    assert group["task"] == [f"leaderboard_musr_{name}" for name in MUSR_CHOICES]
+    # The others are read as wholes, by the metric that the harness aggregates with weights by size.
+    for file, name, metric in (("gpqa", "leaderboard_gpqa", "acc_norm"), ("math", "leaderboard_math_hard", "exact_match")):
+        group = yaml.safe_load((folder / file / f"_leaderboard_{file}.yaml").read_text())
+        assert group["group"] == name
+        (aggregated,) = group["aggregate_metric_list"]
+        assert aggregated == {"metric": metric, "aggregation": "mean", "weight_by_size": True}
+
+
+def test_tables(harness):
+    config = LeaderboardConfig(model_path="some/model")
+    text = markdown(config, harness)
+    assert "| IFEval | mean of strict accuracies | 0.5500 | 0.0100 | 55.00 | 1.00 |" in text
+    assert "| Average |  |  |  | 34.46 | " in text
+    assert "| leaderboard_mmlu_pro | 5 | 10 | acc | 0.5500 | 0.0100 |" in text
+    assert "Trial" not in text
+    assert "Trial: limited to 4 samples" in markdown(LeaderboardConfig(model_path="some/model", limit=4), harness)
+    printed = terminal(harness)
+    # Subtasks of a group with a mean of its own stay out of the terminal.
+    assert "leaderboard_bbh_navigate" not in printed
+    assert "leaderboard_bbh " in printed and "leaderboard_mmlu_pro" in printed
+
+
+def test_raw_rows_name_filters_and_missing_errors():
+    values = {"alias": "t", "sample_len": 3, "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A"}
+    assert raw_rows({"results": {"t": values}}) == [["t", "", "3", "exact_match (strict)", "0.5000", "n/a"]]
+
+
+def test_json_safe():
+    odd = {"a": np.float32(0.5), "b": math.nan, "c": {3, 1}, 4: np.arange(2), "e": normalise, "p": Path("x")}
+    safe = json_safe(odd)
+    assert json.loads(json.dumps(safe, allow_nan=False)) == safe
+    name = "drdpo.evaluation.leaderboard_scores.normalise"
+    assert safe == {"a": 0.5, "b": None, "c": [1, 3], "4": [0, 1], "e": name, "p": "x"}
+
+
+def test_results_for_the_hub_are_in_its_form():
+    results = {
+        "results": {
+            "leaderboard_gpqa_diamond": task("leaderboard_gpqa_diamond", acc_norm=0.30303),
+            "leaderboard_gpqa_main": task("leaderboard_gpqa_main", acc_norm=0.9),
+            "leaderboard_mmlu_pro": task("leaderboard_mmlu_pro", acc=0.125),
+        },
+        "n-shot": {"leaderboard_gpqa_diamond": 0, "leaderboard_mmlu_pro": 5},
+    }
+    date = "2026-01-02T03:04:05+00:00"
+    text = hub_results(results, date)
+    notes = "lm-eval task leaderboard_{}-shot, by the choices' log-likelihoods, no chain of thought"
+    assert yaml.safe_load(text) == [
+        {"dataset": {"id": "Idavidrein/gpqa", "task_id": "diamond"}, "value": 30.3, "date": date,
+         "notes": notes.format("gpqa_diamond: 0")},
+        {"dataset": {"id": "TIGER-Lab/MMLU-Pro", "task_id": "mmlu_pro"}, "value": 12.5, "date": date,
+         "notes": notes.format("mmlu_pro: 5")},
+    ]  # fmt: skip
+    assert [entry.task_id for entry in parse_eval_result_entries(yaml.safe_load(text))] == ["diamond", "mmlu_pro"]
+    assert hub_results({"results": {"leaderboard_bbh": task("leaderboard_bbh", acc_norm=0.5)}}, date) == ""
+
+
+# The comparisons --------------------------------------------------------------------------------------------------------
+
+
+def metrics(**values):
     return {f"{name},none": value for name, value in values.items()}
 
 
-def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
+def harness_results(mmlu=0.55):
     """All six benchmarks at round figures, as the harness writes them."""
     scores = {f"leaderboard_bbh_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.02) for name in BBH_CHOICES}
     scores |= {f"leaderboard_musr_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.03) for name in MUSR_CHOICES}
@@ -41,7 +171,7 @@ def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
     return {"results": scores, "config": {"limit": None}}
 
 
-def write_results(folder: Path, results: dict[str, Any], **made_by: Any) -> Path:
+def write_results(folder, results, **made_by):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
     record = {"made_by": {"model_path": folder.name, "seed": 42, **made_by}, "versions": {"lm-eval": "0.4.13"}}
@@ -50,7 +180,7 @@ def write_results(folder: Path, results: dict[str, Any], **made_by: Any) -> Path
     return folder
 
 
-def table_row(text: str, heading: str, name: str) -> list[str]:
+def table_row(text, heading, name):
     """The cells of a row, below a heading."""
     below = text.partition(heading)[2]
     line = next(line for line in below.splitlines() if line.startswith(f"| {name} |"))
@@ -150,7 +280,7 @@ def test_the_leaderboards_own_group_is_no_other_task_and_maths_old_metric_is_sho
 SCORES = "run,objective,prompts,mean,sd,paired_prompts,gain_sd,ci_low,ci_high\n"
 
 
-def write_scores(folder: Path, objectives: tuple[str, ...], shift: float) -> Path:
+def write_scores(folder, objectives, shift):
     folder.mkdir(parents=True)
     lines = [f"base,{name},9,0.0,1.0,,,,\n" for name in objectives]
     for place, run in enumerate(("DPO", "KLDPO", "WDPO")):
@@ -211,7 +341,7 @@ def test_broken_results_and_reports(step, name, content, says, tmp_path, compare
     assert not (tmp_path / "out").exists()
 
 
-def results_of(runs: tuple[str, ...], gain: float, count: int) -> list[MixtureResult]:
+def results_of(runs, gain, count):
     gains = {(run, name): Estimate(gain, None, None) for run in runs for name in SPOKES}
     names = list(mixtures.PUBLISHED)[:count]
     return [MixtureResult(name, Path("x"), list(SPOKES), list(runs), gains) for name in names]

@@ -26,7 +26,7 @@ CHANGES = [
 ]
 
 
-def page() -> str:
+def page():
     return html_report({"report.md": REPORT, "spider.svg": SVG.encode(), "spider.png": b""}, CHANGES)
 
 

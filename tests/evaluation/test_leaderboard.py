@@ -78,7 +78,7 @@ def tiny(tiny_policy, tasks, tmp_path):
 def templated(tiny_policy, tmp_path):
     """The tiny policy with another chat template."""
 
-    def copy(template: str) -> str:
+    def copy(template):
         folder = shutil.copytree(tiny_policy, tmp_path / "another template")
         (folder / "chat_template.jinja").write_text(template)
         return str(folder)
@@ -291,6 +291,12 @@ def test_a_killed_evaluation_resumes_and_equals_one_run(tiny, command, forks, ta
     assert ran == ["tiny_generation"], "the first task had been finished"
     assert "resuming; 1 of 2 tasks are finished" in capsys.readouterr().out
     assert not (output / ".tasks").exists()
+    evaluate_openllm(tiny())
+    assert capsys.readouterr().out.splitlines()[-1].endswith("skipped")
+    with pytest.raises(UsageError, match=r"different configuration: seed \(42 -> 1\)"):
+        evaluate_openllm(tiny(seed=1))
+    manifest = parse(LeaderboardConfig, "Step 4b.", [f"--config={output / 'manifest.json'}"])
+    assert manifest == tiny(), "what it records repeats it"
     ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
     whole = json_safe(run(
         model="hf", model_args=leaderboard._model_args(tiny()), tasks=["tiny"], batch_size=1, device="cpu",
@@ -415,37 +421,6 @@ def test_what_the_model_does_not_see_is_counted(tiny, templated, tasks, tmp_path
     table = (tmp_path / "out" / "table.md").read_text()
     assert "cut from the left to fit the context: tiny_choice 1 of 4, tiny_generation 1 of 4." in table
     assert "lm-eval drops the description of the task from the prompts of tiny_choice." in table
-
-
-@pytest.mark.slow
-def test_the_wrapper_runs_and_skips(root, smollm, tasks, tmp_path):
-    """bash openllm_eval.slurm on the embedded model; then a second run, which skips."""
-    flags = [f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}", "--max_gen_toks=8", "--batch_size=4",
-             "--limit=3", "--dtype=float32"]  # fmt: skip
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
-
-    def start(*more):
-        words = ["bash", str(root / "openllm_eval.slurm"), *flags, *more]
-        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
-
-    done = start()
-    assert done.returncode == 0, done.stderr
-    output = tmp_path / "outputs" / "openllm" / smollm.name
-    ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert ours["n-samples"]["tiny_choice"] == {"original": 4, "effective": 3}
-    table = (output / "table.md").read_text(encoding="utf-8")
-    assert f"| tiny_choice | 0 | 3 | acc | {ours['results']['tiny_choice']['acc,none']:.4f} |" in table
-    printed = next(line for line in done.stdout.splitlines() if line.startswith("tiny ") and "first_word" in line)
-    assert printed.split()[-2] == f"{ours['results']['tiny']['exact_match,first_word']:.4f}"
-    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
-    assert (manifest["made_by"]["max_gen_toks"], manifest["max_length"]) == (8, 8192)
-    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
-    repeated = parse(LeaderboardConfig, "Step 4b.", [f"--config={output / 'manifest.json'}"])
-    assert repeated == parse(LeaderboardConfig, "Step 4b.", flags)
-    again = start()
-    assert again.returncode == 0 and "skipped" in again.stdout, again.stderr
-    changed = start("--seed=1")
-    assert changed.returncode == 2 and "seed (42 -> 1)" in changed.stderr
 
 
 # The wrapper, with a python that prints its arguments ---------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Expected scores without sampling: laws by hand, by enumeration and by sampling; what is refused; the report."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from drdpo.config.evaluation import EvaluatePolicyConfig
 from drdpo.errors import DataError
 from drdpo.evaluation import policy_value
 from drdpo.evaluation.policy_value import answer_logprobs, evaluate_policy, policy_values
+from drdpo.folder import write_manifest
 from drdpo.models import fingerprint
 from drdpo.records import Completion, read_records
 from drdpo.sampling.engines import EngineSettings, Request, Sampling, TransformersEngine
@@ -25,7 +27,7 @@ from drdpo.sampling.engines import EngineSettings, Request, Sampling, Transforme
 NAN = float("nan")
 
 
-def candidates_of(prompts: list[list[int]], answers: list[list[list[int]]], scores: list[list[float]]) -> Candidates:
+def candidates_of(prompts, answers, scores):
     """Of token ids, with one score."""
     scores_NKO = np.full((len(prompts), max(map(len, answers)), 1), NAN)
     for n, row in enumerate(scores):
@@ -144,59 +146,60 @@ def test_gains_are_paired_over_prompts_and_seeds():
     assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0))
     assert seeds.value == pytest.approx((ours[1] - ours[0]) / 2 / unit) and seeds.low < seeds.value < seeds.high
     sizes_N = values(one, candidates.scores_NKO)[1]
-    assert found["a"].ess == pytest.approx(sizes_N.mean()) and found["a"].share_below_min_ess == pytest.approx(
-        (sizes_N < 2).mean()
-    )
+    assert found["a"].ess == pytest.approx(sizes_N.mean())
+    assert found["a"].share_below_min_ess == pytest.approx((sizes_N < 2).mean())
 
 
 # Files -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load(tiny_policy, tmp_path):
+    """Candidates with so many completions of each prompt, the second changed, and `made_by` in the manifest of samples."""
+
+    def read(counts=(3, 2, 4), mixtures=None, made_by=None, **changed):
+        tokenizer = chat.load_tokenizer(str(tiny_policy))
+        folder = write_candidates(tmp_path, tokenizer, counts, **changed)
+        if made_by:
+            write_manifest(folder / "sampled", "sample_test", made_by)
+        return load_candidates(str(folder), "test", tokenizer, mixtures or {})
+
+    return read
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"scores": {}}, 'row 2: field "scores" is missing'),
-        ({"scores": {"x": 1.0, "z": 2.0}}, 'row 2: field "scores" has other objectives than row 1 \\(y, z\\)'),
         ({"token_ids": []}, 'row 2: field "token_ids" is empty'),
         ({"token_ids": [5, 6]}, 'row 2: field "token_ids" does not spell the completion in the tokenizer of'),
         ({"token_ids": [10**6]}, 'row 2: field "token_ids" does not spell the completion'),
+        ({"counts": (1, 1)}, "no prompt has two completions, and one says nothing of a policy"),
+        (
+            {"made_by": {"chat_template_kwargs": {"a": 1}}},
+            r"sampled with --chat_template_kwargs='{\"a\": 1}'; pass the same",
+        ),
     ],
 )
-def test_rows_that_say_nothing_are_named(changed, words, tiny_policy, tmp_path):
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
+def test_rows_that_say_nothing_are_named(changed, words, load):
     with pytest.raises(DataError, match=words):
-        load_candidates(str(write_candidates(tmp_path, tokenizer, **changed)), "test", tokenizer, {})
+        load(**changed)
 
 
-def test_single_completions_are_omitted_or_refused(tiny_policy, tmp_path):
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    found = load_candidates(str(write_candidates(tmp_path / "some", tokenizer, (2, 1, 3))), "test", tokenizer, {})
+def test_single_completions_are_omitted(load):
+    found = load((2, 1, 3))
     assert found.prompt_ids == [7, 9] and found.note == "1 prompts with one completion were omitted"
-    with pytest.raises(DataError, match="no prompt has two completions, and one says nothing of a policy"):
-        load_candidates(str(write_candidates(tmp_path / "none", tokenizer, (1, 1))), "test", tokenizer, {})
 
 
-def test_how_they_were_sampled_is_read(tiny_policy, tmp_path):
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    folder = write_candidates(tmp_path, tokenizer)
-    (folder / "sampled").mkdir()
+def test_how_they_were_sampled_is_read(load, tiny_policy):
     made_by = {"temperature": 0.7, "top_p": 1.0, "chat_template_kwargs": None, "model": fingerprint(tiny_policy)}
-    manifest = folder / "sampled" / "manifest.json"
-    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by}}))
-    note = load_candidates(str(folder), "test", tokenizer, {}).note
-    assert note.startswith("the completions were drawn with temperature 0.7: V is the mean score under that distribution")
-    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by | {"temperature": 1.0}}}))
-    assert load_candidates(str(folder), "test", tokenizer, {}).note == ""
-    manifest.write_text(json.dumps({"sample_test": {"made_by": {"model": "another"}}}))
-    assert "drawn with another model than this starting one" in load_candidates(str(folder), "test", tokenizer, {}).note
-    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by | {"chat_template_kwargs": {"a": 1}}}}))
-    with pytest.raises(DataError, match=r"sampled with --chat_template_kwargs='{\"a\": 1}'; pass the same"):
-        load_candidates(str(folder), "test", tokenizer, {})
+    assert load(made_by=made_by).note.startswith("the completions were drawn with temperature 0.7: V is the mean score")
+    assert load(made_by=made_by | {"temperature": 1.0}).note == ""
+    assert "drawn with another model than this starting one" in load(made_by={"model": "another"}).note
 
 
-def test_mixtures_are_of_z_scores(tiny_policy, tmp_path):
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    found = load_candidates(str(write_candidates(tmp_path, tokenizer)), "test", tokenizer, {"m": {"x": 0.25, "y": 0.75}})
+def test_mixtures_are_of_z_scores(load):
+    found = load(mixtures={"m": {"x": 0.25, "y": 0.75}})
     x, y, m = (found.scores_NKO[:, :, o][~np.isnan(found.scores_NKO[:, :, o])] for o in range(3))
     np.testing.assert_allclose(m, 0.25 * (x - x.mean()) / x.std() + 0.75 * (y - y.mean()) / y.std())
     assert found.names == ["x", "y", "m"] and found.units == pytest.approx({"x": x.std(), "y": y.std()})
@@ -239,11 +242,10 @@ def test_the_report_and_its_cached_log_probs(tiny_policy, tmp_path, monkeypatch,
 
 def test_a_policy_of_another_tokenizer_is_refused(tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
-    other = tmp_path / "other"
-    AutoModelForCausalLM.from_pretrained(tiny_policy).save_pretrained(other)
+    base = write_candidates(tmp_path / "base", tokenizer)
+    other = shutil.copytree(tiny_policy, tmp_path / "other")
     tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_start|>", "<|im_start|> ")
     tokenizer.save_pretrained(other)
-    base = write_candidates(tmp_path / "base", chat.load_tokenizer(str(tiny_policy)))
     config = EvaluatePolicyConfig(str(base), [f"a={other}"], str(tiny_policy), str(tmp_path / "out"))
     with pytest.raises(DataError, match="its tokenizer or chat template is not that of --reference"):
         evaluate_policy(config)

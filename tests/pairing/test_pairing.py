@@ -19,7 +19,7 @@ from drdpo.records import Preference, read_records, write_rows
 Row = dict[str, Any]
 
 
-def row(prompt_id: int, sample_id: int, text: str, **scores: float) -> Row:
+def row(prompt_id, sample_id, text, **scores):
     return {
         "prompt_id": prompt_id, "sample_id": sample_id, "prompt": [{"role": "user", "content": f"question {prompt_id}"}],
         "completion": [{"role": "assistant", "content": text}], "token_ids": [prompt_id, sample_id, 7],
@@ -55,16 +55,16 @@ def run(root, forks, given, out):
     )
 
 
-def write(folder: Path, train: list[Row], test: list[Row] | None = None) -> None:
+def write(folder, train, test=None):
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "test.jsonl", train if test is None else test)
 
 
-def written(folder: Path, split: str = "train") -> list[Preference]:
+def written(folder, split="train"):
     return read_records(folder / f"{split}.jsonl", Preference.from_row)
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def facts_of(folder):
     return json.loads((folder / "manifest.json").read_text())["preferences"]
 
 
@@ -131,7 +131,7 @@ def test_ties_equal_texts_empty_and_lonely_completions_are_dropped_and_counted(r
     assert f"train: 1 pairs from 5 prompts; {dropped}" in done.stdout
 
 
-def random_rows(seed: int, prompts: int = 40) -> list[Row]:
+def random_rows(seed, prompts=40):
     """Two to five completions of each prompt, the text as long as the honesty is high, by prompt_id."""
     rng = random.Random(seed)
     rows = []
@@ -235,7 +235,7 @@ def test_a_dry_run_prints_the_report_and_writes_nothing(run, given, out):
     assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
 
 
-def pair_of(first: Row, **changes: Any) -> list[Row]:
+def pair_of(first, **changes):
     """Of a first completion and another of its prompt, changed."""
     return [first, row(1, 1, "b", ArmoRM=2.0) | changes]
 

@@ -5,36 +5,40 @@ In a packed batch a prompt is computed once for all its completions.
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness.reward_models import pad_right
+from safetensors.torch import load_file, save_file
 
 from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
+from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow
+from drdpo.models import read_tensors
 from drdpo.scoring.armorm import (
+    LLAMA3_GATING_PATTERN,
     ArmoRM,
     Rewards,
     SharedPrefix,
+    check_folder,
     common_prefix,
     find_span,
     load_armorm,
     packed_batches,
-)
+    read_layout,
+)  # fmt: skip
 
 LLAMA3 = [128009, 128006, 78191, 128007, 271]
 
 
-def reference_scores(folder: Path, ids: list[int]) -> tuple[list[float], float]:
+def reference_scores(folder, ids):
     """Stage 1 and stage 2 of one unpadded sequence, written down from the paper's published code."""
     from safetensors import safe_open
     from transformers import LlamaConfig, LlamaModel
 
     config = json.loads((folder / "config.json").read_text())
-    weights: dict[str, Any] = {}
+    weights = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:
             weights |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -69,7 +73,7 @@ def reference_scores(folder: Path, ids: list[int]) -> tuple[list[float], float]:
     return rewards, score
 
 
-def assert_equal_to_reference(folder: Path, sequences: list[list[int]], *found: Rewards) -> None:
+def assert_equal_to_reference(folder, sequences, *found):
     for rewards in found:
         assert rewards.stage1.dtype == rewards.stage2.dtype == torch.float32
         assert len(rewards.stage1) == len(rewards.stage2) == len(sequences)
@@ -80,17 +84,17 @@ def assert_equal_to_reference(folder: Path, sequences: list[list[int]], *found: 
             np.testing.assert_allclose(rewards.stage2[row].item(), stage2, atol=1e-4)
 
 
-def left_padded(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(sequences, pad):
     longest = max(map(len, sequences))
     ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in sequences])
     return ids_BT, torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
 
 
-def llama3_sequences() -> list[list[int]]:
+def llama3_sequences():
     """Odd lengths; a one-token answer; an answer without tokens; two turns; the pad's id inside; all prompts differ."""
     g = torch.Generator().manual_seed(5)
 
-    def text(n: int) -> list[int]:
+    def text(n):
         return torch.randint(10, 1000, (n,), generator=g).tolist()
 
     return [
@@ -103,7 +107,7 @@ def llama3_sequences() -> list[list[int]]:
     ]
 
 
-def packed_scores(model: ArmoRM, sequences: list[list[int]], batches: list[list[SharedPrefix]]) -> Rewards:
+def packed_scores(model, sequences, batches):
     """In the order of the sequences."""
     stage1, stage2 = torch.empty(len(sequences), len(model.objectives)), torch.empty(len(sequences))
     for batch in batches:
@@ -229,16 +233,10 @@ def test_batches_by_hand():
     sequences = [[1, 2, 3, 4], [9, 9], [1, 2, 3, 5, 6], [1, 2, 7], [8] * 12]
     keys = [0, 1, 0, 0, 2]
     # Prompt 0 shares [1, 2]: 2 + (2 + 3 + 1) = 8 tokens. 12 | 8 + 2
-    assert packed_batches(sequences, keys, 12) == [
-        [SharedPrefix(0, (4,))],
-        [SharedPrefix(2, (0, 2, 3)), SharedPrefix(0, (1,))],
-    ]
+    twelve, two = [SharedPrefix(0, (4,))], SharedPrefix(0, (1,))
+    assert packed_batches(sequences, keys, 12) == [twelve, [SharedPrefix(2, (0, 2, 3)), two]]
     # A budget of 7 cuts it: 2 + 2 + 3, and [1, 2, 7] alone.
-    assert packed_batches(sequences, keys, 7) == [
-        [SharedPrefix(0, (4,))],
-        [SharedPrefix(2, (0, 2))],
-        [SharedPrefix(0, (3,)), SharedPrefix(0, (1,))],
-    ]
+    assert packed_batches(sequences, keys, 7) == [twelve, [SharedPrefix(2, (0, 2))], [SharedPrefix(0, (3,)), two]]
 
 
 def test_no_batch_is_over_the_budget_and_every_row_is_in_one():
@@ -271,3 +269,122 @@ def test_a_span_by_hand():
     assert find_span([0, 5, 6, 1, 5, 6, 2, 3], [5, 6]) == (4, 6, 7)
     assert find_span([0, 5, 6], [5, 6]) == (1, 2, 2)  # an empty answer: the last token is read
     assert find_span([0, 6, 5], [5, 6]) is None
+
+
+# Loading is strict: a missing, unknown or wrongly shaped tensor is named --------------------------------------------------
+
+
+@pytest.fixture
+def broken(published, tmp_path):
+    """A copy of `published` in one file, after these changes to its config and tensors; a tensor of None is left out."""
+
+    def make(changes):
+        tensors = {name: value for file in published.glob("*.safetensors") for name, value in load_file(file).items()}
+        config = json.loads((published / "config.json").read_text())
+        for name, value in changes.items():
+            (tensors if name in tensors or isinstance(value, torch.Tensor) else config)[name] = value
+        folder = tmp_path / "broken model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def test_head_shapes_are_those_of_the_published_inventory(root, tmp_path):
+    data = root.parent / "shared" / "data" / "armorm"
+    if not data.is_dir():
+        pytest.skip("the published tensor inventory is not here")
+    shutil.copyfile(data / "config.json", tmp_path / "config.json")
+    layout = read_layout(tmp_path)
+    made = {name: tuple(tensor.shape) for name, tensor in ArmoRM(torch.nn.Identity(), layout).state_dict().items()}
+    inventory = json.loads((data / "tensor_inventory.json").read_text())["armorm"]["non_layer_tensors"]
+    published = {name: tuple(facts["shape"]) for name, facts in inventory.items() if not name.startswith("model.")}
+    assert made == published
+    assert layout.gating_token_pattern == LLAMA3_GATING_PATTERN
+    assert list(layout.objectives) == json.loads((data / "published_example.json").read_text())["attributes"]
+
+
+def test_single_file_and_shards_load_alike(published, broken):
+    assert len({stored.file for stored in read_tensors(published).values()}) == 4
+    single = broken({})
+    ids = [[128000, 9, 8, 128009, 128006, 78191, 128007, 271, 5, 6, 128009]]
+    scores = [load_armorm(folder, "cpu", torch.float32)(*pad_right(ids, 0)) for folder in (published, single)]
+    torch.testing.assert_close(scores[0].stage1, scores[1].stage1)
+    torch.testing.assert_close(scores[0].stage2, scores[1].stage2)
+
+
+HEADS = "regression_layer.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gating.layers.2.weight": None}, r"gating\.layers\.2\.weight is missing"),
+        ({"gating.logit_scale": None}, r"gating\.logit_scale is missing"),
+        ({HEADS: None}, r"regression_layer\.weight is missing"),
+        ({"reward_transform_matrix": None}, r"reward_transform_matrix is missing"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+        ({HEADS: torch.zeros(18, 16)}, r"regression_layer\.weight has the shape \[18, 16\].*\[19, 16\]"),
+        ({"model.norm.weight": torch.zeros(17)}, r"model\.norm\.weight has the shape"),
+        ({"lm_head.weight": torch.zeros(4, 16)}, r"lm_head\.weight belongs to no part"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, r"up_proj\.weight belongs to no part"),
+        ({HEADS: torch.full((19, 16), torch.nan)}, r"regression_layer\.weight contains NaN"),
+        ({HEADS: torch.ones(19, 16, dtype=torch.int8)}, r"regression_layer\.weight is torch\.int8"),
+        ({"num_objectives": 5}, r'"num_objectives" is 5, but "objectives" is absent.*19'),
+        ({"objectives": ["a"] * 19}, r'"objectives" repeats a name'),
+        ({"objectives": ["a", "b"]}, r'"num_objectives" is 19, but "objectives" lists 2'),
+        ({"objectives": "helpful"}, r'"objectives" must be a list of names'),
+        ({"gating_token_pattern": []}, r'"gating_token_pattern" must be a list'),
+        ({"gating_token_pattern": [128257]}, r"outside the vocabulary"),
+        ({"gating_temperature": 0}, r'"gating_temperature" is 0'),
+        ({"gating_hidden_dim": None}, r'"gating_hidden_dim" is None'),
+        ({"model_type": "nonesuch"}, r"the backbone cannot be built"),
+    ],
+)
+def test_a_wrong_folder_is_refused(broken, changes, message):
+    with pytest.raises(DataError, match=message):
+        load_armorm(broken(changes), "cpu")
+
+
+def test_missing_and_cut_files(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "copy")
+
+    def refused(says, place=folder):
+        with pytest.raises(DataError, match=says):
+            load_armorm(place, "cpu")
+
+    shard = folder / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(r"model-00002-of-00004\.safetensors: has \d+ bytes where")
+    shard.unlink()
+    refused(r"not complete: model-00002-of-00004\.safetensors is missing")
+    for file in [folder / "model.safetensors.index.json", *folder.glob("*.safetensors")]:
+        file.unlink()
+    refused("no weights")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    refused(r"pickled \(pytorch_model\.bin\)")
+    (folder / "config.json").write_text('{"num_objectives": 1')
+    refused(r"config\.json: not JSON")
+    refused("no such reward model folder", tmp_path / "nowhere")
+
+
+def test_the_check_before_loading_finds_missing_parts(published, embedded_like, broken):
+    assert check_folder(embedded_like).objectives == ("kind", "right", "short")
+    with pytest.raises(DataError, match="no tokenizer"):
+        check_folder(published)
+    with pytest.raises(DataError, match=r"model\.norm\.weight is missing"):
+        check_folder(broken({"model.norm.weight": None}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [("LlamaForCausalLM", "a language model"), ("LlamaForSequenceClassification", "no such model")],
+)
+def test_another_kind_of_model_is_named(published, tmp_path, architecture, what):
+    config = json.loads((published / "config.json").read_text())
+    config = {name: value for name, value in config.items() if "gating" not in name and name != "num_objectives"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    with pytest.raises(DataError, match=rf"{what} \({architecture}\) where --reward_model needs"):
+        check_folder(tmp_path)

@@ -24,14 +24,14 @@ from drdpo.scoring.score import Scorer, score_completions
 Row = dict[str, Any]
 
 
-def row(prompt_id: int, sample_id: int, prompt: list[dict[str, str]], answer: str) -> Row:
+def row(prompt_id, sample_id, prompt, answer):
     return {
         "prompt_id": prompt_id, "sample_id": sample_id, "prompt": prompt,
         "completion": [{"role": "assistant", "content": answer}], "token_ids": [5], "finish_reason": "stop",
     }  # fmt: skip
 
 
-def user(text: str) -> dict[str, str]:
+def user(text):
     return {"role": "user", "content": text}
 
 
@@ -76,11 +76,11 @@ def changed(embedded_like, tmp_path):
     return copy
 
 
-def written(path: Path) -> list[Row]:
+def written(path):
     return [one for _, one in read_rows(path)]
 
 
-def recorded(save_path: Path, step: str = "score_train") -> Row:
+def recorded(save_path, step="score_train"):
     return json.loads((save_path / "manifest.json").read_text())[step]
 
 
