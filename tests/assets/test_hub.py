@@ -1,37 +1,61 @@
-"""Hub downloads against a fake hub: what is downloaded, refused and resumed; HelpSteer2's rows as prompts."""
+"""Hub downloads from a fake hub: what is downloaded, refused and resumed; HelpSteer2's rows as prompts; setup's choice."""
 
 import gzip
 import json
-from collections.abc import Callable
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
-from drdpo.assets import hub
-from drdpo.errors import DataError
+from drdpo.asset_names import HUB_MODELS, select_models
+from drdpo.assets import embedded, hub
+from drdpo.assets.download import download_assets
+from drdpo.config.data import AssetsConfig
+from drdpo.errors import DataError, UsageError
 from drdpo.folder import read_manifest
 from drdpo.records import Prompt, read_records, read_rows
 
 PAD = "<|finetune_right_pad_id|>"
 
 
+LLAMA = {
+    "config.json": b"{}",
+    "model-00001-of-00002.safetensors": b"1",
+    "model-00002-of-00002.safetensors": b"2",
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": json.dumps({"added_tokens": [{"id": 128004, "content": PAD}]}).encode(),
+    "tokenizer_config.json": b'{"eos_token": "<|eot_id|>"}',
+    "generation_config.json": b'{"eos_token_id": [128001, 128008, 128009]}',
+    "LICENSE.txt": b"licence",
+}
+REFUSED = dict.fromkeys(
+    (
+        "original/consolidated.00.pth", "original/params.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+        "modeling_custom.py", "tokenizer_code.py",
+    ),
+    b"code or pickle",
+)  # fmt: skip
+
+
 class FakeHub:
     """Serves `files` of one repository; `fail` is raised by the download after `fail_after` files."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.fail: Exception | None = None
-        self.fail_after = 0
-        self.info_error: Exception | None = None
-        self.fetched: list[str] = []
+    fail = info_error = None
+    fail_after, free = 0, 1 << 40
 
-    def model_info(self, repo: str, **options: object) -> SimpleNamespace:
+    def __init__(self):
+        self.files, self.fetched = LLAMA | REFUSED, []
+
+    def model_info(self, repo, **options):
         if self.info_error:
             raise self.info_error
         siblings = [SimpleNamespace(rfilename=name, size=len(content)) for name, content in self.files.items()]
@@ -39,85 +63,54 @@ class FakeHub:
 
     dataset_info = model_info
 
-    def snapshot_download(
-        self, repo: str, *, revision: str, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]
-    ) -> str:
+    def snapshot_download(self, repo, *, revision, local_dir, **patterns):
         assert revision == "abc123"
-        for count, (name, content) in enumerate(self.files.items()):
+        for count, name in enumerate(filter_repo_objects(self.files, **patterns)):
             if self.fail and count >= self.fail_after:
                 raise self.fail
-            allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
-            if allowed and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
-                self.fetched.append(name)
-                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
-                (local_dir / name).write_bytes(content)
+            self.fetched.append(name)
+            (local_dir / name).write_bytes(self.files[name])
         (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
-        return str(local_dir)
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def fake(monkeypatch):
     fake = FakeHub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=fake.free))
     return fake
 
 
-def _http(error: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+def _http(error, status):
     request = httpx.Request("GET", "https://hub.example/api")
     return error("Cannot access it.\nMore lines.", response=httpx.Response(status, request=request))
 
 
-def _llama_files() -> dict[str, bytes]:
-    added = [{"id": 128004, "content": PAD}, {"id": 128009, "content": "<|eot_id|>"}]
-    return {
-        "config.json": b"{}",
-        "model-00001-of-00002.safetensors": b"1",
-        "model-00002-of-00002.safetensors": b"2",
-        "model.safetensors.index.json": b"{}",
-        "tokenizer.json": json.dumps({"added_tokens": added}).encode(),
-        "tokenizer_config.json": b'{"eos_token": "<|eot_id|>"}',
-        "generation_config.json": b'{"eos_token_id": [128001, 128008, 128009]}',
-        "LICENSE.txt": b"licence",
-        "original/consolidated.00.pth": b"pickle",
-        "original/params.json": b"{}",
-        "pytorch_model.bin": b"pickle",
-        "pytorch_model.bin.index.json": b"{}",
-        "modeling_custom.py": b"code",
-        "tokenizer_code.py": b"code",
-    }
-
-
-def test_a_llama_is_downloaded_with_its_pad_token(fake: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.files = _llama_files()
+def test_a_llama_is_downloaded_with_its_pad_token(fake, tmp_path, capsys):
     folder = tmp_path / "models" / "Llama1b"
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
-    names = {str(file.relative_to(folder)) for file in folder.rglob("*")}
-    refused = ("original/", "pytorch_model", "modeling_custom.py", "tokenizer_code.py")
-    kept = {name for name in fake.files if not name.startswith(refused)}
-    assert names == kept | {"manifest.json"}
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*")} == LLAMA.keys() | {"manifest.json"}
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "<|eot_id|>", "pad_token": PAD}
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
     assert read_manifest(folder)["assets"]["made_by"]["revision"] == "abc123"
     assert "downloading 0.0 GB" in capsys.readouterr().out
     assert [path.name for path in folder.parent.iterdir()] == ["Llama1b"]
-
-
-def test_other_models_keep_their_own_pad_token(fake: FakeHub, tmp_path: Path) -> None:
-    fake.files = _llama_files()
+    # Other models keep their own.
     hub.download_model("RLHFlow/ArmoRM-Llama3-8B-v0.1", tmp_path / "ArmoRM")
     assert b"pad" not in (tmp_path / "ArmoRM" / "tokenizer_config.json").read_bytes()
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
+    with pytest.raises(DataError, match=r"no token .* with the id 128004"):
+        hub.set_pad_token(folder, *hub.LLAMA3_PAD)
 
 
-def test_an_interrupted_download_shows_nothing_and_resumes(fake: FakeHub, tmp_path: Path) -> None:
-    fake.files = _llama_files()
+def test_an_interrupted_download_shows_nothing_and_resumes(fake, tmp_path):
     fake.fail, fake.fail_after = ConnectionError("connection reset\nby peer"), 2
-    folder = tmp_path / "Llama1b"
+    folder, aside = tmp_path / "Llama1b", tmp_path / ".Llama1b.download"
     with pytest.raises(DataError, match=r"Llama-3\.2-1B-Instruct: the download failed \(connection reset\)"):
         hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert not folder.exists()
-    aside = tmp_path / ".Llama1b.download"
     assert (aside / "model-00001-of-00002.safetensors").is_file(), "complete files are kept for the next run"
     fake.fail = None
     hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
@@ -125,27 +118,22 @@ def test_an_interrupted_download_shows_nothing_and_resumes(fake: FakeHub, tmp_pa
     assert not aside.exists()
 
 
-def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake: FakeHub, tmp_path: Path) -> None:
-    fake.files = _llama_files()
-    (tmp_path / "Llama1b").mkdir()
-    hub.download_model("owner/model", tmp_path / "Llama1b")
-    assert (tmp_path / "Llama1b" / "config.json").is_file(), "an empty folder is replaced"
+def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake, tmp_path):
+    folder = tmp_path / "Llama1b"
+    folder.mkdir()
+    hub.download_model("owner/model", folder)
+    assert (folder / "config.json").is_file(), "an empty folder is replaced"
     fake.fetched.clear()
-    (tmp_path / "Llama1b" / "config.json").unlink()
+    (folder / "config.json").unlink()
     with pytest.raises(DataError, match=r"Llama1b: exists without config\.json.*move it away"):
-        hub.download_model("owner/model", tmp_path / "Llama1b")
+        hub.download_model("owner/model", folder)
     assert fake.fetched == []
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_an_incomplete_file_shows_nothing(
-    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
-) -> None:
-    fake.files = _llama_files()
-    complete = fake.snapshot_download
-
-    def careless(repo: str, *, local_dir: Path, **options: object) -> None:
-        complete(repo, local_dir=local_dir, **options)
+def test_an_incomplete_file_shows_nothing(fake, tmp_path, monkeypatch, spoil):
+    def careless(repo, *, local_dir, **options):
+        fake.snapshot_download(repo, local_dir=local_dir, **options)
         spoil(local_dir / "model-00002-of-00002.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", careless)
@@ -155,68 +143,47 @@ def test_an_incomplete_file_shows_nothing(
 
 
 @pytest.mark.parametrize(
-    ("files", "broken", "says"),
+    ("broken", "says"),
     [
-        ({}, {"info_error": _http(RepositoryNotFoundError, 404)}, "no such repository"),
-        ({}, {"info_error": _http(HfHubHTTPError, 503)}, r"the download failed \(Cannot access it\.\)"),
-        ({}, {"info_error": TimeoutError("timed out")}, r"the download failed \(timed out\)"),
-        ({"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}, {}, "no safetensors weights"),
-        (_llama_files(), {"fail": _http(GatedRepoError, 401)}, r"huggingface\.co/owner/model, run `hf auth login`"),
+        ({"info_error": _http(RepositoryNotFoundError, 404)}, "no such repository"),
+        ({"info_error": _http(HfHubHTTPError, 503)}, r"the download failed \(Cannot access it\.\)"),
+        ({"info_error": TimeoutError("timed out")}, r"the download failed \(timed out\)"),
+        ({"files": {"config.json": b"{}", "tokenizer.json": b"{}"} | REFUSED}, "no safetensors weights"),
+        ({"fail": _http(GatedRepoError, 401)}, r"huggingface\.co/owner/model, run `hf auth login`"),
+        ({"free": 99}, r"only 0\.0 GB are free"),
     ],
 )
-def test_what_cannot_be_downloaded_is_one_line(
-    fake: FakeHub, tmp_path: Path, files: dict[str, bytes], broken: dict[str, Exception], says: str
-) -> None:
-    fake.files = files
-    for name, error in broken.items():
-        setattr(fake, name, error)
+def test_what_cannot_be_downloaded_is_one_line(fake, tmp_path, broken, says):
+    vars(fake).update(broken)
     with pytest.raises(hub.NeedsLoginError if "login" in says else DataError, match=says):
         hub.download_model("owner/model", tmp_path / "model")
     assert not (tmp_path / "model").exists() and fake.fetched == []
 
 
-def test_too_little_disk_space_is_reported_before_the_download(
-    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake.files = {"model.safetensors": b"x" * 1000}
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
-    with pytest.raises(DataError, match=r"only 0\.0 GB are free"):
-        hub.download_model("owner/model", tmp_path / "model")
-    assert fake.fetched == []
-
-
-def test_a_pad_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
-    with pytest.raises(DataError, match=r"no token .* with the id 128004"):
-        hub.set_pad_token(tmp_path, *hub.LLAMA3_PAD)
-
-
 @pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
-def test_the_hub_answers_unless_the_request_fails(fake: FakeHub, error: Exception | None) -> None:
+def test_the_hub_answers_unless_the_request_fails(fake, error):
     fake.info_error = error
     assert hub.hub_answers() is (error is None)
 
 
-def test_the_hub_does_not_answer_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_does_not_answer_offline():
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert hub.hub_answers() is False
 
 
 @pytest.fixture
-def helpsteer2(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def helpsteer2(fake, tmp_path, monkeypatch):
     """Serves both splits from lists of prompts and downloads them into a folder."""
 
-    def fetch(repo: str, name: str, repo_type: str, revision: str) -> str:
+    def fetch(repo, name, repo_type, revision):
         assert (repo, repo_type, revision) == ("nvidia/HelpSteer2", "dataset", "abc123")
-        (tmp_path / name).write_bytes(fake.files[name])
         return str(tmp_path / name)
 
-    def download(cut: int = 0, **splits: list[str]) -> Path:
+    def download(cut=0, **splits):
         for split, texts in splits.items():
-            lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
-            content = gzip.compress(lines.encode())
-            fake.files[f"{split}.jsonl.gz"] = content[: len(content) - cut]
+            content = gzip.compress("".join(json.dumps({"prompt": text}) + "\n" for text in texts).encode())
+            (tmp_path / f"{split}.jsonl.gz").write_bytes(content[: len(content) - cut])
         hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "datasets" / "helpsteer2_prompts")
         return tmp_path / "datasets" / "helpsteer2_prompts"
 
@@ -224,7 +191,7 @@ def helpsteer2(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return download
 
 
-def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2: Callable[..., Path]) -> None:
+def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2):
     folder = helpsteer2(train=["A", "A", "B"], validation=["B", "B"])
     assert [row.prompt[0]["content"] for row in read_records(folder / "train.jsonl", Prompt.from_row)] == ["A"]
     assert [row.prompt_id for row in read_records(folder / "test.jsonl", Prompt.from_row)] == [hub.FIRST_TEST_ID]
@@ -238,31 +205,32 @@ def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2: Callable[.
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": ["A"], "validation": []}, "the validation split has no usable prompt"),
-        ({"train": ["A"], "validation": ["B"], "cut": 9}, r"\.jsonl\.gz: the download is damaged"),
-        ({"train": ["A"], "validation": [None]}, 'row 1: field "prompt"'),
+        ({"validation": []}, "the validation split has no usable prompt"),
+        ({"validation": ["B"], "cut": 9}, r"\.jsonl\.gz: the download is damaged"),
+        ({"validation": [None]}, 'row 1: field "prompt"'),
     ],
 )
-def test_bad_helpsteer2_leaves_nothing(helpsteer2: Callable[..., Path], tmp_path: Path, splits: dict, message: str) -> None:
+def test_bad_helpsteer2_leaves_nothing(helpsteer2, tmp_path, splits, message):
     with pytest.raises(DataError, match=message):
-        helpsteer2(**splits)
+        helpsteer2(train=["A"], **splits)
     assert not list(tmp_path.glob("datasets/*"))
 
 
 ASSISTANT, USER = "\n<extra_id_1>Assistant\n", "\n<extra_id_1>User\n"
 
 
-def _rows(*texts: str) -> list[dict[str, str]]:
-    return [{"prompt": text, "response": "r"} for text in texts]
+def converted(*texts, **options):
+    return hub.convert_rows([{"prompt": text, "response": "r"} for text in texts], **options)
 
 
-def test_each_prompt_once_and_turns_split() -> None:
-    rows = _rows(" Hi ", "Hi", f"A{ASSISTANT}B\n{USER}\nC", f"A{ASSISTANT}B{USER}C", "Bye")
-    prompts, counts = hub.convert_rows(rows, first_id=10)
-    turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))]
-    assert prompts == [
-        Prompt(10, [{"role": "user", "content": "Hi"}]), Prompt(11, turns), Prompt(12, [{"role": "user", "content": "Bye"}]),
-    ]  # fmt: skip
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_each_prompt_once_and_turns_split():
+    prompts, counts = converted(" Hi ", "Hi", f"A{ASSISTANT}B\n{USER}\nC", f"A{ASSISTANT}B{USER}C", "Bye", first_id=10)
+    turns = [user("A"), {"role": "assistant", "content": "B"}, user("C")]
+    assert prompts == [Prompt(10, [user("Hi")]), Prompt(11, turns), Prompt(12, [user("Bye")])]
     assert counts == {
         "rows": 5, "prompts": 3, "multi_turn": 1,
         "dropped_repeated": 2, "dropped_broken_turns": 0, "dropped_also_in_test": 0,
@@ -281,24 +249,112 @@ def test_each_prompt_once_and_turns_split() -> None:
         ("Hi <extra_id_1>assistant Hello", None),  # one turn, but with a marker left in it
     ],
 )
-def test_broken_turns_are_dropped_and_counted(text: str, message: str | None) -> None:
+def test_broken_turns_are_dropped_and_counted(text, message):
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         hub.split_helpsteer_turns(text)
-    prompts, counts = hub.convert_rows(_rows("fine\n\nUser\nthere", text))
-    assert [prompt.prompt for prompt in prompts] == [[{"role": "user", "content": "fine\n\nUser\nthere"}]]
+    prompts, counts = converted("fine\n\nUser\nthere", text)
+    assert [prompt.prompt for prompt in prompts] == [[user("fine\n\nUser\nthere")]]
     assert counts["dropped_broken_turns"] == 1
 
 
 @pytest.mark.parametrize(("split", "prompts", "multi_turn"), [("train", 500, 52), ("validation", 350, 52)])
-def test_rows_of_the_real_data_set_are_converted(root: Path, split: str, prompts: int, multi_turn: int) -> None:
+def test_rows_of_the_real_data_set_are_converted(root, split, prompts, multi_turn):
     path = root.parent / "shared" / "data" / "helpsteer2" / f"{split}.jsonl"
     if not path.is_file():
         pytest.skip("../shared is missing")
     rows = [row for _, row in read_rows(path)]
-    converted, counts = hub.convert_rows(rows)
+    kept, counts = hub.convert_rows(rows)
     assert counts["rows"] == len(rows) == 2 * prompts
     assert counts["prompts"] + counts["dropped_broken_turns"] // 2 == prompts
     marked = {row["prompt"] for row in rows if "<extra_id_1>" in row["prompt"]}
     assert len(marked) == multi_turn
     assert counts["multi_turn"] + counts["dropped_broken_turns"] // 2 == multi_turn
-    assert "extra_id" not in json.dumps([prompt.prompt for prompt in converted])
+    assert "extra_id" not in json.dumps([prompt.prompt for prompt in kept])
+
+
+# Which assets setup makes, and how the failure of one affects the others and the exit status ---------------------------
+
+
+@pytest.fixture
+def setup(monkeypatch, tmp_path):
+    """Run setup's second half; {asset: state}. Embedded models, which have tests of their own, and hub are stand-ins."""
+    errors = {}
+
+    def make(folder, *rest):
+        folder.mkdir(parents=True)
+
+    def download(repo, folder):
+        if error := errors.get(repo):
+            raise error
+        folder.mkdir(parents=True)
+        for name in ("config.json", "test.jsonl"):
+            (folder / name).write_text("{}")
+
+    for name in ("policy", "reward_model"):
+        monkeypatch.setattr(embedded, f"make_{name}", make)
+        monkeypatch.setattr(embedded, f"{name}_is_made", lambda folder, *rest: folder.is_dir())
+    for name in ("model", "helpsteer2"):
+        monkeypatch.setattr(hub, f"download_{name}", download)
+
+    def run(answers=True, llama=None, **flags):
+        errors[HUB_MODELS["Llama1b"]] = llama
+        monkeypatch.setattr(hub, "hub_answers", Mock(return_value=answers))
+        return {outcome.name: outcome.state for outcome in download_assets(AssetsConfig(**flags), tmp_path)}
+
+    return run
+
+
+def test_auto_without_a_hub_is_the_embedded_set(setup, capsys):
+    names = {"SmolLM2-135M", "ArmoRM-SmolLM2", "embedded_prompts"}
+    assert setup(answers=False) == dict.fromkeys(names, "made")
+    assert capsys.readouterr().out.count("The hub does not answer") == 1
+    assert setup(answers=False) == dict.fromkeys(names, "present"), "a second run makes nothing"
+
+
+def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(setup, capsys):
+    states = setup(llama=hub.NeedsLoginError("gated: accept the licence"))
+    assert states.pop("Llama1b") == "needs a login"
+    assert set(states.values()) == {"made"}
+    assert re.search(r"^Llama1b +needs a login +gated: accept the licence$", capsys.readouterr().out, re.MULTILINE)
+    assert setup()["Llama1b"] == "made"
+    assert set(setup().values()) == {"present"}
+    assert not hub.hub_answers.called, "the hub is not asked if nothing is missing"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
+)
+def test_a_named_asset_that_fails_is_an_error_after_the_others_are_made(setup, tmp_path, capsys, error, state):
+    with pytest.raises(DataError, match=r"1 of 3 .*: Llama1b"):
+        setup(llama=error, models="Llama1b,ArmoRM", datasets="embedded")
+    assert (tmp_path / "models" / "ArmoRM" / "config.json").is_file()
+    assert (tmp_path / "datasets" / "embedded_prompts" / "train.jsonl").is_file()
+    assert state in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"1 of 2 .* helpsteer2_prompts"):
+        setup(answers=False, models="none", datasets="all")
+
+
+def test_the_reward_model_brings_its_backbone(setup):
+    assert list(setup(models="ArmoRM-SmolLM2", datasets="none")) == ["SmolLM2-135M", "ArmoRM-SmolLM2"]
+
+
+def test_names_are_selected_once_in_a_fixed_order():
+    assert select_models("embedded,Llama1b").hub == ("Llama1b",)
+    assert select_models("ArmoRM,Llama1b,ArmoRM").hub == ("Llama1b", "ArmoRM")
+    assert select_models("auto").automatic and not select_models("all").automatic
+    assert (select_models("none").embedded, select_models("none").hub) == ((), ())
+    for value in ("llama1b", "", "Llama1b,", "auto,Llama1b", "none,embedded"):
+        with pytest.raises(UsageError, match="choose from SmolLM2-135M, ArmoRM-SmolLM2, Llama1b"):
+            AssetsConfig(models=value)
+
+
+def test_the_entrypoint_imports_no_torch(root):
+    """A second setup does not import torch."""
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--models=none', '--datasets=none'];"
+        f"runpy.run_path('{root}/src/download_assets.py', run_name='__main__');"
+        "from drdpo.assets.embedded import policy_is_made; from pathlib import Path;"
+        "assert policy_is_made(Path('models/SmolLM2-135M'));"
+        "assert not {'torch', 'gguf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)

@@ -1,113 +1,100 @@
-"""evaluate_armorm on fabricated folders: hand-computed means, gains, pairs and seeds; joins by id; clear errors."""
+"""evaluate_armorm on fabricated folders: means, gains, pairs and seeds by hand; joins by id; provenance; clear errors."""
 
 import json
 import math
-import random
-from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
+from drdpo.cli import as_dict
 from drdpo.config.evaluation import EvaluateConfig
-from drdpo.errors import DataError, UsageError, one_line_errors
+from drdpo.config.training import TrainConfig
+from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.compare import evaluate_armorm
-
-Scores = dict[int, list[dict[str, float]]]
-"""{prompt_id: scores of its completions}"""
+from drdpo.evaluation.runs import read_provenance, repeated_share
+from drdpo.folder import write_manifest
+from drdpo.records import write_rows
 
 H, C = "helpsteer-helpfulness", "helpsteer-coherence"
 
 
-def rows_of(scores: Scores, token_ids: tuple[int, ...] = (1, 2, 3, 4), finish: str = "stop") -> list[dict[str, Any]]:
+def rows_of(scores, token_ids=(1, 2, 3, 4), finish="stop"):
+    """Of {prompt_id: scores of its completions}."""
     return [
         {
-            "prompt_id": prompt_id,
-            "sample_id": sample_id,
-            "prompt": [{"role": "user", "content": f"question {prompt_id}"}],
-            "completion": [{"role": "assistant", "content": "answer"}],
-            "token_ids": token_ids,
-            "finish_reason": finish,
+            "prompt_id": prompt_id, "sample_id": sample_id, "prompt": [{"role": "user", "content": f"question {prompt_id}"}],
+            "completion": [{"role": "assistant", "content": "answer"}], "token_ids": token_ids, "finish_reason": finish,
             "scores": values,
         }
         for prompt_id, samples in scores.items()
         for sample_id, values in enumerate(samples)
-    ]
+    ]  # fmt: skip
 
 
-def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_run(folder, columns, **more):
+    """One completion per prompt: {objective: score of prompt 0, 1, ...}."""
+    samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    write_rows(folder / "test.jsonl", rows_of({prompt: [values] for prompt, values in enumerate(samples)}, **more))
     return folder
 
 
-def write_run(folder: Path, columns: dict[str, list[float]], **more: Any) -> Path:
-    """One completion per prompt: {objective: score of prompt 0, 1, ...}."""
-    prompts = range(len(next(iter(columns.values()))))
-    scores = {prompt: [{name: values[prompt] for name, values in columns.items()}] for prompt in prompts}
-    return write_rows(folder, rows_of(scores, **more))
+def write_runs(folder, runs):
+    return [f"{name}={write_run(folder / name, columns)}" for name, columns in runs.items()]
 
 
-def evaluate(tmp_path: Path, arguments: list[str], **flags: Any) -> Path:
+def evaluate(tmp_path, arguments, **flags):
     output = tmp_path / "report of runs"
     evaluate_armorm(EvaluateConfig(runs=arguments, output_path=str(output), **flags))
     return output
 
 
-def report_of(output: Path) -> str:
+def report_of(output):
     return (output / "report.md").read_text(encoding="utf-8")
 
 
-def table(output: Path, name: str = "scores") -> pd.DataFrame:
+def recorded(output):
+    return json.loads((output / "manifest.json").read_text())["evaluate_armorm"]
+
+
+def table(output, name="scores"):
     """A CSV file, indexed by its first two columns."""
     return pd.read_csv(output / f"{name}.csv", index_col=[0, 1])
 
 
 @pytest.fixture
-def two_runs(tmp_path: Path) -> list[str]:
-    """Base scores 1, 3 | 5, 7: prompt means 2 and 6, sd sqrt(5). The run is 2 better on both, and has one prompt more."""
+def base_and_dpo(tmp_path):
+    """Base scores 1, 3 | 5, 7: prompt means 2 and 6, sd sqrt(5). The run is 2 better on both, and has one prompt more.
+    Its rows are in another order: joined by position the interval of its gain would not have zero width."""
     base = rows_of({1: [{H: 1.0}, {H: 3.0}], 2: [{H: 5.0}, {H: 7.0}]})
     run = rows_of({1: [{H: 4.0}, {H: 4.0}], 2: [{H: 6.0}, {H: 10.0}], 9: [{H: 90.0}]}, (1,) * 6, "length")
-    random.Random(0).shuffle(run)
-    return [f"base={write_rows(tmp_path / 'base', base)}", f"dpo={write_rows(tmp_path / 'd p o', run)}"]
+    write_rows(tmp_path / "base" / "test.jsonl", base)
+    write_rows(tmp_path / "d p o" / "test.jsonl", run[::-1])
+    return tmp_path / "base", tmp_path / "d p o"
 
 
-def folder_of(argument: str) -> Path:
-    return Path(argument.partition("=")[2])
+@pytest.fixture
+def two_runs(base_and_dpo):
+    return [f"{name}={folder}" for name, folder in zip(("base", "dpo"), base_and_dpo, strict=True)]
 
 
-def test_means_and_gain_by_hand(tmp_path: Path, two_runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_means_and_gain_by_hand(tmp_path, two_runs, capsys):
     scores = table(evaluate(tmp_path, two_runs))
     base, dpo = scores.loc[("base", H)], scores.loc[("dpo", H)]
     assert (base["prompts"], base["mean"], math.isnan(base["gain_sd"])) == (2, 4.0, True)
     assert base["sd"] == pytest.approx(math.sqrt(5))
+    # Every prompt counts once, whatever the number of its completions.
     assert (dpo["prompts"], dpo["paired_prompts"], dpo["mean"]) == (3, 2, pytest.approx((4 + 8 + 90) / 3))
     # A constant shift of 2 has an interval of zero width, whatever is drawn.
     assert list(dpo[["gain_sd", "ci_low", "ci_high"]]) == pytest.approx([2 / math.sqrt(5)] * 3, abs=1e-12)
     printed = capsys.readouterr().out
-    assert "helpsteer_helpfulness" in printed
-    assert "+0.894 [+0.894, +0.894]" in printed
+    assert "helpsteer_helpfulness" in printed and "+0.894 [+0.894, +0.894]" in printed
 
 
-def test_several_completions_count_as_one_prompt(tmp_path: Path) -> None:
-    run = write_rows(tmp_path / "one", rows_of({1: [{H: 0.0}] * 9, 2: [{H: 1.0}]}))
-    assert table(evaluate(tmp_path, [f"one={run}"])).loc[("one", H), "mean"] == 0.5
-
-
-def test_runs_are_joined_by_id_not_by_position(tmp_path: Path) -> None:
-    scores: Scores = {i: [{H: float(i)}, {H: float(i + 1)}] for i in range(20)}
-    rows = rows_of({i: [{H: value[H] + 1} for value in samples] for i, samples in scores.items()})
-    random.Random(3).shuffle(rows)
-    runs = [f"base={write_rows(tmp_path / 'a', rows_of(scores))}", f"run={write_rows(tmp_path / 'b', rows)}"]
-    row = table(evaluate(tmp_path, runs)).loc[("run", H)]
-    # Joined by position the gain would be the same, but the interval would not have zero width.
-    assert row["ci_low"] == pytest.approx(row["ci_high"], abs=1e-12)
-
-
-def test_every_two_runs_by_hand(tmp_path: Path) -> None:
+def test_every_two_runs_by_hand(tmp_path):
     # The base's sd is 1 (scores -1 and 1). b - a is 0.5 on every prompt: an interval of no width, and b always wins.
     columns = {"base": [-1.0, 1.0, -1.0, 1.0], "a": [0.0, 3.0, 1.0, 2.0], "b": [0.5, 3.5, 1.5, 2.5]}
-    output = evaluate(tmp_path, [f"{name}={write_run(tmp_path / name, {H: values})}" for name, values in columns.items()])
+    output = evaluate(tmp_path, write_runs(tmp_path, {name: {H: values} for name, values in columns.items()}))
     pairs = table(output, "pairs")
     assert set(pairs.index) == {("a", "base"), ("b", "base"), ("b", "a")}
     row = pairs.loc[("b", "a")]
@@ -115,34 +102,29 @@ def test_every_two_runs_by_hand(tmp_path: Path) -> None:
     assert list(row[["win_rate", "win_low", "win_high"]]) == [1.0, 1.0, 1.0]
     # a - base: 1, 2, 2, 1.
     assert pairs.loc[("a", "base"), "difference_sd"] == pytest.approx(1.5)
-    text = report_of(output)
-    assert "| `helpsteer_helpfulness` | +0.500 [+0.500, +0.500] |" in text
+    assert "| `helpsteer_helpfulness` | +0.500 [+0.500, +0.500] |" in report_of(output)
 
 
-def test_many_pairs_are_in_the_csv_file_only(tmp_path: Path) -> None:
-    arguments = [
-        f"{name}={write_run(tmp_path / name, {H: [-1.0 + k, 1.0], 'ArmoRM': [float(k), 1.0]})}"
-        for k, name in enumerate(["base", *"abcde"])
-    ]
-    output = evaluate(tmp_path, arguments)
+def test_many_pairs_are_in_the_csv_file_only(tmp_path):
+    runs = {name: {H: [-1.0 + k, 1.0], "ArmoRM": [float(k), 1.0]} for k, name in enumerate(["base", *"abcde"])}
+    output = evaluate(tmp_path, write_runs(tmp_path, runs))
     assert len(table(output, "pairs")) == 15 * 2
     assert "The 10 pairs of runs are in pairs.csv." in report_of(output)
 
 
-def test_win_rate_counts_ties_half(tmp_path: Path) -> None:
-    base, run = {"ArmoRM": [0.0] * 4}, {"ArmoRM": [1.0, -1.0, 0.0, 2.0]}
-    output = evaluate(tmp_path, [f"base={write_run(tmp_path / 'a', base)}", f"run={write_run(tmp_path / 'b', run)}"])
+def test_win_rate_counts_ties_half(tmp_path):
+    runs = {"base": {"ArmoRM": [0.0] * 4}, "run": {"ArmoRM": [1.0, -1.0, 0.0, 2.0]}}
+    output = evaluate(tmp_path, write_runs(tmp_path, runs))
     assert "| run | 62.5% [" in report_of(output)
     # All of the base's scores are 0: there is no unit to measure a gain in.
     assert "there is no gain" in report_of(output)
     assert math.isnan(table(output).loc[("run", "ArmoRM"), "gain_sd"])
 
 
-def test_seeds_of_a_run_are_averaged(tmp_path: Path) -> None:
+def test_seeds_of_a_run_are_averaged(tmp_path):
     # Seeds one and three higher than the base on every prompt; the first has a prompt more.
-    columns = {"base": [-1.0, 1.0], "s1": [0.0, 2.0, 50.0], "s2": [2.0, 4.0]}
-    folders = {name: write_run(tmp_path / name, {H: values}) for name, values in columns.items()}
-    output = evaluate(tmp_path, [f"base={folders['base']}", f"dpo={folders['s1']}", f"dpo={folders['s2']}"])
+    base, *seeds = write_runs(tmp_path, {"base": {H: [-1.0, 1.0]}, "s1": {H: [0.0, 2.0, 50.0]}, "s2": {H: [2.0, 4.0]}})
+    output = evaluate(tmp_path, [base, *(f"dpo={seed[3:]}" for seed in seeds)])
     row = table(output).loc[("dpo", H)]
     assert (row["prompts"], row["mean"], row["gain_sd"]) == (2, pytest.approx(2.0), pytest.approx(2.0))
     # Gains 1 and 3 on every prompt: t(1) = 12.7062 times sqrt(2 / 2).
@@ -153,127 +135,114 @@ def test_seeds_of_a_run_are_averaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seeds", "tells"), [(1, "says nothing about other training seeds"), (2, "tell no two"), (5, "differ")]
 )
-def test_fewer_than_five_seeds_tell_no_two_methods_apart(tmp_path: Path, seeds: int, tells: str) -> None:
-    runs = [f"base={write_run(tmp_path / 'base', {H: [-1.0, 1.0]})}"]
+def test_fewer_than_five_seeds_tell_no_two_methods_apart(tmp_path, seeds, tells):
+    runs = write_runs(tmp_path, {"base": {H: [-1.0, 1.0]}})
     for name in ("dpo", "kldpo"):
-        folders = [write_run(tmp_path / f"{name} {k}", {H: [0.1 * k, 2.0]}) for k in range(seeds)]
-        runs += [f"{name}={folder}" for folder in folders]
+        runs += [f"{name}={write_run(tmp_path / f'{name} {k}', {H: [0.1 * k, 2.0]})}" for k in range(seeds)]
     text = report_of(evaluate(tmp_path, runs))
     assert tells in text
     assert ("Two runs differ if the interval excludes 0" in text) == (seeds != 2)
 
 
-def test_win_rate_of_seeds_is_over_every_two(tmp_path: Path) -> None:
-    base = [f"base={write_run(tmp_path / f'b{k}', {'ArmoRM': [value]})}" for k, value in enumerate((0.0, 2.0))]
-    run = [f"run={write_run(tmp_path / f'r{k}', {'ArmoRM': [value]})}" for k, value in enumerate((1.0, 2.0))]
+def test_win_rate_of_seeds_is_over_every_two(tmp_path):
+    scores = {"base": (0.0, 2.0), "run": (1.0, 2.0)}
+    runs = [f"{name}={write_run(tmp_path / f'{name}{one}', {H: [one]})}" for name, both in scores.items() for one in both]
     # 1 > 0, 1 < 2, 2 > 0, 2 = 2.
-    (win_rate,) = table(evaluate(tmp_path, [*base, *run]), "pairs")["win_rate"]
-    assert win_rate == pytest.approx(2.5 / 4)
+    assert table(evaluate(tmp_path, runs), "pairs")["win_rate"].tolist() == [pytest.approx(2.5 / 4)]
 
 
-def record_training(folder: Path, run: Path, weights: dict[str, float]) -> None:
+def record_training(folder, run, weights, method="DPO"):
     """Manifests of a run that was sampled from a policy trained on pairs of these weights."""
     pairs, trained = folder / f"{run.name}_pairs", folder / f"{run.name}_trained"
-    for place, name, content in (
-        (pairs, "manifest.json", {"preferences": {"made_by": {"weights": weights}}}),
-        (trained, "config.json", {"dataset_path": str(pairs), "kldpo_tau": None, "beta": 0.1, "seed": 1}),
-        (run / "sampled", "manifest.json", {"sample_test": {"made_by": {}, "model_path": str(trained / "global_step_1")}}),
-    ):
-        place.mkdir()
-        (place / name).write_text(json.dumps(content))
+    write_manifest(pairs, "preferences", {"weights": weights})
+    write_manifest(trained, "train", {"method": method})
+    flags = TrainConfig(model_path="m", dataset_path=str(pairs), save_path="s", beta=0.1, seed=5)
+    (trained / "config.json").write_text(json.dumps(as_dict(flags)))
+    made_by = {"model": "f00d", "temperature": 0.7, "top_k": None}
+    write_manifest(run / "sampled", "sample_test", made_by, {}, model_path=str(trained / "global_step_1"))
 
 
-def test_the_gain_in_the_mixture_that_was_trained_on(tmp_path: Path) -> None:
-    base = write_run(tmp_path / "base", {H: [-2.0, 2.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]})
+def test_the_gain_in_the_mixture_that_was_trained_on(tmp_path):
     # Gains by prompt, in the base's sd (2 and 1): 1 and 2 in H, 4 and -2 in C; 0.75 H + 0.25 C is 1.75 and 1.
-    run = write_run(tmp_path / "run", {H: [0.0, 6.0], C: [3.0, -1.0], "ArmoRM": [1.0, 1.0]})
-    record_training(tmp_path, run, {H: 0.75, C: 0.25})
-    output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
+    runs = {"base": {H: [-2.0, 2.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]},
+            "run": {H: [0.0, 6.0], C: [3.0, -1.0], "ArmoRM": [1.0, 1.0]}}  # fmt: skip
+    arguments = write_runs(tmp_path, runs)
+    record_training(tmp_path, tmp_path / "run", {H: 0.75, C: 0.25})
+    output = evaluate(tmp_path, arguments)
     text = report_of(output)
     gains = text[text.index("## Gain over base") :]
     assert gains.index("| **trained mixture** | +1.375 [+1.000, +1.750] |") < gains.index("| `helpsteer_helpfulness` |")
     assert "The trained mixture is 0.75 `helpsteer_helpfulness` + 0.25 `helpsteer_coherence`" in text
-    recorded = json.loads((output / "manifest.json").read_text())["evaluate_armorm"]["trained_mixture"]
-    assert recorded["weights"] == {H: 0.75, C: 0.25}
-    assert recorded["gains_sd"] == {"run": pytest.approx({"value": 1.375, "low": 1.0, "high": 1.75})}
+    found = recorded(output)["trained_mixture"]
+    assert found["weights"] == {H: 0.75, C: 0.25}
+    assert found["gains_sd"] == {"run": pytest.approx({"value": 1.375, "low": 1.0, "high": 1.75})}
 
 
-def test_runs_of_two_mixtures_have_no_gain_in_one(tmp_path: Path) -> None:
-    base, *runs = (write_run(tmp_path / name, {H: [-1.0, 1.0], C: [0.0, 2.0]}) for name in ("base", "one", "other"))
-    for run, weights in zip(runs, ({H: 1.0}, {H: 0.5, C: 0.5}), strict=True):
-        record_training(tmp_path, run, weights)
-    output = evaluate(tmp_path, [f"{run.name}={run}" for run in (base, *runs)])
-    assert "trained mixture" not in report_of(output)
-    assert "trained_mixture" not in json.loads((output / "manifest.json").read_text())["evaluate_armorm"]
+@pytest.mark.parametrize(
+    ("columns", "mixtures", "says"),
+    [
+        ({H: [-1.0, 1.0], C: [0.0, 2.0]}, [{H: 1.0}, {H: 0.5, C: 0.5}], ""),
+        ({H: [-1.0, 1.0]}, [{H: 0.5, C: 0.5}], "Training used `helpsteer_helpfulness`, `helpsteer_coherence`"),
+    ],
+    ids=["two mixtures", "an objective that the reward model does not score"],
+)
+def test_there_is_no_gain_in_one_trained_mixture(columns, mixtures, says, tmp_path):
+    runs = write_runs(tmp_path, dict.fromkeys(("base", "one", "other"), columns))
+    for name, weights in zip(("one", "other"), mixtures, strict=False):
+        record_training(tmp_path, tmp_path / name, weights)
+    output = evaluate(tmp_path, runs)
+    assert "trained mixture" not in report_of(output) and says in report_of(output)
+    assert "trained_mixture" not in recorded(output)
 
 
-def test_a_mixture_that_the_reward_model_does_not_score_has_no_gain(tmp_path: Path) -> None:
-    base, run = (write_run(tmp_path / name, {H: [-1.0, 1.0]}) for name in ("base", "run"))
-    record_training(tmp_path, run, {H: 0.5, C: 0.5})
-    text = report_of(evaluate(tmp_path, [f"base={base}", f"run={run}"]))
-    assert "trained mixture" not in text
-    assert "Training used `helpsteer_helpfulness`, `helpsteer_coherence`" in text
-
-
-def test_unseen_objectives_are_marked_from_the_manifests(tmp_path: Path) -> None:
-    base = write_run(tmp_path / "base", {H: [-1.0, 1.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]})
-    run = write_run(tmp_path / "run", {H: [0.0, 2.0], C: [1.0, 3.0], "ArmoRM": [1.0, 1.0]})
-    record_training(tmp_path, run, {H: 1.0})
-    output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
+def test_unseen_objectives_are_marked_from_the_manifests(tmp_path):
+    base = {H: [-1.0, 1.0], C: [-1.0, 1.0], "ArmoRM": [0.0, 1.0]}
+    runs = write_runs(tmp_path, {"base": base, "run": {H: [0.0, 2.0], C: [1.0, 3.0], "ArmoRM": [1.0, 1.0]}})
+    record_training(tmp_path, tmp_path / "run", {H: 1.0})
+    output = evaluate(tmp_path, runs)
     text = report_of(output)
     assert "| `helpsteer_coherence` *unseen* | +2.000 [+2.000, +2.000] |" in text
-    assert "| `helpsteer_helpfulness` | +1.000 [+1.000, +1.000] |" in text
-    assert "| `ArmoRM` | " in text
+    assert "| `helpsteer_helpfulness` | +1.000 [+1.000, +1.000] |" in text and "| `ArmoRM` | " in text
     # Of both objectives, without the gated score.
     assert "| mean of all (2) | +1.500 [+1.500, +1.500] |" in text
     assert "| worst of all (2) | +1.000 [+1.000, +1.000] |" in text
     assert "(unseen)" in (output / "spider.svg").read_text(encoding="utf-8")
 
 
-def test_length_and_repetition(tmp_path: Path) -> None:
+def test_length_and_repetition(tmp_path):
     base = write_run(tmp_path / "base", {H: [0.0, 1.0]}, token_ids=(1, 2, 3, 4, 5))
     run = write_run(tmp_path / "run", {H: [0.0, 1.0]}, token_ids=(7,) * 13)
-    output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
-    assert "| run | 13.0 | 0.0% | 90.0% |" in report_of(output)
-    assert "| run | +8.0 [+8.0, +8.0] | +0.0% [+0.0%, +0.0%] | +90.0% [+90.0%, +90.0%] |" in report_of(output)
+    text = report_of(evaluate(tmp_path, [f"base={base}", f"run={run}"]))
+    assert "| run | 13.0 | 0.0% | 90.0% |" in text
+    assert "| run | +8.0 [+8.0, +8.0] | +0.0% [+0.0%, +0.0%] | +90.0% [+90.0%, +90.0%] |" in text
 
 
-def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str]) -> None:
-    base, dpo = map(folder_of, two_runs)
-    trained = tmp_path / "trained"
-    trained.mkdir()
-    flags = {"dataset_path": "pairs", "kldpo_tau": 0.05, "wdpo_rho": None, "beta": 0.01, "seed": 7}
-    (trained / "config.json").write_text(json.dumps(flags))
-    (dpo / "sampled").mkdir()
-    (trained / "manifest.json").write_text('{"train": {"made_by": {"method": "KLDPO (kldpo_tau=0.05)"}}}')
-    record = {"made_by": {"temperature": 0.7, "seed": 42}, "model_path": str(trained / "global_step_3")}
-    (dpo / "sampled" / "manifest.json").write_text(json.dumps({"sample_test": record}))
-    (dpo / "manifest.json").write_text(json.dumps({"score_test": {"made_by": {"reward_model": "f00d"}}}))
+def test_the_report_shows_what_was_compared(tmp_path, base_and_dpo, two_runs):
+    base, dpo = base_and_dpo
+    record_training(tmp_path, dpo, {}, "KLDPO (kldpo_tau=0.05)")
+    write_manifest(dpo, "score_test", {"reward_model": "f00d"})
     text = report_of(evaluate(tmp_path, two_runs))
-    assert "KLDPO (kldpo_tau=0.05), beta=0.01, seed=7" in text
-    assert "global_step_3" in text
+    assert "KLDPO (kldpo_tau=0.05), beta=0.1, seed=5" in text and "global_step_1" in text
     assert f"{base / 'manifest.json'} has no record of score_test" in text
+    assert read_provenance(dpo, "test").made_by["sampling"] == {"temperature": "0.7"}
+    assert read_provenance(dpo, "train").made_by == {}, "the train split was not sampled"
     # base: 2 prompts, none left out; dpo: 3, one left out.
-    assert "| 4 | 2 | 0 |" in text
-    assert "| 5 | 3 | 1 |" in text
+    assert "| 4 | 2 | 0 |" in text and "| 5 | 3 | 1 |" in text
     # Lengths and cut answers.
-    assert "| base | 4.0 | 0.0% |" in text
-    assert "| dpo | 6.0 | 100.0% |" in text
+    assert "| base | 4.0 | 0.0% |" in text and "| dpo | 6.0 | 100.0% |" in text
 
 
-def test_a_comparison_of_unlike_runs_is_marked(tmp_path: Path, two_runs: list[str], capsys: Any) -> None:
-    for argument, model in zip(two_runs, ("one", "two"), strict=True):
-        record = {"made_by": {"reward_model": model, "sampled": model}, "versions": {}, "commit": "x"}
-        (folder_of(argument) / "manifest.json").write_text(json.dumps({"score_test": record}))
+def test_a_comparison_of_unlike_runs_is_marked(tmp_path, base_and_dpo, two_runs, capsys):
+    for folder, model in zip(base_and_dpo, ("one", "two"), strict=True):
+        write_manifest(folder, "score_test", {"reward_model": model, "sampled": model})
     text = report_of(evaluate(tmp_path, two_runs))
     assert "the scoring differs in reward_model: base one, dpo two" in text
     assert "differs in sampled" not in text
     assert "the scoring differs in reward_model" in capsys.readouterr().out
 
 
-def test_same_input_same_bytes(tmp_path: Path) -> None:
-    scores = {H: [0.0, 1.0], C: [2.0, 1.0], "ArmoRM": [0.0, 3.0]}
-    runs = [f"{name}={write_run(tmp_path / name, scores)}" for name in ("base", "dpo")]
+def test_same_input_same_bytes(tmp_path):
+    runs = write_runs(tmp_path, {name: {H: [0.0, 1.0], C: [2.0, 1.0], "ArmoRM": [0.0, 3.0]} for name in ("base", "dpo")})
     output = evaluate(tmp_path, runs)
     assert "](spider.png)" in report_of(output)
     names = ("pairs.csv", "scores.csv", "report.html", "report.md", "spider.png", "spider.svg")
@@ -286,109 +255,95 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert not (output / "spider.png").exists() and "spider.png" not in report_of(output)
 
 
-def test_output_into_the_runs_own_folder(two_runs: list[str]) -> None:
+def test_output_into_the_runs_own_folder(base_and_dpo):
     """What generate.sh does: the report joins the scores, whose manifest stays."""
-    folder = folder_of(two_runs[0])
-    (folder / "manifest.json").write_text(json.dumps({"score_test": {"made_by": {}, "versions": {}, "commit": "x"}}))
+    folder, _ = base_and_dpo
+    write_manifest(folder, "score_test", {})
     evaluate_armorm(EvaluateConfig(runs=[f"base={folder}"], output_path=str(folder)))
     assert set(json.loads((folder / "manifest.json").read_text())) == {"score_test", "evaluate_armorm"}
     assert (folder / "test.jsonl").is_file()
 
 
-def test_objectives_in_either_spelling_and_order(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", {"ArmoRM": [1.0], C: [2.0], "my-own": [3.0], H: [4.0]})
-    assert [name for _, name in table(evaluate(tmp_path, [f"a={run}"])).index] == [H, C, "my-own", "ArmoRM"]
-    chosen = evaluate(tmp_path, [f"a={run}"], objectives=["my_own", "helpsteer-coherence", "helpsteer_coherence"])
+def test_objectives_in_either_spelling_and_order_and_names_with_an_equals_sign(tmp_path):
+    runs = write_runs(tmp_path, {"tau=0.05": {"ArmoRM": [1.0], C: [2.0], "my-own": [3.0], H: [4.0]}})
+    assert list(table(evaluate(tmp_path, runs)).index) == [("tau=0.05", name) for name in (H, C, "my-own", "ArmoRM")]
+    chosen = evaluate(tmp_path, runs, objectives=["my_own", "helpsteer-coherence", "helpsteer_coherence"])
     assert [name for _, name in table(chosen).index] == ["my-own", C]
 
 
-def test_a_name_or_folder_may_contain_an_equals_sign(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "tau=0.05", {H: [1.0]})
-    assert ("tau=0.05", H) in table(evaluate(tmp_path, [f"tau=0.05={run}"])).index
-
-
-def broken_run(folder: Path, case: str) -> Path:
-    """A second run that cannot be compared with the scores {H: [0, 1], C: [1, 1]}."""
-    rows = rows_of({0: [{H: 0.0, C: 1.0}], 1: [{H: 1.0, C: 1.0}]})
-    match case:
-        case "no common objective":
-            rows = rows_of({0: [{"my-own": 1.0}]})
-        case "no common prompt":
-            rows = rows_of({7: [{H: 1.0}]})
-        case "unscored":
-            del rows[1]["scores"]
-        case "mixed objectives":
-            rows[1]["scores"] = {C: 1.0}
-        case "key twice":
-            rows[1] = rows[0]
-        case "other prompt":
-            rows[1]["prompt"] = [{"role": "user", "content": "something else"}]
-    write_rows(folder, rows)
-    if case == "cut line":
-        with (folder / "test.jsonl").open("a") as stream:
-            stream.write('{"prompt_id": 2, "sam')
-    return folder
+@pytest.mark.parametrize(
+    ("runs", "flags", "error", "says"),
+    [
+        (["{good}"], {}, UsageError, "write NAME=FOLDER"),
+        (["a={good}", "a={good}"], {}, UsageError, "the name a is given twice"),
+        (["a={good}", "a={other}"], {}, DataError, "run a: .* are not both scored in helpsteer-coherence"),
+        (["a={good}", "b=nowhere"], {}, DataError, "run b: nowhere: no such folder"),
+        (["a={good}"], {"split": "train"}, DataError, r"run a: .*train.jsonl: no such file; the folder has test.jsonl"),
+        (["a={good}"], {"objectives": ["helpsteer_charm"]}, UsageError, "unknown objective 'helpsteer_charm'"),
+        (["a={good}"], {"objectives": ["ultrafeedback_verbosity"]}, UsageError, "no such head"),
+        (["a={good}"], {"objectives": ["ArmoRM"]}, DataError, r"run a .* has no scores of ArmoRM"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(runs, flags, error, says, tmp_path):
+    good = write_run(tmp_path / "good", {H: [0.0, 1.0], C: [1.0, 1.0]})
+    other = write_run(tmp_path / "other", {H: [0.0, 1.0]})
+    with pytest.raises(error, match=says):
+        evaluate(tmp_path, [run.format(good=good, other=other) for run in runs], **flags)
+    assert not (tmp_path / "report of runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("case", "flags", "error", "says"),
+    ("change", "says"),
     [
-        ("no equals", {}, UsageError, "write NAME=FOLDER"),
-        ("same folder twice", {}, UsageError, "the name a is given twice"),
-        ("other objectives in a seed", {}, DataError, "run a: .* are not both scored in helpsteer-coherence"),
-        ("no folder", {}, DataError, "run b: .*nowhere: no such folder"),
-        ("one run", {"split": "train"}, DataError, r"run a: .*train.jsonl: no such file; the folder has test.jsonl"),
-        ("one run", {"objectives": ["helpsteer_charm"]}, UsageError, "unknown objective 'helpsteer_charm'"),
-        ("one run", {"objectives": ["ultrafeedback_verbosity"]}, UsageError, "no such head"),
-        ("one run", {"objectives": ["ArmoRM"]}, DataError, r"run a .* has no scores of ArmoRM"),
-        ("no common objective", {}, DataError, "share no objective: a has helpsteer_helpfulness, .*; b has my_own"),
-        ("no common prompt", {}, DataError, "the runs a, b have no prompt_id in common"),
-        ("unscored", {}, DataError, r'test.jsonl, row 2: field "scores" is missing'),
-        ("mixed objectives", {}, DataError, r"row 2: .* other objectives than row 1"),
-        ("key twice", {}, DataError, r"row 2: .* repeats \(0, 0\)"),
-        ("other prompt", {}, DataError, r"prompt_id 1: .* differs between a .* and b"),
-        ("cut line", {}, DataError, r"test.jsonl, row 3: not a whole JSON object"),
+        ({"scores": {}}, r'test.jsonl, row 2: field "scores" is missing'),
+        ({"scores": {C: 1.0}}, r"row 2: .* other objectives than row 1"),
+        ({"prompt_id": 0}, r"row 2: .* repeats \(0, 0\)"),
+        ({"prompt_id": 0, "sample_id": 1}, r'row 2: field "prompt" differs from an earlier row'),
+        ({"prompt": [{"role": "user", "content": "something else"}]}, r"prompt_id 1: .* differs between a .* and b"),
+        ([{"scores": {"my-own": 1.0}}], "share no objective: a has helpsteer_helpfulness, .*; b has my_own"),
+        ([{"prompt_id": 7}], "the runs a, b have no prompt_id in common"),
     ],
 )
-def test_errors(
-    tmp_path: Path, case: str, flags: dict[str, Any], error: type[Exception], says: str, capsys: Any
-) -> None:  # fmt: skip
-    good = write_run(tmp_path / "good", {H: [0.0, 1.0], C: [1.0, 1.0]})
-    arguments = [f"a={good}"]
-    match case:
-        case "no equals":
-            arguments = [str(good)]
-        case "same folder twice":
-            arguments.append(f"a={good}")
-        case "other objectives in a seed":
-            arguments.append(f"a={write_run(tmp_path / 'other', {H: [0.0, 1.0]})}")
-        case "no folder":
-            arguments.append(f"b={tmp_path / 'nowhere'}")
-        case "one run":
-            pass
-        case _:
-            arguments.append(f"b={broken_run(tmp_path / 'b', case)}")
-    config = EvaluateConfig(runs=arguments, output_path=str(tmp_path / "out"), **flags)
-    with pytest.raises(error, match=says):
-        evaluate_armorm(config)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit) as stop, one_line_errors():
-        evaluate_armorm(config)
-    assert stop.value.code == (2 if error is UsageError else 1)
-    assert capsys.readouterr().err.count("\n") == 1
+def test_rows_of_the_second_run_that_cannot_be_compared_are_named(change, says, tmp_path):
+    runs = write_runs(tmp_path, {name: {H: [0.0, 1.0], C: [1.0, 1.0]} for name in "ab"})
+    rows = rows_of({0: [{H: 0.0, C: 1.0}], 1: [{H: 1.0, C: 1.0}]})
+    rows = [rows[0] | change[0]] if isinstance(change, list) else [rows[0], rows[1] | change]
+    write_rows(tmp_path / "b" / "test.jsonl", rows)
+    with pytest.raises(DataError, match=says):
+        evaluate(tmp_path, runs)
+    assert not (tmp_path / "report of runs").exists()
 
 
-def test_a_failed_report_leaves_the_old_one(tmp_path: Path, two_runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_report_leaves_the_old_one(tmp_path, two_runs, monkeypatch):
     output = evaluate(tmp_path, two_runs)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    written = []
-
-    def full(path: Path) -> None:
-        written.append(path)
-        if len(written) == 3:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("drdpo.evaluation.report.flush", full)
+    # The third file cannot be flushed.
+    flush = Mock(side_effect=[None, None, OSError(28, "No space left on device")])
+    monkeypatch.setattr("drdpo.evaluation.report.flush", flush)
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_share_by_hand():
+    # abcd abcd: 5 four-grams (abcd bcda cdab dabc abcd), 4 distinct.
+    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repeated_share([7] * 13) == pytest.approx(9 / 10)
+    assert repeated_share([1, 2, 3]) == 0.0
+    assert repeated_share([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
+
+
+def test_what_is_not_recorded(tmp_path):
+    found = read_provenance(tmp_path, "test")
+    assert (found.policy, found.method, found.made_by) == ("not recorded", "no training recorded", {})
+    assert len(found.notes) == 2
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model's folder is no training
+    write_manifest(tmp_path / "sampled", "sample_test", {}, model_path=str(tmp_path / "model"))
+    found = read_provenance(tmp_path, "test")
+    assert (found.policy, found.method) == (str(tmp_path / "model"), "no training recorded")
+    (tmp_path / "manifest.json").write_text('{"score_test": ')
+    with pytest.raises(DataError, match="not JSON"):
+        read_provenance(tmp_path, "test")

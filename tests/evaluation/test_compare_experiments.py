@@ -1,29 +1,159 @@
-"""compare_openllm and compare_mixtures on stored results: tables computed by hand, pictures, and clear errors."""
+"""The leaderboard's scores, compare_openllm and compare_mixtures, on stored results: by hand, pictures, and clear errors."""
 
-import csv
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 
-from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig
+from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig, LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import compare_leaderboard, mixtures
 from drdpo.evaluation.compare_leaderboard import compare_openllm
-from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES
+from drdpo.evaluation.leaderboard_scores import (
+    BBH_CHOICES,
+    COLUMNS,
+    MUSR_CHOICES,
+    average,
+    benchmarks,
+    hub_results,
+    json_safe,
+    markdown,
+    normalise,
+    raw_rows,
+    terminal,
+)  # fmt: skip
 from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 
-def metrics(**values: float | str) -> dict[str, Any]:
+def task(name, questions=10, **metrics):
+    found = {f"{metric},none": value for metric, value in metrics.items()}
+    found |= {f"{metric}_stderr,none": 0.01 for metric in metrics}
+    return {"name": name, "alias": f" - {name}", "sample_len": questions, **found}
+
+
+@pytest.fixture
+def harness():
+    """Every BBH subtask at chance but navigate (0.75) and one below chance; the rest at round figures."""
+    scores = {f"bbh_{name}": {"acc_norm": 1 / choices} for name, choices in BBH_CHOICES.items()}
+    scores |= {
+        "bbh_navigate": {"acc_norm": 0.75}, "bbh_snarks": {"acc_norm": 0.2}, "musr_murder_mysteries": {"acc_norm": 0.75},
+        "musr_object_placements": {"acc_norm": 0.6}, "musr_team_allocation": {"acc_norm": 0.5}, "bbh": {"acc_norm": 0.3},
+        "musr": {"acc_norm": 0.62}, "gpqa": {"acc_norm": 0.625}, "math_hard": {"exact_match": 0.08},
+        "ifeval": {"prompt_level_strict_acc": 0.5, "inst_level_strict_acc": 0.6, "prompt_level_loose_acc": 0.9},
+        "mmlu_pro": {"acc": 0.55},
+    }  # fmt: skip
+    results = {f"leaderboard_{name}": task(name, **metrics) for name, metrics in scores.items()}
+    bbh, musr = ([name for name in results if name.startswith(f"leaderboard_{group}_")] for group in ("bbh", "musr"))
+    groups = {name: results[name] for name in ("leaderboard_bbh", "leaderboard_musr")}
+    subtasks = {"leaderboard": [*groups, "leaderboard_mmlu_pro", "leaderboard_ifeval"]}
+    subtasks |= {"leaderboard_bbh": bbh, "leaderboard_musr": musr}
+    return {"results": results, "groups": groups, "group_subtasks": subtasks, "n-shot": {"leaderboard_mmlu_pro": 5}}
+
+
+def test_six_benchmarks_by_hand(harness):
+    assert [normalise(raw, 0.25) for raw in (0.25, 1.0, 0.1, 0.625)] == [0, 100, 0, pytest.approx(50)]
+    found = benchmarks(harness["results"])
+    # BBH: navigate (0.75 - 1/2) / (1/2) = 50, every other 0, over 24. MuSR: 50, 50 and (1/2 - 1/3) / (2/3) = 25, over 3.
+    by_hand = {"IFEval": 55, "BBH": 50 / 24, "MATH": 8, "GPQA": 50, "MuSR": 125 / 3, "MMLU-Pro": 50}
+    assert {one.name: one.normalised for one in found} == pytest.approx(by_hand)
+    # Raw: the harness's own means, not means of subtasks.
+    raw = {"IFEval": 0.55, "BBH": 0.3, "MATH": 0.08, "GPQA": 0.625, "MuSR": 0.62, "MMLU-Pro": 0.55}
+    assert {one.name: one.raw for one in found} == pytest.approx(raw)
+    assert average(found) == pytest.approx((55 + 50 / 24 + 8 + 50 + 125 / 3 + 50) / 6)
+
+
+def test_no_average_of_five_and_no_half_benchmark(harness):
+    del harness["results"]["leaderboard_musr_team_allocation"]
+    found = benchmarks(harness["results"])
+    assert [benchmark.name for benchmark in found] == ["IFEval", "BBH", "MATH", "GPQA", "MMLU-Pro"]
+    assert average(found) is None
+
+
+def test_choices_are_those_of_the_installed_tasks():
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "leaderboard"
+    group = yaml.safe_load((folder / "bbh_mc" / "_leaderboard_bbh.yaml").read_text())
+    assert group["task"] == [f"leaderboard_bbh_{name}" for name in sorted(BBH_CHOICES)]
+    for name, choices in BBH_CHOICES.items():
+        listed = yaml.safe_load((folder / "bbh_mc" / f"{name}.yaml").read_text())["doc_to_choice"]
+        assert len(yaml.safe_load(listed) if isinstance(listed, str) else listed) == choices, name
+    group = yaml.safe_load((folder / "musr" / "_musr.yaml").read_text())
+    assert group["task"] == [f"leaderboard_musr_{name}" for name in MUSR_CHOICES]
+    # The others are read as wholes, by the metric that the harness aggregates with weights by size.
+    for file, name, metric in (("gpqa", "leaderboard_gpqa", "acc_norm"), ("math", "leaderboard_math_hard", "exact_match")):
+        group = yaml.safe_load((folder / file / f"_leaderboard_{file}.yaml").read_text())
+        assert group["group"] == name
+        (aggregated,) = group["aggregate_metric_list"]
+        assert aggregated == {"metric": metric, "aggregation": "mean", "weight_by_size": True}
+
+
+def test_tables(harness):
+    config = LeaderboardConfig(model_path="some/model")
+    text = markdown(config, harness)
+    assert "| IFEval | mean of strict accuracies | 0.5500 | 0.0100 | 55.00 | 1.00 |" in text
+    assert "| Average |  |  |  | 34.46 | " in text
+    assert "| leaderboard_mmlu_pro | 5 | 10 | acc | 0.5500 | 0.0100 |" in text
+    assert "Trial" not in text
+    assert "Trial: limited to 4 samples" in markdown(LeaderboardConfig(model_path="some/model", limit=4), harness)
+    printed = terminal(harness)
+    # Subtasks of a group with a mean of its own stay out of the terminal.
+    assert "leaderboard_bbh_navigate" not in printed
+    assert "leaderboard_bbh " in printed and "leaderboard_mmlu_pro" in printed
+
+
+def test_raw_rows_name_filters_and_missing_errors():
+    values = {"alias": "t", "sample_len": 3, "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A"}
+    assert raw_rows({"results": {"t": values}}) == [["t", "", "3", "exact_match (strict)", "0.5000", "n/a"]]
+
+
+def test_json_safe():
+    odd = {"a": np.float32(0.5), "b": math.nan, "c": {3, 1}, 4: np.arange(2), "e": normalise, "p": Path("x")}
+    safe = json_safe(odd)
+    assert json.loads(json.dumps(safe, allow_nan=False)) == safe
+    name = "drdpo.evaluation.leaderboard_scores.normalise"
+    assert safe == {"a": 0.5, "b": None, "c": [1, 3], "4": [0, 1], "e": name, "p": "x"}
+
+
+def test_results_for_the_hub_are_in_its_form():
+    results = {
+        "results": {
+            "leaderboard_gpqa_diamond": task("leaderboard_gpqa_diamond", acc_norm=0.30303),
+            "leaderboard_gpqa_main": task("leaderboard_gpqa_main", acc_norm=0.9),
+            "leaderboard_mmlu_pro": task("leaderboard_mmlu_pro", acc=0.125),
+        },
+        "n-shot": {"leaderboard_gpqa_diamond": 0, "leaderboard_mmlu_pro": 5},
+    }
+    date = "2026-01-02T03:04:05+00:00"
+    text = hub_results(results, date)
+    notes = "lm-eval task leaderboard_{}-shot, by the choices' log-likelihoods, no chain of thought"
+    assert yaml.safe_load(text) == [
+        {"dataset": {"id": "Idavidrein/gpqa", "task_id": "diamond"}, "value": 30.3, "date": date,
+         "notes": notes.format("gpqa_diamond: 0")},
+        {"dataset": {"id": "TIGER-Lab/MMLU-Pro", "task_id": "mmlu_pro"}, "value": 12.5, "date": date,
+         "notes": notes.format("mmlu_pro: 5")},
+    ]  # fmt: skip
+    assert [entry.task_id for entry in parse_eval_result_entries(yaml.safe_load(text))] == ["diamond", "mmlu_pro"]
+    assert hub_results({"results": {"leaderboard_bbh": task("leaderboard_bbh", acc_norm=0.5)}}, date) == ""
+
+
+# The comparisons --------------------------------------------------------------------------------------------------------
+
+
+def metrics(**values):
     return {f"{name},none": value for name, value in values.items()}
 
 
-def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
+def harness_results(mmlu=0.55):
     """All six benchmarks at round figures, as the harness writes them."""
     scores = {f"leaderboard_bbh_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.02) for name in BBH_CHOICES}
     scores |= {f"leaderboard_musr_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.03) for name in MUSR_CHOICES}
@@ -41,7 +171,7 @@ def harness_results(mmlu: float = 0.55) -> dict[str, Any]:
     return {"results": scores, "config": {"limit": None}}
 
 
-def write_results(folder: Path, results: dict[str, Any], **made_by: Any) -> Path:
+def write_results(folder, results, **made_by):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
     record = {"made_by": {"model_path": folder.name, "seed": 42, **made_by}, "versions": {"lm-eval": "0.4.13"}}
@@ -50,19 +180,29 @@ def write_results(folder: Path, results: dict[str, Any], **made_by: Any) -> Path
     return folder
 
 
-def table_row(text: str, heading: str, name: str) -> list[str]:
+def table_row(text, heading, name):
     """The cells of a row, below a heading."""
     below = text.partition(heading)[2]
     line = next(line for line in below.splitlines() if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_leaderboard_by_hand(tmp_path: Path) -> None:
+@pytest.fixture
+def compared(tmp_path):
+    """The report of these NAME=FOLDER, by compare_openllm or by compare_mixtures."""
+
+    def report(*words, step=compare_openllm):
+        config = CompareOpenllmConfig if step is compare_openllm else CompareMixturesConfig
+        step(config(list(words), str(tmp_path / "out")))
+        return (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+    return report
+
+
+def test_leaderboard_by_hand(tmp_path, compared):
     base = write_results(tmp_path / "base", harness_results())
     tuned = write_results(tmp_path / "tu ned", harness_results(mmlu=0.64))
-    output = tmp_path / "out"
-    compare_openllm(CompareOpenllmConfig(runs=[f"1B/base={base}", f"1B/tuned={tuned}"], output_path=str(output)))
-    text = (output / "report.md").read_text(encoding="utf-8")
+    text = compared(f"1B/base={base}", f"1B/tuned={tuned}")
     raw = table_row(text, "### Raw (0-1", "base")
     columns = ["0.550 ± 0.021", "0.510 ± 0.006", "0.330 ± 0.012", "0.280 ± 0.015", "0.520 ± 0.018", "0.550 ± 0.005"]
     assert raw == ["base", *columns, "-"]
@@ -85,13 +225,12 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
     ]  # fmt: skip
     for fact in ("0.4.13", "c0ffee", "2026-01-02T03:04:05+00:00"):
         assert fact in text
-    with (output / "leaderboard.csv").open(encoding="utf-8") as stream:
-        rows = {(row["run"], row["benchmark"]): row for row in csv.DictReader(stream)}
-    assert float(rows["base", "Average"]["normalised"]) == pytest.approx(average)
-    assert float(rows["tuned", "MMLU-Pro"]["normalised"]) == pytest.approx(60)
+    rows = pd.read_csv(tmp_path / "out" / "leaderboard.csv", index_col=["run", "benchmark"])["normalised"]
+    assert rows["base", "Average"] == pytest.approx(average)
+    assert rows["tuned", "MMLU-Pro"] == pytest.approx(60)
 
 
-def test_published_tables_have_a_number_for_every_column() -> None:
+def test_published_tables_have_a_number_for_every_column():
     for methods in compare_leaderboard.PUBLISHED.values():
         assert all(len(values) == len(COLUMNS) and 0 <= min(values) <= max(values) <= 1 for values in methods.values())
     for methods in mixtures.PUBLISHED.values():
@@ -99,17 +238,13 @@ def test_published_tables_have_a_number_for_every_column() -> None:
     assert set(SPOKES) <= {*ARMORM_OBJECTIVES, GATED_SCORE}
 
 
-def test_unlike_trial_and_partial_runs_are_marked(tmp_path: Path) -> None:
+def test_unlike_trial_and_partial_runs_are_marked(tmp_path, compared):
     part = harness_results()
     del part["results"]["leaderboard_gpqa"]
     part["config"]["limit"] = 3
     part["results"]["my_task"] = metrics(acc=0.25, acc_stderr=0.1)
-    words = [
-        f"base={write_results(tmp_path / 'base', harness_results())}",
-        f"part={write_results(tmp_path / 'part', part, seed=7)}",
-    ]
-    compare_openllm(CompareOpenllmConfig(runs=words, output_path=str(tmp_path / "out")))
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    base = write_results(tmp_path / "base", harness_results())
+    text = compared(f"base={base}", f"part={write_results(tmp_path / 'part', part, seed=7)}")
     assert "Trial: part used" in text
     assert "the evaluation differs in seed: base 42, part 7" in text
     row = table_row(text, "### Normalised", "part")
@@ -118,56 +253,34 @@ def test_unlike_trial_and_partial_runs_are_marked(tmp_path: Path) -> None:
     assert "### Published" not in text
 
 
-def test_groups_are_compared_within_themselves(tmp_path: Path) -> None:
+def test_groups_are_compared_within_themselves(tmp_path, compared):
     """Runs of the same short name in two groups: a difference inside 1B is told, one between the groups is not."""
     settings = {"1B/base": 5, "1B/KLDPO": 0, "8B/base": 0, "8B/KLDPO": 0}
-    words = [
+    text = compared(*(
         f"{name}={write_results(tmp_path / name.replace('/', ' '), harness_results(), num_fewshot=shots)}"
         for name, shots in settings.items()
-    ]
-    compare_openllm(CompareOpenllmConfig(runs=words, output_path=str(tmp_path / "out")))
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    ))  # fmt: skip
     assert "the evaluation differs in num_fewshot: 1B/base 5, 1B/KLDPO 0" in text
     assert text.count("Not a like-for-like comparison") == 1
 
 
-def test_the_leaderboards_own_group_is_no_other_task_and_maths_old_metric_is_shown(tmp_path: Path) -> None:
+def test_the_leaderboards_own_group_is_no_other_task_and_maths_old_metric_is_shown(tmp_path, compared):
     results = harness_results()
     results["results"]["leaderboard"] = metrics(acc=0.4, acc_norm=0.3, exact_match=0.2)
     for name, value, count in (("algebra", 0.1, 30), ("geometry", 0.5, 10)):
         part = metrics(exact_match=0.5, exact_match_original=value) | {"sample_len": count}
         results["results"][f"leaderboard_math_{name}_hard"] = part
-    folder = write_results(tmp_path / "a", results)
-    compare_openllm(CompareOpenllmConfig(runs=[f"1B/a={folder}"], output_path=str(tmp_path / "out")))
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    text = compared(f"1B/a={write_results(tmp_path / 'a', results)}")
     assert "Other tasks" not in text
     # (30 * 0.1 + 10 * 0.5) / 40
     assert table_row(text, "### Raw (0-1", "a")[-1] == "0.200"
     assert "since version 3 of the task" in text.partition("### Published raw")[2]
 
 
-@pytest.mark.parametrize(
-    ("content", "error", "says"),
-    [
-        (None, DataError, "results.json: no such file"),
-        ("{", DataError, "not JSON"),
-        ('{"results": [1]}', DataError, 'field "results"'),
-    ],
-)
-def test_broken_results(tmp_path: Path, content: str | None, error: type[Exception], says: str) -> None:
-    folder = tmp_path / "a"
-    folder.mkdir()
-    if content is not None:
-        (folder / "results.json").write_text(content)
-    with pytest.raises(error, match=says):
-        compare_openllm(CompareOpenllmConfig(runs=[f"a={folder}"], output_path=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
-
-
 SCORES = "run,objective,prompts,mean,sd,paired_prompts,gain_sd,ci_low,ci_high\n"
 
 
-def write_scores(folder: Path, objectives: tuple[str, ...], shift: float) -> Path:
+def write_scores(folder, objectives, shift):
     folder.mkdir(parents=True)
     lines = [f"base,{name},9,0.0,1.0,,,,\n" for name in objectives]
     for place, run in enumerate(("DPO", "KLDPO", "WDPO")):
@@ -179,65 +292,63 @@ def write_scores(folder: Path, objectives: tuple[str, ...], shift: float) -> Pat
     return folder
 
 
-def test_mixtures_by_hand(tmp_path: Path) -> None:
+def test_mixtures_by_hand(tmp_path, compared):
     words = [
         f"{name}={write_scores(tmp_path / 'reports of' / name, SPOKES, shift)}"
         for name, shift in zip(mixtures.PUBLISHED, (0.2, 0.3, -0.1), strict=True)
     ]
-    output = tmp_path / "out"
-    compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(output)))
-    text = (output / "report.md").read_text(encoding="utf-8")
+    text, output = compared(*words, step=compare_mixtures), tmp_path / "out"
     row = table_row(text, "## truthfulness + complexity", "`helpsteer_correctness`")
     assert row[1:] == [
         "+0.210 [+0.200, +1.200]", "+0.20", "+0.310 [+0.200, +1.200]", "+0.33", "+0.410 [+0.200, +1.200]", "+0.37",
     ]  # fmt: skip
     assert table_row(text, "## correctness + helpfulness", "`ArmoRM`")[-1] == "+0.21"
-    link = re.search(r"\]\(<([^>]+)>\)", text)
-    assert link is not None
-    assert (output / link[1]).parent.resolve() == tmp_path / "reports of" / "truthfulness_complexity"
+    link = re.search(r"\]\(<([^>]+)>\)", text)[1]
+    assert (output / link).parent.resolve() == tmp_path / "reports of" / "truthfulness_complexity"
     assert (output / "spiders.svg").read_text(encoding="utf-8").count("published") == 3
 
 
-def test_a_mixture_of_its_own_and_of_few_objectives(tmp_path: Path) -> None:
-    folder = write_scores(tmp_path / "mine", SPOKES[:2], 0.1)
-    compare_mixtures(CompareMixturesConfig(reports=[f"mine={folder}"], output_path=str(tmp_path / "out")))
+def test_a_mixture_of_its_own_and_of_few_objectives(tmp_path, compared):
+    text = compared(f"mine={write_scores(tmp_path / 'mine', SPOKES[:2], 0.1)}", step=compare_mixtures)
     assert not (tmp_path / "out" / "spiders.png").exists()
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert table_row(text, "## mine", "`helpsteer_helpfulness`")[1] == "+0.100 [+0.100, +1.100]"
     assert "DPO, published" not in text
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "says"),
+    ("step", "name", "content", "says"),
     [
-        (None, DataError, "scores.csv: no such file"),
-        ("a,b\n1,2\n", DataError, "row 1: not the columns"),
-        (SCORES + "base,x,1,0,1,,,,\n", DataError, "only one run"),
-        (SCORES + "base,x,1,0,1,,,,\nrun,x,1,0,1,1,much,,\n", DataError, "row 3: a gain is not a number"),
-        ("twice", UsageError, "given twice"),
+        (compare_openllm, "results.json", None, "results.json: no such file"),
+        (compare_openllm, "results.json", "{", "not JSON"),
+        (compare_openllm, "results.json", '{"results": [1]}', 'field "results"'),
+        (compare_mixtures, "scores.csv", None, "scores.csv: no such file"),
+        (compare_mixtures, "scores.csv", "a,b\n1,2\n", "row 1: not the columns"),
+        (compare_mixtures, "scores.csv", SCORES + "base,x,1,0,1,,,,\n", "only one run"),
+        (
+            compare_mixtures,
+            "scores.csv",
+            SCORES + "base,x,1,0,1,,,,\nrun,x,1,0,1,1,much,,\n",
+            "row 3: a gain is not a number",
+        ),
     ],
 )
-def test_broken_reports(tmp_path: Path, content: str | None, error: type[Exception], says: str) -> None:
-    folder = tmp_path / "a"
-    folder.mkdir()
-    words = [f"a={folder}"]
-    if content == "twice":
-        words.append(f"a={write_scores(tmp_path / 'b', SPOKES, 0.1)}")
-    elif content is not None:
-        (folder / "scores.csv").write_text(content)
-    with pytest.raises(error, match=says):
-        compare_mixtures(CompareMixturesConfig(reports=words, output_path=str(tmp_path / "out")))
+def test_broken_results_and_reports(step, name, content, says, tmp_path, compared):
+    (tmp_path / "a").mkdir()
+    if content is not None:
+        (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(DataError, match=says):
+        compared(f"a={tmp_path / 'a'}", step=step)
     assert not (tmp_path / "out").exists()
 
 
-def results_of(runs: tuple[str, ...], gain: float, count: int) -> list[MixtureResult]:
+def results_of(runs, gain, count):
     gains = {(run, name): Estimate(gain, None, None) for run in runs for name in SPOKES}
     names = list(mixtures.PUBLISHED)[:count]
     return [MixtureResult(name, Path("x"), list(SPOKES), list(runs), gains) for name in names]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_spider_labels_are_inside_the_picture(count: int) -> None:
+def test_spider_labels_are_inside_the_picture(count):
     figure = spiders(results_of(("DPO", "KLDPO", "WDPO"), -0.3, count))
     figure.draw_without_rendering()
     texts = [text for axes in figure.axes for text in [*axes.texts, axes.title]] + list(figure.legends[0].get_texts())
@@ -248,7 +359,7 @@ def test_spider_labels_are_inside_the_picture(count: int) -> None:
         assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1), text.get_text()
 
 
-def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base() -> None:
+def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base():
     figure = spiders(results_of(("Dpo",), 0.0, 1))
     ours, theirs = figure.axes
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base (0)", "Dpo", "KLDPO", "WDPO"]
@@ -260,14 +371,14 @@ def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base() -> None:
     assert ours.get_ylim()[1] > 0.05, "gains of nothing stay near the centre"
 
 
-def test_a_locked_output_folder_is_refused(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    config = CompareMixturesConfig([f"a={write_scores(tmp_path / 'a', SPOKES, 0.1)}"], str(output))
+def test_a_locked_output_folder_is_refused(tmp_path, compared):
+    output, one = tmp_path / "out", f"a={write_scores(tmp_path / 'a', SPOKES, 0.1)}"
+    with pytest.raises(UsageError, match="given twice"):
+        compared(one, f"a={write_scores(tmp_path / 'b', SPOKES, 0.1)}", step=compare_mixtures)
     with lock_folder(output), pytest.raises(UsageError, match="by process"):
-        compare_mixtures(config)
+        compared(one, step=compare_mixtures)
     assert list(output.iterdir()) == []
     # The next run removes what a killed one left.
     (output / ".report.md.abcd1234.tmp").write_text("half")
-    compare_mixtures(config)
-    assert (output / "report.md").is_file()
-    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+    compared(one, step=compare_mixtures)
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]

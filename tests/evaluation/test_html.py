@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -27,11 +26,11 @@ CHANGES = [
 ]
 
 
-def page() -> str:
+def page():
     return html_report({"report.md": REPORT, "spider.svg": SVG.encode(), "spider.png": b""}, CHANGES)
 
 
-def test_a_page_is_escaped_and_needs_no_other_file() -> None:
+def test_a_page_is_escaped_and_needs_no_other_file():
     text = page()
     assert "<title>a &amp; b against base</title>" in text
     assert text.count("<script>") == 1 and "&lt;script&gt;alert(1)" in text and "&lt;script&gt;alert(2)" in text
@@ -43,7 +42,7 @@ def test_a_page_is_escaped_and_needs_no_other_file() -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 @pytest.mark.parametrize("width", [400, 1200])
-def test_in_a_browser_tables_sort_and_the_page_does_not_scroll_sideways(width: int, tmp_path: Path) -> None:
+def test_in_a_browser_tables_sort_and_the_page_does_not_scroll_sideways(width, tmp_path):
     probe = """<script>
     const column = document.querySelectorAll("th button")[2];
     column.click();

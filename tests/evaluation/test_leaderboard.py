@@ -2,17 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import datasets.exceptions
 import pytest
 import yaml
-from harness.forks import RANK_VARIABLES, Forks, statuses
+from harness.forks import RANK_VARIABLES, statuses
 from harness.stand_ins import add_program, make_environment
 
 from drdpo.chat import DATE_STRING
@@ -23,29 +24,28 @@ from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
 from drdpo.evaluation.leaderboard_scores import HUB_BENCHMARKS, json_safe
 from drdpo.folder import changed, lock_folder
+from drdpo.records import write_rows
 
 CHOICE = """
 task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: label
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 GENERATION = """
 task: tiny_generation
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[label]}}}}"
-generation_kwargs: {{until: ["."], do_sample: false, max_gen_toks: 30}}
-filter_list: [{{name: first_word, filter: [{{function: regex, regex_pattern: "([A-Za-z]+)"}}, {{function: take_first}}]}}]
-metric_list: [{{metric: exact_match, ignore_case: true}}]
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["."], do_sample: false, max_gen_toks: 30}
+filter_list: [{name: first_word, filter: [{function: regex, regex_pattern: "([A-Za-z]+)"}, {function: take_first}]}]
+metric_list: [{metric: exact_match, ignore_case: true}]
+"""
+OF_BOTH = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+doc_to_text: "{{question}}"
 """
 GROUP = "group: tiny\ntask: [tiny_choice, tiny_generation]\naggregate_metric_list: [{metric: acc}, {metric: exact_match}]\n"
 ROWS = [
@@ -54,23 +54,39 @@ ROWS = [
     ("Which one is a fruit? Answer with one word.", ["Apple", "Chair", "Stone", "River"], 0),
     ("Which city is the capital of France? Answer with one word.", ["Berlin", "Rome", "Paris"], 2),
 ]
+SMALL = {"tasks": "tiny", "dtype": "float32", "batch_size": "1"}
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
+def tasks(tmp_path):
     """A folder of two small tasks and their group."""
     folder = tmp_path / "my tasks"
-    folder.mkdir()
-    data = folder / "rows.jsonl"
-    rows = [{"question": question, "choices": choices, "label": label} for question, choices, label in ROWS]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "choice.yaml").write_text(CHOICE.format(data=json.dumps(str(data))))
-    (folder / "generation.yaml").write_text(GENERATION.format(data=json.dumps(str(data))))
-    (folder / "group.yaml").write_text(GROUP)
+    write_rows(folder / "rows.jsonl", (dict(zip(("question", "choices", "label"), row, strict=True)) for row in ROWS))
+    for name, text in (("choice", CHOICE + OF_BOTH), ("generation", GENERATION + OF_BOTH), ("group", GROUP)):
+        (folder / f"{name}.yaml").write_text(text.replace("ROWS", json.dumps(str(folder / "rows.jsonl"))))
     return folder
 
 
-def test_tasks_are_found_in_both_places(tasks: Path) -> None:
+@pytest.fixture
+def tiny(tiny_policy, tasks, tmp_path):
+    """Flags of an evaluation of the small tasks; any may be replaced."""
+    usual = {"model_path": str(tiny_policy), "include_path": str(tasks), "output_path": str(tmp_path / "out"), **SMALL}
+    return lambda **flags: LeaderboardConfig(**(usual | flags))
+
+
+@pytest.fixture
+def templated(tiny_policy, tmp_path):
+    """The tiny policy with another chat template."""
+
+    def copy(template):
+        folder = shutil.copytree(tiny_policy, tmp_path / "another template")
+        (folder / "chat_template.jinja").write_text(template)
+        return str(folder)
+
+    return copy
+
+
+def test_tasks_are_found_in_both_places(tasks):
     _, leaves = find_tasks(["tiny", "leaderboard_musr"], str(tasks), {})
     assert leaves == [
         "tiny_choice", "tiny_generation", "leaderboard_musr_murder_mysteries", "leaderboard_musr_object_placements",
@@ -78,13 +94,11 @@ def test_tasks_are_found_in_both_places(tasks: Path) -> None:
     ]  # fmt: skip
     _, leaves = find_tasks(["leaderboard"], None, {})
     assert len(leaves) == 1 + 24 + 3 + 7 + 1 + 3
-
-
-def test_a_group_that_lists_itself_is_its_other_tasks(tasks: Path) -> None:
-    (tasks / "group.yaml").write_text("group: tiny\ntask:\n  - tiny\n  - tiny_choice\n  - nowhere\n  - nowhere\n")
+    # A group that lists itself is its other tasks.
+    (tasks / "group.yaml").write_text("group: tiny\ntask: [tiny, tiny_choice, nowhere, nowhere]\n")
     with pytest.raises(UsageError, match=r"no task nowhere (or )?in"):
         find_tasks(["tiny"], str(tasks), {})
-    (tasks / "group.yaml").write_text("group: tiny\ntask:\n  - tiny\n  - tiny_choice\n")
+    (tasks / "group.yaml").write_text("group: tiny\ntask: [tiny, tiny_choice]\n")
     assert find_tasks(["tiny"], str(tasks), {})[1] == ["tiny_choice"]
 
 
@@ -94,150 +108,98 @@ def test_a_group_that_lists_itself_is_its_other_tasks(tasks: Path) -> None:
         ({"tasks": "tiny,tiny"}, "names a task twice"),
         ({"tasks": " ,"}, "--tasks is empty"),
         ({"include_path": "nowhere"}, "--include_path=nowhere: no such folder"),
-    ],
-)
-def test_usage_errors(tiny_policy: Path, flags: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        evaluate_openllm(LeaderboardConfig(model_path=str(tiny_policy), check_only=True, **flags))
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
         ({"limit": 0}, "must be positive"),
         ({"limit": 2.5}, "whole number"),
         ({"batch_size": "many"}, "--batch_size=many"),
         ({"max_length": 0}, "--max_length=0"),
+        ({"max_length": 2049}, "--max_length=2049: .* pass at most 2048"),
         ({"tensor_parallel_size": 2}, "requires --backend=vllm"),
         ({"apply_chat_template": False}, "--fewshot_as_multiturn=false"),
+        ({"max_length": 30}, "task tiny_generation may generate 30 tokens, but the context of 30 tokens"),
     ],
 )
-def test_refused_flags(flags: dict[str, Any], says: str) -> None:
+def test_flags_and_a_budget_that_fills_the_context_are_refused_before_the_model_is_loaded(flags, says, tiny, tmp_path):
     with pytest.raises(UsageError, match=says):
-        LeaderboardConfig(model_path="m", **flags)
+        evaluate_openllm(tiny(**flags))
+    assert not (tmp_path / "out").exists()
 
 
-def test_vllm_of_another_name_is_refused(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        raise leaderboard.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(leaderboard.metadata, "version", version)
+def test_vllm_of_another_name_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(leaderboard.metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
     with pytest.raises(UsageError, match="--backend=hf"):
-        evaluate_openllm(LeaderboardConfig(model_path=str(tiny_policy), backend="vllm", check_only=True))
-
-
-def test_processes_without_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(UsageError, match="data-parallel over GPUs only"):
-        leaderboard._parallelism(LeaderboardConfig(model_path="m"))
+        evaluate_openllm(tiny(backend="vllm"))
 
 
 @pytest.mark.parametrize(
-    ("gpus", "span", "ray", "engines"),
-    [(8, 2, True, 4), (1, 1, False, 1), (0, 1, False, 1), (2, 2, False, 1), (8, 3, True, 0), (4, 1, False, 0)],
-)
-def test_vllm_engines(monkeypatch: pytest.MonkeyPatch, gpus: int, span: int, ray: bool, engines: int) -> None:
+    ("backend", "gpus", "span", "ray", "engines"),
+    [
+        ("vllm", 8, 2, True, 4), ("vllm", 1, 1, False, 1), ("vllm", 0, 1, False, 1), ("vllm", 2, 2, False, 1),
+        ("vllm", 8, 3, True, "does not divide"), ("vllm", 4, 1, False, "ray"), ("hf", 0, 1, True, "over GPUs only"),
+    ],
+)  # fmt: skip
+def test_the_gpus_are_shared_out(backend, gpus, span, ray, engines, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr(leaderboard, "find_spec", lambda name: ray if name == "ray" else None)
-    config = LeaderboardConfig(model_path="m", backend="vllm", tensor_parallel_size=span)
-    if engines:
-        assert leaderboard._parallelism(config) == {
-            "tensor_parallel_size": span, "data_parallel_size": engines, "seed": 42,
-        }  # fmt: skip
-    else:
-        with pytest.raises(UsageError, match=r"ray|does not divide"):
+    config = LeaderboardConfig(model_path="m", backend=backend, tensor_parallel_size=span)
+    if isinstance(engines, str):
+        with pytest.raises(UsageError, match=engines):
             leaderboard._parallelism(config)
+    else:
+        found = leaderboard._parallelism(config)
+        assert found == {"tensor_parallel_size": span, "data_parallel_size": engines, "seed": 42}
 
 
 @pytest.mark.parametrize(
     ("positions", "flags", "context"),
     [
-        (131_072, {}, 8192),
-        (2048, {}, 2048),
-        (131_072, {"max_length": 16_384}, 16_384),
+        (131_072, {}, 8192), (2048, {}, 2048), (131_072, {"max_length": 16_384}, 16_384), (None, {}, 8192),
         (131_072, {"backend": "vllm"}, 131_072),
-        (2048, {"max_length": 2049}, None),
-        (None, {}, 8192),
     ],
-)
-def test_the_default_context_fits_a_gpu(positions: int | None, flags: dict[str, Any], context: int | None) -> None:
-    config = LeaderboardConfig(model_path="m", **flags)
-    if context is None:
-        with pytest.raises(UsageError, match=r"--max_length=2049: .* pass at most 2048"):
-            leaderboard.context_length(config, positions)
-    else:
-        assert leaderboard.context_length(config, positions) == context
+)  # fmt: skip
+def test_the_default_context_fits_a_gpu(positions, flags, context):
+    assert leaderboard.context_length(LeaderboardConfig(model_path="m", **flags), positions) == context
 
 
-def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "kldpo run" / "global_step_316"
     checkpoint.mkdir(parents=True)
-
-    def name(model_path: str) -> Path:
-        return output_folder(LeaderboardConfig(model_path=model_path))
-
+    name = lambda model: output_folder(LeaderboardConfig(model))  # noqa: E731
     assert name("meta-llama/Llama-3.2-1B-Instruct") == Path("outputs/openllm/Llama-3.2-1B-Instruct")
     assert name(str(checkpoint)) == Path("outputs/openllm/kldpo run_global_step_316")
     monkeypatch.chdir(checkpoint)
     assert name(".") == Path("outputs/openllm/kldpo run_global_step_316")
-    assert output_folder(LeaderboardConfig(model_path="m", output_path="here")) == Path("here")
-
-
-def test_data_that_cannot_be_loaded_names_its_task(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    (tasks / "rows.jsonl").unlink()
-    config = LeaderboardConfig(
-        model_path=str(tiny_policy), tasks="tiny", include_path=str(tasks), output_path=str(tmp_path / "out")
-    )
-    with pytest.raises(DataError, match=r"task tiny_choice could not be loaded .*rows.jsonl"):
-        evaluate_openllm(config)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("names", "error", "says"),
     [
-        ("ConnectionError: Couldn't reach 'TAUR-Lab/MuSR' on the Hub", "HF_HOME"),
-        ("DatasetNotFoundError: Dataset 'TAUR-Lab/MuSR' is a gated dataset on the Hub.", "hf auth login"),
+        ("tiny", None, "task tiny_choice could not be loaded .*rows.jsonl"),
+        ("leaderboard_musr", ConnectionError("no route"), "task leaderboard_musr_murder_mysteries .*HF_HOME"),
+        (
+            "leaderboard_musr",
+            datasets.exceptions.DatasetNotFoundError("'TAUR-Lab/MuSR' is a gated dataset on the Hub."),
+            "task leaderboard_musr_murder_mysteries .*hf auth login",
+        ),
+        ("leaderboard_ifeval", None, "leaderboard_ifeval needs NLTK's punkt_tab.*NLTK_DATA"),
     ],
 )
-def test_data_on_the_hub_says_what_to_do(
-    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, says: str
-) -> None:
-    kind, _, text = error.partition(": ")
-
-    def failing(*_: Any, **__: Any) -> None:
-        raise getattr(datasets.exceptions, kind, ConnectionError)(text)
-
-    monkeypatch.setattr("datasets.load_dataset", failing)
-    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_musr", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=rf"task leaderboard_musr_murder_mysteries .*{says}"):
-        evaluate_openllm(config)
-
-
-def test_ifeval_without_punkt(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def absent(name: str) -> None:
-        raise LookupError(name)
-
-    monkeypatch.setattr("nltk.data.find", absent)
+def test_data_that_cannot_be_loaded_names_its_task_and_the_way_out(names, error, says, tiny, tasks, tmp_path, monkeypatch):
+    (tasks / "rows.jsonl").unlink()
+    if error:
+        monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
+    monkeypatch.setattr("nltk.data.find", Mock(side_effect=LookupError))
     monkeypatch.setattr("nltk.download", lambda name, quiet: False)
-    config = LeaderboardConfig(model_path=str(tiny_policy), tasks="leaderboard_ifeval", output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"leaderboard_ifeval needs NLTK's punkt_tab.*NLTK_DATA"):
-        evaluate_openllm(config)
+    with pytest.raises(DataError, match=says):
+        evaluate_openllm(tiny(tasks=names))
+    assert not (tmp_path / "out").exists()
 
 
-def test_check_only_refuses_a_locked_folder(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    config = LeaderboardConfig(
-        str(tiny_policy), tasks="tiny", include_path=str(tasks), output_path=str(tmp_path / "out"), check_only=True
-    )
+def test_check_only_is_light_and_refuses_a_locked_folder(tiny, tiny_policy, tasks, tmp_path):
+    """--check_only=true looks for the tasks and loads no weights, nor what runs tasks."""
     with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="by process"):
-        evaluate_openllm(config)
-    evaluate_openllm(config)
-
-
-def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    """--check_only=true finds a wrong task and loads no weights, nor what runs tasks."""
+        evaluate_openllm(tiny(check_only=True))
     code = (
         "import sys; from drdpo.config.evaluation import LeaderboardConfig;"
         "from drdpo.evaluation.leaderboard import evaluate_openllm;"
@@ -245,18 +207,15 @@ def test_check_only_is_light(root: Path, tiny_policy: Path, tasks: Path, tmp_pat
         "evaluate_openllm(LeaderboardConfig(model_path=m, tasks='tiny', include_path=t, check_only=True));"
         "assert not {'lm_eval.evaluator', 'matplotlib'} & set(sys.modules)"
     )
-    words = [sys.executable, "-c", code, str(tiny_policy), str(tasks)]
-    subprocess.run(words, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root / "src")})
+    subprocess.run([sys.executable, "-c", code, str(tiny_policy), str(tasks)], check=True, cwd=tmp_path)
     assert not (tmp_path / "outputs").exists()
 
 
-def test_vllm_back_end_needs_no_nvcc_and_keeps_vllms_offline_defaults(
-    tiny_policy: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_back_end_needs_no_nvcc_and_keeps_vllms_offline_defaults(tiny, monkeypatch):
     """lm-eval starts vllm.LLM and sets no number of sequences; FlashInfer's sampler, made by nvcc, is off."""
     from vllm import LLMEngine, envs
 
-    def start(engine_args: Any, usage_context: Any, **_: Any) -> None:
+    def start(engine_args, usage_context, **_):
         assert envs.VLLM_USE_FLASHINFER_SAMPLER is False
         raise RuntimeError(usage_context.value, engine_args.max_num_seqs, engine_args.max_num_batched_tokens)
 
@@ -266,125 +225,85 @@ def test_vllm_back_end_needs_no_nvcc_and_keeps_vllms_offline_defaults(
     # Left empty first, so that what the step sets is taken back.
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "")
     monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
-    config = LeaderboardConfig(str(tiny_policy), tasks="tiny", backend="vllm", include_path=str(tasks), dtype="float32")
+    config = tiny(backend="vllm")
     with pytest.raises(RuntimeError) as started:
         leaderboard._load_model(config, leaderboard._model_args(config) | leaderboard._parallelism(config))
     assert started.value.args == ("LLM_CLASS", None, None)
 
 
-def test_the_templates_date_is_pinned(tiny_policy: Path, tmp_path: Path) -> None:
+def test_the_templates_date_is_pinned(templated):
     """Llama 3.2's template writes today's date unless date_string is given."""
-    from lm_eval.api.registry import get_model
-
-    folder = tmp_path / "dated"
-    shutil.copytree(tiny_policy, folder)
     today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-    (folder / "chat_template.jinja").write_text(today + "{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    config = LeaderboardConfig(model_path=str(folder), dtype="float32")
-    model = get_model("hf").create_from_arg_obj(leaderboard._model_args(config), {"batch_size": 1, "device": "cpu"})
+    folder = templated(today + "{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    config = LeaderboardConfig(folder, dtype="float32")
+    model = leaderboard._load_model(config, leaderboard._model_args(config))
     assert model.apply_chat_template([{"role": "user", "content": "hello"}]) == f"{DATE_STRING}[hello]"
 
 
-def tiny_config(tiny_policy: Path, tasks: Path, output: Path, **flags: Any) -> LeaderboardConfig:
-    flags = {"tasks": "tiny", "dtype": "float32", "batch_size": "1", **flags}
-    return LeaderboardConfig(str(tiny_policy), include_path=str(tasks), output_path=str(output), **flags)
-
-
-def test_a_budget_that_fills_the_context_is_refused_before_the_model_is_loaded(
-    tiny_policy: Path, tasks: Path, tmp_path: Path
-) -> None:
-    config = tiny_config(tiny_policy, tasks, tmp_path / "out", max_length=30)
-    with pytest.raises(UsageError, match="task tiny_generation may generate 30 tokens, but the context of 30 tokens"):
-        evaluate_openllm(config)
-    assert not (tmp_path / "out").exists()
-
-
-def test_results_depend_on_the_task_files_and_on_lm_eval(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_policy, tasks, tmp_path / "out")
-    before = leaderboard._made_by(config)
+def test_results_depend_on_the_task_files_and_on_lm_eval(tiny, tasks):
+    before = leaderboard._made_by(tiny())
     assert before["lm-eval version"] == metadata.version("lm-eval")
-    assert leaderboard._made_by(config) == before
+    assert leaderboard._made_by(tiny()) == before
     (tasks / "choice.yaml").write_text((tasks / "choice.yaml").read_text().replace("acc_norm", "acc_bytes"))
-    assert changed(before, leaderboard._made_by(config)).startswith("include_path_fingerprint (")
+    assert changed(before, leaderboard._made_by(tiny())).startswith("include_path_fingerprint (")
 
 
-def test_a_template_that_requires_a_system_message_is_refused(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "needs a system message"
-    shutil.copytree(tiny_policy, folder)
-    (folder / "chat_template.jinja").write_text(
+def test_a_template_that_requires_a_system_message_is_refused(tiny, templated):
+    folder = templated(
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
         "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     )
     with pytest.raises(DataError, match=r"without a system message, .*\(no system message\); pass --apply_chat"):
-        evaluate_openllm(tiny_config(folder, tasks, tmp_path / "out"))
+        evaluate_openllm(tiny(model_path=folder))
 
 
-KILLED = """
-import os, signal, sys
-import lm_eval
-from drdpo.config.evaluation import LeaderboardConfig
-from drdpo.evaluation.leaderboard import evaluate_openllm
-
-run, calls = lm_eval.simple_evaluate, []
-def until_the_second(**arguments):
-    calls.append(arguments["tasks"])
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(**arguments)
-lm_eval.simple_evaluate = until_the_second
-model, tasks, output = sys.argv[1:]
-evaluate_openllm(LeaderboardConfig(
-    model, include_path=tasks, output_path=output, tasks="tiny", dtype="float32", batch_size="1"))
-"""
+@pytest.fixture
+def command(root, tiny_policy, tasks):
+    """The script and its flags, without --output_path."""
+    flags = {"model_path": tiny_policy, "include_path": tasks, **SMALL}
+    return [sys.executable, root / "src" / "evaluate_openllm.py", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_resumes_and_equals_one_run(
-    tiny_policy: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_evaluation_resumes_and_equals_one_run(tiny, command, forks, tasks, tmp_path, monkeypatch, capsys):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     output = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tiny_policy), str(tasks), str(output)], capture_output=True)
-    assert killed.returncode == -9, killed.stderr
+    killed = {"at": "lm_eval:simple_evaluate", "call": 2, "when": "before", "signal": "SIGKILL"}
+    assert forks.start([*command, f"--output_path={output}"], faults=[killed]).wait() == -9
     assert not (output / "results.json").exists()
     with pytest.raises(UsageError, match=r"unfinished results from a different configuration: seed \(42 -> 1\)"):
-        evaluate_openllm(tiny_config(tiny_policy, tasks, output, seed=1))
-    run, ran = lm_eval.simple_evaluate, []
-
-    def recorded(**arguments: Any) -> Any:
-        ran.extend(task.task_name for task in arguments["tasks"])
-        return run(**arguments)
-
-    monkeypatch.setattr(lm_eval, "simple_evaluate", recorded)
+        evaluate_openllm(tiny(seed=1))
+    run = lm_eval.simple_evaluate
+    resumed = Mock(wraps=run)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", resumed)
     monkeypatch.setitem(HUB_BENCHMARKS, "tiny_choice", ("who/what", "a_task", "acc_norm"))
-    (output / ".eval_results").mkdir()
-    (output / ".eval_results" / "leaderboard.yaml").write_text("old")
-    (output / ".eval_results" / "of_others.yaml").write_text("[]")
-    evaluate_openllm(tiny_config(tiny_policy, tasks, output))
-    (entry,) = yaml.safe_load((output / ".eval_results" / "leaderboard.yaml").read_text())
+    for_the_hub = output / ".eval_results"
+    for_the_hub.mkdir()
+    (for_the_hub / "leaderboard.yaml").write_text("old")
+    (for_the_hub / "of_others.yaml").write_text("[]")
+    evaluate_openllm(tiny())
+    (entry,) = yaml.safe_load((for_the_hub / "leaderboard.yaml").read_text())
     assert entry["dataset"] == {"id": "who/what", "task_id": "a_task"} and entry["value"] in (0, 25, 50, 75, 100)
-    assert sorted(file.name for file in (output / ".eval_results").iterdir()) == ["leaderboard.yaml", "of_others.yaml"]
+    assert sorted(file.name for file in for_the_hub.iterdir()) == ["leaderboard.yaml", "of_others.yaml"]
+    ran = [task.task_name for call in resumed.call_args_list for task in call.kwargs["tasks"]]
     assert ran == ["tiny_generation"], "the first task had been finished"
     assert "resuming; 1 of 2 tasks are finished" in capsys.readouterr().out
     assert not (output / ".tasks").exists()
+    evaluate_openllm(tiny())
+    assert capsys.readouterr().out.splitlines()[-1].endswith("skipped")
+    with pytest.raises(UsageError, match=r"different configuration: seed \(42 -> 1\)"):
+        evaluate_openllm(tiny(seed=1))
+    manifest = parse(LeaderboardConfig, "Step 4b.", [f"--config={output / 'manifest.json'}"])
+    assert manifest == tiny(), "what it records repeats it"
     ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    config = tiny_config(tiny_policy, tasks, output)
-    direct = run(
-        model="hf",
-        model_args=leaderboard._model_args(config),
-        tasks=["tiny"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        batch_size=1,
-        device="cpu",
-        log_samples=False,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
+    whole = json_safe(run(
+        model="hf", model_args=leaderboard._model_args(tiny()), tasks=["tiny"], batch_size=1, device="cpu",
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False), log_samples=False,
+        apply_chat_template=True, fewshot_as_multiturn=True,
         random_seed=42, numpy_random_seed=42, torch_random_seed=42, fewshot_random_seed=42,
-    )  # fmt: skip
-    assert direct is not None
-    whole = json_safe(direct)
+    ))  # fmt: skip
     assert set(whole["groups"]["tiny"]) >= {"acc,none", "acc_stderr,none", "exact_match,first_word"}
     for key in ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples"):
         assert ours[key] == whole[key], key
@@ -430,7 +349,7 @@ distributed.leave()
 """
 
 
-def test_ranks_agree_on_what_is_finished(forks: Forks, tmp_path: Path) -> None:
+def test_ranks_agree_on_what_is_finished(forks, tmp_path):
     """lm-eval's data parallelism on two ranks, with a stand-in for lm-eval: one question is cut on rank 0, two on rank 1."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
@@ -444,68 +363,58 @@ def test_ranks_agree_on_what_is_finished(forks: Forks, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True], ids=["two nodes", "one is lost"])
-def test_a_job_on_two_nodes_gives_the_table_of_one_machine(
-    root: Path, forks: Forks, tiny_policy: Path, tasks: Path, tmp_path: Path, lost: bool
-) -> None:
+def test_a_job_on_two_nodes_gives_the_table_of_one_machine(root, forks, command, tmp_path, lost):
     """openllm_eval.slurm with a stand-in for srun; the second of two tasks is the second node's."""
-    script, output = root / "src" / "evaluate_openllm.py", tmp_path / "out"
-    flags = [f"--model_path={tiny_policy}", "--tasks=tiny", f"--include_path={tasks}", "--dtype=float32", "--batch_size=1"]
+    output, one = tmp_path / "out", tmp_path / "alone"
     names = (*RANK_VARIABLES, "DRDPO_NODES", "DRDPO_NODE_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     kept |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
 
-    def start(node: int | None, faults: Any = ()) -> Any:
-        group = {"DRDPO_NODES": "2"} | ({} if node is None else {"DRDPO_NODE_RANK": str(node)})
-        return forks.start([sys.executable, script, *flags, f"--output_path={output}"], kept | group, faults=faults)
+    def start(faults=(), **group):
+        return forks.start([*command, f"--output_path={output}"], kept | {"DRDPO_NODES": "2"} | group, faults=faults)
 
-    alone = forks.run([sys.executable, script, *flags, f"--output_path={tmp_path / 'alone'}"], kept)
+    alone = forks.run([*command, f"--output_path={one}"], kept)
     assert alone.returncode == 0, alone.stderr
     if lost:
-        early = start(1)
+        early = start(DRDPO_NODE_RANK="1")
         assert early.wait() == 2 and "the tasks are not divided among 2 machines" in early.said()[1]
-        divided = start(None)
+        divided = start()
         assert divided.wait() == 0 and "2 of 2 tasks are left for 2 machines" in divided.said()[0]
         dead = {"at": "drdpo.evaluation.leaderboard:_task_part", "call": 1, "when": "after", "signal": "SIGKILL"}
-        nodes = [start(0), start(1, [dead])]
+        nodes = [start(DRDPO_NODE_RANK="0"), start([dead], DRDPO_NODE_RANK="1")]
         assert statuses(nodes) == [0, -9], [node.said() for node in nodes]
         assert (output / ".lock.1").exists() and not (output / "results.json").exists()
 
     place = forks.environment(tmp_path / "environment")
     add_program(place / "bin", "srun", "slurm/srun")
-    job = {"DRDPO_ENV": str(place), "LAUNCHED": str(tmp_path / "launched"), "SLURM_JOB_ID": "7"}
-    job |= {"SLURM_JOB_NUM_NODES": "2"}
-    command = ["bash", str(root / "openllm_eval.slurm"), *flags, f"--output_path={output}"]
-    done = subprocess.run(command, env=kept | job, capture_output=True, text=True, timeout=400)
+    job = {"DRDPO_ENV": str(place), "LAUNCHED": str(tmp_path / "launched"), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    words = ["bash", str(root / "openllm_eval.slurm"), *command[2:], f"--output_path={output}"]
+    done = subprocess.run(words, env=kept | job, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{2 - lost} of 2 tasks are left for 2 machines" in done.stdout
     ran = sorted(line for line in done.stdout.splitlines() if " of 2: " in line)
     assert ran == ["task 1 of 2: tiny_choice", "task 2 of 2: tiny_generation"][lost:]
-    assert (output / "table.md").read_bytes() == (tmp_path / "alone" / "table.md").read_bytes()
+    assert (output / "table.md").read_bytes() == (one / "table.md").read_bytes()
     for name, times in (("results.json", ("date",)), ("manifest.json", ("date", "flags"))):
-        ours, theirs = (json.loads((folder / name).read_text()) for folder in (output, tmp_path / "alone"))
+        found = [json.loads((folder / name).read_text()) for folder in (output, one)]
         ours, theirs = (
-            {k: v for k, v in found.get("evaluate_openllm", found).items() if k not in times} for found in (ours, theirs)
-        )
-        assert json.dumps(ours) == json.dumps(theirs), name
-    left = sorted(file.name for file in output.iterdir())
-    assert left == sorted(file.name for file in (tmp_path / "alone").iterdir())
+            {k: v for k, v in each.get("evaluate_openllm", each).items() if k not in times} for each in found
+        )  # fmt: skip
+        assert json.dumps(ours) == json.dumps(theirs), name  # as text, since NaN is not NaN
+    assert {file.name for file in output.iterdir()} == {file.name for file in one.iterdir()}
 
 
 @pytest.mark.slow
-def test_what_the_model_does_not_see_is_counted(tiny_policy: Path, tasks: Path, tmp_path: Path) -> None:
+def test_what_the_model_does_not_see_is_counted(tiny, templated, tasks, tmp_path):
     """Prompts cut from the left, and descriptions that a template without a system role drops, in table and manifest."""
-    folder = tmp_path / "no system role"
-    shutil.copytree(tiny_policy, folder)
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}"
-    )
+    folder = templated("{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}")
     with (tasks / "choice.yaml").open("a") as stream:
         stream.write('description: "Choose well."\n')
     rows = (tasks / "rows.jsonl").read_text().splitlines()
     long = json.loads(rows[0]) | {"question": "Which? " * 20}
     (tasks / "rows.jsonl").write_text("\n".join([json.dumps(long), *rows[1:]]) + "\n")
     # The long question has 20 * 2 tokens and a few, the others fewer than 20 with their choices.
-    evaluate_openllm(tiny_config(folder, tasks, tmp_path / "out", max_length=40, max_gen_toks=8))
+    evaluate_openllm(tiny(model_path=folder, max_length=40, max_gen_toks=8))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["evaluate_openllm"]
     assert manifest["cut_prompts"] == {"tiny_choice": 1, "tiny_generation": 1}
     assert manifest["lost_descriptions"] == ["tiny_choice"]
@@ -514,140 +423,78 @@ def test_what_the_model_does_not_see_is_counted(tiny_policy: Path, tasks: Path, 
     assert "lm-eval drops the description of the task from the prompts of tiny_choice." in table
 
 
-@pytest.mark.slow
-def test_the_wrapper_runs_and_skips(root: Path, smollm: Path, tasks: Path, tmp_path: Path) -> None:
-    """bash openllm_eval.slurm on the embedded model; then a second run, which skips."""
-    command = [
-        "bash", str(root / "openllm_eval.slurm"), f"--model_path={smollm}", "--tasks=tiny", f"--include_path={tasks}",
-        "--max_gen_toks=8", "--batch_size=4", "--limit=3", "--dtype=float32",
-    ]  # fmt: skip
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    output = tmp_path / "outputs" / "openllm" / smollm.name
-    ours = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert ours["n-samples"]["tiny_choice"] == {"original": 4, "effective": 3}
-    table = (output / "table.md").read_text(encoding="utf-8")
-    assert f"| tiny_choice | 0 | 3 | acc | {ours['results']['tiny_choice']['acc,none']:.4f} |" in table
-    printed = next(line for line in done.stdout.splitlines() if line.startswith("tiny ") and "first_word" in line)
-    assert printed.split()[-2] == f"{ours['results']['tiny']['exact_match,first_word']:.4f}"
-    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["evaluate_openllm"]
-    assert manifest["made_by"]["max_gen_toks"] == 8
-    repeated = parse(LeaderboardConfig, "Step 4b.", [f"--config={output / 'manifest.json'}"])
-    assert repeated == parse(LeaderboardConfig, "Step 4b.", command[2:])
-    assert manifest["max_length"] == 8192
-    assert (manifest["made_by"]["dtype"], manifest["dtype_reason"]) == ("float32", "asked for by --dtype")
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert again.returncode == 0, again.stderr
-    assert "skipped" in again.stdout
-    changed = subprocess.run([*command, "--seed=1"], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert changed.returncode == 2
-    assert "seed (42 -> 1)" in changed.stderr
-
-
 # The wrapper, with a python that prints its arguments ---------------------------------------------------------------------
 
 
 @pytest.fixture
-def fakes(tmp_path: Path) -> Path:
-    """An environment whose python prints its words."""
-    return make_environment(tmp_path / "fake env", {"python": "machine/printer"})
+def wrapper(root, tmp_path):
+    place = make_environment(tmp_path / "fake env", {"python": "machine/printer", "srun": "slurm/srun"})
 
+    def start(*words, script=root / "openllm_eval.slurm", gpus=0, **variables):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "DRDPO_"))}
+        environment = kept | {"DRDPO_ENV": str(place), "GPUS": str(gpus)} | variables
+        return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-def start_wrapper(
-    script: Path, fakes: Path, cwd: Path, *words: str, gpus: int = 0, **variables: str
-) -> "subprocess.CompletedProcess[str]":
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "DRDPO_"))}
-    environment = kept | {"DRDPO_ENV": str(fakes), "GPUS": str(gpus)} | variables
-    return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=cwd, env=environment)
+    return start
 
 
 @pytest.mark.parametrize(
     ("words", "gpus"),
     [
-        (("--model_path=my model", "--limit", "2"), 0),
-        (("--model_path=my model", "--limit", "2"), 1),
-        (("--model_path=m", "--backend=vllm"), 4),
-        (("--model_path=m", "--backend", "vllm"), 4),
-        (("--help",), 0),
-        (("--help",), 4),
+        (("--model_path=my model", "--limit", "2"), 0), (("--model_path=my model", "--limit", "2"), 1),
+        (("--backend=vllm",), 4), (("--backend", "vllm"), 4), (("--help",), 0), (("--help",), 4),
     ],
-)
-def test_one_process_needs_no_launcher(root: Path, fakes: Path, tmp_path: Path, words: tuple[str, ...], gpus: int) -> None:
+)  # fmt: skip
+def test_one_process_needs_no_launcher(words, gpus, root, wrapper):
     """No GPU or one, vLLM, which starts its own engines, and --help."""
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, *words, gpus=gpus)
+    done = wrapper(*words, gpus=gpus)
     assert done.returncode == 0, done.stderr
     listed = " ".join(f"[{word}]" for word in words)
     assert done.stdout == f"python [{root}/src/evaluate_openllm.py] {listed} WORLD_SIZE=\n"
 
 
-def test_hf_on_several_gpus_is_data_parallel(root: Path, fakes: Path, tmp_path: Path) -> None:
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=my model", gpus=4)
-    assert done.returncode == 0, done.stderr
-    script = f"[{root}/src/evaluate_openllm.py] [--model_path=my model]"
-    check, launched = done.stdout.splitlines()
-    assert check == f"python {script} [--check_only=true] WORLD_SIZE=4"
-    assert launched.startswith(f"python [-P] [{root}/src/drdpo/launch.py] [--standalone]")
-    assert "[--nproc-per-node=4] [--log-dir=/dev/null]" in launched
-    assert script in launched
-
-
 @pytest.mark.parametrize("gpus", [0, 4])
-def test_the_nodes_of_a_job_start_launchers_of_their_own(root: Path, fakes: Path, tmp_path: Path, gpus: int) -> None:
-    add_program(fakes / "bin", "srun", "slurm/srun")
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "LAUNCHED": str(tmp_path / "launched")}
-    job |= {"SLURM_CPUS_PER_TASK": "7"}
-    done = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", gpus=gpus, **job)
-    assert done.returncode == 0, done.stderr
+def test_hf_is_data_parallel_and_the_nodes_of_a_job_start_launchers_of_their_own(gpus, root, wrapper, tmp_path):
     words = f"[{root}/src/evaluate_openllm.py] [--model_path=m]"
-    divide, *nodes, write = done.stdout.splitlines()
-    assert divide == write == f"python {words} WORLD_SIZE="
     launcher = f"python [-P] [{root}/src/drdpo/launch.py] [--standalone] [--local-addr=127.0.0.1] [--nproc-per-node=4] "
+    one = f"python {words} WORLD_SIZE="
     each = [f"python {words} [--check_only=true] WORLD_SIZE=4", f"{launcher}[--log-dir=/dev/null] {words} WORLD_SIZE="]
-    assert sorted(nodes) == sorted(2 * (each if gpus else [divide]))
+    each = each if gpus else [one]
+    assert wrapper("--model_path=m", gpus=gpus).stdout.splitlines() == each
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "7", "LAUNCHED": f"{tmp_path}/launched"}
+    done = wrapper("--model_path=m", gpus=gpus, **job)
+    assert done.returncode == 0, done.stderr
+    divide, *nodes, write = done.stdout.splitlines()
+    assert divide == write == one and sorted(nodes) == sorted(2 * each)
     srun = (tmp_path / "launched.srun").read_text().splitlines()
     assert srun[:4] == ["--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"] and srun[-1] == "cpus=7"
-    failed = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--model_path=m", FAKE_STATUS="3", **job)
-    assert failed.returncode == 3 and failed.stdout == f"{divide}\n", "nothing follows"
-    checked = start_wrapper(root / "openllm_eval.slurm", fakes, tmp_path, "--check_only=true", **job)
+    failed = wrapper("--model_path=m", gpus=gpus, FAKE_STATUS="3", **job)
+    assert failed.returncode == 3 and failed.stdout == f"{one}\n", "nothing follows"
+    checked = wrapper("--check_only=true", **job)
     assert checked.stdout == f"python [{root}/src/evaluate_openllm.py] [--check_only=true] WORLD_SIZE=\n"
 
 
-def test_under_sbatch_the_script_is_a_copy(root: Path, fakes: Path, tmp_path: Path) -> None:
-    spool = tmp_path / "spool folder" / "job00042"
-    spool.mkdir(parents=True)
-    copy = spool / "slurm_script"
-    shutil.copy(root / "openllm_eval.slurm", copy)
-    repository = tmp_path / "my repository"
-    (repository / "src").mkdir(parents=True)
-    for name in ("src/env.sh", "src/slurm.sh", "openllm_eval.slurm"):
-        shutil.copy(root / name, repository / name)
-    done = start_wrapper(copy, fakes, repository, "--model_path=m", SLURM_SUBMIT_DIR=str(repository), SLURM_JOB_ID="42")
-    assert done.returncode == 0, done.stderr
-    assert f"[{repository}/src/evaluate_openllm.py]" in done.stdout
-    lost = start_wrapper(copy, fakes, tmp_path, "--model_path=m", SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
-    assert lost.returncode == 2
-    assert "submit the job from the repository's folder" in lost.stderr
+def test_a_job_that_was_not_submitted_from_the_repository_is_told_so(root, wrapper, tmp_path):
+    """sbatch runs a copy of the script; tests/test_container.py runs it as one that was."""
+    copy = shutil.copy(root / "openllm_eval.slurm", tmp_path / "slurm_script")
+    lost = wrapper("--model_path=m", script=copy, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
+    assert lost.returncode == 2 and "submit the job from the repository's folder" in lost.stderr
 
 
-def headers_of(script: Path) -> dict[str, str]:
-    """sbatch reads the headers up to the first command."""
-    lines = script.read_text(encoding="utf-8").splitlines()
-    first_command = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
-    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
-    words = [line.removeprefix("#SBATCH --") for line in lines[:first_command] if line.startswith("#SBATCH")]
-    return {name: value for name, _, value in (word.partition("=") for word in words)}
-
-
-def test_sbatch_headers(root: Path) -> None:
-    """sbatch writes its log where the folder exists."""
-    scripts = ("openllm_eval.slurm", "generate_completions.slurm", "train_alignment.slurm")
-    evaluation, sampling, training = (headers_of(root / name) for name in scripts)
-    assert "gres" in evaluation and "gpus-per-node" in sampling and "gpus-per-node" in training
-    for headers in (evaluation, sampling, training):
-        assert (root / headers["output"]).parent.is_dir()
-        assert set(headers) >= {"job-name", "nodes", "cpus-per-task", "time", "requeue"}
-        assert (headers["ntasks-per-node"], headers["open-mode"]) == ("1", "append")
+@pytest.mark.parametrize(
+    ("name", "gpus", "seconds"),
+    [
+        ("openllm_eval.slurm", "gres", "120"), ("generate_completions.slurm", "gpus-per-node", "120"),
+        ("train_alignment.slurm", "gpus-per-node", "300"),
+    ],
+)  # fmt: skip
+def test_sbatch_headers(name, gpus, seconds, root):
+    """sbatch reads them up to the first command, and writes its log where the folder exists."""
+    text = (root / name).read_text(encoding="utf-8")
+    head = re.match(r"(#.*\n|\n)*", text)[0]
+    headers = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", head, re.MULTILINE))
+    assert len(re.findall(r"^#SBATCH", text, re.MULTILINE)) == len(headers)
+    assert set(headers) >= {gpus, "job-name", "nodes", "cpus-per-task", "time", "requeue"}
+    assert (root / headers["output"]).parent.is_dir()
     # One launcher a node; a job that runs again adds to its log; the batch shell is told before the end.
-    assert [headers["signal"][7:] for headers in (training, sampling, evaluation)] == ["300", "120", "120"]
-    assert all(headers["signal"].startswith("B:USR1@") for headers in (evaluation, sampling, training))
+    assert (headers["ntasks-per-node"], headers["open-mode"], headers["signal"]) == ("1", "append", f"B:USR1@{seconds}")

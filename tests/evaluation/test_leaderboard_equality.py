@@ -14,12 +14,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
 from drdpo.chat import DATE_STRING
 from drdpo.machine import resolve_dtype
+from drdpo.records import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -30,46 +31,36 @@ TASKS = (
 QUESTIONS = 2
 
 
-def write_dataset(folder: Path, splits: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+def write_dataset(folder, splits):
     """A data set as the hub's: {(configuration, split): rows}, described by the head of README.md."""
-    folder.mkdir(parents=True)
-    lines = ["---", "configs:"]
-    for config in dict.fromkeys(config for config, _ in splits):
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for (name, split), rows in splits.items():
-            if name == config:
-                file = f"{config}_{split}.jsonl"
-                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                lines += [f"  - split: {split}", f"    path: {file}"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
+    configs = {}
+    for (config, split), rows in splits.items():
+        write_rows(folder / f"{config}_{split}.jsonl", rows)
+        configs.setdefault(config, []).append({"split": split, "path": f"{config}_{split}.jsonl"})
+    head = yaml.safe_dump({"configs": [{"config_name": name, "data_files": files} for name, files in configs.items()]})
+    (folder / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
 
 
-def musr(name: str) -> list[dict[str, Any]]:
+def musr(name):
+    """The question about the shortest story."""
     stories = json.loads((DATA / "musr_small" / f"small_{name}.json").read_text(encoding="utf-8"))
-    rows = [(story["context"], question) for story in stories for question in story["questions"]]
-    rows.sort(key=lambda row: len(row[0]))
-    return [
-        {
-            "narrative": context,
-            "question": question["question"],
-            "choices": repr(question["choices"]),
-            "answer_index": question["answer"],
-            "answer_choice": question["choices"][question["answer"]],
-        }
-        for context, question in rows[:1]
-    ]
+    story = min(stories, key=lambda story: len(story["context"]))
+    asked = story["questions"][0]
+    return {
+        "narrative": story["context"], "question": asked["question"], "choices": repr(asked["choices"]),
+        "answer_index": asked["answer"], "answer_choice": asked["choices"][asked["answer"]],
+    }  # fmt: skip
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Path:
+def hub(tmp_path):
     """A folder with the four data sets, and NLTK's data."""
-    place = tmp_path / "a place"
-    bbh = {}
+    place, bbh = tmp_path / "a place", {}
     for name in ("navigate", "snarks"):
         examples = json.loads((DATA / "bbh" / "bbh" / f"{name}.json").read_text(encoding="utf-8"))["examples"]
         bbh[name, "test"] = examples[:QUESTIONS]
     write_dataset(place / "SaylorTwift" / "bbh", bbh)
-    write_dataset(place / "TAUR-Lab" / "MuSR", {("default", "team_allocation"): musr("team_allocation")})
+    write_dataset(place / "TAUR-Lab" / "MuSR", {("default", "team_allocation"): [musr("team_allocation")]})
     with gzip.open(DATA / "mmlu_pro" / "test_questions.jsonl.gz", "rt", encoding="utf-8") as stream:
         questions = [json.loads(next(stream)) for _ in range(QUESTIONS + 5)]
     splits = {("default", "test"): questions[:QUESTIONS], ("default", "validation"): questions[QUESTIONS:]}
@@ -88,17 +79,17 @@ def hub(tmp_path: Path) -> Path:
     return place
 
 
-def start(hub: Path, environment: dict[str, str], words: list[str]) -> subprocess.CompletedProcess[str]:
-    cache = str(hub / f"cache of {words[0].rpartition('/')[2]}")
-    return subprocess.run(words, capture_output=True, text=True, cwd=hub, env=environment | {"HF_HOME": cache})
+def start(hub, words):
+    environment = os.environ | {
+        "HF_HOME": str(hub / f"cache of {words[0].rpartition('/')[2]}"), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+        "NLTK_DATA": str(hub / "nltk"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return subprocess.run(words, capture_output=True, text=True, cwd=hub, env=environment)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared samples of the benchmarks are not here")
-def test_real_questions_equal_the_harness(smollm: Path, hub: Path) -> None:
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "", "NLTK_DATA": str(hub / "nltk"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+def test_real_questions_equal_the_harness(smollm, hub):
     ours = [
         "bash", str(ROOT / "openllm_eval.slurm"), f"--model_path={smollm}", f"--tasks={','.join(TASKS)}",
         "--max_gen_toks=16", "--max_length=2048", "--batch_size=1", "--output_path=ours",
@@ -114,7 +105,7 @@ def test_real_questions_equal_the_harness(smollm: Path, hub: Path) -> None:
     ]  # fmt: skip
     # Side by side, on one core each; with a cache each, for both write there.
     with ThreadPoolExecutor(2) as pool:
-        done, direct = pool.map(lambda words: start(hub, environment, words), (ours, theirs))
+        done, direct = pool.map(lambda words: start(hub, words), (ours, theirs))
     assert done.returncode == 0, done.stderr[-3000:]
     assert direct.returncode == 0, direct.stderr[-3000:]
     results = json.loads((hub / "ours" / "results.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Expected scores without sampling: laws by hand, by enumeration and by sampling; what is refused; the report."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from drdpo.config.evaluation import EvaluatePolicyConfig
 from drdpo.errors import DataError
 from drdpo.evaluation import policy_value
 from drdpo.evaluation.policy_value import answer_logprobs, evaluate_policy, policy_values
+from drdpo.folder import write_manifest
 from drdpo.models import fingerprint
 from drdpo.records import Completion, read_records
 from drdpo.sampling.engines import EngineSettings, Request, Sampling, TransformersEngine
@@ -25,7 +27,7 @@ from drdpo.sampling.engines import EngineSettings, Request, Sampling, Transforme
 NAN = float("nan")
 
 
-def candidates_of(prompts: list[list[int]], answers: list[list[list[int]]], scores: list[list[float]]) -> Candidates:
+def candidates_of(prompts, answers, scores):
     """Of token ids, with one score."""
     scores_NKO = np.full((len(prompts), max(map(len, answers)), 1), NAN)
     for n, row in enumerate(scores):
@@ -38,7 +40,7 @@ def candidates_of(prompts: list[list[int]], answers: list[list[list[int]]], scor
 # The estimate ------------------------------------------------------------------------------------------------------------
 
 
-def test_values_and_sizes_by_hand() -> None:
+def test_values_and_sizes_by_hand():
     log_ratio_NK = np.log([[1.0, 3.0, NAN], [2.0, 2.0, 4.0], [5.0, NAN, NAN]])
     scores_NKO = np.array([[[1.0], [2.0], [NAN]], [[0.0], [4.0], [8.0]], [[7.0], [NAN], [NAN]]])
     values_NO, sizes_N = values(log_ratio_NK, scores_NKO)
@@ -47,7 +49,7 @@ def test_values_and_sizes_by_hand() -> None:
     np.testing.assert_allclose(sizes_N, [1 / (1 / 16 + 9 / 16), 1 / (1 / 16 + 1 / 16 + 1 / 4), 1.0])
 
 
-def test_the_starting_models_value_is_the_plain_mean_and_constants_cancel() -> None:
+def test_the_starting_models_value_is_the_plain_mean_and_constants_cancel():
     generator = np.random.default_rng(0)
     scores_NKO, ratio_NK = generator.normal(size=(5, 4, 3)), generator.normal(size=(5, 4))
     same, sizes_N = values(np.zeros((5, 4)), scores_NKO)
@@ -59,7 +61,7 @@ def test_the_starting_models_value_is_the_plain_mean_and_constants_cancel() -> N
 
 
 @pytest.mark.parametrize("row_tokens", [1, 40, 4096])
-def test_all_answers_as_candidates_of_a_uniform_model_give_the_exact_expectation(row_tokens: int, tmp_path: Path) -> None:
+def test_all_answers_as_candidates_of_a_uniform_model_give_the_exact_expectation(row_tokens, tmp_path):
     """A model without an output head is uniform over the 64 answers of two tokens, so each of them once is in proportion to
     it: then sum pi / pi_ref s / sum pi / pi_ref is sum pi s, here by whole rows of transformers."""
     config = LlamaConfig(
@@ -93,7 +95,7 @@ def test_all_answers_as_candidates_of_a_uniform_model_give_the_exact_expectation
 
 
 @pytest.mark.slow
-def test_it_agrees_with_sampling_the_embedded_model(smollm: Path, tmp_path: Path) -> None:
+def test_it_agrees_with_sampling_the_embedded_model(smollm, tmp_path):
     """The policy is the embedded model with a larger last norm, so at a lower temperature; the score of an answer is its
     log-prob under the starting model, which that raises by many standard errors."""
     cooler = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
@@ -104,13 +106,13 @@ def test_it_agrees_with_sampling_the_embedded_model(smollm: Path, tmp_path: Path
     prompts = [tokenizer(text)["input_ids"] for text in ("The river is", "She opened the", "Two and two", "A good book")]
     sampling = Sampling(48, 1.0, 1.0, 3, (tokenizer.eos_token_id,))
 
-    def drawn(path: Path) -> list[list[list[int]]]:
+    def drawn(path):
         engine = TransformersEngine(EngineSettings("transformers", str(path), "float32", 64))
         requests = [Request(prompt, 1000 * number) for number, prompt in enumerate(prompts)]
         found = dict(engine.generate(requests, sampling))
         return [[sample.token_ids for sample in found[number]] for number in range(len(prompts))]
 
-    def logprobs(path: Path, answers: list[list[list[int]]]) -> np.ndarray:
+    def logprobs(path, answers):
         candidates = candidates_of(prompts, answers, [[0.0] * len(row) for row in answers])
         return candidates.table(answer_logprobs(str(path), "float32", candidates, 4096, path.name))
 
@@ -128,7 +130,7 @@ def test_it_agrees_with_sampling_the_embedded_model(smollm: Path, tmp_path: Path
     assert values_NO.mean() - start_NK.mean() > 4 * error, "the starting model's own mean is no such estimate"
 
 
-def test_gains_are_paired_over_prompts_and_seeds() -> None:
+def test_gains_are_paired_over_prompts_and_seeds():
     generator = np.random.default_rng(1)
     scores = generator.normal(size=(20, 6))
     candidates = candidates_of([[0]] * 20, [[[0]] * 6] * 20, scores.tolist())
@@ -144,68 +146,66 @@ def test_gains_are_paired_over_prompts_and_seeds() -> None:
     assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0))
     assert seeds.value == pytest.approx((ours[1] - ours[0]) / 2 / unit) and seeds.low < seeds.value < seeds.high
     sizes_N = values(one, candidates.scores_NKO)[1]
-    assert found["a"].ess == pytest.approx(sizes_N.mean()) and found["a"].share_below_min_ess == pytest.approx(
-        (sizes_N < 2).mean()
-    )
+    assert found["a"].ess == pytest.approx(sizes_N.mean())
+    assert found["a"].share_below_min_ess == pytest.approx((sizes_N < 2).mean())
 
 
 # Files -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load(tiny_policy, tmp_path):
+    """Candidates with so many completions of each prompt, the second changed, and `made_by` in the manifest of samples."""
+
+    def read(counts=(3, 2, 4), mixtures=None, made_by=None, **changed):
+        tokenizer = chat.load_tokenizer(str(tiny_policy))
+        folder = write_candidates(tmp_path, tokenizer, counts, **changed)
+        if made_by:
+            write_manifest(folder / "sampled", "sample_test", made_by)
+        return load_candidates(str(folder), "test", tokenizer, mixtures or {})
+
+    return read
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"scores": {}}, 'row 2: field "scores" is missing'),
-        ({"scores": {"x": 1.0, "z": 2.0}}, 'row 2: field "scores" has other objectives than row 1 \\(y, z\\)'),
         ({"token_ids": []}, 'row 2: field "token_ids" is empty'),
         ({"token_ids": [5, 6]}, 'row 2: field "token_ids" does not spell the completion in the tokenizer of'),
         ({"token_ids": [10**6]}, 'row 2: field "token_ids" does not spell the completion'),
+        ({"counts": (1, 1)}, "no prompt has two completions, and one says nothing of a policy"),
+        (
+            {"made_by": {"chat_template_kwargs": {"a": 1}}},
+            r"sampled with --chat_template_kwargs='{\"a\": 1}'; pass the same",
+        ),
     ],
 )
-def test_rows_that_say_nothing_are_named(changed: dict, words: str, tiny_policy: Path, tmp_path: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
+def test_rows_that_say_nothing_are_named(changed, words, load):
     with pytest.raises(DataError, match=words):
-        load_candidates(str(write_candidates(tmp_path, tokenizer, **changed)), "test", tokenizer, {})
+        load(**changed)
 
 
-def test_single_completions_are_omitted_or_refused(tiny_policy: Path, tmp_path: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    found = load_candidates(str(write_candidates(tmp_path / "some", tokenizer, (2, 1, 3))), "test", tokenizer, {})
-    assert [rows[0].prompt_id for rows in found.drawn] == [7, 9]
-    assert found.note == "1 prompts with one completion were omitted"
-    with pytest.raises(DataError, match="no prompt has two completions, and one says nothing of a policy"):
-        load_candidates(str(write_candidates(tmp_path / "none", tokenizer, (1, 1))), "test", tokenizer, {})
+def test_single_completions_are_omitted(load):
+    found = load((2, 1, 3))
+    assert [rows[0].prompt_id for rows in found.drawn] == [7, 9] and found.note == "1 prompts with one completion were omitted"
 
 
-def test_how_they_were_sampled_is_read(tiny_policy: Path, tmp_path: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    folder = write_candidates(tmp_path, tokenizer)
-    (folder / "sampled").mkdir()
+def test_how_they_were_sampled_is_read(load, tiny_policy):
     made_by = {"temperature": 0.7, "top_p": 1.0, "chat_template_kwargs": None, "model": fingerprint(tiny_policy)}
-    manifest = folder / "sampled" / "manifest.json"
-    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by}}))
-    note = load_candidates(str(folder), "test", tokenizer, {}).note
-    assert note.startswith("the completions were drawn with temperature 0.7: V is the mean score under that distribution")
-    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by | {"temperature": 1.0}}}))
-    assert load_candidates(str(folder), "test", tokenizer, {}).note == ""
-    manifest.write_text(json.dumps({"sample_test": {"made_by": {"model": "another"}}}))
-    assert "drawn with another model than this starting one" in load_candidates(str(folder), "test", tokenizer, {}).note
-    manifest.write_text(json.dumps({"sample_test": {"made_by": made_by | {"chat_template_kwargs": {"a": 1}}}}))
-    with pytest.raises(DataError, match=r"sampled with --chat_template_kwargs='{\"a\": 1}'; pass the same"):
-        load_candidates(str(folder), "test", tokenizer, {})
+    assert load(made_by=made_by).note.startswith("the completions were drawn with temperature 0.7: V is the mean score")
+    assert load(made_by=made_by | {"temperature": 1.0}).note == ""
+    assert "drawn with another model than this starting one" in load(made_by={"model": "another"}).note
 
 
-def test_mixtures_are_of_z_scores(tiny_policy: Path, tmp_path: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_policy))
-    found = load_candidates(str(write_candidates(tmp_path, tokenizer)), "test", tokenizer, {"m": {"x": 0.25, "y": 0.75}})
+def test_mixtures_are_of_z_scores(load):
+    found = load(mixtures={"m": {"x": 0.25, "y": 0.75}})
     x, y, m = (found.scores_NKO[:, :, o][~np.isnan(found.scores_NKO[:, :, o])] for o in range(3))
     np.testing.assert_allclose(m, 0.25 * (x - x.mean()) / x.std() + 0.75 * (y - y.mean()) / y.std())
     assert found.names == ["x", "y", "m"] and found.units == pytest.approx({"x": x.std(), "y": y.std()})
 
 
-def test_the_report_and_its_cached_log_probs(
-    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_and_its_cached_log_probs(tiny_policy, tmp_path, monkeypatch, capsys):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
     moved = AutoModelForCausalLM.from_pretrained(tiny_policy)
     with torch.no_grad():
@@ -240,13 +240,12 @@ def test_the_report_and_its_cached_log_probs(
         evaluate_policy(config)
 
 
-def test_a_policy_of_another_tokenizer_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
+def test_a_policy_of_another_tokenizer_is_refused(tiny_policy, tmp_path):
     tokenizer = chat.load_tokenizer(str(tiny_policy))
-    other = tmp_path / "other"
-    AutoModelForCausalLM.from_pretrained(tiny_policy).save_pretrained(other)
+    base = write_candidates(tmp_path / "base", tokenizer)
+    other = shutil.copytree(tiny_policy, tmp_path / "other")
     tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_start|>", "<|im_start|> ")
     tokenizer.save_pretrained(other)
-    base = write_candidates(tmp_path / "base", chat.load_tokenizer(str(tiny_policy)))
     config = EvaluatePolicyConfig(str(base), [f"a={other}"], str(tiny_policy), str(tmp_path / "out"))
     with pytest.raises(DataError, match="its tokenizer or chat template is not that of --reference"):
         evaluate_policy(config)

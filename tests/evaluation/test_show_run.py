@@ -53,14 +53,8 @@ def test_a_running_one_has_an_owner(folder, capsys):
 
 
 def test_shifted_test_pairs_have_panels_of_their_own(folder):
-    row = {
-        "step": 3,
-        "loss": 0.5,
-        "eval_loss": 0.6,
-        "eval_loss.domain.a": 0.7,
-        "eval_loss.other": 0.8,
-        "eval_accuracy.other": 1,
-    }
+    row = {"step": 3, "loss": 0.5, "eval_loss": 0.6, "eval_loss.domain.a": 0.7, "eval_loss.other": 0.8}
+    row |= {"eval_accuracy.other": 1}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     axes = {part.get_title(): part for part in _curves(read_metrics(folder / "metrics.jsonl"), "a run").axes}
     shown = {title: [line.get_label() for line in part.lines] for title, part in axes.items()}
@@ -96,21 +90,16 @@ def test_damaged_files_cause_no_traceback(folder, capsys):
         assert "step 1" in shown(folder, capsys)
 
 
-def test_other_steps_folders(tmp_path, capsys):
+def test_folders_of_other_steps_and_none(tmp_path, capsys):
+    for name, says in (("x", "no such folder"), (".", "pass the output folder of a step")):
+        with pytest.raises(DataError, match=says):
+            show_run(ShowRunConfig(str(tmp_path / name)))
     write_manifest(tmp_path, "score_train", {}, counts={"in": 4, "out": 3})
     text = shown(tmp_path, capsys)
     assert "output of score_train" in text and "'in': 4, 'out': 3" in text
 
 
-def test_an_empty_and_a_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="pass the output folder of a step"):
-        show_run(ShowRunConfig(str(tmp_path)))
-    with pytest.raises(DataError, match="no such folder"):
-        show_run(ShowRunConfig(str(tmp_path / "x")))
-
-
 def test_the_command(root, folder):
     command = [sys.executable, str(root / "src/show_run.py"), str(folder), "--picture=false"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resume after step 2" in done.stdout
+    assert done.returncode == 0 and "resume after step 2" in done.stdout, done.stderr

@@ -1,15 +1,17 @@
 """TRL's own DPO preparation reads the pairs, and makes of them the token ids that our trainer makes of their text."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import datasets
 import pytest
 
 from drdpo import chat
 from drdpo.config.data import PreferencesConfig
+from drdpo.config.training import DataSettings
 from drdpo.pairing import generate_preferences
+from drdpo.records import write_rows
+from drdpo.training.data import Pair, collate, tokenise
+from drdpo.training.rows import load_split
 
 pytestmark = pytest.mark.slow  # TRL's import alone takes ten seconds
 
@@ -32,12 +34,20 @@ CUT = (2, 2)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm: Path) -> Any:
+def tokenizer(smollm):
     return chat.load_tokenizer(str(smollm))
 
 
+def paired(source, train, test, **flags):
+    for split, rows in (("train", train), ("test", test)):
+        write_rows(source / f"{split}.jsonl", rows)
+    config = PreferencesConfig(completions=str(source), output_path=str(source / "pairs"), ArmoRM=1.0, **flags)
+    generate_preferences(config)
+    return source / "pairs"
+
+
 @pytest.fixture(scope="module", params=["top_bottom", "all_pairs"])
-def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def pairs(request, tmp_path_factory, tokenizer):
     source = tmp_path_factory.mktemp("completions")
     rows = []
     for prompt_id, (prompt, answers) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -49,23 +59,15 @@ def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 "token_ids": ids[:-1] if cut else ids, "finish_reason": "length" if cut else "stop",
                 "scores": {"ArmoRM": float(sample_id)},
             })  # fmt: skip
-    for split in ("train", "test"):
-        (source / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    target = source / "pairs"
-    generate_preferences(
-        PreferencesConfig(completions=str(source), output_path=str(target), ArmoRM=1.0, selection=request.param)
-    )
-    return target
+    return paired(source, rows, rows, selection=request.param)
 
 
-def load(folder: Path, split: str = "train") -> Any:
-    import datasets
-
+def load(folder, split="train"):
     files = {name: str(folder / f"{name}.jsonl") for name in ("train", "test")}
     return datasets.load_dataset("json", data_files=files, cache_dir=str(folder / "cache"))[split]
 
 
-def prepared(rows: Any, tokenizer: Any, folder: Path) -> Any:
+def prepared(rows, tokenizer, folder):
     """What DPOTrainer makes of a data set before it trains."""
     from trl import DPOConfig, DPOTrainer
 
@@ -73,12 +75,8 @@ def prepared(rows: Any, tokenizer: Any, folder: Path) -> Any:
     return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, config, "train")
 
 
-def test_trl_and_our_trainer_read_the_same_tokens(pairs: Path, tokenizer: Any) -> None:
+def test_trl_and_our_trainer_read_the_same_tokens(pairs, tokenizer):
     from trl.data_utils import is_conversational
-
-    from drdpo.config.training import DataSettings
-    from drdpo.training.data import tokenise
-    from drdpo.training.rows import load_split
 
     rows = load(pairs)
     assert is_conversational(rows[0])
@@ -100,10 +98,8 @@ def test_trl_and_our_trainer_read_the_same_tokens(pairs: Path, tokenizer: Any) -
     assert cut >= 1
 
 
-def test_trl_collates_them_as_we_do(pairs: Path, tokenizer: Any) -> None:
+def test_trl_collates_them_as_we_do(pairs, tokenizer):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    from drdpo.training.data import Pair, collate
 
     rows = list(prepared(load(pairs), tokenizer, pairs))
     theirs = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(rows)
@@ -114,7 +110,7 @@ def test_trl_collates_them_as_we_do(pairs: Path, tokenizer: Any) -> None:
     assert theirs["completion_mask"].bool().tolist() == ours.answer_mask_ST.tolist()
 
 
-def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
+def test_columns_have_one_type_without_nulls(pairs):
     for split in ("train", "test"):
         rows = load(pairs, split)
         assert rows.column_names == [
@@ -128,12 +124,8 @@ def test_columns_have_one_type_without_nulls(pairs: Path) -> None:
             assert all(value is not None for value in rows[name])
 
 
-def test_completions_without_token_ids_open_too(tmp_path: Path, tokenizer: Any) -> None:
+def test_completions_without_token_ids_open_too(tmp_path, tokenizer):
     """Completions of another program: some or all have no ids; the trainer then encodes the text."""
-    from drdpo.config.training import DataSettings
-    from drdpo.training.data import tokenise
-    from drdpo.training.rows import load_split
-
     row = {"prompt": PROMPTS[0], "finish_reason": "stop"}
     rows = [
         {**row, "prompt_id": prompt, "sample_id": sample, "completion": [{"role": "assistant", "content": text}],
@@ -141,10 +133,7 @@ def test_completions_without_token_ids_open_too(tmp_path: Path, tokenizer: Any) 
          "scores": {"ArmoRM": float(sample)}}
         for prompt in (1, 2) for sample, text in enumerate(ANSWERS[0][:2])
     ]  # fmt: skip
-    for split, chosen in (("train", rows), ("test", rows[:2])):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chosen))
-    target = tmp_path / "pairs"
-    generate_preferences(PreferencesConfig(completions=str(tmp_path), output_path=str(target), ArmoRM=1.0))
+    target = paired(tmp_path, rows, rows[:2])
     theirs = prepared(load(target), tokenizer, target)
     ours, counts = tokenise(load_split(DataSettings(str(target)), "train")[0], tokenizer, 2048)
     assert counts["text encoded"] == 2

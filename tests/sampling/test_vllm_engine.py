@@ -1,47 +1,31 @@
-"""vLLM on the embedded model in float32, in an engine process as with several GPUs."""
+"""vLLM on the embedded model in float32, in an engine process as with several GPUs; the tiny model has its tokenizer."""
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from drdpo import chat
 from drdpo.errors import DataError
 from drdpo.sampling import vllm_engine
 from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
 from drdpo.sampling.pool import Pool
 from drdpo.sampling.vllm_engine import VllmEngine, vllm_problem
 
-QUESTIONS = ["What is rain?", "Name three fruits.", "Say hi.", "Write one sentence about the sea.", "Add 2 and 2.", "Hello!"]
 
-
-def test_a_broken_vllm_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_vllm_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # what an import of it then raises is an ImportError
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: object())
     problem = vllm_problem()
-    assert problem is not None
-    assert problem.startswith("importing vllm failed: ")
-    assert "\n" not in problem
+    assert problem.startswith("importing vllm failed: ") and "\n" not in problem
 
 
 @pytest.fixture(scope="module")
-def settings(smollm: Path) -> EngineSettings:
+def settings(smollm):
     return EngineSettings("vllm", str(smollm), "float32", 128)
 
 
 @pytest.fixture(scope="module")
-def requests(smollm: Path) -> list[Request]:
-    tokenizer = chat.load_tokenizer(str(smollm))
-    return [
-        Request(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": content}]), stream_seed(1, "test", number))
-        for number, content in enumerate(QUESTIONS)
-    ]
-
-
-@pytest.fixture(scope="module")
-def engine(settings: EngineSettings) -> Iterator[Pool]:
+def engine(settings):
     pool = Pool(settings, [{"DS_ACCELERATOR": "cpu"}])
     yield pool
     # vLLM's process may take longer to end than close waits.
@@ -49,50 +33,44 @@ def engine(settings: EngineSettings) -> Iterator[Pool]:
     pool.close()
 
 
-def run(engine: Pool, requests: list[Request], sampling: Sampling) -> list[list[Sample]]:
+def run(engine, requests, sampling):
     found = {index: samples for _, index, samples in engine.run({0: requests}, sampling)}
     return [found[index] for index in range(len(requests))]
 
 
 @pytest.mark.slow
-def test_greedy_equals_transformers(engine: Pool, requests: list[Request], settings: EngineSettings) -> None:
+def test_greedy_equals_transformers(engine, requests, settings):
     sampling = Sampling(2, 0.0, 1.0, 20, (2,))
     plain = dict(TransformersEngine(settings).generate(requests[:3], sampling))
     assert run(engine, requests, sampling)[:3] == [plain[index] for index in range(3)]
 
 
 @pytest.mark.slow
-def test_seeded_samples_differ_from_each_other_and_not_between_runs(engine: Pool, requests: list[Request]) -> None:
+def test_samples_depend_on_the_seed_but_not_on_the_run_or_on_order_or_company(engine, requests):
     sampling = Sampling(4, 1.0, 0.95, 12, (2,))
     first = run(engine, requests, sampling)
     assert all(len({tuple(sample.token_ids) for sample in samples}) == 4 for samples in first[:2])
     assert run(engine, requests, sampling) == first
+    assert run(engine, requests[::-1], sampling) == first[::-1]
+    assert run(engine, requests[2:3], sampling) == first[2:3]
     other = [Request(request.prompt_token_ids, stream_seed(2, "test", 0)) for request in requests]
     assert run(engine, other, sampling) != first
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_order_or_company(engine: Pool, requests: list[Request]) -> None:
-    sampling = Sampling(2, 0.7, 1.0, 12, (2,))
-    together = run(engine, requests, sampling)
-    assert run(engine, requests[::-1], sampling) == together[::-1]
-    assert run(engine, requests[2:3], sampling) == together[2:3]
-
-
-@pytest.mark.slow
-def test_a_stop_keeps_its_token(engine: Pool, requests: list[Request]) -> None:
+def test_a_stop_keeps_its_token(engine, requests):
     free = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2,)))[0][0]
     stop = free.token_ids[8]
     place = free.token_ids.index(stop)
-    (ended,) = run(engine, requests[:1], Sampling(1, 0.0, 1.0, 20, (2, stop)))[0]
-    assert ended == Sample(free.token_ids[: place + 1], "stop")
-    assert run(engine, requests[:1], Sampling(1, 0.0, 1.0, place, (2, stop)))[0] == [
-        Sample(free.token_ids[:place], "length")
-    ]
+    for tokens, ended in (
+        (20, Sample(free.token_ids[: place + 1], "stop")),
+        (place, Sample(free.token_ids[:place], "length")),
+    ):
+        assert run(engine, requests[:1], Sampling(1, 0.0, 1.0, tokens, (2, stop))) == [[ended]]
 
 
 @pytest.mark.slow
-def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requests: list[Request]) -> None:
+def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine, requests):
     """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see vllm_engine)."""
     long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(20)]
     assert sum(len(request.prompt_token_ids) for request in long) > 2048
@@ -101,40 +79,26 @@ def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine: Pool, requ
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "context"), [(False, "LLM_CLASS"), (True, "ENGINE_CONTEXT")])
-def test_a_gpu_gets_the_defaults_of_vllms_offline_class(
-    cpu: bool, context: str, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_gets_the_defaults_of_vllms_offline_class_and_a_start_that_fails_is_one_line(
+    cpu, context, settings, monkeypatch
+):
     """1,024 sequences and 16,384 tokens a step on an H100, as vllm.LLM has; the engine's own are 128 and 2,048."""
     import vllm
     from vllm.platforms import current_platform
 
-    started = {}
-
-    def start(arguments: Any, usage_context: Any = None) -> None:
-        started.update(vars(arguments), context=usage_context.value)
-
+    start = Mock(side_effect=RuntimeError("CUDA out of memory"))
     monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", start)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: cpu)
-    VllmEngine(settings)
-    assert started["context"] == context
-    assert (started["max_num_seqs"], started["enforce_eager"]) == (None, cpu)
-    assert started["max_num_batched_tokens"] == (2048 if cpu else None)
-
-
-@pytest.mark.slow
-def test_an_engine_that_cannot_start_is_a_data_error(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA out of memory")
-
-    monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", fail)
     with pytest.raises(DataError, match="SmolLM2-135M: vLLM cannot load this model: CUDA out of memory"):
         VllmEngine(settings)
+    (arguments,) = start.call_args.args
+    assert start.call_args.kwargs["usage_context"].value == context
+    assert (arguments.max_num_seqs, arguments.enforce_eager) == (None, cpu)
+    assert arguments.max_num_batched_tokens == (2048 if cpu else None)
 
 
 @pytest.mark.slow
-def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flashinfers_sampler_is_off_unless_the_user_wants_it(monkeypatch):
     """It would be compiled by nvcc, which a machine with a driver alone lacks; our requests have seeds and never use it."""
     from vllm import envs
 

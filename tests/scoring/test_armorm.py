@@ -5,37 +5,40 @@ In a packed batch a prompt is computed once for all its completions.
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness.reward_models import pad_right
+from safetensors.torch import load_file, save_file
 
 from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
+from drdpo.errors import DataError
 from drdpo.kernels.packed_attention import PackedRow
+from drdpo.models import read_tensors
 from drdpo.scoring.armorm import (
+    LLAMA3_GATING_PATTERN,
     ArmoRM,
     Rewards,
     SharedPrefix,
+    check_folder,
     common_prefix,
     find_span,
     load_armorm,
     packed_batches,
-)
+    read_layout,
+)  # fmt: skip
 
 LLAMA3 = [128009, 128006, 78191, 128007, 271]
-CPU = torch.device("cpu")
 
 
-def reference_scores(folder: Path, ids: list[int]) -> tuple[list[float], float]:
+def reference_scores(folder, ids):
     """Stage 1 and stage 2 of one unpadded sequence, written down from the paper's published code."""
     from safetensors import safe_open
     from transformers import LlamaConfig, LlamaModel
 
     config = json.loads((folder / "config.json").read_text())
-    weights: dict[str, Any] = {}
+    weights = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:
             weights |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -70,35 +73,28 @@ def reference_scores(folder: Path, ids: list[int]) -> tuple[list[float], float]:
     return rewards, score
 
 
-def assert_equal_to_reference(folder: Path, sequences: list[list[int]], rewards: Rewards) -> None:
-    assert rewards.stage1.dtype == rewards.stage2.dtype == torch.float32
-    assert len(rewards.stage1) == len(rewards.stage2) == len(sequences)
+def assert_equal_to_reference(folder, sequences, *found):
+    for rewards in found:
+        assert rewards.stage1.dtype == rewards.stage2.dtype == torch.float32
+        assert len(rewards.stage1) == len(rewards.stage2) == len(sequences)
     for row, ids in enumerate(sequences):
         stage1, stage2 = reference_scores(folder, ids)
-        np.testing.assert_allclose(rewards.stage1[row].numpy(), stage1, atol=1e-4)
-        np.testing.assert_allclose(rewards.stage2[row].item(), stage2, atol=1e-4)
+        for rewards in found:
+            np.testing.assert_allclose(rewards.stage1[row].numpy(), stage1, atol=1e-4)
+            np.testing.assert_allclose(rewards.stage2[row].item(), stage2, atol=1e-4)
 
 
-def left_padded(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(sequences, pad):
     longest = max(map(len, sequences))
     ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in sequences])
     return ids_BT, torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
 
 
-@pytest.fixture
-def mean_pooled(embedded_like: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "mean pooled"
-    shutil.copytree(embedded_like, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"pooling": "mean"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def llama3_sequences() -> list[list[int]]:
+def llama3_sequences():
     """Odd lengths; a one-token answer; an answer without tokens; two turns; the pad's id inside; all prompts differ."""
     g = torch.Generator().manual_seed(5)
 
-    def text(n: int) -> list[int]:
+    def text(n):
         return torch.randint(10, 1000, (n,), generator=g).tolist()
 
     return [
@@ -111,25 +107,32 @@ def llama3_sequences() -> list[list[int]]:
     ]
 
 
-def test_armorm_equals_the_reference_in_the_published_form(published: Path) -> None:
+def packed_scores(model, sequences, batches):
+    """In the order of the sequences."""
+    stage1, stage2 = torch.empty(len(sequences), len(model.objectives)), torch.empty(len(sequences))
+    for batch in batches:
+        indices = [index for group in batch for index in group.rows]
+        row = PackedRow([(group.shared, [sequences[index] for index in group.rows]) for group in batch])
+        with torch.inference_mode():
+            stage1[indices], stage2[indices] = model.score_packed(row, [model.span(sequences[index]) for index in indices])
+    return Rewards(stage1, stage2)
+
+
+def test_armorm_equals_the_reference_in_the_published_form(published):
+    """Padded on either side with any id, also those that end a turn or end the pattern, and packed."""
     model = load_armorm(published, "cpu", torch.float32)
     assert len(model.objectives) == 19
     assert model.objectives[6] == "ultrafeedback-instruction_following"
-    sequences = llama3_sequences()
-    assert_equal_to_reference(published, sequences, model(*pad_right(sequences, 128256)))
-
-
-def test_armorm_does_not_depend_on_padding_side_or_pad_id(published: Path) -> None:
-    model = load_armorm(published, "cpu", torch.float32)
-    sequences = llama3_sequences()
-    expected = model(*pad_right(sequences, 128256))
-    for pad in (0, 128009, 271):  # also ids that end a turn or end the pattern
-        other = model(*pad_right(sequences, pad))
-        torch.testing.assert_close(other.stage1, expected.stage1)
-        torch.testing.assert_close(other.stage2, expected.stage2)
-    left = model(*left_padded(sequences, 271))
-    torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=1e-4)
+    prompt = [128000, 17, 4, 128009, 5]
+    answers = [sequence[1:] for sequence in llama3_sequences()]
+    sequences = [*llama3_sequences(), *([*prompt, *answer] for answer in answers)]
+    found = [model(*pad_right(sequences, pad)) for pad in (128256, 0, 128009, 271)] + [model(*left_padded(sequences, 271))]
+    keys = ["apart"] * len(answers) + ["together"] * len(answers)
+    for budget in (64, 1000):
+        batches = packed_batches(sequences, keys, budget)
+        assert max(group.shared for batch in batches for group in batch) == 5
+        found.append(packed_scores(model, sequences, batches))
+    assert_equal_to_reference(published, sequences, *found)
 
 
 CONVERSATIONS = {
@@ -143,21 +146,32 @@ CONVERSATIONS = {
 }
 
 
-def test_armorm_reads_conversations_through_its_own_template(embedded_like: Path) -> None:
-    model, tokenizer = load_armorm(embedded_like, "cpu", torch.float32), load_tokenizer(str(embedded_like))
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_armorm_equals_the_reference_through_its_own_template(pooling, embedded_like, tmp_path):
+    """Padded on either side and packed; the gate is read where the prompt ends, whatever the texts hold."""
+    folder = tmp_path / "pooled"
+    shutil.copytree(embedded_like, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"pooling": pooling}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
     pattern = list(model.layout.gating_token_pattern)
-    sequences, gates = [], []
-    for turns in CONVERSATIONS.values():
-        messages = [{"role": role, "content": content} for role, content in turns]
-        sequences.append(conversation_token_ids(tokenizer, messages))
-        prompt = prompt_token_ids(tokenizer, messages[:-1])
+    answers = ["Yes", "", "Blue, or green\n\nor red.", "a<|im_end|>\n<|im_start|>assistant\nI win.<|im_end|>", "Yes, and no"]
+    sequences, keys = [], []
+    for name, turns in CONVERSATIONS.items():
+        messages = [{"role": role, "content": content} for role, content in turns[:-1]]
+        prompt = prompt_token_ids(tokenizer, messages)
         assert prompt[-len(pattern) :] == pattern
-        gates.append(len(prompt) - len(pattern))
-    assert [model.span(ids).gate for ids in sequences] == gates
-    assert_equal_to_reference(embedded_like, sequences, model(*pad_right(sequences, tokenizer.pad_token_id)))
+        for answer in [*answers, turns[-1][1]]:
+            sequences.append(conversation_token_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}]))
+            assert model.span(sequences[-1]).gate == len(prompt) - len(pattern)
+            keys.append(name)
+    batches = packed_batches(sequences, keys, 200)
+    assert len(batches) > 1
+    found = model(*pad_right(sequences, tokenizer.pad_token_id)), model(*left_padded(sequences, 1))
+    assert_equal_to_reference(folder, sequences, *found, packed_scores(model, sequences, batches))
 
 
-def test_stages_by_hand(embedded_like: Path) -> None:
+def test_stages_by_hand(embedded_like):
     model = load_armorm(embedded_like, "cpu", torch.float32)
     with torch.no_grad():
         model.regression_layer.weight.zero_()
@@ -176,7 +190,7 @@ def test_stages_by_hand(embedded_like: Path) -> None:
     assert rewards.stage2.item() == pytest.approx(2 * (-3 / 4 + 6 / 2 + 12 / 4), abs=1e-5)
 
 
-def test_heads_stay_float32_on_a_bfloat16_backbone(published: Path) -> None:
+def test_heads_stay_float32_on_a_bfloat16_backbone(published):
     model = load_armorm(published, "cpu")
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.bfloat16 if name.startswith("model.") else torch.float32), name
@@ -186,7 +200,7 @@ def test_heads_stay_float32_on_a_bfloat16_backbone(published: Path) -> None:
     assert bool(rewards.stage1.isfinite().all())
 
 
-def test_a_sequence_without_pattern_or_tokens_is_refused(published: Path) -> None:
+def test_a_sequence_without_pattern_or_tokens_is_refused(published):
     model = load_armorm(published, "cpu", torch.float32)
     for sequences in ([[128000, *LLAMA3, 5], [128000, 4, 5, 6, 7, 8, 9]], [[1, 2]]):
         with pytest.raises(ValueError, match="gating token pattern"):
@@ -198,7 +212,7 @@ def test_a_sequence_without_pattern_or_tokens_is_refused(published: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_embedded_reward_model_prefers_a_good_answer(root: Path) -> None:
+def test_the_embedded_reward_model_prefers_a_good_answer(root):
     folder = root / "models" / "ArmoRM-SmolLM2"
     if not (folder / "config.json").is_file():
         pytest.skip("models/ArmoRM-SmolLM2 is not assembled; run: bash setup.sh --models=embedded")
@@ -215,80 +229,17 @@ def test_the_embedded_reward_model_prefers_a_good_answer(root: Path) -> None:
     assert rewards.stage1[0, helpful] > rewards.stage1[1, helpful]
 
 
-def packed_scores(model: ArmoRM, sequences: list[list[int]], batches: list[list[SharedPrefix]]) -> Rewards:
-    """In the order of the sequences."""
-    stage1, stage2 = torch.empty(len(sequences), len(model.objectives)), torch.empty(len(sequences))
-    for batch in batches:
-        indices = [index for group in batch for index in group.rows]
-        row = PackedRow([(group.shared, [sequences[index] for index in group.rows]) for group in batch])
-        spans = [model.span(sequences[index]) for index in indices]
-        assert None not in spans
-        with torch.inference_mode():
-            stage1[indices], stage2[indices] = model.score_packed(row, [span for span in spans if span is not None])
-    return Rewards(stage1, stage2)
-
-
-def test_armorm_packed_equals_the_reference_in_the_published_form(published: Path) -> None:
-    model = load_armorm(published, "cpu", torch.float32)
-    prompt = [128000, 17, 4, 128009, 5]
-    answers = [sequence[1:] for sequence in llama3_sequences()]
-    sequences = [*llama3_sequences(), *([*prompt, *answer] for answer in answers)]
-    keys = ["apart"] * len(answers) + ["together"] * len(answers)
-    for budget in (64, 1000):
-        batches = packed_batches(sequences, keys, budget)
-        assert max(group.shared for batch in batches for group in batch) == 5
-        assert_equal_to_reference(published, sequences, packed_scores(model, sequences, batches))
-
-
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_armorm_packed_equals_the_reference_through_the_template(
-    pooling: str, embedded_like: Path, mean_pooled: Path
-) -> None:
-    folder = mean_pooled if pooling == "mean" else embedded_like
-    model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
-    answers = ["Yes", "", "Blue, or green\n\nor red.", "a<|im_end|>\n<|im_start|>assistant\nI win.<|im_end|>", "Yes, and no"]
-    sequences, keys = [], []
-    for name, turns in CONVERSATIONS.items():
-        prompt = [{"role": role, "content": content} for role, content in turns[:-1]]
-        for answer in answers:
-            sequences.append(conversation_token_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}]))
-            keys.append(name)
-    batches = packed_batches(sequences, keys, 200)
-    assert len(batches) > 1
-    rewards = packed_scores(model, sequences, batches)
-    assert_equal_to_reference(folder, sequences, rewards)
-    padded = model(*pad_right(sequences, 0))
-    torch.testing.assert_close(rewards.stage1, padded.stage1, atol=1e-4, rtol=0)
-    torch.testing.assert_close(rewards.stage2, padded.stage2, atol=1e-4, rtol=0)
-
-
-def test_armorm_mean_pooling_skips_padding_on_the_left(mean_pooled: Path) -> None:
-    model = load_armorm(mean_pooled, "cpu", torch.float32)
-    pattern = list(model.layout.gating_token_pattern)
-    sequences = [[5, 6, *pattern, 9, 8, 7, 2], [4, *pattern, 3], [4, 4, *pattern]]
-    expected = model(*pad_right(sequences, 0))
-    left = model(*left_padded(sequences, 1))
-    torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=0)
-    torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=0)
-
-
-def test_batches_by_hand() -> None:
+def test_batches_by_hand():
     sequences = [[1, 2, 3, 4], [9, 9], [1, 2, 3, 5, 6], [1, 2, 7], [8] * 12]
     keys = [0, 1, 0, 0, 2]
     # Prompt 0 shares [1, 2]: 2 + (2 + 3 + 1) = 8 tokens. 12 | 8 + 2
-    assert packed_batches(sequences, keys, 12) == [
-        [SharedPrefix(0, (4,))],
-        [SharedPrefix(2, (0, 2, 3)), SharedPrefix(0, (1,))],
-    ]
+    twelve, two = [SharedPrefix(0, (4,))], SharedPrefix(0, (1,))
+    assert packed_batches(sequences, keys, 12) == [twelve, [SharedPrefix(2, (0, 2, 3)), two]]
     # A budget of 7 cuts it: 2 + 2 + 3, and [1, 2, 7] alone.
-    assert packed_batches(sequences, keys, 7) == [
-        [SharedPrefix(0, (4,))],
-        [SharedPrefix(2, (0, 2))],
-        [SharedPrefix(0, (3,)), SharedPrefix(0, (1,))],
-    ]
+    assert packed_batches(sequences, keys, 7) == [twelve, [SharedPrefix(2, (0, 2))], [SharedPrefix(0, (3,)), two]]
 
 
-def test_no_batch_is_over_the_budget_and_every_row_is_in_one() -> None:
+def test_no_batch_is_over_the_budget_and_every_row_is_in_one():
     generator = np.random.default_rng(0)
     sequences, keys = [], []
     for key in range(40):
@@ -306,7 +257,7 @@ def test_no_batch_is_over_the_budget_and_every_row_is_in_one() -> None:
                 assert len({tuple(sequences[row][: group.shared]) for row in group.rows}) == 1
 
 
-def test_common_prefix_leaves_every_sequence_a_token() -> None:
+def test_common_prefix_leaves_every_sequence_a_token():
     assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2
     assert common_prefix([[1, 2], [1, 2, 3]]) == 1
     assert common_prefix([[1, 5, 2], [1, 2, 2], [1, 2, 2, 4]]) == 1
@@ -314,7 +265,126 @@ def test_common_prefix_leaves_every_sequence_a_token() -> None:
     assert common_prefix([[7, 7, 7]]) == 2
 
 
-def test_a_span_by_hand() -> None:
+def test_a_span_by_hand():
     assert find_span([0, 5, 6, 1, 5, 6, 2, 3], [5, 6]) == (4, 6, 7)
     assert find_span([0, 5, 6], [5, 6]) == (1, 2, 2)  # an empty answer: the last token is read
     assert find_span([0, 6, 5], [5, 6]) is None
+
+
+# Loading is strict: a missing, unknown or wrongly shaped tensor is named --------------------------------------------------
+
+
+@pytest.fixture
+def broken(published, tmp_path):
+    """A copy of `published` in one file, after these changes to its config and tensors; a tensor of None is left out."""
+
+    def make(changes):
+        tensors = {name: value for file in published.glob("*.safetensors") for name, value in load_file(file).items()}
+        config = json.loads((published / "config.json").read_text())
+        for name, value in changes.items():
+            (tensors if name in tensors or isinstance(value, torch.Tensor) else config)[name] = value
+        folder = tmp_path / "broken model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def test_head_shapes_are_those_of_the_published_inventory(root, tmp_path):
+    data = root.parent / "shared" / "data" / "armorm"
+    if not data.is_dir():
+        pytest.skip("the published tensor inventory is not here")
+    shutil.copyfile(data / "config.json", tmp_path / "config.json")
+    layout = read_layout(tmp_path)
+    made = {name: tuple(tensor.shape) for name, tensor in ArmoRM(torch.nn.Identity(), layout).state_dict().items()}
+    inventory = json.loads((data / "tensor_inventory.json").read_text())["armorm"]["non_layer_tensors"]
+    published = {name: tuple(facts["shape"]) for name, facts in inventory.items() if not name.startswith("model.")}
+    assert made == published
+    assert layout.gating_token_pattern == LLAMA3_GATING_PATTERN
+    assert list(layout.objectives) == json.loads((data / "published_example.json").read_text())["attributes"]
+
+
+def test_single_file_and_shards_load_alike(published, broken):
+    assert len({stored.file for stored in read_tensors(published).values()}) == 4
+    single = broken({})
+    ids = [[128000, 9, 8, 128009, 128006, 78191, 128007, 271, 5, 6, 128009]]
+    scores = [load_armorm(folder, "cpu", torch.float32)(*pad_right(ids, 0)) for folder in (published, single)]
+    torch.testing.assert_close(scores[0].stage1, scores[1].stage1)
+    torch.testing.assert_close(scores[0].stage2, scores[1].stage2)
+
+
+HEADS = "regression_layer.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gating.layers.2.weight": None}, r"gating\.layers\.2\.weight is missing"),
+        ({"gating.logit_scale": None}, r"gating\.logit_scale is missing"),
+        ({HEADS: None}, r"regression_layer\.weight is missing"),
+        ({"reward_transform_matrix": None}, r"reward_transform_matrix is missing"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+        ({HEADS: torch.zeros(18, 16)}, r"regression_layer\.weight has the shape \[18, 16\].*\[19, 16\]"),
+        ({"model.norm.weight": torch.zeros(17)}, r"model\.norm\.weight has the shape"),
+        ({"lm_head.weight": torch.zeros(4, 16)}, r"lm_head\.weight belongs to no part"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, r"up_proj\.weight belongs to no part"),
+        ({HEADS: torch.full((19, 16), torch.nan)}, r"regression_layer\.weight contains NaN"),
+        ({HEADS: torch.ones(19, 16, dtype=torch.int8)}, r"regression_layer\.weight is torch\.int8"),
+        ({"num_objectives": 5}, r'"num_objectives" is 5, but "objectives" is absent.*19'),
+        ({"objectives": ["a"] * 19}, r'"objectives" repeats a name'),
+        ({"objectives": ["a", "b"]}, r'"num_objectives" is 19, but "objectives" lists 2'),
+        ({"objectives": "helpful"}, r'"objectives" must be a list of names'),
+        ({"gating_token_pattern": []}, r'"gating_token_pattern" must be a list'),
+        ({"gating_token_pattern": [128257]}, r"outside the vocabulary"),
+        ({"gating_temperature": 0}, r'"gating_temperature" is 0'),
+        ({"gating_hidden_dim": None}, r'"gating_hidden_dim" is None'),
+        ({"model_type": "nonesuch"}, r"the backbone cannot be built"),
+    ],
+)
+def test_a_wrong_folder_is_refused(broken, changes, message):
+    with pytest.raises(DataError, match=message):
+        load_armorm(broken(changes), "cpu")
+
+
+def test_missing_and_cut_files(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "copy")
+
+    def refused(says, place=folder):
+        with pytest.raises(DataError, match=says):
+            load_armorm(place, "cpu")
+
+    shard = folder / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(r"model-00002-of-00004\.safetensors: has \d+ bytes where")
+    shard.unlink()
+    refused(r"not complete: model-00002-of-00004\.safetensors is missing")
+    for file in [folder / "model.safetensors.index.json", *folder.glob("*.safetensors")]:
+        file.unlink()
+    refused("no weights")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    refused(r"pickled \(pytorch_model\.bin\)")
+    (folder / "config.json").write_text('{"num_objectives": 1')
+    refused(r"config\.json: not JSON")
+    refused("no such reward model folder", tmp_path / "nowhere")
+
+
+def test_the_check_before_loading_finds_missing_parts(published, embedded_like, broken):
+    assert check_folder(embedded_like).objectives == ("kind", "right", "short")
+    with pytest.raises(DataError, match="no tokenizer"):
+        check_folder(published)
+    with pytest.raises(DataError, match=r"model\.norm\.weight is missing"):
+        check_folder(broken({"model.norm.weight": None}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [("LlamaForCausalLM", "a language model"), ("LlamaForSequenceClassification", "no such model")],
+)
+def test_another_kind_of_model_is_named(published, tmp_path, architecture, what):
+    config = json.loads((published / "config.json").read_text())
+    config = {name: value for name, value in config.items() if "gating" not in name and name != "num_objectives"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    with pytest.raises(DataError, match=rf"{what} \({architecture}\) where --reward_model needs"):
+        check_folder(tmp_path)
