@@ -89,14 +89,12 @@ def test_help_shows_defaults(config, has, capsys):
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
-        ([], {}),
-        (["--some-count", "3", "--share=1"], {"some_count": 3, "share": 1.0}),
+        ([], {}), (["--some-count", "3", "--share=1"], {"some_count": 3, "share": 1.0}),
         (["--steps", "4", "0", "--limit=0.5", "--kind=b"], {"steps": [4, 0], "limit": 0.5, "kind": "b"}),
         (["--off_now", "--on=FALSE"], {"off_now": True, "on": False}),
-        (["--off-now", "yes", "--no_on"], {"off_now": True, "on": False}),
-        (["--off_now=0", "--no-on", "--on"], {}),
+        (["--off-now", "yes", "--no_on"], {"off_now": True, "on": False}), (["--off_now=0", "--no-on", "--on"], {}),
     ],
-)
+)  # fmt: skip
 def test_every_kind_of_flag(words, changes):
     assert parse(Odd, "A step.", words) == Odd(**changes)
     with pytest.raises(UsageError):

@@ -1,5 +1,6 @@
 """The experiments: flags, what they submit to SLURM, and, marked slow, the whole chain with --tiny."""
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from harness.stand_ins import add_program
 from drdpo.cli import parse
 from drdpo.config.training import TrainConfig
 from drdpo.evaluation.statistics import Layout
+from drdpo.records import write_rows
 from drdpo.training.losses import method_of
 
 SCRIPTS = ("armorm_multi_objective.sh", "openllm_leaderboard.sh", "preference_shift.sh")
@@ -44,26 +46,20 @@ def test_help_shows_flags_and_defaults(root, tmp_path, script, own):
 @pytest.mark.parametrize(
     ("script", "words", "says"),
     [
-        (SCRIPTS[0], ["--mixture=a"], "unknown flag: --mixture=a"),
-        (SCRIPTS[0], ["seeds"], "unknown argument: seeds"),
-        (SCRIPTS[0], ["--mixtures=kindness"], "unknown mixture kindness"),
-        (SCRIPTS[0], ["--methods=PPO"], "unknown method PPO"),
-        (SCRIPTS[0], ["--tiny=yes"], "--tiny=yes: pass true or false"),
-        (SCRIPTS[0], ["--part=everything"], "--part=everything: no such part"),
-        (SCRIPTS[1], ["--sizes=2B"], "unknown size 2B"),
-        (SCRIPTS[1], ["--methods=KLDPO"], "method KLDPO: pass DPO, or KLDPO or WDPO with its tau or rho"),
-        (SCRIPTS[1], ["--model_path=a/b"], "--model_path is one model"),
-        (SCRIPTS[2], ["--methods=DPO PPO"], "unknown method PPO"),
-        (SCRIPTS[2], ["--methods=DPO KLDPO"], "--geometric_methods has WDPO, which --methods lacks"),
-        (SCRIPTS[2], ["--methods=KLDPO", "--geometric_methods=KLDPO"], "DPO is what the others are compared with"),
-        (SCRIPTS[2], ["--alpha=0.15"], "--alpha=0.15: pass 0, 0.1, ... or 1"),
-        (SCRIPTS[2], ["--forms=linear cubic"], "unknown form cubic"),
+        (0, ["--mixture=a"], "unknown flag: --mixture=a"), (0, ["seeds"], "unknown argument: seeds"),
+        (0, ["--mixtures=kindness"], "unknown mixture kindness"), (0, ["--methods=PPO"], "unknown method PPO"),
+        (0, ["--tiny=yes"], "--tiny=yes: pass true or false"), (0, ["--part=every"], "--part=every: no such part"),
+        (1, ["--sizes=2B"], "unknown size 2B"), (1, ["--model_path=a/b"], "--model_path is one model"),
+        (1, ["--methods=KLDPO"], "method KLDPO: pass DPO, or KLDPO or WDPO with its tau or rho"),
+        (2, ["--methods=DPO PPO"], "unknown method PPO"), (2, ["--alpha=0.15"], "--alpha=0.15: pass 0, 0.1, ... or 1"),
+        (2, ["--methods=DPO KLDPO"], "--geometric_methods has WDPO, which --methods lacks"),
+        (2, ["--methods=KLDPO", "--geometric_methods=KLDPO"], "DPO is what the others are compared with"),
+        (2, ["--forms=linear cubic"], "unknown form cubic"),
     ],
-)
+)  # fmt: skip
 def test_wrong_flags_end_before_anything_runs(root, tmp_path, script, words, says):
-    done = start(root, script, tmp_path, *words)
-    assert done.returncode == 2
-    assert says in done.stderr
+    done = start(root, SCRIPTS[script], tmp_path, *words)
+    assert done.returncode == 2 and says in done.stderr
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
@@ -152,10 +148,7 @@ def test_the_tiny_preference_shift(clone, tiny_policy, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS[:2])
 def test_the_tiny_chain_runs_and_skips_its_steps_again(clone, tiny_policy, tmp_path, script):
-    """The whole chain on a random policy at even smaller sizes, then again: every step is skipped.
-
-    --engine=auto samples with transformers for answers this short on a CPU.
-    """
+    """On a random policy at even smaller sizes; --engine=auto is transformers for answers this short on a CPU."""
     output, mixtures = tmp_path / "my out", script == SCRIPTS[0]
     words = ["--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--prompts=4", "--max_new_tokens=12",
              "--best_of_n=2", "--max_len=256"]  # fmt: skip
@@ -184,47 +177,39 @@ def test_the_tiny_chain_runs_and_skips_its_steps_again(clone, tiny_policy, tmp_p
     assert weights.stat().st_mtime_ns == made
 
 
-# The study of people's labels --------------------------------------------------------------------------------------------
-
-NOTHING = dict.fromkeys(label_shift.RATINGS, 2)
+# The study of people's labels
 
 
 def write_ratings(folder: Path) -> Path:
     """HelpSteer2-like rows: 16 pairs that can be used, three of them without a difference, and four prompts that cannot."""
     rows = []
-    for number in range(16):
-        for answer in range(2):
-            high = {"verbosity": 2 + answer, "helpfulness": 4 - answer * (number % 2)} if number % 5 else {}
-            words = "so long a text " * (1 + 2 * answer)
-            rows.append({"prompt": f"Question {number}?", "response": f"Answer {answer}, {words}.", **NOTHING, **high})
-    alone, turns = {"prompt": "Alone?", "response": "Yes.", **NOTHING}, "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
-    rows += [alone, *({"prompt": turns, "response": text, **NOTHING} for text in "de")]
-    rows += [{"prompt": "Same?", "response": "Yes.", **NOTHING}] * 2
-    rows += [{"prompt": "Long?", "response": "word " * 99 + end, **NOTHING} for end in "ab"]
-    folder.mkdir()
+    for number, answer in itertools.product(range(16), range(2)):
+        high = {"verbosity": 2 + answer, "helpfulness": 4 - answer * (number % 2)} if number % 5 else {}
+        words = "so long a text " * (1 + 2 * answer)
+        rows.append({"prompt": f"Question {number}?", "response": f"Answer {answer}, {words}.", **high})
+    turns, long = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "word " * 99
+    others = [("Alone?", "Yes."), *((turns, end) for end in "de"), *[("Same?", "Yes.")] * 2]
+    others += [("Long?", long + end) for end in "ab"]
+    rows += [{"prompt": prompt, "response": response} for prompt, response in others]
     for split, part in (("train", rows[:20]), ("validation", rows[20:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write_rows(folder / f"{split}.jsonl", [dict.fromkeys(label_shift.RATINGS, 2) | row for row in part])
     return folder
 
 
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        (["--first=kindness"], 2, "--first=kindness is not one of helpfulness"),
-        (["--first=verbosity"], 2, "--first and --second are both verbosity"),
-        (["--methods", "WDPO"], 2, "--methods: pass DPO first"),
+        (["--first=kindness"], 2, "is not one of helpfulness"), (["--first=verbosity"], 2, "are both verbosity"),
+        (["--methods", "WDPO"], 2, "--methods: pass DPO first"), (["--seeds=1"], 2, "--seeds: pass at least two"),
         (["--methods", "DPO", "PPO"], 2, "--methods: pass DPO first, then any of DPO, cDPO"),
-        (["--seeds=1"], 2, "--seeds: pass at least two"),
-        (["--results=nowhere/x"], 2, "--results=nowhere/x: no folder nowhere"),
-        (["--data=no/such"], 1, "--data=no/such: neither a folder nor on the hub"),
+        (["--results=nowhere/x"], 2, "no folder nowhere"), (["--data=no/such"], 1, "neither a folder nor on the hub"),
         (["--train_pairs=20"], 1, "16 rated pairs have at most 100 tokens, too few for --train_pairs and --test_pairs"),
         (["--data=bad"], 1, 'train.jsonl, row 1: not a rated answer as in HelpSteer2: field "scores"'),
     ],
-)
+)  # fmt: skip
 def test_wrong_flags_and_ratings_of_the_study_are_refused(forks, smollm, tmp_path, words, status, says):
     write_ratings(tmp_path / "ratings")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train.jsonl").write_text(json.dumps({"prompt": "a", "response": "b", "helpfulness": 1}) + "\n")
+    write_rows(tmp_path / "bad" / "train.jsonl", [{"prompt": "a", "response": "b", "helpfulness": 1}])
     common = ["--data=ratings", f"--model_path={smollm}", "--output_path=out", "--results=r", "--max_tokens=100"]
     script = [sys.executable, label_shift.__file__, *common, *words]
     done = forks.run(script, cwd=tmp_path)

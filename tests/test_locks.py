@@ -131,13 +131,7 @@ def test_uv_sync_takes_the_versions_of_the_locks():
         other = {package for package in lock if len({each.get(package, lock[package]) for each in PINS.values()}) > 1}
         assert other <= set(declared(name))
     for entry in PROJECT["tool"]["uv"]["dependency-metadata"]:
-        package = entry["name"]
-        assert entry["version"] == PINS["cpu"][package]
-        if is_installed(package):
-            needed = {canonicalize_name(each.name) for each in needs(package)}
-            assert needed - {each for asking, each in LEFT_OUT if asking == package} == {
-                canonicalize_name(Requirement(line).name) for line in entry["requires-dist"]
-            }
+        assert entry["version"] == PINS["cpu"][entry["name"]]
 
 
 def imports(path):
