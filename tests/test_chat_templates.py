@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +18,6 @@ from drdpo.training.data import tokenise
 from drdpo.training.losses import method_of
 from drdpo.training.run import check_inputs, open_run
 
-Load = Callable[..., Any]
 NO_THINKING = {"enable_thinking": False}
 
 
@@ -32,41 +28,26 @@ def said(role: str, content: str) -> list[dict[str, str]]:
 USER = said("user", "Name the number 3.")
 
 
-@pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("templates")
-
-    def write(shape: str) -> Path:
-        if not (folder / shape).is_dir():
-            write_tokenizer(folder / shape, SHAPES[shape])
-            (folder / shape / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        return folder / shape
-
-    return write
-
-
 @pytest.fixture
-def load(written: Callable[[str], Path]) -> Load:
-    return lambda shape, **arguments: chat.load_tokenizer(str(written(shape)), arguments or None)
+def copy(tmp_path):
+    """A folder of a shape, with its tokenizer.json changed by a function and its tokenizer_config.json by words."""
 
-
-@pytest.fixture
-def copy(written: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A folder of its own, with its tokenizer.json changed by a function and its tokenizer_config.json by words."""
-
-    def write(shape: str, change: Callable[[Any], None] = lambda stored: None, **config: Any) -> Path:
-        folder = Path(shutil.copytree(written(shape), tmp_path / "model", dirs_exist_ok=True))
+    def write(shape, change=lambda stored: None, **config):
+        folder = tmp_path / "model"
+        write_tokenizer(folder, SHAPES[shape], **config)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
         stored = json.loads((folder / "tokenizer.json").read_text())
         change(stored)
         (folder / "tokenizer.json").write_text(json.dumps(stored))
-        whole = json.loads((folder / "tokenizer_config.json").read_text()) | config
-        (folder / "tokenizer_config.json").write_text(json.dumps(whole))
         return folder
 
     return write
 
 
-# Answers ----------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def load(copy):
+    return lambda shape, **arguments: chat.load_tokenizer(str(copy(shape)), arguments or None)
+
 
 ANSWERS = {
     ("ChatML", ""): ("{}", "<|im_end|>", "\n"),
@@ -86,9 +67,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("shape", "off"), ANSWERS)
-def test_answers_have_the_ids_that_the_template_renders(
-    load: Load, written: Callable[[str], Path], shape: str, off: str
-) -> None:
+def test_answers_have_the_ids_that_the_template_renders(load, tmp_path, shape, off):
     expected, end, rest = ANSWERS[shape, off]
     kwargs = {off: False} if off else {}
     tokenizer = load(shape, **kwargs)
@@ -96,16 +75,11 @@ def test_answers_have_the_ids_that_the_template_renders(
     marks = tokenizer.convert_ids_to_tokens(sorted(special))
     prompt = said("system", "Be brief.") * (shape == "system required") + USER
     before = chat.prompt_token_ids(tokenizer, prompt)
-    shown = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=True, **chat.template_arguments(kwargs)
-    )
+    arguments = chat.template_arguments(kwargs)
+    shown = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **arguments)
     assert tokenizer.decode(before) == shown.replace("|>\n", "|>" if SHAPES[shape].rstrip else "|>\n")
-    for text in (
-        "The number is 3.\n\nIt's fine.",
-        "🙂 naïve\t你好",
-        "  x",
-        f"no {marks[-1]} a{marks[0]}b {marks[len(marks) // 2]}\nend",
-    ):
+    hostile = f"no {marks[-1]} a{marks[0]}b {marks[len(marks) // 2]}\nend"
+    for text in ("The number is 3.\n\nIt's fine.", "🙂 naïve\t你好", "  x", hostile):
         answer = said("assistant", text)
         ids = chat.answer_token_ids(tokenizer, answer, prompt)
         whole = chat.conversation_token_ids(tokenizer, [*prompt, *answer])
@@ -115,7 +89,7 @@ def test_answers_have_the_ids_that_the_template_renders(
         assert tokenizer.convert_ids_to_tokens(ids[-1]) == end
         assert sum(token in special for token in ids) == expected.count("<|") + (end in marks), "those in the text are words"
         assert chat.answer_token_ids(tokenizer, answer) == ids, "the prompt makes no difference to these templates"
-    assert stop_token_ids(str(written(shape)), tokenizer)[0] == ids[-1] == chat.end_of_turn_id(tokenizer)
+    assert stop_token_ids(str(tmp_path / "model"), tokenizer)[0] == ids[-1] == chat.end_of_turn_id(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +101,7 @@ def test_answers_have_the_ids_that_the_template_renders(
         ("prompt that ends in a space", r"a token spans the end of the prompt, '.*ASSISTANT: ', and the answer's start"),
     ],
 )
-def test_templates_under_which_no_answer_continues_its_prompt_are_refused(load: Load, shape: str, why: str) -> None:
+def test_templates_under_which_no_answer_continues_its_prompt_are_refused(load, shape, why):
     tokenizer = load(shape)
     assert re.search("answers end with .*; trains on sampled ids alone: .*" + why, chat.template_facts(tokenizer))
     with pytest.raises(DataError, match=why + ".*pairs with token ids .chosen_token_ids"):
@@ -135,38 +109,30 @@ def test_templates_under_which_no_answer_continues_its_prompt_are_refused(load: 
     pair = Preference(1, USER, said("assistant", "a"), said("assistant", "b"))
     with pytest.raises(DataError, match="answers given as text cannot be encoded"):
         tokenise([pair], tokenizer, 100)
-    sampled = [tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("b", add_special_tokens=False)["input_ids"]]
-    pairs, _ = tokenise([Preference(*pair_fields(pair), None, None, *sampled)], tokenizer, 200)
+    sampled = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab"]
+    pairs, _ = tokenise([Preference(1, USER, pair.chosen, pair.rejected, None, None, *sampled)], tokenizer, 200)
     assert [pairs[0].chosen, pairs[0].rejected] == sampled, "sampled ids need no template"
 
 
-def pair_fields(pair: Preference) -> tuple[Any, ...]:
-    return pair.prompt_id, pair.prompt, pair.chosen, pair.rejected
-
-
-def test_turns_without_a_token_of_their_own_end_in_eos(load: Load) -> None:
-    tokenizer = load("turns without tokens")
-    ids = chat.answer_token_ids(tokenizer, said("assistant", "It is 3."), USER)
-    assert tokenizer.decode(ids) == " It is 3.<|endoftext|>"
-
-
-def test_an_end_of_turn_that_is_not_special_is_no_part_of_the_text(load: Load) -> None:
+def test_turns_without_a_token_end_in_eos_and_an_end_that_is_not_special_is_no_text(load):
+    tokenizer, answer = load("turns without tokens"), said("assistant", "It is 3.")
+    assert tokenizer.decode(chat.answer_token_ids(tokenizer, answer, USER)) == " It is 3.<|endoftext|>"
     tokenizer = load("turn end that is not special")
-    ids = chat.answer_token_ids(tokenizer, said("assistant", "It is 3."))
-    assert tokenizer.convert_ids_to_tokens(ids[-1]) == "<|im_end|>"
-    assert chat.decode(tokenizer, ids) == "It is 3."
+    assert chat.decode(tokenizer, chat.answer_token_ids(tokenizer, answer)) == "It is 3."
 
 
 @pytest.mark.parametrize(("shape", "text"), [("Gemma", "a\n\nb <table> c"), ("Qwen3", "a <think>\nb</think> c")])
-def test_added_tokens_that_are_not_special_are_words_of_the_language(load: Load, shape: str, text: str) -> None:
+def test_added_tokens_that_are_not_special_are_words_of_the_language(load, monkeypatch, shape, text):
     tokenizer = load(shape)
     prompt = said("user", text)
     own = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     assert chat.prompt_token_ids(tokenizer, prompt) == own
     assert any(token in own and not added.special for token, added in tokenizer.added_tokens_decoder.items())
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda _: pytest.fail("listed again")))
+    assert chat.prompt_token_ids(tokenizer, prompt) == own
 
 
-def test_answers_without_text_and_rows_that_the_template_drops_are_counted(load: Load) -> None:
+def test_answers_without_text_and_rows_that_the_template_drops_are_counted(load):
     tokenizer = load("Qwen3")
     answers = [("a", "b"), ("", "b"), ("a", " \n"), ("a", "<think>b</think>")]
     rows = [Preference(1, USER, said("assistant", one), said("assistant", two)) for one, two in answers]
@@ -179,44 +145,26 @@ def test_answers_without_text_and_rows_that_the_template_drops_are_counted(load:
     assert tokenise(rows[:2], tokenizer, 200)[1]["template refuses"] == 1, "the thought would be trained on nowhere"
 
 
-def test_special_tokens_are_listed_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load("Gemma")
-    ids = chat.prompt_token_ids(tokenizer, USER)
-    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda _: pytest.fail("listed again")))
-    assert chat.prompt_token_ids(tokenizer, USER) == ids
-
-
-# Loading ----------------------------------------------------------------------------------------------------------------
-
-
-def test_templates_that_cannot_be_used_are_refused(load: Load, copy: Callable[..., Path]) -> None:
-    with pytest.raises(
-        DataError, match=r"leaves out the text of messages, as those of multimodal models.*a chat_template\.jinja"
-    ):
+def test_templates_that_cannot_be_used_are_refused(load, copy):
+    with pytest.raises(DataError, match="leaves out the text of messages, as those of multimodal models"):
         load("multimodal")
     with pytest.raises(DataError, match=r"given a question with its answer, the chat template rejects it \(Unexpected end"):
         load("broken")
-    folder = copy("ChatML")
-    only_answers = SHAPES["ChatML"].template + "{% if add_generation_prompt %}{{ raise_exception('no prompts') }}{% endif %}"
+    with pytest.raises(ValueError, match=r"rejects it \(a system message must come first\)"):
+        chat.prompt_token_ids(load("system required"), USER)
+    folder, own = copy("ChatML"), SHAPES["ChatML"].template
+    only_answers = own + "{% if add_generation_prompt %}{{ raise_exception('no prompts') }}{% endif %}"
     (folder / "chat_template.jinja").write_text(only_answers)
     with pytest.raises(DataError, match=r"given a question with its answer, .* rejects it \(no prompts\); use another"):
         chat.load_tokenizer(str(folder))
-    folder = copy(
-        "ChatML", chat_template=[{"name": name, "template": SHAPES["ChatML"].template} for name in ("rag", "tools")]
-    )
+    folder = copy("ChatML", chat_template=[{"name": name, "template": own} for name in ("rag", "tools")])
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match=r"several chat templates \(rag, tools\) and none is the default; save the one"):
         chat.load_tokenizer(str(folder))
 
 
-def test_a_template_that_requires_a_system_turn_rejects_rows_without(load: Load) -> None:
-    tokenizer = load("system required")
-    with pytest.raises(ValueError, match=r"rejects it \(a system message must come first\)"):
-        chat.prompt_token_ids(tokenizer, USER)
-
-
 @pytest.mark.parametrize("label", ["LlamaTokenizer", "LlamaTokenizerFast"])
-def test_a_class_that_overrides_tokenizer_json_is_refused_with_the_way_out(copy: Callable[..., Path], label: str) -> None:
+def test_a_class_that_overrides_tokenizer_json_is_refused_with_the_way_out(copy, label):
     folder = copy("ChatML", tokenizer_class=label)
     with pytest.raises(DataError, match=r"becomes 'twowords,thenfour'; its tokenizer.json does.*loads it as LlamaTokenizer"):
         chat.load_tokenizer(str(folder))
@@ -225,14 +173,14 @@ def test_a_class_that_overrides_tokenizer_json_is_refused_with_the_way_out(copy:
         "<|im_start|>assistant\n")  # fmt: skip
 
 
-def test_a_tokenizer_that_prints_its_byte_marks_is_refused(copy: Callable[..., Path]) -> None:
+def test_a_tokenizer_that_prints_its_byte_marks_is_refused(copy):
     folder = copy("ChatML", lambda stored: stored.update(decoder=None))
     for whole in (True, False):  # the leaderboard can do without a chat template
         with pytest.raises(DataError, match=r"does not give text back: .* becomes .*Ġ.*; copy the tokenizer's files"):
             chat.load_tokenizer(str(folder), chat=whole)
 
 
-def test_a_model_of_one_script_need_not_know_others(copy: Callable[..., Path]) -> None:
+def test_a_model_of_one_script_need_not_know_others(copy):
     def latin(stored: Any) -> None:
         stored["model"] |= {"byte_fallback": False, "unk_token": "<unk>"}
         for character in map(chr, [9, 10, *range(33, 127), 0xEF, 0xFC, 0xDF]):
@@ -242,7 +190,7 @@ def test_a_model_of_one_script_need_not_know_others(copy: Callable[..., Path]) -
     assert tokenizer.unk_token_id in chat.prompt_token_ids(tokenizer, said("user", "你好"))
 
 
-def test_a_pattern_that_mistral_has_corrected_is_refused(copy: Callable[..., Path]) -> None:
+def test_a_pattern_that_mistral_has_corrected_is_refused(copy):
     def enlarge(stored: Any) -> None:  # transformers looks at Mistral's vocabularies of over 100,000 words
         vocabulary = stored["model"]["vocab"]
         vocabulary.update({f"more{number}": len(vocabulary) + number for number in range(100_000)})
@@ -259,10 +207,7 @@ def test_a_pattern_that_mistral_has_corrected_is_refused(copy: Callable[..., Pat
     chat.load_tokenizer(str(folder))
 
 
-# Time and thinking ------------------------------------------------------------------------------------------------------
-
-
-def test_every_source_of_time_is_one_date(load: Load) -> None:
+def test_every_source_of_time_is_one_date(load):
     assert chat.fixed_time("%d %b %Y") == chat.DATE_STRING
     tokenizer = load("gpt-oss")
     assert "Current date: 2024-07-26<" in tokenizer.decode(chat.prompt_token_ids(tokenizer, USER))
@@ -272,7 +217,7 @@ def test_every_source_of_time_is_one_date(load: Load) -> None:
     assert "Today Date: 26 Jul 2024" in tokenizer.decode(chat.prompt_token_ids(tokenizer, USER))
 
 
-def test_lm_eval_gets_the_same_date_and_arguments() -> None:
+def test_lm_eval_gets_the_same_date_and_arguments():
     config = LeaderboardConfig("m", chat_template_kwargs=NO_THINKING)
     arguments = leaderboard._model_args(config)
     assert arguments["chat_template_args"] == chat.template_arguments(NO_THINKING)
@@ -283,39 +228,27 @@ def test_lm_eval_gets_the_same_date_and_arguments() -> None:
         LeaderboardConfig("m", apply_chat_template=False, fewshot_as_multiturn=False, chat_template_kwargs=NO_THINKING)
 
 
-def test_training_renders_with_the_template_arguments_and_records_them(
-    written: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_training_renders_with_the_template_arguments_and_records_them(copy, tiny_policy, tmp_path):
     row = {"prompt": USER, "chosen": said("assistant", "3"), "rejected": said("assistant", "4")}
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    prompts = []
+    paths, prompts = [str(copy("Qwen3")), str(tmp_path), str(tmp_path / "out")], []
     for kwargs in (None, NO_THINKING):
-        config = TrainConfig(
-            str(written("Qwen3")), str(tmp_path), str(tmp_path / "out"), train_batch_size=1, micro_batch_size=1,
-            chat_template_kwargs=kwargs,
-        )  # fmt: skip
+        config = TrainConfig(*paths, train_batch_size=1, micro_batch_size=1, chat_template_kwargs=kwargs)
         run = open_run(config, method_of(config))
         assert run.made_by["chat_template_kwargs"] == kwargs
         prompts.append(run.tokenizer.decode(run.train[0].prompt))
     assert prompts[1] == prompts[0] + "<think>\n\n</think>\n\n"
+    config = TrainConfig(str(tiny_policy), "some/data", str(tmp_path / "out"), chat_template_kwargs=NO_THINKING)
+    with pytest.raises(UsageError, match="'enable_thinking' is not read by the chat template of"):
+        check_inputs(config, method_of(config))
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [
-        ("enable_thinkin", "'enable_thinkin' is not read by the chat template of"),
-        ("messages", "'messages' is not the user's to set"),
-        ("add_generation_prompt", "is not the user's to set"),
-        ("strftime_now", "is not the user's to set"),
-    ],
-)
-def test_template_arguments_that_do_nothing_or_too_much_are_refused(load: Load, name: str, why: str) -> None:
+    [("enable_thinkin", "'enable_thinkin' is not read by the chat template of"),
+     *((name, f"'{name}' is not the user's to set") for name in ("messages", "add_generation_prompt", "strftime_now"))],
+)  # fmt: skip
+def test_template_arguments_that_do_nothing_or_too_much_are_refused(load, name, why):
     with pytest.raises(UsageError, match="--chat_template_kwargs: .*" + why):
         load("Qwen3", **{name: False})
-
-
-def test_training_refuses_such_arguments_before_anything_slow(tiny_policy: Path, tmp_path: Path) -> None:
-    config = TrainConfig(str(tiny_policy), "some/data", str(tmp_path / "out"), chat_template_kwargs=NO_THINKING)
-    with pytest.raises(UsageError, match="'enable_thinking' is not read by the chat template of"):
-        check_inputs(config, method_of(config))

@@ -12,38 +12,30 @@ import pytest
 from harness.stand_ins import Machine, add_program, make_environment
 
 LOCKS = ("cpu", "gpu", "gpu-cu12")
-PYTHON_OF = {"debian:12-slim": "3.11"}
-
-# The recipes
 
 
-def test_both_recipes_make_the_same_image(root: Path) -> None:
-    """The same base, files, step and variables; the version of Python is that of the locks and of setup.sh."""
+def test_both_recipes_make_the_same_image(root):
+    """The same base, files, step and variables; the version of Python is that of the locks."""
     docker = (root / "container" / "Dockerfile").read_text(encoding="utf-8")
     apptainer = (root / "container" / "drdpo.def").read_text(encoding="utf-8")
-    (base,) = re.findall(r"^FROM (.+)$", docker, re.MULTILINE)
-    assert re.findall(r"^Bootstrap: (.+)\nFrom: (.+)$", apptainer, re.MULTILINE) == [("docker", base)]
+    of_docker = lambda word: re.findall(rf"^{word} (.+)$", docker, re.MULTILINE)  # noqa: E731
+    assert re.findall(r"^Bootstrap: docker\nFrom: (.+)$", apptainer, re.MULTILINE) == of_docker("FROM") == ["debian:12-slim"]
     sections = dict(re.findall(r"^%(\w+)\n((?:    .*\n|\n)+)", apptainer, re.MULTILINE))
     lines = {name: [line.strip() for line in body.splitlines() if line.strip()] for name, body in sections.items()}
-    assert set(lines) == {"arguments", "files", "post", "environment"}
-    copied = [tuple(line.split()) for line in lines["files"]]
-    assert re.findall(r"^COPY (\S+) (\S+)$", docker, re.MULTILINE) == copied
-    assert all((root / source).exists() and target == f"/opt/drdpo/{source}" for source, target in copied)
-    assert lines["arguments"] == re.findall(r"^ARG (.+)$", docker, re.MULTILINE) == ["LOCK=gpu"]
-    (step,) = re.findall(r"^RUN (.+)$", docker, re.MULTILINE)
-    assert lines["post"] == [step.replace('"$LOCK"', "{{ LOCK }}")] == ["bash /opt/drdpo/container/install.sh {{ LOCK }}"]
-    (variables,) = re.findall(r"^ENV (.+)$", docker, re.MULTILINE)
+    assert lines["files"] == of_docker("COPY")
+    for source, target in map(str.split, lines["files"]):
+        assert (root / source).exists() and target == f"/opt/drdpo/{source}"
+    assert lines["arguments"] == of_docker("ARG") == ["LOCK=gpu"]
+    assert lines["post"] == [step.replace('"$LOCK"', "{{ LOCK }}") for step in of_docker("RUN")]
+    assert lines["post"] == ["bash /opt/drdpo/container/install.sh {{ LOCK }}"]
     exported = [line.removeprefix("export ") for line in lines["environment"] if not line.startswith("#")]
-    assert variables.split() == exported
-    assert exported == ["DRDPO_ENV=/opt/drdpo/.venv", "PATH=/opt/drdpo/.venv/bin:$PATH"]
+    assert exported == of_docker("ENV")[0].split() == ["DRDPO_ENV=/opt/drdpo/.venv", "PATH=/opt/drdpo/.venv/bin:$PATH"]
     for name in LOCKS:
-        assert f"for Python {PYTHON_OF[base]} on" in (root / "requirements" / f"{name}.txt").read_text().splitlines()[0]
-    setup = (root / "setup.sh").read_text(encoding="utf-8")
-    assert f"python={PYTHON_OF[base]} pip" in setup and f"for candidate in python{PYTHON_OF[base]} " in setup
+        assert "for Python 3.11 on" in (root / "requirements" / f"{name}.txt").read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_the_step_installs_the_lock_that_it_is_told(root: Path, tmp_path: Path, lock: str) -> None:
+def test_the_step_installs_the_lock_that_it_is_told(root, tmp_path, lock):
     machine = Machine(tmp_path)
     (machine.tree / "container").mkdir()
     shutil.copy(root / "container" / "install.sh", machine.tree / "container" / "install.sh")
@@ -58,7 +50,6 @@ def test_the_step_installs_the_lock_that_it_is_told(root: Path, tmp_path: Path, 
     assert calls.index("apt-get update") < calls.index("apt-get install") < calls.index("-m venv --clear")
     assert f"--no-deps --require-hashes -r {machine.tree}/requirements/{lock}.txt" in machine.pip()
     assert calls.endswith("/src/download_assets.py --models=none --datasets=none\n")
-    assert machine.noted() == f"{machine.tree}/.venv"
 
 
 def test_in_an_image_setup_only_fetches(root: Path, tmp_path: Path) -> None:
@@ -156,15 +147,12 @@ def test_the_leaderboard_starts_again_in_the_image(root: Path, tmp_path: Path, n
     assert out == times * f"python [{root}/src/evaluate_openllm.py] [--model_path=my model] WORLD_SIZE=\n"
 
 
-@pytest.mark.parametrize(
-    "script", ["train_alignment.sh", "generate_completions.sh", "train_alignment.slurm", "generate_completions.slurm"]
-)
-def test_without_slurm_every_wrapper_starts_again_in_the_image(root: Path, tmp_path: Path, script: str) -> None:
-    cluster = Cluster(tmp_path, "machine/printer")
-    status, out, err = cluster.run(root / script, "--model_path=my model", "--save_path=out", DRDPO_PROCESSES="1")
+@pytest.mark.parametrize("script", ["train_alignment.sh", "train_alignment.slurm", "generate_completions.slurm"])
+def test_without_slurm_every_wrapper_starts_again_in_the_image(root, tmp_path, script):
+    cluster, words = Cluster(tmp_path, "machine/printer"), ("--model_path=my model", "--save_path=out")
+    status, out, err = cluster.run(root / script, *words, DRDPO_PROCESSES="1")
     assert status == 0, err
-    name = script.replace(".slurm", ".sh")
-    assert cluster.executions() == [cluster.words(root, str(root / name), "--model_path=my model", "--save_path=out")]
+    assert cluster.executions() == [cluster.words(root, str(root / script.replace(".slurm", ".sh")), *words)]
     assert "[--model_path=my model] [--save_path=out]" in out
 
 
@@ -184,14 +172,12 @@ def test_a_job_of_step_1_samples_and_scores_in_the_image(root: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("script", ["train_alignment.slurm", "openllm_eval.slurm", "generate.sh"])
-def test_no_image_and_no_apptainer_are_one_line(root: Path, tmp_path: Path, script: str) -> None:
+def test_no_image_and_no_apptainer_are_one_line(root, tmp_path, script):
     cluster = Cluster(tmp_path, "machine/printer")
     status, out, err = cluster.run(root / script, "--model_path=m", CONTAINER="no.sif")
-    line = f"error: CONTAINER=no.sif does not exist in {tmp_path}; make it: apptainer build drdpo.sif container/drdpo.def\n"
-    assert (status, out, err) == (2, "", line)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "CONTAINER=no.sif does not exist" in err
     (cluster.host / "apptainer").unlink()
     for tool in ("bash", "dirname"):
         (cluster.host / tool).symlink_to(str(shutil.which(tool)))
     status, out, err = cluster.run(root / script, "--model_path=m", PATH=str(cluster.host))
-    line = f"error: CONTAINER={cluster.image}, but there is no apptainer on this machine's PATH\n"
-    assert (status, out, err) == (2, "", line)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "there is no apptainer on this machine's PATH" in err

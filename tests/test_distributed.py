@@ -18,35 +18,23 @@ def machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, timeout: asked.update(backend=backend, timeout=timeout)
     )
-    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     return asked
 
 
-@pytest.mark.parametrize("accelerator", [None, "cuda"])
-def test_a_gpu_of_its_own_for_every_rank(
-    machine_with_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch, accelerator: str | None
-) -> None:
+@pytest.mark.parametrize(
+    ("accelerator", "world", "asked"),
+    [(None, "2", {"device": 1, "backend": "nccl"}), ("cuda", "2", {"device": 1, "backend": "nccl"}),
+     ("cpu", "2", {"backend": "gloo"}), (None, "1", {"device": 1})],
+)  # fmt: skip
+def test_a_gpu_of_its_own_for_every_rank_unless_told(machine_with_gpus, monkeypatch, accelerator, world, asked):
+    """A single process joins no group."""
+    monkeypatch.setenv("WORLD_SIZE", world)
     if accelerator:
         monkeypatch.setenv("DS_ACCELERATOR", accelerator)
-    assert distributed.use_cuda()
-    assert distributed.device() == torch.device("cuda", 1)
+    assert distributed.use_cuda() == (accelerator != "cpu")
+    assert distributed.device() == (torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", 1))
     distributed.join()
-    assert machine_with_gpus == {"device": 1, "backend": "nccl", "timeout": timedelta(hours=2)}
-
-
-def test_deepspeeds_switch_keeps_torch_off_the_gpus(
-    machine_with_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert not distributed.use_cuda()
-    assert distributed.device() == torch.device("cpu")
-    distributed.join()
-    assert machine_with_gpus == {"backend": "gloo", "timeout": timedelta(hours=2)}
-
-
-def test_a_single_process_joins_no_group(machine_with_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    distributed.join()
-    assert machine_with_gpus == {"device": 1}
+    assert machine_with_gpus == asked | ({"timeout": timedelta(hours=2)} if "backend" in asked else {})

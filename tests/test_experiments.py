@@ -1,8 +1,10 @@
 """The experiments: flags, what they submit to SLURM, and, marked slow, the whole chain with --tiny."""
 
+import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,10 @@ from harness.stand_ins import add_program
 from drdpo.cli import parse
 from drdpo.config.training import TrainConfig
 from drdpo.evaluation.statistics import Layout
+from drdpo.records import write_rows
 from drdpo.training.losses import method_of
 
 SCRIPTS = ("armorm_multi_objective.sh", "openllm_leaderboard.sh", "preference_shift.sh")
-MIXTURES = ("truthfulness_complexity", "helpfulness_coherence", "correctness_helpfulness")
 
 
 def start(root: Path, script: str, cwd: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -31,11 +33,10 @@ def start(root: Path, script: str, cwd: Path, *words: str, **variables: str) -> 
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_flags_and_defaults(root: Path, tmp_path: Path, script: str) -> None:
+@pytest.mark.parametrize(("script", "own"), zip(SCRIPTS, ("kldpo_tau", "tasks", "objectives"), strict=True))
+def test_help_shows_flags_and_defaults(root, tmp_path, script, own):
     done = start(root, script, tmp_path / "some where", "--help")
     assert done.returncode == 0, done.stderr
-    own = {SCRIPTS[0]: "kldpo_tau", SCRIPTS[1]: "tasks", SCRIPTS[2]: "objectives"}[script]
     for name in ("output_path", "model_path", "methods", own, "tiny", "slurm"):
         assert f"--{name}" in done.stdout, name
     assert f'--reward_model="{root}/models/ArmoRM' in done.stdout
@@ -45,68 +46,54 @@ def test_help_shows_flags_and_defaults(root: Path, tmp_path: Path, script: str) 
 @pytest.mark.parametrize(
     ("script", "words", "says"),
     [
-        (SCRIPTS[0], ["--mixture=a"], "unknown flag: --mixture=a"),
-        (SCRIPTS[0], ["seeds"], "unknown argument: seeds"),
-        (SCRIPTS[0], ["--mixtures=kindness"], "unknown mixture kindness"),
-        (SCRIPTS[0], ["--methods=PPO"], "unknown method PPO"),
-        (SCRIPTS[0], ["--tiny=yes"], "--tiny=yes: pass true or false"),
-        (SCRIPTS[0], ["--part=everything"], "--part=everything: no such part"),
-        (SCRIPTS[1], ["--sizes=2B"], "unknown size 2B"),
-        (SCRIPTS[1], ["--methods=KLDPO"], "method KLDPO: pass DPO, or KLDPO or WDPO with its tau or rho"),
-        (SCRIPTS[1], ["--model_path=a/b"], "--model_path is one model"),
-        (SCRIPTS[2], ["--methods=DPO PPO"], "unknown method PPO"),
-        (SCRIPTS[2], ["--methods=DPO KLDPO"], "--geometric_methods has WDPO, which --methods lacks"),
-        (SCRIPTS[2], ["--methods=KLDPO", "--geometric_methods=KLDPO"], "DPO is what the others are compared with"),
-        (SCRIPTS[2], ["--alpha=0.15"], "--alpha=0.15: pass 0, 0.1, ... or 1"),
-        (SCRIPTS[2], ["--forms=linear cubic"], "unknown form cubic"),
+        (0, ["--mixture=a"], "unknown flag: --mixture=a"), (0, ["seeds"], "unknown argument: seeds"),
+        (0, ["--mixtures=kindness"], "unknown mixture kindness"), (0, ["--methods=PPO"], "unknown method PPO"),
+        (0, ["--tiny=yes"], "--tiny=yes: pass true or false"), (0, ["--part=every"], "--part=every: no such part"),
+        (1, ["--sizes=2B"], "unknown size 2B"), (1, ["--model_path=a/b"], "--model_path is one model"),
+        (1, ["--methods=KLDPO"], "method KLDPO: pass DPO, or KLDPO or WDPO with its tau or rho"),
+        (2, ["--methods=DPO PPO"], "unknown method PPO"), (2, ["--alpha=0.15"], "--alpha=0.15: pass 0, 0.1, ... or 1"),
+        (2, ["--methods=DPO KLDPO"], "--geometric_methods has WDPO, which --methods lacks"),
+        (2, ["--methods=KLDPO", "--geometric_methods=KLDPO"], "DPO is what the others are compared with"),
+        (2, ["--forms=linear cubic"], "unknown form cubic"),
     ],
-)
-def test_wrong_flags_end_before_anything_runs(root: Path, tmp_path: Path, script: str, words: list[str], says: str) -> None:
-    done = start(root, script, tmp_path, *words)
-    assert done.returncode == 2
-    assert says in done.stderr
+)  # fmt: skip
+def test_wrong_flags_end_before_anything_runs(root, tmp_path, script, words, says):
+    done = start(root, SCRIPTS[script], tmp_path, *words)
+    assert done.returncode == 2 and says in done.stderr
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def submitted(root: Path, tmp_path: Path, script: str, *words: str) -> dict[str, tuple[str, list[str], list[str]]]:
     """{part: (id, ids of its dependencies, arguments of its command)} of the jobs that a stand-in for sbatch received."""
-    binaries = tmp_path / "binaries"
+    binaries, jobs, found = tmp_path / "binaries", tmp_path / "jobs", {}
     add_program(binaries, "sbatch", "slurm/sbatch")
-    jobs = tmp_path / "jobs"
-    done = start(
-        root, script, tmp_path / "my place", "--slurm", *words, JOBS=str(jobs), PATH=f"{binaries}:{os.environ['PATH']}"
-    )
+    place = {"JOBS": str(jobs), "PATH": f"{binaries}:{os.environ['PATH']}"}
+    done = start(root, script, tmp_path / "my place", "--slurm", *words, **place)
     assert done.returncode == 0, done.stderr
-    found = {}
-    for line in jobs.read_text().split("\0\n"):
-        if not line:
-            continue
+    for line in filter(None, jobs.read_text().split("\0\n")):
         number, *options = line.split("\0")
         assert "--requeue" in options and "--signal=B:USR1@300" in options
         waits = next((option.partition("afterok:")[2].split(":") for option in options if "afterok" in option), [])
-        command = options[options.index("--wrap") + 1]
-        unquoted = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout.split(
-            "\n"
-        )
+        unquoted = shlex.split(options[options.index("--wrap") + 1])
         part = next(word for word in unquoted if word.startswith("--part=")).removeprefix("--part=")
         found[part] = (number, waits, unquoted)
     return found
 
 
-def test_jobs_of_the_mixtures(root: Path, tmp_path: Path) -> None:
+def test_jobs_of_the_mixtures(root, tmp_path):
     jobs = submitted(root, tmp_path, SCRIPTS[0], "--seeds=1 2", "--output_path=my out", "--", "--zero_stage=1")
-    assert len(jobs) == 1 + 3 * 3 * 2 + 3 + 1
     data, _, words = jobs["data"]
     assert words[:3] == ["exec", "bash", str(root / "experiments" / SCRIPTS[0])]
-    assert words[-4:-1] == ["--output_path=my out", "--", "--zero_stage=1"]
+    assert words[-3:] == ["--output_path=my out", "--", "--zero_stage=1"]
     trainings = {part: job for part, job in jobs.items() if "/" in part}
-    assert all(waits == [data] for _, waits, _ in trainings.values())
+    assert len(jobs) == 1 + 3 * 3 * 2 + 3 + 1 and all(waits == [data] for _, waits, _ in trainings.values())
     last = [number for part, (number, _, _) in trainings.items() if part.startswith("correctness_helpfulness/")]
     assert len(last) == 6 and jobs["correctness_helpfulness"][1] == last
-    assert jobs["report"][1] == [jobs[mixture][0] for mixture in MIXTURES]
+    mixtures = ("truthfulness_complexity", "helpfulness_coherence", "correctness_helpfulness")
+    assert jobs["report"][1] == [jobs[mixture][0] for mixture in mixtures]
 
 
-def test_jobs_of_the_leaderboard(root: Path, tmp_path: Path) -> None:
+def test_jobs_of_the_leaderboard(root, tmp_path):
     jobs = submitted(root, tmp_path, SCRIPTS[1], "--sizes=1B 8B", "--sbatch=--gres=gpu:2 --partition=long")
     assert jobs["evaluate/1B/base"][1] == []
     assert jobs["train/8B/KLDPO=0.01"][1] == [jobs["data/8B"][0]]
@@ -116,17 +103,16 @@ def test_jobs_of_the_leaderboard(root: Path, tmp_path: Path) -> None:
     assert "--gres=gpu:2" in (tmp_path / "jobs").read_text().split("\0")
 
 
-def test_jobs_of_the_preference_shift(root: Path, tmp_path: Path) -> None:
-    jobs = submitted(
-        root, tmp_path, SCRIPTS[2], "--methods=DPO KLDPO WDPO", "--seeds=1 2", "--lora_rank=0", "--", "--zero_stage=3"
-    )
+def test_jobs_of_the_preference_shift(root, tmp_path):
+    words = ["--methods=DPO KLDPO WDPO", "--seeds=1 2", "--lora_rank=0", "--", "--zero_stage=3"]
+    jobs = submitted(root, tmp_path, SCRIPTS[2], *words)
     assert len(jobs) == 1 + 4 + 1 + 2 * 3 * 2 + 1  # data, two trials of KLDPO and WDPO, choose, runs of both forms, report
     assert jobs["choose"][1] == [number for part, (number, _, _) in jobs.items() if part.startswith("trials/")]
     assert jobs["geometric/WDPO/2"][1] == [jobs["choose"][0]]
     assert len(jobs["report"][1]) == 12
 
 
-def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path) -> None:
+def test_a_part_requeues_itself_before_the_time_limit(root, tmp_path):
     """SIGUSR1 reaches the running command, and the job requeues itself."""
     tree = tmp_path / "my clone"
     shutil.copytree(root / "experiments", tree / "experiments")
@@ -134,28 +120,23 @@ def test_a_part_requeues_itself_before_the_time_limit(root: Path, tmp_path: Path
     for name in ("env.sh", "slurm.sh"):
         shutil.copy(root / "src" / name, tree / "src" / name)
     (tree / "openllm_eval.slurm").write_text("trap 'exit 75' USR1\nkill -USR1 \"$PPID\"\nsleep 20 >/dev/null 2>&1 & wait\n")
-    binaries = tmp_path / "binaries"
-    add_program(binaries, "scontrol", "slurm/scontrol")
-    done = start(
-        tree, SCRIPTS[1], tmp_path, "--part=evaluate/1B/base", SLURM_JOB_ID="7", PATH=f"{binaries}:{os.environ['PATH']}"
-    )
-    assert "scontrol requeue 7" in done.stdout
-    assert done.returncode == 75
+    path = f"{add_program(tmp_path / 'bin', 'scontrol', 'slurm/scontrol').parent}:{os.environ['PATH']}"
+    done = start(tree, SCRIPTS[1], tmp_path, "--part=evaluate/1B/base", SLURM_JOB_ID="7", PATH=path)
+    assert done.returncode == 75 and "scontrol requeue 7" in done.stdout
 
 
 @pytest.mark.slow
-def test_the_tiny_preference_shift(clone: Path, tiny_policy: Path, tmp_path: Path) -> None:
+def test_the_tiny_preference_shift(clone, tiny_policy, tmp_path):
     """Data, trials, choice, runs of both forms, report and picture; then again, without a training."""
     output = tmp_path / "my out"
     words = ["--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--max_new_tokens=8", "--methods=DPO cDPO"]
     done = start(clone, SCRIPTS[2], tmp_path, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     stored = json.loads((output / "report.json").read_text())
+    linear, geometric = (stored["results"][form] for form in ("linear", "geometric"))
     assert set(stored["trials"]["cDPO"]) == {"0.1", "0.3"} and stored["strengths"]["cDPO"] in ("0.1", "0.3")
-    assert set(stored["results"]["linear"]["gain"]) == {"DPO", "cDPO"} and set(stored["results"]["geometric"]["gain"]) == {
-        "DPO"
-    }
-    assert stored["results"]["linear"]["steps"] == [0, 1, 2] and stored["results"]["linear"]["seeds"] == 2
+    assert set(linear["gain"]) == {"DPO", "cDPO"} and set(geometric["gain"]) == {"DPO"}
+    assert linear["steps"] == [0, 1, 2] and linear["seeds"] == 2
     assert "| cDPO" in (output / "report.md").read_text() and (output / "report.png").read_bytes()[:4] == b"\x89PNG"
     metrics = output / "runs" / "geometric" / "DPO_43" / "metrics.jsonl"
     made = metrics.stat().st_mtime_ns
@@ -166,87 +147,69 @@ def test_the_tiny_preference_shift(clone: Path, tiny_policy: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS[:2])
-def test_the_tiny_chain_runs_and_skips_its_steps_again(clone: Path, tiny_policy: Path, tmp_path: Path, script: str) -> None:
-    """The whole chain on a random policy at even smaller sizes, then again: every step is skipped.
-
-    --engine=auto samples with transformers for answers this short on a CPU.
-    """
-    output = tmp_path / "my out"
-    words = [
-        "--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--prompts=4", "--max_new_tokens=12",
-        "--best_of_n=2", "--max_len=256",
-    ]  # fmt: skip
-    if script == SCRIPTS[0]:
-        words += ["--eval_best_of_n=1", "--mixtures=correctness_helpfulness", "--methods=KLDPO"]
-    else:
-        words += ["--methods=DPO", "--limit=3"]
+def test_the_tiny_chain_runs_and_skips_its_steps_again(clone, tiny_policy, tmp_path, script):
+    """On a random policy at even smaller sizes; --engine=auto is transformers for answers this short on a CPU."""
+    output, mixtures = tmp_path / "my out", script == SCRIPTS[0]
+    words = ["--tiny", f"--output_path={output}", f"--model_path={tiny_policy}", "--prompts=4", "--max_new_tokens=12",
+             "--best_of_n=2", "--max_len=256"]  # fmt: skip
+    words += ["--eval_best_of_n=1", "--mixtures=correctness_helpfulness"] if mixtures else ["--limit=3"]
+    words.append("--methods=KLDPO" if mixtures else "--methods=DPO")
     done = start(clone, script, tmp_path / "else where", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--engine=auto is transformers" in done.stdout
     assert "setup.sh --models=embedded --datasets=embedded" in done.stdout
     text = (output / "report.md").read_text(encoding="utf-8")
-    if script == SCRIPTS[0]:
-        assert "## correctness + helpfulness" in text
-        assert "KLDPO, published" in text
+    if mixtures:
+        assert "## correctness + helpfulness" in text and "KLDPO, published" in text
         whole = (output / "correctness_helpfulness" / "report" / "report.md").read_text(encoding="utf-8")
         assert "`helpsteer_coherence` *unseen*" in whole
-        checkpoint = next((output / "correctness_helpfulness" / "KLDPO_seed_42").glob("global_step_*"))
         assert (output / "spiders.png").is_file()
     else:
-        for run in ("tiny/base", "tiny/DPO step last"):
-            assert f"| {run} | stand_in_choice |" in text
+        assert all(f"| {run} | stand_in_choice |" in text for run in ("tiny/base", "tiny/DPO step last"))
         assert "**Trial" in text
-        checkpoint = next((output / "tiny" / "DPO").glob("global_step_*"))
         results = json.loads((output / "tiny" / "leaderboard" / "DPO" / "last" / "results.json").read_text())
         assert results["n-samples"]["stand_in_choice"]["effective"] == 3
-    weights = checkpoint / "model.safetensors"
+    place = "correctness_helpfulness/KLDPO_seed_42" if mixtures else "tiny/DPO"
+    (weights,) = output.glob(f"{place}/global_step_*/model.safetensors")
     made = weights.stat().st_mtime_ns
     again = start(clone, script, tmp_path / "else where", *words)
     assert again.returncode == 0, again.stderr[-3000:]
     assert weights.stat().st_mtime_ns == made
 
 
-# The study of people's labels --------------------------------------------------------------------------------------------
-
-NOTHING = dict.fromkeys(label_shift.RATINGS, 2)
+# The study of people's labels
 
 
 def write_ratings(folder: Path) -> Path:
     """HelpSteer2-like rows: 16 pairs that can be used, three of them without a difference, and four prompts that cannot."""
     rows = []
-    for number in range(16):
-        for answer in range(2):
-            high = {"verbosity": 2 + answer, "helpfulness": 4 - answer * (number % 2)} if number % 5 else {}
-            words = "so long a text " * (1 + 2 * answer)
-            rows.append({"prompt": f"Question {number}?", "response": f"Answer {answer}, {words}.", **NOTHING, **high})
-    alone, turns = {"prompt": "Alone?", "response": "Yes.", **NOTHING}, "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
-    rows += [alone, *({"prompt": turns, "response": text, **NOTHING} for text in "de")]
-    rows += [{"prompt": "Same?", "response": "Yes.", **NOTHING}] * 2
-    rows += [{"prompt": "Long?", "response": "word " * 99 + end, **NOTHING} for end in "ab"]
-    folder.mkdir()
+    for number, answer in itertools.product(range(16), range(2)):
+        high = {"verbosity": 2 + answer, "helpfulness": 4 - answer * (number % 2)} if number % 5 else {}
+        words = "so long a text " * (1 + 2 * answer)
+        rows.append({"prompt": f"Question {number}?", "response": f"Answer {answer}, {words}.", **high})
+    turns, long = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "word " * 99
+    others = [("Alone?", "Yes."), *((turns, end) for end in "de"), *[("Same?", "Yes.")] * 2]
+    others += [("Long?", long + end) for end in "ab"]
+    rows += [{"prompt": prompt, "response": response} for prompt, response in others]
     for split, part in (("train", rows[:20]), ("validation", rows[20:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write_rows(folder / f"{split}.jsonl", [dict.fromkeys(label_shift.RATINGS, 2) | row for row in part])
     return folder
 
 
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        (["--first=kindness"], 2, "--first=kindness is not one of helpfulness"),
-        (["--first=verbosity"], 2, "--first and --second are both verbosity"),
-        (["--methods", "WDPO"], 2, "--methods: pass DPO first"),
+        (["--first=kindness"], 2, "is not one of helpfulness"), (["--first=verbosity"], 2, "are both verbosity"),
+        (["--methods", "WDPO"], 2, "--methods: pass DPO first"), (["--seeds=1"], 2, "--seeds: pass at least two"),
         (["--methods", "DPO", "PPO"], 2, "--methods: pass DPO first, then any of DPO, cDPO"),
-        (["--seeds=1"], 2, "--seeds: pass at least two"),
-        (["--results=nowhere/x"], 2, "--results=nowhere/x: no folder nowhere"),
-        (["--data=no/such"], 1, "--data=no/such: neither a folder nor on the hub"),
+        (["--results=nowhere/x"], 2, "no folder nowhere"), (["--data=no/such"], 1, "neither a folder nor on the hub"),
         (["--train_pairs=20"], 1, "16 rated pairs have at most 100 tokens, too few for --train_pairs and --test_pairs"),
         (["--data=bad"], 1, 'train.jsonl, row 1: not a rated answer as in HelpSteer2: field "scores"'),
     ],
-)
-def test_wrong_flags_and_ratings_of_the_study_are_refused(forks, smollm, tmp_path, words, status, says) -> None:
+)  # fmt: skip
+def test_wrong_flags_and_ratings_of_the_study_are_refused(forks, smollm, tmp_path, words, status, says):
     write_ratings(tmp_path / "ratings")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train.jsonl").write_text(json.dumps({"prompt": "a", "response": "b", "helpfulness": 1}) + "\n")
+    write_rows(tmp_path / "bad" / "train.jsonl", [{"prompt": "a", "response": "b", "helpfulness": 1}])
     common = ["--data=ratings", f"--model_path={smollm}", "--output_path=out", "--results=r", "--max_tokens=100"]
     script = [sys.executable, label_shift.__file__, *common, *words]
     done = forks.run(script, cwd=tmp_path)
@@ -255,14 +218,14 @@ def test_wrong_flags_and_ratings_of_the_study_are_refused(forks, smollm, tmp_pat
     assert not list(tmp_path.rglob("study.json"))
 
 
-def test_the_methods_of_the_study_are_six_of_the_trainers() -> None:
+def test_the_methods_of_the_study_are_six_of_the_trainers():
     paths = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
     configs = [parse(TrainConfig, "", [*paths, *flags]) for flags in label_shift.METHODS.values()]
     assert [method_of(config).name for config in configs] == ["DPO", "DPO", "Dr. DPO", "KLDPO", "CVaR", "WDPO"]
     assert configs[1].label_smoothing == 0.1
 
 
-def test_the_study_by_hand() -> None:
+def test_the_study_by_hand():
     """Two seeds, three held-out pairs, of which the second is labelled at some alphas only, and the first changes sides."""
     labels = np.array([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, -1], [-1, 0, 1]], dtype=float)
     margins = {"DPO": np.array([[2.0, -1, 0.5], [1, -2, 0.5]]), "other": np.array([[1.0, 1, 1], [1, 1, 1]])}
@@ -279,7 +242,7 @@ def test_the_study_by_hand() -> None:
     assert value == pytest.approx(worst) and low < value < high
 
 
-def test_the_detectable_difference_by_hand() -> None:
+def test_the_detectable_difference_by_hand():
     """Equal spreads of 0.01 over 31 pairs and 0.01 over the mean of 3 seeds: t is 2.042 and 4.303."""
     draws, seeds = np.array([-0.1, 0.1] * 500), np.array([-1, 0, 1]) * math.sqrt(0.03)
     found = label_shift.detectable(np.concatenate([[0.0], draws, seeds]), Layout(31, 1000, (3,)))
@@ -287,7 +250,7 @@ def test_the_detectable_difference_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_the_study_of_labels_continues_and_agrees_with_the_trainer(clone: Path, tiny_policy: Path, tmp_path: Path) -> None:
+def test_the_study_of_labels_continues_and_agrees_with_the_trainer(clone, tiny_policy, tmp_path):
     write_ratings(tmp_path / "my ratings")
     words = [
         "--data=my ratings", f"--model_path={tiny_policy}", "--output_path=out", "--results=found", "--max_tokens=150",

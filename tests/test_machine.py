@@ -6,13 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from harness.forks import Forks
 
 from drdpo import distributed, machine
 from drdpo.config.data import CompletionsConfig
@@ -33,7 +30,7 @@ SEES_NO_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh(monkeypatch):
     """Nothing remembered, and a CPU that no variable chooses."""
     for cached in (machine._nvidia_smi, ASK_ANOTHER):
         cached.cache_clear()
@@ -42,7 +39,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     see(monkeypatch)
 
 
-def see(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, tuple[int, int]]) -> None:
+def see(monkeypatch, *gpus):
     """Let torch see these GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
@@ -51,18 +48,18 @@ def see(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, tuple[int, int]]) -> 
     monkeypatch.setattr(machine, "_gpus_of_another_process", lambda: [machine.Gpu(name, *number) for name, number in gpus])
 
 
-def cpu(monkeypatch: pytest.MonkeyPatch, claims: bool, speed: float | None) -> None:
+def cpu(monkeypatch, claims, speed):
     """Let the CPU say that it has bfloat16 products, or not, and the probe measure this; None: it must not run."""
     monkeypatch.setattr(machine, "_claims_bfloat16", lambda: claims)
     monkeypatch.setattr(machine, "bfloat16_speed", lambda: pytest.fail("the probe ran") if speed is None else speed)
 
 
-def smi(folder: Path, script: str) -> Path:
-    """A folder with a nvidia-smi."""
-    folder.mkdir(exist_ok=True)
+def smi(monkeypatch, folder, script):
+    """A nvidia-smi on the path."""
     (folder / "nvidia-smi").write_text(f"#!/bin/bash\n{script}\n")
     (folder / "nvidia-smi").chmod(0o755)
-    return folder
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(machine, "SMI_TIMEOUT", 0.3 if "sleep" in script else 10)
 
 
 LISTS = """case "$1" in
@@ -72,11 +69,15 @@ esac"""
 
 
 @pytest.fixture
-def unseen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An nvidia-smi on the path that lists an A100, which torch does not see."""
-    folder = smi(tmp_path / "driver", LISTS)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
+def unseen(monkeypatch, tmp_path):
+    """An nvidia-smi that lists an A100, which torch does not see."""
+    (tmp_path / "driver").mkdir()
+    smi(monkeypatch, tmp_path / "driver", LISTS)
+
+
+def python(root, *words, **variables):
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), **variables}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
 
 
 # What auto is
@@ -118,39 +119,31 @@ def test_the_probe_agrees_with_the_choice_on_this_cpu():
 
 
 def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_why(root):
-    """In a process of its own: oneDNN reads its variable once."""
-    program = """if True:
-        import torch
-        from drdpo import machine
-        torch.cuda.is_available = lambda: False
-        machine.announce(machine.resolve_dtype("auto"))
-        machine.announce(machine.resolve_dtype("bfloat16"))
-        machine._claims_bfloat16 = lambda: True  # a flag that is wrong
-        machine.announce(machine.resolve_dtype("auto"))
-        print(machine.bfloat16_speed())"""
-    environment = {**os.environ, **SEES_NO_BFLOAT16, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    flags, probe, speed = done.stdout.splitlines()
-    assert float(speed) < 1
-    factor = f"{1 / float(speed):.1f} times slower than float32"
-    assert flags.startswith("--dtype=auto is float32: this CPU has no bfloat16 products")
-    assert probe == f"--dtype=auto is float32: this CPU multiplies bfloat16 {factor}"
-    (warning,) = done.stderr.splitlines()
-    assert warning.startswith(f"WARNING: this CPU multiplies bfloat16 {factor}")
-
-
-def test_an_explicit_dtype_is_settled_without_torch_where_there_is_no_driver(root):
+    """In a process of its own: oneDNN reads its variable once. An explicit --dtype needs no torch without a driver."""
     program = """if True:
         import ctypes, sys
         from drdpo import machine
         from drdpo.config.data import CompletionsConfig
         def missing(name):
             raise OSError(name)
-        ctypes.CDLL = missing
-        print(machine.settle(CompletionsConfig("out", "model", dtype="float32"))[0].dtype, "torch" in sys.modules)"""
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "float32 False\n"
+        library, ctypes.CDLL = ctypes.CDLL, missing
+        print(machine.settle(CompletionsConfig("out", "model", dtype="float32"))[0].dtype, "torch" in sys.modules)
+        ctypes.CDLL = library
+        import torch
+        torch.cuda.is_available = lambda: False
+        machine.announce(machine.resolve_dtype("auto"))
+        machine.announce(machine.resolve_dtype("bfloat16"))
+        machine._claims_bfloat16 = lambda: True  # a flag that is wrong
+        machine.announce(machine.resolve_dtype("auto"))
+        print(machine.bfloat16_speed())"""
+    done = python(root, "-c", program, CUDA_VISIBLE_DEVICES="", **SEES_NO_BFLOAT16)
+    settled, flags, probe, speed = done.stdout.splitlines()
+    assert settled == "float32 False" and float(speed) < 1
+    factor = f"{1 / float(speed):.1f} times slower than float32"
+    assert flags.startswith("--dtype=auto is float32: this CPU has no bfloat16 products")
+    assert probe == f"--dtype=auto is float32: this CPU multiplies bfloat16 {factor}"
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith(f"WARNING: this CPU multiplies bfloat16 {factor}")
 
 
 def test_an_explicit_flag_wins_and_is_probed_only_to_warn(monkeypatch):
@@ -184,55 +177,42 @@ def test_the_choice_is_said_once(monkeypatch, capsys, environment, said):
 # Flags that go with one precision only
 
 
-def train_config(tiny_policy: Path, tmp_path: Path, **flags: Any) -> TrainConfig:
+def train_config(policy, folder, **flags):
     row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(row * 4)
-    return TrainConfig(str(tiny_policy), str(tmp_path), str(tmp_path / "out"), train_batch_size=4, **flags)
+        (folder / f"{split}.jsonl").write_text(row * 4)
+    return TrainConfig(str(policy), str(folder), str(folder / "out"), train_batch_size=4, **flags)
 
 
-def test_a_flag_that_needs_float32_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
-    config = train_config(tiny_policy, tmp_path, zero_stage=0)
+def test_flags_of_one_precision_are_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
+    stage_0, flash, wdpo = (train_config(tiny_policy, tmp_path, **flags) for flags in
+                            ({"zero_stage": 0}, {"attn": "flash"}, {"wdpo_rho": 0.1}))  # fmt: skip
     cpu(monkeypatch, True, 0.2)
-    check_inputs(config, method_of(config))
+    check_inputs(stage_0, method_of(stage_0))
+    with pytest.raises(UsageError, match="--attn=flash needs a CUDA device"):
+        check_inputs(flash, method_of(flash))
+    with pytest.raises(UsageError, match=r"--attn=flash with --dtype=float32.*--dtype=auto is float32 here"):
+        machine.settle(flash)
+    assert not machine.settle(wdpo)[0].wide_values
     cpu(monkeypatch, True, 2.0)
     with pytest.raises(UsageError, match=r"bfloat16.*\(--dtype=auto is bfloat16 here: .*2\.0 times as fast as float32\)"):
-        check_inputs(config, method_of(config))
-    check_inputs(dataclasses.replace(config, dtype="float32"), method_of(config))
-    with pytest.raises(UsageError, match="bfloat16"):
-        dataclasses.replace(config, dtype="bfloat16")
-
-
-def test_flash_is_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
-    config = train_config(tiny_policy, tmp_path, attn="flash")
-    cpu(monkeypatch, True, 0.2)
-    with pytest.raises(UsageError, match="--attn=flash needs a CUDA device"):
-        check_inputs(config, method_of(config))
-    with pytest.raises(UsageError, match=r"--attn=flash with --dtype=float32.*--dtype=auto is float32 here"):
-        machine.settle(config)
+        check_inputs(stage_0, method_of(stage_0))
+    check_inputs(dataclasses.replace(stage_0, dtype="float32"), method_of(stage_0))
+    assert machine.settle(wdpo)[0].wide_values
     see(monkeypatch, H100)
     monkeypatch.setattr(machine, "check_compiler", lambda: None)
-    check_inputs(config, method_of(config))
-
-
-def test_wide_values_follow_the_resolved_precision(monkeypatch, tiny_policy, tmp_path):
-    config = train_config(tiny_policy, tmp_path, wdpo_rho=0.1)
-    for speed, wide in ((2.0, True), (0.2, False)):
-        cpu(monkeypatch, True, speed)
-        assert machine.settle(config)[0].wide_values == wide
+    check_inputs(flash, method_of(flash))
 
 
 def test_auto_and_what_it_is_make_the_same_run(monkeypatch, tiny_policy, tmp_path):
     cpu(monkeypatch, True, 0.2)
     config = train_config(tiny_policy, tmp_path)
-    explicit = dataclasses.replace(config, dtype="float32")
-    made_by, same = (
-        _made_by(settled, method_of(settled)) for settled in (machine.settle(config)[0], machine.settle(explicit)[0])
-    )
+    settled = [machine.settle(one)[0] for one in (config, dataclasses.replace(config, dtype="float32"))]
+    made_by, same = (_made_by(one, method_of(one)) for one in settled)
     assert made_by == same and made_by["dtype"] == "float32"
 
 
-def test_the_dry_run_and_the_check_show_the_precision(monkeypatch, forks: Forks, root, tiny_policy, tmp_path):
+def test_the_dry_run_and_the_check_show_the_precision(forks, root, tiny_policy, tmp_path):
     config = train_config(tiny_policy, tmp_path)
     command = [sys.executable, root / "src/train_alignment.py", f"--model_path={tiny_policy}", "--train_batch_size=4",
                f"--dataset_path={tmp_path}", f"--save_path={config.save_path}"]  # fmt: skip
@@ -244,9 +224,6 @@ def test_the_dry_run_and_the_check_show_the_precision(monkeypatch, forks: Forks,
         assert [line.split(":")[0] for line in auto] == ([f"--dtype=auto is {here}"] if len(words) == 1 else [])
         dtype = here if len(words) == 1 else "float32"
         assert "--check_only=true" in words or f"all trained, in {dtype}" in done.stdout
-
-
-# Ranks
 
 
 def test_ranks_that_differ_take_float32(monkeypatch):
@@ -262,7 +239,7 @@ def test_ranks_that_differ_take_float32(monkeypatch):
 # Which machines are refused
 
 
-def steps(root: Path, model: Path, out: Path) -> dict[str, Callable[[], object]]:
+def steps(root, model, out):
     """Every step with a model."""
     prompts, rewards = str(root / "datasets/embedded_prompts"), str(root / "models/ArmoRM-SmolLM2")
     completions = CompletionsConfig(str(out), str(model), dataset=prompts, reward_model=rewards, engine="transformers")
@@ -275,32 +252,19 @@ def steps(root: Path, model: Path, out: Path) -> dict[str, Callable[[], object]]
     }
 
 
-STEPS = list(steps(Path(), Path(), Path()))
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_every_step_refuses_an_old_gpu_by_name(monkeypatch, root, tiny_policy, tmp_path, step):
+@pytest.mark.parametrize("step", steps(Path(), Path(), Path()))
+def test_every_step_refuses_an_old_gpu_and_the_cpu_beside_an_unseen_one(
+    monkeypatch, unseen, root, tiny_policy, tmp_path, step
+):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    unseen_gpu = r"NVIDIA A100-SXM4-40GB.*driver 535\.104\.05.*CUDA 13\.0 needs driver 580.*setup\.sh.*CUDA_VISIBLE_DEVICES="
+    with pytest.raises(UsageError, match=unseen_gpu):
+        steps(root, tiny_policy, tmp_path)[step]()
     see(monkeypatch, H100, T4)
     monkeypatch.setattr(machine, "check_compiler", lambda: None)
-    with pytest.raises(
-        UsageError, match=r"GPU 1 \(Tesla T4\) has compute capability 7\.5.*newer GPU.*CUDA_VISIBLE_DEVICES="
-    ):
+    old = r"GPU 1 \(Tesla T4\) has compute capability 7\.5.*newer GPU.*CUDA_VISIBLE_DEVICES="
+    with pytest.raises(UsageError, match=old):
         steps(root, tiny_policy, tmp_path)[step]()
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_every_step_refuses_the_cpu_where_the_driver_lists_a_gpu(monkeypatch, unseen, root, tiny_policy, tmp_path, step):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(UsageError) as refused:
-        steps(root, tiny_policy, tmp_path)[step]()
-    for word in (
-        "NVIDIA A100-SXM4-40GB",
-        "driver 535.104.05",
-        "CUDA 13.0 needs driver 580",
-        "setup.sh",
-        "CUDA_VISIBLE_DEVICES=",
-    ):
-        assert word in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -319,16 +283,14 @@ def test_an_unseen_gpu_has_several_reasons(monkeypatch, unseen, build, visible, 
 
 
 def test_a_driver_that_lists_gpus_and_tells_no_version_is_refused_too(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", f"{smi(tmp_path, 'echo GPU 0: NVIDIA H100')}:{os.environ['PATH']}")
+    smi(monkeypatch, tmp_path, "echo GPU 0: NVIDIA H100")
     with pytest.raises(UsageError, match=r"\(NVIDIA H100\), driver of unknown version"):
         machine.check_device()
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", " "), ("CUDA_VISIBLE_DEVICES", "-1"),
-     ("CUDA_VISIBLE_DEVICES", "NoDevFiles"), ("DS_ACCELERATOR", "cpu")],
-)  # fmt: skip
+    ("name", "value"), [*(("CUDA_VISIBLE_DEVICES", no) for no in ("", " ", "-1", "NoDevFiles")), ("DS_ACCELERATOR", "cpu")]
+)
 def test_hidden_gpus_leave_the_cpu(monkeypatch, unseen, name, value):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv(name, value)
@@ -337,13 +299,19 @@ def test_hidden_gpus_leave_the_cpu(monkeypatch, unseen, name, value):
 
 
 @pytest.mark.parametrize(
-    "script", [f"{LISTS}\nexit 9", "echo NVIDIA-SMI has failed because it could not communicate with the driver", "sleep 60",
-               r"printf '\xff\xfe\x00GPU'", "kill -11 $$"]
+    ("script", "why"),
+    [("echo it has failed; echo more; exit 9", "it has failed"), ("sleep 60", "timed out after 0.3 seconds"),
+     (f"{LISTS}\nexit 9", ""), ("echo NVIDIA-SMI has failed because it could not communicate with the driver", None),
+     (r"printf '\xff\xfe\x00GPU'", None), ("kill -11 $$", "")],
 )  # fmt: skip
-def test_a_broken_nvidia_smi_says_nothing(monkeypatch, tmp_path, script):
-    monkeypatch.setattr(machine, "SMI_TIMEOUT", 0.3 if "sleep" in script else 10)
-    monkeypatch.setenv("PATH", f"{smi(tmp_path, script)}:{os.environ['PATH']}")
+def test_a_broken_nvidia_smi_says_nothing_to_a_step_and_why_to_a_launcher(monkeypatch, tmp_path, capsys, script, why):
+    monkeypatch.setattr(machine, "_driver", lambda: (0, 0))
+    smi(monkeypatch, tmp_path, script)
     assert machine.check_device() == []
+    assert capsys.readouterr().err == ""
+    assert machine.ask_driver() == (0, 0)
+    said = capsys.readouterr().err
+    assert said == "" if why is None else said.startswith("note: nvidia-smi fails: ") and said.endswith(f"{why}\n")
     see(monkeypatch, H100)
     assert machine.check_device() == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
 
@@ -357,26 +325,11 @@ def test_a_broken_nvidia_smi_says_nothing(monkeypatch, tmp_path, script):
         ({"DS_ACCELERATOR": "cpu"}, 2, 0),
     ],
 )  # fmt: skip
-def test_a_launcher_counts_the_drivers_gpus_or_else_those_that_nvidia_smi_lists(
-    monkeypatch, unseen, variables, counted, expected
-):
+def test_a_launcher_counts_the_drivers_gpus_or_else_those_of_nvidia_smi(monkeypatch, unseen, variables, counted, expected):
     monkeypatch.setattr(machine, "_driver", lambda: (counted, 12080))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert machine.ask_driver() == (expected, 12080)
-
-
-@pytest.mark.parametrize(
-    ("script", "why"),
-    [("echo it has failed; echo more; exit 9", "it has failed"), ("sleep 60", "timed out after 0.3 seconds")],
-)
-def test_a_launcher_tells_of_a_broken_nvidia_smi(monkeypatch, tmp_path, capsys, script, why):
-    monkeypatch.setattr(machine, "SMI_TIMEOUT", 0.3 if "sleep" in script else 10)
-    monkeypatch.setattr(machine, "_driver", lambda: (0, 0))
-    monkeypatch.setenv("PATH", f"{smi(tmp_path, script)}:{os.environ['PATH']}")
-    assert machine.ask_driver() == (0, 0)
-    said = capsys.readouterr().err
-    assert said.startswith("note: nvidia-smi fails: ") and said.endswith(f"{why}\n")
 
 
 LIBCUDA = """
@@ -392,9 +345,8 @@ def test_the_driver_is_asked_for_devices_and_version_by_its_library(root, tmp_pa
     compiler = shutil.which("cc") or pytest.skip("no C compiler")
     command = [compiler, "-shared", "-fPIC", f"-DSTATUS={status}", "-x", "c", "-", "-o", str(tmp_path / "libcuda.so.1")]
     subprocess.run(command, input=LIBCUDA, text=True, check=True)
-    environment = {"PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(root / "src")}
-    command = [sys.executable, "-c", "from drdpo.machine import ask_driver; print(*ask_driver())"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    program = "from drdpo.machine import ask_driver; print(*ask_driver())"
+    done = python(root, "-c", program, PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path))
     assert (done.stdout, done.stderr) == (said, "")
 
 
@@ -415,8 +367,8 @@ def test_an_engine_finds_cuda_untouched(monkeypatch):
     assert machine.check_device(untouched=True) == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
 
 
-def test_gpus_that_torch_cannot_initialise_are_refused_in_torchs_words(monkeypatch, tmp_path):
-    def fail(_: int) -> None:
+def test_gpus_that_torch_cannot_initialise_are_refused_in_torchs_words(monkeypatch):
+    def fail(_):
         raise RuntimeError("CUDA unknown error\n- this may be due to")
 
     see(monkeypatch, H100)
@@ -440,8 +392,7 @@ def test_triton_needs_a_compiler_and_python_h(monkeypatch, tmp_path):
     header = tmp_path / "include" / "Python.h"
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda *_: str(header.parent))
     monkeypatch.setenv("PATH", str(tmp_path))
-    packages = r"gcc and python3-dev \(Debian, Ubuntu\) or gcc and python3-devel \(RHEL, Rocky\)"
-    with pytest.raises(UsageError, match=rf"a C compiler \(gcc or clang\) and {header}.*{packages}"):
+    with pytest.raises(UsageError, match=rf"a C compiler \(gcc or clang\) and {header}.*gcc and python3-dev"):
         machine.check_device(kernels=True)
     machine.check_device()  # vLLM compiles for itself
     header.parent.mkdir()
@@ -456,17 +407,10 @@ def test_triton_needs_a_compiler_and_python_h(monkeypatch, tmp_path):
     machine.check_device(kernels=True)
 
 
-# By the real commands
-
-
 def test_setup_can_ask(root, unseen):
-    def ask(**variables: str) -> "subprocess.CompletedProcess[str]":
-        environment = {**os.environ, "PYTHONPATH": str(root / "src"), **variables}
-        return subprocess.run([sys.executable, "-m", "drdpo.machine"], env=environment, capture_output=True, text=True)
-
     if not torch.version.cuda:
-        refused = ask()
+        refused = python(root, "-m", "drdpo.machine")
         assert refused.returncode == 1
         assert len(refused.stdout.splitlines()) == 1 and "driver 535.104.05" in refused.stdout
-    fine = ask(CUDA_VISIBLE_DEVICES="", **SEES_NO_BFLOAT16)
+    fine = python(root, "-m", "drdpo.machine", CUDA_VISIBLE_DEVICES="", **SEES_NO_BFLOAT16)
     assert (fine.returncode, fine.stdout[:26]) == (0, "--dtype=auto is float32: t")

@@ -23,21 +23,24 @@ def opened(folder: Path, made_by: dict = MADE_BY, plan: object = 2, overwrite: b
     return parts
 
 
-def test_finished_parts_come_back_with_their_plan(folder: Path) -> None:
-    parts = opened(folder)
+def test_finished_parts_of_all_ranks_come_back_with_their_plan(folder):
+    parts, other = opened(folder), opened(folder, rank=1)
     assert parts.plan is None and parts.done == set()
     parts.add(1, CONTENT)
-    parts.add(0, "zero")
+    other.add(0, "zero")
+    parts.find()
+    assert (parts.done, parts.read(0)) == ({0, 1}, "zero")
     again = Parts(folder, MADE_BY, overwrite=False)
     assert again.plan == 2
     again.open(2)
-    assert again.done == {0, 1}
-    assert (again.read(1), again.read(0)) == (CONTENT, "zero")
+    assert (again.done, again.read(1), again.read(0)) == ({0, 1}, CONTENT, "zero")
+    assert opened(folder, plan=3).done == set(), "another plan starts again"
+    assert json.loads((folder / "plan.json").read_text()) == {"made_by": MADE_BY, "plan": 3}
     again.remove()
     assert not folder.exists()
 
 
-def test_a_part_whose_write_was_killed_is_not_there(folder: Path) -> None:
+def test_a_part_whose_write_was_killed_is_not_there(folder):
     opened(folder).add(0, CONTENT)
     (folder / ".part_1.json.abcdefgh.tmp").write_text("[1, ")
     again = opened(folder)
@@ -47,22 +50,7 @@ def test_a_part_whose_write_was_killed_is_not_there(folder: Path) -> None:
     assert (last.read(0), last.read(1)) == (CONTENT, "new")
 
 
-def test_parts_of_all_ranks_are_found(folder: Path) -> None:
-    ranks = [opened(folder, rank=rank) for rank in range(2)]
-    ranks[0].add(0, "a")
-    ranks[1].add(1, "b")
-    ranks[0].find()
-    assert [ranks[0].read(number) for number in sorted(ranks[0].done)] == ["a", "b"]
-    assert opened(folder).done == {0, 1}
-
-
-def test_another_plan_starts_again(folder: Path) -> None:
-    opened(folder).add(0, CONTENT)
-    assert opened(folder, plan=3).done == set()
-    assert json.loads((folder / "plan.json").read_text()) == {"made_by": MADE_BY, "plan": 3}
-
-
-def test_another_configuration_is_refused_and_named(folder: Path) -> None:
+def test_another_configuration_is_refused_and_named(folder):
     opened(folder).add(0, CONTENT)
     with pytest.raises(UsageError, match=r"temperature \(0.7 -> 1.0\)"):
         Parts(folder, {**MADE_BY, "temperature": 1.0}, overwrite=False)

@@ -38,12 +38,7 @@ def flags(tmp_path: Path, tiny_policy: Path) -> list[str]:
     for split in ("train", "test"):
         rows = [Preference(0, said("user", "a"), said("assistant", "b"), said("assistant", "c"))] * 128
         write_records(tmp_path / "my pairs" / f"{split}.jsonl", rows)
-    return [
-        f"--model_path={tiny_policy}",
-        "--dataset_path",
-        str(tmp_path / "my pairs"),
-        f"--save_path={tmp_path / 'my run'}",
-    ]
+    return [f"--model_path={tiny_policy}", "--dataset_path", f"{tmp_path}/my pairs", f"--save_path={tmp_path}/my run"]
 
 
 def replace_python(environment: dict[str, str], script: str) -> None:
@@ -58,9 +53,8 @@ def bash(environment: dict[str, str], cwd: Path, *words: object) -> subprocess.C
 
 
 def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    elsewhere = tmp_path / "some where else"
-    elsewhere.mkdir(exist_ok=True)
-    return bash(environment, elsewhere, root / "train_alignment.sh", *words)
+    (tmp_path / "some where else").mkdir(exist_ok=True)
+    return bash(environment, tmp_path / "some where else", root / "train_alignment.sh", *words)
 
 
 def launched(environment: dict[str, str]) -> list[str]:
@@ -79,20 +73,6 @@ def test_gpus_that_torch_does_not_see_are_refused_before_the_launcher(root, envi
     assert launched(environment) == []
 
 
-def test_what_torchrun_starts_is_a_rank_and_starts_no_launcher(root, environment, tmp_path):
-    """torchrun --no-python starts the wrapper once a rank: the rank's process takes its place, with the rank's variables."""
-    replace_python(environment, 'printf "%s\\n" "$@" "rank=$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT pid=$$"')
-    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
-    command = ["bash", str(root / "train_alignment.sh"), "--kldpo_tau=0.05"]
-    with subprocess.Popen(command, env=environment | ranks, stdout=subprocess.PIPE, text=True) as process:
-        said = process.stdout.read().splitlines()
-    assert process.returncode == 0
-    # One process, so that a signal of torchrun's reaches the rank itself.
-    place = f"rank=3 of 4 at first:29500 pid={process.pid}"
-    assert said == [str(root / "src/train_alignment.py"), "--kldpo_tau=0.05", place]
-    assert launched(environment) == []
-
-
 def test_flags_pass_unchanged(root, environment, flags, tmp_path):
     done = train(root, environment, tmp_path, *flags, "--kldpo_tau=0.05")
     assert done.returncode == 0, done.stderr
@@ -105,49 +85,41 @@ def test_flags_pass_unchanged(root, environment, flags, tmp_path):
     assert "--log-dir=/dev/null" in launched(environment), "a dry run writes nothing"
 
 
-def test_one_process_needs_no_launcher(root, environment, flags, tmp_path):
-    """It takes the wrapper's place, so that signals reach it."""
-    replace_python(environment, 'printf "%s\\n" "$@" "world=${WORLD_SIZE:-} pid=$$"')
-    left_over = {"DRDPO_PROCESSES": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+RANK = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+LEFT_OVER = {"DRDPO_PROCESSES": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.mark.parametrize(("variables", "place"), [(RANK, "3 of 4 at first:29500"), (LEFT_OVER, " of  at :")])
+def test_a_rank_of_torchrun_and_one_process_alone_need_no_launcher(variables, place, root, environment, flags):
+    """torchrun --no-python starts the wrapper once a rank. The process takes the wrapper's place, so signals reach it."""
+    replace_python(environment, 'printf "%s\\n" "$@" "rank=$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT pid=$$"')
     command = ["bash", str(root / "train_alignment.sh"), *flags]
-    with subprocess.Popen(command, env=environment | left_over, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment | variables, stdout=subprocess.PIPE, text=True) as process:
         said = process.stdout.read().splitlines()
-    assert said == [str(root / "src/train_alignment.py"), *flags, f"world= pid={process.pid}"]
+    assert said == [str(root / "src/train_alignment.py"), *flags, f"rank={place} pid={process.pid}"]
+    assert process.returncode == 0 and launched(environment) == []
 
 
 @pytest.mark.parametrize(
-    ("visible", "asked", "expected"),
-    [(None, None, 4), ("1,2,3,5", "2", 2), ("", "2", 2)],
-)
-def test_one_process_per_visible_gpu(visible, asked, expected, root, environment, flags, tmp_path):
-    environment |= {"GPUS": "4", "SKIP_CHECK": "1"}
-    del environment["CUDA_VISIBLE_DEVICES"], environment["DRDPO_PROCESSES"]
-    if visible is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = visible
-    if asked is not None:
-        environment["DRDPO_PROCESSES"] = asked
-    done = train(root, environment, tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
-    assert f"--nproc-per-node={expected}" in launched(environment)
-
-
-@pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "expected"),
     [
-        ({"DRDPO_PROCESSES": "3"}, "2 GPUs are visible"),
-        ({"DRDPO_PROCESSES": "many"}, "not a positive number"),
-        ({"DRDPO_HOSTFILE": "hosts"}, "DRDPO_HOSTFILE is not supported"),
-        ({"DRDPO_NODES": "two"}, "DRDPO_NODES=two"),
-        ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="),
-        ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
+        ({}, 4), ({"CUDA_VISIBLE_DEVICES": "1,2,3,5", "DRDPO_PROCESSES": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "", "DRDPO_PROCESSES": "2"}, 2),
+        ({"DRDPO_PROCESSES": "5"}, "4 GPUs are visible"), ({"DRDPO_PROCESSES": "many"}, "not a positive number"),
+        ({"DRDPO_HOSTFILE": "hosts"}, "DRDPO_HOSTFILE is not supported"), ({"DRDPO_NODES": "two"}, "DRDPO_NODES=two"),
+        ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="), ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
         ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "1"}, "MASTER_ADDR"),
     ],
-)
-def test_processes_that_cannot_be_started_are_refused(variables, words, root, environment, flags, tmp_path):
-    done = train(root, environment | {"CUDA_VISIBLE_DEVICES": "0,1", "GPUS": "2"} | variables, tmp_path, *flags)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert not launched(environment)
+)  # fmt: skip
+def test_one_process_per_visible_gpu_or_a_reason(variables, expected, root, environment, flags, tmp_path):
+    del environment["CUDA_VISIBLE_DEVICES"], environment["DRDPO_PROCESSES"]
+    done = train(root, environment | {"GPUS": "4", "SKIP_CHECK": "1"} | variables, tmp_path, *flags)
+    if isinstance(expected, int):
+        assert done.returncode == 0, done.stderr
+        assert f"--nproc-per-node={expected}" in launched(environment)
+    else:
+        assert done.returncode == 2 and expected in done.stderr
+        assert not launched(environment)
 
 
 def test_a_wrong_flag_or_bad_data_starts_no_launcher(root, environment, flags, tmp_path):
@@ -167,15 +139,10 @@ def test_help_needs_no_launcher(wrapper, root, environment, tmp_path):
     assert not launched(environment)
 
 
-def test_a_lost_environment_is_named(root, environment, tmp_path):
-    environment["DRDPO_ENV"] = str(tmp_path / "gone")
-    done = train(root, environment, tmp_path)
-    assert done.returncode == 1
-    assert "bash setup.sh" in done.stderr
-
-
 @pytest.mark.parametrize("wrapper", WRAPPERS[:6])
-def test_without_any_environment_setup_is_named(wrapper, clone, environment, tmp_path):
+def test_without_an_environment_setup_is_named(wrapper, clone, environment, tmp_path):
+    lost = bash(environment | {"DRDPO_ENV": str(tmp_path / "gone")}, tmp_path, clone / wrapper)
+    assert lost.returncode == 1 and "bash setup.sh" in lost.stderr
     (clone / ".environment").unlink()
     replace_python(environment, f'exec {sys.executable} -S "$@"')  # a python without packages
     bare = environment | {"PATH": f"{environment['DRDPO_ENV']}/bin:{os.environ['PATH']}"}
@@ -215,22 +182,13 @@ def test_generate_evaluates_what_it_made_unless_it_only_checks(words, evaluates,
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "message"),
-    [
-        (["--reward_model={policy}"], 1, "a language model (LlamaForCausalLM)"),
-        (["--score_max_len=99999"], 2, "reads at most"),
-    ],
+    ("word", "status", "message"),
+    [("--reward_model={}", 1, "a language model (LlamaForCausalLM)"), ("--score_max_len=99999", 2, "reads at most")],
 )
-def test_a_wrong_reward_model_is_refused_before_the_sampling(
-    words, status, message, root, environment, tiny_policy, tmp_path
-):
-    words = [word.format(policy=tiny_policy) for word in words]
-    done = bash(
-        environment, tmp_path, root / "generate_completions.sh", f"--model_path={tiny_policy}", "--score_batch_tokens=99999",
-        f"--save_path={tmp_path / 'out'}", *words,
-    )  # fmt: skip
-    assert done.returncode == status
-    assert message in done.stderr.splitlines()[-1]
+def test_a_wrong_reward_model_is_refused_before_sampling(word, status, message, root, environment, tiny_policy, tmp_path):
+    words = [f"--model_path={tiny_policy}", "--score_batch_tokens=99999", f"--save_path={tmp_path / 'out'}"]
+    done = bash(environment, tmp_path, root / "generate_completions.sh", *words, word.format(tiny_policy))
+    assert done.returncode == status and message in done.stderr.splitlines()[-1]
     assert "generate_completions.py" not in done.stderr, "no step was begun"
     assert not (tmp_path / "out").exists()
 
@@ -272,11 +230,9 @@ ALONE = [
 RENDEZVOUS = "--nnodes=2 --node-rank={} --master-addr=first --master-port=12007 --nproc-per-node=1 --log-dir=/dev/null"
 
 
-def test_a_job_samples_and_scores(job):
+def test_a_job_samples_and_scores_and_on_two_nodes_divides_and_writes(job, environment):
     assert job(1) == (0, ALONE)
-
-
-def test_a_job_on_two_nodes_divides_samples_writes_and_scores(job, environment):
+    Path(environment["LAUNCHED"]).unlink()
     status, said = job(2)
     rounds = ("node= of 2", "node=0 of 2", "node=1 of 2", "node= of 2 writes")
     divide, *samples, merge = (f"{each}: generate_completions.py --save_path=a b" for each in rounds)
