@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective, survey
 from drdpo.training.policy import Policy, load_policy
+from drdpo.training.run import Run
 
 REFERENCE_M2 = torch.tensor([[-20.0, -45.0], [-40.0, -9.0], [-15.0, -14.0], [-60.0, -30.0]], dtype=torch.float64)
 """Log-probabilities of `four_pairs` under a reference, chosen and rejected."""
@@ -84,8 +86,25 @@ def step(policy: Policy, pairs: list[Pair], split: list[list[int]], config: Trai
         for (batch, reference), scale in zip(parts, scales, strict=True)
     ]
     total = sum(part.total for part in found)
-    gradients = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
-    return total.item(), torch.cat([gradient.flatten() for gradient in gradients]).double(), found
+    return total.item(), gradient_of(policy, total).double(), found
+
+
+def pairs_of_lengths(*lengths: tuple[int, int, int], seed: int = 1, vocabulary: int = 96) -> list[Pair]:
+    """Pairs of random token ids."""
+    numbers = torch.Generator().manual_seed(seed)
+    return [Pair(*(torch.randint(3, vocabulary, (n,), generator=numbers).tolist() for n in row)) for row in lengths]
+
+
+def run_of(config: TrainConfig, train: list[Pair], test: list[Pair] | None = None, cut: int = 0) -> Run:
+    """What the preflight reads of a run; `cut` answers were cut."""
+    counts = {"train": {"answer cut": cut}}
+    return Run(config, method_of(config), Path("-"), SimpleNamespace(pad_token_id=0), train, test or train, counts, {})
+
+
+def gradient_of(policy: Policy, total: torch.Tensor) -> torch.Tensor:
+    """For all trained parameters, in one vector."""
+    found = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def answer_logprobs(model, embeds: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:

@@ -3,17 +3,15 @@
 import pytest
 import torch
 from harness.architectures import FAMILIES, WINDOW, random_model, settings_of, structure
-from harness.policies import config_of
+from harness.policies import answer_logprobs, config_of, pairs_of_lengths, run_of
 from torch import Tensor
 
 from drdpo.errors import DataError, UsageError
 from drdpo.kernels.packed_attention import SHARED_PREFIX, register_shared_prefix
 from drdpo.models import Model, meta_model
 from drdpo.training.data import Pair, form_batch
-from drdpo.training.losses import method_of
 from drdpo.training.memory import preflight
 from drdpo.training.policy import Policy, check_numbers, check_pairs
-from drdpo.training.run import Run
 
 WITHIN = 2e-4
 """Nats."""
@@ -41,24 +39,17 @@ TANGENT = {"Llama, biases", "Llama 3, rope scaled", "Llama, YaRN", "Mistral", "M
            "Qwen3, q/k norms"}  # fmt: skip
 
 
-def pairs_of(*lengths: tuple[int, int, int]) -> list[Pair]:
-    numbers = torch.Generator().manual_seed(1)
-    return [Pair(*(torch.randint(3, 96, (length,), generator=numbers).tolist() for length in row)) for row in lengths]
-
-
-SHORT, LONG = pairs_of((4, 3, 4), (1, 6, 2), (3, 5, 1)), pairs_of((14, 9, 16), (1, 7, 2), (20, 30, 11))
+SHORT = pairs_of_lengths((4, 3, 4), (1, 6, 2), (3, 5, 1))
+LONG = pairs_of_lengths((14, 9, 16), (1, 7, 2), (20, 30, 11))
 """Within the windows, and beyond them."""
 
 
 def by_transformers(model, pairs: list[Pair]) -> Tensor:
     """[S] log-probs of the answers, each sequence alone, in plain attention and with full logits."""
-    found = []
-    for answer in ("chosen", "rejected"):
-        for pair in pairs:
-            ids_T = torch.tensor(pair.prompt + getattr(pair, answer))
-            logprob_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(dim=1)
-            found.append(logprob_TV.gather(1, ids_T[1:, None])[len(pair.prompt) - 1 :].sum())
-    return torch.stack(found)
+    return torch.stack([
+        answer_logprobs(model, model.get_input_embeddings()(ids_T), ids_T, len(pair.prompt))
+        for side in ("chosen", "rejected") for pair in pairs for ids_T in [torch.tensor(pair.prompt + getattr(pair, side))]
+    ])  # fmt: skip
 
 
 def apart(model, attention: str, pairs: list[Pair]) -> float:
@@ -74,10 +65,15 @@ def apart(model, attention: str, pairs: list[Pair]) -> float:
     return float((ours_S - theirs_S).abs().max())
 
 
-def refusal(name: str, **flags) -> str:
+def check(name: str, **flags) -> None:
     usual = {"packing": True, "eager": False, "tangent": False, "lora": False, "max_len": 8}
-    with pytest.raises(DataError) as found:
-        Model("m", "", 0, structure(name), False, None, 0, "").refuse_training(**usual | flags)
+    quantized = flags.pop("quantized", False)
+    Model("m", "", 0, structure(name), quantized, None, 0, "").refuse_training(**usual | flags)
+
+
+def refusal(name: str, **flags) -> str:
+    with pytest.raises((DataError, UsageError)) as found:
+        check(name, **flags)
     return str(found.value)
 
 
@@ -107,7 +103,7 @@ def test_logits_that_are_not_hidden_states_times_the_head_are_refused(name):
 def test_a_window_is_refused_for_longer_pairs_even_where_it_lives_in_the_mask_alone(name):
     assert f"sliding window of {WINDOW} tokens" in refusal(name, max_len=WINDOW + 1)
     assert f"pass --max_len={WINDOW} or less" in refusal(name, max_len=WINDOW + 1)
-    Model("m", "", 0, structure(name), False, None, 0, "").refuse_training(True, False, False, False, WINDOW)
+    check(name, max_len=WINDOW)
     # What is refused: packed, the window is not seen.
     register_shared_prefix()
     model = random_model(name)
@@ -128,17 +124,16 @@ def test_which_models_the_tangent_solver_knows(name):
 @pytest.mark.parametrize("name", EAGER_ONLY)
 def test_fused_kernels_that_would_be_wrong_are_refused(name):
     assert "pass --attn=eager" in refusal(name, packing=False)
-    Model("m", "", 0, structure(name), False, None, 0, "").refuse_training(False, True, False, False, 8)
+    check(name, packing=False, eager=True)
 
 
 def test_positions_adapters_and_codes():
     gpt2 = structure("GPT-2, learned positions")
     assert gpt2.learned and structure("OPT, learned positions").learned and not structure("Qwen2").learned
     assert gpt2.positions == 64 and gpt2.linear == 0, "its layers are of transformers' Conv1D"
-    with pytest.raises(UsageError, match="no torch Linear layers; omit it"):
-        Model("m", "", 0, gpt2, False, None, 0, "").refuse_training(True, False, False, True, 8)
-    with pytest.raises(DataError, match="stored quantized; pass the model in full precision"):
-        Model("m", "", 0, gpt2, True, None, 0, "").refuse_training(True, False, False, False, 8)
+    assert "no torch Linear layers; omit it" in refusal("GPT-2, learned positions", lora=True)
+    said = refusal("GPT-2, learned positions", quantized=True)
+    assert "stored quantized; pass the model in full precision" in said
 
 
 @pytest.mark.parametrize(
@@ -149,8 +144,7 @@ def test_the_preflight_of_models_that_cannot_be_packed_predicts_or_says_why_not(
     settings.architectures = [type(random_model(name)).__name__]
     settings.save_pretrained(tmp_path)
     config = config_of(model_path=str(tmp_path), packing=False, train_batch_size=2, micro_batch_size=1)
-    run = Run(config, method_of(config), tmp_path / "out", Tokenizer(), SHORT, SHORT, {"train": {"answer cut": 0}}, {})
-    preflight(run)
+    preflight(run_of(config, SHORT))
     said = capsys.readouterr().out
     assert "predicted peak" in said or "not predicted: the model's forward pass needs more than shapes" in said
 
@@ -166,7 +160,3 @@ def test_pairs_must_have_rows_and_positions():
         check_pairs(policy, [Pair([95] * 30, [3] * 35, [3])], "m")
     # Rotary positions have no end: the preflight warns.
     check_pairs(Policy(meta_model(settings_of("Qwen2"))), [Pair([1] * 30, [3] * 35, [3])], "m")
-
-
-class Tokenizer:
-    pad_token_id = 0

@@ -2,15 +2,12 @@
 
 import json
 import math
-import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness.policies import config_of
+from harness.policies import config_of, random_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -20,35 +17,31 @@ from drdpo.training.data import Pair, form_batch
 from drdpo.training.engine import engine_config, largest_vector
 from drdpo.training.loop import train_step
 from drdpo.training.losses import method_of
-from drdpo.training.memory import predict, shapes
+from drdpo.training.memory import shapes
 from drdpo.training.objective import survey
-from drdpo.training.policy import Answers, Policy, load_policy
+from drdpo.training.policy import Answers, load_policy
 
 COMMON = {"beta": 0.5, "learning_rate": 1e-3, "train_batch_size": 8, "warmup_ratio": 0.0, "dtype": "float32", "steps": 2}
 ROBUST = {"kldpo": {"kldpo_tau": 0.1}, "drdpo": {"drdpo_beta": 0.1}}
-FORMS = {"packed": {}, "padded": {"packing": False}}
 POPULATION = {
-    f"{method} {form} {micro} a rank": {**COMMON, **ROBUST[method], **FORMS[form], "micro_batch_size": micro}
+    f"{method} {form} {micro} a rank": {**COMMON, **ROBUST[method], "packing": form == "packed", "micro_batch_size": micro}
     for method in ROBUST
-    for form in FORMS
+    for form in ("packed", "padded")
     for micro in (1, 4, 8)
 }
 MICRO = {
     f"{method} micro": {**COMMON, **ROBUST[method], "micro_batch_size": 2, "robust_scope": "micro"} for method in ROBUST
 }
-OFFLOAD = {
-    f"{dtype} zero{stage} {'offloaded' if offload else 'kept'}": {
-        **COMMON, "dtype": dtype, "zero_stage": stage, "micro_batch_size": 2, "steps": 3, "optimizer_offload": offload,
-    }
-    for dtype in ("float32", "bfloat16")
-    for stage in (1, 2, 3)
-    for offload in (False, True)
+# Four micro-batches a step, or as many rows as the lengths make, fewer than DeepSpeed expects.
+KINDS = {
+    "float32": {"micro_batch_size": 2}, "bfloat16": {"micro_batch_size": 2, "dtype": "bfloat16"},
+    "float32 rows": {"micro_batch_tokens": 60},
 }  # fmt: skip
-# Four micro-batches a step above; here as many as the lengths make, fewer than DeepSpeed expects.
-OFFLOAD |= {
-    f"float32 rows zero{stage} {'offloaded' if offload else 'kept'}": {
-        **COMMON, "zero_stage": stage, "micro_batch_tokens": 60, "steps": 3, "optimizer_offload": offload,
+OFFLOAD = {
+    f"{kind} zero{stage} {'offloaded' if offload else 'kept'}": {
+        **COMMON, **flags, "zero_stage": stage, "steps": 3, "optimizer_offload": offload,
     }
+    for kind, flags in KINDS.items()
     for stage in (1, 2, 3)
     for offload in (False, True)
 }  # fmt: skip
@@ -62,14 +55,9 @@ SAVED = {
 }
 
 
-def pair_ids(numbers: random.Random) -> list[list[int]]:
-    return [[numbers.randrange(3, 400) for _ in range(numbers.randint(2, 9))] for _ in range(3)]
-
-
 @pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    numbers = random.Random(4)
-    return [Pair(*pair_ids(numbers)) for _ in range(24)]
+def pairs() -> list[list[list[int]]]:
+    return random_pairs(seed=4, count=24)
 
 
 @pytest.fixture(scope="module")
@@ -85,32 +73,15 @@ def untied(tiny_policy, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def work(pairs, tiny_policy, forks, tmp_path_factory) -> Callable[[dict, int], Path]:
-    """Run cases in one start of N ranks; returns the folder of their results."""
-
-    def run(cases: dict, ranks: int) -> Path:
-        folder = tmp_path_factory.mktemp("engine")
-        (folder / "cases.json").write_text(json.dumps(cases))
-        (folder / "pairs.json").write_text(json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]))
-        worker = Path(__file__).parent / "engine_worker.py"
-        command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
-        for done in forks.ranks(command, ranks, timeout=600):
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return folder
-
-    return run
+def one_rank(pairs, engine_work) -> Path:
+    return engine_work(POPULATION | MICRO | OFFLOAD | ACCUMULATED, pairs, 1)
 
 
 @pytest.fixture(scope="module")
-def one_rank(work) -> Path:
-    return work(POPULATION | MICRO | OFFLOAD | ACCUMULATED, 1)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(work, untied) -> Path:
+def two_ranks(pairs, untied, engine_work) -> Path:
     saved = {name: {**case, "model": str(untied)} if name.startswith("untied") else case for name, case in SAVED.items()}
     few = {name: case for name, case in POPULATION.items() if name.endswith(("packed 4 a rank", "1 a rank"))}
-    return work(few | saved, 2)
+    return engine_work(few | saved, pairs)
 
 
 def flat(path: Path) -> torch.Tensor:
@@ -137,8 +108,7 @@ def test_parameters_do_not_depend_on_micro_batches_ranks_or_packing(method, one_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [f"{kind} zero{stage}" for kind in ("float32", "bfloat16", "float32 rows")
-                                  for stage in (1, 2, 3)])  # fmt: skip
+@pytest.mark.parametrize("case", [f"{kind} zero{stage}" for kind in KINDS for stage in (1, 2, 3)])
 def test_offloaded_optimizer_states_change_no_number(case, one_rank, tiny_policy):
     kept, offloaded = (figures(one_rank, f"{case} {how}") for how in ("kept", "offloaded"))
     steps = len(kept["losses"])
@@ -200,52 +170,45 @@ class HandPolicy(torch.nn.Module):
         return Answers(torch.cat([chosen_B, torch.zeros_like(chosen_B)]), torch.zeros(0))
 
 
-def weights_by_hand(config: TrainConfig, margins: list[float], split: list[list[int]]) -> tuple[torch.Tensor, HandPolicy]:
-    """Weights of one real step's pairs, in the order of the split."""
-    policy = HandPolicy(torch.tensor(margins))
-    engine = SimpleNamespace(
-        module=policy, device=torch.device("cpu"), backward=lambda total, scale_wrt_gas: None, step=lambda: None,
-        set_gradient_accumulation_boundary=lambda last: None,
-    )  # fmt: skip
-    batches = [(SimpleNamespace(indices_B=torch.tensor(rows), columns={}), torch.zeros(len(rows), 2)) for rows in split]
-    return torch.cat([part.weights_B for part in train_step(engine, batches, config, method_of(config))]), policy
-
-
 # Losses, in units of ln 2: sigmoid(0) = 1/2 is 1, sigmoid(-ln 3) = 1/4 is 2, sigmoid(-ln 15) = 1/16 is 4.
 LN_2, MARGINS = math.log(2), [0.0, -math.log(3), 0.0, -math.log(15)]
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "expected", "passes"),
+    # Passes: losses first, without a graph, then gradients; the authors' population and one micro-batch need no survey.
     [
         # Means 1.5 and 2.5; exp((l - mean) / tau), the last capped from exp(3).
-        ({"kldpo_tau": LN_2, "robust_scope": "micro"}, [math.exp(-0.5), math.exp(0.5), math.exp(-1.5), math.exp(1.5)]),
-        ({"kldpo_tau": LN_2 / 2, "robust_scope": "micro"}, [math.exp(-1), math.exp(1), math.exp(-3), 10.0]),
+        ({"kldpo_tau": LN_2, "robust_scope": "micro"}, [math.exp(-0.5), math.exp(0.5), math.exp(-1.5), math.exp(1.5)],
+         [True, True]),
+        ({"kldpo_tau": LN_2 / 2, "robust_scope": "micro"}, [math.exp(-1), math.exp(1), math.exp(-3), 10.0],
+         [True, True]),
         # Mean 2 over the step.
-        ({"kldpo_tau": LN_2}, [math.exp(-1), 1.0, math.exp(-1), math.exp(2)]),
+        ({"kldpo_tau": LN_2}, [math.exp(-1), 1.0, math.exp(-1), math.exp(2)], [False, False, True, True]),
+        ({"kldpo_tau": LN_2, "micro_batch_size": 4}, [math.exp(-1), 1.0, math.exp(-1), math.exp(2)], [True]),
         # 2^-l over its mean: of (1/2, 1/4) and (1/2, 1/16), or of all four, 21/64.
-        ({"drdpo_beta": 1.0, "robust_scope": "micro"}, [4 / 3, 2 / 3, 16 / 9, 2 / 9]),
-        ({"drdpo_beta": 1.0}, [32 / 21, 16 / 21, 32 / 21, 4 / 21]),
+        ({"drdpo_beta": 1.0, "robust_scope": "micro"}, [4 / 3, 2 / 3, 16 / 9, 2 / 9], [True, True]),
+        ({"drdpo_beta": 1.0}, [32 / 21, 16 / 21, 32 / 21, 4 / 21], [False, False, True, True]),
     ],
-)
-def test_weights_of_a_step_by_hand(flags, expected):
-    config = config_of(**{"beta": 1.0, "train_batch_size": 4, **flags})
-    weights, policy = weights_by_hand(config, MARGINS, [[0, 1], [2, 3]])
+)  # fmt: skip
+def test_weights_of_a_step_by_hand(flags, expected, passes):
+    config, policy = config_of(**{"beta": 1.0, "train_batch_size": 4, **flags}), HandPolicy(torch.tensor(MARGINS))
+    engine = SimpleNamespace(
+        module=policy, device=torch.device("cpu"), backward=lambda total, scale_wrt_gas: None, step=lambda: None,
+        set_gradient_accumulation_boundary=lambda last: None,
+    )  # fmt: skip
+    rows = torch.arange(4).split(config.micro_batch_size or 2)
+    batches = [(SimpleNamespace(indices_B=indices_B, columns={}), torch.zeros(len(indices_B), 2)) for indices_B in rows]
+    weights = torch.cat([part.weights_B for part in train_step(engine, batches, config, method_of(config))])
     assert weights.tolist() == pytest.approx(expected, rel=1e-5)
-    # Losses first, without a graph, then gradients; the authors' population needs no pass of its own.
-    assert policy.with_graph == [True, True] if "robust_scope" in flags else [False, False, True, True]
-
-
-def test_one_micro_batch_is_not_surveyed():
-    weights, policy = weights_by_hand(config_of(beta=1.0, kldpo_tau=LN_2, train_batch_size=4), MARGINS, [[0, 1, 2, 3]])
-    assert weights.tolist() == pytest.approx([math.exp(-1), 1.0, math.exp(-1), math.exp(2)], rel=1e-5)
-    assert policy.with_graph == [True]
+    assert policy.with_graph == passes
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_survey_keeps_no_graph_and_sends_answers_alone_to_the_head(packing, tiny_policy, pairs, monkeypatch):
     config = config_of(kldpo_tau=0.1, packing=packing)
     policy = load_policy(str(tiny_policy), torch.float32, config.attention, gradient_checkpointing=False)
+    pairs = [Pair(*row) for row in pairs]
     batches = [(form_batch(pairs, rows, config.packing), torch.zeros(2, 2)) for rows in ([0, 1], [2, 3])]
     sent, known, head = [], [], policy.head.forward
 
@@ -283,15 +246,6 @@ def test_zero_3_leaves_whole_what_the_tangent_pass_reads_itself(tmp_path):
         assert settings["stage3_param_persistence_threshold"] == expected
         read = [module.weight for name, module in policy.named_modules() if name.endswith("norm")]
         assert len(read) == 3 and all(weight.numel() <= expected for weight in read)
-
-
-def test_an_offloaded_optimizer_takes_no_gpu_memory(tiny_policy):
-    shares = []
-    for offload in (True, False):
-        config = TrainConfig(str(tiny_policy), "-", "-", optimizer_offload=offload, dtype="bfloat16")
-        policy: Policy = shapes(config)
-        shares.append([predict(policy, config, 1, 0, 0, process).optimizer for process in (None, 1)])
-    assert shares[0] == [0, shares[1][1]] and shares[1][0] == shares[1][1] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,25 @@
-"""The real DeepSpeed on several processes against plain torch on one: same pairs, same weights after three steps."""
+"""The real DeepSpeed on two ranks against plain torch on one: same pairs, same weights after three steps, with LoRA too.
+
+The same launch shows resuming, what LoRA saves, and a gradient that is NaN.
+"""
 
 import json
 import math
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from harness.forks import Forks
-from harness.policies import answer_logprobs, facts_of, random_pairs, shifted_reference
+from harness.policies import answer_logprobs, facts_of, policy_of, random_pairs, shifted_reference
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from drdpo import chat
+from drdpo.config.training import TrainConfig
+from drdpo.training.lora import ALPHA, add_lora
 
 BATCH, BETA, LEARNING_RATE, CLIP = 4, 0.5, 2e-4, 1.0
 COMMON = {
@@ -51,6 +57,7 @@ NAMED = {
 """Methods whose cases share an engine, and a reference that gives every pair another margin at the first step already."""
 # Two ranks: one pair each and forward pass (two micro-batches), or two (one micro-batch holds the local step).
 CASES = {f"{name}-zero2": {**COMMON, **flags, "zero_stage": 2, "micro_batch_size": 1} for name, flags in METHODS.items()}
+CASES["dpo-zero2"]["break"] = True
 CASES["kldpo-zero1-whole"] = {**COMMON, **METHODS["kldpo"], "zero_stage": 1, "micro_batch_size": 2}
 CASES["wdpo_root-zero0-whole"] = {**COMMON, **METHODS["wdpo_root"], "zero_stage": 0, "micro_batch_size": 2}
 CASES["dpo-zero3"] = {**COMMON, "zero_stage": 3, "micro_batch_size": 1}
@@ -75,12 +82,24 @@ for name, flags in NAMED.items():
 for name in ("tv", "group"):
     CASES[f"{name}-zero2-whole"] = {**CASES[f"{name}-zero2"], "micro_batch_size": 2, "engine": "one micro-batch"}
 METHODS |= NAMED
+ADAPTERS = {"lora_rank": 4, "learning_rate": 5e-4}
+EXACT = {"wdpo_rho": 0.05, "wdpo_solver": "exact"}
+# The last on a model whose linear maps have biases.
+LORA = {"lora": ADAPTERS, "lora_wdpo": ADAPTERS | EXACT, "lora_tangent": ADAPTERS | EXACT | {"wdpo_solver": "tangent"}}
+for name, stage, more in (
+    ("lora", 0, {"break": True}), ("lora", 2, {"resume": True, "save": True}),
+    ("lora", 3, {"resume": True, "save": True, "break": True}), ("lora_wdpo", 1, {}), ("lora_wdpo", 2, {}),
+    ("lora_tangent", 3, {}),
+):  # fmt: skip
+    CASES[f"{name}-zero{stage}"] = {**COMMON, **LORA[name], "zero_stage": stage, "micro_batch_size": 1, **more}
 FLOAT32_CASES = list(CASES)
+CASES["nf4-zero2"] = CASES["lora-zero2"] | {"lora_quantize": "nf4"}
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 BFLOAT16_CASES = [("dpo", 1), ("dpo", 2), ("wdpo", 2), ("wdpo", 3)]
 CASES |= {
     f"{name}_bfloat16-zero{stage}": {**BFLOAT16, **METHODS[name], "zero_stage": stage} for name, stage in BFLOAT16_CASES
 }
+CASES["wdpo_bfloat16-zero3"]["resume"] = True
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +108,28 @@ def pairs() -> list[list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def deepspeed_weights(pairs, tiny_policy: Path, tmp_path_factory, forks: Forks) -> Path:
-    folder = tmp_path_factory.mktemp("deep speed")
-    (folder / "cases.json").write_text(json.dumps(CASES))
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    worker = Path(__file__).parent / "engine_worker.py"
-    command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
-    for done in forks.ranks(command, 2, timeout=600):
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
+def biased(tmp_path_factory) -> Path:
+    """A random Qwen2: queries, keys and values have biases."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value)
+    path = tmp_path_factory.mktemp("models") / "biased"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engines(pairs, biased, engine_work) -> Path:
+    return engine_work(
+        {name: case | ({"model": str(biased)} if "tangent" in name else {}) for name, case in CASES.items()}, pairs
+    )
 
 
 COUNTS = Counter(int(facts_of(number, 1, 1)["group"]) for number in range(3 * BATCH))
@@ -189,7 +221,8 @@ def named_objective(method, losses, x, facts, state):
     return sum(q * mean for q, mean in zip(state["q"], means, strict=True))
 
 
-def plain_training(model_path: Path, pairs, flags, learning_rate=LEARNING_RATE, apart=False) -> dict[str, torch.Tensor]:
+def plain_training(model_path: Path, pairs, flags, apart=False) -> dict[str, torch.Tensor]:
+    """The trained weights after three steps of torch's own optimizer; adapters are peft's own, from the same A."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         reference = [
@@ -199,25 +232,45 @@ def plain_training(model_path: Path, pairs, flags, learning_rate=LEARNING_RATE, 
         ]  # fmt: skip
     if apart:
         reference = shifted_reference(torch.tensor(reference)).tolist()
-    optimizer, state = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0), {}
+    if "lora_rank" in flags:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model.enable_input_require_grads()
+        model = get_peft_model(model, LoraConfig(r=flags["lora_rank"], lora_alpha=ALPHA, target_modules=targets))
+    trained = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
+    if "lora_rank" in flags:
+        config = TrainConfig(str(model_path), "-", "-", dtype="float32", lora_rank=flags["lora_rank"])
+        policy = policy_of(model_path, config, dtype=torch.float32)
+        add_lora(policy, config.lora)
+        ours = policy.language_model.state_dict()
+        assert trained.keys() == {name for name in ours if ".lora_" in name}
+        for name, value in trained.items():
+            value.data.copy_(ours[name])
+    start, rate = (
+        {name: value.detach().clone() for name, value in trained.items()},
+        flags.get("learning_rate", LEARNING_RATE),
+    )
+    optimizer, state = torch.optim.AdamW(trained.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0), {}
     for step in range(3):
         rows = slice(step * BATCH, (step + 1) * BATCH)
-        optimizer.param_groups[0]["lr"] = learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 3)))
+        optimizer.param_groups[0]["lr"] = rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 3)))
         plain_step(model, pairs[rows], reference[rows], flags, step, state).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    moved = max(float((value.detach() - start[name]).abs().max()) for name, value in trained.items())
+    assert moved > 2e-4, "the steps must be large enough for an error to show"
+    return {name: value.detach() for name, value in trained.items()}
 
 
 @pytest.fixture(scope="module")
-def plain_weights(pairs, tiny_policy):
+def plain_weights(pairs, tiny_policy, biased):
     known: dict[str, dict[str, torch.Tensor]] = {}
 
     def get(method: str):
         if method not in known:
-            flags = {**METHODS["kldpo"], "robust_scope": "micro"} if method == "kldpo_micro" else METHODS[method]
-            known[method] = plain_training(tiny_policy, pairs, flags, apart=method in NAMED)
+            flags = METHODS["kldpo"] | {"robust_scope": "micro"} if method == "kldpo_micro" else (METHODS | LORA)[method]
+            path = biased if method == "lora_tangent" else tiny_policy
+            known[method] = plain_training(path, pairs, flags, apart=method in NAMED)
         return known[method]
 
     return get
@@ -225,34 +278,37 @@ def plain_weights(pairs, tiny_policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FLOAT32_CASES)
-def test_two_processes_under_deepspeed_equal_plain_torch(case, deepspeed_weights, plain_weights, tiny_policy):
-    ours = load_file(deepspeed_weights / f"{case}.safetensors")
-    theirs = plain_weights(case.split("-")[0])
-    start = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
-    moved = max((theirs[name] - start[name]).abs().max() for name in theirs)
-    assert moved > 2e-4, "the steps must be large enough for an error to show"
-    for name, value in theirs.items():
+def test_two_processes_under_deepspeed_equal_plain_torch(case, engines, plain_weights, tiny_policy, biased):
+    ours, method = load_file(engines / f"{case}.safetensors"), case.split("-")[0]
+    for name, value in plain_weights(method).items():
         assert torch.allclose(ours[name], value, atol=1e-5, rtol=0), f"{name}: {(ours[name] - value).abs().max():.1e}"
+    if method in LORA:
+        base = load_file((biased if method == "lora_tangent" else tiny_policy) / "model.safetensors")
+        for name in ours.keys() - plain_weights(method).keys():
+            assert torch.equal(ours[name], base[name.replace(".base_layer", "")]), f"{name} is frozen"
+
+
+def facts_by_rank(folder: Path, case: str) -> list[dict]:
+    return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.slow
-def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(deepspeed_weights):
-    sizes = {size for case in FLOAT32_CASES if case.endswith("tokens")
-             for size in json.loads((deepspeed_weights / f"{case}.0.json").read_text())["sizes"]}  # fmt: skip
-    assert len(sizes) > 1, sizes
+def test_rows_of_a_token_budget_hold_unequal_numbers_of_pairs(engines):
+    cases = [case for case in FLOAT32_CASES if case.endswith("tokens")]
+    assert len({size for case in cases for size in facts_by_rank(engines, case)[0]["sizes"]}) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "stage"), BFLOAT16_CASES)
-def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(method, stage, deepspeed_weights, pairs, tiny_policy):
+def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(method, stage, engines, pairs, tiny_policy):
     """DeepSpeed's stage 0 takes bfloat16 steps a quarter too small; the stages that are allowed must not."""
-    facts = json.loads((deepspeed_weights / f"{method}_bfloat16-zero{stage}.0.json").read_text())
-    assert facts["losses"][0] == pytest.approx(math.log(2), abs=1e-2 if method == "dpo" else 1e-5)
-    ours = load_file(deepspeed_weights / f"{method}_bfloat16-zero{stage}.safetensors")
-    theirs = plain_training(tiny_policy, pairs, METHODS[method], learning_rate=1e-2)
-    start = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).state_dict()
+    first = facts_by_rank(engines, f"{method}_bfloat16-zero{stage}")[0]["losses"][0]
+    assert first == pytest.approx(math.log(2), abs=1e-2 if method == "dpo" else 1e-5)
     name = "model.layers.0.mlp.down_proj.weight"
-    moved, expected = (ours[name].float() - start[name]).flatten(), (theirs[name] - start[name]).flatten()
+    start = load_file(tiny_policy / "model.safetensors")[name]
+    theirs = plain_training(tiny_policy, pairs, METHODS[method] | {"learning_rate": 1e-2})[name]
+    ours = load_file(engines / f"{method}_bfloat16-zero{stage}.safetensors")[name]
+    moved, expected = (ours.float() - start).flatten(), (theirs - start).flatten()
     assert float(moved.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1)
     assert float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) > 0.8
 
@@ -264,3 +320,52 @@ def test_every_robust_method_ends_elsewhere_than_dpo(plain_weights):
         dpo = plain_weights("dpo_apart" if method in NAMED else "dpo")
         apart = max(float((plain_weights(method)[name] - dpo[name]).abs().max()) for name in dpo)
         assert method in ("dpo", "dpo_apart") or apart > 5e-5, method
+
+
+@pytest.mark.slow
+def test_the_first_loss_with_adapters_is_ln_2(engines):
+    for case in CASES:
+        if "lora_rank" in CASES[case]:
+            for facts in facts_by_rank(engines, case):
+                assert facts["losses"][0] == pytest.approx(math.log(2), abs=1e-6), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.get("resume")])
+def test_resumed_weights_equal_uninterrupted_ones(case, engines):
+    assert [facts["done"] for facts in facts_by_rank(engines, case)] == [1, 1]
+    ours, theirs = (load_file(engines / f"{name}.safetensors") for name in (f"{case}-resumed", case))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.slow
+def test_the_state_of_a_lora_run_holds_no_frozen_weights(engines):
+    adapters, whole = (
+        sum(file.stat().st_size for file in (engines / f"{case} state").rglob("rank_*"))
+        for case in ("lora-zero3", "wdpo_bfloat16-zero3")
+    )
+    assert adapters < whole / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.get("save")])
+def test_merged_model_and_adapter_say_the_same(case, engines, tiny_policy):
+    folder, ids = engines / f"{case} saved", torch.tensor([[5, 6, 7, 8, 9]])
+    plain, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (folder, tiny_policy))
+    with torch.no_grad():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, folder / "adapter")
+        torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-5)
+        assert float((plain(ids).logits - before).abs().max()) > 1e-3, "the adapters must do something"
+    assert chat.load_tokenizer(str(folder)).chat_template == chat.load_tokenizer(str(tiny_policy)).chat_template
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.get("break")])
+def test_a_nan_gradient_stops_every_rank_and_names_the_pairs_of_its_micro_batch(case, engines):
+    facts = facts_by_rank(engines, case)
+    (spoilt,) = facts[1]["spoilt"]
+    for known in facts:
+        assert known["losses_finite"] and "grad_norm is" in known["error"]
+        assert f"from the micro-batch of prompt_id {spoilt};" in known["error"]

@@ -2,18 +2,19 @@
 
 import json
 import re
-import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import policies
+from harness.policies import gradient_of, pairs_of_lengths, policy_of, run_of, with_facts
 from harness.runs import flags_of, run_ranks, said, write_pairs
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from drdpo import distributed
 from drdpo.cli import parse
@@ -22,62 +23,41 @@ from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
 from drdpo.kernels import packed_attention
 from drdpo.training import engine, memory, run
-from drdpo.training.data import Pair, collate, form_batch, pack
+from drdpo.training.data import Pair, form_batch
 from drdpo.training.loop import train_alignment
 from drdpo.training.losses import method_of
-from drdpo.training.memory import (
-    GATHERED,
-    Memory,
-    advice,
-    dry_run,
-    predict,
-    preflight,
-    resolve_attention,
-    resolve_rows,
-    rows_that_fit,
-    shapes,
-)
+from drdpo.training.memory import GATHERED, Memory, advice, dry_run, predict, preflight, resolve_attention, shapes
 from drdpo.training.objective import Population, objective
-from drdpo.training.policy import load_policy, recomputable_layers, set_recomputation, widen_values
+from drdpo.training.policy import recomputable_layers, set_recomputation, widen_values
 from drdpo.training.reference import reference_key
-from drdpo.training.run import Run, check_inputs
+from drdpo.training.run import check_inputs
 
 PARAMETERS = 49_152 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
 """Of the tiny policy: embeddings (the head is tied), two layers, the final norm."""
 
 
 def config_of(path: Path | str = "-", **flags) -> TrainConfig:
-    return TrainConfig(str(path), "-", "-", **{"dtype": "float32", "train_batch_size": 4, "micro_batch_size": 1, **flags})
+    return policies.config_of(model_path=str(path), **{"train_batch_size": 4, "micro_batch_size": 1, **flags})
 
 
 def open_config(path: Path | str = "-", **flags) -> TrainConfig:
     """What the machine chooses is left open."""
-    return TrainConfig(str(path), "-", "-", **{"dtype": "bfloat16", "train_batch_size": 4, **flags})
+    return config_of(path, **{"dtype": "bfloat16", "micro_batch_size": None, **flags})
 
 
-def pairs_of(*lengths: tuple[int, int, int]) -> list[Pair]:
-    return [Pair(*([5] * length for length in row), number) for number, row in enumerate(lengths)]
-
-
-FOUR = pairs_of(*[(4, 2, 1)] * 4)
-
-
-def run_of(config: TrainConfig, pairs: list[Pair] = FOUR, cut: int = 0) -> Run:
-    tokenizer, counts = SimpleNamespace(pad_token_id=0), {"train": {"answer cut": cut}}
-    return Run(config, method_of(config), Path("-"), tokenizer, pairs, pairs, counts, {})
+FOUR = pairs_of_lengths(*[(4, 2, 1)] * 4)
 
 
 def memory_of(path: Path, pairs: list[Pair], **flags) -> tuple[int, int]:
     config = config_of(path, **flags)
-    batch = pack(pairs, range(len(pairs))) if config.packing else collate(pairs, range(len(pairs)), 0)
-    return dry_run(shapes(config), batch, method_of(config))
+    return dry_run(shapes(config), form_batch(pairs, range(len(pairs)), config.packing), method_of(config))
 
 
 # The preflight.
 
 
 def test_preflight_by_hand(tiny_policy, capsys):
-    pairs = pairs_of((4, 2, 1), (6, 1, 1), (2, 3, 5), (1, 1, 1), (2, 2, 2))
+    pairs = pairs_of_lengths((4, 2, 1), (6, 1, 1), (2, 3, 5), (1, 1, 1), (2, 2, 2))
     config = config_of(tiny_policy, max_epochs=3, max_len=8, lora_rank=1)
     _, shape = preflight(run_of(config, pairs, cut=2))
     printed = capsys.readouterr().out
@@ -94,32 +74,21 @@ def test_preflight_by_hand(tiny_policy, capsys):
 
 def test_a_model_that_does_not_fit_gets_a_warning(tiny_policy, capsys, monkeypatch):
     monkeypatch.setattr(memory, "_free", lambda: (1000, 2))
-    preflight(run_of(config_of(tiny_policy)))
+    preflight(run_of(config_of(tiny_policy), FOUR))
     assert re.search(r"warning +2 processes need \d.*, but 0\.00 GiB is free", capsys.readouterr().out)
 
 
 def test_offload_is_advised_if_only_the_optimizer_does_not_fit(tiny_policy, capsys, monkeypatch):
+    """Not if the rest would not fit either, nor if it is given already."""
     monkeypatch.setattr("drdpo.distributed.use_cuda", lambda: True)
-    advised = []
-    for short, offload in ((1, False), (12 * PARAMETERS + 1, False), (1, True)):
-        monkeypatch.setattr(memory, "_free", lambda: (10**15, 1))
-        sizes = []
-        real = predict
-
-        def seen(*given, sizes=sizes, real=real):
-            sizes.append(real(*given))
-            return sizes[-1]
-
-        monkeypatch.setattr(memory, "predict", seen)
-        run = run_of(config_of(tiny_policy, optimizer_offload=offload))
-        preflight(run)
-        monkeypatch.setattr(memory, "_free", lambda need=sizes[0], short=short: (need.total - short, 1))
-        preflight(run)
+    for short, offload, advised in ((1, False, True), (12 * PARAMETERS + 1, False, False), (1, True, False)):
+        config = config_of(tiny_policy, optimizer_offload=offload, gradient_checkpointing=True)
+        need = memory.predicted(config, method_of(config), shapes(config), FOUR[:1], 2).total
+        monkeypatch.setattr(memory, "_free", lambda free=need - short: (free, 1))
+        preflight(run_of(config, FOUR))
         (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-        advised.append("--optimizer_offload=true moves 0.02 GiB of it to the CPU's memory" in warning)
+        assert ("--optimizer_offload=true moves 0.02 GiB of it to the CPU's memory" in warning) == advised
     assert abs(12 * PARAMETERS / 2**30 - 0.02) < 0.005
-    # Not if the rest would not fit either, nor if it is given already.
-    assert advised == [True, False, False]
 
 
 def test_advice_names_a_flag_for_the_largest_part():
@@ -188,22 +157,21 @@ def test_shares_of_zero_by_hand(tiny_policy):
     config = config_of(tiny_policy, zero_stage=2, dtype="bfloat16", train_batch_size=8)
     assert predict(shapes(config), config, 4, 0, 0, None).copies == (4 + 2) * (size // 4)
     # On a GPU the larger of activations and copies counts: they are alive one after the other.
+    # And --optimizer_offload leaves neither optimizer nor copies there.
     config = config_of(tiny_policy, zero_stage=2)
     small, large = (predict(shapes(config), config, 4, alive, 0, None) for alive in (1, 10**9))
     assert (small.activations, small.copies) == (0, 4 * (size // 4))
     assert (large.activations, large.copies) == (10**9, 0)
-
-
-def test_adapters_need_no_gradients_of_the_weights(tiny_policy):
+    config = config_of(tiny_policy, zero_stage=2, optimizer_offload=True)
+    assert [predict(shapes(config), config, 4, 1, 0, process).optimizer for process in (None, 1)] == [0, 12 * (size // 4)]
+    # Adapters need no gradients of the weights.
     config = config_of(tiny_policy, lora_rank=2)
-    found = predict(shapes(config), config, 1, 0, 0, 0)
-    trained = 2 * 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
-    assert found.weights == 4 * (PARAMETERS + trained)
-    assert found.optimizer == 12 * trained
+    found, trained = predict(shapes(config), config, 1, 0, 0, 0), 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
+    assert (found.weights, found.optimizer) == (4 * (size + trained), 12 * trained)
 
 
 def test_the_dry_run_counts_what_a_forward_pass_keeps(tiny_policy):
-    pairs = pairs_of((100, 150, 150))
+    pairs = pairs_of_lengths((100, 150, 150))
     tokens = 400
     model, head = memory_of(tiny_policy, pairs, gradient_checkpointing=False)
     again, _ = memory_of(tiny_policy, pairs, gradient_checkpointing=True)
@@ -229,11 +197,13 @@ def test_the_dry_run_counts_what_a_forward_pass_keeps(tiny_policy):
         {"packing": False}, {"wdpo_rho": 0.1, "wdpo_solver": "exact", "lora_rank": 2},
         {"wdpo_rho": 0.1, "wdpo_solver": "tangent", "lora_rank": 2}, {"dtype": "bfloat16", "lora_rank": 2, "zero_stage": 3},
         {"wdpo_rho": 0.1, "dtype": "bfloat16"}, {"wdpo_rho": 0.1, "dtype": "bfloat16", "lora_rank": 2},
+        {"method": "group:0.5", "group_column": "group"}, {"loss_type": "sigmoid_norm", "packing": False},
+        {"weight_column": "trust", "packing": False},
     ],
     ids=str,
 )  # fmt: skip
 def test_every_method_can_be_dry_run(flags, tiny_policy):
-    model, head = memory_of(tiny_policy, pairs_of((20, 30, 10), (5, 8, 40)), **flags)
+    model, head = memory_of(tiny_policy, with_facts(pairs_of_lengths((20, 30, 10), (5, 8, 40))), **flags)
     assert model + head > 2 * 49_152 * 32
 
 
@@ -247,9 +217,7 @@ def middling(smollm, tmp_path_factory) -> Path:
     )  # fmt: skip
     path = tmp_path_factory.mktemp("models") / "middling"
     LlamaForCausalLM(settings).to(torch.bfloat16).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (smollm / name).is_file():
-            shutil.copy(smollm / name, path)
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(path)
     return path
 
 
@@ -282,42 +250,39 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: None)
 
 
-def test_packed_rows_attend_by_flash_on_cuda_and_by_sdpa_on_a_cpu(tiny_policy, on_cuda, monkeypatch, capsys):
-    config = open_config(tiny_policy)
-    assert resolve_attention(config).attn == "flash"
-    assert resolve_attention(replace(config, kldpo_tau=0.1)).packed_flash
-    assert resolve_attention(replace(config, attn="sdpa")).attn == "sdpa"
-    assert resolve_attention(replace(config, packing=False)).attn == "sdpa"
-    assert resolve_attention(open_config(tiny_policy, wdpo_rho=0.1, wdpo_solver="exact")).attn == "eager"
-    # Reference log-probs are keyed by what attends.
-    pairs = [Pair([1], [2], [3])]
-    flash = reference_key("model", pairs, run.arithmetic_of(resolve_attention(config)))
-    monkeypatch.setattr(distributed, "use_cuda", lambda: False)
-    assert resolve_attention(config).attn == "sdpa"
-    assert not capsys.readouterr().out
-    assert reference_key("model", pairs, run.arithmetic_of(resolve_attention(config))) != flash
+FAR = "head_dim must be at most 256"
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "broken", "attn", "reason"),
     [
-        ({"dtype": "float32"}, "flash attention takes 16-bit numbers only"),
-        ({"wdpo_rho": 0.1}, "--wdpo_solver=tangent attends in float32 to keep its accuracy"),
+        ({}, None, "flash", None), ({"kldpo_tau": 0.1}, None, "flash", None), ({"attn": "sdpa"}, None, "sdpa", None),
+        ({"packing": False}, None, "sdpa", None), ({"wdpo_rho": 0.1, "wdpo_solver": "exact"}, None, "eager", None),
+        ({"dtype": "float32"}, None, "sdpa", "flash attention takes 16-bit numbers only"),
+        ({"wdpo_rho": 0.1}, None, "sdpa", "--wdpo_solver=tangent attends in float32 to keep its accuracy"),
+        ({"wdpo_rho": 0.1, "attn": "flash"}, None, "flash", None), ({}, FAR, "sdpa", FAR),
     ],
-)
-def test_one_line_says_why_a_run_cannot_use_flash(flags, reason, tiny_policy, on_cuda, capsys):
-    assert resolve_attention(open_config(tiny_policy, **flags)).attn == "sdpa"
-    assert capsys.readouterr().out == f"--attn=auto: sdpa instead of flash, because {reason}\n"
+)  # fmt: skip
+def test_packed_rows_attend_by_flash_on_cuda_or_a_line_says_why_not(
+    flags, broken, attn, reason, tiny_policy, on_cuda, monkeypatch, capsys
+):
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: broken)
+    found = resolve_attention(open_config(tiny_policy, **flags))
+    assert found.attn == attn and found.packed_flash == (attn == "flash")
+    assert capsys.readouterr().out == (f"--attn=auto: sdpa instead of flash, because {reason}\n" if reason else "")
 
 
-def test_flash_that_a_flag_asks_for_is_used_or_refused(tiny_policy, on_cuda, monkeypatch, capsys):
-    asked = open_config(tiny_policy, attn="flash")
-    assert resolve_attention(replace(asked, wdpo_rho=0.1)).packed_flash
-    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: "head_dim must be at most 256")
-    with pytest.raises(UsageError, match=r"--attn=flash.*head_dim must be at most 256; pass --attn=sdpa"):
-        resolve_attention(asked)
-    assert resolve_attention(replace(asked, attn="auto")).attn == "sdpa"
-    assert "because head_dim must be at most 256" in capsys.readouterr().out
+def test_flash_that_a_flag_asks_for_is_refused_and_reference_log_probs_are_keyed_by_what_attends(
+    tiny_policy, on_cuda, monkeypatch
+):
+    flash = run.arithmetic_of(resolve_attention(open_config(tiny_policy)))
+    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: FAR)
+    with pytest.raises(UsageError, match=rf"--attn=flash.*{FAR}; pass --attn=sdpa"):
+        resolve_attention(open_config(tiny_policy, attn="flash"))
+    monkeypatch.setattr(distributed, "use_cuda", lambda: False)
+    assert resolve_attention(open_config(tiny_policy)).attn == "sdpa"
+    sdpa = run.arithmetic_of(resolve_attention(open_config(tiny_policy)))
+    assert reference_key("model", FOUR, sdpa) != reference_key("model", FOUR, flash)
 
 
 def test_what_is_left_open_does_not_stop_a_run_that_resumes(on_cuda, monkeypatch):
@@ -333,17 +298,12 @@ def test_what_is_left_open_does_not_stop_a_run_that_resumes(on_cuda, monkeypatch
     assert "gradient_checkpointing" not in made_by and made_by["deterministic"]
 
 
-@dataclass
-class _Need:
-    total: float
-
-
 @pytest.fixture
 def bytes_a_token(monkeypatch):
     """A token of a row takes one byte with recomputation and four without."""
 
     def predicted(config, method, policy, pairs, recompute):
-        return _Need(config.micro_batch_tokens * (1 if recompute else 4))
+        return SimpleNamespace(total=config.micro_batch_tokens * (1 if recompute else 4))
 
     monkeypatch.setattr(memory, "predicted", predicted)
 
@@ -351,7 +311,7 @@ def bytes_a_token(monkeypatch):
 def test_rows_hold_what_fits_and_always_the_longest_pair(bytes_a_token):
     def rows(size: float, **flags) -> int:
         config = open_config(**{"max_len": 512, **flags})
-        return rows_that_fit(config, method_of(config), None, int(size / memory.MARGIN) + 1)
+        return memory.rows_that_fit(config, method_of(config), None, int(size / memory.MARGIN) + 1)
 
     assert [rows(4 * 16_384), rows(4 * 16_384 - 10), rows(16_384)] == [16_384, 8_192, 4_096]
     # 4,096 tokens without recomputation rather than 16,384 with it, unless a flag asks for it.
@@ -373,7 +333,7 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
     def rows(gib: float, **flags) -> int | None:
         properties = SimpleNamespace(total_memory=int(gib / memory.MARGIN) + 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return resolve_rows(replace(config, **flags), method_of(config), None).micro_batch_tokens
+        return memory.resolve_rows(replace(config, **flags), method_of(config), None).micro_batch_tokens
 
     started = replace(config, micro_batch_tokens=rows(16_384))
     assert started.micro_batch_tokens == 4_096 and rows(16_384, gradient_checkpointing="true") == 16_384
@@ -385,24 +345,11 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
 
 def test_the_row_that_is_predicted_is_full():
     for tokens in memory.ROWS:
-        pairs = memory._row_of(tokens)
-        assert 0.95 * tokens < sum(pair.row_tokens() for pair in pairs) <= tokens
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [{"method": "group:0.5", "group_column": "group"}, {"loss_type": "sigmoid_norm", "packing": False},
-     {"weight_column": "trust", "packing": False}],
-    ids=str,
-)  # fmt: skip
-def test_the_step_of_a_method_with_a_state_or_columns_is_predicted(flags, tiny_policy, capsys):
-    columns = {"group": 0.0, "trust": 1.0, "chosen_tokens": 20.0, "rejected_tokens": 30.0}
-    preflight(run_of(open_config(tiny_policy, **flags), [Pair([5] * 40, [6] * 20, [7] * 30, columns=columns)] * 4))
-    assert "memory    predicted peak" in capsys.readouterr().out
+        assert 0.95 * tokens < sum(pair.row_tokens() for pair in memory._row_of(tokens)) <= tokens
 
 
 def test_the_fewest_layers_recompute(tiny_policy, monkeypatch, capsys):
-    pairs = [Pair([5] * 40, [6] * 20, [7] * 30)] * 4
+    pairs = pairs_of_lengths(*[(40, 20, 30)] * 4)
     run = run_of(open_config(tiny_policy), pairs)
     policy = memory.shapes(run.config)
     peaks = [memory.predicted(run.config, run.method, policy, pairs, layers, 1).total for layers in (0, 1, 2)]
@@ -440,27 +387,20 @@ def test_a_command_line_may_ask_for_it_either_way():
 )  # fmt: skip
 def test_recomputation_changes_no_bit(flags, tiny_policy):
     """So a run may resume with it where it started without."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = [Pair(*(torch.randint(300, (length,), generator=generator).tolist() for length in lengths))
-             for lengths in ((7, 5, 9), (12, 3, 4), (2, 20, 6))]  # fmt: skip
-    found = []
-    config = open_config(tiny_policy, beta=0.5, **flags)
+    pairs, found = pairs_of_lengths((7, 5, 9), (12, 3, 4), (2, 20, 6)), []
+    config = open_config(tiny_policy, **flags)
     for layers in (0, 1, 2):
-        policy = load_policy(
-            str(tiny_policy), getattr(torch, config.dtype), config.attention, False, config.second_derivative
-        )
+        policy = policy_of(tiny_policy, config, dtype=getattr(torch, config.dtype))
         set_recomputation(policy.language_model, layers)
         assert [layer.gradient_checkpointing for layer in recomputable_layers(policy)] == [layers > 0, layers > 1]
         if config.wide_values:
             widen_values(policy)
         batch, method = form_batch(pairs, [0, 1, 2], config.packing), method_of(config)
         population = Population(torch.tensor([0.1, 0.9, 0.5])) if method.weights else None
-        part = objective(policy, batch, torch.zeros(3, 2), method, population)
-        part.total.backward()
-        found.append([part.total.detach(), *(parameter.grad for parameter in policy.parameters())])
-    assert all(float(grad.abs().max()) > 0 for grad in found[0])
-    for again in found[1:]:
-        assert all(map(torch.equal, found[0], again))
+        total = objective(policy, batch, torch.zeros(3, 2), method, population).total
+        found.append((total.detach(), gradient_of(policy, total)))
+    assert float(found[0][1].abs().max()) > 0
+    assert all(torch.equal(*both) for again in found[1:] for both in zip(found[0], again, strict=True))
 
 
 def test_deterministic_kernels_are_asked_for_or_the_flag_is_refused(monkeypatch):

@@ -1,17 +1,12 @@
-"""Model cards and uploads, against a local stand-in of the hub's API."""
+"""Model cards and uploads."""
 
-import base64
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from drdpo.config.training import TrainConfig
 from drdpo.training.losses import method_of
@@ -53,66 +48,27 @@ def test_a_downloaded_base_is_named_by_its_repository_and_an_adapter_by_its_libr
     assert card(str(tmp_path), "d", tmp_path).data.base_model is None
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Takes commits of small files; `asked` are the requests' paths, `files` what was committed."""
-    state = SimpleNamespace(asked=[], files={}, private=None, status=200)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_checkpoint_is_uploaded_whole_to_a_private_repository_and_a_failure_is_a_warning(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            state.asked.append(self.path)
-            answer: dict[str, Any] = {"error": "no"}
-            if self.path == "/api/repos/create":
-                state.private = json.loads(body).get("visibility", json.loads(body).get("private"))
-                answer = {"url": "https://huggingface.co/me/aligned"}
-            elif "/preupload/" in self.path:
-                paths = [file["path"] for file in json.loads(body)["files"]]
-                answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
-            elif "/commit/" in self.path:
-                for line in body.splitlines():
-                    row = json.loads(line)
-                    if row["key"] == "file":
-                        state.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
-                answer = {"commitOid": "1" * 40, "commitUrl": "https://huggingface.co/me/aligned/commit/1", "success": True}
-            text = json.dumps(answer).encode()
-            self.send_response(state.status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def upload(api: HfApi, **given: Any) -> SimpleNamespace:
+        asked.append(given)
+        if fails:
+            raise OSError("403 Forbidden\nno write access")
+        return SimpleNamespace(commit_url="https://huggingface.co/me/aligned/commit/1")
 
-        def do_GET(self) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
-    yield state
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_checkpoint_is_uploaded_whole_to_a_private_repository(hub: SimpleNamespace, tmp_path: Path, capsys: Any) -> None:
-    folder = tmp_path / "global_step_4"
-    (folder / "adapter").mkdir(parents=True)
-    (folder / "README.md").write_text("card")
-    (folder / "adapter" / "config.json").write_text("{}")
-    push_to_hub("me/aligned", folder)
-    assert hub.private in (True, "private")
-    assert hub.files == {"README.md": b"card", "adapter/config.json": b"{}"}
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **given: asked.append({"repo_id": name, **given}))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    push_to_hub("me/aligned", tmp_path / "global_step_4")
+    assert asked[0] == {"repo_id": "me/aligned", "private": True, "exist_ok": True}
+    whole = {"repo_id": "me/aligned", "folder_path": tmp_path / "global_step_4", "commit_message": "drdpo: global_step_4"}
+    assert asked[1] == whole
     said = capsys.readouterr()
-    assert "commit/1" in said.out and "secret" not in said.out + said.err
-
-
-def test_a_failed_upload_is_a_warning(hub: SimpleNamespace, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "README.md").write_text("card")
-    hub.status = 403
-    push_to_hub("me/aligned", tmp_path)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: --push_to_hub=me/aligned failed") and "secret" not in line and str(tmp_path) in line
+    if fails:
+        (line,) = said.err.splitlines()
+        assert line.startswith("warning: --push_to_hub=me/aligned failed") and str(tmp_path) in line
+    else:
+        assert "commit/1" in said.out and not said.err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
+from harness.architectures import random_model
 
 from drdpo.chat import load_tokenizer
 from drdpo.config.training import LoraSettings
@@ -18,19 +18,18 @@ from drdpo.training.lora import add_lora
 from drdpo.training.policy import load_policy
 
 
-def saved(config, folder) -> str:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+def saved(name: str, folder: Path, **settings: float) -> str:
+    """A tiny model with these settings besides."""
+    random_model(name).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
     return str(folder)
 
 
 def test_dropout_that_is_no_module_is_switched_off(tmp_path):
     """OPT keeps its dropouts as numbers: left on, the policy was not its own reference."""
-    config = OPTConfig(
-        vocab_size=60, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
-        max_position_embeddings=32, dropout=0.3, attention_dropout=0.3, layerdrop=0.3,
-    )  # fmt: skip
-    policy = load_policy(saved(config, tmp_path), torch.float32, "shared_prefix", gradient_checkpointing=True)
+    path = saved("OPT, learned positions", tmp_path, dropout=0.3, attention_dropout=0.3, layerdrop=0.3)
+    policy = load_policy(path, torch.float32, "shared_prefix", gradient_checkpointing=True)
     assert policy.training
     batch = pack([Pair([5, 6, 7], [8, 9], [10])], [0])
     with torch.no_grad():
@@ -59,10 +58,7 @@ def test_a_generation_config_that_transformers_reads_and_does_not_write_is_copie
 
 
 def test_dropout_that_cannot_be_switched_off_and_attention_that_cannot_be_packed_are_refused(tmp_path):
-    config = FalconConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.3, attention_dropout=0.3
-    )
-    path = saved(config, tmp_path)
+    path = saved("Falcon", tmp_path, hidden_dropout=0.3, attention_dropout=0.3)
     with pytest.raises(DataError, match=r"knows no attention called 'shared_prefix'; pass --packing=false"):
         load_policy(path, torch.float32, "shared_prefix", gradient_checkpointing=False)
     with pytest.raises(DataError, match=r"drops values out in training mode; set the dropouts in its config.json to 0"):

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.policies import config_of, pairs_of_lengths, run_of
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.training.data import Pair, form_batch
-from drdpo.training.losses import method_of
-from drdpo.training.memory import preflight, shapes
+from drdpo.training.memory import preflight
 from drdpo.training.policy import Policy, check_pairs, load_policy
-from drdpo.training.run import Run
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -39,59 +37,43 @@ def model(request, tmp_path_factory) -> Path:
     return path
 
 
-def config_of(path: Path, **flags) -> TrainConfig:
-    return TrainConfig(str(path), "-", "-", **{"dtype": "float32", "train_batch_size": 2, "micro_batch_size": 1, **flags})
+def run_on(path: Path, train: list[Pair], test: list[Pair]):
+    return run_of(config_of(model_path=str(path), train_batch_size=2, micro_batch_size=1), train, test)
 
 
-def pair_of(*lengths: int) -> Pair:
-    return Pair(*([3 + (7 * number + length) % 80 for number in range(length)] for length in lengths))
-
-
-def logprobs(policy: Policy, pairs: list[Pair], config: TrainConfig) -> torch.Tensor:
+def logprobs(policy: Policy, pairs: list[Pair], packing: bool) -> torch.Tensor:
     with torch.no_grad():
-        return policy(form_batch(pairs, range(len(pairs)), config.packing)).logprob_S.view(2, -1)[:, 0]
+        return policy(form_batch(pairs, range(len(pairs)), packing)).logprob_S.view(2, -1)[:, 0]
+
+
+SHORT, WHOLE, LONGER = pairs_of_lengths((4, 3, 6), (8, 8, 5), (8, 24, 5), vocabulary=90)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_up_to_the_limit_a_pair_does_not_feel_its_neighbours_and_beyond_it_does(packing, model):
-    config = config_of(model, packing=packing)
-    policy = load_policy(str(model), torch.float32, config.attention, gradient_checkpointing=False)
-    short, whole, longer = pair_of(4, 3, 6), pair_of(8, 8, 5), pair_of(8, 24, 5)
-    alone = logprobs(policy, [short], config)
+    policy = load_policy(str(model), torch.float32, config_of(packing=packing).attention, gradient_checkpointing=False)
+    alone = logprobs(policy, [SHORT], packing)
     # Three pairs make a row of more than LIMIT tokens, in which no sequence has more.
-    beside = logprobs(policy, [short, whole, whole], config)
-    torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-5)
-    assert len(whole) == LIMIT
-    check_pairs(policy, [short, whole], config.model_path)
+    torch.testing.assert_close(logprobs(policy, [SHORT, WHOLE, WHOLE], packing), alone, atol=1e-4, rtol=1e-5)
+    assert len(WHOLE) == LIMIT
+    check_pairs(policy, [SHORT, WHOLE], "m")
     # What is refused: without the refusal the numbers would change, in either form.
-    assert not torch.allclose(logprobs(policy, [short, longer], config), alone, atol=1e-2, rtol=1e-3)
+    assert not torch.allclose(logprobs(policy, [SHORT, LONGER], packing), alone, atol=1e-2, rtol=1e-3)
     with pytest.raises(UsageError, match=rf"the longest pair has 32: pass --max_len={LIMIT}"):
-        check_pairs(policy, [short, longer], config.model_path)
+        check_pairs(policy, [SHORT, LONGER], "m")
 
 
-class _Tokenizer:
-    pad_token_id = 0
-
-
-def test_the_preflight_refuses_and_otherwise_predicts(model, tmp_path, capsys):
-    config, counts = config_of(model), {"train": {"answer cut": 0}}
-    pairs, longer = [pair_of(4, 3, 6)] * 2, [pair_of(8, 24, 5)]
+def test_the_preflight_refuses_and_otherwise_predicts(model, capsys):
     with pytest.raises(UsageError, match=rf"beyond {LIMIT} tokens .*{model.name}"):
-        preflight(Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, longer, counts, {}))
-    preflight(Run(config, method_of(config), tmp_path / "out", _Tokenizer(), pairs, pairs, counts, {}))
+        preflight(run_on(model, [SHORT] * 2, [LONGER]))
+    preflight(run_on(model, [SHORT] * 2, [SHORT]))
     assert "predicted peak" in capsys.readouterr().out
 
 
 def test_fixed_kinds_have_no_limit_but_a_warning(tmp_path, capsys):
     rope = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 4}  # fmt: skip
-    LlamaConfig(
-        **SIZES, max_position_embeddings=8, rope_parameters=rope, architectures=["LlamaForCausalLM"]
-    ).save_pretrained(tmp_path)
-    config = config_of(tmp_path)
-    longer = [pair_of(8, 24, 5)]
-    check_pairs(shapes(config), longer, config.model_path)
-    preflight(
-        Run(config, method_of(config), tmp_path / "out", _Tokenizer(), longer * 2, longer, {"train": {"answer cut": 0}}, {})
-    )
+    settings = LlamaConfig(**SIZES, max_position_embeddings=8, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+    settings.save_pretrained(tmp_path)
+    preflight(run_on(tmp_path, [LONGER] * 2, [LONGER]))
     assert "the longest pair has 32 tokens, beyond the model's context: pass --max_len=8" in capsys.readouterr().out
