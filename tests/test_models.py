@@ -151,9 +151,7 @@ def test_the_command_prints_the_table_or_one_line(root: Path, folder: Path, fork
     assert "model.layers.2.self_attn.q_proj.weight (and 8 more) is missing" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "path", ["outputs/x/global_step_9", "/no/such/model", "../none", "~/m", "", "config.json"]
-)
+@pytest.mark.parametrize("path", ["outputs/x/global_step_9", "/no/such/model", "../none", "~/m", "", "config.json"])
 def test_a_missing_folder_or_a_file_is_not_taken_for_a_hub_id(path, folder, monkeypatch):
     monkeypatch.chdir(folder)
     refused(path, "no such model folder")

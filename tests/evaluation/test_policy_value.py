@@ -188,7 +188,8 @@ def test_rows_that_say_nothing_are_named(changed, words, load):
 
 def test_single_completions_are_omitted(load):
     found = load((2, 1, 3))
-    assert [rows[0].prompt_id for rows in found.drawn] == [7, 9] and found.note == "1 prompts with one completion were omitted"
+    assert [rows[0].prompt_id for rows in found.drawn] == [7, 9]
+    assert found.note == "1 prompts with one completion were omitted"
 
 
 def test_how_they_were_sampled_is_read(load, tiny_policy):

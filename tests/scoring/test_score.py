@@ -254,7 +254,8 @@ def test_only_what_is_missing_is_scored(config, save_path, tmp_path, monkeypatch
     monkeypatch.setattr(Scorer, "score", stopping)
     with pytest.raises(KeyboardInterrupt):
         score_completions(config(save_path=str(broken), **flags))
-    (broken / ".train.parts" / ".part_9.json.abcdefgh.tmp").write_text("[{")  # cut by the kill
+    parts = broken / ".train.parts"
+    (parts / ".part_9.json.abcdefgh.tmp").write_text("[{")  # cut by the kill
     assert not (broken / "train.jsonl").exists()
     most = 100
     score_completions(config(save_path=str(broken), **flags))

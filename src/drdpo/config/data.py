@@ -1,12 +1,12 @@
 """Flags of steps 0 to 2: assets, completions, preferences."""
 
 import math
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from drdpo.asset_names import EMBEDDED_DATASETS, EMBEDDED_MODELS, HUB_DATASETS, HUB_MODELS, select_datasets, select_models
 from drdpo.cli import check_bounds, flag, require
-from drdpo.objectives import ARMORM_OBJECTIVES, FLAG_TO_OBJECTIVE, flag_name
+from drdpo.objectives import FLAG_TO_OBJECTIVE
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,22 @@ class CompletionsConfig:
         tokens, longest = self.score_batch_tokens, self.score_max_len
         require(
             tokens >= longest,
-            f"--score_batch_tokens={tokens} is less than --score_max_len={longest}: the longest conversation would not fit",
+            f"--score_batch_tokens={tokens} is less than --score_max_len={longest}, so the longest conversation would not "
+            "fit in a batch; increase the one or decrease the other",
         )
 
 
 # Flags of src/generate_preferences.py.
 
 
+def _weight() -> float:
+    return flag("weight of this objective", 0.0)
+
+
 @dataclass(frozen=True)
-class _Pairing:
+class PreferencesConfig:
+    """Step 2: mix objectives into preference pairs."""
+
     completions: str = flag("folder of scored completions", "datasets/helpsteer2_completions")
     output_path: str = flag("folder for train.jsonl and test.jsonl of pairs", "datasets/helpsteer2_preferences")
     selection: Literal["top_bottom", "top_random", "all_pairs"] = flag(
@@ -92,16 +99,25 @@ class _Pairing:
     )
     dry_run: bool = flag("print the report without writing files", False, once=True)
     overwrite: bool = flag("replace pairs from other flags or inputs", False, once=True)
-
-
-_WEIGHTS = [(flag_name(name), float, flag("weight of this objective", 0.0)) for name in ARMORM_OBJECTIVES]
-_Weighted = make_dataclass("_Weighted", _WEIGHTS, bases=(_Pairing,), frozen=True)
-
-
-@dataclass(frozen=True)
-class PreferencesConfig(_Weighted):  # type: ignore[valid-type, misc]
-    """Step 2: mix objectives into preference pairs. Every objective of ArmoRM is a flag."""
-
+    helpsteer_helpfulness: float = _weight()
+    helpsteer_correctness: float = _weight()
+    helpsteer_coherence: float = _weight()
+    helpsteer_complexity: float = _weight()
+    helpsteer_verbosity: float = _weight()
+    ultrafeedback_overall_score: float = _weight()
+    ultrafeedback_instruction_following: float = _weight()
+    ultrafeedback_truthfulness: float = _weight()
+    ultrafeedback_honesty: float = _weight()
+    ultrafeedback_helpfulness: float = _weight()
+    beavertails_is_safe: float = _weight()
+    prometheus_score: float = _weight()
+    argilla_overall_quality: float = _weight()
+    argilla_judge_lm: float = _weight()
+    code_complexity: float = _weight()
+    code_style: float = _weight()
+    code_explanation: float = _weight()
+    code_instruction_following: float = _weight()
+    code_readability: float = _weight()
     ArmoRM: float = flag("weight of the gated stage-2 score", 0.0)
     weights: list[str] = flag("NAME=WEIGHT arguments for objectives of another reward model", [])
 
