@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.errors import UsageError
-from drdpo.folder import already_made, atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
+from drdpo.folder import Parts, already_made, atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
 
 
 def write(path: Path, text: str, error: BaseException | None = None) -> None:
@@ -234,3 +234,62 @@ def test_a_lock_that_a_killed_owners_child_still_holds_is_waited_for(tmp_path):
     assert owner_of(tmp_path) is None
     with lock_folder(tmp_path):
         pass
+
+
+# Resumable parts
+
+MADE_BY = {"model": "abc", "temperature": 0.7}
+CONTENT = {"7": [[[1, 2], "stop"], [[3], "length"]], "9": "é\n"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out put" / ".test.parts"
+
+
+def opened(folder: Path, plan: object = 2, rank: int = 0) -> Parts:
+    parts = Parts(folder, MADE_BY, False, rank)
+    parts.open(plan)
+    return parts
+
+
+def test_finished_parts_of_all_ranks_come_back_with_their_plan(folder):
+    parts, other = opened(folder), opened(folder, rank=1)
+    assert parts.plan is None and parts.done == set()
+    parts.add(1, CONTENT)
+    other.add(0, "zero")
+    parts.find()
+    assert (parts.done, parts.read(0)) == ({0, 1}, "zero")
+    again = Parts(folder, MADE_BY, overwrite=False)
+    assert again.plan == 2
+    again.open(2)
+    assert (again.done, again.read(1), again.read(0)) == ({0, 1}, CONTENT, "zero")
+    assert opened(folder, plan=3).done == set(), "another plan starts again"
+    assert json.loads((folder / "plan.json").read_text()) == {"made_by": MADE_BY, "plan": 3}
+    again.remove()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_cut_line_is_dropped(folder, cut):
+    parts = opened(folder)
+    parts.add(0, CONTENT)
+    parts.add(1, CONTENT)
+    (file,) = folder.glob("*.jsonl")
+    file.write_bytes(file.read_bytes()[:-cut])
+    again = opened(folder)
+    assert again.done == {0}
+    again.add(1, "new")
+    last = opened(folder)
+    assert (last.read(0), last.read(1)) == (CONTENT, "new")
+
+
+def test_another_configuration_is_refused_and_named(folder):
+    opened(folder).add(0, CONTENT)
+    with pytest.raises(UsageError, match=r"temperature \(0.7 -> 1.0\)"):
+        Parts(folder, {**MADE_BY, "temperature": 1.0}, overwrite=False)
+    assert opened(folder).done == {0}, "a refusal loses nothing"
+    other = Parts(folder, {**MADE_BY, "temperature": 1.0}, overwrite=True)
+    assert other.plan is None
+    other.open(2)
+    assert other.done == set()
