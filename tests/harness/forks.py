@@ -100,8 +100,8 @@ class Forks:
         self, command: Sequence[Any], world: int, ranks: Iterable[int] | None = None, address: str = "127.0.0.1",
         port: int | None = None, log: Path | None = None, faults: Iterable[dict[str, Any]] = (), **variables: str,
     ) -> list[Fork]:  # fmt: skip
-        """Start `command` on these ranks, by default all, as a launcher does; a rank's output goes to `log`.RANK, a fault with
-        a "rank" into that rank only."""
+        """Start `command` on these ranks, by default all, as a launcher does; a rank's output goes to `log`.RANK, a fault
+        with a "rank" into that rank only."""
         here = list(range(world) if ranks is None else ranks)
         common = without_ranks() | variables | {
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self._interface, "MASTER_ADDR": address,
