@@ -77,10 +77,9 @@ def test_sweep_takes_what_a_killed_writer_left_and_nothing_else(tmp_path):
     names = {"c.tmp", ".notes.tmp", ".a.jsonl", "a.abcdefgh.tmp"}
     for name in names:
         (tmp_path / name).write_text("the user's")
-    writers = atomic_file(tmp_path / "a.jsonl"), atomic_folder(tmp_path / "b")
-    for writer in writers:
+    for writer in (writers := [atomic_file(tmp_path / "a.jsonl"), atomic_folder(tmp_path / "b")]):
         writer.__enter__()  # and never ends, as under SIGKILL
-    assert len(list(tmp_path.iterdir())) == len(names) + 2
+    assert len(list(tmp_path.iterdir())) == len(names) + len(writers)
     sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -136,7 +135,6 @@ def test_results_of_another_configuration_are_never_replaced(tmp_path, entry, se
 HOLD = """
 import sys
 from drdpo.folder import *
-
 with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -155,12 +153,12 @@ def owner(tmp_path):
 
 def test_machines_share_a_folder_that_nobody_else_may_write(owner, tmp_path):
     """`owner` holds the whole of tmp_path / "out"; then shares of it are held here."""
-    with pytest.raises(UsageError, match=f"is locked by process {owner.pid}"), lock_folder(tmp_path / "out", 1):
+    folder = tmp_path / "out"
+    with pytest.raises(UsageError, match=f"is locked by process {owner.pid}"), lock_folder(folder, 1):
         pytest.fail("the whole folder is held")
-    assert not (tmp_path / "out" / ".lock.1").exists()
+    assert not (folder / ".lock.1").exists()
     owner.kill()
     owner.wait()
-    folder = tmp_path / "out"
     with lock_folder(folder, 0), lock_folder(folder, 1):
         refuse_if_locked(folder, 2)
         assert owner_of(folder) is not None
