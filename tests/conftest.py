@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT
@@ -39,38 +40,35 @@ def smollm() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 2 layers and width 32 with the embedded model's tokenizer, in float32."""
+def random_llama(folder: Path, tokenizer_of: Path, **sizes: Any) -> Path:
+    """A random Llama of 2 layers with the embedded model's tokenizer, in float32."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
+        vocab_size=len(tokenizer), intermediate_size=64, num_hidden_layers=2, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.2, **sizes,
     )  # fmt: skip
-    path = tmp_path_factory.mktemp("models") / "tiny policy"
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def vllm_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama as the tiny policy, but with heads as wide as vLLM's attention on a CPU requires."""
-    import torch
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of width 32."""
+    path = tmp_path_factory.mktemp("models") / "tiny policy"
+    return random_llama(path, smollm, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
 
-    settings = AutoConfig.from_pretrained(tiny_policy)
-    settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads, settings.head_dim = 64, 2, 1, 32
+
+@pytest.fixture(scope="session")
+def vllm_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With heads as wide as vLLM's attention on a CPU requires."""
     path = tmp_path_factory.mktemp("models") / "vllm policy"
-    torch.manual_seed(0)
-    LlamaForCausalLM(settings).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(path)
-    return path
+    return random_llama(path, smollm, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
 
 
 @pytest.fixture(scope="session")

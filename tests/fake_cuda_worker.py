@@ -29,36 +29,26 @@ TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 512, "tie_word_embeddings": True,
 }  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {
-    "dpo": {}, "kldpo": {"kldpo_tau": 0.05}, "drdpo": {"drdpo_beta": 1.0}, "wdpo": {"wdpo_rho": 0.01},
-}  # fmt: skip
+METHODS = gpu_counts.METHODS | {"drdpo": {"drdpo_beta": 1.0}}
 EXACT = {"wdpo_rho": 0.01, "wdpo_solver": "exact"}
-DTYPES, ATTENTION = ("bfloat16", "float32"), ("auto", "sdpa", "flash")
 PAIRS = [Pair([1] * (3 + number), [2] * (4 + 2 * number), [3] * (5 + number), number) for number in range(2)]
 
 
 def steps() -> dict[str, dict[str, Any]]:
     """{name: flags} of micro-batches, forward and backward."""
-    found: dict[str, dict[str, Any]] = {}
-    for (name, flags), dtype, attn in product(METHODS.items(), DTYPES, ATTENTION):
-        if attn == "flash" and dtype == "float32":
-            continue  # refused
-        if attn == "auto" or name not in ("kldpo", "drdpo"):  # which weigh DPO's losses
+    again, wdpo = {"gradient_checkpointing": "true"}, METHODS["wdpo"]
+    found: dict[str, dict[str, Any]] = {
+        "dpo float32 lora": {"dtype": "float32", "lora_rank": 2}, "dpo recomputed": again, "wdpo recomputed": again | wdpo,
+        "dpo padded": {"packing": False}, "kldpo padded": {"packing": False, **METHODS["kldpo"]},
+        "wdpo exact padded": EXACT, "wdpo exact padded recomputed": again | EXACT,
+        "wdpo once": {"wdpo_prompt": "once", **wdpo}, "wdpo root": {"wdpo_penalty": "root", **wdpo},
+        "ipo": {"loss_type": "ipo"}, "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    }  # fmt: skip
+    for (name, flags), dtype, attn in product(METHODS.items(), ("bfloat16", "float32"), ("auto", "sdpa", "flash")):
+        refused = attn == "flash" and dtype == "float32"
+        if not refused and (attn == "auto" or name not in ("kldpo", "drdpo")):  # which weigh DPO's losses
             found[f"{name} {dtype} {attn}"] = {"dtype": dtype, "attn": attn, **flags}
-    for name, flags in METHODS.items():
-        found[f"{name} bfloat16 lora"] = {"lora_rank": 2, **flags}
-    found["dpo float32 lora"] = {"dtype": "float32", "lora_rank": 2}
-    for name in ("dpo", "wdpo"):
-        found[f"{name} recomputed"] = {"gradient_checkpointing": "true", **METHODS[name]}
-    for name in ("dpo", "kldpo"):
-        found[f"{name} padded"] = {"packing": False, **METHODS[name]}
-    found["wdpo exact padded"] = EXACT
-    found["wdpo exact padded recomputed"] = {"gradient_checkpointing": "true", **EXACT}
-    found["wdpo once"] = {"wdpo_prompt": "once", **METHODS["wdpo"]}
-    found["wdpo root"] = {"wdpo_penalty": "root", **METHODS["wdpo"]}
-    for kind in ("ipo", "robust"):
-        found[kind] = {"loss_type": kind, "label_smoothing": 0.1 if kind == "robust" else 0.0}
-    return found
+    return found | {f"{name} bfloat16 lora": {"lora_rank": 2, **flags} for name, flags in METHODS.items()}
 
 
 def config_of(folder: Path, flags: dict[str, Any]) -> TrainConfig:
@@ -73,8 +63,7 @@ def step(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     config = config_of(folder, flags)
     if str(config) not in DONE:
         with FakeTensors():
-            counts = gpu_counts.micro_batch(gpu_counts.policy_on_cuda(config), PAIRS, config)
-        DONE[str(config)] = {"attn": config.attn, **told(counts)}
+            DONE[str(config)] = told(gpu_counts.micro_batch(gpu_counts.policy_on_cuda(config), PAIRS, config))
     return DONE[str(config)]
 
 
@@ -159,11 +148,9 @@ def recount(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 def told(counts: Counts) -> dict[str, Any]:
     """What a test asks of counts."""
-    return {
-        "launches": counts.launches.total(), "flops": counts.flops, "syncs": counts.syncs, "on_cpu": counts.on_cpu,
-        "attention": {" ".join(key): number for key, number in counts.attention.items()},
-        "varlen": counts.launches["_varlen_attn"],
-    }  # fmt: skip
+    attention = {" ".join(key): number for key, number in counts.attention.items()}
+    found = {"flops": counts.flops, "syncs": counts.syncs, "on_cpu": counts.on_cpu, "attention": attention}
+    return found | {"varlen": counts.launches["_varlen_attn"]}
 
 
 def everything() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -174,9 +161,8 @@ def everything() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     settings.save_pretrained(folder)
     for name, flags in steps().items():
         yield name, step, (folder, flags)
-    for name in ("dpo", "wdpo"):
-        for form in ({}, {"packing": False}) if name == "dpo" else ({},):
-            yield f"evaluation {name}{' padded' * bool(form)}", evaluation, (folder, {**METHODS[name], **form})
+    for name, flags in {"dpo": {}, "dpo padded": {"packing": False}, "wdpo": METHODS["wdpo"]}.items():
+        yield f"evaluation {name}", evaluation, (folder, flags)
     yield "scoring", scoring, ("last", True)
     yield "scoring mean sdpa", scoring, ("mean", False)
     yield "checks", checks, ()

@@ -16,9 +16,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from drdpo.cli import spelled  # noqa: E402
 from drdpo.config import data, evaluation, training  # noqa: E402
 
-_TABLE = re.compile(r"<!-- flags: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-
-_MEASURED = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = r"(<!-- {}: (\w+) -->\n).*?(\n<!-- end -->)"
 
 CONFIGS = {
     name: found for file in (data, evaluation, training) for name, found in vars(file).items() if name.endswith("Config")
@@ -30,19 +28,16 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def flag_table(class_name: str) -> str:
     """A markdown table of a config class's flags."""
-    config_class = CONFIGS[class_name]
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(config_class):
-        if field.default is not dataclasses.MISSING:
-            default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = " ".join(field.default_factory()) or "none"
-        else:
-            default = "required"
-        meaning = field.metadata["help"].replace("|", "\\|")
-        name = spelled(config_class, field.name)
-        lines.append(f"| `{name}` | {default.replace('None', 'none')} | {meaning} |")
-    return "\n".join(lines)
+    rows = []
+    for field in dataclasses.fields(CONFIGS[class_name]):
+        default = field.default
+        if default is dataclasses.MISSING:
+            filled = field.default_factory is not dataclasses.MISSING
+            default = " ".join(field.default_factory()) or None if filled else "required"
+        default = str(default).lower() if isinstance(default, bool) else str(default).replace("None", "none")
+        name = spelled(CONFIGS[class_name], field.name)
+        rows.append([f"`{name}`", default, field.metadata["help"].replace("|", "\\|")])
+    return table("| flag | default | meaning |", rows)
 
 
 def results(name: str) -> dict[str, Any]:
@@ -56,7 +51,6 @@ def table(head: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 def quickstart_table() -> str:
-    """The runs of benchmarks/quickstart.py."""
     rows = []
     for cpu, entry in results("quickstart").items():
         kind = f"{entry['dtype']}{', limited to AVX2' if cpu == 'avx2' else ''}"
@@ -68,7 +62,7 @@ def quickstart_table() -> str:
 
 
 def gpu_counts_table() -> str:
-    """The counts of benchmarks/gpu_counts.py for the 1B model with default flags."""
+    """The 1B model with default flags."""
     rows = [
         [row["method"].upper(), str(row["pairs"]), f"{row['launches']:,}", f"{row['gib_moved']:.0f} GiB",
          f"{row['peak_gib']:.1f} GiB", f"{row['h100_ms']:.0f} ms"]
@@ -78,20 +72,16 @@ def gpu_counts_table() -> str:
 
 
 def train_step_table() -> str:
-    """Speed and memory of benchmarks/train_step.py beside TRL's."""
     names = {"trl": "TRL DPOTrainer", "authors": "the authors' formulation", "padded": "drdpo, `--packing=false`",
              "packed": "**drdpo**"}  # fmt: skip
     ways = results("train_step")["ways"]
-    peak = "peak_gib_over_weights_and_optimizer"
-    rows = [
-        [name, f"{ways[way]['faster_than_trl_by']:.2f}", f"{ways[way][peak] / ways['trl'][peak]:.2f}"]
-        for way, name in names.items()
-    ]
+    peaks = {way: ways[way]["peak_gib_over_weights_and_optimizer"] for way in names}
+    rows = [[name, f"{ways[way]['faster_than_trl_by']:.2f}", f"{peaks[way] / peaks['trl']:.2f}"]
+            for way, name in names.items()]  # fmt: skip
     return table("| | pairs per second / TRL's | peak memory over weights and optimizer / TRL's |", rows)
 
 
 def linear_logprob_table() -> str:
-    """The output head of benchmarks/linear_logprob.py."""
     rows = []
     for case in results("linear_logprob")["cases"]:
         ways = case["ways"]
@@ -121,7 +111,7 @@ def wdpo_table() -> str:
 
 
 def wdpo_length_table() -> str:
-    """Time and memory of benchmarks/wdpo.py over the length, DPO's and the authors' formulation's beside ours."""
+    """DPO's and the authors' formulation beside ours."""
     rows = results("wdpo")["rows"]
     of = {(row["tokens"], row["checkpointing"], row["way"]): row for row in rows}
     cells = [
@@ -134,13 +124,12 @@ def wdpo_length_table() -> str:
 
 
 def wdpo_accuracy_table() -> str:
-    """Accuracy of the tangent solver of benchmarks/wdpo.py by length and text, and over all pairs."""
-    pairs = results("wdpo").get("accuracy", [])
-    parts = {f"{pair['tokens']}, {pair['text']}": [] for pair in pairs}
-    for pair in pairs:
-        parts[f"{pair['tokens']}, {pair['text']}"].append(pair)
+    """By length and text, and over all pairs."""
+    parts: dict[str, list[Any]] = {}
+    for pair in (pairs := results("wdpo")["accuracy"]):
+        parts.setdefault(f"{pair['tokens']}, {pair['text']}", []).append(pair)
     rows = []
-    for name, part in ({**parts, "all": pairs} if pairs else {}).items():
+    for name, part in {**parts, "all": pairs}.items():
         errors = [pair["error"] for pair in part]
         cosine, condition = min(pair["cosine"] for pair in part), max(pair["solver_condition"] for pair in part)
         cells = [f"{statistics.median(errors):.1%}", f"{max(errors):.1%}", f"{cosine:.4f}", f"{condition:.0f}"]
@@ -149,39 +138,31 @@ def wdpo_accuracy_table() -> str:
 
 
 def scoring_table() -> str:
-    """The ways of scoring of benchmarks/scoring.py."""
     rows = []
     for case in results("scoring")["cases"]:
         ways = case["ways"]
         peak = ways["packed"]["peak_gib_over_the_model"] / ways["padded"]["peak_gib_over_the_model"]
         faster = [f"{ways[way]['packed_is_faster_by']:.1f}x" for way in ("one", "padded")]
         rows.append([case["answers"], str(case["n"]), *faster, f"{peak:.2f}"])
-    return table(
-        "| answers | n | faster than one at a time | faster than padded batches of 8 | peak memory / padded |", rows
-    )
+    head = "| answers | n | faster than one at a time | faster than padded batches of 8 | peak memory / padded |"
+    return table(head, rows)
 
 
 def methods_table() -> str:
-    """The runs of benchmarks/methods.py."""
     runs = results("methods")["runs"]
     rows = []
     for name, run in runs.items():
+        measured = ("first_loss", "loss", "eval_loss", "eval_accuracy", "worst_group_accuracy", "other_accuracy")
+        cells = [f"`{' '.join(run['flags'])}`" if run["flags"] else "", *(f"{run[key]:.3f}" for key in measured)]
         ratio = run["seconds_per_step"] / runs["DPO"]["seconds_per_step"]
-        numbers = [run[key] for key in ("eval_loss", "eval_accuracy", "worst_group_accuracy", "other_accuracy")]
-        cells = [f"`{' '.join(run['flags'])}`" if run["flags"] else "", f"{run['first_loss']:.3f}", f"{run['loss']:.3f}"]
-        rows.append(
-            [name, *cells, *(f"{number:.3f}" for number in numbers), f"{run['effective_share']:.2f}", f"{ratio:.2f}"]
-        )
+        rows.append([name, *cells, f"{run['effective_share']:.2f}", f"{ratio:.2f}"])
     head = "| method | flags | first loss | last loss | test loss | test accuracy | worse group | other labels "
     return table(head + "| effective sample / pairs | time per step / DPO's |", rows)
 
 
 def label_shift_tables() -> str:
-    """The results of experiments/label_shift.py: losses and accuracies over alpha, and their differences from DPO's."""
-    path = ROOT / "docs" / "label_shift.json"
-    if not path.is_file():
-        return "Not run yet: `bash experiments/label_shift.sh` writes the results."
-    methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    """Losses and accuracies over alpha, and their differences from DPO's."""
+    methods = json.loads((ROOT / "docs" / "label_shift.json").read_text(encoding="utf-8"))["methods"]
     tables = []
     for measure in ("loss", "accuracy"):
         rows = []
@@ -191,35 +172,28 @@ def label_shift_tables() -> str:
             needed = [f"{row['detectable'][-1]:.3f}"] if last else [""] * 3
             rows.append([method, *(f"{value:.3f}" for value in (*row["alphas"], row["worst"])), *last, *needed])
         head = f"| {measure} at alpha | 0 | 0.25 | 0.5 | 0.75 | 1 | worst | at 1, minus DPO's | worst, minus DPO's "
-        head += "| detectable |"
-        tables.append(table(head, rows))
+        tables.append(table(head + "| detectable |", rows))
     return "\n\n".join(tables)
 
 
 def architectures_table() -> str:
-    """What drdpo.models says of families of transformers."""
     from harness.architectures import table
 
     return table()
 
 
-MEASURED = {
-    "quickstart": quickstart_table, "gpu_counts": gpu_counts_table, "train_step": train_step_table,
-    "linear_logprob": linear_logprob_table, "wdpo": wdpo_table, "wdpo_length": wdpo_length_table,
-    "wdpo_accuracy": wdpo_accuracy_table, "scoring": scoring_table,
-    "architectures": architectures_table, "methods": methods_table,
-    "label_shift": label_shift_tables,
-}  # fmt: skip
+MEASURED = {name.removesuffix("_table").removesuffix("_tables"): make for name, make in list(globals().items())
+            if name.endswith(("_table", "_tables")) and name not in ("flag_table", "with_tables")}  # fmt: skip
 
 
 def with_tables(text: str) -> str:
     """A page with its tables generated from the config classes and from measured results."""
-    text = _MEASURED.sub(lambda match: f"<!-- results: {match[1]} -->\n{MEASURED[match[1]]()}\n<!-- end -->", text)
-    return _TABLE.sub(lambda match: f"<!-- flags: {match[1]} -->\n{flag_table(match[1])}\n<!-- end -->", text)
+    text = re.sub(BLOCK.format("results"), lambda match: match[1] + MEASURED[match[2]]() + match[3], text, flags=re.DOTALL)
+    return re.sub(BLOCK.format("flags"), lambda match: match[1] + flag_table(match[2]) + match[3], text, flags=re.DOTALL)
 
 
 def table_names(text: str) -> list[str]:
-    return _TABLE.findall(text)
+    return [name for _, name, _ in re.findall(BLOCK.format("flags"), text, re.DOTALL)]
 
 
 def commands(text: str) -> list[list[str]]:

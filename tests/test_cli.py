@@ -46,22 +46,16 @@ class Odd:
     ("config", "words", "says"),
     [
         (TrainConfig, [*TRAIN, "--save_path="], "--save_path is empty"),
-        (TrainConfig, [*TRAIN, "--model_path", ""], "--model_path is empty"),
-        (TrainConfig, [*TRAIN, "--dataset-path= "], "--dataset_path is empty"),
+        (TrainConfig, [*TRAIN, "--dataset-path", " "], "--dataset_path is empty"), (InspectConfig, [" "], "^path is empty"),
         (CompletionsConfig, ["--save_path=s", "--model_path=m", "--reward_model="], "--reward_model is empty"),
-        (PreferencesConfig, ["--ArmoRM=1.0", "--completions="], "--completions is empty"),
         (EvaluateConfig, ["--runs", "a=b", "", "--output_path=o"], "--runs is empty"),
-        (TrainConfig, [*TRAIN, "--drdpo_beta=nan"], "--drdpo_beta=nan is not a finite number"),
-        (TrainConfig, [*TRAIN, "--kldpo_tau=inf"], "--kldpo_tau=inf is not a finite number"),
-        (TrainConfig, [*TRAIN, "--learning_rate=-inf"], "--learning_rate=-inf is not a finite number"),
+        *((TrainConfig, [*TRAIN, f"--kldpo_tau={no}"], f"--kldpo_tau={no} is not a") for no in ("nan", "inf", "-inf")),
         (CompletionsConfig, ["--save_path=s", "--model_path=m", "--temperature=inf"], "--temperature=inf is not"),
-        (InspectConfig, [" "], "^path is empty"),
         (Odd, ["--some_count=0"], "--some_count=0 must be at least 1"),
-        (Odd, ["--share=0"], r"--share=0.0 must lie in \(0, 1\]"),
-        (Odd, ["--limit=8"], r"--limit=8.0 must lie in \(0, 8\)"),
+        (Odd, ["--share=0"], r"--share=0.0 must lie in \(0, 1\]"), (Odd, ["--limit=8"], r"--limit=8.0 must lie in \(0, 8\)"),
         (Odd, ["--steps", "3", "-1"], "--steps=-1 must not be negative"),
     ],
-)
+)  # fmt: skip
 def test_empty_words_and_numbers_out_of_bounds_are_named(config, words, says):
     with pytest.raises(UsageError, match=says):
         parse(config, "A step.", words)

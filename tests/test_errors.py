@@ -1,9 +1,7 @@
 """A user's errors are one clear line and a status; untrusted text on a terminal steers nothing and stays readable."""
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,44 +9,28 @@ from drdpo.errors import DataError, duration, harmless, one_line, one_line_error
 from drdpo.folder import atomic_file, atomic_files, atomic_folder
 
 
-def write_file(path: Path) -> None:
-    with atomic_file(path) as stream:
-        stream.write("x")
-
-
-def write_files(path: Path) -> None:
-    with atomic_files(path.parent / "other", path) as asides:
-        for aside in asides:
-            aside.write_text("x")
-
-
-def write_folder(path: Path) -> None:
-    with atomic_folder(path) as aside:
-        (aside / "x").write_text("x")
-
-
-def said(capsys: pytest.CaptureFixture[str], write: Callable[[Any], None], what: Any) -> str:
-    with pytest.raises(SystemExit) as stop, one_line_errors():
-        write(what)
+def said(capsys, make, what):
+    with pytest.raises(SystemExit) as stop, one_line_errors(), make(what):
+        pass
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-@pytest.mark.parametrize("write", [write_file, write_files, write_folder])
+@pytest.mark.parametrize("make", [atomic_file, lambda path: atomic_files(path.parent / "other", path), atomic_folder])
 @pytest.mark.parametrize("below", ["out.jsonl", "deep/er/out.jsonl"])
-def test_a_file_where_a_folder_must_be_or_a_folder_where_a_file(tmp_path, capsys, write, below):
+def test_a_file_where_a_folder_must_be_or_a_folder_where_a_file(tmp_path, capsys, make, below):
     file, folder = tmp_path / "my results", tmp_path / "out.jsonl"
     file.write_text("precious")
-    assert said(capsys, write, file / below).startswith(f"error: {file} is a file, where a folder must be")
+    assert said(capsys, make, file / below).startswith(f"error: {file} is a file, where a folder must be")
     assert file.read_text() == "precious"
-    if write is not write_folder:
+    if make is not atomic_folder:
         folder.mkdir()
-        assert said(capsys, write, folder).startswith(f"error: {folder} is a folder, where a file must be")
+        assert said(capsys, make, folder).startswith(f"error: {folder} is a folder, where a file must be")
         assert not list(tmp_path.glob(".*"))
 
 
-def fail(error: Exception) -> None:
+def fail(error):
     raise error
 
 

@@ -21,7 +21,6 @@ from drdpo.records import write_rows
 from drdpo.scoring.armorm import load_armorm
 
 TEMPLATE = ROOT / "src/drdpo/assets/armorm_smollm2/chat_template.jinja"
-COHERENCE, COMPLEXITY = 2, 3
 
 
 def solve(x_ND: np.ndarray, y_N: np.ndarray, alpha: float) -> np.ndarray:
@@ -37,7 +36,7 @@ def problem(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x_ND, labels_NK, fit.prompt_folds(np.arange(rows), 0)
 
 
-def test_ridge_is_the_closed_form_on_the_rows_that_have_the_label() -> None:
+def test_ridge_is_the_closed_form_on_the_rows_that_have_the_label():
     x_ND, labels_NK, fold_N = problem(90)
     weight_KD, alpha_K, predicted_NK = fit.fit_ridges(x_ND, labels_NK, fold_N)
     for k in range(2):
@@ -54,24 +53,19 @@ def test_ridge_is_the_closed_form_on_the_rows_that_have_the_label() -> None:
         assert np.isnan(predicted_NK[~there, k]).all()
 
 
-def test_cross_fitted_rewards_never_saw_the_prompt() -> None:
+def test_cross_fitted_rewards_never_saw_the_prompt():
     x_ND, labels_NK, fold_N = problem(90)
     rewards_NK, held = fit.cross_fit(x_ND, labels_NK, fold_N), fold_N == 3
-    changed_NK = np.where(held[:, None], 100.0, labels_NK)
-    again_NK = fit.cross_fit(x_ND, changed_NK, fold_N)
+    again_NK = fit.cross_fit(x_ND, np.where(held[:, None], 100.0, labels_NK), fold_N)
     np.testing.assert_array_equal(again_NK[held], rewards_NK[held])
-    assert (again_NK[~held] != rewards_NK[~held]).all()
-    assert not np.isnan(rewards_NK).any()
+    assert (again_NK[~held] != rewards_NK[~held]).all() and not np.isnan(rewards_NK).any()
+    two_N = np.repeat(np.arange(23), 2)
+    fold_N = fit.prompt_folds(two_N, 42)
+    assert (fold_N[0::2] == fold_N[1::2]).all() and sorted(np.bincount(fold_N)) == [8, 8, 10, 10, 10]
+    assert (fold_N != fit.prompt_folds(two_N, 43)).any()
 
 
-def test_folds_keep_a_prompt_together() -> None:
-    fold_N = fit.prompt_folds(np.repeat(np.arange(23), 2), 42)
-    assert (fold_N[0::2] == fold_N[1::2]).all()
-    assert sorted(np.bincount(fold_N)) == [8, 8, 10, 10, 10]
-    assert (fold_N != fit.prompt_folds(np.repeat(np.arange(23), 2), 43)).any()
-
-
-def test_whole_prompts_are_resampled() -> None:
+def test_whole_prompts_are_resampled():
     x_N = np.random.default_rng(0).normal(size=50).repeat(2)
     error, _ = fit.resample(np.mean, [x_N], np.repeat(np.arange(50), 2), seed=1)
     # Both rows of a prompt are equal, so there are 50 values, not 100.
@@ -88,47 +82,39 @@ def readings(noise: dict[tuple[int, str], float]) -> tuple[tuple[int, str], Any]
     return fit.choose(features, labels_NK, prompt_N, fit.prompt_folds(prompt_N, 0), 0)
 
 
-def test_the_best_reading_is_chosen_and_a_shallower_one_within_a_standard_error() -> None:
+def test_the_best_reading_is_chosen_and_a_shallower_one_within_a_standard_error():
     place, table = readings({(1, "last"): 2.0, (2, "last"): 1.0, (2, "mean"): 0.1, (3, "mean"): 1.0})
-    assert place == (2, "mean")
-    assert table["behind the best"].tolist()[2] == 0
+    assert place == (2, "mean") and table["behind the best"].tolist()[2] == 0
     place, table = readings({(2, "last"): 2.0, (4, "last"): 0.6, (4, "mean"): 0.27, (6, "mean"): 0.3})
     behind, error = table["behind the best"].tolist(), table["standard error"].tolist()
     assert behind[3] == 0, "the draw favours the last"
-    assert 0 < behind[2] <= error[2]
-    assert behind[1] > error[1]
-    assert place == (4, "mean")
+    assert place == (4, "mean") and 0 < behind[2] <= error[2] and behind[1] > error[1]
 
 
-def answers(labels_NK: np.ndarray, length_N: np.ndarray, pairs_P2: np.ndarray | None = None) -> fit.Answers:
-    return fit.Answers([], [], labels_NK, length_N, np.arange(len(length_N)) // 2, [pairs_P2])
-
-
-def test_an_objective_without_signal_beyond_length_is_dropped() -> None:
+def test_an_objective_without_signal_beyond_length_is_dropped():
     g = np.random.default_rng(5)
     length_N, other_N, noise_N = g.normal(size=(3, 200))
     labels_NK = np.stack([other_N, length_N + noise_N, noise_N, np.where(np.arange(200) < 50, np.nan, other_N)], axis=1)
     rewards_NK = np.stack([(other_N + noise_N) / 2, length_N, other_N, other_N], axis=1)
-    fold_N = fit.prompt_folds(np.arange(200) // 2, 0)
-    table = fit.claims(answers(labels_NK, length_N), rewards_NK, fold_N, 0)
+    prompt_N = np.arange(200) // 2
+    given = fit.Answers([], [], labels_NK, length_N, prompt_N, [None])
+    table = fit.claims(given, rewards_NK, fit.prompt_folds(prompt_N, 0), 0)
     assert table["earns a head"].tolist() == [True, False, False, True]
     assert table["rows"].tolist() == [200, 200, 200, 150]
     assert table["lead"][1] == pytest.approx(0, abs=0.01)  # the line is one of length, so its ranks are the same
     assert table["Spearman"][0] == pytest.approx(spearmanr(other_N + noise_N, other_N).statistic)
-    assert table["error"][0] == pytest.approx(
-        np.square(2.5 * (noise_N - other_N)).mean()
-    )  # 5 rating points in a unit of a label
+    # 5 rating points in a unit of a label
+    assert table["error"][0] == pytest.approx(np.square(2.5 * (noise_N - other_N)).mean())
     assert table["constant's error"][0] == pytest.approx(25 * other_N.var(), rel=0.05)
 
 
-def test_margins_become_log_odds() -> None:
-    # 3 of 4 pairs are ordered rightly by 0.1, one wrongly: sigmoid(0.1 s) = 3/4 gives s = 10 ln 3.
+def test_margins_become_log_odds():
     assert fit.log_odds_scale(np.array([0.1, 0.1, 0.1, -0.1])) == pytest.approx(10 * math.log(3))
     assert fit.log_odds_scale(np.array([0.1, -0.1, -0.1])) == 1.0  # it prefers the worse answers
     assert fit.log_odds_scale(np.array([0.1, 0.2])) == fit.LARGEST_SCALE  # nothing is wrong: no maximum
 
 
-def test_the_gate_weights_the_objective_that_a_prompt_asks_for() -> None:
+def test_the_gate_weights_the_objective_that_a_prompt_asks_for():
     g = torch.Generator().manual_seed(0)
     prompt_PD = 5 * torch.randn(300, 6, generator=g)
     asks_second_P = prompt_PD[:, 0] > 0
@@ -172,13 +158,10 @@ def rated_rows(prompts: range) -> list[dict[str, Any]]:
 
 def preference_rows(prompts: range) -> list[dict[str, Any]]:
     g = random.Random(prompts.start)
+    say = lambda warm: words(g, warm, g.random() < 0.5, g.random() < 0.5)  # noqa: E731
+    scores = lambda prompt: {"score_chosen": 9.0, "score_rejected": 9.0 if prompt % 10 == 0 else 2.0}  # noqa: E731
     return [
-        {
-            "prompt": f"Wish {prompt}?",
-            "chosen": words(g, True, g.random() < 0.5, g.random() < 0.5),
-            "rejected": words(g, False, g.random() < 0.5, g.random() < 0.5),
-            "metadata": {"score_chosen": 9.0, "score_rejected": 9.0 if prompt % 10 == 0 else 2.0},
-        }
+        {"prompt": f"Wish {prompt}?", "chosen": say(True), "rejected": say(False), "metadata": scores(prompt)}
         for prompt in prompts
     ]
 
@@ -192,18 +175,12 @@ def config(tmp_path: Path, tiny_policy: Path) -> Callable[..., fit.FitConfig]:
     }  # fmt: skip
     for name, rows in files.items():
         write_rows(tmp_path / f"{name}.jsonl", rows)
-
-    def make(**fields: Any) -> fit.FitConfig:
-        given = {name: str(tmp_path / f"{name}.jsonl") for name in files} | {"backbone": str(tiny_policy)}
-        given |= {"output_path": str(tmp_path / "fitted"), "chat_template": str(TEMPLATE), "dtype": "float32"}
-        return fit.FitConfig(**(given | fields))
-
-    return make
+    given = {name: str(tmp_path / f"{name}.jsonl") for name in files} | {"backbone": str(tiny_policy), "dtype": "float32"}
+    given |= {"output_path": str(tmp_path / "fitted"), "chat_template": str(TEMPLATE)}
+    return lambda **fields: fit.FitConfig(**(given | fields))
 
 
-def test_answers_are_read_with_armorms_labels(
-    config: Callable[..., fit.FitConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_read_with_armorms_labels(config, capsys):
     flags = config()
     tokenizer = load_tokenizer(flags.backbone)
     tokenizer.chat_template = TEMPLATE.read_text()
@@ -232,38 +209,30 @@ def test_answers_are_read_with_armorms_labels(
             getattr(fit, f"read_{name}")(Path(getattr(flags, name)))
 
 
-def test_the_fitted_model_scores_as_it_was_fitted(
-    config: Callable[..., fit.FitConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_fitted_model_scores_as_it_was_fitted(config, monkeypatch, capsys):
     monkeypatch.setattr(fit, "bootstrap", lambda *words, **settings: bootstrap(*words, **settings | {"n_resamples": 30}))
     flags = config(layers=[2, 1])
     fit.fit_reward_heads(flags)
     heads, folder = (Path(flags.output_path) / name for name in ("heads", "model"))
-    assert sorted(file.name for file in heads.iterdir()) == [
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "heads.safetensors",
-    ]
+    found = sorted(path.name for path in heads.iterdir())
+    assert found == ["README.md", "chat_template.jinja", "config.json", "heads.safetensors"]
     written = json.loads((heads / "config.json").read_text())
-    assert {"helpsteer-helpfulness", "helpsteer-complexity", "ultrafeedback-overall_score"} <= set(written["objectives"])
-    assert not {"helpsteer-coherence", "helpsteer-verbosity"} & set(
-        written["objectives"]
-    )  # chance; verbosity never gets a head
+    layer, objectives = written["num_hidden_layers"], written["objectives"]
+    assert {"helpsteer-helpfulness", "helpsteer-complexity", "ultrafeedback-overall_score"} <= set(objectives)
+    assert not {"helpsteer-coherence", "helpsteer-verbosity"} & set(objectives)  # chance; verbosity never gets a head
     model, tokenizer = load_armorm(folder, "cpu", torch.float32), load_tokenizer(str(folder))
-    assert (len(model.model.layers), model.layout.pooling) == (written["num_hidden_layers"], written["pooling"])
+    assert (len(model.model.layers), model.layout.pooling) == (layer, written["pooling"])
     held = fit.read_side((flags.validation, flags.preferences_validation), tokenizer, 400)
     backbone, layers = fit.load_backbone(flags)
     read = fit.read_features(backbone, layers, held, written["gating_token_pattern"])
     rewards = model(*pad_right(held.token_ids, 0))
-    layer = written["num_hidden_layers"]
     expected = model.heads(read[layer, written["pooling"]], read[layer, "gate"])
     torch.testing.assert_close(rewards.stage1, expected.stage1, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rewards.stage2, expected.stage2, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(read[1, "last"], read[2, "last"], atol=0.1)
     # Within half a rating point of the truth; a constant is off by 2.
     rated_N = held.labels_NK[:40, 0]
-    error_N = rewards.stage1[:40, written["objectives"].index("helpsteer-helpfulness")].numpy() - rated_N
+    error_N = rewards.stage1[:40, objectives.index("helpsteer-helpfulness")].numpy() - rated_N
     assert np.square(error_N).mean() < 0.5 * rated_N.var()
     card = (heads / "README.md").read_text()
     assert card in capsys.readouterr().out
@@ -271,12 +240,9 @@ def test_the_fitted_model_scores_as_it_was_fitted(
     gated = (rewards.stage2[better_P] > rewards.stage2[worse_P]).float().mean().item()
     row = next(line for line in card.split("Held-out preferences: 18 pairs")[1].splitlines() if "ArmoRM (gated)" in line)
     assert float(row.split("|")[2]) == pytest.approx(gated, abs=1e-3)
-
-
-def test_wrong_commands_are_refused(config: Callable[..., fit.FitConfig], tiny_policy: Path) -> None:
     with pytest.raises(UsageError, match="is not empty"):
-        config(output_path=str(tiny_policy))
+        config(output_path=flags.backbone)
     with pytest.raises(UsageError, match="must be at least 1"):
         config(layers=[0])
     with pytest.raises(UsageError, match=r"--layers 3: .* has 2 layers"):
-        fit.load_backbone(config(layers=[1, 3]))
+        fit.load_backbone(config(layers=[1, 3], output_path=flags.output_path + " 2"))

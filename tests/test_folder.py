@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from drdpo.errors import UsageError
-from drdpo.folder import already_made, atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
+from drdpo.folder import Parts, already_made, atomic_file, atomic_folder, lock_folder, owner_of, refuse_if_locked, sweep
 
 
 def write(path: Path, text: str, error: BaseException | None = None) -> None:
@@ -77,10 +77,9 @@ def test_sweep_takes_what_a_killed_writer_left_and_nothing_else(tmp_path):
     names = {"c.tmp", ".notes.tmp", ".a.jsonl", "a.abcdefgh.tmp"}
     for name in names:
         (tmp_path / name).write_text("the user's")
-    writers = atomic_file(tmp_path / "a.jsonl"), atomic_folder(tmp_path / "b")
-    for writer in writers:
+    for writer in (writers := [atomic_file(tmp_path / "a.jsonl"), atomic_folder(tmp_path / "b")]):
         writer.__enter__()  # and never ends, as under SIGKILL
-    assert len(list(tmp_path.iterdir())) == len(names) + 2
+    assert len(list(tmp_path.iterdir())) == len(names) + len(writers)
     sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -136,7 +135,6 @@ def test_results_of_another_configuration_are_never_replaced(tmp_path, entry, se
 HOLD = """
 import sys
 from drdpo.folder import *
-
 with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -155,12 +153,12 @@ def owner(tmp_path):
 
 def test_machines_share_a_folder_that_nobody_else_may_write(owner, tmp_path):
     """`owner` holds the whole of tmp_path / "out"; then shares of it are held here."""
-    with pytest.raises(UsageError, match=f"is locked by process {owner.pid}"), lock_folder(tmp_path / "out", 1):
+    folder = tmp_path / "out"
+    with pytest.raises(UsageError, match=f"is locked by process {owner.pid}"), lock_folder(folder, 1):
         pytest.fail("the whole folder is held")
-    assert not (tmp_path / "out" / ".lock.1").exists()
+    assert not (folder / ".lock.1").exists()
     owner.kill()
     owner.wait()
-    folder = tmp_path / "out"
     with lock_folder(folder, 0), lock_folder(folder, 1):
         refuse_if_locked(folder, 2)
         assert owner_of(folder) is not None
@@ -234,3 +232,58 @@ def test_a_lock_that_a_killed_owners_child_still_holds_is_waited_for(tmp_path):
     assert owner_of(tmp_path) is None
     with lock_folder(tmp_path):
         pass
+
+
+# Resumable parts
+
+MADE_BY = {"model": "abc", "temperature": 0.7}
+CONTENT = {"7": [[[1, 2], "stop"], [[3], "length"]], "9": "é\n"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out put" / ".test.parts"
+
+
+def opened(folder: Path, plan: object = 2, rank: int = 0) -> Parts:
+    parts = Parts(folder, MADE_BY, False, rank)
+    parts.open(plan)
+    return parts
+
+
+def test_finished_parts_of_all_ranks_come_back_with_their_plan(folder):
+    parts, other = opened(folder), opened(folder, rank=1)
+    assert parts.plan is None and parts.done == set()
+    parts.add(1, CONTENT)
+    other.add(0, "zero")
+    parts.find()
+    assert (parts.done, parts.read(0)) == ({0, 1}, "zero")
+    again = Parts(folder, MADE_BY, overwrite=False)
+    assert again.plan == 2
+    again.open(2)
+    assert (again.done, again.read(1), again.read(0)) == ({0, 1}, CONTENT, "zero")
+    assert opened(folder, plan=3).done == set(), "another plan starts again"
+    assert json.loads((folder / "plan.json").read_text()) == {"made_by": MADE_BY, "plan": 3}
+    again.remove()
+    assert not folder.exists()
+
+
+def test_a_part_whose_write_was_killed_is_not_there(folder):
+    opened(folder).add(0, CONTENT)
+    (folder / ".part_1.json.abcdefgh.tmp").write_text("[1, ")
+    again = opened(folder)
+    assert again.done == {0}
+    again.add(1, "new")
+    last = opened(folder)
+    assert (last.read(0), last.read(1)) == (CONTENT, "new")
+
+
+def test_another_configuration_is_refused_and_named(folder):
+    opened(folder).add(0, CONTENT)
+    with pytest.raises(UsageError, match=r"temperature \(0.7 -> 1.0\)"):
+        Parts(folder, {**MADE_BY, "temperature": 1.0}, overwrite=False)
+    assert opened(folder).done == {0}, "a refusal loses nothing"
+    other = Parts(folder, {**MADE_BY, "temperature": 1.0}, overwrite=True)
+    assert other.plan is None
+    other.open(2)
+    assert other.done == set()

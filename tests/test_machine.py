@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -85,17 +86,13 @@ def python(root, *words, **variables):
 
 @pytest.mark.parametrize(
     ("claims", "speed", "dtype", "reason"),
-    [
-        (True, 2.0, "bfloat16", "2.0 times as fast as float32"),
-        (True, 0.2, "float32", "5.0 times slower than float32"),
-        (False, None, "float32", "no bfloat16 products"),
-    ],
-)
+    [(True, 2.0, "bfloat16", "2.0 times as fast as float32"), (True, 0.2, "float32", "5.0 times slower than float32"),
+     (False, None, "float32", "no bfloat16 products")],
+)  # fmt: skip
 def test_auto_on_a_cpu_goes_by_its_flags_and_then_by_the_probe(monkeypatch, claims, speed, dtype, reason):
     cpu(monkeypatch, claims, speed)
     found = machine.resolve_dtype("auto")
-    assert found.dtype == dtype
-    assert reason in found.reason
+    assert found.dtype == dtype and reason in found.reason
 
 
 def test_auto_on_any_gpu_from_8_0_is_bfloat16_also_where_nobody_knows_it(monkeypatch, tmp_path):
@@ -107,15 +104,6 @@ def test_auto_on_any_gpu_from_8_0_is_bfloat16_also_where_nobody_knows_it(monkeyp
         assert config.dtype == found.dtype == "bfloat16"
         assert gpu[0] in found.reason
     assert peak_flops(gpu[0], "bfloat16") is None
-
-
-def test_the_probe_agrees_with_the_choice_on_this_cpu():
-    found, speed = machine.resolve_dtype("auto"), machine.bfloat16_speed()
-    assert found.dtype == ("bfloat16" if machine._claims_bfloat16() and speed >= 1 else "float32")
-    assert 0.01 < speed < 100
-    threads = torch.get_num_threads()
-    machine.bfloat16_speed.__wrapped__()
-    assert torch.get_num_threads() == threads
 
 
 def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_why(root):
@@ -135,10 +123,12 @@ def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_wh
         machine.announce(machine.resolve_dtype("bfloat16"))
         machine._claims_bfloat16 = lambda: True  # a flag that is wrong
         machine.announce(machine.resolve_dtype("auto"))
-        print(machine.bfloat16_speed())"""
+        threads = torch.get_num_threads()
+        print(machine.bfloat16_speed.__wrapped__() > 0.01, threads == torch.get_num_threads(), machine.bfloat16_speed())"""
     done = python(root, "-c", program, CUDA_VISIBLE_DEVICES="", **SEES_NO_BFLOAT16)
-    settled, flags, probe, speed = done.stdout.splitlines()
-    assert settled == "float32 False" and float(speed) < 1
+    settled, flags, probe, measured = done.stdout.splitlines()
+    *fine, speed = measured.split()
+    assert settled == "float32 False" and fine == ["True", "True"] and float(speed) < 1
     factor = f"{1 / float(speed):.1f} times slower than float32"
     assert flags.startswith("--dtype=auto is float32: this CPU has no bfloat16 products")
     assert probe == f"--dtype=auto is float32: this CPU multiplies bfloat16 {factor}"
@@ -184,46 +174,42 @@ def train_config(policy, folder, **flags):
     return TrainConfig(str(policy), str(folder), str(folder / "out"), train_batch_size=4, **flags)
 
 
+def checked(config):
+    return check_inputs(config, method_of(config))
+
+
 def test_flags_of_one_precision_are_judged_by_what_auto_is_here(monkeypatch, tiny_policy, tmp_path):
     stage_0, flash, wdpo = (train_config(tiny_policy, tmp_path, **flags) for flags in
                             ({"zero_stage": 0}, {"attn": "flash"}, {"wdpo_rho": 0.1}))  # fmt: skip
     cpu(monkeypatch, True, 0.2)
-    check_inputs(stage_0, method_of(stage_0))
+    checked(stage_0)
     with pytest.raises(UsageError, match="--attn=flash needs a CUDA device"):
-        check_inputs(flash, method_of(flash))
+        checked(flash)
     with pytest.raises(UsageError, match=r"--attn=flash with --dtype=float32.*--dtype=auto is float32 here"):
         machine.settle(flash)
-    assert not machine.settle(wdpo)[0].wide_values
+    settled, explicit = (machine.settle(one)[0] for one in (wdpo, dataclasses.replace(wdpo, dtype="float32")))
+    assert not settled.wide_values
+    made_by = _made_by(settled, method_of(settled))
+    assert made_by["dtype"] == "float32" and made_by == _made_by(explicit, method_of(explicit)), "the same run"
     cpu(monkeypatch, True, 2.0)
     with pytest.raises(UsageError, match=r"bfloat16.*\(--dtype=auto is bfloat16 here: .*2\.0 times as fast as float32\)"):
-        check_inputs(stage_0, method_of(stage_0))
-    check_inputs(dataclasses.replace(stage_0, dtype="float32"), method_of(stage_0))
+        checked(stage_0)
+    checked(dataclasses.replace(stage_0, dtype="float32"))
     assert machine.settle(wdpo)[0].wide_values
     see(monkeypatch, H100)
     monkeypatch.setattr(machine, "check_compiler", lambda: None)
-    check_inputs(flash, method_of(flash))
-
-
-def test_auto_and_what_it_is_make_the_same_run(monkeypatch, tiny_policy, tmp_path):
-    cpu(monkeypatch, True, 0.2)
-    config = train_config(tiny_policy, tmp_path)
-    settled = [machine.settle(one)[0] for one in (config, dataclasses.replace(config, dtype="float32"))]
-    made_by, same = (_made_by(one, method_of(one)) for one in settled)
-    assert made_by == same and made_by["dtype"] == "float32"
+    checked(flash)
 
 
 def test_the_dry_run_and_the_check_show_the_precision(forks, root, tiny_policy, tmp_path):
-    config = train_config(tiny_policy, tmp_path)
+    config, here = train_config(tiny_policy, tmp_path), machine.resolve_dtype("auto").dtype
     command = [sys.executable, root / "src/train_alignment.py", f"--model_path={tiny_policy}", "--train_batch_size=4",
                f"--dataset_path={tmp_path}", f"--save_path={config.save_path}"]  # fmt: skip
-    here = machine.resolve_dtype("auto").dtype
     for words in (["--check_only=true"], ["--dry_run=true"], ["--dry_run=true", "--dtype=float32"]):
         done = forks.run([*command, *words], {**os.environ, "DS_ACCELERATOR": "cpu"})
-        assert done.returncode == 0, done.stderr
-        auto = [line for line in done.stdout.splitlines() if line.startswith("--dtype=auto is")]
-        assert [line.split(":")[0] for line in auto] == ([f"--dtype=auto is {here}"] if len(words) == 1 else [])
-        dtype = here if len(words) == 1 else "float32"
-        assert "--check_only=true" in words or f"all trained, in {dtype}" in done.stdout
+        explicit = "--dtype=float32" in words
+        assert done.returncode == 0 and (f"--dtype=auto is {here}: " in done.stdout) != explicit, done.stderr
+        assert "--check_only=true" in words or f"all trained, in {'float32' if explicit else here}" in done.stdout
 
 
 def test_ranks_that_differ_take_float32(monkeypatch):
@@ -246,7 +232,7 @@ def steps(root, model, out):
     return {
         "sampling": lambda: sample_completions(completions),
         "scoring": lambda: score_completions(completions),
-        "training": lambda: check_inputs(train_config(model, out), method_of(train_config(model, out))),
+        "training": lambda: checked(train_config(model, out)),
         "leaderboard": lambda: evaluate_openllm(LeaderboardConfig(str(model), str(out / "leaderboard"))),
         "leaderboard by vllm": lambda: machine.settle(LeaderboardConfig(str(model)), untouched=True),
     }
@@ -268,34 +254,27 @@ def test_every_step_refuses_an_old_gpu_and_the_cpu_beside_an_unseen_one(
 
 
 @pytest.mark.parametrize(
-    ("build", "visible", "says"),
-    [(None, None, "build for CPUs; run bash setup.sh"), ("12.8", None, "CUDA 12.8 needs driver 525; python -c 'import"),
-     ("14.2", None, "CUDA 14.2 needs driver unknown"), ("12.8", "7", "CUDA_VISIBLE_DEVICES=7 may name others; unset it")],
-)  # fmt: skip
-def test_an_unseen_gpu_has_several_reasons(monkeypatch, unseen, build, visible, says):
+    ("script", "counted", "build", "visible", "says"),
+    [
+        (LISTS, 0, None, None, "build for CPUs; run bash setup.sh"),
+        (LISTS, 0, "12.8", None, "CUDA 12.8 needs driver 525; python -c 'import"),
+        (LISTS, 0, "14.2", None, "CUDA 14.2 needs driver unknown"),
+        (LISTS, 0, "12.8", "7", "CUDA_VISIBLE_DEVICES=7 may name others; unset it"),
+        ("echo GPU 0: NVIDIA H100", 0, "12.8", None, "(NVIDIA H100), driver of unknown version"),
+        # A container without nvidia-smi under a driver that torch's build cannot use.
+        ("exit 9", 2, "12.8", None, "the driver lists 2 GPUs"),
+    ],
+)
+def test_an_unseen_gpu_has_several_reasons(monkeypatch, tmp_path, script, counted, build, visible, says):
+    smi(monkeypatch, tmp_path, script)
     monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(machine, "_driver", lambda: (counted, 12080))
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UsageError) as refused:
         machine.check_device()
-    assert says in str(refused.value)
-    assert "lists 1 GPU (NVIDIA A100-SXM4-40GB), driver 535.104.05," in str(refused.value)
-
-
-def test_a_driver_that_lists_gpus_and_tells_no_version_is_refused_too(monkeypatch, tmp_path):
-    smi(monkeypatch, tmp_path, "echo GPU 0: NVIDIA H100")
-    with pytest.raises(UsageError, match=r"\(NVIDIA H100\), driver of unknown version"):
-        machine.check_device()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [*(("CUDA_VISIBLE_DEVICES", no) for no in ("", " ", "-1", "NoDevFiles")), ("DS_ACCELERATOR", "cpu")]
-)
-def test_hidden_gpus_leave_the_cpu(monkeypatch, unseen, name, value):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setenv(name, value)
-    assert machine.check_device() == []
-    assert name != "DS_ACCELERATOR" or os.environ["CUDA_VISIBLE_DEVICES"] == "", "for vLLM and lm-eval"
+    assert says in str(refused.value) and "none is visible to torch" in str(refused.value)
+    assert script != LISTS or "lists 1 GPU (NVIDIA A100-SXM4-40GB), driver 535.104.05," in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +300,7 @@ def test_a_broken_nvidia_smi_says_nothing_to_a_step_and_why_to_a_launcher(monkey
     [
         # The driver itself has followed CUDA_VISIBLE_DEVICES. With MIG nvidia-smi lists other devices.
         ({}, 2, 2), ({"CUDA_VISIBLE_DEVICES": "6,7"}, 2, 2), ({}, 0, 1), ({"CUDA_VISIBLE_DEVICES": "7"}, 0, 1),
-        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0, 0), ({"CUDA_VISIBLE_DEVICES": ""}, 2, 0),
+        *(({"CUDA_VISIBLE_DEVICES": hidden}, 2, 0) for hidden in ("", " ", "-1", "NoDevFiles")),
         ({"DS_ACCELERATOR": "cpu"}, 2, 0),
     ],
 )  # fmt: skip
@@ -330,6 +309,9 @@ def test_a_launcher_counts_the_drivers_gpus_or_else_those_of_nvidia_smi(monkeypa
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert machine.ask_driver() == (expected, 12080)
+    if expected == 0:  # hidden GPUs leave the CPU
+        assert machine.check_device() == []
+        assert "DS_ACCELERATOR" not in variables or os.environ["CUDA_VISIBLE_DEVICES"] == "", "for vLLM and lm-eval"
 
 
 LIBCUDA = """
@@ -350,21 +332,14 @@ def test_the_driver_is_asked_for_devices_and_version_by_its_library(root, tmp_pa
     assert (done.stdout, done.stderr) == (said, "")
 
 
-def test_a_gpu_that_only_the_driver_counts_is_no_reason_for_the_cpu(monkeypatch, tmp_path):
-    """A container without nvidia-smi under a driver that torch's build cannot use."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(machine, "_driver", lambda: (2, 12080))
-    with pytest.raises(UsageError, match=r"the driver lists 2 GPUs .* but none is visible to torch"):
-        machine.check_device()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert machine.check_device() == []
-
-
 def test_an_engine_finds_cuda_untouched(monkeypatch):
     see(monkeypatch, H100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this initialises the driver"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: pytest.fail("this initialises CUDA"))
     assert machine.check_device(untouched=True) == [machine.Gpu("NVIDIA H100 80GB HBM3", 9, 0)]
+    monkeypatch.undo()  # torch's own view, whatever is here
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert ASK_ANOTHER() == machine.gpus()
 
 
 def test_gpus_that_torch_cannot_initialise_are_refused_in_torchs_words(monkeypatch):
@@ -379,12 +354,6 @@ def test_gpus_that_torch_cannot_initialise_are_refused_in_torchs_words(monkeypat
     monkeypatch.setattr(machine, "_LIST_GPUS", "import sys; sys.exit('RuntimeError: it fell off the bus')")
     with pytest.raises(UsageError, match="it fell off the bus"):
         machine.check_device(untouched=True)
-
-
-def test_another_process_tells_of_the_gpus(monkeypatch):
-    monkeypatch.undo()  # torch's own view, whatever is here
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert machine._gpus_of_another_process() == machine.gpus()
 
 
 def test_triton_needs_a_compiler_and_python_h(monkeypatch, tmp_path):
@@ -414,3 +383,30 @@ def test_setup_can_ask(root, unseen):
         assert len(refused.stdout.splitlines()) == 1 and "driver 535.104.05" in refused.stdout
     fine = python(root, "-m", "drdpo.machine", CUDA_VISIBLE_DEVICES="", **SEES_NO_BFLOAT16)
     assert (fine.returncode, fine.stdout[:26]) == (0, "--dtype=auto is float32: t")
+
+
+# The device and back end of a rank
+
+
+NCCL = {"device": 1, "backend": "nccl", "timeout": timedelta(hours=2)}
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "world", "expected"),
+    [(None, "2", NCCL), ("cuda", "2", NCCL), ("cpu", "2", {"backend": "gloo", "timeout": timedelta(hours=2)}),
+     (None, "1", {"device": 1})],
+)  # fmt: skip
+def test_a_rank_takes_a_gpu_of_its_own_and_a_back_end(monkeypatch, accelerator, world, expected):
+    """Local rank 1 of a machine with GPUs; DeepSpeed's switch keeps torch off them, and a single process joins no group."""
+    asked = {}
+    see(monkeypatch, H100, H100)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: asked.update(device=index))
+    join = lambda backend, timeout: asked.update(backend=backend, timeout=timeout)  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": world, "DS_ACCELERATOR": accelerator}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert distributed.use_cuda() == (accelerator != "cpu")
+    assert distributed.device() == (torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", 1))
+    distributed.join()
+    assert asked == expected

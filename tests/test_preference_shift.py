@@ -1,5 +1,6 @@
 """The study of preference shifts: labels, values, power and tables, by hand on four prompts."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -23,36 +24,36 @@ def sigmoid(x: float) -> float:
 @pytest.fixture
 def study(tmp_path: Path) -> shift.Study:
     """Six prompts with two answers: the first is one deviation better in r1, in r2 one worse (odd prompts: better)."""
-    for split, numbers in (("train", range(4)), ("test", range(2))):
+    for split, count in (("train", 4), ("test", 2)):
         rows = []
-        for prompt in numbers:
-            for answer in range(2):
-                turn = [{"role": "user", "content": f"{split} {prompt}"}]
-                sign = 1 if answer == 0 else -1
-                scores = {
-                    "helpsteer-verbosity": 5.0 + sign,
-                    "helpsteer-coherence": prompt + 0.5 * sign * (-1) ** (prompt + 1),
-                }
-                said = [{"role": "assistant", "content": f"answer {answer}"}]
-                rows.append(Completion(prompt, answer, turn, said, [answer + 1], "stop", scores))
+        for prompt, (answer, sign) in itertools.product(range(count), enumerate((1, -1))):
+            turn = [{"role": "user", "content": f"{split} {prompt}"}]
+            coherence = prompt + 0.5 * sign * (-1) ** (prompt + 1)
+            scores = {"helpsteer-verbosity": 5.0 + sign, "helpsteer-coherence": coherence}
+            said = [{"role": "assistant", "content": f"answer {answer}"}]
+            rows.append(Completion(prompt, answer, turn, said, [answer + 1], "stop", scores))
         write_records(tmp_path / "base" / f"{split}.jsonl", rows)
     return shift.Study(tmp_path, OBJECTIVES, [2, 1, 3])
 
 
 def run_of(folder: Path, ratios: list[list[float]], prompts: list[int], step: int = 3) -> Path:
-    (folder / "candidates").mkdir(parents=True)
+    (folder / "candidates").mkdir(parents=True, exist_ok=True)
     tensors = {"log_ratio": np.array(ratios, np.float32), "prompt_id": np.array(prompts)}
     save_file(tensors, folder / "candidates" / f"step_{step}.safetensors")
     return folder
 
 
-def test_what_prompts_are_for(study: shift.Study) -> None:
+def test_what_prompts_are_for(study, tmp_path):
     assert {part: list(rows) for part, rows in study.rows.items()} == {"pairs": [0, 1], "validation": [2], "test": [3, 4, 5]}
     assert study.facts["correlation_within_prompts"] == pytest.approx(0)
     assert study.facts["objectives"] == ["helpsteer-verbosity", "helpsteer-coherence"]
+    with pytest.raises(UsageError, match="no scores of helpsteer-complexity; it has helpsteer-verbosity"):
+        shift.Study(tmp_path, ["helpsteer_complexity", "helpsteer_coherence"], [2, 1, 3])
+    with pytest.raises(DataError, match="needs 7 prompts"):
+        shift.Study(tmp_path, OBJECTIVES, [4, 2, 1])
 
 
-def test_rewards_by_hand(study: shift.Study) -> None:
+def test_rewards_by_hand(study):
     """Every answer is one deviation above or below its prompt's mean, in both objectives."""
     up, down = sigmoid(1), sigmoid(-1)
     assert study.reward("linear", 0.1)[:2].tolist() == [
@@ -61,7 +62,7 @@ def test_rewards_by_hand(study: shift.Study) -> None:
     assert study.reward("geometric", 0.1)[0].tolist() == pytest.approx([up**0.1 * down**0.9, down**0.1 * up**0.9])
 
 
-def test_values_by_hand(study: shift.Study, tmp_path: Path) -> None:
+def test_values_by_hand(study, tmp_path):
     """A policy that makes the first answer e times as likely, on prompt 3, where the first answer is better in both."""
     run = run_of(tmp_path / "runs" / "linear" / "DPO_1", [[1.0, 0.0]], [3])
     gains_NA, ess = study.gains(run, "linear")
@@ -75,27 +76,25 @@ def test_values_by_hand(study: shift.Study, tmp_path: Path) -> None:
         study.gains(tmp_path / "pairs", "linear")
 
 
-def test_labels(study: shift.Study, tmp_path: Path) -> None:
-    shift.label(study, [1], ["linear"], 0.1, scale=1e6)
-    pairs = read_records(tmp_path / "pairs" / "linear_1" / "train.jsonl", Preference.from_row)
+def test_labels(study, tmp_path):
+    def labelled(seed, scale):
+        shift.label(study, [seed], ["linear"], 0.1, scale=scale)
+        return read_records(tmp_path / "pairs" / f"linear_{seed}" / "train.jsonl", Preference.from_row)
+
+    pairs = labelled(1, 1e6)
     assert [pair.prompt_id for pair in pairs] == [0, 1]
     assert all(pair.chosen_score > pair.rejected_score for pair in pairs)
     # Coherence decides at 0.1: answer 1 of prompt 0, answer 0 of prompt 1.
     assert [pair.chosen_token_ids for pair in pairs] == [[2], [1]]
-    assert [row.prompt_id for row in read_records(tmp_path / "candidates" / "test" / "test.jsonl", Completion.from_row)] == [
-        3, 3, 4, 4, 5, 5
-    ]  # fmt: skip
-    flipped = 0
-    for seed in range(200):
-        shift.label(study, [seed], ["linear"], 0.1, scale=5)
-        pairs = read_records(tmp_path / "pairs" / f"linear_{seed}" / "train.jsonl", Preference.from_row)
-        flipped += sum(pair.chosen_score < pair.rejected_score for pair in pairs)
+    held = read_records(tmp_path / "candidates" / "test" / "test.jsonl", Completion.from_row)
+    assert [row.prompt_id for row in held] == [3, 3, 4, 4, 5, 5]
+    flipped = sum(pair.chosen_score < pair.rejected_score for seed in range(200) for pair in labelled(seed, 5))
     gaps = [0.8 * (sigmoid(1) - sigmoid(-1)), sigmoid(1) - sigmoid(-1)]
     expected = sum(sigmoid(-5 * gap) for gap in gaps) * 200
     assert abs(flipped - expected) < 4 * math.sqrt(expected)
 
 
-def test_the_strength_is_the_best_at_alpha_o(study: shift.Study, tmp_path: Path) -> None:
+def test_the_strength_is_the_best_at_alpha_o(study, tmp_path):
     run_of(tmp_path / "trials" / "WDPO=0.1", [[0.0, 1.0]], [2])  # prompt 2 is like prompt 0: its second answer is better
     run_of(tmp_path / "trials" / "WDPO=0.2", [[1.0, 0.0]], [2])
     run_of(tmp_path / "trials" / "WDPO=9", [[0.0, 9.0]], [2])  # of another start, with other trials
@@ -104,54 +103,37 @@ def test_the_strength_is_the_best_at_alpha_o(study: shift.Study, tmp_path: Path)
     assert shift.best_of(found) == {"WDPO": "0.1"}
 
 
-def test_what_can_be_detected(study: shift.Study, tmp_path: Path) -> None:
+def test_what_can_be_detected(study, tmp_path):
     """KLDPO equals DPO but for prompt 3 of seed 2; the table's numbers from the definition."""
-    zero = [[0.0, 0.0]] * 3
-    for method, seed, ratios in (
-        ("DPO", 1, zero),
-        ("DPO", 2, zero),
-        ("KLDPO", 1, zero),
-        ("KLDPO", 2, [[1.0, 0.0], *zero[1:]]),
-    ):
-        run_of(tmp_path / "runs" / "linear" / f"{method}_{seed}", ratios, [3, 4, 5])
+    for method, seed in itertools.product(("DPO", "KLDPO"), (1, 2)):
+        other = [[1.0 if (method, seed) == ("KLDPO", 2) else 0.0, 0.0]]
+        run_of(tmp_path / "runs" / "linear" / f"{method}_{seed}", other + [[0.0, 0.0]] * 2, [3, 4, 5])
     row = shift.plan(study, "linear", 0.1).splitlines()[-1]
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    share, gain = sigmoid(1), 2 * sigmoid(1) - 1
-    assert share > 0.5 and [float(cell) for cell in cells[1:4]] == pytest.approx(
-        [1.0, np.std([gain / 2, 0, 0], ddof=1), np.std([0, gain / 3], ddof=1)], abs=6e-4
-    )
-    over_prompts, over_seeds = (float(cell) for cell in cells[2:4])
-    assert float(cells[4]) == pytest.approx(
-        2.8016 * math.hypot(over_prompts / math.sqrt(3), over_seeds / math.sqrt(5)), abs=2e-3
-    )
+    alpha, over_prompts, over_seeds, detectable = map(float, row.strip("|").split("|")[1:5])
+    gain = 2 * sigmoid(1) - 1
+    assert alpha == 1 and over_prompts == pytest.approx(np.std([gain / 2, 0, 0], ddof=1), abs=6e-4)
+    assert over_seeds == pytest.approx(np.std([0, gain / 3], ddof=1), abs=6e-4)
+    both = math.hypot(over_prompts / math.sqrt(3), over_seeds / math.sqrt(5))
+    assert detectable == pytest.approx(2.8016 * both, abs=2e-3)
 
 
-def test_methods_are_compared_on_the_same_seeds(study: shift.Study, tmp_path: Path) -> None:
-    zero = [[0.0, 0.0]] * 3
-    for method, seed in (("DPO", 1), ("DPO", 2), ("CVaR", 1)):
-        run_of(tmp_path / "runs" / "linear" / f"{method}_{seed}", zero, [3, 4, 5])
+def test_methods_are_compared_on_the_same_seeds(study, tmp_path):
+    zero, runs = [[0.0, 0.0]] * 3, tmp_path / "runs" / "linear"
+    for run in ("DPO_1", "DPO_2", "CVaR_1"):
+        run_of(runs / run, zero, [3, 4, 5])
     with pytest.raises(DataError, match="CVaR lacks seeds"):
         shift.results(study, "linear")
-    run_of(tmp_path / "runs" / "linear" / "CVaR_2", [[1.0, 0.0]] * 3, [3, 4, 5])
+    run_of(runs / "CVaR_2", [[1.0, 0.0]] * 3, [3, 4, 5])
     for method in ("DPO", "CVaR"):  # one seed also has a value in the middle
-        tensors = {"log_ratio": np.zeros((3, 2), np.float32), "prompt_id": np.array([3, 4, 5])}
-        save_file(tensors, tmp_path / "runs" / "linear" / f"{method}_2" / "candidates" / "step_1.safetensors")
+        run_of(runs / f"{method}_2", zero, [3, 4, 5], step=1)
     found = shift.results(study, "linear")
     assert found["steps"] == [1, 3] and found["curves"]["CVaR"][0][-1] == 0 < found["curves"]["CVaR"][1][-1]
-    gain = 2 * sigmoid(1) - 1
-    assert found["difference"]["CVaR"][-1][0] == pytest.approx(gain / 2)
+    assert found["difference"]["CVaR"][-1][0] == pytest.approx((2 * sigmoid(1) - 1) / 2)
     assert found["gain"]["DPO"][0] == pytest.approx([0, 0, 0], abs=1e-12)
     assert found["worst"]["CVaR"][0] == pytest.approx(min(one[0] for one in found["gain"]["CVaR"]))
 
 
-def test_refusals(study: shift.Study, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no scores of helpsteer-complexity; it has helpsteer-verbosity"):
-        shift.Study(tmp_path, ["helpsteer_complexity", "helpsteer_coherence"], [2, 1, 3])
-    with pytest.raises(DataError, match="needs 7 prompts"):
-        shift.Study(tmp_path, OBJECTIVES, [4, 2, 1])
-
-
-def test_the_page_shows_what_was_measured() -> None:
+def test_the_page_shows_what_was_measured():
     stored = json.loads((ROOT / "docs" / "preference_shift.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "preference_shift.md").read_text(encoding="utf-8")
     assert set(stored["results"]) == {"linear", "geometric"}

@@ -28,10 +28,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(root: Path, vllm_policy: Path, folder: Path, forks: Forks, tmp_path_factory):
-    """Run the README's command that has these words, from another folder, with the small policy for Llama's.
-
-    A script that has started from nothing once is `quick` after that: in a fork, without DeepSpeed's launcher.
-    """
+    """Run the README's command that has these words, from another folder, with the small policy for Llama's. A script that
+    has started from nothing once is `quick` after that: in a fork, without DeepSpeed's launcher."""
     text = (root / "README.md").read_text(encoding="utf-8")
     forked = forks.environment(tmp_path_factory.mktemp("an environment") / "of forks")
 
@@ -63,20 +61,17 @@ def pairs(run, folder) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(run, folder, pairs) -> dict[str, Path]:
-    outputs = folder / "outputs"
-    for method in ("dpo", "kldpo", "wdpo", "drdpo"):
+    methods = ("dpo", "kldpo", "wdpo", "drdpo")
+    for method in methods:
         run("train_alignment.sh", f"--save_path=outputs/llama1b_{method}", quick=method != "wdpo")
-    return {method: outputs / f"llama1b_{method}" / "global_step_1" for method in ("dpo", "kldpo", "wdpo", "drdpo")}
+    return {method: folder / "outputs" / f"llama1b_{method}" / "global_step_1" for method in methods}
 
 
-def test_steps_1_and_2_leave_scored_completions_and_pairs(pairs, folder):
+def test_steps_1_and_2_leave_scored_completions_and_pairs(run, pairs, folder):
     rows = [json.loads(line) for line in (folder / "datasets/helpsteer2_completions/train.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert all(len(row["token_ids"]) <= 8 and len(row["scores"]) == 6 for row in rows)
     assert len((pairs / "train.jsonl").read_text().splitlines()) >= 2
-
-
-def test_the_pairs_can_be_inspected(run, pairs, folder):
     done = run("src/inspect_data.py")
     assert "train.jsonl: " in done.stdout and " preference pairs" in done.stdout
 
@@ -93,17 +88,14 @@ def test_every_method_starts_at_ln_2_and_its_checkpoint_loads(checkpoints):
 
 
 def test_step_4_samples_from_the_checkpoint_and_compares(checkpoints, run, folder):
-    done = run("generate.sh", global_step_316="global_step_1")
+    done, checkpoint = run("generate.sh", global_step_316="global_step_1"), checkpoints["wdpo"]
     assert "helpsteer_helpfulness" in done.stdout
-    checkpoint = checkpoints["wdpo"]
     assert len((checkpoint / "test.jsonl").read_text().splitlines()) == 40, "4 prompts, 10 completions each"
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "llama", "the model's own file stays"
     assert (checkpoint / "scores.csv").is_file()
     run("generate.sh", quick=True, global_step_316="global_step_1", llama1b_wdpo="llama1b_dpo")
-    done = run("src/evaluate_armorm.py", global_step_316="global_step_1")
-    assert "wdpo" in done.stdout
-    assert {"scores.csv", "report.md", "spider.png", "spider.svg"} <= {
-        f.name for f in (folder / "outputs/comparison").iterdir()
-    }
+    assert "wdpo" in run("src/evaluate_armorm.py", global_step_316="global_step_1").stdout
+    report = {file.name for file in (folder / "outputs/comparison").iterdir()}
+    assert {"scores.csv", "report.md", "spider.png", "spider.svg"} <= report
     again = run("generate.sh", quick=True, global_step_316="global_step_1")
     assert "skipped" in again.stdout, "results beside the model do not make it another model"

@@ -1,20 +1,16 @@
 """Nothing runs foreign code, names in data make no paths, and tokens stay out of what is written and printed."""
 
 import ast
-import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 from harness import ROOT
-from harness.forks import Forks
 
-SECRETS = {
-    "HF_TOKEN": "hf_secretsecretsecret",
-    "HUGGING_FACE_HUB_TOKEN": "hf_othersecret",
-    "WANDB_API_KEY": "wandbsecretsecret",
-}
+from drdpo.records import Completion, write_records
+
+SECRETS = {"HF_TOKEN": "hf_secretsecret", "HUGGING_FACE_HUB_TOKEN": "hf_othersecret", "WANDB_API_KEY": "wandbsecretsecret"}
 
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pd.read_pickle")
@@ -39,40 +35,28 @@ def offences(source: str) -> list[str]:
     return found
 
 
-def test_no_source_runs_foreign_code() -> None:
+def test_no_source_runs_foreign_code():
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
     assert {str(path): offences(source) for path, source in sources.items() if offences(source)} == {}
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
+def test_the_rule_can_fail():
+    for source in (
         "import pickle", "from joblib import load", "torch.load(x)", "torch.load(x, weights_only=False)", "eval(x)",
         "run(x, shell=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)", "np.load(x, allow_pickle=True)",
-    ],
-)  # fmt: skip
-def test_the_rule_can_fail(source: str) -> None:
-    assert offences(source)
+    ):  # fmt: skip
+        assert offences(source), source
 
 
 def completions(folder: Path, name: str) -> None:
-    folder.mkdir()
-    rows = [
-        {"prompt_id": 1, "sample_id": sample, "prompt": [{"role": "user", "content": "q"}], "token_ids": [1],
-         "completion": [{"role": "assistant", "content": f"a{sample}"}], "finish_reason": "stop",
-         "scores": {name: float(sample), "ArmoRM": float(sample)}}
-        for sample in range(2)
-    ]  # fmt: skip
+    question, answers = [{"role": "user", "content": "q"}], [[{"role": "assistant", "content": f"a{k}"}] for k in range(2)]
+    rows = [Completion(1, k, question, answers[k], [1], "stop", {name: float(k), "ArmoRM": float(k)}) for k in range(2)]
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def files_under(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        write_records(folder / f"{split}.jsonl", rows)
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "/escaped-from-drdpo", "a/../../b", "..", "x\u202ey"])
-def test_names_in_data_make_no_paths_and_tokens_are_never_written(forks: Forks, tmp_path: Path, name: str) -> None:
+def test_names_in_data_make_no_paths_and_tokens_are_never_written(forks, tmp_path, name):
     """Objective names that look like paths, through pairing, evaluation with its pictures, and inspection."""
     work = tmp_path / "in" / "work"
     work.mkdir(parents=True)
@@ -82,16 +66,14 @@ def test_names_in_data_make_no_paths_and_tokens_are_never_written(forks: Forks, 
         ["evaluate_armorm", "--runs", f"{name}={work}/data", f"b={work}/data", f"--output_path={work}/report"],
         ["inspect_data", f"{work}/data"],
     ]
-    before, said = files_under(tmp_path), ""
+    before, said = set(tmp_path.rglob("*")), ""
     for script, *words in commands:
-        call = [sys.executable, str(ROOT / "src" / f"{script}.py"), *words]
-        done = forks.run(call, env=os.environ | SECRETS, cwd=work)
+        done = forks.run([sys.executable, ROOT / "src" / f"{script}.py", *words], env=os.environ | SECRETS, cwd=work)
         said += done.stdout + done.stderr
         assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, done.stderr
-    new = files_under(tmp_path) - before
-    assert any(path.startswith("in/work/pairs/") for path in new), said
-    assert all(path.startswith(tuple(f"in/work/{out}/" for out in ("pairs", "report"))) for path in new), new
+    new = [path for path in set(tmp_path.rglob("*")) - before if path.is_file()]
+    folders = {path.relative_to(work).parts[0] for path in new if path.is_relative_to(work)}
+    assert "pairs" in folders <= {"pairs", "report"} and all(path.is_relative_to(work) for path in new), (said, new)
     assert not Path("/escaped-from-drdpo").exists()
-    written = b"".join((tmp_path / path).read_bytes() for path in new) + said.encode()
-    for secret in SECRETS.values():
-        assert secret.encode() not in written
+    written = b"".join(path.read_bytes() for path in new) + said.encode()
+    assert not any(secret.encode() in written for secret in SECRETS.values())

@@ -10,16 +10,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-import torch
 from harness.forks import Forks
 from harness.stand_ins import add_program, make_environment
 
 from drdpo.records import Preference, write_records
 
-WRAPPERS = (
-    "generate_completions.sh", "generate_completions.slurm", "train_alignment.sh", "train_alignment.slurm", "generate.sh",
-    "openllm_eval.slurm", "setup.sh", "quickstart.sh",
-)  # fmt: skip
+STEP_1, STEP_3, STEP_4B = "generate_completions.slurm", "train_alignment.slurm", "openllm_eval.slurm"
+WRAPPERS = (STEP_1, STEP_3, STEP_4B, "generate_completions.sh", "train_alignment.sh", "generate.sh", "quickstart.sh")
 
 
 @pytest.fixture
@@ -60,17 +57,6 @@ def train(root: Path, environment: dict[str, str], tmp_path: Path, *words: str) 
 def launched(environment: dict[str, str]) -> list[str]:
     path = Path(environment["LAUNCHED"])
     return path.read_text().splitlines() if path.is_file() else []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
-def test_gpus_that_torch_does_not_see_are_refused_before_the_launcher(root, environment, flags, tmp_path):
-    add_program(Path(environment["DRDPO_ENV"]) / "bin", "nvidia-smi", "machine/nvidia-smi")
-    environment["SMI_GPUS"] = "\n".join(["NVIDIA"] * 4)
-    del environment["CUDA_VISIBLE_DEVICES"]
-    done = train(root, environment, tmp_path, *flags)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: nvidia-smi lists 4 GPUs (NVIDIA), driver of unknown version")
-    assert launched(environment) == []
 
 
 def test_flags_pass_unchanged(root, environment, flags, tmp_path):
@@ -132,25 +118,19 @@ def test_a_wrong_flag_or_bad_data_starts_no_launcher(root, environment, flags, t
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_help_needs_no_launcher(wrapper, root, environment, tmp_path):
-    done = bash(environment, tmp_path, root / wrapper, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
-    assert not launched(environment)
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS[:6])
 def test_without_an_environment_setup_is_named(wrapper, clone, environment, tmp_path):
-    lost = bash(environment | {"DRDPO_ENV": str(tmp_path / "gone")}, tmp_path, clone / wrapper)
+    lost = bash(environment | {"DRDPO_ENV": str(tmp_path / "gone")}, tmp_path, clone / "train_alignment.sh")
     assert lost.returncode == 1 and "bash setup.sh" in lost.stderr
     (clone / ".environment").unlink()
     replace_python(environment, f'exec {sys.executable} -S "$@"')  # a python without packages
     bare = environment | {"PATH": f"{environment['DRDPO_ENV']}/bin:{os.environ['PATH']}"}
     del bare["DRDPO_ENV"]
-    done = bash(bare, tmp_path, clone / wrapper, "--model_path=x", "--save_path=y")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith("has no torch or msgspec; run: bash setup.sh")
-    assert bash(bare, tmp_path, clone / wrapper, "--help").returncode == 0
+    if wrapper != "quickstart.sh":  # which calls setup.sh
+        done = bash(bare, tmp_path, clone / wrapper, "--model_path=x", "--save_path=y")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].endswith("has no torch or msgspec; run: bash setup.sh")
+    done = bash(bare, tmp_path, clone / wrapper, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
 
 
 def test_quickstart_refuses_unknown_flags_and_a_folder_of_other_flags(root, environment, tmp_path):
@@ -221,7 +201,6 @@ def job(root, environment):
     return run
 
 
-STEP_1, STEP_3, STEP_4B = "generate_completions.slurm", "train_alignment.slurm", "openllm_eval.slurm"
 ALONE = [
     "node= of : score_completions.py --save_path=a b --check_only=true",
     "node= of : generate_completions.py --save_path=a b",

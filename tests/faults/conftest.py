@@ -1,6 +1,5 @@
 """One pipeline on tiny random models and its undisturbed results."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 from harness.forks import Forks
 from harness.reward_models import write_embedded_like
-from harness.steps import STEPS, Step, contents
+from harness.steps import Step, contents
+
+from drdpo.records import Prompt, write_records
 
 WORDS = ("rain", "a cat", "the sky", "two and two", "old towns", "a mat", "stone", "rivers", "hills", "why it is late")
 
@@ -35,56 +36,33 @@ def fault_reward_model(smollm: Path, room: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fault_prompts(room: Path) -> Path:
-    folder = room / "prompts"
-    folder.mkdir()
-    for split, count in (("train", 24), ("test", 12)):
-        rows = [
-            {"prompt_id": row, "prompt": [{"role": "user", "content": f"Say {row} words of {WORDS[row % len(WORDS)]}."}]}
-            for row in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def steps(root: Path, room: Path, tiny_policy: Path, fault_reward_model: Path, fault_prompts: Path) -> dict[str, Step]:
+def steps(root: Path, room: Path, tiny_policy: Path, fault_reward_model: Path) -> dict[str, Step]:
     """Every step; each reads what the undisturbed one before it left in `room`/<name>."""
-    src, results = root / "src", room / "undisturbed"
-    out = {name: room / f"out of {name}" for name in STEPS}
-    completions = (f"--model_path={tiny_policy}", f"--reward_model={fault_reward_model}", "--dtype=float32")
-    training = (
-        "--train_batch_size=4", "--micro_batch_size=4", "--max_steps=4", "--eval_steps=2", "--save_steps=1", "--beta=0.1",
-        "--dtype=float32", "--learning_rate=1e-3", "--gradient_checkpointing=false",
-    )  # fmt: skip
-    return {
-        "sample": Step(
-            "sample", src / "generate_completions.py",
-            (f"--save_path={out['sample']}", *completions, f"--dataset={fault_prompts}", "--best_of_n=4",
-             "--temperature=1.0", "--max_new_tokens=6", "--engine=transformers"),
-            out["sample"], settings={"drdpo.sampling.sample:CPU_BLOCK": 16},
-        ),
-        "score": Step(
-            "score", src / "score_completions.py",
-            (f"--save_path={out['score']}", *completions, "--score_max_len=128", "--score_batch_tokens=200"),
-            out["score"], given=results / "sample",
-        ),
-        "pair": Step(
-            "pair", src / "generate_preferences.py",
-            (f"--completions={results / 'score'}", f"--output_path={out['pair']}", "--ArmoRM=1.0"), out["pair"],
-        ),
-        "train": Step(
-            "train", src / "train_alignment.py",
-            (f"--model_path={tiny_policy}", f"--dataset_path={results / 'pair'}", f"--save_path={out['train']}", *training),
-            out["train"],
-        ),
-        "evaluate": Step(
-            "evaluate", src / "evaluate_armorm.py",
-            ("--runs", f"base={results / 'score'}", f"other={results / 'score'}", f"--output_path={out['evaluate']}",
-             "--bootstrap=100"),
-            out["evaluate"],
-        ),
-    }  # fmt: skip
+    for split, count in (("train", 24), ("test", 12)):
+        said = [f"Say {row} words of {WORDS[row % len(WORDS)]}." for row in range(count)]
+        prompts = [Prompt(row, [{"role": "user", "content": text}]) for row, text in enumerate(said)]
+        write_records(room / "prompts" / f"{split}.jsonl", prompts)
+    done = room / "undisturbed"
+    models = f"--model_path={tiny_policy}", f"--reward_model={fault_reward_model}", "--dtype=float32"
+
+    def step(name: str, script: str, place: str, *flags: str, words: str = "", **more: Any) -> Step:
+        out = room / f"out of {name}"
+        return Step(name, root / "src" / f"{script}.py", (f"--{place}={out}", *words.split(), *flags), out, **more)
+
+    steps = [
+        step("sample", "generate_completions", "save_path", *models, f"--dataset={room / 'prompts'}",
+             words="--best_of_n=4 --temperature=1.0 --max_new_tokens=6 --engine=transformers",
+             settings={"drdpo.sampling.sample:CPU_BLOCK": 16}),
+        step("score", "score_completions", "save_path", *models, words="--score_max_len=128 --score_batch_tokens=200",
+             given=done / "sample"),
+        step("pair", "generate_preferences", "output_path", f"--completions={done / 'score'}", "--ArmoRM=1.0"),
+        step("train", "train_alignment", "save_path", f"--model_path={tiny_policy}", f"--dataset_path={done / 'pair'}",
+             words="--train_batch_size=4 --micro_batch_size=4 --max_steps=4 --eval_steps=2 --save_steps=1 --beta=0.1 "
+                   "--dtype=float32 --learning_rate=1e-3 --gradient_checkpointing=false"),
+        step("evaluate", "evaluate_armorm", "output_path", f"base={done / 'score'}", f"other={done / 'score'}",
+             words="--bootstrap=100 --runs"),
+    ]  # fmt: skip
+    return {step.name: step for step in steps}
 
 
 @pytest.fixture(scope="session")

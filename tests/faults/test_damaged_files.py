@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,98 +14,76 @@ from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.compare import evaluate_armorm
 from drdpo.pairing import generate_preferences
+from drdpo.records import Completion, Preference, Prompt, to_row
 from drdpo.sampling.sample import sample_completions
 from drdpo.scoring.score import score_completions
 from drdpo.training.losses import method_of
 from drdpo.training.reference import read_reference, write_reference
 from drdpo.training.run import check_inputs
 
-
-def check_training(config: TrainConfig) -> None:
-    check_inputs(config, method_of(config))
+QUESTION = [{"role": "user", "content": "Why is it late, and how late is it?"}]
 
 
-MESSAGES = {
-    "prompt": [{"role": "user", "content": "Why is it late, and how late is it?"}],
-    "completion": [],
-    "chosen": [{"role": "assistant", "content": "It rained."}],
-    "rejected": [{"role": "assistant", "content": "No."}],
-}
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
-def rows_of(*fields: str) -> list[dict[str, Any]]:
-    """Four records with messages of these names: four prompts, or two completions of two."""
-    rows = []
-    for row in range(4):
-        messages = {name: MESSAGES[name] for name in fields}
-        if "completion" in fields:
-            messages["completion"] = [{"role": "assistant", "content": f"It rained over {row} hills, so the train stood."}]
-            scored = {"token_ids": [5], "finish_reason": "stop", "scores": {"ArmoRM": 0.5 * row}}
-            rows.append({"prompt_id": row // 2, "sample_id": row % 2, **messages, **scored})
-        else:
-            rows.append({"prompt_id": row, **messages})
-    return rows
+def completion(row: int) -> Completion:
+    said = answer(f"It rained over {row} hills, so the train stood.")
+    return Completion(row // 2, row % 2, QUESTION, said, [5], "stop", {"ArmoRM": 0.5 * row})
 
 
-def write_cut(folder: Path, split: str, rows: list[dict[str, Any]]) -> Path:
-    """Both splits, whole; then the second line of one of them cut in two by a line feed. Returns its file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train", "test"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [json.dumps(row) for row in rows]
-    middle = len(lines[1]) // 2
-    lines[1] = lines[1][:middle] + "\n" + lines[1][middle:]
-    (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / f"{split}.jsonl"
+def write(folder: Path, step: Callable[..., None], cut: str = "") -> Path:
+    """Both splits; the second line of one of them cut in two by a line feed. Returns that one's file."""
+    folder = folder / "sampled" if step is score else folder
+    for split in ("train", "test"):
+        lines = [json.dumps(to_row(READERS[step](row))) for row in range(4)]
+        if split == cut:
+            middle = len(lines[1]) // 2
+            lines[1] = lines[1][:middle] + "\n" + lines[1][middle:]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / f"{cut}.jsonl"
 
 
-def sample(model: Path, given: Path, out: Path) -> None:
+def sample(given: Path, out: Path, model: Path, reward_model: Path) -> None:
     sample_completions(CompletionsConfig(str(out), str(model), dataset=str(given), engine="transformers", dtype="float32"))
 
 
-def score(reward_model: Path, out: Path) -> None:
-    score_completions(
-        CompletionsConfig(str(out), "unused", reward_model=str(reward_model), dtype="float32", score_max_len=128)
-    )
+def score(given: Path, out: Path, model: Path, reward_model: Path) -> None:
+    flags = {"reward_model": str(reward_model), "dtype": "float32", "score_max_len": 128}
+    score_completions(CompletionsConfig(str(given), "unused", **flags))
 
 
-READERS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Path, Path, Path], None]]] = {
-    # name: (messages of a record, subfolder of `given`, the step)
-    "sample": (("prompt",), "", lambda given, out, model, _: sample(model, given, out)),
-    "score": (("prompt", "completion"), "sampled", lambda given, out, _, reward_model: score(reward_model, given)),
-    "pair": (
-        ("prompt", "completion"), "", lambda given, out, *_: generate_preferences(
-            PreferencesConfig(completions=str(given), output_path=str(out), ArmoRM=1.0)
-        ),
-    ),
-    "train": (
-        ("prompt", "chosen", "rejected"), "", lambda given, out, model, _: check_training(
-            TrainConfig(str(model), str(given), str(out), train_batch_size=2, micro_batch_size=1)
-        ),
-    ),
-    "evaluate": (
-        ("prompt", "completion"), "",
-        lambda given, out, *_: evaluate_armorm(EvaluateConfig([f"base={given}"], str(out))),
-    ),
+def pair(given: Path, out: Path, model: Path, reward_model: Path) -> None:
+    generate_preferences(PreferencesConfig(completions=str(given), output_path=str(out), ArmoRM=1.0))
+
+
+def train(given: Path, out: Path, model: Path, reward_model: Path) -> None:
+    config = TrainConfig(str(model), str(given), str(out), train_batch_size=2, micro_batch_size=1)
+    check_inputs(config, method_of(config))
+
+
+def evaluate(given: Path, out: Path, model: Path, reward_model: Path) -> None:
+    evaluate_armorm(EvaluateConfig([f"base={given}"], str(out)))
+
+
+READERS = {
+    sample: lambda row: Prompt(row, QUESTION), score: completion, pair: completion,
+    train: lambda row: Preference(row, QUESTION, answer("It rained."), answer("No.")), evaluate: completion,
 }  # fmt: skip
+"""Step -> a record that it reads."""
+SPLITS_READ = [(step, split) for step in READERS for split in ("train", "test") if (step, split) != (evaluate, "train")]
 
 
-SPLITS_READ = [(name, split) for name in READERS for split in ("train", "test") if (name, split) != ("evaluate", "train")]
-
-
-@pytest.mark.parametrize(("name", "split"), SPLITS_READ)
-def test_a_line_cut_in_two_is_refused_and_nothing_is_written(name, split, tiny_policy, fault_reward_model, tmp_path):
-    fields, below, step = READERS[name]
-    cut = write_cut(tmp_path / "given" / below, split, rows_of(*fields))
+@pytest.mark.parametrize(("step", "split"), SPLITS_READ)
+def test_a_line_cut_in_two_is_refused_and_nothing_is_written(step, split, tiny_policy, fault_reward_model, tmp_path):
+    cut = write(tmp_path / "given", step, split)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=r"row 2: not a whole JSON object") as refused:
         step(tmp_path / "given", tmp_path / "out", tiny_policy, fault_reward_model)
     assert str(cut) in str(refused.value)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def cut_to(share: float) -> Callable[[bytes], bytes]:
-    return lambda content: content[: int(share * len(content))]
 
 
 def header_length(content: bytes) -> int:
@@ -116,7 +93,7 @@ def header_length(content: bytes) -> int:
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "cut in the header": lambda content: content[: header_length(content) // 2],
-    "cut in half": cut_to(0.5),
+    "cut in half": lambda content: content[: len(content) // 2],
     "last byte missing": lambda content: content[:-1],
     "a byte too many": lambda content: content + b"\0",
     "length of the header": lambda content: (2**62).to_bytes(8, "little") + content[8:],
@@ -132,62 +109,38 @@ def damage(request) -> Callable[[bytes], bytes]:
     return DAMAGES[request.param]
 
 
-def damaged(model: Path, target: Path, damage: Callable[[bytes], bytes]) -> Path:
-    shutil.copytree(model, target)
-    file = target / "model.safetensors"
+@pytest.mark.parametrize("step", [sample, train, score])
+def test_a_damaged_model_is_refused(step, damage, tiny_policy, fault_reward_model, tmp_path):
+    model = shutil.copytree(fault_reward_model if step is score else tiny_policy, tmp_path / "model")
+    file = model / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    return target
-
-
-def test_a_damaged_checkpoint_is_refused_as_model_path(damage, tiny_policy, tmp_path):
-    model = damaged(tiny_policy, tmp_path / "model", damage)
-    for name in ("sample", "train"):
-        fields, _, step = READERS[name]
-        folder = tmp_path / name
-        write_cut(folder, "test", rows_of(*fields))
-        (folder / "test.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
-        with pytest.raises(DataError, match=r"model\.safetensors: (cut short|its header is damaged|has \d+ bytes)"):
-            step(folder, tmp_path / "out", model, tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_reward_model_is_refused(damage, fault_reward_model, tmp_path):
-    model = damaged(fault_reward_model, tmp_path / "model", damage)
-    fields, below, step = READERS["score"]
-    write_cut(tmp_path / "given" / below, "test", rows_of(*fields))
+    write(tmp_path / "given", step)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"model\.safetensors"):
-        step(tmp_path / "given", tmp_path / "out", tmp_path, model)
+    with pytest.raises(DataError, match=r"model\.safetensors: (cut short|its header is damaged|has \d+ bytes)"):
+        step(tmp_path / "given", tmp_path / "out", model, model)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_damaged_reference_file_is_refused(damage, tmp_path):
-    path = tmp_path / "reference_train.safetensors"
-    write_reference(path, "key", torch.arange(6.0).view(3, 2))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"reference_train\.safetensors: not a readable safetensors file .*; delete it"):
-        read_reference(path, "key", 3, 2)
-
-
-def test_reference_log_probs_with_holes_are_refused(tmp_path):
+def test_damaged_or_incomplete_reference_log_probs_are_refused(damage, tmp_path):
     path = tmp_path / "reference_train.safetensors"
     write_reference(path, "key", torch.tensor([[1.0, 2.0], [3.0, torch.nan]]))
     with pytest.raises(DataError, match=r"reference_train\.safetensors.* incomplete"):
         read_reference(path, "key", 2, 2)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"reference_train\.safetensors: not a readable safetensors file .*; delete it"):
+        read_reference(path, "key", 2, 2)
 
 
 def test_a_cut_manifest_and_cut_rejects_are_named(fault_reward_model, tmp_path):
-    fields, below, step = READERS["score"]
-    write_cut(tmp_path / below, "test", rows_of(*fields))
-    (tmp_path / below / "test.jsonl").write_bytes((tmp_path / below / "train.jsonl").read_bytes())
-    rows = rows_of(*fields)
-    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    write(tmp_path, score)
+    done = json.dumps(to_row(completion(0))) + "\n"
+    (tmp_path / "test.jsonl").write_text(done)
     (tmp_path / "manifest.json").write_text('{"score_test": {"made_')
     with pytest.raises(DataError, match=r"manifest\.json: not JSON .*delete it"):
-        step(tmp_path, tmp_path, tmp_path, fault_reward_model)
-    assert (tmp_path / "test.jsonl").read_text() == json.dumps(rows[0]) + "\n"
+        score(tmp_path, tmp_path, tmp_path, fault_reward_model)
+    assert (tmp_path / "test.jsonl").read_text() == done
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "test.jsonl").unlink()
     (tmp_path / "rejects.jsonl").write_text('{"file": "prompts/te')
     with pytest.raises(DataError, match=r"rejects\.jsonl, row 1: not a whole JSON object"):
-        step(tmp_path, tmp_path, tmp_path, fault_reward_model)
+        score(tmp_path, tmp_path, tmp_path, fault_reward_model)

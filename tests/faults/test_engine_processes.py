@@ -9,6 +9,8 @@ import time
 import psutil
 import pytest
 
+from drdpo.records import Completion, Prompt, read_records, write_records
+
 pytestmark = pytest.mark.slow
 
 
@@ -23,14 +25,12 @@ ALL = pytest.mark.skipif("DRDPO_FAULT_KILLS" not in os.environ, reason="DRDPO_FA
 
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=ALL)])
 def test_a_dead_engine_process_in_the_middle_of_sampling(engine, root, forks, vllm_policy, tmp_path):
-    prompts = tmp_path / "prompts"
-    prompts.mkdir()
-    rows = [{"prompt_id": row, "prompt": [{"role": "user", "content": f"Count to {row}."}]} for row in range(8)]
-    (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [Prompt(row, [{"role": "user", "content": f"Count to {row}."}]) for row in range(8)]
+    write_records(tmp_path / "prompts" / "test.jsonl", prompts)
     parts = tmp_path / "out" / "sampled" / ".test.parts"
     command = [
         sys.executable, str(root / "src" / "generate_completions.py"), f"--save_path={tmp_path / 'out'}", "--only_test=true",
-        f"--model_path={vllm_policy}", f"--dataset={prompts}", "--best_of_n=128", "--temperature=1.0",
+        f"--model_path={vllm_policy}", f"--dataset={tmp_path / 'prompts'}", "--best_of_n=128", "--temperature=1.0",
         "--max_new_tokens=4", f"--engine={engine}", "--dtype=float32",
     ]  # fmt: skip
     environment = {**os.environ, "DRDPO_ENGINES": "2", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -50,16 +50,15 @@ def test_a_dead_engine_process_in_the_middle_of_sampling(engine, root, forks, vl
     psutil.wait_procs(workers, timeout=30)
     assert not any(worker.is_running() for worker in workers)
     kept = {part.stem: json.loads(part.read_text()) for part in parts.glob("part_*.json")}
-    assert 0 < len(kept) < len(rows)
+    assert 0 < len(kept) < len(prompts)
     # With one engine now: how many there are changes no sample.
     again = forks.run(command, {**environment, "DRDPO_ENGINES": "1"})
     assert again.returncode == 0, again.stderr
-    assert f"{128 * len(kept)} of {128 * len(rows)} completions" in again.stdout
-    found: dict[int, list[list[int]]] = {}
-    for line in (tmp_path / "out" / "sampled" / "test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        found.setdefault(row["prompt_id"], []).append(row["token_ids"])
-    assert {prompt: len(samples) for prompt, samples in found.items()} == dict.fromkeys(range(len(rows)), 128)
+    assert f"{128 * len(kept)} of {128 * len(prompts)} completions" in again.stdout
+    found: dict[str, list[list[int]]] = {}
+    for row in read_records(tmp_path / "out" / "sampled" / "test.jsonl", Completion.from_row):
+        found.setdefault(str(row.prompt_id), []).append(row.token_ids)
+    assert [len(samples) for samples in found.values()] == [128] * len(prompts)
     for samples in kept.values():
         for prompt, of_prompt in samples.items():
-            assert found[int(prompt)] == [token_ids for token_ids, _ in of_prompt]
+            assert found[prompt] == [token_ids for token_ids, _ in of_prompt]

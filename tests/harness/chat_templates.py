@@ -129,12 +129,7 @@ SHAPES = {
 
 def write_tokenizer(folder: Path, shape: Shape, **config: object) -> str:
     """A folder with a tokenizer of 400 words, byte-level BPE or SentencePiece BPE with bytes, and the template; its path.
-
-    Args:
-        folder: to write.
-        shape: template and tokens.
-        config: more of tokenizer_config.json.
-    """
+    `config`: more of tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, pieces = Tokenizer(models.BPE(byte_fallback=shape.sentencepiece)), []
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,11 +15,7 @@ POLL_SECONDS = 0.01
 
 
 def ask(place: str, task: dict[str, Any], streams: Sequence[int] = ()) -> Any:
-    """The server's answer to one task; `streams` are the stdout and stderr of a script to start.
-
-    Raises:
-        ConnectionError: the server died.
-    """
+    """The server's answer to one task; `streams` are the stdout and stderr of a script to start."""
     text = json.dumps(task).encode() + b"\n"
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(place)

@@ -13,9 +13,12 @@ A fault is one of:
 
 import errno
 import importlib
+import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,65 +26,45 @@ from typing import Any
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree", "open")
 
 
-class FolderWatch:
-    """An audit hook that counts the changes of a folder and sends a signal, or raises an error, at one of them."""
-
-    def __init__(self, folder: str, count: str, call: int = 0, signal_name: str = "SIGKILL", error: str = "") -> None:
-        self.folder, self.count, self.call, self.signal, self.seen = folder, count, call, signal.Signals[signal_name], 0
-        self.error = error
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in CHANGES or not isinstance(arguments[0], str | Path):
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        if str(arguments[0]).startswith(self.folder):
-            self.seen += 1
-            if self.seen == self.call and self.error:
-                number = getattr(errno, self.error)
-                raise OSError(number, os.strerror(number), str(arguments[0]))
-            if self.seen == self.call:
-                os.kill(os.getpid(), self.signal)
-
-    def write_count(self) -> None:
-        Path(self.count).write_text(str(self.seen))
-
-
-def plant(faults: list[dict[str, Any]]) -> list[FolderWatch]:
-    """Plant all faults in this process; returns the watches of folders."""
-    watches = []
+def plant(faults: list[dict[str, Any]]) -> list[Callable[[], object]]:
+    """Plant all faults in this process; returns what to call when the script has ended."""
     for fault in faults:
-        if "folder" in fault:
-            call, sent = fault.get("call", 0), fault.get("signal", "SIGKILL")
-            watch = FolderWatch(fault["folder"], fault.get("count", os.devnull), call, sent, fault.get("error", ""))
-            sys.addaudithook(watch)
-            watches.append(watch)
-        else:
-            _plant_in_module(fault)
-    return watches
+        if "at" in fault:
+            module, _, path = fault["at"].partition(":")
+            *owners, name = path.split(".")
+            owner = reduce(getattr, owners, importlib.import_module(module))
+            setattr(owner, name, fault["value"] if "value" in fault else _faulty(getattr(owner, name), fault))
+    return [_watch(fault) for fault in faults if "folder" in fault]
 
 
-def _plant_in_module(fault: dict[str, Any]) -> None:
-    module_name, _, path = fault["at"].partition(":")
-    *owners, name = path.split(".")
-    owner = importlib.import_module(module_name)
-    for part in owners:
-        owner = getattr(owner, part)
-    if "value" in fault:
-        setattr(owner, name, fault["value"])
-    elif "returns" in fault:
-        setattr(owner, name, lambda *arguments: SimpleNamespace(**fault["returns"]))
-    else:
-        setattr(owner, name, _with_signal(getattr(owner, name), fault))
+def _watch(fault: dict[str, Any]) -> Callable[[], object]:
+    """Count the changes of a folder by an audit hook, and send a signal, or raise an error, at one of them."""
+    seen = 0
+
+    def hook(event: str, words: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in CHANGES or not isinstance(words[0], str | Path) or not str(words[0]).startswith(fault["folder"]):
+            return
+        if event == "open" and not words[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        seen += 1
+        if seen == fault.get("call") and "error" in fault:
+            number = getattr(errno, fault["error"])
+            raise OSError(number, os.strerror(number), str(words[0]))
+        if seen == fault.get("call"):
+            os.kill(os.getpid(), signal.Signals[fault.get("signal", "SIGKILL")])
+
+    sys.addaudithook(hook)
+    return lambda: Path(fault.get("count", os.devnull)).write_text(str(seen))
 
 
-def _with_signal(function: Any, fault: dict[str, Any]) -> Any:
-    calls = 0
+def _faulty(function: Any, fault: dict[str, Any]) -> Any:
+    if "returns" in fault:
+        return lambda *arguments: SimpleNamespace(**fault["returns"])
+    calls = itertools.count(1)
 
     def faulty(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        due = calls == fault["call"]
+        due = next(calls) == fault["call"]
         if due and fault["when"] == "before":
             os.kill(os.getpid(), signal.Signals[fault["signal"]])
         result = function(*arguments, **options)

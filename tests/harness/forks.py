@@ -1,8 +1,5 @@
 """`python SCRIPT ARGUMENTS` as with subprocess, but in a fork of a process with the heavy libraries imported (server.py).
-
-For tests of what a script does, many times over. That it starts from nothing, by the command that a user types, is for
-tests/test_readme_run.py.
-"""
+That a script starts from nothing, by the command that a user types, is for tests/test_readme_run.py."""
 
 import itertools
 import os
@@ -60,10 +57,6 @@ class Fork:
         self.wait(timeout)
         return self.said()
 
-    def completed(self) -> "subprocess.CompletedProcess[str]":
-        assert self.returncode is not None
-        return subprocess.CompletedProcess(self.command, self.returncode, *self.said())
-
 
 class Forks:
     """One server, started when it is first asked for something; in a network namespace where one is named."""
@@ -101,41 +94,34 @@ class Forks:
         """As subprocess.run with captured text."""
         fork = self.start(command, env, cwd)
         fork.wait(timeout)
-        return fork.completed()
+        return subprocess.CompletedProcess(fork.command, fork.returncode, *fork.said())
 
     def start_ranks(
         self, command: Sequence[Any], world: int, ranks: Iterable[int] | None = None, address: str = "127.0.0.1",
         port: int | None = None, log: Path | None = None, faults: Iterable[dict[str, Any]] = (), **variables: str,
     ) -> list[Fork]:  # fmt: skip
-        """Start `command` on these ranks, by default all, as a launcher does; a rank's output goes to `log`.RANK.
-
-        A fault with a "rank" is planted in that rank only.
-        """
+        """Start `command` on these ranks, by default all, as a launcher does; a rank's output goes to `log`.RANK, a fault
+        with a "rank" into that rank only."""
         here = list(range(world) if ranks is None else ranks)
-        kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        common = kept | variables | {
+        common = without_ranks() | variables | {
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self._interface, "MASTER_ADDR": address,
             "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(world),
         }  # fmt: skip
         return [
-            self.start(
-                command, common | {"RANK": str(rank), "LOCAL_RANK": str(local)}, log=log and Path(f"{log}.{rank}"),
-                faults=[fault for fault in faults if fault.get("rank", rank) == rank],
-            )
+            self.start(command, common | {"RANK": str(rank), "LOCAL_RANK": str(local)}, log=log and Path(f"{log}.{rank}"),
+                       faults=[fault for fault in faults if fault.get("rank", rank) == rank])
             for local, rank in enumerate(here)
         ]  # fmt: skip
 
     def ranks(self, command: Sequence[Any], world: int, timeout: float = 300) -> "list[subprocess.CompletedProcess[str]]":
         """Run `command` on all ranks of one machine."""
         ranks = self.start_ranks(command, world)
-        statuses(ranks, timeout)
-        return [rank.completed() for rank in ranks]
+        return [subprocess.CompletedProcess(command, status, *rank.said())
+                for status, rank in zip(statuses(ranks, timeout), ranks, strict=True)]  # fmt: skip
 
     def environment(self, folder: Path) -> Path:
-        """An environment for src/env.sh, made in `folder`: its python runs our scripts here.
-
-        For whole chains of commands, which would spend most of their time on imports. All else goes to the real python.
-        """
+        """An environment for src/env.sh, made in `folder`: its python runs our scripts here, and all else really. For chains
+        of commands, which would spend most of their time on imports."""
         return make_environment(folder, {"python": "forks/python"}, FORKS_SOCKET=str(self.place))
 
     @property
@@ -148,7 +134,6 @@ class Forks:
         """Start the server, if it is not there, without waiting for its imports: requests queue at its socket."""
         if self._server is not None:
             return
-        kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
         inside = ["ip", "netns", "exec", self._namespace] if self._namespace else []
         with socket.socket(socket.AF_UNIX) as listener, (self._folder / "server.log").open("wb") as log:
@@ -157,7 +142,7 @@ class Forks:
             self._server = subprocess.Popen(
                 [*inside, sys.executable, "-m", "harness.server", str(listener.fileno())],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[listener.fileno()],
-                env=kept | paths | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+                env=without_ranks() | paths | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def close(self) -> None:
@@ -170,6 +155,10 @@ class Forks:
             return ask(str(self.place), task, streams)
         except ConnectionError as error:
             raise AssertionError(f"{error}: {(self._folder / 'server.log').read_text()}") from error
+
+
+def without_ranks() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
 def free_port() -> int:

@@ -41,7 +41,7 @@ def run(task: dict[str, Any], streams: list[int]) -> None:
     sys.argv = [task["script"], *task["arguments"]]
     further = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.path[:1] = [str(Path(task["script"]).parent), *further]
-    status, watches = 0, plant(task.get("faults", []))
+    status, ends = 0, plant(task.get("faults", []))
     try:
         runpy.run_path(task["script"], run_name="__main__")
     except SystemExit as error:
@@ -51,8 +51,8 @@ def run(task: dict[str, Any], streams: list[int]) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    for watch in watches:
-        watch.write_count()
+    for end in ends:
+        end()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

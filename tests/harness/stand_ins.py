@@ -76,6 +76,12 @@ class Machine:
             cwd=self.tree.parent, env=environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
+    def called(self, *flags: str, script: str = "setup.sh", **variables: str) -> str:
+        """The calls of a run that must succeed."""
+        done = self.setup(*flags, script=script, **variables)
+        assert done.returncode == 0, done.stderr
+        return self.calls.read_text()
+
     def pip(self) -> list[str]:
         """Arguments of pip's installations in the last run, without the fixed ones."""
         start = "python -m pip install --quiet --progress-bar off "

@@ -1,7 +1,6 @@
 """The steps of the pipeline on tiny random models, as the tests of faults run them and compare what they leave."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from harness.forks import RANK_VARIABLES, Fork, Forks
+from harness.forks import Fork, Forks, without_ranks
 from harness.runs import FIGURES
 
 STEPS = ("sample", "score", "pair", "train", "evaluate")
@@ -49,8 +48,8 @@ class Step:
         faults += [{"at": place, "value": value} for place, value in self.settings.items()]
         if self.name == "train":
             return forks.start_ranks(command, 1, faults=faults, **QUIET)[0]
-        kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        return forks.start(command, kept | QUIET | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, faults=faults)
+        environment = without_ranks() | QUIET | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        return forks.start(command, environment, faults=faults)
 
     def run(self, forks: Forks, fault: dict[str, Any] | None = None) -> tuple[int | str, str]:
         """(Exit status, output)."""
@@ -76,10 +75,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def _is_log(name: Path) -> bool:
-    """Is a file about one process, or a training state, whose equality tests/training/test_resume.py checks?
-
-    A killed owner's lock file too, which locks nothing, and which a finished run does not remove.
-    """
+    """Is a file about one process, as a killed owner's lock, or a state, which tests/training/test_resume.py checks?"""
     return name.name == ".lock" or name.parts[0] in ("tensorboard", "resume", "logs") or name.suffix == ".log"
 
 
@@ -88,24 +84,15 @@ def _content_of(path: Path) -> Any:
         lines = map(json.loads, path.read_text().splitlines())
         return [{name: line[name] for name in FIGURES if name in line} for line in lines]
     if path.suffix == ".json":
-        return _equal_part(json.loads(path.read_text()))
+        return json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in _UNEQUAL})
     if path.suffix == ".md":
         return re.sub(r"commit [0-9a-f]{40}(-dirty)?", "commit", path.read_text())
     return path.read_bytes()
 
 
-def _equal_part(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _equal_part(content) for name, content in value.items() if name not in _UNEQUAL}
-    return value
-
-
 def check_nothing_partial(folder: Path, expected: dict[str, Any]) -> None:
-    """Is every file that has its final name whole?
-
-    Files that grow by whole lines (metrics.jsonl, hidden parts) and logs are exempt; manifests name what is done so far,
-    and eval_pairs.json is of the newest evaluation.
-    """
+    """Is every file with its final name whole? Files that grow by lines and logs are exempt; manifests, rejects.jsonl and
+    eval_pairs.json tell of what is done so far."""
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         name = path.relative_to(folder)
         if not path.is_file() or any(part.startswith(".") for part in name.parts) or _is_log(name):
