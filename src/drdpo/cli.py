@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from drdpo.errors import DataError, UsageError, is_text, one_line, one_line_errors
+from drdpo.objectives import PHANTOM_FLAG, objective_from_flag
 
 Config = TypeVar("Config")
 
@@ -47,6 +48,8 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
         DataError: --config is not a file of flags.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if any(word.split("=")[0].lstrip("-").replace("-", "_") == PHANTOM_FLAG for word in arguments):
+        objective_from_flag(PHANTOM_FLAG)
     parser = _Parser(description=description, allow_abbrev=False)
     kinds = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]

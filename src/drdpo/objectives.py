@@ -34,6 +34,9 @@ ARMORM_OBJECTIVES: tuple[str, ...] = (
 GATED_SCORE = "ArmoRM"
 """Name of the stage-2 score: the objectives mixed by the prompt's gate."""
 
+PHANTOM_FLAG = "ultrafeedback_verbosity"
+"""Listed in the paper's README, but no head of ArmoRM has this name."""
+
 
 def flag_name(objective: str) -> str:
     """`code-instruction-following` -> `code_instruction_following`."""
@@ -48,6 +51,12 @@ def objective_from_flag(flag: str) -> str:
     `ArmoRM`; raises UsageError, which lists the real names, if there is none."""
     if flag_name(flag) in FLAG_TO_OBJECTIVE:
         return FLAG_TO_OBJECTIVE[flag_name(flag)]
+    if flag_name(flag) == PHANTOM_FLAG:
+        heads = ", ".join(name for name in FLAG_TO_OBJECTIVE if name.startswith("ultrafeedback"))
+        raise UsageError(
+            f"--{PHANTOM_FLAG} is listed in the paper's README, but ArmoRM has no such head. Its UltraFeedback heads are "
+            f"{heads}; for verbosity there is helpsteer_verbosity."
+        )
     raise UsageError(f"unknown objective {flag!r}; the objectives are {', '.join(FLAG_TO_OBJECTIVE)}")
 
 
