@@ -293,7 +293,8 @@ def _sign(handle: int, path: Path) -> None:
             raise UsageError(f"{path.parent} was released by another run at this moment; rerun the command")
         try:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} ({command}), since {now}".encode(), 0)
+            owner = f"process {os.getpid()} on {socket.gethostname()} ({command}), since {now}"
+            os.pwrite(handle, owner.encode(errors="replace"), 0)
         except OSError:
             path.unlink()  # while it is ours
             raise

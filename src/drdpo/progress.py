@@ -14,7 +14,7 @@ QUIET_SECONDS = 2.0
 """Minimum between two lines and before the first, so that quick work prints none."""
 
 
-class Lines(tqdm):  # type: ignore[type-arg]
+class Lines(tqdm):
     """A bar that prints lines on stderr: every unit that is finished calls `display`."""
 
     monitor_interval = 0
