@@ -63,19 +63,14 @@ def table(output, name="scores"):
 
 
 @pytest.fixture
-def base_and_dpo(tmp_path):
+def two_runs(tmp_path):
     """Base scores 1, 3 | 5, 7: prompt means 2 and 6, sd sqrt(5). The run is 2 better on both, and has one prompt more.
     Its rows are in another order: joined by position the interval of its gain would not have zero width."""
     base = rows_of({1: [{H: 1.0}, {H: 3.0}], 2: [{H: 5.0}, {H: 7.0}]})
     run = rows_of({1: [{H: 4.0}, {H: 4.0}], 2: [{H: 6.0}, {H: 10.0}], 9: [{H: 90.0}]}, (1,) * 6, "length")
     write_rows(tmp_path / "base" / "test.jsonl", base)
     write_rows(tmp_path / "d p o" / "test.jsonl", run[::-1])
-    return tmp_path / "base", tmp_path / "d p o"
-
-
-@pytest.fixture
-def two_runs(base_and_dpo):
-    return [f"{name}={folder}" for name, folder in zip(("base", "dpo"), base_and_dpo, strict=True)]
+    return [f"base={tmp_path / 'base'}", f"dpo={tmp_path / 'd p o'}"]
 
 
 def test_means_and_gain_by_hand(tmp_path, two_runs, capsys):
@@ -210,15 +205,19 @@ def test_unseen_objectives_are_marked_from_the_manifests(tmp_path):
 
 
 def test_length_and_repetition(tmp_path):
+    # abcd abcd: 5 four-grams (abcd bcda cdab dabc abcd), 4 distinct.
+    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repeated_share([1, 2, 3]) == 0.0
+    assert repeated_share([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
     base = write_run(tmp_path / "base", {H: [0.0, 1.0]}, token_ids=(1, 2, 3, 4, 5))
-    run = write_run(tmp_path / "run", {H: [0.0, 1.0]}, token_ids=(7,) * 13)
+    run = write_run(tmp_path / "run", {H: [0.0, 1.0]}, token_ids=(7,) * 13)  # 10 four-grams, one distinct
     text = report_of(evaluate(tmp_path, [f"base={base}", f"run={run}"]))
     assert "| run | 13.0 | 0.0% | 90.0% |" in text
     assert "| run | +8.0 [+8.0, +8.0] | +0.0% [+0.0%, +0.0%] | +90.0% [+90.0%, +90.0%] |" in text
 
 
-def test_the_report_shows_what_was_compared(tmp_path, base_and_dpo, two_runs):
-    base, dpo = base_and_dpo
+def test_the_report_shows_what_was_compared(tmp_path, two_runs):
+    base, dpo = tmp_path / "base", tmp_path / "d p o"
     record_training(tmp_path, dpo, {}, "KLDPO (kldpo_tau=0.05)")
     write_manifest(dpo, "score_test", {"reward_model": "f00d"})
     text = report_of(evaluate(tmp_path, two_runs))
@@ -232,8 +231,8 @@ def test_the_report_shows_what_was_compared(tmp_path, base_and_dpo, two_runs):
     assert "| base | 4.0 | 0.0% |" in text and "| dpo | 6.0 | 100.0% |" in text
 
 
-def test_a_comparison_of_unlike_runs_is_marked(tmp_path, base_and_dpo, two_runs, capsys):
-    for folder, model in zip(base_and_dpo, ("one", "two"), strict=True):
+def test_a_comparison_of_unlike_runs_is_marked(tmp_path, two_runs, capsys):
+    for folder, model in ((tmp_path / "base", "one"), (tmp_path / "d p o", "two")):
         write_manifest(folder, "score_test", {"reward_model": model, "sampled": model})
     text = report_of(evaluate(tmp_path, two_runs))
     assert "the scoring differs in reward_model: base one, dpo two" in text
@@ -241,27 +240,13 @@ def test_a_comparison_of_unlike_runs_is_marked(tmp_path, base_and_dpo, two_runs,
     assert "the scoring differs in reward_model" in capsys.readouterr().out
 
 
-def test_same_input_same_bytes(tmp_path):
-    runs = write_runs(tmp_path, {name: {H: [0.0, 1.0], C: [2.0, 1.0], "ArmoRM": [0.0, 3.0]} for name in ("base", "dpo")})
+def test_few_objectives_are_not_drawn_and_an_older_picture_goes(tmp_path):
+    scores = {H: [0.0, 1.0], C: [2.0, 1.0], "ArmoRM": [0.0, 3.0]}
+    runs = write_runs(tmp_path, {"base": scores, "dpo": scores})
     output = evaluate(tmp_path, runs)
-    assert "](spider.png)" in report_of(output)
-    names = ("pairs.csv", "scores.csv", "report.html", "report.md", "spider.png", "spider.svg")
-    before = {name: (output / name).read_bytes() for name in names}
-    assert before["spider.png"].startswith(b"\x89PNG")
-    evaluate(tmp_path, runs)
-    assert {name: (output / name).read_bytes() for name in names} == before
-    # Two objectives are not drawn, and the older picture goes.
+    assert "](spider.png)" in report_of(output) and (output / "spider.png").read_bytes().startswith(b"\x89PNG")
     evaluate(tmp_path, runs, objectives=[H, C])
     assert not (output / "spider.png").exists() and "spider.png" not in report_of(output)
-
-
-def test_output_into_the_runs_own_folder(base_and_dpo):
-    """What generate.sh does: the report joins the scores, whose manifest stays."""
-    folder, _ = base_and_dpo
-    write_manifest(folder, "score_test", {})
-    evaluate_armorm(EvaluateConfig(runs=[f"base={folder}"], output_path=str(folder)))
-    assert set(json.loads((folder / "manifest.json").read_text())) == {"score_test", "evaluate_armorm"}
-    assert (folder / "test.jsonl").is_file()
 
 
 def test_objectives_in_either_spelling_and_order_and_names_with_an_equals_sign(tmp_path):
@@ -323,17 +308,6 @@ def test_a_failed_report_leaves_the_old_one(tmp_path, two_runs, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-# Runs -----------------------------------------------------------------------------------------------------------------
-
-
-def test_repeated_share_by_hand():
-    # abcd abcd: 5 four-grams (abcd bcda cdab dabc abcd), 4 distinct.
-    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
-    assert repeated_share([7] * 13) == pytest.approx(9 / 10)
-    assert repeated_share([1, 2, 3]) == 0.0
-    assert repeated_share([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
 
 
 def test_what_is_not_recorded(tmp_path):

@@ -13,31 +13,18 @@ from huggingface_hub import parse_eval_result_entries
 
 from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig, LeaderboardConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation import compare_leaderboard, mixtures
+from drdpo.evaluation import compare_leaderboard, leaderboard_scores, mixtures
 from drdpo.evaluation.compare_leaderboard import compare_openllm
-from drdpo.evaluation.leaderboard_scores import (
-    BBH_CHOICES,
-    COLUMNS,
-    MUSR_CHOICES,
-    average,
-    benchmarks,
-    hub_results,
-    json_safe,
-    markdown,
-    normalise,
-    raw_rows,
-    terminal,
-)  # fmt: skip
+from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES, average, benchmarks, hub_results
 from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
-from drdpo.folder import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
 
-def task(name, questions=10, **metrics):
-    found = {f"{metric},none": value for metric, value in metrics.items()}
-    found |= {f"{metric}_stderr,none": 0.01 for metric in metrics}
-    return {"name": name, "alias": f" - {name}", "sample_len": questions, **found}
+def metrics(stderr=0.01, **values):
+    """Of one task, as the harness writes them."""
+    errors = {f"{name}_stderr,none": stderr for name in values}
+    return {f"{name},none": value for name, value in values.items()} | errors | {"sample_len": 10}
 
 
 @pytest.fixture
@@ -51,7 +38,7 @@ def harness():
         "ifeval": {"prompt_level_strict_acc": 0.5, "inst_level_strict_acc": 0.6, "prompt_level_loose_acc": 0.9},
         "mmlu_pro": {"acc": 0.55},
     }  # fmt: skip
-    results = {f"leaderboard_{name}": task(name, **metrics) for name, metrics in scores.items()}
+    results = {f"leaderboard_{name}": metrics(**values) for name, values in scores.items()}
     bbh, musr = ([name for name in results if name.startswith(f"leaderboard_{group}_")] for group in ("bbh", "musr"))
     groups = {name: results[name] for name in ("leaderboard_bbh", "leaderboard_musr")}
     subtasks = {"leaderboard": [*groups, "leaderboard_mmlu_pro", "leaderboard_ifeval"]}
@@ -60,7 +47,7 @@ def harness():
 
 
 def test_six_benchmarks_by_hand(harness):
-    assert [normalise(raw, 0.25) for raw in (0.25, 1.0, 0.1, 0.625)] == [0, 100, 0, pytest.approx(50)]
+    assert [leaderboard_scores.normalise(raw, 0.25) for raw in (0.25, 1.0, 0.1, 0.625)] == [0, 100, 0, pytest.approx(50)]
     found = benchmarks(harness["results"])
     # BBH: navigate (0.75 - 1/2) / (1/2) = 50, every other 0, over 24. MuSR: 50, 50 and (1/2 - 1/3) / (2/3) = 25, over 3.
     by_hand = {"IFEval": 55, "BBH": 50 / 24, "MATH": 8, "GPQA": 50, "MuSR": 125 / 3, "MMLU-Pro": 50}
@@ -99,13 +86,15 @@ def test_choices_are_those_of_the_installed_tasks():
 
 def test_tables(harness):
     config = LeaderboardConfig(model_path="some/model")
-    text = markdown(config, harness)
+    text = leaderboard_scores.markdown(config, harness)
     assert "| IFEval | mean of strict accuracies | 0.5500 | 0.0100 | 55.00 | 1.00 |" in text
     assert "| Average |  |  |  | 34.46 | " in text
     assert "| leaderboard_mmlu_pro | 5 | 10 | acc | 0.5500 | 0.0100 |" in text
     assert "Trial" not in text
-    assert "Trial: limited to 4 samples" in markdown(LeaderboardConfig(model_path="some/model", limit=4), harness)
-    printed = terminal(harness)
+    assert "Trial: limited to 4 samples" in leaderboard_scores.markdown(
+        LeaderboardConfig(model_path="some/model", limit=4), harness
+    )
+    printed = leaderboard_scores.terminal(harness)
     # Subtasks of a group with a mean of its own stay out of the terminal.
     assert "leaderboard_bbh_navigate" not in printed
     assert "leaderboard_bbh " in printed and "leaderboard_mmlu_pro" in printed
@@ -113,62 +102,53 @@ def test_tables(harness):
 
 def test_raw_rows_name_filters_and_missing_errors():
     values = {"alias": "t", "sample_len": 3, "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A"}
-    assert raw_rows({"results": {"t": values}}) == [["t", "", "3", "exact_match (strict)", "0.5000", "n/a"]]
+    assert leaderboard_scores.raw_rows({"results": {"t": values}}) == [
+        ["t", "", "3", "exact_match (strict)", "0.5000", "n/a"]
+    ]
 
 
 def test_json_safe():
-    odd = {"a": np.float32(0.5), "b": math.nan, "c": {3, 1}, 4: np.arange(2), "e": normalise, "p": Path("x")}
-    safe = json_safe(odd)
+    odd = {
+        "a": np.float32(0.5),
+        "b": math.nan,
+        "c": {3, 1},
+        4: np.arange(2),
+        "e": leaderboard_scores.normalise,
+        "p": Path("x"),
+    }
+    safe = leaderboard_scores.json_safe(odd)
     assert json.loads(json.dumps(safe, allow_nan=False)) == safe
     name = "drdpo.evaluation.leaderboard_scores.normalise"
     assert safe == {"a": 0.5, "b": None, "c": [1, 3], "4": [0, 1], "e": name, "p": "x"}
 
 
 def test_results_for_the_hub_are_in_its_form():
-    results = {
-        "results": {
-            "leaderboard_gpqa_diamond": task("leaderboard_gpqa_diamond", acc_norm=0.30303),
-            "leaderboard_gpqa_main": task("leaderboard_gpqa_main", acc_norm=0.9),
-            "leaderboard_mmlu_pro": task("leaderboard_mmlu_pro", acc=0.125),
-        },
-        "n-shot": {"leaderboard_gpqa_diamond": 0, "leaderboard_mmlu_pro": 5},
-    }
-    date = "2026-01-02T03:04:05+00:00"
-    text = hub_results(results, date)
+    scores = {"gpqa_diamond": {"acc_norm": 0.30303}, "gpqa_main": {"acc_norm": 0.9}, "mmlu_pro": {"acc": 0.125}}
+    results = {f"leaderboard_{name}": metrics(**values) for name, values in scores.items()}
+    shots, date = {"leaderboard_gpqa_diamond": 0, "leaderboard_mmlu_pro": 5}, "2026-01-02T03:04:05+00:00"
+    entries = yaml.safe_load(hub_results({"results": results, "n-shot": shots}, date))
     notes = "lm-eval task leaderboard_{}-shot, by the choices' log-likelihoods, no chain of thought"
-    assert yaml.safe_load(text) == [
+    assert entries == [
         {"dataset": {"id": "Idavidrein/gpqa", "task_id": "diamond"}, "value": 30.3, "date": date,
          "notes": notes.format("gpqa_diamond: 0")},
         {"dataset": {"id": "TIGER-Lab/MMLU-Pro", "task_id": "mmlu_pro"}, "value": 12.5, "date": date,
          "notes": notes.format("mmlu_pro: 5")},
     ]  # fmt: skip
-    assert [entry.task_id for entry in parse_eval_result_entries(yaml.safe_load(text))] == ["diamond", "mmlu_pro"]
-    assert hub_results({"results": {"leaderboard_bbh": task("leaderboard_bbh", acc_norm=0.5)}}, date) == ""
-
-
-# The comparisons --------------------------------------------------------------------------------------------------------
-
-
-def metrics(**values):
-    return {f"{name},none": value for name, value in values.items()}
+    assert [entry.task_id for entry in parse_eval_result_entries(entries)] == ["diamond", "mmlu_pro"]
+    assert hub_results({"results": {"leaderboard_bbh": metrics(acc_norm=0.5)}}, date) == ""
 
 
 def harness_results(mmlu=0.55):
-    """All six benchmarks at round figures, as the harness writes them."""
-    scores = {f"leaderboard_bbh_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.02) for name in BBH_CHOICES}
-    scores |= {f"leaderboard_musr_{name}": metrics(acc_norm=0.5, acc_norm_stderr=0.03) for name in MUSR_CHOICES}
+    """All six benchmarks at round figures."""
+    scores = {f"bbh_{name}": metrics(0.02, acc_norm=0.5) for name in BBH_CHOICES}
+    scores |= {f"musr_{name}": metrics(0.03, acc_norm=0.5) for name in MUSR_CHOICES}
     scores |= {
-        "leaderboard_bbh": metrics(acc_norm=0.51, acc_norm_stderr=0.006),
-        "leaderboard_musr": metrics(acc_norm=0.52, acc_norm_stderr=0.018),
-        "leaderboard_gpqa": metrics(acc_norm=0.28, acc_norm_stderr=0.015),
-        "leaderboard_math_hard": metrics(exact_match=0.33, exact_match_stderr=0.012),
-        "leaderboard_mmlu_pro": metrics(acc=mmlu, acc_stderr=0.0054),
-        "leaderboard_ifeval": metrics(
-            prompt_level_strict_acc=0.5, prompt_level_strict_acc_stderr=0.021, inst_level_strict_acc=0.6,
-            inst_level_strict_acc_stderr="N/A",
-        ),
+        "bbh": metrics(0.006, acc_norm=0.51), "musr": metrics(0.018, acc_norm=0.52), "gpqa": metrics(0.015, acc_norm=0.28),
+        "math_hard": metrics(0.012, exact_match=0.33), "mmlu_pro": metrics(0.0054, acc=mmlu),
+        "ifeval": metrics(0.021, prompt_level_strict_acc=0.5, inst_level_strict_acc=0.6),
     }  # fmt: skip
-    return {"results": scores, "config": {"limit": None}}
+    scores["ifeval"]["inst_level_strict_acc_stderr,none"] = "N/A"
+    return {"results": {f"leaderboard_{name}": values for name, values in scores.items()}, "config": {"limit": None}}
 
 
 def write_results(folder, results, **made_by):
@@ -214,17 +194,14 @@ def test_leaderboard_by_hand(tmp_path, compared):
     musr, musr_error = 100 * (3 / 8 + 1 / 4) / 3, 100 * 0.03 * (4 + 25 / 16 + 9 / 4) ** 0.5 / 3
     values = [55.0, bbh, 33.0, 4.0, musr, 50.0]
     errors = [2.1, bbh_error, 1.2, 2.0, musr_error, 0.6]
-    for cell, value, error in zip(normalised[1:7], values, errors, strict=True):
-        assert cell == f"{value:.2f} ± {error:.2f}"
-    average, error = sum(values) / 6, sum(e**2 for e in errors) ** 0.5 / 6
-    assert normalised[7] == f"{average:.2f} ± {error:.2f}"
+    average = sum(values) / 6
+    values, errors = [*values, average], [*errors, sum(error**2 for error in errors) ** 0.5 / 6]
+    assert normalised[1:] == [f"{value:.2f} ± {error:.2f}" for value, error in zip(values, errors, strict=True)]
     # (0.64 - 0.1) / 0.9 = 0.6.
     assert table_row(text, "### Normalised", "tuned")[6].startswith("60.00")
-    assert table_row(text, "### Published raw scores, 1B", "WDPO rho=0.01")[1:] == [
-        "0.52", "0.35", "0.10", "0.25", "0.34", "0.19",
-    ]  # fmt: skip
-    for fact in ("0.4.13", "c0ffee", "2026-01-02T03:04:05+00:00"):
-        assert fact in text
+    published = table_row(text, "### Published raw scores, 1B", "WDPO rho=0.01")
+    assert published[1:] == ["0.52", "0.35", "0.10", "0.25", "0.34", "0.19"]
+    assert all(fact in text for fact in ("0.4.13", "c0ffee", "2026-01-02T03:04:05+00:00"))
     rows = pd.read_csv(tmp_path / "out" / "leaderboard.csv", index_col=["run", "benchmark"])["normalised"]
     assert rows["base", "Average"] == pytest.approx(average)
     assert rows["tuned", "MMLU-Pro"] == pytest.approx(60)
@@ -242,15 +219,13 @@ def test_unlike_trial_and_partial_runs_are_marked(tmp_path, compared):
     part = harness_results()
     del part["results"]["leaderboard_gpqa"]
     part["config"]["limit"] = 3
-    part["results"]["my_task"] = metrics(acc=0.25, acc_stderr=0.1)
+    part["results"]["my_task"] = metrics(0.1, acc=0.25)
     base = write_results(tmp_path / "base", harness_results())
     text = compared(f"base={base}", f"part={write_results(tmp_path / 'part', part, seed=7)}")
-    assert "Trial: part used" in text
-    assert "the evaluation differs in seed: base 42, part 7" in text
+    assert "Trial: part used" in text and "the evaluation differs in seed: base 42, part 7" in text
     row = table_row(text, "### Normalised", "part")
     assert (row[4], row[7]) == ("-", "-")
-    assert "| part | my_task |" in text
-    assert "### Published" not in text
+    assert "| part | my_task |" in text and "### Published" not in text
 
 
 def test_groups_are_compared_within_themselves(tmp_path, compared):
@@ -299,9 +274,7 @@ def test_mixtures_by_hand(tmp_path, compared):
     ]
     text, output = compared(*words, step=compare_mixtures), tmp_path / "out"
     row = table_row(text, "## truthfulness + complexity", "`helpsteer_correctness`")
-    assert row[1:] == [
-        "+0.210 [+0.200, +1.200]", "+0.20", "+0.310 [+0.200, +1.200]", "+0.33", "+0.410 [+0.200, +1.200]", "+0.37",
-    ]  # fmt: skip
+    assert row[1::2] == [f"+0.{gain}10 [+0.200, +1.200]" for gain in (2, 3, 4)] and row[2::2] == ["+0.20", "+0.33", "+0.37"]
     assert table_row(text, "## correctness + helpfulness", "`ArmoRM`")[-1] == "+0.21"
     link = re.search(r"\]\(<([^>]+)>\)", text)[1]
     assert (output / link).parent.resolve() == tmp_path / "reports of" / "truthfulness_complexity"
@@ -309,7 +282,10 @@ def test_mixtures_by_hand(tmp_path, compared):
 
 
 def test_a_mixture_of_its_own_and_of_few_objectives(tmp_path, compared):
-    text = compared(f"mine={write_scores(tmp_path / 'mine', SPOKES[:2], 0.1)}", step=compare_mixtures)
+    runs = [f"mine={write_scores(tmp_path / place, SPOKES[:2], 0.1)}" for place in ("mine", "another")]
+    with pytest.raises(UsageError, match="given twice"):
+        compared(*runs, step=compare_mixtures)
+    text = compared(runs[0], step=compare_mixtures)
     assert not (tmp_path / "out" / "spiders.png").exists()
     assert table_row(text, "## mine", "`helpsteer_helpfulness`")[1] == "+0.100 [+0.100, +1.100]"
     assert "DPO, published" not in text
@@ -324,12 +300,7 @@ def test_a_mixture_of_its_own_and_of_few_objectives(tmp_path, compared):
         (compare_mixtures, "scores.csv", None, "scores.csv: no such file"),
         (compare_mixtures, "scores.csv", "a,b\n1,2\n", "row 1: not the columns"),
         (compare_mixtures, "scores.csv", SCORES + "base,x,1,0,1,,,,\n", "only one run"),
-        (
-            compare_mixtures,
-            "scores.csv",
-            SCORES + "base,x,1,0,1,,,,\nrun,x,1,0,1,1,much,,\n",
-            "row 3: a gain is not a number",
-        ),
+        (compare_mixtures, "scores.csv", SCORES + "base,x,1,0,1,,,,\nrun,x,1,0,1,1,much,,\n", "row 3: a gain is not a"),
     ],
 )
 def test_broken_results_and_reports(step, name, content, says, tmp_path, compared):
@@ -355,8 +326,7 @@ def test_spider_labels_are_inside_the_picture(count):
     assert len(texts) == count * 2 * (len(SPOKES) + 1) + 4
     for text in texts:
         box = text.get_window_extent()
-        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1), text.get_text()
-        assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1), text.get_text()
+        assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1), text.get_text()
 
 
 def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base():
@@ -369,16 +339,3 @@ def test_a_published_method_that_was_not_run_is_not_drawn_as_the_base():
     assert [line.get_color() for line in ours.lines] == styles[:2]
     assert [line.get_color() for line in theirs.lines] == styles
     assert ours.get_ylim()[1] > 0.05, "gains of nothing stay near the centre"
-
-
-def test_a_locked_output_folder_is_refused(tmp_path, compared):
-    output, one = tmp_path / "out", f"a={write_scores(tmp_path / 'a', SPOKES, 0.1)}"
-    with pytest.raises(UsageError, match="given twice"):
-        compared(one, f"a={write_scores(tmp_path / 'b', SPOKES, 0.1)}", step=compare_mixtures)
-    with lock_folder(output), pytest.raises(UsageError, match="by process"):
-        compared(one, step=compare_mixtures)
-    assert list(output.iterdir()) == []
-    # The next run removes what a killed one left.
-    (output / ".report.md.abcd1234.tmp").write_text("half")
-    compared(one, step=compare_mixtures)
-    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]

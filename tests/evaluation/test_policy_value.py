@@ -37,9 +37,6 @@ def candidates_of(prompts, answers, scores):
     return Candidates(Path("-"), drawn, prompts, scores_NKO, ["x"], [], units, "")
 
 
-# The estimate ------------------------------------------------------------------------------------------------------------
-
-
 def test_values_and_sizes_by_hand():
     log_ratio_NK = np.log([[1.0, 3.0, NAN], [2.0, 2.0, 4.0], [5.0, NAN, NAN]])
     scores_NKO = np.array([[[1.0], [2.0], [NAN]], [[0.0], [4.0], [8.0]], [[7.0], [NAN], [NAN]]])
@@ -148,9 +145,6 @@ def test_gains_are_paired_over_prompts_and_seeds():
     sizes_N = values(one, candidates.scores_NKO)[1]
     assert found["a"].ess == pytest.approx(sizes_N.mean())
     assert found["a"].share_below_min_ess == pytest.approx((sizes_N < 2).mean())
-
-
-# Files -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

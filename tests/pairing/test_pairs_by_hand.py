@@ -123,9 +123,6 @@ def test_laws():
     assert some > 300
 
 
-# Lengths -----------------------------------------------------------------------------------------------------------------
-
-
 def pair(prompt_id, chosen, rejected, margin=1.0, tokens=True):
     """A pair of answers of so many tokens and twice as many characters."""
     ids = [list(range(count)) if tokens else None for count in (chosen, rejected)]

@@ -9,7 +9,7 @@ from drdpo import chat
 from drdpo.config.data import PreferencesConfig
 from drdpo.config.training import DataSettings
 from drdpo.pairing import generate_preferences
-from drdpo.records import write_rows
+from drdpo.records import Completion, to_row, write_rows
 from drdpo.training.data import Pair, collate, tokenise
 from drdpo.training.rows import load_split
 
@@ -29,8 +29,7 @@ ANSWERS = [
     ["Bonjour !", "Bonjour, ça va ? 😀", "Good morning"],
     ["BLUE", "RED\n\n```python\nprint('RED')\n```", "green"],
 ]
-CUT = (2, 2)
-"""(prompt_id, sample_id) of the answer that was cut by length: its ids have no end token."""
+CUT = (2, 2)  # prompt and answer that was cut by length: its ids have no end token
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +45,20 @@ def paired(source, train, test, **flags):
     return source / "pairs"
 
 
+def completion(tokenizer, prompt_id, sample_id, prompt, text, ids=slice(None), reason="stop"):
+    answer = [{"role": "assistant", "content": text}]
+    token_ids = chat.answer_token_ids(tokenizer, answer)[ids]
+    return to_row(Completion(prompt_id, sample_id, prompt, answer, token_ids, reason, {"ArmoRM": float(sample_id)}))
+
+
 @pytest.fixture(scope="module", params=["top_bottom", "all_pairs"])
 def pairs(request, tmp_path_factory, tokenizer):
-    source = tmp_path_factory.mktemp("completions")
-    rows = []
-    for prompt_id, (prompt, answers) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
-        for sample_id, text in enumerate(answers):
-            message, cut = [{"role": "assistant", "content": text}], (prompt_id, sample_id) == CUT
-            ids = chat.answer_token_ids(tokenizer, message)
-            rows.append({
-                "prompt_id": prompt_id, "sample_id": sample_id, "prompt": prompt, "completion": message,
-                "token_ids": ids[:-1] if cut else ids, "finish_reason": "length" if cut else "stop",
-                "scores": {"ArmoRM": float(sample_id)},
-            })  # fmt: skip
-    return paired(source, rows, rows, selection=request.param)
+    rows = [
+        completion(tokenizer, n, k, PROMPTS[n], text, *((slice(-1), "length") if (n, k) == CUT else ()))
+        for n, answers in enumerate(ANSWERS)
+        for k, text in enumerate(answers)
+    ]
+    return paired(tmp_path_factory.mktemp("completions"), rows, rows, selection=request.param)
 
 
 def load(folder, split="train"):
@@ -126,16 +125,13 @@ def test_columns_have_one_type_without_nulls(pairs):
 
 def test_completions_without_token_ids_open_too(tmp_path, tokenizer):
     """Completions of another program: some or all have no ids; the trainer then encodes the text."""
-    row = {"prompt": PROMPTS[0], "finish_reason": "stop"}
     rows = [
-        {**row, "prompt_id": prompt, "sample_id": sample, "completion": [{"role": "assistant", "content": text}],
-         "token_ids": chat.answer_token_ids(tokenizer, [{"role": "assistant", "content": text}]) if prompt == 2 else [],
-         "scores": {"ArmoRM": float(sample)}}
-        for prompt in (1, 2) for sample, text in enumerate(ANSWERS[0][:2])
-    ]  # fmt: skip
+        completion(tokenizer, prompt_id, k, PROMPTS[0], text, slice(None) if prompt_id == 2 else slice(0))
+        for prompt_id in (1, 2)
+        for k, text in enumerate(ANSWERS[0][:2])
+    ]
     target = paired(tmp_path, rows, rows[:2])
     theirs = prepared(load(target), tokenizer, target)
     ours, counts = tokenise(load_split(DataSettings(str(target)), "train")[0], tokenizer, 2048)
-    assert counts["text encoded"] == 2
-    assert ours[0] == ours[1]
+    assert counts["text encoded"] == 2 and ours[0] == ours[1]
     assert [row["chosen_ids"][:-1] for row in theirs] == [own.chosen for own in ours]
