@@ -78,9 +78,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _OTHER_NAMES = ("GPT2", "OPT", "Falcon", "Mamba", "Mpt")
 
 
-def settings_of(name: str) -> Any:
+def settings_of(name: str, **more: Any) -> Any:
     family, odd = FAMILIES[name]
-    return getattr(transformers, f"{family}Config")(**(odd if family in _OTHER_NAMES else _SIZES | odd))
+    return getattr(transformers, f"{family}Config")(**((odd if family in _OTHER_NAMES else _SIZES | odd) | more))
 
 
 @cache
@@ -89,10 +89,10 @@ def structure(name: str) -> Structure:
         return structure_of(meta_model(settings_of(name)))
 
 
-def random_model(name: str) -> Any:
+def random_model(name: str, **more: Any) -> Any:
     """In float32 and plain attention, with biases and norms that do something."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(settings_of(name), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(settings_of(name, **more), attn_implementation="eager")
     for weight, parameter in model.named_parameters():
         if weight.endswith("bias"):
             torch.nn.init.normal_(parameter)

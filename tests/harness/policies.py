@@ -1,5 +1,6 @@
 """What the tests of the objective share: configs, a few pairs of token ids, and one optimizer step written out."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from scipy.optimize import minimize_scalar
 
 from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, form_batch
@@ -116,3 +118,24 @@ def answer_logprobs(model, embeds: torch.Tensor, ids: torch.Tensor, prompt: int)
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Relative distance of two vectors."""
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def worst_mean(name: str, losses: torch.Tensor, strength: float) -> torch.Tensor:
+    """The largest mean loss that --method=NAME:STRENGTH allows, by its dual or by its definition, with a graph."""
+    losses = losses.double()
+    ordered = losses.sort().values
+    if name == "chi2":
+
+        def upper(eta: float) -> torch.Tensor:
+            return eta + math.sqrt(1 + 2 * strength) * (losses - eta).clamp(min=0).square().mean().sqrt()
+
+        bounds = (losses.min().item() - 100, losses.max().item())
+        options = {"xatol": 1e-12}
+        return upper(minimize_scalar(lambda eta: upper(eta).item(), bounds=bounds, method="bounded", options=options).x)
+    if name == "cvar":  # the minimum over eta lies at one of the losses
+        return torch.stack([eta + (losses - eta).clamp(min=0).mean() / strength for eta in losses]).min()
+    left, total = strength, ordered[-1] * strength  # tv: so much moves from the smallest losses to the largest
+    for loss in ordered:
+        taken = min(left, 1 / len(losses))
+        total, left = total + (1 / len(losses) - taken) * loss, left - taken
+    return total

@@ -1,7 +1,9 @@
 """Training runs in forks: what the tests of resuming, preemption and several hosts share."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 
 from drdpo.records import Completion, Preference, to_row, write_rows
 from harness import ROOT
-from harness.forks import Fork, Forks, statuses
+from harness.forks import RANK_VARIABLES, Fork, Forks, statuses
 
 WORDS = "the cat sat on a mat while it rained over hills and rivers of stone near old towns".split()
 FIGURES = (
@@ -68,6 +70,21 @@ def start_run(forks: Forks, flags: dict, log: Path, world: int = 2, **options: A
 def run_ranks(forks: Forks, flags: dict, log: Path, faults: Sequence[dict] = (), world: int = 2) -> list[int]:
     """Exit statuses of a run whose ranks are all on one machine."""
     return statuses(start_run(forks, flags, log, world, faults=faults))
+
+
+def train(forks: Forks, flags: dict, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """train_alignment.py on one process."""
+    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
+    return forks.run([sys.executable, ROOT / "src" / "train_alignment.py", *words_of(flags)], environment)
+
+
+def refuse(done: "subprocess.CompletedProcess[str]", status: int, *words: str) -> None:
+    """It ended with this status and one line of an error, which has these words."""
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    for word in words:
+        assert word in line, line
 
 
 def words_of(flags: dict) -> list[str]:

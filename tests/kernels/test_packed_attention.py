@@ -3,6 +3,8 @@
 varlen_attention's bookkeeping is tested with a plain stand-in for flash attention, the real one on a GPU.
 """
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,17 +12,8 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from drdpo.kernels import packed_attention
-from drdpo.kernels.packed_attention import (
-    PackedRow,
-    PrefixGroup,
-    PrefixPlan,
-    check_varlen,
-    hidden_states,
-    refusal,
-    repeats_heads,
-    shared_prefix_attention,
-)
+from drdpo.kernels import packed_attention as packed
+from drdpo.kernels.packed_attention import PackedRow, PrefixGroup, PrefixPlan, hidden_states, shared_prefix_attention
 
 SIZES = {
     "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 90,
@@ -30,15 +23,10 @@ SIZES = {
 
 def groups_of(*shapes: tuple[int, list[int]]) -> list[tuple[int, list[list[int]]]]:
     """[(prefix length, suffix lengths)] -> random groups."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(0, 90, (count,), generator=generator).tolist()
-
-    groups = []
+    numbers, groups = random.Random(1), []
     for shared, suffixes in shapes:
-        prefix = draw(shared)
-        groups.append((shared, [prefix + draw(length) for length in suffixes]))
+        prefix = numbers.choices(range(90), k=shared)
+        groups.append((shared, [prefix + numbers.choices(range(90), k=length) for length in suffixes]))
     return groups
 
 
@@ -49,32 +37,36 @@ LENGTHS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1, 2)),
 TOKENS = sum(group.tokens for group in LENGTHS)
 
 
+def plan_of(groups: list[PrefixGroup], flash: bool = False) -> PrefixPlan:
+    return PrefixPlan(groups, torch.device("cpu"), torch.float32, flash=flash)
+
+
 def model_of(**fields: int) -> nn.Module:
     torch.manual_seed(0)
     return LlamaModel(LlamaConfig(**(SIZES | fields), attn_implementation="sdpa")).eval()
 
 
-@pytest.mark.parametrize("key_value_heads", [6, 2, 1])
-def test_a_packed_row_holds_what_each_sequence_gets_alone(key_value_heads: int) -> None:
-    model = model_of(num_key_value_heads=key_value_heads)
-    row = PackedRow(GROUPS)
-    assert len(row.token_ids) == (7 + 13) + 5 + (20 + 6) + (1 + 31) + 1
+def check_row(model: nn.Module, groups: list[tuple[int, list[list[int]]]], tolerance: float) -> None:
+    """A packed row holds what each of its sequences gets alone."""
+    row = PackedRow(groups)
     with torch.no_grad():
         packed_ND = hidden_states(model, row)
-        for number, sequence in enumerate(sequence for _, sequences in GROUPS for sequence in sequences):
-            alone_TD = model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
+        for number, sequence in enumerate(sequence for _, sequences in groups for sequence in sequences):
+            alone_TD = model(input_ids=torch.tensor([sequence], device=packed_ND.device)).last_hidden_state[0]
             places = [row.index(number, position) for position in range(len(sequence))]
             assert [row.token_ids[place] for place in places] == sequence
             assert [row.positions[place] for place in places] == list(range(len(sequence)))
-            torch.testing.assert_close(packed_ND[places], alone_TD, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(packed_ND[places], alone_TD, atol=tolerance, rtol=tolerance)
 
 
-def test_the_model_attends_as_before_afterwards() -> None:
-    model, ids = model_of(num_key_value_heads=2), torch.arange(9)[None]
+@pytest.mark.parametrize("key_value_heads", [6, 2, 1])
+def test_a_packed_row_holds_what_each_sequence_gets_alone(key_value_heads: int) -> None:
+    model, ids = model_of(num_key_value_heads=key_value_heads), torch.arange(9)[None]
+    assert len(PackedRow(GROUPS).token_ids) == (7 + 13) + 5 + (20 + 6) + (1 + 31) + 1
     with torch.no_grad():
         before = model(input_ids=ids).last_hidden_state
-        hidden_states(model, PackedRow(GROUPS))
-        assert torch.equal(model(input_ids=ids).last_hidden_state, before)
+        check_row(model, GROUPS, 1e-5)
+        assert torch.equal(model(input_ids=ids).last_hidden_state, before), "it attends as before afterwards"
 
 
 def test_gradients_sum_over_the_sequences_that_share_a_prefix() -> None:
@@ -99,14 +91,14 @@ def test_attention_by_hand() -> None:
     # One head of width 1, queries 0: every visible value counts alike. Prefix values 1, 3; suffixes (5, 7) and (11).
     value_1KNE = torch.tensor([1.0, 3.0, 5.0, 7.0, 11.0]).reshape(1, 1, 5, 1)
     zero = torch.zeros_like(value_1KNE)
-    plan = PrefixPlan([PrefixGroup(2, (2, 1))], torch.device("cpu"), torch.float32)
+    plan = plan_of([PrefixGroup(2, (2, 1))])
     out = shared_prefix_attention(zero, zero, value_1KNE, plan, None).flatten().tolist()
     assert out == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
 def test_a_second_derivative_is_refused() -> None:
     query, key, value = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
-    plan = PrefixPlan([PrefixGroup(4, (3, 2))], torch.device("cpu"), torch.float32)
+    plan = plan_of([PrefixGroup(4, (3, 2))])
     out = shared_prefix_attention(query, key, value, plan, None)
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
@@ -114,7 +106,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_the_mask_by_hand() -> None:
-    plan = PrefixPlan([PrefixGroup(3, (2,)), PrefixGroup(1, (4, 1))], torch.device("cpu"), torch.float32)
+    plan = plan_of([PrefixGroup(3, (2,)), PrefixGroup(1, (4, 1))])
     visible = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     assert torch.equal(plan.mask(1, 4) == 0, visible)
     assert torch.equal(plan.mask(3, 2) == 0, torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool())
@@ -138,7 +130,7 @@ def test_a_group_costs_the_same_beside_any_number_of_others() -> None:
     """A gradient of a slice is as long as the row: work that grew with the square of the groups."""
 
     def elements(groups: int) -> int:
-        plan = PrefixPlan([PrefixGroup(8, (6, 5))] * groups, torch.device("cpu"), torch.float32)
+        plan = plan_of([PrefixGroup(8, (6, 5))] * groups)
         query, key, value = (torch.randn(1, heads, 19 * groups, 8, requires_grad=True) for heads in (6, 2, 2))
         out = shared_prefix_attention(query, key, value, plan, None)
         with _Elements() as counted:
@@ -149,25 +141,25 @@ def test_a_group_costs_the_same_beside_any_number_of_others() -> None:
 
 
 def test_key_heads_are_repeated_where_no_fused_kernel_takes_fewer() -> None:
-    half, single = torch.bfloat16, torch.float32
-    assert repeats_heads(True, True, half) and repeats_heads(True, False, single) and repeats_heads(True, True, single)
-    assert not repeats_heads(True, False, half), "flash attention takes them as they are"
-    assert not any(repeats_heads(False, masked, dtype) for masked in (True, False) for dtype in (half, single))
+    repeats, half, single = packed.repeats_heads, torch.bfloat16, torch.float32
+    assert repeats(True, True, half) and repeats(True, False, single) and repeats(True, True, single)
+    assert not repeats(True, False, half), "flash attention takes them as they are"
+    assert not any(repeats(False, masked, dtype) for masked in (True, False) for dtype in (half, single))
 
 
 def test_cudnn_never_attends_to_packed_rows_and_is_left_as_it_was(monkeypatch) -> None:
     """It builds a plan for all sizes and strides of its inputs, which hardly ever come again."""
-    allowed, original = [], packed_attention.scaled_dot_product_attention
+    allowed, original = [], packed.scaled_dot_product_attention
 
     def watched(*inputs, **options):
         allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
         return original(*inputs, **options)
 
-    monkeypatch.setattr(packed_attention, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(packed, "scaled_dot_product_attention", watched)
     assert torch.backends.cuda.cudnn_sdp_enabled(), "torch's default"
     model = model_of(num_key_value_heads=2)
     hidden_states(model, PackedRow(GROUPS)).sum().backward()
-    with packed_attention.shared_prefixes(model):
+    with packed.shared_prefixes(model):
         model(input_ids=torch.arange(9)[None])
     assert len(allowed) > 20 and not any(allowed)
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -225,9 +217,9 @@ def test_every_segment_sees_its_prefix_and_itself(kv_heads: int, monkeypatch) ->
 def test_what_a_row_needs_is_made_once_for_all_layers_and_no_mask_for_flash(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     made = []
-    segments_of = packed_attention.segments_of
-    monkeypatch.setattr(packed_attention, "segments_of", lambda *given: made.append(given) or segments_of(*given))
-    plan = PrefixPlan(LENGTHS, torch.device("cpu"), torch.float32, flash=True)
+    segments_of = packed.segments_of
+    monkeypatch.setattr(packed, "segments_of", lambda *given: made.append(given) or segments_of(*given))
+    plan = plan_of(LENGTHS, flash=True)
     query, key, value = (torch.randn(1, heads, TOKENS, 16) for heads in (6, 2, 2))
     for _ in range(3):
         shared_prefix_attention(query, key, value, plan, None)
@@ -235,19 +227,19 @@ def test_what_a_row_needs_is_made_once_for_all_layers_and_no_mask_for_flash(monk
     # Four tokens, then 3 and 6 behind them; a row of 5; rows of 1 and 2; two tokens, then 1 and 40 behind them.
     assert plan.segments.starts_q.diff().tolist() == [4, 3, 6, 5, 1, 2, 2, 1, 40]
     assert plan.segments.starts_k.diff().tolist() == [4, 7, 10, 5, 1, 2, 2, 3, 42]
-    fused = PrefixPlan(LENGTHS, torch.device("cpu"), torch.float32)
+    fused = plan_of(LENGTHS)
     shared_prefix_attention(query, key, value, fused, None)
     assert "_mask" in vars(fused) and "segments" not in vars(fused)
 
 
 def test_a_model_is_refused_by_its_shape_before_the_device_is_asked(monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(packed_attention, "check_varlen", lambda *given: asked.append(given))
+    monkeypatch.setattr(packed, "check_varlen", lambda *given: asked.append(given))
     device, settings = torch.device("cuda"), LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    assert refusal(settings, device, torch.float32) == "flash attention takes 16-bit numbers only" and not asked
-    assert refusal(settings, device, torch.bfloat16) is None
+    assert packed.refusal(settings, device, torch.float32) == "flash attention takes 16-bit numbers only" and not asked
+    assert packed.refusal(settings, device, torch.bfloat16) is None
     settings.head_dim = 32
-    assert refusal(settings, device, torch.float16) is None
+    assert packed.refusal(settings, device, torch.float16) is None
     assert [given[2:] for given in asked] == [(4, 2, 16), (4, 2, 32)]
 
 
@@ -255,18 +247,17 @@ def test_scoring_may_attend_by_flash(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     model = model_of(num_key_value_heads=2)
     row = PackedRow([(2, [[1, 2, 3], [1, 2, 4, 5]]), (0, [[6, 7]])])
-    with torch.no_grad():
-        assert torch.allclose(hidden_states(model, row, flash=True), hidden_states(model, row), atol=1e-5)
+    assert torch.allclose(hidden_states(model, row, flash=True), hidden_states(model, row), atol=1e-5)
 
 
 def test_the_check_finds_wrong_numbers_and_missing_kernels(monkeypatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    assert check_varlen(cpu, torch.float32, 6, 2, 16) is None
+    assert packed.check_varlen(cpu, torch.float32, 6, 2, 16) is None
     monkeypatch.setattr(varlen, "varlen_attn", lambda *inputs, **flags: stand_in(*inputs, **flags) * 1.1)
-    assert check_varlen(cpu, torch.float32, 6, 2, 16) == "its numbers differ from those of the other kernels"
+    assert packed.check_varlen(cpu, torch.float32, 6, 2, 16) == "its numbers differ from those of the other kernels"
     monkeypatch.undo()
-    assert check_varlen(cpu, torch.bfloat16, 6, 2, 16), "a CPU has no such kernel"
+    assert packed.check_varlen(cpu, torch.bfloat16, 6, 2, 16), "a CPU has no such kernel"
 
 
 @pytest.mark.gpu
@@ -276,18 +267,11 @@ def test_prompts_of_any_length_beside_each_other_on_a_gpu(dtype: torch.dtype) ->
     model = model_of(num_key_value_heads=2).to("cuda", dtype)
     for longest in range(17, 27):
         groups = groups_of((longest, [8, 3]), (9, [16, 7]), (1, [15]))
-        row = PackedRow(groups)
-        with torch.no_grad():
-            packed_ND = hidden_states(model, row)
-            for number, sequence in enumerate(sequence for _, sequences in groups for sequence in sequences):
-                alone_TD = model(input_ids=torch.tensor([sequence], device="cuda")).last_hidden_state[0]
-                places = [row.index(number, position) for position in range(len(sequence))]
-                tolerance = 1e-4 if dtype == torch.float32 else 0.1
-                torch.testing.assert_close(packed_ND[places], alone_TD, atol=tolerance, rtol=tolerance)
+        check_row(model, groups, 1e-4 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [6, 2])
 def test_flash_attention_on_a_gpu(kv_heads: int) -> None:
     agree(kv_heads, torch.bfloat16, "cuda", 0.02)
-    assert check_varlen(torch.device("cuda"), torch.bfloat16, 6, kv_heads, 16) is None
+    assert packed.check_varlen(torch.device("cuda"), torch.bfloat16, 6, kv_heads, 16) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+kernels, tangents = (pytest.importorskip(f"drdpo.kernels.triton_{name}") for name in ("logprob", "tangent"))
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a block may have by compute capability: A100; A10 and RTX 30; H100; B200; RTX 50. Source:
@@ -39,18 +40,22 @@ class NoDriver:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Compiles a kernel for 2,048 tokens, width 2,048 and a block of the vocabulary."""
+def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Pretends that a GPU of some capability is here."""
     from triton.runtime.driver import driver
-
-    from drdpo.kernels import triton_logprob as kernels
 
     if kernels.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 compiles nothing")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return lambda capability: monkeypatch.setattr(driver, "_active", NoDriver(capability))
+
+
+@pytest.fixture
+def compiled(pretend: Any) -> Any:
+    """Compiles a kernel for 2,048 tokens, width 2,048 and a block of the vocabulary."""
 
     def build(capability: int, dtype: torch.dtype, kernel: str, vocabulary: int) -> Any:
-        monkeypatch.setattr(driver, "_active", NoDriver(capability))
+        pretend(capability)
         matrix, ids, floats = torch.empty(1, dtype=dtype), torch.empty(1, dtype=torch.int64), torch.empty(1)
         options = {**kernels._products(dtype), **kernels._tiles(dtype), "grid": (1,)}
         tokens = width = 2048
@@ -102,26 +107,19 @@ def test_a_gradient_block_of_odd_width_is_stored_two_bytes_at_a_time(compiled: A
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_attention_of_tangents_compiled_for_gpus(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, width: int, kernel: str
+    pretend: Any, tmp_path: Path, capability: int, width: int, kernel: str
 ) -> None:
     """Of second order and in float32, which needs most; SPILLED is the only excess."""
-    from triton.runtime.driver import driver
-
-    from drdpo.kernels import triton_tangent as kernels
-
-    if kernels.INTERPRETED:
-        pytest.skip("TRITON_INTERPRET=1 compiles nothing")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", NoDriver(capability))
+    pretend(capability)
     half, single, table = torch.empty(1, dtype=torch.bfloat16), torch.empty(1), torch.empty(1, dtype=torch.int32)
     function, halves, singles = {
-        "forward": (kernels._attention_forward_kernel, 3, 2), "tangent": (kernels._attention_tangent_kernel, 6, 4),
-        "queries": (kernels._query_gradient_kernel, 8, 5), "keys": (kernels._key_gradient_kernel, 8, 6),
+        "forward": (tangents._attention_forward_kernel, 3, 2), "tangent": (tangents._attention_tangent_kernel, 6, 4),
+        "queries": (tangents._query_gradient_kernel, 8, 5), "keys": (tangents._key_gradient_kernel, 8, 6),
     }[kernel]  # fmt: skip
     options = {"SECOND": True} if kernel in ("queries", "keys") else {}
     built = function.warmup(
         *[half] * halves, *[single] * singles, table, 2048, 32, 4, 0.125, 1 << 20, 1 << 18, 1000, WIDTH=width, BLOCK_E=width,
-        PARTS=3, WIDEN=False, grid=(1,), **kernels.tiles(kernel == "keys", width, capability // 10), **options,
+        PARTS=3, WIDEN=False, grid=(1,), **tangents.tiles(kernel == "keys", width, capability // 10), **options,
     )  # fmt: skip
     ptx = built.asm["ptx"]
     assert built.metadata.shared <= min(SHARED.values()), "for every GPU of a generation"

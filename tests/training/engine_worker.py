@@ -1,4 +1,4 @@
-"""Started, with the launcher's variables, by conftest.py's engine_work: optimizer steps, weights and figures to files.
+"""Started, with the launcher's variables, from test_equality.py: real optimizer steps, weights and figures to files.
 
 usage: engine_worker.py CASES.json PAIRS.json MODEL_FOLDER OUTPUT_FOLDER
 

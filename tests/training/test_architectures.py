@@ -1,5 +1,7 @@
 """Families of transformers: log-probs equal plain transformers' own, sequence by sequence, or a refusal names why."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from harness.architectures import FAMILIES, WINDOW, random_model, settings_of, structure
@@ -11,7 +13,7 @@ from drdpo.kernels.packed_attention import SHARED_PREFIX, register_shared_prefix
 from drdpo.models import Model, meta_model
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.memory import preflight
-from drdpo.training.policy import Policy, check_numbers, check_pairs
+from drdpo.training.policy import Policy, check_numbers, check_pairs, load_policy
 
 WITHIN = 2e-4
 """Nats."""
@@ -154,9 +156,71 @@ def test_pairs_must_have_rows_and_positions():
     check_pairs(policy, [Pair([95] * 30, [3] * 34, [3])], "m")
     with pytest.raises(DataError, match="token id 96, and the model's embedding has 96 rows"):
         check_pairs(policy, [Pair([1], [96], [3])], "m")
-    with pytest.raises(
-        UsageError, match=r"longest pair has 65 tokens, and its table of positions 64 rows: pass --max_len=64"
-    ):
+    with pytest.raises(UsageError, match=r"longest pair has 65 tokens, .* 64 rows: pass --max_len=64"):
         check_pairs(policy, [Pair([95] * 30, [3] * 35, [3])], "m")
     # Rotary positions have no end: the preflight warns.
     check_pairs(Policy(meta_model(settings_of("Qwen2"))), [Pair([1] * 30, [3] * 35, [3])], "m")
+
+
+# Rotary positions that change with the batch: exact below the length of the change, refused beyond it.
+
+LIMIT = 16
+KINDS = {
+    "dynamic": ("Llama, biases", LIMIT, {"factor": 4.0, "rope_theta": 100.0}),
+    "longrope": ("Phi-3", 64, {"rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4,
+                               "original_max_position_embeddings": LIMIT}),
+    "llama3": ("Llama, biases", 8, {"rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                    "original_max_position_embeddings": 4}),
+}  # fmt: skip
+
+
+def rotary(kind: str, folder: Path) -> Path:
+    name, positions, rope = KINDS[kind]
+    more = {"original_max_position_embeddings": LIMIT} if kind == "longrope" else {}
+    model = random_model(name, max_position_embeddings=positions, rope_parameters={"rope_type": kind, **rope}, **more)
+    model.save_pretrained(folder / kind)
+    return folder / kind
+
+
+@pytest.fixture(scope="module", params=["dynamic", "longrope"])
+def model(request, tmp_path_factory) -> Path:
+    """Whose frequencies change beyond LIMIT tokens."""
+    return rotary(request.param, tmp_path_factory.mktemp("models"))
+
+
+def run_on(path: Path, train: list[Pair], test: list[Pair]):
+    return run_of(config_of(model_path=str(path), train_batch_size=2, micro_batch_size=1), train, test)
+
+
+def logprobs(policy: Policy, pairs: list[Pair], packing: bool) -> torch.Tensor:
+    with torch.no_grad():
+        return policy(form_batch(pairs, range(len(pairs)), packing)).logprob_S.view(2, -1)[:, 0]
+
+
+FIRST, WHOLE, LONGER = pairs_of_lengths((4, 3, 6), (8, 8, 5), (8, 24, 5))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_up_to_the_limit_a_pair_does_not_feel_its_neighbours_and_beyond_it_does(packing, model):
+    policy = load_policy(str(model), torch.float32, config_of(packing=packing).attention, gradient_checkpointing=False)
+    alone = logprobs(policy, [FIRST], packing)
+    # Three pairs make a row of more than LIMIT tokens, in which no sequence has more.
+    torch.testing.assert_close(logprobs(policy, [FIRST, WHOLE, WHOLE], packing), alone, atol=1e-4, rtol=1e-5)
+    assert len(WHOLE) == LIMIT
+    check_pairs(policy, [FIRST, WHOLE], "m")
+    # What is refused: without the refusal the numbers would change, in either form.
+    assert not torch.allclose(logprobs(policy, [FIRST, LONGER], packing), alone, atol=1e-2, rtol=1e-3)
+    with pytest.raises(UsageError, match=rf"the longest pair has 32: pass --max_len={LIMIT}"):
+        check_pairs(policy, [FIRST, LONGER], "m")
+
+
+def test_the_preflight_refuses_and_otherwise_predicts(model, capsys):
+    with pytest.raises(UsageError, match=rf"beyond {LIMIT} tokens .*{model.name}"):
+        preflight(run_on(model, [FIRST] * 2, [LONGER]))
+    preflight(run_on(model, [FIRST] * 2, [FIRST]))
+    assert "predicted peak" in capsys.readouterr().out
+
+
+def test_fixed_kinds_have_no_limit_but_a_warning(tmp_path, capsys):
+    preflight(run_on(rotary("llama3", tmp_path), [LONGER] * 2, [LONGER]))
+    assert "the longest pair has 32 tokens, beyond the model's context: pass --max_len=8" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from drdpo.config.training import TrainConfig
-from drdpo.training.data import Pair, _epoch_order, collate, micro_batches, padded_shards, step_indices, token_batches
+from drdpo.training.data import Pair, _epoch_order, collate, micro_batches, pack, padded_shards, step_indices, token_batches
 from drdpo.training.run import batch_plan
 
 
@@ -65,9 +65,6 @@ def test_the_step_is_the_same_whatever_the_ranks_and_micro_batches(world):
         assert sorted(index for rank in dealt for batch in rank for index in batch) == sorted(indices)
         assert {len(batch) for rank in dealt for batch in rank} == {micro}
         assert len({len(rank) for rank in dealt}) == 1, "every rank runs as many batches"
-
-
-def test_lengths_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="6 pairs"):
         micro_batches(range(6), [1] * 6, 2, 0, 2, by_length=False)
 
@@ -94,12 +91,26 @@ def test_collate_by_hand():
     assert torch.equal(collate(pairs, [-1], 0).input_ids_ST, collate(pairs, [1], 0).input_ids_ST), "the shortest pair"
 
 
+def test_a_packed_row_by_hand():
+    batch = pack([Pair([7, 8], [1], [2, 3]), Pair([9], [4, 5], [6])], [1, 0])
+    assert batch.input_ids_1N.tolist() == [[9, 4, 5, 6, 7, 8, 1, 2, 3]]
+    assert batch.positions_1N.tolist() == [[0, 1, 2, 1, 0, 1, 2, 2, 3]]
+    assert batch.pair_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert batch.targets_A.tolist() == [4, 5, 6, 1, 2, 3]
+    assert batch.states_A.tolist() == [0, 1, 0, 5, 5, 7]
+    assert batch.sequence_A.tolist() == [0, 0, 2, 1, 3, 3]
+    assert batch.indices_B.tolist() == [1, 0]
+    assert batch.tokens == 9
+
+
 def test_rows_of_a_token_budget_by_hand():
     # Longest first, each to the row that holds least: two rows of 11 and 9; in rows of 10 that is too much, so three.
     tokens = [6, 5, 4, 3, 2]
     assert token_batches(range(5), tokens, 11, 0, 1) == [[0, 3, 4], [1, 2]]
     assert token_batches(range(5), tokens, 10, 0, 1) == [[1, 4], [2, 3], [0]]
     assert token_batches([3, 1, 0, 2, 4], tokens, 11, 0, 1) == token_batches(range(5), tokens, 11, 0, 1)
+    with pytest.raises(ValueError, match="up to 6 tokens"):
+        token_batches(range(2), [6, 2], 5, 0, 1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -115,11 +126,6 @@ def test_token_rows_hold_the_step_once_within_the_budget(world, budget):
     assert sum(len(rank) for rank in dealt) <= 2 * least + world, "few rows"
 
 
-def test_a_pair_beyond_the_budget_is_refused():
-    with pytest.raises(ValueError, match="up to 6 tokens"):
-        token_batches(range(2), [6, 2], 5, 0, 1)
-
-
 def test_evaluation_batches_of_a_budget_fill_up_little():
     config, short = TrainConfig("-", "-", "-", micro_batch_tokens=100), Pair([1] * 4, [2] * 3, [3] * 3)
     plan = batch_plan(config, [Pair([1] * 1000, [2] * 1000, [3] * 1000), *[short] * 4])
@@ -132,9 +138,8 @@ def test_evaluation_batches_of_a_budget_fill_up_little():
 @pytest.mark.parametrize("flags", [{"micro_batch_size": 2}, {"micro_batch_tokens": 40}])
 def test_the_first_epoch_and_what_is_left_of_it_are_all_pairs(flags):
     pairs = [Pair([1] * (1 + k % 3), [2] * (1 + k % 5), [3] * 2) for k in range(11)]
-    plans = [
-        replace(batch_plan(TrainConfig("-", "-", "-", train_batch_size=4, **flags), pairs), rank=r, world=2) for r in (0, 1)
-    ]
+    plan = batch_plan(TrainConfig("-", "-", "-", train_batch_size=4, **flags), pairs)
+    plans = [replace(plan, rank=rank, world=2) for rank in (0, 1)]
     everything = [index for plan in plans for rows in plan.of_first_epoch() for index in rows if index >= 0]
     assert sorted(everything) == list(range(11))
     for step in (0, 1, 2):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from drdpo import chat
 from drdpo.config.training import DataSettings
@@ -47,23 +48,14 @@ def folder_with(tmp_path: Path, *rows, split: str = "train") -> str:
 )
 def test_every_form_gives_the_same_pair(row, tmp_path):
     (preference,) = load_split(DataSettings(folder_with(tmp_path, row)), "train")[0]
-    assert preference.prompt == PROMPT
-    assert preference.chosen == said("Red.")
-    assert preference.rejected == said("No.")
+    assert (preference.prompt, preference.chosen, preference.rejected) == (PROMPT, said("Red."), said("No."))
 
 
-def test_the_shared_prompt_inside_may_have_several_turns(tmp_path):
-    turns = [*PROMPT, *said("Red."), {"role": "user", "content": "Another."}]
-    row = {"chosen": turns + said("Blue."), "rejected": turns + said("Red.")}
-    (preference,) = load_split(DataSettings(folder_with(tmp_path, row)), "train")[0]
-    assert preference.prompt == turns
-
-
-@pytest.mark.parametrize("text", ["Another.", "Name a colour.", "a title"])
-def test_whole_conversations_beside_a_text_have_the_prompt(text, tmp_path):
+@pytest.mark.parametrize("text", [None, "Another.", "Name a colour.", "a title"])
+def test_whole_conversations_have_the_prompt_also_beside_a_text(text, tmp_path):
     """With system and earlier turns, which the text lacks. TRL takes the turns that both share, too."""
     turns = [{"role": "system", "content": "Be brief."}, *PROMPT, *said("Red."), {"role": "user", "content": "Another."}]
-    row = {"prompt": text, "chosen": turns + said("Blue."), "rejected": turns + said("Red.")}
+    row = {"chosen": turns + said("Blue."), "rejected": turns + said("Red."), **({"prompt": text} if text else {})}
     (preference,) = load_split(DataSettings(folder_with(tmp_path, row)), "train")[0]
     assert (preference.prompt, preference.chosen, preference.rejected) == (turns, said("Blue."), said("Red."))
 
@@ -75,10 +67,7 @@ def test_whole_conversations_beside_a_text_have_the_prompt(text, tmp_path):
         ({"prompt": PROMPT, "chosen": said("Red."), "rejected": said("a") + said("b")}, r'row 2: field "rejected"'),
         ({"prompt": said("x"), "chosen": said("a"), "rejected": said("b")}, r'row 2: field "prompt" ends in'),
         ({"chosen": "a", "rejected": "b"}, r'row 2: field "prompt" is missing'),
-        (
-            {"prompt": PROMPT, "chosen": said("a"), "rejected": [{"role": "bot", "content": "b"}]},
-            r'row 2: .*"rejected".*bot',
-        ),
+        ({"prompt": "x", "chosen": said("a"), "rejected": [{"role": "bot", "content": "b"}]}, r'row 2: .*"rejected".*bot'),
         ('{"prompt": [{"role": "us', r"row 2: not a whole JSON object"),
         ("[1, 2]", r"row 2: a JSON list"),
     ],
@@ -91,10 +80,13 @@ def test_a_bad_row_is_named(row, message, tmp_path):
 
 def test_missing_and_empty_splits_are_named(tmp_path):
     folder = folder_with(tmp_path)
-    with pytest.raises(DataError, match=r"train\.jsonl: the data set has no rows"):
-        load_split(DataSettings(folder), "train")
-    with pytest.raises(DataError, match=r"test\.jsonl: no such file"):
-        load_split(DataSettings(folder), "test")
+    for data, split, message in (
+        (DataSettings(folder), "train", r"train\.jsonl: the data set has no rows"),
+        (DataSettings(folder), "test", r"test\.jsonl: no such file"),
+        (DataSettings(folder, "b"), "train", "omit --dataset_config=b"),  # a folder has no configurations
+    ):
+        with pytest.raises(DataError, match=message):
+            load_split(data, split)
 
 
 def rows_of(*numbers: int) -> list[dict]:
@@ -107,8 +99,6 @@ def stored(request, tmp_path) -> Callable[..., str]:
 
     def write(**splits: list[dict]) -> str:
         if request.param == "saved":
-            from datasets import Dataset, DatasetDict
-
             saved = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
             saved.save_to_disk(str(tmp_path / "saved"))
             return str(tmp_path / "saved")
@@ -136,9 +126,7 @@ def test_splits_by_name(stored):
 
 def test_a_share_of_the_prompts_is_held_out(stored):
     path = stored(train=rows_of(*range(40)))
-    with pytest.raises(
-        DataError, match=r"\btest\b.*\(there is train\); pass --test_split=NAME for another, or --test_share=0\.05"
-    ):
+    with pytest.raises(DataError, match=r"\btest\b.*there is train.*--test_split=NAME.*or --test_share=0\.05"):
         load_split(DataSettings(path), "test")
     data = DataSettings(path, test_share=0.15, seed=3)
     train, test = (chosen_of(data, split) for split in ("train", "test"))
@@ -165,11 +153,6 @@ def test_a_validation_split_of_the_hub_is_the_test_side(monkeypatch):
     assert asked == [("owner/name", "b")]
     with pytest.raises(DataError, match=r"owner/name: .*Please pick one among .*'b'.*; pass --dataset_config=NAME"):
         load_split(DataSettings("owner/name"), "test")
-
-
-def test_a_folder_has_no_configurations(tmp_path):
-    with pytest.raises(DataError, match="omit --dataset_config=b"):
-        load_split(DataSettings(folder_with(tmp_path, *rows_of(1)), "b"), "train")
 
 
 def preference(chosen="Red.", rejected="No.", **ids) -> Preference:
@@ -200,18 +183,14 @@ def test_ids_of_another_tokenizer_are_not_trusted(ids, tokenizer):
     assert counts["text encoded"] == 2
 
 
-def test_a_row_that_the_template_refuses_is_counted(tokenizer, monkeypatch):
+def test_a_row_that_the_template_refuses_is_counted_and_one_that_renders_nothing_is_quoted(tokenizer, monkeypatch):
     broken = "{% if messages[0]['role'] == 'system' %}{{ messages + 1 }}{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", broken + tokenizer.chat_template)
     two = Preference(0, [{"role": "system", "content": "x"}, *PROMPT], said("a"), said("b"))
     pairs, counts = tokenise([preference(), two], tokenizer, 100)
     assert (len(pairs), counts["template refuses"]) == (1, 1)
-
-
-def test_a_template_that_fails_on_every_row_is_quoted(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] + 1 }}")
-    with pytest.raises(DataError, match=r"template renders no pair; the last: .*can only concatenate str"):
-        tokenise([preference()], tokenizer, 100)
+    with pytest.raises(DataError, match=r"template renders no pair; the last: .*can only concatenate"):
+        tokenise([two], tokenizer, 100)
 
 
 def test_what_is_left_out_is_counted(tokenizer):

@@ -8,18 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import ROOT
-from harness.policies import REFERENCE_M2, policy_of
+from harness.policies import REFERENCE_M2, apart, gradient_of, policy_of
+from harness.runs import flags_of, words_of
 from own_method import CvarConfig, cvar
 
-from drdpo import chat
-from drdpo.config.training import DataSettings, TrainConfig
+from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.records import Preference, to_row, write_rows
-from drdpo.training.data import Batch, collate, form_batch, pack, tokenise
+from drdpo.training.data import collate, form_batch
 from drdpo.training.losses import TOKENS, Method, Pairs, Penalty, method_of
 from drdpo.training.objective import check_tangent, objective, survey
 from drdpo.training.policy import load_policy, pairs_of
-from drdpo.training.rows import load_split
 from drdpo.training.run import check_inputs
 
 PATHS = {"model_path": "-", "dataset_path": "-", "save_path": "-"}
@@ -46,11 +44,6 @@ def test_losses_and_weights_by_hand():
     assert method.weights(same, same, pairs).tolist() == [1, 1, 1, 1], "ties share: at the start it is the plain mean"
     assert cvar(config_of(cvar_share=1.0)).weights(population, population, pairs).tolist() == [1, 1, 1, 1]
     assert method.needs_population and method.label == "CVaR (cvar_share=0.5)"
-
-
-def gradients_of(policy, total: torch.Tensor) -> torch.Tensor:
-    found = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
-    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def hinge(pairs):
@@ -90,33 +83,32 @@ def test_a_method_keeps_a_state(tiny_policy, pairs):
 
 
 def test_its_step_is_the_mean_over_the_hardest_pairs(tiny_policy, pairs):
-    config = config_of(cvar_share=0.5)
+    config, batch = config_of(cvar_share=0.5), collate(pairs, range(4), 0)
     policy = policy_of(tiny_policy, config)
-    whole = objective(policy, collate(pairs, range(4), 0), REFERENCE_M2, cvar(config), None)
-    batch = collate(pairs, range(4), 0)
+    whole = objective(policy, batch, REFERENCE_M2, cvar(config), None)
     margins = pairs_of(policy(batch).logprob_S, REFERENCE_M2, batch).margins_B
     hardest = torch.sort(torch.relu(1 - 0.5 * margins), descending=True).values[:2]
-    assert (gradients_of(policy, whole.total) - gradients_of(policy, hardest.mean())).abs().max() < 1e-6
+    assert (gradient_of(policy, whole.total) - gradient_of(policy, hardest.mean())).abs().max() < 1e-6
     assert sorted(whole.weights_B.tolist()) == [0, 0, 2, 2]
     # Two micro-batches, weights from the whole step.
-    halves = [(collate(pairs, rows, 0), REFERENCE_M2[list(rows)]) for rows in (range(2), range(2, 4))]
+    halves = [(collate(pairs, rows, 0), REFERENCE_M2[rows]) for rows in ([0, 1], [2, 3])]
     population = survey(policy, halves, cvar(config))
     split = torch.cat([objective(policy, *half, cvar(config), population).weights_B for half in halves])
     assert split.tolist() == whole.weights_B.tolist()
 
 
 def test_wdpo_penalises_a_loss_of_ones_own_in_both_solvers(tiny_policy, pairs):
-    found = {}
+    found = []
     for solver in ("exact", "tangent"):
         config = TrainConfig(**PATHS, beta=0.5, dtype="float32", wdpo_rho=0.1, wdpo_solver=solver, micro_batch_size=4)
         method = replace(method_of(config), loss=lambda pairs: torch.sqrt(1 + (1 - 0.5 * pairs.margins_B).square()))
         policy = policy_of(tiny_policy, config)
-        batch = form_batch(pairs, range(4), config.packing)
-        part = objective(policy, batch, REFERENCE_M2, method)
-        found[solver] = (gradients_of(policy, part.total), part.penalties_B)
+        part = objective(policy, form_batch(pairs, range(4), config.packing), REFERENCE_M2, method)
+        found.append((gradient_of(policy, part.total), part.penalties_B))
         assert part.losses_B.tolist() == method.loss(part.pairs).tolist()
-    torch.testing.assert_close(found["tangent"][1], found["exact"][1], rtol=1e-5, atol=1e-12)
-    assert (found["tangent"][0] - found["exact"][0]).norm() < 1e-5 * found["exact"][0].norm()
+    (exact, penalties), (ours, our_penalties) = found
+    torch.testing.assert_close(our_penalties, penalties, rtol=1e-5, atol=1e-12)
+    assert apart(ours, exact) < 1e-5
 
 
 def test_the_tangent_solver_refuses_a_loss_of_more_than_the_margin(tiny_policy):
@@ -128,61 +120,31 @@ def test_the_tangent_solver_refuses_a_loss_of_more_than_the_margin(tiny_policy):
         check_tangent(policy, config.model_path, method)
 
 
-def test_a_method_of_the_scores_reads_them_from_the_rows(tiny_policy, tmp_path):
-    """Weights by the scores' difference, of each pair alone: no survey, and a row without a score is refused."""
-    fields = ("chosen_score", "trust")
-    method = Method("by score", lambda pairs: (1 - pairs.margins_B).square(),
-                    lambda losses_B, population_P, pairs: pairs.columns[fields[0]] * pairs.columns[fields[1]],
-                    population=False, reads=fields)  # fmt: skip
+def test_weights_of_a_pairs_own_columns_need_no_survey(tiny_policy, pairs):
+    method = Method("by score", hinge, lambda losses_B, population_P, pairs: pairs.columns["rejected_score"],
+                    population=False, reads=("rejected_score",))  # fmt: skip
     assert not method.needs_population
-    turns = (
-        [{"role": "user", "content": "a"}],
-        [{"role": "assistant", "content": "b"}],
-        [{"role": "assistant", "content": "c"}],
-    )
-    rows = [
-        {**to_row(Preference(row, *turns, chosen, 0.5)), "trust": trust}
-        for row, chosen, trust in ((0, 1.0, 2), (1, 2.5, 0.5))
-    ]
-    write_rows(tmp_path / "train.jsonl", rows)
-    preferences, columns = load_split(DataSettings(str(tmp_path)), "train", fields)
-    pairs, _ = tokenise(preferences, chat.load_tokenizer(str(tiny_policy)), 99, columns)
-    policy = load_policy(str(tiny_policy), torch.float32, "eager", False)
-    for batch in (collate(pairs, range(2), 0), pack(pairs, range(2)).to(torch.device("cpu"))):
-        part = objective(policy, batch, torch.zeros(2, 2), method) if isinstance(batch, Batch) else None
-        assert batch.columns["chosen_score"].tolist() == [1.0, 2.5]
-        assert part is None or part.weights_B.tolist() == [2.0, 1.25]
-    for wrong, words in ((None, "missing"), ("much", "no finite number"), (True, "no finite number")):
-        write_rows(tmp_path / "train.jsonl", [rows[0], {**rows[1], "trust": wrong}])
-        with pytest.raises(DataError, match=f'train.jsonl, row 2: field "trust" is {words}'):
-            load_split(DataSettings(str(tmp_path)), "train", fields)
+    part = objective(policy_of(tiny_policy, config_of()), collate(pairs, range(4), 0), REFERENCE_M2, method)
+    assert part.weights_B.tolist() == [1.5, 1.375, 1.25, 1.125]
 
 
-def test_a_penalty_without_wdpos_flag_is_refused(tiny_policy):
-    """What a row holds and what is checked follow the flag."""
-    config = TrainConfig(str(tiny_policy), "-", "-", dtype="float32")
-    with pytest.raises(UsageError, match="pass --wdpo_rho"):
-        check_inputs(config, replace(method_of(config), penalty=Penalty(0.1)))
-
-
-def test_a_weight_column_is_both_flag_and_method():
-    """Neither alone: the flag would be ignored, the method's weights would not be in the manifest."""
-    method, config = method_of(config_of()), config_of(weight_column="trust")
-    with pytest.raises(UsageError, match="CVaR was not made for --weight_column=trust: make it with replace"):
-        check_inputs(config, replace(method, name="CVaR"))
-    with pytest.raises(UsageError, match="CVaR has a weight_column: pass --weight_column=trust"):
-        check_inputs(config_of(), replace(method_of(config), name="CVaR"))
-
-
-def test_an_own_command_line_with_the_name_of_a_known_method_is_refused():
-    """It would be taken for that method's run: a class without a function of its own, or with a changed loss alone."""
-    config = config_of()
-    for method in (method_of(config), replace(method_of(config), loss=cvar(config).loss)):
-        with pytest.raises(UsageError, match=r"CvarConfig is a command line of its own.*docs/own.md"):
-            check_inputs(config, method)
-
-
-def test_weights_and_a_penalty_are_not_combined():
+def test_flags_and_method_that_do_not_belong_together_are_refused():
+    """What a row holds, what is checked and what the manifest says follow the flags. A class without a function of its own,
+    or with a changed loss alone, would be taken for the known method's run."""
+    plain, config, weighted = TrainConfig(**PATHS, dtype="float32"), config_of(), config_of(weight_column="trust")
+    for flags, method, words in (
+        (plain, replace(method_of(plain), penalty=Penalty(0.1)), "pass --wdpo_rho"),
+        (
+            weighted,
+            replace(method_of(config), name="CVaR"),
+            "CVaR was not made for --weight_column=trust: make it with",
+        ),
+        (config, replace(method_of(weighted), name="CVaR"), "CVaR has a weight_column: pass --weight_column=trust"),
+        (config, method_of(config), "CvarConfig is a command line of its own.*docs/own.md"),
+        (config, replace(method_of(config), loss=cvar(config).loss), "CvarConfig is a command line of its own"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            check_inputs(flags, method)
     with pytest.raises(ValueError, match="weights or a penalty"):
         Method("both", lambda pairs: pairs.margins_B, lambda losses_B, population_P, pairs: losses_B, penalty=Penalty(0.1))
 
@@ -199,10 +161,9 @@ def test_refusals(flags, words):
 @pytest.mark.slow
 def test_it_trains_by_its_wrapper(tiny_policy, forks, data, tmp_path):
     environment = {**os.environ, "DRDPO_PROCESSES": "1", "DRDPO_ENV": str(forks.environment(tmp_path / "an environment"))}
-    command = ["bash", str(ROOT / "experiments" / "own_method.sh"), f"--model_path={tiny_policy}",
-               f"--dataset_path={data}", f"--save_path={tmp_path / 'a run'}", "--cvar_share=0.25",
-               "--train_batch_size=4", "--micro_batch_size=2", "--max_steps=4", "--dtype=float32", "--beta=0.1",
-               "--learning_rate=1e-2", "--warmup_ratio=0.25"]  # fmt: skip
+    own = {"cvar_share": 0.25, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_ratio": 0.25}
+    words = words_of(flags_of(tiny_policy, data, tmp_path / "a run", **own))
+    command = ["bash", str(ROOT / "experiments" / "own_method.sh"), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [json.loads(line) for line in (tmp_path / "a run" / "metrics.jsonl").read_text().splitlines()]

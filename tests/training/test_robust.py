@@ -1,14 +1,14 @@
-"""The methods of --method: numbers by hand, laws, and gradients against float64 autograd of what they are defined to be."""
+"""Losses and weights of all methods: numbers by hand, laws, gradients against float64 autograd of their definitions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from harness.policies import config_of
-from scipy.optimize import minimize_scalar
+from harness.policies import config_of, worst_mean
 
 from drdpo.training import robust
-from drdpo.training.losses import Method, Pairs, method_of, pair_losses
+from drdpo.training.losses import Method, Pairs, effective_sample_size, gradient_penalty, method_of, pair_losses
 from drdpo.training.robust import drdpo_weights, kl_weights
 
 LN2 = math.log(2)
@@ -28,6 +28,99 @@ def doubles(*values: float) -> torch.Tensor:
 
 def value(weights: torch.Tensor, losses: torch.Tensor) -> float:
     return (weights * losses).mean().item()
+
+
+# DPO, KLDPO and Dr. DPO.
+
+
+def test_dpos_losses_by_hand():
+    kinds = ((0.0, "sigmoid"), (0.2, "sigmoid"), (0.2, "robust"), (0.0, "ipo"))
+    first = [pair_losses(doubles(0.0), 0.1, smoothing, kind).item() for smoothing, kind in kinds]
+    assert first == pytest.approx([LN2, LN2, LN2, 25.0], abs=1e-12)
+    with pytest.raises(ValueError, match="hinge"):
+        pair_losses(doubles(0.0), 0.1, kind="hinge")
+    # beta h = ln 3: sigmoid 3/4, so -log is ln(4/3) and the flipped pair's is ln 4.
+    margin = doubles(math.log(3) / 0.5)
+    right, wrong = math.log(4 / 3), math.log(4)
+    assert pair_losses(margin, 0.5).item() == pytest.approx(right)
+    assert pair_losses(margin, 0.5, 0.25).item() == pytest.approx(0.75 * right + 0.25 * wrong)
+    assert pair_losses(margin, 0.5, 0.25, "robust").item() == pytest.approx((0.75 * right - 0.25 * wrong) / 0.5)
+    # IPO with beta 1/2 aims at a margin of 1.
+    assert pair_losses(doubles(1.0, 3.0), 0.5, kind="ipo").tolist() == [0.0, 4.0]
+    assert pair_losses(doubles(-1e5, 1e5), 1.0).tolist() == pytest.approx([1e5, 0.0]), "large margins stay finite"
+
+
+def test_rdpo_is_unbiased_under_flips():
+    # The mean over a flipped and an unflipped label with rate e is the clean loss.
+    margin, e = doubles(0.7), 0.3
+    noisy = (1 - e) * pair_losses(margin, 1.0, e, "robust") + e * pair_losses(-margin, 1.0, e, "robust")
+    assert noisy.item() == pytest.approx(pair_losses(margin, 1.0).item())
+
+
+def test_weights_of_kldpo_and_drdpo_by_hand():
+    # Mean 2, tau 1 / ln 2: weights 2^(l - 2).
+    losses = doubles(1.0, 2.0, 3.0)
+    assert kl_weights(losses, losses, 1 / LN2).tolist() == pytest.approx([0.5, 1.0, 2.0])
+    # Softmax over the three, times three: 3 * (1, 2, 4) / 7.
+    assert kl_weights(losses, losses, 1 / LN2, normalize=True).tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+    # exp(-l / t) with t = 1 / ln 2: (1/2, 1/4), mean 3/8.
+    assert drdpo_weights(losses[:2], losses[:2], 1 / LN2).tolist() == pytest.approx([4 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("weights_of", [kl_weights, partial(kl_weights, normalize=True), drdpo_weights])
+def test_laws_of_kldpo_and_drdpo(weights_of):
+    losses, same = doubles(0.3, 0.9, 0.5, 2.0), doubles(LN2, LN2, LN2)
+    assert torch.allclose(weights_of(losses, losses, 1e12), torch.ones(4, dtype=torch.float64)), "the largest tau is DPO"
+    assert weights_of(same, same, 0.005).tolist() == pytest.approx([1.0, 1.0, 1.0])
+    whole = weights_of(losses, losses, 0.5)
+    assert torch.equal(whole, torch.cat([weights_of(part, losses, 0.5) for part in losses.split(1)])), "of the population"
+    harder = losses.argsort(descending=weights_of is drdpo_weights)
+    assert torch.equal(whole.argsort(), harder), "a harder pair has a larger weight, Dr. DPO's a smaller one"
+    if weights_of is kl_weights:
+        assert kl_weights(losses, losses, 0.5, cap=math.inf).mean() >= 1, "Jensen"
+        assert kl_weights(losses, losses, 0.05).max() == 10, "capped"
+    else:
+        assert whole.mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "value"),
+    [
+        (lambda x: kl_weights(x, x, 0.4, normalize=True), lambda x: 0.4 * torch.log(torch.exp(x / 0.4).mean())),
+        (lambda x: drdpo_weights(x, x, 0.4), lambda x: -0.4 * torch.log(torch.exp(-x / 0.4).mean())),
+    ],
+    ids=["kldpo", "drdpo"],
+)
+def test_weighted_gradient_is_that_of_the_robust_value(weights, value):
+    losses = doubles(0.3, 0.9, 0.5, 2.0).requires_grad_()
+    assert not weights(losses).requires_grad, "they are constants of the step"
+    (ours,) = torch.autograd.grad((weights(losses) * losses).mean(), losses)
+    (theirs,) = torch.autograd.grad(value(losses), losses)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_effective_sample_size_by_hand():
+    assert effective_sample_size(doubles(1, 1, 1, 1)).item() == 4
+    assert effective_sample_size(doubles(1, 0, 0, 0)).item() == 1
+    assert effective_sample_size(doubles(2, 1)).item() == pytest.approx(9 / 5)
+
+
+def test_gradient_penalty_by_hand():
+    # l_i = 2 sum(chosen) - sum(rejected): |grad|^2 is 4 per chosen and 1 per rejected entry, two entries a position.
+    embeds_STD = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    sums_S = embeds_STD.sum(dim=(1, 2))
+    losses_B = 2 * sums_S[:2] - sums_S[2:]
+    assert gradient_penalty(losses_B, embeds_STD, False).tolist() == [30.0, 30.0]
+    # With one prompt position counted once: (2 - 1)^2 there, 4 + 1 elsewhere.
+    prompt_BT = torch.tensor([[True, False, False]] * 2)
+    assert gradient_penalty(losses_B, embeds_STD, False, prompt_BT).tolist() == [2 * (1 + 5 + 5)] * 2
+    # Pairs are apart: the gradient is the embedding itself, so the penalty is twice the pair's own energy.
+    energy_S = embeds_STD.square().sum(dim=(1, 2)) / 2
+    losses_B = energy_S[:2] + energy_S[2:]
+    torch.testing.assert_close(gradient_penalty(losses_B, embeds_STD, False), 2 * losses_B.detach())
+
+
+# Weights of --method.
 
 
 def test_weights_by_hand():
@@ -88,35 +181,13 @@ def test_every_robust_value_lies_between_the_mean_and_the_largest_loss_and_dr_dp
     assert mean <= value(kl_weights(losses, losses, 0.4, normalize=True), losses) <= largest
 
 
-def dual(name: str, losses: torch.Tensor, strength: float) -> torch.Tensor:
-    """The largest mean loss that the method allows, by its dual or by its definition, with a graph."""
-    ordered = losses.sort().values
-    if name == "chi2":
-        c = 1 + 2 * strength
-
-        def upper(eta: torch.Tensor | float) -> torch.Tensor:
-            return eta + math.sqrt(c) * (losses - eta).clamp(min=0).square().mean().sqrt()
-
-        lowest = losses.min().item() - 100
-        best = minimize_scalar(lambda eta: upper(eta).item(), bounds=(lowest, losses.max().item()), method="bounded",
-                               options={"xatol": 1e-12})  # fmt: skip
-        return upper(best.x)
-    if name == "cvar":  # the minimum over eta lies at one of the losses
-        return torch.stack([eta + (losses - eta).clamp(min=0).mean() / strength for eta in losses]).min()
-    left, total = strength, ordered[-1] * strength
-    for loss in ordered:
-        taken = min(left, 1 / len(losses))
-        total, left = total + (1 / len(losses) - taken) * loss, left - taken
-    return total
-
-
 @pytest.mark.parametrize("strength", [0, 1, 2])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_weighted_gradient_is_that_of_the_worst_value(name, strength):
     losses, strength = doubles(*POPULATIONS["spread"]).requires_grad_(), STRENGTHS[name][strength]
     weights = WEIGHTS[name](losses, losses, strength)
     assert not weights.requires_grad
-    worst = dual(name, losses, strength)
+    worst = worst_mean(name, losses, strength)
     assert value(weights, losses) == pytest.approx(worst.item(), rel=1e-9)
     (ours,) = torch.autograd.grad((weights * losses).mean(), losses)
     (theirs,) = torch.autograd.grad(worst, losses)

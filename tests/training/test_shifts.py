@@ -3,11 +3,12 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from harness.policies import config_of, with_facts
-from harness.runs import flags_of, run_ranks, said
+from harness.runs import flags_of, metrics_of, run_ranks, said
 
 from drdpo import chat
 from drdpo.config.training import DataSettings
@@ -56,70 +57,63 @@ def folder_with(path, changed: dict, split: str = "train"):
         (PRO, {"chosen_score": ...}, 'field "chosen_score" is missing, and the method reads it'),
         (PRO, {"rejected_score": 1e39}, 'field "rejected_score" is no finite number (of float32)'),
         (PRO, {"rejected_score": math.inf}, 'field "rejected_score": not a finite number'),
-    ],
-)
-def test_rows_that_a_method_cannot_use_are_named(flags, changed, words, tiny_policy, tmp_path):
-    refuse(flags, folder_with(tmp_path / "pairs", changed), "train.jsonl, row 3: " + words, tiny_policy, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("flags", "changed", "words"),
-    [
+        # Test rows that cannot be evaluated apart.
         ({"eval_columns": "domain"}, {"domain": ...}, 'field "domain" is missing'),
         (MIXTURE, {"chosen_scores": ...}, 'field "chosen_scores" is missing, and --eval_mixture reads it'),
         (MIXTURE, {"rejected_scores": {"x": 1.0}}, 'field "rejected_scores" lacks y, and --eval_mixture reads it; it has x'),
         (MIXTURE, {"chosen_scores": {"x": True, "y": 1.0}}, 'field "chosen_scores": x is no finite number'),
     ],
 )
-def test_test_rows_that_cannot_be_evaluated_apart_are_named(flags, changed, words, tiny_policy, tmp_path):
-    refuse(flags, folder_with(tmp_path / "pairs", changed, "test"), "test.jsonl, row 3: " + words, tiny_policy, tmp_path)
+def test_rows_that_cannot_be_used_are_named(flags, changed, words, made, tmp_path):
+    split = "test" if any("eval" in flag for flag in flags) else "train"
+    refuse(made(flags, folder_with(tmp_path / "pairs", changed, split)), f"{split}.jsonl, row 3: {words}")
 
 
-def made(flags, data, model, tmp_path):
-    paths = {"model_path": str(model), "dataset_path": str(data), "save_path": str(tmp_path / "out")}
-    config = config_of(**paths, train_batch_size=4, **flags)
-    return config, method_of(config)
+@pytest.fixture
+def made(tiny_policy, tmp_path):
+    def make(flags: dict, data):
+        paths = {"model_path": str(tiny_policy), "dataset_path": str(data), "save_path": str(tmp_path / "out")}
+        config = config_of(**paths, train_batch_size=4, **flags)
+        return config, method_of(config)
+
+    return make
 
 
-def refuse(flags, data, words, model, tmp_path):
+def refuse(made, words: str) -> None:
     with pytest.raises(DataError) as refused:
-        check_inputs(*made(flags, data, model, tmp_path))
+        check_inputs(*made)
     assert words in str(refused.value) and "\n" not in str(refused.value)
-    assert not (tmp_path / "out").exists()
+    assert not Path(made[0].save_path).exists()
 
 
-def test_one_group_alone_and_too_many_are_refused(tiny_policy, tmp_path):
-    for split, flags, names, words in (
-        ("train", GROUP, ["same"] * 4, 'field "domain" names one group only'),
-        ("test", {"eval_columns": "domain"}, list(map(str, range(LARGEST + 1))), f"names {LARGEST + 1} groups, more than"),
-        ("test", {"eval_columns": "domain"}, ["a b", "a/b"], "would be the metric domain.a_b; rename one"),
-        ("test", MIXTURE, ["even", "odd"], "--eval_mixture safe scores both answers of every pair alike"),
+def test_splits_that_cannot_be_used_are_refused(made, tmp_path):
+    """One group alone, too many, two of one metric, a mixture without preferences, weights of which none counts."""
+    groups, weighted, zeros = {"eval_columns": "domain"}, {"weight_column": "trust"}, [row(0, trust=0.0)] * 6
+    for split, flags, rows, words in (
+        ("train", GROUP, [row(0, domain="same")] * 4, 'field "domain" names one group only'),
+        ("test", groups, [row(0, domain=str(n)) for n in range(LARGEST + 1)], f"names {LARGEST + 1} groups, more than"),
+        ("test", groups, [row(0, domain="a b"), row(0, domain="a/b")], "would be the metric domain.a_b; rename one"),
+        ("test", MIXTURE, [row(0, rejected_scores=SCORES["chosen_scores"])] * 2, "safe scores both answers of every pair"),
+        ("train", weighted, zeros, 'train.jsonl: field "trust" is 0 in every row'),
     ):
         data = folder_with(tmp_path / "pairs", {})
-        write_rows(data / f"{split}.jsonl", [row(0, domain=name, rejected_scores=SCORES["chosen_scores"]) for name in names])
-        refuse(flags, data, words, tiny_policy, tmp_path)
-
-
-def test_weights_that_are_all_zero_are_refused_in_training(tiny_policy, tmp_path):
-    data, flags = folder_with(tmp_path / "pairs", {}), {"weight_column": "trust"}
-    for split in ("test", "train"):
-        write_rows(data / f"{split}.jsonl", [row(number, trust=0.0) for number in range(6)])
-        if split == "test":  # which is evaluated without weights
-            check_inputs(*made(flags, data, tiny_policy, tmp_path))
-    refuse(flags, data, 'train.jsonl: field "trust" is 0 in every row', tiny_policy, tmp_path)
+        write_rows(data / f"{split}.jsonl", rows)
+        refuse(made(flags, data), words)
+    data = folder_with(tmp_path / "pairs", {})
+    write_rows(data / "test.jsonl", zeros)  # which is evaluated without weights
+    check_inputs(*made(weighted, data))
 
 
 @pytest.mark.parametrize(("dropped", "words"), [(1, '"rare" is left with 1 usable'), (2, "of 1 groups in field")])
-def test_a_group_that_dropped_pairs_leave_alone_is_refused(dropped, words, tiny_policy, tmp_path):
+def test_a_group_that_dropped_pairs_leave_alone_is_refused(dropped, words, made, tmp_path):
     data = folder_with(tmp_path / "pairs", {})
     rows = [row(number, domain="even" if number < 4 else "rare") for number in range(6)]
     for each in rows[6 - dropped :]:
         each["rejected"] = " "
     write_rows(data / "train.jsonl", rows)
-    config, method = made(GROUP, data, tiny_policy, tmp_path)
-    check_inputs(config, method)
+    check_inputs(*made(GROUP, data))
     with pytest.raises(DataError, match=words):
-        open_run(config, method)
+        open_run(*made(GROUP, data))
 
 
 def test_columns_are_read_by_name(tmp_path):
@@ -132,10 +126,8 @@ def test_columns_are_read_by_name(tmp_path):
 
 
 def test_token_counts_are_those_that_are_trained_on(tiny_policy, tmp_path):
-    data, tokenizer = (
-        folder_with(tmp_path / "pairs", {"chosen": "one two three four"}),
-        chat.load_tokenizer(str(tiny_policy)),
-    )
+    data = folder_with(tmp_path / "pairs", {"chosen": "one two three four"})
+    tokenizer = chat.load_tokenizer(str(tiny_policy))
     preferences, columns = load_split(DataSettings(str(data)), "train", ("rejected_tokens", "chosen_tokens"))
     room = len(chat.prompt_token_ids(tokenizer, [{"role": "user", "content": "a"}]))
     pairs, _ = tokenise(preferences, tokenizer, room + 3, columns)
@@ -203,30 +195,28 @@ def test_a_run_reports_shifted_populations(forks, tiny_policy, data, tmp_path):
     (tmp_path / "other").mkdir()
     for split in ("train", "test"):
         rows = [each for _, each in read_rows(data / f"{split}.jsonl")]
-        if split == "test":
-            swapped = {"chosen": "rejected", "rejected": "chosen"}
-            rows = [
-                {**each, **{name: each[other] for name, other in swapped.items()}}
-                if each["chosen_scores"]["y"] < each["rejected_scores"]["y"] else each for each in rows
-            ]  # fmt: skip
+        for each in rows if split == "test" else ():
+            if each["chosen_scores"]["y"] < each["rejected_scores"]["y"]:
+                each["chosen"], each["rejected"] = each["rejected"], each["chosen"]
         write_rows(tmp_path / "other" / f"{split}.jsonl", rows)
-    last = {}
+    last = []
     for name, (folder, more) in runs.items():
         save, log = tmp_path / name, tmp_path / f"log {name}"
         assert run_ranks(forks, flags_of(tiny_policy, folder, save, **words, **more), log) == [0, 0], said(log)
-        last[name] = json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["shifted"]["eval_loss.other"] == pytest.approx(last["labelled"]["eval_loss"], rel=1e-6)
-    assert last["shifted"]["eval_accuracy.other"] == pytest.approx(last["labelled"]["eval_accuracy"])
-    assert last["shifted"]["eval_loss"] != pytest.approx(last["labelled"]["eval_loss"], rel=1e-3)
+        last.append(metrics_of(save)[-1])
+    shifted, labelled = last
+    assert shifted["eval_loss.other"] == pytest.approx(labelled["eval_loss"], rel=1e-6)
+    assert shifted["eval_accuracy.other"] == pytest.approx(labelled["eval_accuracy"])
+    assert shifted["eval_loss"] != pytest.approx(labelled["eval_loss"], rel=1e-3)
     # Of three test pairs the first and the last are in one group.
-    of_groups = (2 * last["shifted"]["eval_loss.domain.even"] + last["shifted"]["eval_loss.domain.odd"]) / 3
-    assert last["shifted"]["eval_loss"] == pytest.approx(of_groups)
+    of_groups = (2 * shifted["eval_loss.domain.even"] + shifted["eval_loss.domain.odd"]) / 3
+    assert shifted["eval_loss"] == pytest.approx(of_groups)
     assert "test, other: 2 of 3 labels differ" in said(tmp_path / "log shifted")
     # Pair by pair, from both ranks and in the test pairs' order: the means are the metrics.
     found = json.loads((tmp_path / "shifted" / "eval_pairs.json").read_text())
     margins = [one - other for one, other in zip(found["chosen_reward"], found["rejected_reward"], strict=True)]
-    assert found["prompt_id"] == [0, 1, 2] and statistics.mean(found["loss"]) == pytest.approx(last["shifted"]["eval_loss"])
-    assert statistics.mean(margins) == pytest.approx(last["shifted"]["eval_margin"], abs=1e-6)
+    assert found["prompt_id"] == [0, 1, 2] and statistics.mean(found["loss"]) == pytest.approx(shifted["eval_loss"])
+    assert statistics.mean(margins) == pytest.approx(shifted["eval_margin"], abs=1e-6)
     assert found["loss"] == pytest.approx([math.log1p(math.exp(-margin)) for margin in margins], rel=1e-5)
-    events = list((tmp_path / "shifted" / "tensorboard").iterdir())
+    events = (tmp_path / "shifted" / "tensorboard").iterdir()
     assert any(b"eval/loss.domain.even" in path.read_bytes() for path in events)

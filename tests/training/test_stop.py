@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said, write_pairs
+from harness.runs import check_equal, fault, flags_of, metrics_of, run_ranks, said
 
 from drdpo.distributed import is_lost_rank, lost_rank_in_one_line, seconds_to_wait
 from drdpo.errors import STOPPED, ProcessError, UsageError
@@ -33,19 +33,10 @@ OWN = [
 ]
 
 
-@pytest.mark.parametrize("message", LOST)
-def test_a_lost_rank(message: str):
-    assert is_lost_rank(RuntimeError(message))
-
-
-@pytest.mark.parametrize("message", OWN)
-def test_an_error_of_its_own(message: str):
-    assert not is_lost_rank(RuntimeError(message))
-    assert not is_lost_rank(ValueError(LOST[0]))
-
-
-def test_torchs_own_class_counts_whatever_its_message():
-    assert is_lost_rank(torch.distributed.DistNetworkError(os.strerror(32)))
+def test_a_lost_rank_is_told_from_an_error_of_its_own():
+    assert all(is_lost_rank(RuntimeError(message)) for message in LOST)
+    assert not any(is_lost_rank(RuntimeError(message)) for message in OWN) and not is_lost_rank(ValueError(LOST[0]))
+    assert is_lost_rank(torch.distributed.DistNetworkError(os.strerror(32))), "torch's own class, whatever its message"
 
 
 def test_a_lost_rank_is_reported_to_torchrun_if_it_asks(tmp_path, monkeypatch):
@@ -97,10 +88,9 @@ def test_a_signal_is_noted_also_one_that_was_blocked(sent):
 
 
 @pytest.mark.slow
-def test_stopped_twice_equals_undisturbed(forks, tiny_policy, tmp_path):
-    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+def test_stopped_twice_equals_undisturbed(forks, tiny_policy, data, tmp_path):
+    log, save = tmp_path / "log", tmp_path / "stopped"
     assert run_ranks(forks, flags_of(tiny_policy, data, tmp_path / "whole"), log) == [0, 0], said(log)
-    save = tmp_path / "stopped"
     # No state but those of the signals.
     flags = flags_of(tiny_policy, data, save, save_steps=0)
     for rank, sent, step in ((1, "SIGUSR1", 2), (0, "SIGTERM", 3)):
@@ -114,14 +104,12 @@ def test_stopped_twice_equals_undisturbed(forks, tiny_policy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_written(forks, tiny_policy, tmp_path):
-    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
-    save = tmp_path / "stopped"
+def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_written(forks, tiny_policy, data, tmp_path):
+    log, save = tmp_path / "log", tmp_path / "stopped"
     flags = flags_of(tiny_policy, data, save)
     # After those of the training pairs, before those of the test pairs.
-    assert run_ranks(forks, flags, log, [fault("loop:_reference", 1, rank=1, signal="SIGUSR1")]) == [STOPPED, STOPPED], said(
-        log
-    )
+    sent = fault("loop:_reference", 1, rank=1, signal="SIGUSR1")
+    assert run_ranks(forks, flags, log, [sent]) == [STOPPED, STOPPED], said(log)
     assert "stopped by SIGUSR1 before the first step; rerun the same command to start" in said(log)
     kept = {path.name: path.stat().st_mtime_ns for path in save.glob("reference_*")}
     assert sorted(kept) == ["reference_test.safetensors", "reference_train.safetensors"]
@@ -130,8 +118,8 @@ def test_a_signal_among_the_reference_log_probs_is_answered_once_they_are_writte
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(forks, tiny_policy, tmp_path):
-    data, log = write_pairs(tmp_path / "pairs"), tmp_path / "log"
+def test_a_run_that_keeps_no_state_does_not_ask_to_be_started_again(forks, tiny_policy, data, tmp_path):
+    log = tmp_path / "log"
     flags = flags_of(tiny_policy, data, tmp_path / "out", save_resume=False)
     assert run_ranks(forks, flags, log, [fault(STEP, 1, signal="SIGTERM")]) != [STOPPED, STOPPED]
     assert "error: stopped by SIGTERM after step 1 of 4; --save_resume=false" in said(log)

@@ -62,13 +62,7 @@ REFUSED = {
 
 
 def refused(name: str):
-    if name != "by gelu":
-        return random_model(name)
-    model = random_model("Llama, biases")
-    model.config.hidden_act = "gelu"
-    for layer in model.model.layers:
-        layer.mlp.act_fn = torch.nn.GELU()
-    return model
+    return random_model("Llama, biases", hidden_act="gelu") if name == "by gelu" else random_model(name)
 
 
 @pytest.mark.parametrize("name", REFUSED)

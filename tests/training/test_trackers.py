@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -50,23 +51,32 @@ def write(folder, trackers, done, until):
 
 
 @pytest.fixture
-def bare(monkeypatch, tmp_path):
-    """No wandb variable is set."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_ID"):
+def server(monkeypatch, tmp_path):
+    """Where the stand-ins of wandb and trackio write; no wandb variable but a key is set."""
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield tmp_path
-    sys.modules.pop("wandb", None)
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret-key")
+    for name, program in (("wandb", STAND_IN), ("trackio", TRACKIO)):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text(program)
+    (tmp_path / "server").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("SERVER", str(tmp_path / "server"))
+    yield tmp_path / "server"
+    for name in ("wandb", "trackio"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
-def wandb(bare, monkeypatch):
-    (bare / "site" / "wandb").mkdir(parents=True)
-    (bare / "site" / "wandb" / "__init__.py").write_text(STAND_IN)
-    (bare / "server").mkdir()
-    monkeypatch.syspath_prepend(str(bare / "site"))
-    monkeypatch.setenv("SERVER", str(bare / "server"))
-    return bare
+def folder(tmp_path):
+    """Of a run."""
+    (tmp_path / "a run").mkdir()
+    return tmp_path / "a run"
+
+
+def steps_in(path):
+    return [row["step"] for row in map(json.loads, path.open()) if "step" in row]
 
 
 def test_log_is_a_list_of_known_names():
@@ -82,76 +92,71 @@ def test_log_is_a_list_of_known_names():
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_is_refused_without_its_package(bare, monkeypatch, name):
+def test_a_tracker_is_refused_without_its_package(monkeypatch, name):
     monkeypatch.setattr("drdpo.training.trackers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=f"pip install {name}=="):
         check_trackers([name])
     check_trackers(["tensorboard"])
 
 
-def test_wandb_is_refused_without_a_key_and_taken_with_one(wandb, monkeypatch):
-    with pytest.raises(UsageError, match=r"wandb login.*WANDB_MODE=offline"):
-        check_trackers(["wandb"])
-    monkeypatch.setenv("WANDB_API_KEY", "abc")
-    check_trackers(["wandb"])
-    monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    check_trackers(["wandb"])
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with pytest.raises(UsageError, match="record nothing"):
+@pytest.mark.parametrize(
+    ("key", "mode", "message"),
+    [
+        ("", "", r"wandb login.*WANDB_MODE=offline"),
+        ("k", "", None),
+        ("", "offline", None),
+        ("k", "disabled", "record nothing"),
+    ],
+)
+def test_wandb_needs_a_key_or_to_be_offline(key, mode, message, server, monkeypatch):
+    for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", mode)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=message) if message else nullcontext():
         check_trackers(["wandb"])
 
 
 @pytest.mark.parametrize(("name", "mode"), [("wandb", "online"), ("wandb", "offline"), ("trackio", "")])
-def test_a_resumed_run_continues_the_same_tracked_run(wandb, tmp_path, monkeypatch, name, mode):
-    (wandb / "site" / "trackio.py").write_text(TRACKIO)
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+def test_a_resumed_run_continues_the_same_tracked_run(server, folder, monkeypatch, name, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setenv("WANDB_API_KEY", "very-secret-key")
-    folder = tmp_path / "a run"
-    folder.mkdir()
     write(folder, [name], 0, 5)
     write(folder, [name], 3, 7)  # the state was saved after step 3: 4 and 5 are done again
-    (sent,) = (wandb / "server").iterdir()
+    (sent,) = server.iterdir()
     assert name == "wandb" or sent.name.startswith("drdpo_a run-")
     rows = [json.loads(line) for line in sent.read_text().splitlines()]
-    assert [row["step"] for row in rows if "step" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert steps_in(sent) == steps_in(folder / "metrics.jsonl") == [1, 2, 3, 4, 5, 6, 7]
     assert rows[0] == {"step": 1, "train/loss": 1.0, "eval/loss": 2.0}
     assert [row["exit"] for row in rows if "exit" in row] == ([0, 0] if name == "wandb" else [])
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 8))
     assert all("secret" not in path.read_text() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_run_outlives_wandb(wandb, tmp_path, monkeypatch, capsys):
-    """As when wandb's own process is killed: every call of it raises from then on."""
-    import wandb as wandb_module
+def test_what_the_server_lacks_is_sent_at_a_resume(server, folder):
+    write(folder, [], 0, 3)
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"], "none writes metrics alone"
+    write(folder, ["wandb"], 3, 4)
+    (sent,) = server.iterdir()
+    assert steps_in(sent) == [1, 2, 3, 4]
 
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    metrics = MetricsLog(tmp_path, 0, ["wandb"], {})
+
+@pytest.mark.parametrize("damage", [None, "{", "{}", "[]"])
+def test_a_run_outlives_wandb(damage, server, folder, monkeypatch, capsys):
+    """Its own process is killed, so that every call of it raises from then on; or what the run knows of it is damaged."""
+    if damage:
+        (folder / "dashboard.json").write_text(damage)
+    metrics = MetricsLog(folder, 0, ["wandb"], {})
     metrics.write({"step": 1, "loss": 1.0})
-    run = wandb_module.runs[-1]
 
     def gone(*_, **__):
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr(run, "log", gone)
-    monkeypatch.setattr(run, "finish", gone)
+    for run in [] if damage else sys.modules["wandb"].runs:
+        monkeypatch.setattr(run, "log", gone)
+        monkeypatch.setattr(run, "finish", gone)
     for step in (2, 3):
         metrics.write({"step": step, "loss": 1 / step})
     metrics.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert steps_in(folder / "metrics.jsonl") == [1, 2, 3]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: wandb failed") and "reset by peer" in warning
-
-
-def test_what_the_server_lacks_is_sent_at_a_resume(wandb, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    write(folder, [], 0, 3)
-    write(folder, ["wandb"], 3, 4)
-    (sent,) = (wandb / "server").iterdir()
-    assert [row["step"] for row in map(json.loads, sent.open()) if "step" in row] == [1, 2, 3, 4]
+    assert warning.startswith("warning: wandb failed") and ("reset by peer" in warning) == (damage is None)
 
 
 def test_tensorboard_has_every_step_once(tmp_path):
@@ -165,19 +170,3 @@ def test_tensorboard_has_every_step_once(tmp_path):
     assert [event.step for event in scalars] == list(range(1, 8))
     assert [event.value for event in scalars] == pytest.approx([1 / step for step in range(1, 8)])
     assert [event.step for event in events.Scalars("eval/loss")] == list(range(1, 8))
-
-
-def test_none_writes_metrics_alone(tmp_path):
-    write(tmp_path, [], 0, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("damage", ["{", "{}", "[]"])
-def test_a_tracker_that_cannot_start_does_not_end_the_run(wandb, tmp_path, monkeypatch, capsys, damage):
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "dashboard.json").write_text(damage)
-    write(folder, ["wandb"], 0, 2)
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
-    assert capsys.readouterr().err.startswith("warning: wandb failed")

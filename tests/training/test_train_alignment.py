@@ -5,38 +5,25 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from harness.runs import flags_of, words_of
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
-
-FLAGS = [
-    "--train_batch_size=4", "--micro_batch_size=1", "--learning_rate=1e-3", "--beta=0.1", "--max_steps=4", "--eval_steps=2",
-    "--dtype=float32",
-]  # fmt: skip
-
-
-def words_of(model: Path, data: Path, save: Path, *flags: str) -> list[str]:
-    return [f"--model_path={model}", f"--dataset_path={data}", f"--save_path={save}", *FLAGS, *flags]
-
-
-def start(root: Path, words: list[str], cwd: Path, environment: str = sys.prefix) -> "subprocess.Popen[str]":
-    """The wrapper on two processes."""
-    variables = {**os.environ, "DRDPO_PROCESSES": "2", "OMP_NUM_THREADS": "1", "DRDPO_ENV": environment}
-    command = ["bash", str(root / "train_alignment.sh"), *words]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
 def run(root, tiny_policy, data, tmp_path_factory):
     """Four steps by WDPO on two processes, from another directory, in a folder with a space."""
     folder = tmp_path_factory.mktemp("runs")
-    started = start(root, words_of(tiny_policy, data, folder / "a run", "--wdpo_rho=0.01", "--save_steps=2"), folder)
-    out, err = started.communicate(timeout=600)
-    assert started.returncode == 0 and "accelerator" not in out + err, out[-2000:] + err[-4000:]
+    words = words_of(flags_of(tiny_policy, data, folder / "a run", wdpo_rho=0.01, save_steps=2))
+    variables = {**os.environ, "DRDPO_PROCESSES": "2", "OMP_NUM_THREADS": "1", "DRDPO_ENV": sys.prefix}
+    command = ["bash", str(root / "train_alignment.sh"), *words]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=folder, timeout=600)
+    assert done.returncode == 0 and "accelerator" not in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-4000:]
     return folder / "a run"
 
 
@@ -63,8 +50,6 @@ def test_metrics_have_a_line_a_step_and_start_at_ln_2(run):
 
 
 def test_checkpoint_loads_and_generates_and_keeps_the_tokenizer(run, tiny_policy):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = run / "global_step_4"
     assert not list(folder.glob("*.bin"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,21 @@ def run_on(hosts: list[Forks], flags: dict, log: Path) -> list[int]:
     return statuses(start_on(hosts, flags, log))
 
 
+def lost_line(log: Path, rank: int) -> str:
+    """The last line of an error of a rank that lost another one."""
+    assert "Traceback" not in said(log, rank)
+    last = [line for line in said(log, rank).splitlines() if line.startswith("error: ")][-1]
+    assert last.startswith(f"error: rank {rank} lost another rank")
+    return last
+
+
+def wait_for(there: Callable[[], bool], log: Path, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, said(log)
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(hosts, tiny_policy, data, tmp_path_factory) -> Path:
     save = tmp_path_factory.mktemp("undisturbed") / "a run"
@@ -48,9 +64,7 @@ def test_a_run_that_lost_a_host_resumes(how, dead, hosts, undisturbed, tiny_poli
     lost = fault(STEP, 3, rank=dead, signal="SIGKILL" if how == "dies" else "SIGSTOP")
     ranks, other = start_on(hosts, flags, log, faults=[lost]), 1 - dead
     assert ranks[other].wait() == 1, said(log, other)
-    last = [line for line in said(log, other).splitlines() if line.startswith("error: ")][-1]
-    assert last.startswith(f"error: rank {other} lost another rank") and "DRDPO_TIMEOUT=15" in last
-    assert "Traceback" not in said(log, other)
+    assert "DRDPO_TIMEOUT=15" in lost_line(log, other)
     assert statuses([ranks[dead]]) == [-9]
     assert run_on(hosts, flags, log) == [0, 0], said(log)
     assert "after step 2 of 4" in said(log)
@@ -64,19 +78,14 @@ def test_a_cut_cable_ends_both(network, hosts, undisturbed, tiny_policy, data, t
     flags = flags_of(tiny_policy, data, save)
     ranks = start_on(hosts, flags, log)
     (name, interface), _ = network
-    deadline = time.monotonic() + 120
-    while not (save / "resume" / "step_1" / "state.json").is_file():
-        assert time.monotonic() < deadline, said(log)
-        time.sleep(0.02)
+    wait_for((save / "resume" / "step_1" / "state.json").is_file, log)
     ip("-n", name, "link", "set", interface, "down")
     try:
         ended = statuses(ranks)
     finally:
         ip("-n", name, "link", "set", interface, "up")
     assert ended == [1, 1], said(log) + said(log, 1)
-    for rank in (0, 1):
-        assert "Traceback" not in said(log, rank)
-        assert f"error: rank {rank} lost another rank" in said(log, rank)
+    assert lost_line(log, 0) and lost_line(log, 1)
     assert run_on(hosts, flags, log) == [0, 0], said(log)
     check_equal(save, undisturbed)
 
@@ -99,10 +108,8 @@ def test_the_wrapper_on_both_hosts_stops_and_its_run_resumes(network, hosts, roo
         command = ["ip", "netns", "exec", name, "bash", str(root / "train_alignment.sh"), *words_of(given)]
         output = (tmp_path / f"wrapper.{rank}").open("w")
         started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-    deadline = time.monotonic() + 300
-    while not (save / "metrics.jsonl").is_file() or not (save / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline and started[0].poll() is None, said(tmp_path / "wrapper")
-        time.sleep(0.02)
+    metrics = save / "metrics.jsonl"
+    wait_for(lambda: started[0].poll() is not None or (metrics.is_file() and metrics.read_text()), tmp_path / "wrapper")
     started[1].send_signal(signal.SIGUSR1)
     assert [process.wait(timeout=200) for process in started] == [75, 75], said(tmp_path / "wrapper")
     assert "stopped by SIGUSR1 after step" in said(tmp_path / "wrapper")
