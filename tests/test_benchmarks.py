@@ -78,7 +78,7 @@ def test_every_part_of_the_lease_runs_on_a_bare_machine(root: Path, tmp_path: Pa
         f"sys.argv = [{str(script)!r}, '--tiny', '--output', {str(output)!r}]; "
         f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
-    environment = os.environ | {"PYTHONPATH": str(root / "src")}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(root / name) for name in ("src", "benchmarks"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(output.read_text(encoding="utf-8"))
