@@ -43,28 +43,26 @@ refuse() {
 models="auto" datasets="auto" packages="auto" torch_index="" dev="false"
 
 parse_flags() {
-    local name
+    local name value
     while (($#)); do
-        name="${1%%=*}"
+        name="${1%%=*}" value="${1#*=}"
         case "$1" in
             -h | --help)
                 print_help
                 exit 0
                 ;;
-            --dev) dev="true" ;;
-            --dev=true | --dev=false) dev="${1#*=}" ;;
-            --dev=?*) refuse "$1: true or false" ;;
-            --models=?* | --datasets=?* | --packages=?* | --torch_index=?*) printf -v "${name#--}" '%s' "${1#*=}" ;;
+            --dev) value=true ;;
             --models | --datasets | --packages | --torch_index)
-                [[ -n "${2:-}" ]] || refuse "$1 needs a value"
-                printf -v "${name#--}" '%s' "$2"
-                shift
+                value="${2:-}"
+                (($# == 1)) || shift
                 ;;
-            --models= | --datasets= | --packages= | --torch_index= | --dev=) refuse "$name needs a value" ;;
-            *) refuse "unknown flag $name" ;;
         esac
+        [[ "$name" =~ ^--(models|datasets|packages|torch_index|dev)$ ]] || refuse "unknown flag $name"
+        [[ -n "$value" ]] || refuse "$name needs a value"
+        printf -v "${name#--}" '%s' "$value"
         shift
     done
+    [[ "$dev" =~ ^(true|false)$ ]] || refuse "--dev=$dev: true or false"
     [[ "$packages" =~ ^(auto|cpu|gpu|gpu-cu12)$ ]] || refuse "--packages=$packages: auto, cpu, gpu or gpu-cu12"
 }
 
@@ -136,20 +134,14 @@ choose_environment() {
     fi
 }
 
-# key FILE: what an installation of this lock depends on: the file, the interpreter and the path.
-key() {
-    "$environment/bin/python" -c 'import hashlib, sys
-print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version.split()[0], sys.prefix)' "$1"
-}
-
-# stamp FILE: print the path of the stamp in the environment that a complete installation of this lock leaves.
-stamp() {
-    printf '%s' "$environment/.drdpo_$(basename "$1")"
-}
-
-# installed FILE: was this lock installed completely?
+# installed FILE [now]: was this lock installed completely, by this interpreter at this path? "now": it has just been.
 installed() {
-    [[ -f "$(stamp "$1")" && "$(<"$(stamp "$1")")" == "$(key "$1")" ]]
+    local stamp="$environment/.drdpo_${1##*/}" key
+    [[ -f "$stamp" || -n "${2:-}" ]] || return 1
+    key="$("$environment/bin/python" -c 'import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version.split()[0], sys.prefix)' "$1")"
+    [[ -z "${2:-}" ]] || printf '%s\n' "$key" >"$stamp"
+    [[ "$(<"$stamp")" == "$key" ]]
 }
 
 # has_uv: install by uv? It reads none of pip's settings by itself.
@@ -210,15 +202,6 @@ choose_lock() {
     fi
 }
 
-# note_old_glibc FILE: warn of a package that pip has to build on an old system.
-note_old_glibc() {
-    local glibc
-    glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null || true)"
-    if [[ "$glibc" =~ ^glibc\ 2\.([0-9]+)$ ]] && ((BASH_REMATCH[1] < 31)) && grep -q '^llguidance==1\.7' "$1"; then
-        echo "note: $glibc is older than 2.31, so pip builds llguidance with Rust: install it first (RHEL 8: dnf install rust cargo)" >&2
-    fi
-}
-
 # has_torch VERSION: is this version of torch installed, in any build?
 has_torch() {
     "$environment/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "$1" >/dev/null 2>&1
@@ -246,11 +229,14 @@ install_cpu_torch() {
 
 # install_lock FILE: install the pinned packages, then what this machine's build of torch needs in addition.
 install_lock() {
-    local lock="$1" torch other
+    local lock="$1" torch other glibc
     torch="$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$lock")"
     rm -f "$environment"/.drdpo_*
     echo "installing $(grep -c '==' "$lock") packages of $(basename "$lock") into $environment (some minutes)"
-    note_old_glibc "$lock"
+    glibc="$(getconf GNU_LIBC_VERSION 2>/dev/null || true)"
+    if [[ "$glibc" =~ ^glibc\ 2\.([0-9]+)$ ]] && ((BASH_REMATCH[1] < 31)) && grep -q '^llguidance==1\.7' "$lock"; then
+        echo "note: $glibc is older than 2.31, so pip builds llguidance with Rust: install it first (RHEL 8: dnf install rust cargo)" >&2
+    fi
     if [[ "$(basename "$lock")" != cpu.txt ]] && has_torch "$torch" && ! has_cuda_torch; then
         # pip would keep it, since the version is the same, and everything would run on the CPU.
         pip_uninstall torch
@@ -276,7 +262,7 @@ install_lock() {
         "$environment/bin/python" -c 'import torch; print("torch", torch.__version__)' || true # Prints why.
         die "torch $torch was installed, but python does not import it"
     }
-    key "$lock" >"$(stamp "$lock")"
+    installed "$lock" now
 }
 
 parse_flags "$@"
@@ -309,7 +295,7 @@ fi
 dev_lock="$ROOT/requirements/dev.txt"
 if [[ "$dev" == true ]] && ! installed "$dev_lock"; then
     pip_install --no-deps --require-hashes -r "$dev_lock"
-    key "$dev_lock" >"$(stamp "$dev_lock")"
+    installed "$dev_lock" now
 fi
 if [[ ! -f "$ROOT/.environment" || "$(<"$ROOT/.environment")" != "$environment" ]]; then
     printf '%s\n' "$environment" >"$ROOT/.environment"

@@ -19,7 +19,6 @@ GPUs are excluded. The counts are deterministic; tests/test_fake_cuda.py repeats
 
 import argparse
 import json
-import random
 import tempfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -29,10 +28,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import fake_cuda
+import processes
 import torch
+from shapes import pairs_of, settings_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import LlamaConfig
 
 from drdpo.config.training import TrainConfig
 from drdpo.training.data import Pair, form_batch
@@ -43,18 +43,7 @@ from drdpo.training.policy import FiniteWatch, Policy, set_recomputation
 from drdpo.training.run import Run
 
 OUTPUT = Path(__file__).parent / "results" / "gpu_counts.json"
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "Llama-3.1-8B": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {"dpo": {}, "kldpo": {"kldpo_tau": 0.05}, "wdpo": {"wdpo_rho": 0.01}}
-PROMPT, ANSWER = 200, 300
 CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     *(("Llama-3.2-1B", method, pairs, {}) for method, pairs in
       (("dpo", 1), ("dpo", 4), ("dpo", 16), ("kldpo", 4), ("wdpo", 1), ("wdpo", 4))),
@@ -92,22 +81,10 @@ RATES = {
 }
 
 
-def pairs_of(count: int) -> list[Pair]:
-    """Pairs of the lengths above."""
-    drawn = random.Random(0)
-
-    def tokens(of: int, token: int) -> list[int]:
-        return [token] * int(of * drawn.uniform(0.5, 1.5))
-
-    return [Pair(tokens(PROMPT, 1), tokens(ANSWER, 2), tokens(ANSWER, 3), number) for number in range(count)]
-
-
 def model_folder(name: str, folder: Path, **changes: Any) -> Path:
-    """A folder with the config.json of a model of MODELS, or one that differs from it in these settings."""
+    """A folder with the config.json of a model of SHAPES, or one that differs from it in these settings."""
     path = folder / "-".join([name, *map(str, changes.values())])
-    settings = LlamaConfig(rope_theta=500_000.0, max_position_embeddings=131_072, **{**MODELS[name], **changes})
-    settings.architectures = ["LlamaForCausalLM"]
-    settings.save_pretrained(path)
+    settings_of(name, **changes).save_pretrained(path)
     return path
 
 
@@ -166,7 +143,7 @@ def row(model: str, method: str, pairs: int, flags: dict[str, Any], folder: Path
     """One row of the results.
 
     Args:
-        model, method: of MODELS and METHODS.
+        model, method: of shapes.py and METHODS.
         pairs: of the micro-batch.
         flags: that differ from the trainer's choice on a GPU of 80 GB.
         folder: for the model's config.json.
@@ -195,26 +172,6 @@ def row(model: str, method: str, pairs: int, flags: dict[str, Any], folder: Path
     }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, and of those with default flags where the launches and bytes are."""
-    names = {
-        "launches": "launches", "gemm_tflop": "GEMM TFLOP", "gemm_fp32_tflop": "of it fp32", "triton_tflop": "Triton",
-        "gib_moved": "GiB moved", "peak_gib": "peak GiB", **{f"{gpu.lower()}_ms": f"{gpu} ms" for gpu in RATES},
-    }  # fmt: skip
-    lines = [f"{'':48}{'tokens':>8}" + "".join(f"{name:>11}" for name in names.values())]
-    for found in rows:
-        flags = " ".join(f"--{name}={value}" for name, value in found["flags"].items())
-        label = f"{found['model']} {found['method']} {found['pairs']} {flags}"
-        lines.append(f"{label:48}{found['tokens']:>8,}" + "".join(f"{found[key]:>11,}" for key in names))
-    for found in rows:
-        if found["default"]:
-            lines.append(f"\n{found['model']} {found['method']} {found['pairs']}, by file")
-            lines += [f"  {place:40}{at['launches']:>8,} launches {at['gib_moved']:>9,} GiB"
-                      for place, at in found["by_file"].items()]  # fmt: skip
-    rates = [f"{gpu}: {', '.join(f'{name} {value:g}' for name, value in asdict(of).items())}" for gpu, of in RATES.items()]
-    return "\n".join([*lines, "", "the model's rates per second (launch: seconds each):", *rates])
-
-
 def main() -> None:
     """Count every case, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,8 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             rows.append(row(*case, Path(folder)))
-            print(table(rows[-1:]).splitlines()[1], flush=True)
-    print(f"\n{table(rows)}")
+    processes.show([{name: value for name, value in found.items() if name != "by_file"} for found in rows])
     rates = {gpu: asdict(of) for gpu, of in RATES.items()}
     output.write_text(json.dumps({"rates": rates, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

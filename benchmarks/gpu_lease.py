@@ -6,7 +6,7 @@
 Weights are random, of true shapes; nothing is downloaded. The parts:
 
     new_shapes   cost of the first and second attention call of a new length, with and without cuDNN's kernels
-    head         the output head: linear_logprob, cuBLAS's product alone, torch's log_softmax; by splits; its error
+    head         the output head: linear_logprob, its matrix products alone, torch's log_softmax; errors
     dpo          a micro-batch of 1, 4 and 16 pairs by attention kernel and recomputation: seconds for new and for repeated
                  lengths, MFU, memory against the prediction, kernels against gpu_counts.json
     repeats      whether two backward passes are bit-equal, with default and with deterministic kernels
@@ -31,30 +31,27 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import linear_logprob
 import torch
+from processes import memory_now, peak_gib, seconds_of
+from shapes import pairs_of, settings_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from drdpo.config.training import TrainConfig
+from drdpo.machine import ask_driver
 from drdpo.training.data import Pair, form_batch
 from drdpo.training.losses import method_of
 from drdpo.training.objective import objective
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES: dict[str, dict[str, Any]] = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
-}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -76,7 +73,7 @@ class Lease:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "cudnn": None if tiny else torch.backends.cudnn.version(),
-            "driver": None if tiny else _driver(),
+            "driver": None if tiny else ask_driver()[1],
         }
 
     def record(self, part: str, run: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -101,40 +98,19 @@ class Lease:
         if not self.tiny:
             torch.cuda.empty_cache()
 
-    def sync(self) -> None:
-        if not self.tiny:
-            torch.cuda.synchronize()
-
     def seconds(self, run: Callable[[], Any], rounds: int = 5) -> float:
         """Median seconds of a call, after one that does not count; fewer rounds where time is short."""
-        run()
-        self.sync()
-        times = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            run()
-            self.sync()
-            times.append(time.perf_counter() - started)
-            if time.perf_counter() > self.end:
-                break
-        return statistics.median(times)
-
-    def gib(self, run: Callable[[], Any]) -> float | None:
-        """Peak memory of a call beyond what was allocated before it."""
-        if self.tiny:
-            return None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        self.sync()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+        times = [seconds_of(run)]
+        while len(times) <= 1 or (len(times) <= rounds and time.perf_counter() < self.end):
+            times.append(seconds_of(run))
+        return statistics.median(times[1:])
 
 
-def _driver() -> str:
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return done.stdout.strip()
+def gib(run: Callable[[], Any]) -> float:
+    """Peak memory of a call beyond what was allocated before it."""
+    before = memory_now()
+    seconds_of(run)
+    return peak_gib() - before
 
 
 @contextmanager
@@ -158,91 +134,20 @@ def new_shapes(lease: Lease, cudnn: bool) -> Row:
                      for h in (heads, kv_heads, kv_heads)]  # fmt: skip
             end = 50 + number if lease.tiny else 350 + 7 * number
             query, key, value = (part[:, :, base // 30 : end].detach().requires_grad_() for part in whole)
-            for name in times:
-                started = time.perf_counter()
+
+            def run(query: Tensor = query, key: Tensor = key, value: Tensor = value) -> None:
                 scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).sum().backward()
-                lease.sync()
-                times[name].append(1e3 * (time.perf_counter() - started))
+
+            for name in times:
+                times[name].append(1e3 * seconds_of(run))
     return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 
 def head(lease: Lease, tokens: int) -> Row:
-    """Seconds, memory and errors of the output head for this many answer tokens."""
-    from drdpo.kernels import linear_logprob
-
-    width, vocabulary = (32, 300) if lease.tiny else (2048, 128256)
-    weight = (torch.randn(vocabulary, width, device=lease.device) / width**0.5).bfloat16().requires_grad_()
-    hidden = torch.randn(tokens, width, device=lease.device).bfloat16().requires_grad_()
-    targets = torch.randint(vocabulary, (tokens,), device=lease.device)
-    upstream = torch.randn(tokens, device=lease.device)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return linear_logprob(hidden, weight, targets)
-
-    def ours() -> Any:
-        return torch.autograd.grad(linear_logprob(hidden, weight, targets), (hidden, weight), upstream)
-
-    def torchs() -> Any:
-        token = (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
-        return torch.autograd.grad(token, (hidden, weight), upstream)
-
-    found = {"FLOP of a product": 2.0 * tokens * width * vocabulary}
-    found["cuBLAS product s"] = lease.seconds(lambda: hidden.detach() @ weight.detach().T)
-    found["ours forward s"] = lease.seconds(forward)
-    found["ours both s"], found["ours both GiB"] = lease.seconds(ours), lease.gib(ours)
-    if not lease.tiny:
-        found |= _by_splits(lease, forward)
-    if tokens <= 2048:
-        found["log_softmax both s"], found["log_softmax both GiB"] = lease.seconds(torchs), lease.gib(torchs)
-    some = slice(64)
-    exact = torch.log_softmax(hidden[some].double() @ weight.double().T, 1).gather(1, targets[some, None]).squeeze(1)
-    found["largest error of 64 log-probs"] = float((forward()[some].double() - exact).detach().abs().max())
-    return found
-
-
-def _by_splits(lease: Lease, forward: Callable[[], Any]) -> Row:
-    from drdpo.kernels import triton_logprob
-
-    found, chosen = {}, triton_logprob.splits_of
-    try:
-        for splits in (8, 16, 32, 64):
-            triton_logprob.splits_of = lambda *_, splits=splits: splits
-            found[f"ours forward, {splits} splits s"] = lease.seconds(forward)
-    finally:
-        triton_logprob.splits_of = chosen
-    return found
-
-
-def settings_of(shape: str, attention: str) -> LlamaConfig:
-    """transformers' settings of a model of SHAPES."""
-    settings = LlamaConfig(
-        rope_theta=500_000.0, max_position_embeddings=131_072, attn_implementation=attention, **SHAPES[shape]
-    )
-    settings.architectures = ["LlamaForCausalLM"]
-    return settings
-
-
-@contextmanager
-def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are on a device, of a dtype; their values are those of seed 0."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def pairs_of(count: int, prompt: int, answer: int, spread: float, draw: int = 0) -> list[Pair]:
-    """Pairs whose prompt and answers are drawn within a share `spread` of these lengths; draw 0 is gpu_counts.py's."""
-    drawn = random.Random(draw)
-
-    def ids(of: int) -> list[int]:
-        return [10 + number % 400 for number in range(max(2, int(of * drawn.uniform(1 - spread, 1 + spread))))]
-
-    return [Pair(ids(prompt), ids(answer), ids(answer), number) for number in range(count)]
+    """Seconds, memory and errors of the output head for this many answer tokens, as by linear_logprob.py."""
+    case = f"{'300x32' if lease.tiny else '128256x2048'}x{tokens}"
+    ways = ["matmuls", "drdpo"] + ["plain"] * (tokens <= 2048)
+    return {way: linear_logprob.measure(Namespace(way=way, case=case, dtype="bfloat16", threads=0)) for way in ways}
 
 
 class Step:
@@ -251,7 +156,7 @@ class Step:
 
     Args:
         lease: where.
-        shape: of SHAPES.
+        shape: of shapes.py.
         pairs: that memory is predicted for.
         flags: of the trainer.
     """
@@ -261,13 +166,15 @@ class Step:
         from drdpo.training.policy import Policy, widen_values
 
         with tempfile.TemporaryDirectory() as folder:
-            settings_of(shape, "eager").save_pretrained(folder)
+            settings_of(shape).save_pretrained(folder)
             config = TrainConfig(folder, "-", "-", **{"dtype": "bfloat16", "gradient_checkpointing": "false", **flags})
             self.config = config = resolve_attention(config)
             largest = form_batch(pairs, range(len(pairs)), config.packing)
             self.predicted = sum(dry_run(shapes(config), largest, method_of(config))) / 2**30
-        with made_on(lease.device, getattr(torch, config.dtype)):
-            model = LlamaForCausalLM(settings_of(shape, config.attention))
+        settings = settings_of(shape, attn_implementation=config.attention)
+        torch.manual_seed(0)
+        with lease.device:
+            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
         if config.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = Policy(model, config.second_derivative).train()
@@ -302,21 +209,14 @@ def micro_batch(
     if lease.tiny:
         count, prompt, answer = min(count, 2), 6, 9
     draws = [pairs_of(count, prompt, answer, spread, draw) for draw in range(rounds + 1)]
-    step = Step(lease, "tiny" if lease.tiny else "1B", draws[0], **flags)
+    step = Step(lease, "tiny" if lease.tiny else "Llama-3.2-1B", draws[0], **flags)
     batches = [step.batch(pairs) for pairs in draws]
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        step.run(batches[0])
-        lease.sync()
-        times = []
-        for batch in batches[1:]:
-            started = time.perf_counter()
-            step.run(batch)
-            lease.sync()
-            times.append(time.perf_counter() - started)
+        times = [seconds_of(lambda batch=batch: step.run(batch)) for batch in batches][1:]
         again = lease.seconds(lambda: step.run(batches[1]), rounds=2)
-        measured = lease.gib(lambda: step.run(batches[0]))
+        measured = gib(lambda: step.run(batches[0]))
         kernels = _profiled(lambda: step.run(batches[0])) if profile and not lease.tiny else {}
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -349,7 +249,7 @@ def repeats(lease: Lease, deterministic: bool, **flags: Any) -> Row:
     """Are the gradients of two equal micro-batches equal to the bit?"""
     size = (2, 6, 9) if lease.tiny else (4, 200, 300)
     pairs = pairs_of(*size, 0.5)
-    step = Step(lease, "tiny" if lease.tiny else "1B", pairs, **flags)
+    step = Step(lease, "tiny" if lease.tiny else "Llama-3.2-1B", pairs, **flags)
     batch = step.batch(pairs)
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -370,8 +270,9 @@ def scoring(lease: Lease, flash: bool) -> Row:
     """Seconds of a batch of packed conversations, lengths never seen, through a backbone of ArmoRM's shape."""
     from drdpo.kernels.packed_attention import PackedRow, hidden_states
 
-    with made_on(lease.device, torch.bfloat16):
-        backbone = LlamaModel(settings_of("tiny" if lease.tiny else "8B", "sdpa")).eval()
+    settings = settings_of("tiny" if lease.tiny else "Llama-3.1-8B", attn_implementation="sdpa")
+    with lease.device:
+        backbone = AutoModel.from_config(settings, dtype=torch.bfloat16).eval()
     drawn = random.Random(1)
 
     def length() -> int:
@@ -381,11 +282,8 @@ def scoring(lease: Lease, flash: bool) -> Row:
     for _ in range(2 if lease.tiny else 5):
         shared = [length() for _ in range(2 if lease.tiny else 12)]
         row = PackedRow([(prefix, [[1] * (prefix + length()) for _ in range(2)]) for prefix in shared])
-        started = time.perf_counter()
         with torch.inference_mode():
-            hidden_states(backbone, row, flash=flash)
-        lease.sync()
-        times.append(time.perf_counter() - started)
+            times.append(seconds_of(lambda row=row: hidden_states(backbone, row, flash=flash)))
         tokens = len(row.token_ids)
     return {"s a batch": statistics.median(times[1:]), "tokens of the last": tokens}
 

@@ -8,28 +8,21 @@
     matmuls    only the matrix products of a method without stored logits: one forward, three backward
     drdpo      drdpo.kernels.linear_logprob: torch on a CPU, Triton on CUDA
 
-Inputs are bfloat16; forward and backward pass, gradients for hidden states and head. Each method runs in its own process, in
-turn, for several rounds; `x drdpo` is the median over rounds of its time divided by ours in the same round. Memory is the
-peak beyond the inputs. Errors are those of the log-probs, and of the head's gradient relative to its norm, against float64
-on the first tokens. liger and cce are measured if installed (pip install liger-kernel cut-cross-entropy).
+Inputs are bfloat16; forward and backward pass, gradients for hidden states and head. Each method runs in its own process
+(processes.py); `times_drdpo` is its time divided by ours. Memory is the peak beyond the inputs. Errors are those of the
+log-probs, and of the head's gradient relative to its norm, against float64 on the first tokens. liger and cce are measured
+if installed (pip install liger-kernel cut-cross-entropy).
 
     PYTHONPATH=src python benchmarks/linear_logprob.py [--cases 49152x576x1024 128256x2048x512]
         [--output=benchmarks/results/linear_logprob]
 """
 
-import argparse
-import gc
 import importlib.util
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
+from argparse import Namespace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import processes
+from processes import Facts, median, on_gpu, seconds_of
 
 WAYS = ("plain", "compile", "trl", "liger", "cce", "matmuls", "drdpo")
 COLORS = {"plain": "#999999", "compile": "#CC79A7", "trl": "#56B4E9", "liger": "#009E73", "cce": "#E69F00",
@@ -71,55 +64,45 @@ def matmuls(hidden_ND, weight_VD) -> tuple[float, float]:
     """Seconds of the forward's product, and of all four, a block of the vocabulary at a time."""
     forward = backward = 0.0
     hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    width = 2048 if hidden_ND.device.type == "cpu" else 16384
-    for start in range(0, len(weight_VD), width):
-        block_KD = weight_VD[start : start + width]
-        synchronise()
-        began = time.perf_counter()
+    for block_KD in weight_VD.split(16384 if on_gpu() else 2048):
         logits_NK = hidden_ND @ block_KD.T
-        synchronise()
-        forward += time.perf_counter() - began
-        began = time.perf_counter()
-        _ = hidden_ND @ block_KD.T, logits_NK @ block_KD, logits_NK.T @ hidden_ND
-        synchronise()
-        backward += time.perf_counter() - began
+        forward += seconds_of(lambda block_KD=block_KD: hidden_ND @ block_KD.T)
+        backward += seconds_of(
+            lambda block_KD=block_KD, logits_NK=logits_NK: (
+                hidden_ND @ block_KD.T, logits_NK @ block_KD, logits_NK.T @ hidden_ND
+            )
+        )  # fmt: skip
     return forward, forward + backward
 
 
-def measure(way: str, vocabulary: int, width: int, tokens: int, threads: int, name: str) -> dict:
+def measure(arguments: Namespace) -> dict:
     """One way in this process."""
     import torch
 
-    if threads:
-        torch.set_num_threads(threads)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, name)
+    device, dtype = "cuda" if on_gpu() else "cpu", getattr(torch, arguments.dtype)
+    vocabulary, width, tokens = map(int, arguments.case.split("x"))
     hidden_ND = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
     weight_VD = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype).requires_grad_()
     targets_N = torch.randint(vocabulary, (tokens,), device=device)
     upstream_N = torch.randn(tokens, device=device)
-    if way == "matmuls":
+    if arguments.way == "matmuls":
         matmuls(hidden_ND, weight_VD)
         forward, both = matmuls(hidden_ND, weight_VD)
         return {"forward": forward, "both": both, "peak_gib": 0.0}
-    function = way_of(way)
+    function = way_of(arguments.way)
     few = slice(0, 16)
     function(hidden_ND[few], weight_VD, targets_N[few]).backward(upstream_N[few])  # compiles, and makes the gradients
-    weight_VD.grad = hidden_ND.grad = None
-    seconds = []
+    seconds, found = [], []
     for _ in range(3):  # the first one compiles for these shapes
         weight_VD.grad = hidden_ND.grad = None
-        before = memory_now()
-        began = time.perf_counter()
-        logprob_N = function(hidden_ND, weight_VD, targets_N)
-        synchronise()
-        middle = time.perf_counter()
-        logprob_N.backward(upstream_N)
-        synchronise()
-        seconds.append((middle - began, time.perf_counter() - began))
-        peak = peak_gib() - before
-        del logprob_N
+        before = processes.memory_now()
+        forward = seconds_of(lambda: found.append(function(hidden_ND, weight_VD, targets_N)))
+        backward = seconds_of(lambda: found.pop().backward(upstream_N))
+        seconds.append((forward, forward + backward))
+        peak = processes.peak_gib() - before
     forward, both = (min(part) for part in zip(*seconds[1:], strict=True))
     return {"forward": forward, "both": both, "peak_gib": peak} | errors(
         function, hidden_ND.detach()[:64], weight_VD.detach(), targets_N[:64], upstream_N[:64]
@@ -145,105 +128,40 @@ def errors(function, hidden_ND, weight_VD, targets_N, upstream_N) -> dict:
     }
 
 
-def synchronise() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 2**20
-
-
-def memory_now() -> float:
-    """GiB allocated now, on the GPU or by the process; resets the peak that peak_gib returns."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**30
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak_gib() -> float:
-    """Most memory since memory_now, of the GPU or of the process."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _status("VmHWM")
-
-
-def run(way: str, case: str, arguments: argparse.Namespace) -> dict:
-    """`measure` in a process of its own."""
-    words = [sys.executable, __file__, f"--way={way}", "--cases", case, f"--threads={arguments.threads}",
-             f"--dtype={arguments.dtype}"]  # fmt: skip
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compare(case: str, ways: list[str], arguments: argparse.Namespace) -> dict:
+def compare(case: str, ways: list[str], arguments: Namespace) -> dict:
     """All ways at one size."""
-    rounds = [{way: run(way, case, arguments) for way in ways} for _ in range(arguments.rounds)]
+    rounds = processes.run_rounds(arguments, ways, case=case)
     measured = {}
     for way in ways:
         measured[way] = {
-            "forward_seconds": statistics.median(r[way]["forward"] for r in rounds),
-            "both_seconds": statistics.median(r[way]["both"] for r in rounds),
-            "forward_times_drdpo": statistics.median(r[way]["forward"] / r["drdpo"]["forward"] for r in rounds),
-            "both_times_drdpo": statistics.median(r[way]["both"] / r["drdpo"]["both"] for r in rounds),
+            "forward_seconds": median(rounds, lambda r, way=way: r[way]["forward"]),
+            "both_seconds": median(rounds, lambda r, way=way: r[way]["both"]),
+            "forward_times_drdpo": median(rounds, lambda r, way=way: r[way]["forward"] / r["drdpo"]["forward"]),
+            "both_times_drdpo": median(rounds, lambda r, way=way: r[way]["both"] / r["drdpo"]["both"]),
             "peak_gib": max(r[way]["peak_gib"] for r in rounds),
             **{name: rounds[0][way].get(name) for name in ("error", "gradient_error")},
         }
     return {"case": case, "ways": measured}
 
 
-def table(cases: list[dict]) -> str:
-    """A line per case and way."""
-    lines = ["{:<18} {:<8} {:>9} {:>9} {:>8} {:>8} {:>9} {:>9}".format(
-        "V x D x N", "way", "forward s", "both s", "x drdpo", "peak MiB", "error", "grad err")]  # fmt: skip
-    for case in cases:
-        for way, f in case["ways"].items():
-            error, gradient = (f"{f[name]:.1e}" if f[name] is not None else "-" for name in ("error", "gradient_error"))
-            lines.append(
-                f"{case['case']:<18} {way:<8} {f['forward_seconds']:>9.3f} {f['both_seconds']:>9.3f} "
-                f"{f['both_times_drdpo']:>8.2f} {1024 * f['peak_gib']:>8.0f} {error:>9} {gradient:>9}"
-            )
-    return "\n".join(lines)
-
-
-def draw(facts: dict, path: Path) -> None:
-    """Bars of time and memory relative to ours, by case."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 2.4 * len(facts["cases"]), 4.4), layout="constrained")
+def draw(facts: Facts, path: Path) -> None:
+    """Time and memory, by case."""
     ways = list(facts["cases"][0]["ways"])
-    for panel, (key, scale, title) in enumerate(
-        [("both_seconds", 1.0, "seconds, forward and backward"), ("peak_gib", 1024.0, "peak MiB over the inputs")]
-    ):
-        axes = figure.add_subplot(1, 2, panel + 1)
-        for shift, way in enumerate(ways):
-            heights = [case["ways"][way][key] * scale for case in facts["cases"]]
-            places = [number + 0.8 / len(ways) * (shift - (len(ways) - 1) / 2) for number in range(len(heights))]
-            bars = axes.bar(places, heights, 0.75 / len(ways), color=COLORS[way], label=way)
-            axes.bar_label(bars, fmt="%.1f" if panel == 0 else "%.0f", fontsize=7, rotation=90, padding=2)
-        names = [
-            "\n".join(f"{of} {size}" for of, size in zip("VDN", case["case"].split("x"), strict=True))
-            for case in facts["cases"]
-        ]
-        axes.set_xticks(range(len(names)), names, fontsize=8)
-        axes.margins(y=0.1)
-        axes.set_title(title, fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"log-probs of targets, {facts['dtype']}, {facts['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    panels = [
+        (title, form, {way: [scale * case["ways"][way][key] for case in facts["cases"]] for way in ways})
+        for key, scale, form, title in (
+            ("both_seconds", 1.0, "%.1f", "seconds, forward and backward"),
+            ("peak_gib", 1024.0, "%.0f", "peak MiB over the inputs"),
+        )
+    ]
+    names = [
+        "\n".join(f"{of} {size}" for of, size in zip("VDN", case["case"].split("x"), strict=True)) for case in facts["cases"]
+    ]
+    processes.draw_bars(path, f"log-probs of targets, {facts['dtype']}, {facts['device']}", names, COLORS, panels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = processes.parser_of(__doc__)
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -251,33 +169,17 @@ def main() -> None:
         help="V x D x N",
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0 is torch's own choice")
-    parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
-    parser.add_argument("--way", default=None, choices=WAYS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.way:
-        sizes = map(int, arguments.cases[0].split("x"))
-        print(json.dumps(measure(arguments.way, *sizes, arguments.threads, arguments.dtype)))
-        return
-    import torch
-
-    from drdpo.machine import resolve_dtype
-
-    arguments.dtype = resolve_dtype(arguments.dtype).dtype
+    arguments = processes.parse(parser, measure)
     packages = {"trl": "trl", "liger": "liger_kernel", "cce": "cut_cross_entropy"}
     ways = [way for way in WAYS if way not in packages or importlib.util.find_spec(packages[way])]
-    if not torch.cuda.is_available():
+    if not on_gpu():
         ways = [way for way in ways if way != "liger"]
     cases = [compare(case, ways, arguments) for case in arguments.cases]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
-    facts = {"device": device, "dtype": arguments.dtype, "rounds": arguments.rounds, "cases": cases}
-    print(table(cases))
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        draw(facts, path.with_suffix(".png"))
+    rows = [{"V x D x N": case["case"], "way": way, **found} for case in cases for way, found in case["ways"].items()]
+    processes.show(rows)
+    facts = {"device": processes.device_name(), "dtype": arguments.dtype, "rounds": arguments.rounds, "cases": cases}
+    processes.write(arguments, facts, draw)
 
 
 if __name__ == "__main__":

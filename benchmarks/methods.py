@@ -1,10 +1,10 @@
 """One short run of every method on the same pairs of the bundled model: metrics, shifted test pairs, and time per step.
 
 Samples, scores and pairs once (coherence and correctness mixed), adds two columns to the rows (`prompts`, long or short, and
-`trust`, the margin of the scores over its mean), then trains LoRA adapters by one method after another, with one seed, by
-the command line's own code in a fork that has the libraries loaded. A micro-batch is the whole step, so no method needs a
-forward pass to collect the population. Results go to --output after every run; rerunning skips finished ones of equal
-settings. On a quiet machine of two cores it should take about ten minutes, with OMP_NUM_THREADS=2.
+`trust`, the margin of the scores over its mean), then trains LoRA adapters by one method after another, with one seed. A
+micro-batch is the whole step, so no method needs a forward pass to collect the population. Results go to --output after
+every run; rerunning skips finished ones of equal settings. On a quiet machine of two cores it should take about a quarter of
+an hour, with OMP_NUM_THREADS=2.
 
     PYTHONPATH=src python benchmarks/methods.py [--folder=outputs/methods] [--output=benchmarks/results/methods.json]
         [--prompts=16] [--steps=4]
@@ -12,10 +12,8 @@ settings. On a quiet machine of two cores it should take about ten minutes, with
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -52,7 +50,6 @@ def make_pairs(folder: Path, prompts: int) -> Path:
     pairs = folder / "pairs"
     if (pairs / "train.jsonl").is_file():
         return pairs
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     sampling = [
         f"--save_path={folder / 'base'}", f"--model_path={MODEL}", f"--dataset={ROOT / 'datasets' / 'embedded_prompts'}",
         f"--reward_model={ROOT / 'models' / 'ArmoRM-SmolLM2'}", "--best_of_n=6", "--temperature=1.2", "--max_new_tokens=24",
@@ -62,8 +59,8 @@ def make_pairs(folder: Path, prompts: int) -> Path:
         f"--completions={folder / 'base'}", f"--output_path={folder / 'preferences'}", "--selection=all_pairs",
         "--max_pairs_per_prompt=2", "--min_margin=1", "--helpsteer_coherence=0.5", "--helpsteer_correctness=0.5",
     ]  # fmt: skip
-    subprocess.run(["bash", str(ROOT / "generate_completions.sh"), *sampling], check=True, env=environment)
-    subprocess.run([sys.executable, str(ROOT / "src" / "generate_preferences.py"), *mixing], check=True, env=environment)
+    subprocess.run(["bash", str(ROOT / "generate_completions.sh"), *sampling], check=True)
+    subprocess.run([sys.executable, str(ROOT / "src" / "generate_preferences.py"), *mixing], check=True)
     aside = folder / "pairs being made"
     aside.mkdir(exist_ok=True)
     half = None
@@ -80,11 +77,6 @@ def make_pairs(folder: Path, prompts: int) -> Path:
     return pairs
 
 
-def train(words: list[str]) -> None:
-    sys.argv = ["train_alignment.py", *words]
-    runpy.run_path(str(ROOT / "src" / "train_alignment.py"), run_name="__main__")
-
-
 def run(name: str, folder: Path, pairs: Path, steps: int) -> dict:
     """Metrics of one run, without its folder, which it leaves to be deleted."""
     save = folder / name
@@ -99,11 +91,7 @@ def run(name: str, folder: Path, pairs: Path, steps: int) -> dict:
     ]  # fmt: skip
     own = METHODS[name] if any(word.startswith("--beta") for word in METHODS[name]) else [*METHODS[name], "--beta=0.1"]
     load, start = os.getloadavg()[0], time.perf_counter()
-    child = multiprocessing.get_context("fork").Process(target=train, args=([*common, *own],))
-    child.start()
-    child.join()
-    if child.exitcode:
-        sys.exit(f"error: the run by {name} ended with status {child.exitcode}")
+    subprocess.run(["bash", str(ROOT / "train_alignment.sh"), *common, *own], check=True)
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for path in save.glob("reference_*.safetensors"):
         shutil.copy(path, folder)
@@ -137,13 +125,6 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["DS_ACCELERATOR"] = "cpu"
     pairs = make_pairs(folder, arguments.prompts)
-    import deepspeed
-    import peft
-    import transformers
-
-    from drdpo.training import loop
-
-    assert all((deepspeed, peft, transformers, loop)), "loaded once, for the forks"
     found["machine"] = f"{os.cpu_count()} cores, {platform.machine()}"
     for name, flags in METHODS.items():
         if found["runs"].get(name, {}).get("flags") == flags:

@@ -5,8 +5,7 @@
     packed   ours: drdpo.scoring.armorm and drdpo.kernels.packed_attention
 
 All three use the same model, heads, precision and conversations, and must agree, so only the arrangement differs. Each runs
-in its own process (peak memory is a property of the process), in turn, for several rounds, so that a drift of the machine's
-speed affects all alike. Ratios are taken within a round; their median is reported.
+in its own process (processes.py). Memory is the peak beyond what the loaded model takes.
 
 Prompts have HelpSteer2's lengths (NVIDIA, CC-BY-4.0; quantiles of 500 prompts and 1000 answers below). Answers have
 either HelpSteer2's lengths, or those of a small model limited to --short_answers tokens. Token ids are random: the time does
@@ -15,18 +14,11 @@ not depend on them.
     PYTHONPATH=src python benchmarks/scoring.py [--model=models/ArmoRM-SmolLM2] [--output=benchmarks/results/scoring]
 """
 
-import argparse
-import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
+from argparse import Namespace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import processes
+from processes import ROOT, Facts, median, seconds_of
 
 PROMPT_QUANTILES = (
     11, 15, 18, 20, 22, 25, 28, 31, 38, 42, 52, 63, 80, 106, 138, 217, 331, 402, 479, 569, 1849,
@@ -38,7 +30,7 @@ ANSWER_QUANTILES = (
 
 WAYS = ("one", "padded", "packed")
 LABELS = {"one": "one at a time", "padded": "padded batches", "packed": "packed, prompt once"}
-COLORS = {"one": "#999999", "padded": "#56B4E9", "packed": "#D55E00"}
+COLORS = dict(zip(LABELS.values(), ("#999999", "#56B4E9", "#D55E00"), strict=True))
 
 
 def conversations(model, n: int, prompts: int, short_answers: int):
@@ -90,8 +82,8 @@ def score(model, way: str, sequences, keys, batch_tokens: int, padded_batch: int
     return scores, computed
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    """One way in this process: seconds, peak memory over what the loaded model takes, and the scores."""
+def measure(arguments: Namespace) -> dict:
+    """One way in this process: seconds, peak memory and the scores."""
     import torch
 
     from drdpo import distributed
@@ -102,42 +94,22 @@ def measure(arguments: argparse.Namespace) -> dict:
     use_cpu_well(device)
     model = load_armorm(arguments.model, device, DTYPES[arguments.dtype])
     sequences, keys = conversations(model, arguments.n, arguments.prompts, arguments.short)
+    found = []
+
+    def score_all() -> None:
+        found.append(score(model, arguments.way, sequences, keys, arguments.batch_tokens, arguments.padded_batch))
+
     with torch.inference_mode():
         score(model, arguments.way, sequences[:2], keys[:2], arguments.batch_tokens, 2)  # the first call sets things up
-        before = peak_gib(device)
-        started = time.perf_counter()
-        scores, computed = score(model, arguments.way, sequences, keys, arguments.batch_tokens, arguments.padded_batch)
-        seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds, "peak_gib": peak_gib(device) - before, "computed": computed, "scores": scores,
-        "tokens": sum(map(len, sequences)),
-    }  # fmt: skip
+        before, seconds = processes.memory_now(), seconds_of(score_all)
+    peak, (scores, computed), tokens = processes.peak_gib() - before, found[0], sum(map(len, sequences))
+    return {"seconds": seconds, "peak_gib": peak, "computed": computed, "scores": scores, "tokens": tokens}
 
 
-def peak_gib(device) -> float:
-    """Most memory so far, of the GPU or of the process."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def run(way: str, n: int, prompts: int, short: int, arguments: argparse.Namespace) -> dict:
-    """`measure` in a process of its own."""
-    words = [
-        sys.executable, __file__, f"--model={arguments.model}", f"--dtype={arguments.dtype}", f"--way={way}", f"--n={n}",
-        f"--prompts={prompts}", f"--short={short}", f"--batch_tokens={arguments.batch_tokens}",
-        f"--padded_batch={arguments.padded_batch}",
-    ]  # fmt: skip
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compare(n: int, short: int, arguments: argparse.Namespace) -> dict:
+def compare(n: int, short: int, arguments: Namespace) -> dict:
     """All ways on the same conversations, several rounds."""
     prompts = max(4, arguments.completions // n)
-    rounds = [{way: run(way, n, prompts, short, arguments) for way in WAYS} for _ in range(arguments.rounds)]
+    rounds = processes.run_rounds(arguments, WAYS, n=n, prompts=prompts, short=short)
     apart = max(
         abs(one - other)
         for way in WAYS
@@ -146,10 +118,9 @@ def compare(n: int, short: int, arguments: argparse.Namespace) -> dict:
     case = {"n": n, "prompts": prompts, "answers": f"at most {short} tokens" if short else "HelpSteer2's lengths"}
     case |= {"rounds": arguments.rounds, "largest_difference_of_scores": apart, "ways": {}}
     for way in WAYS:
-        speed = [prompts * n / r[way]["seconds"] for r in rounds]
         case["ways"][way] = {
-            "completions_per_second": statistics.median(speed),
-            "packed_is_faster_by": statistics.median(r[way]["seconds"] / r["packed"]["seconds"] for r in rounds),
+            "completions_per_second": median(rounds, lambda r, way=way: prompts * n / r[way]["seconds"]),
+            "packed_is_faster_by": median(rounds, lambda r, way=way: r[way]["seconds"] / r["packed"]["seconds"]),
             "peak_gib_over_the_model": max(r[way]["peak_gib"] for r in rounds),
             "tokens_computed": rounds[0][way]["computed"],
             "tokens_of_conversations": rounds[0][way]["tokens"],
@@ -157,79 +128,37 @@ def compare(n: int, short: int, arguments: argparse.Namespace) -> dict:
     return case
 
 
-def table(cases: list[dict]) -> str:
-    """A line per case and way."""
-    names = ("completions/s", "packed x", "peak MiB", "tokens computed")
-    lines = ["{:<22} {:>3}  {:<20} {:>13} {:>9} {:>9} {:>16}".format("answers", "n", "way", *names)]
-    for case in cases:
-        for way, f in case["ways"].items():
-            lines.append(
-                f"{case['answers']:<22} {case['n']:>3}  {LABELS[way]:<20} {f['completions_per_second']:>13.2f} "
-                f"{f['packed_is_faster_by']:>9.2f} {1024 * f['peak_gib_over_the_model']:>9.0f} {f['tokens_computed']:>16}"
-            )
-    return "\n".join(lines)
-
-
-def draw(facts: dict, path: Path) -> None:
-    """Bars of speed and of memory, by case."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for panel, (key, scale, title) in enumerate(
-        [
-            ("completions_per_second", 1, "completions per second"),
-            ("peak_gib_over_the_model", 1024, "peak MiB over the model"),
-        ]
-    ):
-        axes = figure.add_subplot(1, 2, panel + 1)
-        for shift, way in enumerate(WAYS):
-            heights = [case["ways"][way][key] * scale for case in facts["cases"]]
-            places = [number + 0.27 * (shift - 1) for number in range(len(heights))]
-            bars = axes.bar(places, heights, 0.25, color=COLORS[way], label=LABELS[way])
-            axes.bar_label(bars, fmt="%.1f" if panel == 0 else "%.0f", fontsize=8)
-        axes.set_xticks(
-            range(len(facts["cases"])), [f"n = {case['n']}\n{case['answers']}" for case in facts["cases"]], fontsize=8
+def draw(facts: Facts, path: Path) -> None:
+    """Speed and memory, by case."""
+    panels = [
+        (title, form, {LABELS[way]: [scale * case["ways"][way][key] for case in facts["cases"]] for way in WAYS})
+        for key, scale, form, title in (
+            ("completions_per_second", 1, "%.1f", "completions per second"),
+            ("peak_gib_over_the_model", 1024, "%.0f", "peak MiB over the model"),
         )
-        axes.set_title(title, fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{facts['model']}, {facts['dtype']}, {facts['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    ]
+    names = [f"n = {case['n']}\n{case['answers']}" for case in facts["cases"]]
+    processes.draw_bars(path, f"{facts['model']}, {facts['dtype']}, {facts['device']}", names, COLORS, panels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = processes.parser_of(__doc__)
     parser.add_argument("--model", default=str(ROOT / "models" / "ArmoRM-SmolLM2"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of the backbone")
     parser.add_argument("--completions", type=int, default=80, help="of each case, about")
     parser.add_argument("--short_answers", type=int, default=64, help="longest answer of the second kind of case")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="--score_batch_tokens of the packed way")
     parser.add_argument("--padded_batch", type=int, default=8, help="conversations in a padded batch")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
-    for name in ("way", "n", "prompts", "short"):
-        parser.add_argument(f"--{name}", type=str if name == "way" else int, default=None, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(measure(arguments)))
-        return
-    import torch
-
-    from drdpo.machine import resolve_dtype
-
-    arguments.dtype = resolve_dtype(arguments.dtype).dtype
+    arguments = processes.parse(parser, measure)
     cases = [compare(n, short, arguments) for short in (0, arguments.short_answers) for n in (2, 10)]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
+    rows = [{"answers": case["answers"], "n": case["n"], "way": LABELS[way], **found}
+            for case in cases for way, found in case["ways"].items()]  # fmt: skip
+    processes.show(rows)
     facts = {
-        "device": device, "model": Path(arguments.model).name, "dtype": arguments.dtype,
+        "device": processes.device_name(), "model": Path(arguments.model).name, "dtype": arguments.dtype,
         "batch_tokens": arguments.batch_tokens, "padded_batch": arguments.padded_batch, "cases": cases,
     }  # fmt: skip
-    print(table(cases))
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        draw(facts, path.with_suffix(".png"))
+    processes.write(arguments, facts, draw)
 
 
 if __name__ == "__main__":

@@ -7,29 +7,21 @@
 
 Forward, backward and optimizer step on the same pairs with the same micro-batch, no gradient checkpointing, AdamW. Prompts
 and answers have HelpSteer2's lengths (see benchmarks/scoring.py), cut at --max_len; token ids are random. Each trainer runs
-in its own process, in turn, for several rounds; ratios are taken within a round and their median is reported. Peak memory is
-beyond weights and optimizer states, measured after a first step has allocated them.
+in its own process (processes.py). Peak memory is beyond weights and optimizer states, which a first step has allocated.
 
     PYTHONPATH=src python benchmarks/train_step.py [--model=models/SmolLM2-135M] [--output=benchmarks/results/train_step]
 """
 
-import argparse
-import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import processes
+from processes import ROOT, Facts, median, seconds_of
 
 WAYS = ("trl", "authors", "padded", "packed")
 LABELS = {"trl": "TRL DPOTrainer", "authors": "the authors' form", "padded": "ours, padded", "packed": "ours, packed"}
-COLORS = {"trl": "#56B4E9", "authors": "#999999", "padded": "#E69F00", "packed": "#D55E00"}
+COLORS = dict(zip(LABELS.values(), ("#56B4E9", "#999999", "#E69F00", "#D55E00"), strict=True))
 BETA, RATE = 0.1, 1e-6
 
 
@@ -163,113 +155,54 @@ def our_step(arguments):
 
 def measure(arguments) -> dict:
     """One way in this process."""
-    import numpy as np
-    import torch
-
     from drdpo.training.data import Pair
 
-    for dtype in (np.float32, np.float64):
-        np.finfo(dtype)  # NumPy warns when it first measures a float type after the next line
-    torch.set_flush_denormal(True)
     step = {"trl": trl_step, "authors": authors_step}.get(arguments.way, our_step)(arguments)
     # These steps make gradients and optimizer states, on pairs too short to show in the peak.
     for _ in range(3):
         step([Pair([5, 6], [7], [8])] * arguments.pairs)
-    before = peak_gib()
-    pairs = make_pairs(arguments.pairs, arguments.max_len)
+    before, pairs = processes.peak_gib(), make_pairs(arguments.pairs, arguments.max_len)
     step(pairs)
-    seconds = []
-    for _ in range(arguments.steps):
-        started = time.perf_counter()
-        step(pairs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+    seconds = [seconds_of(lambda: step(pairs)) for _ in range(arguments.steps)]
     tokens = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    return {"seconds": statistics.median(seconds), "peak_gib": peak_gib(), "before_gib": before, "packed_tokens": tokens}
+    return {"seconds": statistics.median(seconds), "peak_gib": processes.peak_gib() - before, "packed_tokens": tokens}
 
 
-def peak_gib() -> float:
-    """Most memory so far, of the GPU or of the process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def run(way: str, arguments) -> dict:
-    """`measure` in a process of its own."""
-    words = [sys.executable, __file__, f"--way={way}", *(
-        f"--{name}={getattr(arguments, name)}" for name in ("model", "dtype", "pairs", "micro_batch", "max_len", "steps")
-    )]  # fmt: skip
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def draw(facts: dict, path: Path) -> None:
-    """Bars of speed and memory."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = [("pairs_per_second", "pairs per second", "%.3f"),
-              ("peak_gib_over_weights_and_optimizer", "peak GiB over weights and optimizer", "%.2f")]  # fmt: skip
-    for panel, (key, title, form) in enumerate(panels):
-        axes = figure.add_subplot(1, 2, panel + 1)
-        heights = [facts["ways"][way][key] for way in WAYS]
-        bars = axes.bar(range(len(WAYS)), heights, 0.65, color=[COLORS[way] for way in WAYS])
-        axes.bar_label(bars, fmt=form, fontsize=9)
-        axes.set_xticks(range(len(WAYS)), [LABELS[way].replace(" ", "\n", 1) for way in WAYS], fontsize=9)
-        axes.set_title(title, fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"DPO step, {facts['model']}, {facts['dtype']}, {facts['device']}, {facts['pairs']} pairs", fontsize=10)
-    figure.savefig(path, dpi=130)
+def draw(facts: Facts, path: Path) -> None:
+    """Speed and memory."""
+    panels = [
+        (title, form, {LABELS[way]: [found[key]] for way, found in facts["ways"].items()})
+        for key, form, title in (
+            ("pairs_per_second", "%.3f", "pairs per second"),
+            ("peak_gib_over_weights_and_optimizer", "%.2f", "peak GiB over weights and optimizer"),
+        )
+    ]
+    title = f"DPO step, {facts['model']}, {facts['dtype']}, {facts['device']}"
+    processes.draw_bars(path, title, [f"{facts['pairs']} pairs"], COLORS, panels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = processes.parser_of(__doc__)
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--pairs", type=int, default=8, help="of an optimizer step, a multiple of --micro_batch")
     parser.add_argument("--micro_batch", type=int, default=2)
     parser.add_argument("--max_len", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=1, help="timed steps of a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default=None, help="write OUTPUT.json and OUTPUT.png")
-    parser.add_argument("--way", default=None, choices=WAYS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(measure(arguments)))
-        return
-    import torch
-
-    from drdpo.machine import resolve_dtype
-
-    arguments.dtype = resolve_dtype(arguments.dtype).dtype
-    rounds = [{way: run(way, arguments) for way in WAYS} for _ in range(arguments.rounds)]
+    arguments = processes.parse(parser, measure)
+    rounds = processes.run_rounds(arguments, WAYS)
     ways = {}
     for way in WAYS:
-        over = [r[way]["peak_gib"] - r[way]["before_gib"] for r in rounds]
         ways[way] = {
-            "pairs_per_second": statistics.median(arguments.pairs / r[way]["seconds"] for r in rounds),
-            "faster_than_trl_by": statistics.median(r["trl"]["seconds"] / r[way]["seconds"] for r in rounds),
-            "peak_gib_over_weights_and_optimizer": max(over),
+            "pairs_per_second": median(rounds, lambda r, way=way: arguments.pairs / r[way]["seconds"]),
+            "faster_than_trl_by": median(rounds, lambda r, way=way: r["trl"]["seconds"] / r[way]["seconds"]),
+            "peak_gib_over_weights_and_optimizer": max(r[way]["peak_gib"] for r in rounds),
         }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
-    facts = {"device": device, "model": Path(arguments.model).name, "dtype": arguments.dtype, "pairs": arguments.pairs,
-             "micro_batch": arguments.micro_batch, "max_len": arguments.max_len, "rounds": arguments.rounds,
+    processes.show([{"way": LABELS[way], **found} for way, found in ways.items()])
+    facts = {"device": processes.device_name(), "model": Path(arguments.model).name, "dtype": arguments.dtype,
+             **{name: getattr(arguments, name) for name in ("pairs", "micro_batch", "max_len", "rounds")},
              "packed_tokens": rounds[0]["packed"]["packed_tokens"], "ways": ways}  # fmt: skip
-    print(f"{'way':<20} {'pairs/s':>8} {'x TRL':>6} {'peak GiB over weights and optimizer':>36}")
-    for way, measured in ways.items():
-        print(
-            f"{LABELS[way]:<20} {measured['pairs_per_second']:>8.3f} {measured['faster_than_trl_by']:>6.2f} "
-            f"{measured['peak_gib_over_weights_and_optimizer']:>36.2f}"
-        )
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        draw(facts, path.with_suffix(".png"))
+    processes.write(arguments, facts, draw)
 
 
 if __name__ == "__main__":

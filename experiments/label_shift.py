@@ -1,24 +1,15 @@
 """Methods trained on pairs that one mixture of people's ratings labels, judged on held-out pairs that others label.
 
 HelpSteer2 (arXiv 2406.08673) has two answers a prompt, rated by people. Pairs are labelled by alpha r1 + (1 - alpha) r2 of
-two attributes, standardised: for training at one alpha, and the same held-out pairs by --eval_mixture at several. Finished
-runs are in <output_path>/runs and are skipped; after the last one the script writes <results>.json and <results>.png.
-
-    bash experiments/label_shift.sh [--data=FOLDER] [--seconds=300]
+two attributes, standardised: for training at one alpha, and the same held-out pairs by --eval_mixture at several.
 
 Shapes: P held-out pairs, S seeds, B draws of the bootstrap, A values of alpha.
 """
 
-import importlib
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import random
-import runpy
-import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts import ROOT, Command, Experiment, Part, borrow, run_experiment, wrapper
 from scipy.stats import t as student
 
 from drdpo.assets.hub import split_helpsteer_turns
 from drdpo.chat import Tokenizer, answer_token_ids, load_tokenizer, prompt_token_ids
-from drdpo.cli import check_bounds, flag, parse, require
+from drdpo.cli import check_bounds, flag, require
 from drdpo.config.data import PreferencesConfig
-from drdpo.distributed import use_cuda
-from drdpo.errors import DataError, ProcessError, UsageError, one_line, one_line_errors
+from drdpo.errors import DataError, UsageError, one_line
 from drdpo.evaluation.statistics import Array, Layout, estimate
-from drdpo.folder import atomic_file, lock_folder, read_json_object, remove_tree
+from drdpo.folder import atomic_file, read_json_object
 from drdpo.objectives import flag_name
 from drdpo.pairing import generate_preferences
 from drdpo.records import SPLITS, Completion, read_rows, write_records
 
-ROOT = Path(__file__).resolve().parents[1]
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 METHODS = {
     "DPO": [],
@@ -56,8 +46,9 @@ MEASURES = {"loss": (lambda signed: np.logaddexp(0, -signed), np.max), "accuracy
 
 
 @dataclass(frozen=True)
-class LabelShiftConfig:
-    """The study of docs/label_shift.md."""
+class LabelShiftConfig(Experiment):
+    """The study of docs/label_shift.md: methods under a shift of people's preferences. Finished runs are skipped; after the
+    last one the script writes <results>.json and <results>.png."""
 
     data: str = flag("folder with HelpSteer2's train.jsonl and validation.jsonl, or its id on the hub", "nvidia/HelpSteer2")
     output_path: str = flag("folder for pairs and finished runs", "outputs/label_shift")
@@ -74,6 +65,7 @@ class LabelShiftConfig:
     max_steps: int = flag("optimizer steps", 3, at_least=1)
     train_batch_size: int = flag("pairs per optimizer step", 6, at_least=1)
     seconds: float = flag("start no run after this time; rerunning continues", 1e9, at_least=0)
+    sbatch: str = flag("options of the jobs", "--gres=gpu:1 --time=4:00:00")
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -166,37 +158,24 @@ def prepare(config: LabelShiftConfig, folder: Path) -> dict[str, Any]:
 # Runs --------------------------------------------------------------------------------------------------------------------
 
 
-def run(config: LabelShiftConfig, folder: Path, method: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate once, in a fork: the trainer's metrics, the held-out margins beta h, and seconds of CPU."""
-    save = folder / "runs" / f"{method}, seed {seed}"  # An interrupted run resumes there.
-    cache = folder / ("reference of WDPO" if method == "WDPO" else "reference")  # WDPO's forward passes are float32.
-    cache.mkdir(exist_ok=True)
-    shutil.copytree(cache, save, dirs_exist_ok=True)
+def train(config: LabelShiftConfig, folder: Path, save: Path, method: str, seed: int) -> Command:
+    """The command of one run."""
     mixed = [",".join(f"{name}:{weight:g}" for name, weight in config.weights(alpha).items()) for alpha in ALPHAS]
-    words = [
-        f"--model_path={config.model_path}", f"--dataset_path={folder / 'pairs'}", f"--save_path={save}", f"--beta={BETA}",
-        "--lora_rank=16", "--lora_merge=false", "--learning_rate=2e-3", "--warmup_ratio=0",
-        f"--train_batch_size={config.train_batch_size}", f"--micro_batch_size={config.train_batch_size}",
-        f"--max_steps={config.max_steps}", "--max_epochs=99", f"--max_len={2 * config.max_tokens}",
-        "--gradient_checkpointing=false", "--log=none", "--eval_steps=0", "--save_steps=0",
-        f"--seed={seed}", *METHODS[method], "--eval_mixture",
+    return wrapper(
+        "train_alignment.sh", *config.given("model_path train_batch_size max_steps"), f"--dataset_path={folder / 'pairs'}",
+        f"--save_path={save}", f"--beta={BETA}", "--lora_rank=16", "--lora_merge=false", "--learning_rate=2e-3",
+        "--warmup_ratio=0", f"--micro_batch_size={config.train_batch_size}", "--max_epochs=99",
+        f"--max_len={2 * config.max_tokens}", "--gradient_checkpointing=false", "--log=none", "--eval_steps=0",
+        "--save_steps=0", f"--seed={seed}", *METHODS[method], "--eval_mixture",
         *(f"alpha_{100 * alpha:g}={mixture}" for alpha, mixture in zip(ALPHAS, mixed, strict=True)),
-    ]  # fmt: skip
-    sys.argv, before = ["train_alignment.py", *words], sum(os.times()[2:4])
-    script = str(ROOT / "src" / "train_alignment.py"), None, "__main__"
-    child = multiprocessing.get_context("fork").Process(target=runpy.run_path, args=script)
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise ProcessError(f"the run by {method} with seed {seed} ended with status {child.exitcode}")
-    lines = [line for _, line in read_rows(save / "metrics.jsonl")]
-    pairs = read_json_object(save / "eval_pairs.json")
-    for path in save.glob("reference_*.safetensors"):
-        path.replace(cache / path.name)
-    remove_tree(save)
+    )  # fmt: skip
+
+
+def result_of(save: Path) -> dict[str, Any]:
+    """What is kept of a run: the trainer's metrics and the held-out margins beta h."""
+    lines, pairs = [line for _, line in read_rows(save / "metrics.jsonl")], read_json_object(save / "eval_pairs.json")
     rewards = zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)
     return {
-        "cpu_seconds": round(sum(os.times()[2:4]) - before, 1),
         "train_loss": [line["loss"] for line in lines], "prompt_ids": pairs["prompt_id"],
         "margins": [round(chosen - rejected, 7) for chosen, rejected in rewards],
         "metrics": {name: value for name, value in lines[-1].items() if name.startswith("eval_")},
@@ -260,12 +239,10 @@ def detectable(entries: Array, layout: Layout) -> float:
 
 def draw(config: LabelShiftConfig, found: dict[str, dict[str, Any]], path: Path) -> None:
     """Loss and accuracy over alpha, a line a method, and the differences of the worst loss from DPO's."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), width_ratios=(4, 4, 3), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     grey = {"color": "#999999", "linewidth": 1}
     for number, (method, row) in enumerate(found.items()):
         for panel, measure in zip(axes, MEASURES, strict=False):
@@ -284,7 +261,6 @@ def draw(config: LabelShiftConfig, found: dict[str, dict[str, Any]], path: Path)
     axes[2].invert_yaxis()
     with atomic_file(path, "wb") as stream:
         figure.savefig(stream, dpi=120, format="png", metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def finish(config: LabelShiftConfig, study: dict[str, Any], folder: Path, runs: dict[tuple[str, int], dict]) -> None:
@@ -305,47 +281,47 @@ def finish(config: LabelShiftConfig, study: dict[str, Any], folder: Path, runs: 
     with atomic_file(Path(config.results + ".json")) as stream:
         json.dump({"settings": settings, "ratings": study["ratings"] | counts, "methods": found, "runs": stored}, stream)
     draw(config, found, Path(config.results + ".png"))
-    print(f"{config.results}.json and .png; {sum(done['cpu_seconds'] for done in runs.values()):.0f} s of CPU")
+    print(f"{config.results}.json and .png")
 
 
-def main() -> None:
-    config = parse(LabelShiftConfig, "Study methods under a shift of people's preferences.")
-    folder = Path(config.output_path).resolve()
-    with lock_folder(folder):
-        study_methods(config, folder)
-
-
-def study_methods(config: LabelShiftConfig, folder: Path) -> None:
-    """Make the pairs, train what is not trained yet for config.seconds, and once all is there write the results."""
-    started = time.perf_counter()
-    free = ("output_path", "results", "seconds", "methods", "seeds")
+def parts_of(config: LabelShiftConfig, further: Command) -> Iterator[Part]:
+    folder, started = Path(config.output_path).resolve(), time.perf_counter()
+    free = ("output_path", "results", "seconds", "methods", "seeds", "slurm", "sbatch", "part")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    if not (folder / "study.json").is_file():
-        ratings = prepare(config, folder)
-        with atomic_file(folder / "study.json") as stream:
-            json.dump({"settings": settings, "ratings": ratings}, stream)
-    study = read_json_object(folder / "study.json")
-    if study["settings"] != settings:
-        raise UsageError(f"--output_path={folder} contains results from a different configuration; choose another")
-    if not use_cuda():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which otherwise looks for others, and prints so
-    for name in ("deepspeed", "peft", "drdpo.training.loop"):
-        importlib.import_module(name)  # Once, for the forks.
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
-    for seed, method in itertools.product(config.seeds, config.methods):
-        path = folder / "runs" / f"{method}, seed {seed}.json"
-        if not path.is_file():
-            if time.perf_counter() - started > config.seconds:
-                print(f"{len(runs)} of {len(config.seeds) * len(config.methods)} runs are finished; rerun the same command")
-                return
-            done = json.dumps(run(config, folder, method, seed))
+    every = itertools.product(config.seeds, config.methods)
+    paths = {(method, seed): folder / "runs" / f"{method}, seed {seed}.json" for seed, method in every}
+
+    def make_data() -> None:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        if not (folder / "study.json").is_file():
+            ratings = prepare(config, folder)
+            with atomic_file(folder / "study.json") as stream:
+                json.dump({"settings": settings, "ratings": ratings}, stream)
+        if read_json_object(folder / "study.json")["settings"] != settings:
+            raise UsageError(f"--output_path={folder} contains results from a different configuration; choose another")
+
+    def run(method: str, seed: int) -> Iterator[Command]:
+        path, save = paths[method, seed], paths[method, seed].with_suffix("")
+        if not path.is_file() and time.perf_counter() - started <= config.seconds:
+            # WDPO's forward passes are float32: its reference is another.
+            borrow(save, [paths["WDPO" if method == "WDPO" else "DPO", config.seeds[0]].with_suffix("")])
+            yield [*train(config, folder, save, method, seed), *further]
+            done = json.dumps(result_of(save))
             with atomic_file(path) as stream:
                 stream.write(done)
-        runs[method, seed] = read_json_object(path)
-    finish(config, study, folder, runs)
+
+    def report() -> None:
+        runs = {run: read_json_object(path) for run, path in paths.items() if path.is_file()}
+        if len(runs) < len(paths):
+            print(f"{len(runs)} of {len(paths)} runs are finished; rerun the same command")
+        else:
+            finish(config, read_json_object(folder / "study.json"), folder, runs)
+
+    yield Part("data", [], [make_data])
+    for method, seed in paths:
+        yield Part(f"{method}/{seed}", ["data"], run(method, seed))
+    yield Part("report", [f"{method}/{seed}" for method, seed in paths], [report])
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_experiment(LabelShiftConfig, parts_of)

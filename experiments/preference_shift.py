@@ -12,30 +12,27 @@ the fixed candidates of held-out prompts (drdpo.candidates), minus the base mode
 all sampled answers. The same pairs, labels and data order serve every method of a seed, so differences between methods are
 paired over prompts and seeds.
 
-    label   write candidates/PART/ and pairs/FORM_SEED/ of a folder made by preference_shift.sh
-    choose  write the strength of each method with the largest value at alpha_o on the validation prompts
-    plan    from the runs of a pilot: spread of the paired differences, and what the study can detect
-    report  tables and pictures from all runs
-
 Shapes: N prompts, K candidates, S seeds, A values of alpha.
 """
 
-import argparse
+import itertools
 import json
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts import ROOT, Command, Part, SampledExperiment, borrow, run_experiment, wrapper
 from safetensors.numpy import load_file
-from scipy.stats import norm
 from tabulate import tabulate
 
 from drdpo.candidates import values
-from drdpo.errors import DataError, UsageError, one_line_errors
+from drdpo.cli import flag, require
+from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.statistics import Estimate, Observations, estimate, resample
 from drdpo.folder import atomic_file
 from drdpo.objectives import objective_from_flag
@@ -50,8 +47,73 @@ DRAWN = 6
 DRAWS = 2000
 MIDDLE, FAR = 0.5, 1.0
 """Where the table looks, beside alpha_o."""
-POWER = norm.ppf(0.975) + norm.ppf(0.8)
-"""A difference of so many standard errors is found in 80% of studies, two-sided at 5%."""
+METHODS: dict[str, tuple[str, ...]] = {
+    "DPO": (), "cDPO": ("0.1", "0.3"), "DrDPO": ("1", "4"), "KLDPO": ("0.3", "1"), "KLDPO-2": ("0.3", "1"),
+    "WDPO": ("2e-5", "1e-4"), "CVaR": ("0.5", "0.75"),
+}  # fmt: skip
+"""Two strengths each, both tried. DPO has none: beta, which all share, limits how far a policy moves."""
+FLAGS = {
+    "DPO": "", "cDPO": "--label_smoothing={}", "DrDPO": "--drdpo_beta={}", "KLDPO": "--kldpo_tau={}",
+    "KLDPO-2": "--kldpo_tau={} --kldpo_normalize=true", "WDPO": "--wdpo_rho={} --wdpo_prompt=once",
+    "CVaR": "--method=cvar:{}",
+}  # fmt: skip
+SMALL = [
+    "--output_path=outputs/preference_shift_tiny", "--methods=DPO WDPO", "--geometric_methods=DPO", "--seeds=42 43",
+    "--best_of_n=4", "--prompts=24", "--pairs=16", "--validation=8", "--test=16", "--candidates=4", "--max_steps=2",
+    "--eval_steps=1",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PreferenceShiftConfig(SampledExperiment):
+    """Preference shift as in the paper's section 7.1: pairs labelled at one mixture of two objectives, values at all. What
+    follows "--" goes to train_alignment.sh. Ends in <output_path>/report.md; a rerun skips finished runs."""
+
+    output_path: str = flag("folder of everything", "outputs/preference_shift")
+    model_path: str = flag("policy, a Hugging Face folder or hub id", f"{ROOT}/models/SmolLM2-135M")
+    reward_model: str = flag("ArmoRM, or a model of its layout", f"{ROOT}/models/ArmoRM-SmolLM2")
+    dataset: str = flag("prompts", f"{ROOT}/datasets/embedded_prompts")
+    objectives: str = flag("r1 and r2", "ultrafeedback_overall_score helpsteer_complexity")
+    alpha: float = flag("0, 0.1, ... or 1: pairs are Bradley-Terry draws from scale * r(alpha)", 0.1)
+    scale: float = flag("see --alpha", 8.0)
+    forms: str = flag("linear (alpha r1 + (1 - alpha) r2), geometric (r1^alpha r2^(1 - alpha))", "linear geometric")
+    methods: str = flag("KLDPO-2 is the paper's Algorithm 2", " ".join(METHODS))
+    geometric_methods: str = flag("those that are also trained on the geometric form", "DPO KLDPO WDPO")
+    seeds: str = flag("of labels, data order and adapters", "42 43 44 45 46")
+    trial_seed: int = flag("of the trials that choose the strengths", 7)
+    best_of_n: int = flag("answers of a prompt", 12)
+    temperature: float = flag("of their sampling", 1.0)
+    max_new_tokens: int = flag("longest answer in tokens", 16)
+    prompt_max_len: int = flag("longest prompt in tokens", 80)
+    pairs: int = flag("prompts for the pairs", 48)
+    validation: int = flag("prompts for the choice of strengths", 32)
+    test: int = flag("prompts for the test", 80)
+    candidates: int = flag("answers of a held-out prompt", 12)
+    beta: float = flag("KL penalty coefficient", 1.0)
+    learning_rate: float = flag("of the adapters", 1e-3)
+    lora_rank: int = flag("0 trains all weights", 16)
+    train_batch_size: int = flag("pairs of an optimizer step", 8)
+    micro_batch_size: int = flag("pairs of a forward pass", 8)
+    gradient_checkpointing: str = flag("true, false or auto", "false")
+    max_steps: int = flag("optimizer steps", 12)
+    curves: str = flag("seeds whose values are also taken in the middle of training, every --eval_steps", "42")
+    eval_steps: int = flag("see --curves", 3)
+    sbatch: str = flag("options of the jobs", "--gres=gpu:1 --time=4:00:00")
+
+    def __post_init__(self) -> None:
+        methods, geometric = self.methods.split(), self.geometric_methods.split()
+        for name in methods + geometric:
+            require(name in METHODS, f"unknown method {name}: choose from {' '.join(METHODS)}")
+            require(name in methods, f"--geometric_methods has {name}, which --methods lacks: add it there")
+        require("DPO" in geometric, "DPO is what the others are compared with: add it to both lists of methods")
+        require(self.alpha in ALPHAS, f"--alpha={self.alpha:g}: pass 0, 0.1, ... or 1")
+        for form in self.forms.split():
+            require(form in FORMS, f"unknown form {form}: pass linear, geometric or both")
+
+    @property
+    def trials(self) -> list[str]:
+        """METHOD=STRENGTH, folders in trials/."""
+        return [f"{method}={strength}" for method in self.methods.split() for strength in METHODS[method]]
 
 
 class Study:
@@ -169,21 +231,6 @@ def best_of(trials: dict[str, dict[str, float]]) -> dict[str, str]:
     return {method: max(values, key=lambda one: values[one]) for method, values in trials.items()}
 
 
-def plan(study: Study, form: str, alpha_o: float) -> str:
-    """The pilot's table: sd of the paired difference from DPO over prompts and seeds, and the smallest difference that
-    a study of these test prompts and of 5 or 10 seeds finds with a power of 80%."""
-    runs = _runs_of(study, form)
-    table = []
-    for method in [name for name in runs if name != "DPO"]:
-        for alpha in (alpha_o, FAR):
-            difference_NS = runs[method][..., ALPHAS.index(alpha)] - runs["DPO"][..., ALPHAS.index(alpha)]
-            over_prompts, over_seeds = difference_NS.mean(1).std(ddof=1), difference_NS.mean(0).std(ddof=1)
-            errors = [np.hypot(over_prompts / len(difference_NS) ** 0.5, over_seeds / seeds**0.5) for seeds in (5, 10)]
-            table.append([method, alpha, over_prompts, over_seeds, *(POWER * error for error in errors)])
-    names = ["method", "alpha", "sd over prompts", "sd over seeds", "detectable, 5 seeds", "detectable, 10 seeds"]
-    return tabulate(table, names, "github", floatfmt=".3f")
-
-
 def _runs_of(study: Study, form: str) -> dict[str, np.ndarray]:
     """{method: [N, S, A] gains on the test prompts}, DPO first; every method must have the same seeds."""
     found: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
@@ -258,13 +305,11 @@ def table(stored: dict[str, Any], form: str) -> str:
 
 def draw(stored: dict[str, Any], picture: Path) -> None:
     """Left: value over alpha, a line a method, bands. Right: DPO's and the others' value over the steps, at both ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     forms = list(stored["results"])
-    figure, axes = plt.subplots(len(forms), 2, figsize=(11, 4.2 * len(forms)), squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(11, 4.2 * len(forms)), layout="constrained")
+    axes = figure.subplots(len(forms), 2, squeeze=False)
     ends = {stored["settings"]["alpha"]: "-", FAR: "--"}
     for (left, right), form in zip(axes, forms, strict=True):
         found = stored["results"][form]
@@ -290,49 +335,75 @@ def draw(stored: dict[str, Any], picture: Path) -> None:
     figure.savefig(picture, dpi=110, format="png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("label", "choose", "plan", "report"))
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--objectives", nargs=2, required=True, help="r1 and r2")
-    parser.add_argument("--prompts", nargs=3, type=int, required=True, help="for pairs, for validation and for the test")
-    parser.add_argument("--candidates", type=int, help="answers of a held-out prompt, all by default")
-    parser.add_argument("--alpha", type=float, default=0.1, help="alpha_o, of ALPHAS")
-    parser.add_argument("--scale", type=float, default=8.0, help="of the Bradley-Terry draws")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="label: of the pairs")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--trials", nargs="*", default=[], help="choose, report: METHOD=STRENGTH, folders in trials/")
-    parser.add_argument("--output", type=Path, help="report: write OUTPUT.json and OUTPUT.png")
-    given = parser.parse_args()
-    if given.alpha not in ALPHAS:
-        raise UsageError(f"--alpha={given.alpha:g}: pass one of {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
-    study = Study(given.folder, given.objectives, given.prompts, given.candidates)
-    if given.what == "label":
-        label(study, given.seeds, given.forms, given.alpha, given.scale)
-    elif given.what == "choose":
-        trials = trials_of(study, given.forms[0], given.alpha, given.trials)
-        with atomic_file(study.folder / "strengths") as file:
-            file.writelines(f"{method}={strength}\n" for method, strength in best_of(trials).items())
+def report(config: PreferenceShiftConfig, study: Study) -> None:
+    """Write report.json, report.png and report.md, and print the tables."""
+    forms = config.forms.split()
+    trials = trials_of(study, forms[0], config.alpha, config.trials)
+    stored = {
+        "settings": {"alpha": config.alpha, "scale": config.scale, **study.facts}, "trials": trials,
+        "strengths": best_of(trials), "results": {form: results(study, form) for form in forms},
+    }  # fmt: skip
+    with atomic_file(study.folder / "report.json") as file:
+        file.write(json.dumps(stored, indent=1) + "\n")
+    with atomic_file(study.folder / "report.png", "wb") as file:
+        draw(stored, file)
+    text = "\n\n".join(f"**{form}**\n\n{table(stored, form)}" for form in forms)
+    with atomic_file(study.folder / "report.md") as file:
+        file.write(text + "\n")
+    print(text)
+
+
+def parts_of(config: PreferenceShiftConfig, further: Command) -> Iterator[Part]:
+    output, forms, seeds = Path(config.output_path), config.forms.split(), config.seeds.split()
+
+    def study() -> Study:
+        sizes = config.pairs, config.validation, config.test
+        return Study(output, config.objectives.split(), sizes, config.candidates)
+
+    def align(folder: Path, lenders: list[Path], pairs: str, method: str, strength: str, part: str) -> Command:
+        """Train, and judge on the candidates of a part."""
+        borrow(folder, lenders)
+        seed = pairs.rpartition("_")[2]
+        flags = config.given(
+            "model_path beta learning_rate lora_rank train_batch_size max_steps micro_batch_size gradient_checkpointing"
+        )
+        flags += ["--lora_merge=false"] if config.lora_rank else []
+        flags += [f"--eval_steps={config.eval_steps}"] if part == "test" and seed in config.curves.split() else []
+        paths = f"--dataset_path={output / 'pairs' / pairs}", f"--save_path={folder}", f"--seed={seed}"
+        judged = f"--eval_candidates={output / 'candidates' / part}", "--max_test_pairs=4"
+        fixed = "--save_resume=false", "--log=none", "--warmup_ratio=0"
+        own = FLAGS[method].format(strength).split()
+        return wrapper("train_alignment.sh", *paths, *judged, *fixed, *flags, *own, *further)
+
+    def try_out(trial: str) -> Iterator[Command]:
+        folders = [output / "trials" / each for each in (trial, config.trials[0])]
+        yield align(folders[0], folders[1:], f"{forms[0]}_{config.trial_seed}", *trial.split("="), "validation")
+
+    def choose() -> None:
+        trials = trials_of(study(), forms[0], config.alpha, config.trials)
+        with atomic_file(output / "strengths.json") as file:
+            json.dump(best_of(trials), file)
         print(json.dumps(trials, indent=1))
-    elif given.what == "plan":
-        print("\n\n".join(plan(study, form, given.alpha) for form in given.forms))
-    else:
-        trials = trials_of(study, given.forms[0], given.alpha, given.trials)
-        stored = {
-            "settings": {"alpha": given.alpha, "scale": given.scale, **study.facts}, "trials": trials,
-            "strengths": best_of(trials), "results": {form: results(study, form) for form in given.forms},
-        }  # fmt: skip
-        output = given.output or study.folder / "report"
-        with atomic_file(output.with_suffix(".json")) as file:
-            file.write(json.dumps(stored, indent=1) + "\n")
-        with atomic_file(output.with_suffix(".png"), "wb") as file:
-            draw(stored, file)
-        text = "\n\n".join(f"**{form}**\n\n{table(stored, form)}" for form in given.forms)
-        with atomic_file(study.folder / "report.md") as file:
-            file.write(text + "\n")
-        print(text)
+
+    def run(form: str, method: str, seed: str) -> Iterator[Command]:
+        folder, strengths = output / "runs" / form, json.loads((output / "strengths.json").read_text(encoding="utf-8"))
+        lenders = [folder / f"DPO_{seed}", output / "runs" / forms[0] / f"DPO_{seeds[0]}"]
+        yield align(folder / f"{method}_{seed}", lenders, f"{form}_{seed}", method, strengths.get(method, ""), "test")
+
+    sample = config.sample(output / "base", config.model_path, *config.given("best_of_n temperature"))
+    drawn = [config.trial_seed, *map(int, seeds)]
+    yield Part("data", [], [sample, lambda: label(study(), drawn, forms, config.alpha, config.scale)])
+    for trial in config.trials:
+        yield Part(f"trials/{trial}", ["data"], try_out(trial))
+    yield Part("choose", [f"trials/{trial}" for trial in config.trials] or ["data"], [choose])
+    needs = []
+    for form, methods in zip(FORMS, (config.methods, config.geometric_methods), strict=True):
+        for seed, method in itertools.product(seeds, methods.split()):
+            if form in forms:
+                needs.append(f"{form}/{method}/{seed}")
+                yield Part(needs[-1], ["choose"], run(form, method, seed))
+    yield Part("report", needs, [lambda: report(config, study())])
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_experiment(PreferenceShiftConfig, parts_of, SMALL)

@@ -1,4 +1,4 @@
-"""The sample-size scaling of DPO's robust estimators on a log-linear toy policy, beside the paper's rate. Numpy only.
+"""The sample-size scaling of DPO's robust estimators on a log-linear toy policy, beside the paper's rate.
 
 The error is |theta_n - theta_infinity|, each estimator against its own target, the minimiser of its objective on the whole
 population. The paper (2502.01930) proves for WDPO and KLDPO an upper bound of order n^(-1/4) on it. A bound does not say
@@ -118,12 +118,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Left: error over n with the two rates. Right: exponents with their intervals."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     sizes = np.array(SIZES)
     top = 1.6 * max(row["rms"][0] for row in rows.values())
     rates = ((-0.25, "--", "order n$^{-1/4}$, the paper's bound"), (-0.5, ":", "order n$^{-1/2}$"))
@@ -147,7 +145,6 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     right.set_title("dot and bar: mean, 95%; ticks: each population", fontsize=9)
     with atomic_file(path, "wb") as stream:
         figure.savefig(stream, dpi=130, format="png", metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def main() -> None:

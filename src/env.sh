@@ -5,10 +5,10 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export ROOT
 
-# refuse_command MESSAGE: end with a usage error.
+# refuse_command MESSAGE [STATUS]: end, as after a usage error.
 refuse_command() {
     echo "error: $1" >&2
-    exit 2
+    exit "${2:-2}"
 }
 
 # CONTAINER=drdpo.sif (container/drdpo.def) brings the environment: a wrapper starts again inside that image. One that has work
@@ -27,10 +27,7 @@ fi
 # setup.sh records the prefix of the environment, whether conda's or a venv, in .environment. Its bin comes first on PATH.
 if [[ -z "${inside[*]-}" && (-n "${DRDPO_ENV:-}" || -f "$ROOT/.environment") ]]; then
     prefix="${DRDPO_ENV:-$(<"$ROOT/.environment")}"
-    if [[ ! -x "$prefix/bin/python" ]]; then
-        echo "error: the environment $prefix is gone; run: bash setup.sh" >&2
-        exit 1
-    fi
+    [[ -x "$prefix/bin/python" ]] || refuse_command "the environment $prefix is gone; run: bash setup.sh" 1
     export PATH="$prefix/bin:$PATH"
     unset prefix
 fi
@@ -44,7 +41,6 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The second prints the stack of 
 [[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # Waiting threads sleep instead of spinning, which made vLLM ten times slower on shared cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-gpu_count="" cuda_version="" # See ask_driver.
 
 # run COMMAND...: print a command, then run it.
 run() {
@@ -60,8 +56,7 @@ wants_help() {
 # flag_value NAME FLAG...: the value of --NAME=value or --NAME value, or of NAME in the file of --config.
 flag_value() {
     local name="$1" value="" file=""
-    shift
-    while (($#)); do
+    while shift && (($#)); do
         # drdpo.cli accepts dashes for underscores.
         case "$1" in
             "--$name="* | "--${name//_/-}="*) value="${1#*=}" ;;
@@ -69,12 +64,10 @@ flag_value() {
             --config=*) file="${1#*=}" ;;
             --config) file="${2:-}" ;;
         esac
-        shift
     done
-    if [[ -z "$value" && -n "$file" ]]; then
-        # An unreadable file is reported by the step itself.
+    # An unreadable file is reported by the step itself.
+    [[ -n "$value" || -z "$file" ]] ||
         value="$(python -c 'import sys; from drdpo.cli import flag_in_file; print(flag_in_file(*sys.argv[1:]))' "$file" "$name" 2>/dev/null || true)"
-    fi
     printf '%s' "$value"
 }
 
@@ -85,33 +78,12 @@ is_set() {
     [[ ! "${value,,}" =~ ^(|n|no|f|false|0)$ ]]
 }
 
-# ask_driver: set gpu_count, once, to the number of GPUs to start a process for, and cuda_version to what the driver runs, e.g.
-# 12040 for CUDA 12.4. Why torch cannot use GPUs that are there is for the steps to say.
-ask_driver() {
-    # shellcheck disable=SC2034 # setup.sh reads cuda_version.
-    [[ -n "$gpu_count" ]] ||
-        read -r gpu_count cuda_version < <(python -c 'from drdpo.machine import ask_driver; print(*ask_driver())')
-}
-
-# has_gpu: is a GPU visible?
+# has_gpu: is a GPU visible? Sets gpu_count to the number of GPUs to start a process for, and cuda_version to what the driver
+# runs, e.g. 12040 for CUDA 12.4. Why torch cannot use GPUs that are there is for the steps to say.
 has_gpu() {
-    ask_driver
+    # shellcheck disable=SC2034 # setup.sh reads cuda_version.
+    read -r gpu_count cuda_version < <(python -c 'from drdpo.machine import ask_driver; print(*ask_driver())')
     ((gpu_count > 0))
-}
-
-# check_launch PROCESSES NODES NODE: refuse to start so many processes on each of NODES machines, of which this is number NODE.
-check_launch() {
-    [[ "$1" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=$1 is not a positive number"
-    [[ -z "${DRDPO_HOSTFILE:-}" ]] || refuse_command "DRDPO_HOSTFILE is not supported; set DRDPO_NODES on every machine"
-    ((gpu_count == 0 || $1 <= gpu_count)) ||
-        refuse_command "DRDPO_PROCESSES=$1, but $gpu_count GPUs are visible; one process needs one GPU"
-    [[ "$2" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$2 is not a positive number"
-    (($2 > 1)) || return 0
-    if [[ ! "$3" =~ ^[0-9]+$ ]] || (($3 >= $2)); then
-        refuse_command "DRDPO_NODES=$2, but DRDPO_NODE_RANK=$3 is not this machine's number, from 0"
-    fi
-    [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
-        refuse_command "DRDPO_NODES=$2 needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
 }
 
 # launch LOGS SCRIPT FLAG...: replace this shell, so that signals arrive, by a script with one process per GPU, or with
@@ -127,34 +99,38 @@ launch() {
     fi
     # With these left over from a cluster's template, a single process would wait for others forever.
     unset RANK LOCAL_RANK WORLD_SIZE
-    ask_driver
+    has_gpu || true
     processes="${DRDPO_PROCESSES:-$((gpu_count > 0 ? gpu_count : 1))}"
-    check_launch "$processes" "$nodes" "$node"
+    [[ "$processes" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=$processes is not a positive number"
+    ((gpu_count == 0 || processes <= gpu_count)) ||
+        refuse_command "DRDPO_PROCESSES=$processes, but $gpu_count GPUs are visible; one process needs one GPU"
+    [[ -z "${DRDPO_HOSTFILE:-}" ]] || refuse_command "DRDPO_HOSTFILE is not supported; set DRDPO_NODES on every machine"
+    [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_NODES=$nodes is not a positive number"
+    where=(--standalone --local-addr=127.0.0.1)
+    if ((nodes > 1)); then
+        [[ "$node" =~ ^[0-9]+$ && "$node" -lt "$nodes" ]] ||
+            refuse_command "DRDPO_NODES=$nodes, but DRDPO_NODE_RANK=$node is not this machine's number, from 0"
+        [[ -n "${MASTER_ADDR:-}" && -n "${MASTER_PORT:-}" ]] ||
+            refuse_command "DRDPO_NODES=$nodes needs MASTER_ADDR, the first machine, and MASTER_PORT, a free port there"
+        where=(--nnodes="$nodes" --node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+    fi
     ((processes * nodes > 1)) || run exec python "$@"
     WORLD_SIZE="$((processes * nodes))" python "$@" --check_only=true
     cores="$(getconf _NPROCESSORS_ONLN)"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
-    where=(--standalone --local-addr=127.0.0.1)
-    if ((nodes > 1)); then
-        where=(--nnodes="$nodes" --node-rank="$node" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
-    fi
     run exec python -P "$ROOT/src/drdpo/launch.py" "${where[@]}" --nproc-per-node="$processes" --log-dir="$logs" "$@"
 }
 
-# launch_training SCRIPT FLAG...: the same; several processes also write to a new folder in <save_path>/logs.
+# launch_training SCRIPT FLAG...: the same; several processes also write to a new folder in <save_path>/logs, if they write at all.
 launch_training() {
     local logs
     logs="$(flag_value save_path "$@")/logs/$(date +%Y-%m-%dT%H.%M.%S).$HOSTNAME"
-    # These write nothing.
-    if is_set dry_run "$@" || is_set check_only "$@"; then
-        logs=/dev/null
-    fi
+    if is_set dry_run "$@" || is_set check_only "$@"; then logs=/dev/null; fi
     launch "$logs" "$@"
 }
 
 # Without an environment of its own a wrapper runs in the shell's, if that has the packages. setup.sh is about to make one.
 if [[ -z "${DRDPO_ENV:-}${inside[*]-}" && ! -f "$ROOT/.environment" && "${0##*/}" != setup.sh ]] && ! wants_help "$@" &&
     ! python -c 'import sys, importlib.util as found; sys.exit(not (found.find_spec("torch") and found.find_spec("msgspec")))'; then
-    echo "error: there is no environment yet, and the python of this shell has no torch or msgspec; run: bash setup.sh" >&2
-    exit 1
+    refuse_command "there is no environment yet, and the python of this shell has no torch or msgspec; run: bash setup.sh" 1
 fi

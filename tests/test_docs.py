@@ -12,6 +12,7 @@ import readme
 from fit_reward_heads import FitConfig
 from harness import ROOT
 from label_shift import LabelShiftConfig
+from preference_shift import PreferenceShiftConfig
 
 from drdpo.cli import parse
 from drdpo.config.training import METHODS, TrainConfig
@@ -112,9 +113,8 @@ OTHER_FLAGS = (
 @pytest.mark.parametrize("page", readme.PAGES[2:], ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
     known = {name for each in readme.CONFIGS.values() for name in each.__dataclass_fields__}
-    study = (ROOT / "experiments" / "preference_shift.sh").read_text(encoding="utf-8").partition("usage:")[2]
-    known |= {"tiny", *re.findall(r"--([a-z_]+)=", study.partition("USAGE")[0])}
-    known |= {*OTHER_FLAGS, *FitConfig.__dataclass_fields__, *LabelShiftConfig.__dataclass_fields__}
+    for study in (FitConfig, LabelShiftConfig, PreferenceShiftConfig):
+        known |= {*OTHER_FLAGS, *study.__dataclass_fields__}
     assert set(re.findall(r"--([a-z]\w+)", page.read_text(encoding="utf-8"))) <= known
 
 
