@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT
-from harness.reward_models import pad_right
+from harness.reward_models import apart
 from scipy.stats import bootstrap, spearmanr
 
 from drdpo.chat import load_tokenizer
@@ -255,7 +255,7 @@ def test_the_fitted_model_scores_as_it_was_fitted(
     held = fit.read_side((flags.validation, flags.preferences_validation), tokenizer, 400)
     backbone, layers = fit.load_backbone(flags)
     read = fit.read_features(backbone, layers, held, written["gating_token_pattern"])
-    rewards = model(*pad_right(held.token_ids, 0))
+    rewards = apart(model, held.token_ids)
     layer = written["num_hidden_layers"]
     expected = model.heads(read[layer, written["pooling"]], read[layer, "gate"])
     torch.testing.assert_close(rewards.stage1, expected.stage1, atol=1e-4, rtol=1e-4)

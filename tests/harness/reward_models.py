@@ -72,10 +72,8 @@ def write_embedded_like(folder: Path, smollm: Path, objectives: list[str], shard
     return folder
 
 
-def pad_right(sequences: Any, pad_id: int = 0) -> tuple[Any, Any]:
-    """Token ids [B, T] and their attention mask [B, T]. Only the mask defines padding: `pad_id` may also be a token."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+def apart(model: Any, sequences: Any) -> Any:
+    """Scores of sequences that share no prefix."""
+    from drdpo.kernels.packed_attention import PackedRow
 
-    rows = [torch.tensor(sequence) for sequence in sequences]
-    return pad_sequence(rows, True, pad_id), pad_sequence([torch.ones_like(row) for row in rows], True)
+    return model.score_packed(PackedRow([(0, [ids]) for ids in sequences]), [model.span(ids) for ids in sequences])

@@ -1,4 +1,4 @@
-"""ArmoRM, padded and packed, against a slow reference: one sequence at a time, positions by loops, float64 heads.
+"""ArmoRM on packed rows against a slow reference: one sequence at a time, positions by loops, float64 heads.
 
 In a packed batch a prompt is computed once for all its completions.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness.reward_models import pad_right
+from harness.reward_models import apart
 
 from drdpo.chat import conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.kernels.packed_attention import PackedRow
@@ -79,12 +79,6 @@ def assert_equal_to_reference(folder: Path, sequences: list[list[int]], rewards:
         np.testing.assert_allclose(rewards.stage2[row].item(), stage2, atol=1e-4)
 
 
-def left_padded(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, sequences))
-    ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in sequences])
-    return ids_BT, torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
-
-
 @pytest.fixture
 def mean_pooled(embedded_like: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "mean pooled"
@@ -116,20 +110,7 @@ def test_armorm_equals_the_reference_in_the_published_form(published: Path) -> N
     assert len(model.objectives) == 19
     assert model.objectives[6] == "ultrafeedback-instruction_following"
     sequences = llama3_sequences()
-    assert_equal_to_reference(published, sequences, model(*pad_right(sequences, 128256)))
-
-
-def test_armorm_does_not_depend_on_padding_side_or_pad_id(published: Path) -> None:
-    model = load_armorm(published, "cpu", torch.float32)
-    sequences = llama3_sequences()
-    expected = model(*pad_right(sequences, 128256))
-    for pad in (0, 128009, 271):  # also ids that end a turn or end the pattern
-        other = model(*pad_right(sequences, pad))
-        torch.testing.assert_close(other.stage1, expected.stage1)
-        torch.testing.assert_close(other.stage2, expected.stage2)
-    left = model(*left_padded(sequences, 271))
-    torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=1e-4)
+    assert_equal_to_reference(published, sequences, apart(model, sequences))
 
 
 CONVERSATIONS = {
@@ -154,7 +135,7 @@ def test_armorm_reads_conversations_through_its_own_template(embedded_like: Path
         assert prompt[-len(pattern) :] == pattern
         gates.append(len(prompt) - len(pattern))
     assert [model.span(ids).gate for ids in sequences] == gates
-    assert_equal_to_reference(embedded_like, sequences, model(*pad_right(sequences, tokenizer.pad_token_id)))
+    assert_equal_to_reference(embedded_like, sequences, apart(model, sequences))
 
 
 def test_stages_by_hand(embedded_like: Path) -> None:
@@ -181,20 +162,9 @@ def test_heads_stay_float32_on_a_bfloat16_backbone(published: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.bfloat16 if name.startswith("model.") else torch.float32), name
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    rewards = model(*pad_right(llama3_sequences()))
+    rewards = apart(model, llama3_sequences())
     assert rewards.stage1.dtype == torch.float32
     assert bool(rewards.stage1.isfinite().all())
-
-
-def test_a_sequence_without_pattern_or_tokens_is_refused(published: Path) -> None:
-    model = load_armorm(published, "cpu", torch.float32)
-    for sequences in ([[128000, *LLAMA3, 5], [128000, 4, 5, 6, 7, 8, 9]], [[1, 2]]):
-        with pytest.raises(ValueError, match="gating token pattern"):
-            model(*pad_right(sequences, 0))
-    ids_BT = torch.tensor([[*LLAMA3, 7]])
-    for mask in ([1, 1, 1, 1, 0, 0], [0] * 6):  # an occurrence that reaches into padding is none
-        with pytest.raises(ValueError, match="gating token pattern"):
-            model(ids_BT, torch.tensor([mask]))
 
 
 @pytest.mark.slow
@@ -209,7 +179,7 @@ def test_the_embedded_reward_model_prefers_a_good_answer(root: Path) -> None:
     sequences = [
         conversation_token_ids(tokenizer, [question, {"role": "assistant", "content": answer}]) for answer in (good, bad)
     ]
-    rewards = model(*pad_right(sequences, 0))
+    rewards = apart(model, sequences)
     assert rewards.stage2[0] > rewards.stage2[1]
     helpful = model.objectives.index("helpsteer-helpfulness")
     assert rewards.stage1[0, helpful] > rewards.stage1[1, helpful]
@@ -257,19 +227,6 @@ def test_armorm_packed_equals_the_reference_through_the_template(
     assert len(batches) > 1
     rewards = packed_scores(model, sequences, batches)
     assert_equal_to_reference(folder, sequences, rewards)
-    padded = model(*pad_right(sequences, 0))
-    torch.testing.assert_close(rewards.stage1, padded.stage1, atol=1e-4, rtol=0)
-    torch.testing.assert_close(rewards.stage2, padded.stage2, atol=1e-4, rtol=0)
-
-
-def test_armorm_mean_pooling_skips_padding_on_the_left(mean_pooled: Path) -> None:
-    model = load_armorm(mean_pooled, "cpu", torch.float32)
-    pattern = list(model.layout.gating_token_pattern)
-    sequences = [[5, 6, *pattern, 9, 8, 7, 2], [4, *pattern, 3], [4, 4, *pattern]]
-    expected = model(*pad_right(sequences, 0))
-    left = model(*left_padded(sequences, 1))
-    torch.testing.assert_close(left.stage1, expected.stage1, atol=1e-4, rtol=0)
-    torch.testing.assert_close(left.stage2, expected.stage2, atol=1e-4, rtol=0)
 
 
 def test_batches_by_hand() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness.forks import Forks
-from harness.reward_models import pad_right
+from harness.reward_models import apart
 
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.config.data import CompletionsConfig
@@ -75,7 +75,7 @@ def test_scores_equal_those_of_one_conversation_at_a_time(
     model, tokenizer = load_armorm(embedded_like, "cpu", torch.float32), load_tokenizer(str(embedded_like))
     for one in rows:
         ids = conversation_token_ids(tokenizer, [*one["prompt"], *one["completion"]])
-        rewards = model(*pad_right([ids], 0))
+        rewards = apart(model, [ids])
         expected = dict(zip(("kind", "right", "short"), rewards.stage1[0].tolist(), strict=True))
         assert one["scores"] == pytest.approx(expected | {"ArmoRM": rewards.stage2.item()}, abs=1e-4)
     printed = capsys.readouterr().out
