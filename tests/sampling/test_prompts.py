@@ -10,7 +10,7 @@ from drdpo import chat
 from drdpo.errors import DataError, UsageError
 from drdpo.models import check_model
 from drdpo.records import Prompt
-from drdpo.sampling.prompts import Reject, check_context, find_dataset, read_prompts, render, stop_token_ids
+from drdpo.sampling.prompts import check_context, find_dataset, read_prompts, render, stop_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_a_long_prompt_is_rejected_with_the_reason(tokenizer: Any) -> None:
     rendered, rejects = render(tokenizer, prompts, Path("d/test.jsonl"), 64)
     assert [(prompt.row, prompt.prompt.prompt_id) for prompt in rendered] == [(1, 3), (3, 8)]
     (reject,) = rejects
-    assert (reject.file, reject.row, reject.prompt_id) == ("d/test.jsonl", 2, 4)
-    assert reject.reason.endswith("tokens, more than --prompt_max_len=64")
+    assert (reject["file"], reject["row"], reject["prompt_id"]) == ("d/test.jsonl", 2, 4)
+    assert reject["reason"].endswith("tokens, more than --prompt_max_len=64")
 
 
 def test_a_prompt_that_just_fits_is_kept(tokenizer: Any) -> None:
@@ -80,7 +80,9 @@ def test_prompts_that_the_template_rejects_are_rejects(tiny_policy: Path) -> Non
     system = Prompt(1, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
     rendered, rejects = render(strict, [system, user(2, "Hi")], Path("test.jsonl"), 64)
     assert [prompt.prompt.prompt_id for prompt in rendered] == [2]
-    assert rejects == [Reject("test.jsonl", 1, 1, "the chat template rejects it (no system turns)")]
+    assert rejects == [
+        {"file": "test.jsonl", "row": 1, "prompt_id": 1, "reason": "the chat template rejects it (no system turns)"}
+    ]
 
 
 def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy: Path, tmp_path: Path, tokenizer: Any) -> None:

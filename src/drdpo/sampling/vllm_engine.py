@@ -40,11 +40,7 @@ class VllmEngine:
     """One vLLM engine in this process; with tensor parallelism vLLM adds worker processes of its own."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Load the model.
-
-        Raises:
-            DataError: vLLM rejects the model or cannot start; the message includes its own.
-        """
+        """Load the model; raises DataError, with vLLM's message, where it rejects the model or cannot start."""
         _set_environment()
         _silence()
         from vllm import EngineArgs, LLMEngine
@@ -89,7 +85,7 @@ class VllmEngine:
         self._calls = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (index of the request, its n samples in order), in the order in which requests finish."""
+        """As every engine, see drdpo.sampling.engines."""
         # A cached prompt and a computed one differ in rounding, and a call may depend on its requests alone.
         self._engine.reset_prefix_cache()
         self._calls += 1
