@@ -83,9 +83,14 @@ def score(model, way: str, sequences, keys, batch_tokens: int, padded_batch: int
     size = 1 if way == "one" else padded_batch
     device = next(model.parameters()).device
     for start in range(0, len(sequences), size):
+        spans = [model.span(sequence) for sequence in sequences[start : start + size]]
         rows = [torch.tensor(sequence, device=device) for sequence in sequences[start : start + size]]
-        ids_BT, mask_BT = (pad_sequence(part, True) for part in (rows, [torch.ones_like(row) for row in rows]))
-        scores[start : start + size] = model(ids_BT, mask_BT).stage2.tolist()
+        ids_BT = pad_sequence(rows, True)  # on the right, where no token of a causal model sees it
+        hidden_BTD = list(zip(spans, model.model(input_ids=ids_BT, use_cache=False).last_hidden_state, strict=True))
+        answers = [states_TD[span.first : span.last + 1].float() for span, states_TD in hidden_BTD]
+        answer_BD = torch.stack([part.mean(dim=0) if model.layout.pooling == "mean" else part[-1] for part in answers])
+        gate_BD = torch.stack([states_TD[span.gate] for span, states_TD in hidden_BTD])
+        scores[start : start + size] = model.heads(answer_BD, gate_BD).stage2.tolist()
         computed += ids_BT.numel()
     return scores, computed
 
