@@ -85,7 +85,7 @@ def evaluation(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
 def scoring(pooling: str, flash: bool) -> dict[str, Any]:
     """ArmoRM on a packed row of two prompts with two answers each."""
-    layout = RewardLayout(("a", "b", "c"), (7, 8), 10.0, 16, 1, 64, 512, 2048, pooling)
+    layout = RewardLayout(3, 10.0, 16, 1, 64, 512, 2048, ("a", "b", "c"), (7, 8), pooling)
     with torch.device("meta"):
         model = ArmoRM(LlamaModel(LlamaConfig(**TINY)).bfloat16(), layout).eval().requires_grad_(False)
     sequences = [[[1] * 5 + [7, 8] + [2] * (3 + number), [1] * 5 + [7, 8] + [3] * 4] for number in range(2)]

@@ -175,7 +175,7 @@ def test_prompts_to_sample_from(tokenizer: Any, rows: bytes) -> None:
         if made:
             rendered, rejects = made
             assert len(found) == len(rendered) + len(rejects)
-            assert all(one_line(reject.reason).encode() for reject in rejects)
+            assert all(one_line(reject["reason"]).encode() for reject in rejects)
             end = chat.end_of_turn_id(tokenizer)
             for one in rendered:
                 # Special tokens in a text end no turn: as many turns end as with texts that name none.

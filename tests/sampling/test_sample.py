@@ -16,7 +16,7 @@ from drdpo.models import check_model
 from drdpo.records import Completion, Prompt, read_records, read_rows, write_rows
 from drdpo.sampling import sample as step
 from drdpo.sampling.engines import Sample, TransformersEngine
-from drdpo.sampling.prompts import Reject, check_context, find_dataset, read_prompts, render, stop_token_ids
+from drdpo.sampling.prompts import check_context, find_dataset, read_prompts, render, stop_token_ids
 from drdpo.sampling.sample import _LazyEngines, sample_completions
 
 
@@ -274,8 +274,8 @@ def test_a_long_prompt_is_rejected_with_the_reason_and_one_that_just_fits_is_kep
     prompts = [user(3, "short"), user(4, "word " * 200), user(8, "also short")]
     rendered, (reject,) = render(tokenizer, prompts, Path("d/test.jsonl"), 64)
     assert [(prompt.row, prompt.prompt.prompt_id) for prompt in rendered] == [(1, 3), (3, 8)]
-    assert (reject.file, reject.row, reject.prompt_id) == ("d/test.jsonl", 2, 4)
-    assert reject.reason.endswith("tokens, more than --prompt_max_len=64")
+    assert (reject["file"], reject["row"], reject["prompt_id"]) == ("d/test.jsonl", 2, 4)
+    assert reject["reason"].endswith("tokens, more than --prompt_max_len=64")
     length = len(chat.prompt_token_ids(tokenizer, prompts[0].prompt))
     assert render(tokenizer, prompts[:1], Path("test.jsonl"), length)[1] == []
     with pytest.raises(DataError, match="none of its 1 prompts can be used; row 1: "):
@@ -291,7 +291,8 @@ def test_prompts_that_the_template_rejects_are_rejects(tiny_policy):
     system = Prompt(1, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
     (kept,), rejects = render(strict, [system, user(2, "Hi")], Path("test.jsonl"), 64)
     assert kept.prompt.prompt_id == 2
-    assert rejects == [Reject("test.jsonl", 1, 1, "the chat template rejects it (no system turns)")]
+    reason = "the chat template rejects it (no system turns)"
+    assert rejects == [{"file": "test.jsonl", "row": 1, "prompt_id": 1, "reason": reason}]
 
 
 def test_an_answer_ends_at_the_turn_or_at_any_end_the_model_names(tiny_policy, tmp_path, tokenizer):

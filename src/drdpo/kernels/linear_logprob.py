@@ -117,90 +117,50 @@ def triton_kernels(tensor: Tensor, module: str = "triton_logprob") -> Any:
     return import_module(f"drdpo.kernels.{module}")
 
 
-class _LogSumExp:
-    """Log-sum-exp of logits, one block at a time; arguments as in logprob_and_slope."""
-
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
-        self.hidden_ND, self.weight_VD, self.targets_N = hidden_ND, weight_VD, targets_N
-        self.picked_N = (wide(hidden_ND) * wide(weight_VD[targets_N])).sum(dim=1)
-        """The targets' logits."""
-        self.most_N = torch.full_like(self.picked_N, float("-inf"))
-        self.rest_N = torch.zeros_like(self.picked_N)
-        """Sum of exp(logit - most) over all but the target."""
-
-    def add(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Add a block.
-
-        Returns:
-            exp(logit - most) [N, K], zero at the target, and the factor [N] by which earlier sums must be scaled.
-        """
-        near_N = torch.maximum(self.most_N, self.picked_N)
-        logits_NK, less_N = _logits_less(self.hidden_ND, self.weight_VD[columns], near_N)
-        local_N1, inside_N1 = place(self.targets_N, columns.start, logits_NK.shape[1])
-        higher_N = torch.maximum(self.most_N, logits_NK.amax(dim=1) + less_N)
-        powers_NK = logits_NK.sub_((higher_N - less_N)[:, None]).exp_()
-        kept_N1 = powers_NK.gather(1, local_N1).masked_fill_(inside_N1, 0)
-        powers_NK.scatter_(1, local_N1, kept_N1)
-        scale_N = (self.most_N - higher_N).exp_()
-        self.rest_N = self.rest_N.mul_(scale_N).add_(powers_NK.sum(dim=1))
-        self.most_N = higher_N
-        return powers_NK, scale_N
-
-    def total(self) -> Tensor:
-        """[N] sum of exp(logit - most)."""
-        return self.rest_N + (self.picked_N - self.most_N).exp_()
-
-
 def place(targets_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     """Column of each target within a block, [N, 1], and whether it lies in the block; no shape depends on the values."""
     local_N1 = targets_N[:, None] - start
     return local_N1.clamp(0, columns - 1), (local_N1 >= 0) & (local_N1 < columns)
 
 
-def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of every target [N] and log-sum-exp of its logits [N], without a graph."""
-    if (kernels := triton_kernels(hidden_ND)) is not None:
-        return kernels.logprob_and_lse(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous())
-    sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
-    for columns in blocks(hidden_ND, weight_VD):
-        sums.add(columns)
-    log_total_N = sums.total().log_()
-    # First the logit minus the largest: both may be large, and float32 has 24 bits.
-    return (sums.picked_N - sums.most_N) - log_total_N, sums.most_N + log_total_N
-
-
 @torch.no_grad()
-def logprob_and_slope(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Known:
-    """Log-probability of every target and its gradient for the hidden state, without a graph.
-
-    Args:
-        hidden_ND: [N, D] hidden states, any floating dtype.
-        weight_VD: [V, D] output head, same dtype.
-        targets_N: [N] int64 token ids in [0, V).
+def logprob_and_slope(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, wants_slope: bool = True) -> Known:
+    """Log-probability of every target and, unless not wanted, its gradient for the hidden state, without a graph; arguments
+    as linear_logprob.
 
     Returns:
         Log-probabilities and log-sum-exps in float32 (float64 for float64 inputs), slopes in the input's dtype.
     """
-    if triton_kernels(hidden_ND) is not None:
-        logprob_N, lse_N = logprob_and_lse(hidden_ND, weight_VD, targets_N)
-        slope_ND = torch.zeros_like(wide(hidden_ND))
-        for columns in blocks(hidden_ND, weight_VD):
+    if (kernels := triton_kernels(hidden_ND)) is not None:
+        logprob_N, lse_N = kernels.logprob_and_lse(hidden_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous())
+        slope_ND = torch.zeros_like(wide(hidden_ND)) if wants_slope else hidden_ND.new_empty(0)
+        for columns in blocks(hidden_ND, weight_VD) if wants_slope else ():
             gradient_NK = logit_gradient(hidden_ND, weight_VD, columns, targets_N, lse_N, torch.ones_like(lse_N))
             slope_ND += gradient_NK @ weight_VD[columns]
         return Known(logprob_N, lse_N, slope_ND.to(hidden_ND.dtype))
     # Softmax and its product with the head in one pass, as in flash attention: earlier sums are rescaled whenever the
     # largest logit grows. The sums omit the target, W_t - W^T p = (1 - p_t) W_t - (sum over the others): with p_t near 1 the
     # difference would be lost to rounding.
-    sums = _LogSumExp(hidden_ND, weight_VD, targets_N)
-    others_ND = torch.zeros_like(wide(hidden_ND))
+    picked_N = (wide(hidden_ND) * wide(weight_VD[targets_N])).sum(dim=1)
+    most_N = torch.full_like(picked_N, float("-inf"))
+    rest_N = torch.zeros_like(picked_N)  # of exp(logit - most), over all but the target
+    slope_ND = others_ND = torch.zeros_like(wide(hidden_ND)) if wants_slope else hidden_ND.new_empty(0)
     for columns in blocks(hidden_ND, weight_VD):
-        powers_NK, scale_N = sums.add(columns)
-        others_ND.mul_(scale_N[:, None]).add_(powers_NK.to(hidden_ND.dtype) @ weight_VD[columns])
-    total_N = sums.total()
-    slope_ND = wide(weight_VD[targets_N]).mul_(sums.rest_N[:, None]).sub_(others_ND).div_(total_N[:, None])
+        logits_NK, less_N = _logits_less(hidden_ND, weight_VD[columns], torch.maximum(most_N, picked_N))
+        local_N1, inside_N1 = place(targets_N, columns.start, logits_NK.shape[1])
+        higher_N = torch.maximum(most_N, logits_NK.amax(dim=1) + less_N)
+        powers_NK = logits_NK.sub_((higher_N - less_N)[:, None]).exp_()
+        powers_NK.scatter_(1, local_N1, powers_NK.gather(1, local_N1).masked_fill_(inside_N1, 0))
+        scale_N = (most_N - higher_N).exp_()
+        rest_N, most_N = rest_N.mul_(scale_N).add_(powers_NK.sum(dim=1)), higher_N
+        if wants_slope:
+            others_ND.mul_(scale_N[:, None]).add_(powers_NK.to(hidden_ND.dtype) @ weight_VD[columns])
+    total_N = rest_N + (picked_N - most_N).exp_()
+    if wants_slope:
+        slope_ND = wide(weight_VD[targets_N]).mul_(rest_N[:, None]).sub_(others_ND).div_(total_N[:, None])
     log_total_N = total_N.log_()
-    logprob_N = (sums.picked_N - sums.most_N) - log_total_N
-    return Known(logprob_N, sums.most_N + log_total_N, slope_ND.to(hidden_ND.dtype))
+    # First the logit minus the largest: both may be large, and float32 has 24 bits.
+    return Known((picked_N - most_N) - log_total_N, most_N + log_total_N, slope_ND.to(hidden_ND.dtype))
 
 
 def logit_gradient(
@@ -276,12 +236,12 @@ class _LogProb(Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        if wants_hidden and not wants_weight:
-            # The head is frozen, as with LoRA: the slope computed now saves recomputing the logits later.
-            logprob_N, _, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N)
+        # With a frozen head, as with LoRA, the slope computed now saves recomputing the logits later.
+        frozen = wants_hidden and not wants_weight
+        logprob_N, lse_N, slope_ND = logprob_and_slope(hidden_ND, weight_VD, targets_N, frozen)
+        if frozen:
             ctx.save_for_backward(slope_ND)
             return logprob_N
-        logprob_N, lse_N = logprob_and_lse(hidden_ND, weight_VD, targets_N)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, lse_N)
         return logprob_N
 
@@ -304,17 +264,8 @@ class _LogProb(Function):
 
 
 def tangent_logprob(pair_2ND: Tensor, weight_VD: Tensor, targets_N: Tensor, known: Known) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and their change along the tangent, both differentiable once for hidden states and head.
-
-    Args:
-        pair_2ND: [2, N, D] hidden states and their tangents.
-        weight_VD: [V, D] output head, same dtype.
-        targets_N: [N] int64 token ids in [0, V).
-        known: of pair_2ND[0].
-
-    Returns:
-        [N] known.logprob_N with a graph, and [N] d; float32 (float64 for float64 inputs).
-    """
+    """Log-probabilities [N] and their change d [N] along the tangent, both differentiable once for hidden states and head:
+    pair_2ND has the hidden states and their tangents, and `known` is of the former. The rest is as in linear_logprob."""
     return _TangentLogProb.apply(pair_2ND, weight_VD, targets_N, *known)
 
 

@@ -16,8 +16,8 @@ Shape suffixes: H query heads, K key-value heads, N tokens of the row, E width o
 that they attend to, M keys of all segments: a prefix's keys occur once for itself and once before every suffix.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -57,14 +57,8 @@ class PrefixGroup:
 
 
 class PrefixPlan:
-    """The groups of one row, and masks and segments for the kernels: made at their first use, shared by all layers.
-
-    Args:
-        groups: in the order of the row.
-        device: of the row.
-        dtype: of queries and keys.
-        flash: use varlen_attention.
-    """
+    """The groups of one row, in order, and masks and segments for the kernels: made at their first use, shared by all
+    layers. The dtype is that of queries and keys; `flash` chooses varlen_attention."""
 
     def __init__(self, groups: Sequence[PrefixGroup], device: torch.device, dtype: torch.dtype, flash: bool = False) -> None:
         self.groups = list(groups)
@@ -101,9 +95,7 @@ class PrefixPlan:
 class PackedRow:
     """Token ids and positions of groups of sequences in one row, and the place of each sequence's tokens in it.
 
-    Args:
-        groups: [(shared, sequences)]: all sequences of a group begin with the same `shared` token ids, and each is
-            longer than that.
+    Of a group (shared, sequences) all sequences begin with the same `shared` token ids, and each is longer than that.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> None:
@@ -146,26 +138,22 @@ def segments_of(groups: list[PrefixGroup], device: torch.device) -> Segments:
     queries: list[int] = []
     keys: list[int] = []
     rows: list[int] = []
-    copies: list[list[int]] = []
+    start = 0
     for group in groups:
-        base = start = len(copies)
-        copies += [[] for _ in range(group.tokens)]
+        base = start
         for length in group.lengths:
             prefix = range(base, base + group.prefix) if start > base else ()
-            seen = [*prefix, *range(start, start + length)]
-            start += length
-            for row in seen:
-                copies[row].append(len(rows))
-                rows.append(row)
+            rows += [*prefix, *range(start, start + length)]
             queries.append(length)
-            keys.append(len(seen))
+            keys.append(len(prefix) + length)
+            start += length
     starts_q, starts_k = (
         send(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device) for sizes in (queries, keys)
     )
     copied = None
-    if len(rows) > len(copies):
-        by_token = [key for token in copies for key in token]
-        first = [0, *accumulate(map(len, copies))][:-1]
+    if len(rows) > start:
+        counts, by_token = Counter(rows), sorted(range(len(rows)), key=rows.__getitem__)
+        first = [0, *accumulate(counts[row] for row in range(start - 1))]
         copied = (send(torch.tensor(rows), device), send(torch.tensor(by_token), device), send(torch.tensor(first), device))
     return Segments(starts_q, starts_k, max(queries), max(keys), copied)
 
@@ -176,42 +164,21 @@ def segments_of(groups: list[PrefixGroup], device: torch.device) -> Segments:
 def shared_prefix_attention(
     query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, plan: PrefixPlan, scale: float | None
 ) -> Tensor:
-    """Attention of a packed row.
-
-    Args:
-        query_1HNE: [1, H, N, E].
-        key_1KNE, value_1KNE: [1, K, N, E], H a multiple of K.
-        plan: of the row, N tokens in all.
-        scale: of the logits; None means 1 / sqrt(E).
-
-    Returns:
-        [1, H, N, E]
-    """
+    """[1, H, N, E] attention of a packed row; H is a multiple of K, and a scale of None means 1 / sqrt(E)."""
     if plan.flash:
         return varlen_attention(query_1HNE, key_1KNE, value_1KNE, plan, scale)
     # Split, not sliced: the gradient of a slice is as long as the row, so their sum would be quadratic in the groups.
     queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query_1HNE, key_1KNE, value_1KNE))
-    parts, piece = [], 0
+    parts, first = [], 0
     for group in plan.groups:
-        prefix: list[int] = []
-        if group.prefix:
-            prefix = [piece]
-            parts.append(_attend(queries[piece], keys[piece], values[piece], plan, 0, scale))
-        for own in range(piece + len(prefix), piece + len(prefix) + len(group.suffixes)):
-            seen, known = keys[own], values[own]
-            if prefix:
-                seen, known = (torch.cat([part[piece], part[own]], dim=2) for part in (keys, values))
-            parts.append(_attend(queries[own], seen, known, plan, group.prefix, scale))
-        piece += len(prefix) + len(group.suffixes)
+        for piece in range(first, first + len(group.lengths)):
+            seen, known, mask_AT = keys[piece], values[piece], None
+            if group.prefix and piece > first:
+                seen, known = (torch.cat([part[first], part[piece]], dim=2) for part in (keys, values))
+                mask_AT = plan.mask(group.prefix, queries[piece].shape[2])
+            parts.append(_sdpa(queries[piece], seen, known, mask_AT, scale))
+        first += len(group.lengths)
     return torch.cat(parts, dim=2)
-
-
-def _attend(
-    query_1HAE: Tensor, keys_1KTE: Tensor, values_1KTE: Tensor, plan: PrefixPlan, prefix: int, scale: float | None
-) -> Tensor:
-    """[1, H, A, E] for A tokens that follow `prefix` others, T = prefix + A."""
-    mask_AT = plan.mask(prefix, query_1HAE.shape[2]) if prefix else None
-    return _sdpa(query_1HAE, keys_1KTE, values_1KTE, mask_AT, scale)
 
 
 def repeats_heads(grouped: bool, masked: bool, dtype: torch.dtype) -> bool:
@@ -338,27 +305,22 @@ def check_varlen(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
 def _attention_of_transformers(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The interface that transformers' models call; `prefix_plan` is an argument of the model's call.
-
-    Without a plan, rows are whole sequences without padding.
-    """
+    """The interface that transformers' models call; `prefix_plan` is an argument of the model's call."""
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"the model's attention uses {name}, which packing with shared prefixes does not support")
     if attention_mask is not None:
         raise ValueError("packed rows accept no attention mask")
-    scale, plan, window = (options.get(name) for name in ("scaling", "prefix_plan", "sliding_window"))
+    plan, window = options["prefix_plan"], options.get("sliding_window")
     # Within its window, a sequence is seen whole.
-    longest = query.shape[2] if plan is None else plan.longest
-    if window and window < longest:
-        raise ValueError(f"the model's attention has a sliding window of {window}, less than a sequence of {longest} tokens")
-    if plan is not None:
-        # They may come in float32, see drdpo.training.patches.
-        dtype = query.dtype
-        query, key, value = (part.to(plan.dtype) for part in (query, key, value))
-        out = shared_prefix_attention(query, key, value, plan, scale).to(dtype)
-    else:
-        out = _sdpa(query, key, value, None, scale)
+    if window and window < plan.longest:
+        raise ValueError(
+            f"the model's attention has a sliding window of {window}, less than a sequence of {plan.longest} tokens"
+        )
+    # They may come in float32, see drdpo.training.patches.
+    dtype = query.dtype
+    query, key, value = (part.to(plan.dtype) for part in (query, key, value))
+    out = shared_prefix_attention(query, key, value, plan, options.get("scaling")).to(dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -369,28 +331,12 @@ def register_shared_prefix() -> None:
     AttentionInterface.register(SHARED_PREFIX, _attention_of_transformers)
 
 
-@contextmanager
-def shared_prefixes(backbone: nn.Module) -> Iterator[None]:
-    """Within the block, a transformers model attends by PrefixPlan."""
-    register_shared_prefix()
-    before = backbone.config._attn_implementation
-    backbone.set_attn_implementation(SHARED_PREFIX)
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
-
-
 def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> Tensor:
-    """Last hidden states of a packed row.
+    """[N, D] last hidden states of a packed row.
 
     Args:
         backbone: a transformers decoder without a head, whose layers all attend causally to everything before.
-        row: the groups.
         flash: use varlen_attention; `refusal` must have returned None.
-
-    Returns:
-        [N, D]
 
     Raises:
         ValueError: the model's attention has a sliding window shorter than a sequence, capped logits or sinks.
@@ -398,5 +344,10 @@ def hidden_states(backbone: nn.Module, row: PackedRow, flash: bool = False) -> T
     parameter = next(backbone.parameters())
     plan = PrefixPlan(row.groups, parameter.device, parameter.dtype, flash=flash)
     ids_1N, position_1N = (send(torch.tensor([values]), parameter.device) for values in (row.token_ids, row.positions))
-    with shared_prefixes(backbone):
+    register_shared_prefix()
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(SHARED_PREFIX)
+    try:
         return backbone(input_ids=ids_1N, position_ids=position_1N, use_cache=False, prefix_plan=plan).last_hidden_state[0]
+    finally:
+        backbone.set_attn_implementation(before)

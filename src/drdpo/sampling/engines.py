@@ -1,7 +1,8 @@
 """What every engine takes and gives, and the transformers engine, for machines without vLLM: slower, same interface.
 
-An engine takes token ids and yields token ids with a finish reason. Sample k of a request draws from the stream of the
-request's seed + k, so it depends on neither the order of the prompts nor their number.
+`generate` takes requests and yields (index of the request, its n samples in order), in the order in which requests finish.
+Sample k of a request draws from the stream of the request's seed + k, so it depends on neither the order of the prompts nor
+their number. `close` frees memory and ends processes.
 
 Shape suffixes: P prompts, T tokens, R rows: samples that are generated together, V vocabulary.
 """
@@ -10,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drdpo.errors import DataError
 
@@ -46,16 +47,14 @@ class Sampling:
         return 1 if self.temperature == 0 else self.n
 
 
-@dataclass(frozen=True)
-class Request:
-    """One rendered prompt; sample k uses seed + k."""
+class Request(NamedTuple):
+    """One rendered prompt."""
 
     prompt_token_ids: list[int]
     seed: int
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One completion; `finish_reason` is "stop" (the last token is a stop token), "length", or the engine's own term."""
 
     token_ids: list[int]
@@ -77,30 +76,12 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
 
 
-class Engine(Protocol):
-    """Samples completions."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (index of the request, its n samples in order), in the order in which requests finish."""
-        ...
-
-    def close(self) -> None:
-        """Free memory and end processes."""
-        ...
-
-
 def stream_seed(seed: int, split: str, prompt_id: int) -> int:
-    """Seed of a prompt's samples: a stable hash.
+    """Seed of a prompt's samples: a stable hash of the run's seed, the split and the prompt's key.
 
-    Args:
-        seed: the run's seed.
-        split: "train" or "test"; the two may use the same ids.
-        prompt_id: the prompt's key.
-
-    Returns:
-        A multiple of MAX_SAMPLES below 2^62. Sample k of the prompt uses this number + k, as vLLM does for the n samples
-        of one request, and no other prompt's range overlaps. GPUs use all bits; torch's CPU generator the low 32, of which
-        18 depend on the prompt: of 10,000 prompts about 370 draw the same numbers as another one there.
+    It is a multiple of MAX_SAMPLES below 2^62. Sample k of the prompt uses this number + k, as vLLM does for the n samples
+    of one request, and no other prompt's range overlaps. GPUs use all bits; torch's CPU generator the low 32, of which
+    18 depend on the prompt: of 10,000 prompts about 370 draw the same numbers as another one there.
     """
     digest = hashlib.sha256(f"{seed} {split} {prompt_id}".encode()).digest()
     return int.from_bytes(digest[:6], "big") << _STREAM_BITS
@@ -115,11 +96,7 @@ class TransformersEngine:
     """A causal language model in this process, on its GPU or the CPU."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Load the model.
-
-        Raises:
-            DataError: transformers cannot load the model.
-        """
+        """Load the model; raises DataError where transformers cannot."""
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -135,7 +112,7 @@ class TransformersEngine:
         self._model.generation_config = GenerationConfig()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (index of the request, its n samples in order), in batches of prompts of similar length, longest first."""
+        """In batches of prompts of similar length, longest first."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_token_ids))
         size = max(1, _ROWS // sampling.distinct)
         for start in range(0, len(order), size):
@@ -214,13 +191,6 @@ class Draw:
     """
 
     def __init__(self, sampling: Sampling, seeds: list[int], device: "torch.device") -> None:
-        """Create the streams.
-
-        Args:
-            sampling: temperature and top_p.
-            seeds: one per row.
-            device: of the logits.
-        """
         import torch
 
         self._temperature, self._top_p = sampling.temperature, sampling.top_p

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol, cast
+from typing import cast
 
 from drdpo.errors import DataError, ProcessError, UsageError
-from drdpo.sampling.engines import Engine, EngineSettings, Request, Sample, Sampling, TransformersEngine
+from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine
 from drdpo.sampling.vllm_engine import VllmEngine, vllm_problem
 
 SHORT_ANSWERS = 64
@@ -30,17 +30,12 @@ variables). vLLM is faster for longer answers: transformers copies its key-value
 RequestBlocks = Mapping[int, Sequence[Request]]
 """Number of the block -> its requests."""
 
-Result = tuple[int, int, list[Sample]]
-"""Number of the block, index of the request in it, samples."""
+Results = Iterator[tuple[int, int, list[Sample]]]
+"""Number of the block, index of the request in it, and samples of every request of every block, as they finish."""
 
 
 def choose_engine(name: str, max_new_tokens: int, on_gpu: bool) -> str:
     """The engine that --engine names, "vllm" or "transformers"; prints what `auto` is if it is not vLLM.
-
-    Args:
-        name: "auto", "vllm" or "transformers".
-        max_new_tokens: longest answer.
-        on_gpu: is there a GPU to sample on?
 
     Raises:
         UsageError: vLLM does not work here, and was requested or there is a GPU: transformers takes days for its hours.
@@ -72,12 +67,7 @@ def plan_engines(engine: str, tensor_parallel_size: int, gpus: list[str]) -> lis
     """Environment variables of each engine process; a list of one means an engine in this process.
 
     One engine per `tensor_parallel_size` GPUs, or one on a CPU. The environment variable DRDPO_ENGINES sets another
-    number: fewer than the GPUs allow, or several on a CPU, which share its cores.
-
-    Args:
-        engine: "vllm" or "transformers".
-        tensor_parallel_size: GPUs per engine.
-        gpus: from visible_gpus.
+    number: fewer than the GPUs (of visible_gpus) allow, or several on a CPU, which share its cores.
 
     Raises:
         UsageError: there are fewer GPUs than that.
@@ -103,24 +93,12 @@ def plan_engines(engine: str, tensor_parallel_size: int, gpus: list[str]) -> lis
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
-class Engines(Protocol):
-    """One engine or several."""
-
-    def run(self, blocks: RequestBlocks, sampling: Sampling) -> Iterator[Result]:
-        """Yield the samples of every request of every block, as they finish."""
-        ...
-
-    def close(self) -> None:
-        """End the engines."""
-        ...
-
-
-def open_engines(settings: EngineSettings, plan: list[dict[str, str]]) -> Engines:
+def open_engines(settings: EngineSettings, plan: list[dict[str, str]]) -> "InProcess | Pool":
     """Start the engines of a plan; a single one runs in this process."""
     return InProcess(settings) if len(plan) == 1 else Pool(settings, plan)
 
 
-def _build(settings: EngineSettings) -> Engine:
+def _build(settings: EngineSettings) -> VllmEngine | TransformersEngine:
     return VllmEngine(settings) if settings.name == "vllm" else TransformersEngine(settings)
 
 
@@ -129,28 +107,20 @@ class InProcess:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._engine = _build(settings)
+        self.close = self._engine.close
 
-    def run(self, blocks: RequestBlocks, sampling: Sampling) -> Iterator[Result]:
-        """Yield the samples of every request of every block, as they finish."""
+    def run(self, blocks: RequestBlocks, sampling: Sampling) -> Results:
+        """Sample one block after the other."""
         for number, block in blocks.items():
             for index, samples in self._engine.generate(block, sampling):
                 yield number, index, samples
-
-    def close(self) -> None:
-        """End the engine."""
-        self._engine.close()
 
 
 class Pool:
     """One engine process for each entry of `environments`; each block goes to the next free engine (data parallel)."""
 
     def __init__(self, settings: EngineSettings, environments: Sequence[Mapping[str, str]]) -> None:
-        """Start the processes, which load their models at the same time.
-
-        Args:
-            settings: of every engine.
-            environments: variables of each process, for example {"CUDA_VISIBLE_DEVICES": "0,1"}.
-        """
+        """Start the processes, with these environment variables; they load their models at the same time."""
         context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -162,8 +132,8 @@ class Pool:
             self._processes.append(process)
             self._pipes.append(here)
 
-    def run(self, blocks: RequestBlocks, sampling: Sampling) -> Iterator[Result]:
-        """Yield the samples of every request of every block, as they finish.
+    def run(self, blocks: RequestBlocks, sampling: Sampling) -> Results:
+        """Sample blocks.
 
         Raises:
             ProcessError: an engine process died.
@@ -175,9 +145,8 @@ class Pool:
         def assign(pipe: Connection) -> None:
             if left:
                 busy[pipe] = left.pop()
-                with suppress(
-                    OSError
-                ):  # An engine that has ended: what it sent before, its error or nothing, is read below.
+                # Of an engine that has ended what it sent before, its error or nothing, is read below.
+                with suppress(OSError):
                     pipe.send((list(blocks[busy[pipe]]), sampling))
 
         for pipe in self._pipes:

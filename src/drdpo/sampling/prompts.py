@@ -24,14 +24,8 @@ class RenderedPrompt:
     token_ids: list[int]
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A prompt that cannot be used, and why."""
-
-    file: str
-    row: int
-    prompt_id: int
-    reason: str
+Reject = dict[str, Any]
+"""A prompt that cannot be used, and why: {file, row, prompt_id, reason}."""
 
 
 def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
@@ -57,12 +51,7 @@ def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
 
 
 def read_prompts(dataset: Path, only_test: bool, max_prompts: int | None) -> dict[str, list[Prompt]]:
-    """Read and check the prompts of each split, test first.
-
-    Args:
-        dataset: folder with {train,test}.jsonl.
-        only_test: do not read train.jsonl.
-        max_prompts: keep only this many first prompts of each split; the files are checked whole.
+    """Read and check the prompts of each split, test first; at most `max_prompts` of each are kept, the files checked whole.
 
     Raises:
         DataError: naming file, row and field; also for a repeated prompt_id.
@@ -89,16 +78,14 @@ def render(
     for row, prompt in enumerate(prompts, start=1):
         try:
             token_ids = chat.prompt_token_ids(tokenizer, prompt.prompt)
+            if len(token_ids) > prompt_max_len:
+                raise ValueError(f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}")
         except ValueError as error:
-            rejects.append(Reject(str(file), row, prompt.prompt_id, str(error)))
-            continue
-        if len(token_ids) > prompt_max_len:
-            reason = f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}"
-            rejects.append(Reject(str(file), row, prompt.prompt_id, reason))
-            continue
-        rendered.append(RenderedPrompt(row, prompt, token_ids))
+            rejects.append({"file": str(file), "row": row, "prompt_id": prompt.prompt_id, "reason": str(error)})
+        else:
+            rendered.append(RenderedPrompt(row, prompt, token_ids))
     if not rendered:
-        raise DataError(f"{file}: none of its {len(prompts)} prompts can be used; row 1: {rejects[0].reason}")
+        raise DataError(f"{file}: none of its {len(prompts)} prompts can be used; row 1: {rejects[0]['reason']}")
     return rendered, rejects
 
 

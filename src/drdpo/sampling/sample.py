@@ -7,12 +7,10 @@ Several machines sample in three rounds of processes: one divides the unfinished
 every machine samples its share, and one writes the results. After a loss the rounds are repeated.
 """
 
-import dataclasses
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,13 @@ from drdpo.cli import as_dict, require
 from drdpo.config.data import CompletionsConfig
 from drdpo.distributed import ALONE, Machines, machines
 from drdpo.errors import DataError
-from drdpo.folder import (
-    Parts,
-    SplitResult,
-    lock_folder,
-    read_manifest,
-    refuse_if_locked,
-    sweep,
-    write_manifest,
-)
+from drdpo.folder import Parts, SplitResult, lock_folder, read_manifest, refuse_if_locked, sweep, write_manifest
 from drdpo.machine import announce, settle
 from drdpo.models import check_model, fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, Prompt, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
-from drdpo.sampling.pool import Engines, choose_engine, open_engines, plan_engines, visible_gpus
+from drdpo.sampling.pool import InProcess, Pool, choose_engine, open_engines, plan_engines, visible_gpus
 from drdpo.sampling.prompts import Reject, RenderedPrompt, check_context, find_dataset, read_prompts, render, stop_token_ids
 
 CPU_BLOCK = 128
@@ -51,15 +41,6 @@ _MADE_BY_FLAGS = (
 
 PromptBlocks = dict[int, list[RenderedPrompt]]
 """Number of the block -> its prompts, in the order of the file."""
-
-
-@dataclass(frozen=True)
-class SplitPrompts(SplitResult):
-    prompts: list[Prompt]
-
-    def with_engine(self, engine: str) -> "SplitPrompts":
-        """The split with --engine=auto resolved."""
-        return dataclasses.replace(self, made_by={**self.made_by, "engine": engine})
 
 
 def sample_completions(config: CompletionsConfig) -> None:
@@ -88,7 +69,7 @@ def sample_completions(config: CompletionsConfig) -> None:
     prompts = read_prompts(dataset, config.only_test, config.max_prompts)
     config, precision = settle(config, untouched=True)
     announce(precision)
-    left = [split for split in _splits(config, dataset, prompts) if not finished(split, config.overwrite)]
+    left = _unfinished(config, dataset, prompts)
     if not left:
         return
     refuse_if_locked(save_path / "sampled", group.this)
@@ -112,29 +93,28 @@ def sample_completions(config: CompletionsConfig) -> None:
             if group.this is None:
                 sweep(save_path / "sampled")
             for split in left:
-                _sample_split(config, split.with_engine(engine), tokenizer, sampling, engines, precision.reason)
+                split.made_by["engine"] = engine
+                rendered, rejects = render(tokenizer, prompts[split.split], split.source, config.prompt_max_len)
+                _sample_split(config, split, rendered, rejects, tokenizer, sampling, engines, precision.reason)
     finally:
         engines.close()
 
 
-def _splits(config: CompletionsConfig, dataset: Path, prompts: dict[str, list[Prompt]]) -> list[SplitPrompts]:
+def _unfinished(config: CompletionsConfig, dataset: Path, prompts: dict[str, list[Prompt]]) -> list[SplitResult]:
+    """The splits that are not finished with the same flags, model and prompts; see SplitResult.is_made."""
     model = fingerprint(config.model_path)
     flags = {name: getattr(config, name) for name in _MADE_BY_FLAGS}
-    splits = []
-    for name, of_split in prompts.items():
+    left = []
+    for name in prompts:
         file = dataset / f"{name}.jsonl"
         made_by = {"model": model, "prompts": fingerprint(file), **flags}
-        result = Path(config.save_path) / "sampled" / f"{name}.jsonl"
-        splits.append(SplitPrompts("sample", name, file, result, made_by, of_split))
-    return splits
-
-
-def finished(split: SplitPrompts, overwrite: bool) -> bool:
-    """Is the split finished, with the same flags, model and prompts? See SplitResult.is_made."""
-    if split.made_by["engine"] == "auto":  # any engine will do
-        before = read_manifest(split.result.parent).get(split.step, {}).get("made_by", {})
-        split = split.with_engine(before.get("engine", "auto"))
-    return split.is_made(overwrite)
+        split = SplitResult("sample", name, file, Path(config.save_path) / "sampled" / f"{name}.jsonl", made_by)
+        if config.engine == "auto":  # any engine will do
+            before = read_manifest(split.result.parent).get(split.step, {}).get("made_by", {})
+            made_by["engine"] = before.get("engine", "auto")
+        if not split.is_made(config.overwrite):
+            left.append(split)
+    return left
 
 
 class _LazyEngines:
@@ -142,7 +122,7 @@ class _LazyEngines:
 
     def __init__(self, settings: EngineSettings, plan: list[dict[str, str]], on_gpu: bool, group: Machines = ALONE) -> None:
         self._settings, self._plan, self._on_gpu, self.group = settings, plan, on_gpu, group
-        self._engines: Engines | None = None
+        self._engines: InProcess | Pool | None = None
 
     @property
     def count(self) -> int:
@@ -156,7 +136,7 @@ class _LazyEngines:
         blocks = self.count * math.ceil(prompts * n / (self.count * GPU_BLOCK))
         return math.ceil(prompts / blocks)
 
-    def start(self) -> Engines:
+    def start(self) -> InProcess | Pool:
         if self._engines is None:
             engines = f"{len(self._plan)} engines of " if len(self._plan) > 1 else ""
             print(f"loading {self._settings.model_path} into {engines}{self._settings.name} ...", flush=True)
@@ -170,13 +150,14 @@ class _LazyEngines:
 
 def _sample_split(
     config: CompletionsConfig,
-    split: SplitPrompts,
+    split: SplitResult,
+    rendered: list[RenderedPrompt],
+    rejects: list[Reject],
     tokenizer: Any,
     sampling: Sampling,
     engines: _LazyEngines,
     dtype_reason: str,
 ) -> None:
-    rendered, rejects = render(tokenizer, split.prompts, split.source, config.prompt_max_len)
     group, what = engines.group, f"blocks of {split.split}"
     parts = Parts(split.parts, split.made_by, config.overwrite, group.this or 0)
     share = parts.share(group, what)
@@ -198,7 +179,7 @@ def _sample_split(
 
 def _run_blocks(
     config: CompletionsConfig,
-    split: SplitPrompts,
+    split: SplitResult,
     blocks: PromptBlocks,
     parts: Parts,
     sampling: Sampling,
@@ -231,16 +212,16 @@ def _run_blocks(
 
 
 def _keep(parts: Parts, number: int, block: dict[int, list[Sample]]) -> None:
-    parts.add(number, {key: [(sample.token_ids, sample.finish_reason) for sample in block[key]] for key in block})
+    parts.add(number, block)
 
 
 def _kept(parts: Parts, number: int) -> dict[int, list[Sample]]:
     """{prompt_id: samples} of a finished block."""
-    return {int(key): [Sample(ids, reason) for ids, reason in samples] for key, samples in parts.read(number).items()}
+    return {int(key): [Sample(*sample) for sample in samples] for key, samples in parts.read(number).items()}
 
 
 def write_results(
-    split: SplitPrompts,
+    split: SplitResult,
     blocks: PromptBlocks,
     parts: Parts,
     rejects: list[Reject],
@@ -248,40 +229,35 @@ def write_results(
     tokenizer: Any,
     facts: dict[str, Any],
 ) -> None:
-    """Write rejects and manifest, then the split's file. If it is killed in between, the next run repeats this from `parts`.
-
-    Args:
-        split: to write.
-        blocks: its prompts, all of them with samples in `parts`.
-        parts: the finished blocks, removed at the end.
-        rejects: prompts that were not sampled.
-        sampling: the sampling parameters.
-        tokenizer: to decode the samples.
-        facts: for the manifest.
+    """Write rejects and manifest, then the split's file. If it is killed in between, the next run repeats this from `parts`,
+    which has samples of all prompts of the blocks, and is removed at the end. `facts` are for the manifest.
 
     Raises:
         DataError: no prompt has usable completions.
     """
-    counts = {"prompts": len(split.prompts), "rejected": 0, "completions": 0, "tokens": 0, "stop": 0}
+    prompts = len(rejects) + sum(map(len, blocks.values()))
+    counts = {"prompts": prompts, "rejected": 0, "completions": 0, "tokens": 0, "stop": 0}
     rejects = list(rejects)
     for number, block in blocks.items():
         kept = _kept(parts, number)
         for rendered in block:
             samples = kept[rendered.prompt.prompt_id]
             if reason := _problem(samples, sampling):
-                rejects.append(Reject(str(split.source), rendered.row, rendered.prompt.prompt_id, reason))
+                prompt_id = rendered.prompt.prompt_id
+                rejects.append({"file": str(split.source), "row": rendered.row, "prompt_id": prompt_id, "reason": reason})
                 continue
             counts["completions"] += len(samples)
             counts["tokens"] += sum(len(sample.token_ids) for sample in samples)
             counts["stop"] += sum(sample.finish_reason == "stop" for sample in samples)
-    rejects.sort(key=lambda reject: reject.row)
+    rejects.sort(key=lambda reject: reject["row"])
     counts["rejected"] = len(rejects)
-    if len(rejects) == len(split.prompts):
-        raise DataError(f"{split.source}: no prompt has usable completions; row {rejects[0].row}: {rejects[0].reason}")
+    if len(rejects) == prompts:
+        first = f"row {rejects[0]['row']}: {rejects[0]['reason']}"
+        raise DataError(f"{split.source}: no prompt has usable completions; {first}")
     split.result.unlink(missing_ok=True)  # from a different configuration, with --overwrite=true
-    write_rejects(split.result.parent, split.split, [dataclasses.asdict(reject) for reject in rejects])
+    write_rejects(split.result.parent, split.split, rejects)
     write_manifest(split.result.parent, split.step, split.made_by, counts=counts, **facts)
-    write_records(split.result, _completions(blocks, parts, {reject.prompt_id for reject in rejects}, tokenizer))
+    write_records(split.result, _completions(blocks, parts, {reject["prompt_id"] for reject in rejects}, tokenizer))
     parts.remove()
     print(f"{split.result}: {json.dumps(counts)}", flush=True)
 

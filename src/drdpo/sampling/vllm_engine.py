@@ -24,8 +24,7 @@ def vllm_problem() -> str | None:
     """Why vLLM does not work here, in one line; None if it does."""
     if importlib.util.find_spec("vllm") is None:
         return "the package vllm is not installed"
-    _set_environment()
-    _silence()
+    _prepare()
     try:
         import vllm  # noqa: F401
         from vllm.platforms import current_platform
@@ -40,13 +39,8 @@ class VllmEngine:
     """One vLLM engine in this process; with tensor parallelism vLLM adds worker processes of its own."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Load the model.
-
-        Raises:
-            DataError: vLLM rejects the model or cannot start; the message includes its own.
-        """
-        _set_environment()
-        _silence()
+        """Load the model; raises DataError, with vLLM's message, where it rejects the model or cannot start."""
+        _prepare()
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -89,7 +83,7 @@ class VllmEngine:
         self._calls = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """Yield (index of the request, its n samples in order), in the order in which requests finish."""
+        """As every engine, see drdpo.sampling.engines."""
         # A cached prompt and a computed one differ in rounding, and a call may depend on its requests alone.
         self._engine.reset_prefix_cache()
         self._calls += 1
@@ -134,8 +128,9 @@ def _params(request: Request, sampling: Sampling) -> Any:
     )
 
 
-def _set_environment() -> None:
-    """Variables that vLLM reads when it is imported; the user's own values stay."""
+def _prepare() -> None:
+    """Set variables that vLLM reads when it is imported, unless the user has, and hide two warnings that do not concern
+    users of drdpo."""
     # In this process requests are scheduled in their order, which a separate engine process does not guarantee.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     # Threads bound to cores wait for each other whenever something else runs there. With two threads on two busy cores:
@@ -146,19 +141,12 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-
-
-def _silence() -> None:
-    """Suppress two of vLLM's warnings that do not concern users of drdpo."""
     # vLLM reads every attribute of every module, including torch's deprecated ones.
     deprecated = r"`torch\.distributed\.reduce_op` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     # On a CPU vLLM has its own kernels; Triton is installed for CUDA.
-    logging.getLogger("vllm.triton_utils.importing").addFilter(_of_no_cpu_backend)
-
-
-def _of_no_cpu_backend(record: logging.LogRecord) -> bool:
-    return "doesn't include CPU backend" not in record.getMessage()
+    triton = logging.getLogger("vllm.triton_utils.importing")
+    triton.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
 
 
 def _bind_no_single_node() -> None:

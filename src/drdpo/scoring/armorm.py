@@ -23,16 +23,17 @@ Shape suffixes: B sequences, T tokens, A tokens of an answer, N tokens of a pack
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import torch
+from msgspec import Meta
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from drdpo.errors import DataError
+from drdpo.errors import DataError, one_line
 from drdpo.folder import read_json_object
 from drdpo.kernels.packed_attention import PackedRow, hidden_states
 from drdpo.models import Tensors, read_tensors, window_of
@@ -44,31 +45,24 @@ LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
 POOLINGS = ("last", "mean")
 
 
-class Rewards(NamedTuple):
-    """Scores of B sequences."""
-
-    stage1: Tensor
-    """[B, heads] float32, one rating per objective, in the order of `ArmoRM.objectives`."""
-    stage2: Tensor
-    """[B] float32, the gated score."""
-
-
 # A reward model folder, checked without reading weights.
 
+_Positive = Annotated[int, Meta(ge=1)]
 
-@dataclass(frozen=True)
-class RewardLayout:
-    """The heads of a reward model of width D, from config.json."""
 
-    objectives: tuple[str, ...]
-    gating_token_pattern: tuple[int, ...]
-    gating_temperature: float
-    gating_hidden_dim: int
-    gating_n_hidden: int
-    hidden_size: int
-    vocab_size: int
-    max_positions: int
-    pooling: str = "last"
+class RewardLayout(msgspec.Struct, frozen=True):
+    """The heads of a reward model, as config.json names them, and what they ask of its backbone."""
+
+    num_objectives: _Positive
+    gating_temperature: Annotated[float, Meta(gt=0)]
+    gating_hidden_dim: _Positive
+    gating_n_hidden: Annotated[int, Meta(ge=0)]
+    hidden_size: _Positive
+    vocab_size: _Positive
+    max_position_embeddings: _Positive
+    objectives: tuple[Annotated[str, Meta(min_length=1)], ...] = ARMORM_OBJECTIVES
+    gating_token_pattern: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)] = LLAMA3_GATING_PATTERN
+    pooling: Literal["last", "mean"] = "last"
 
 
 def check_folder(folder: Path) -> RewardLayout:
@@ -80,7 +74,8 @@ def check_folder(folder: Path) -> RewardLayout:
     model, _ = _build(folder)
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder}: no tokenizer (tokenizer.json) in the reward model folder")
-    return replace(model.layout, max_positions=min(model.layout.max_positions, window_of(model.model.config) or 2**63))
+    positions = min(model.layout.max_position_embeddings, window_of(model.model.config) or 2**63)
+    return msgspec.structs.replace(model.layout, max_position_embeddings=positions)
 
 
 def read_layout(folder: Path) -> RewardLayout:
@@ -101,78 +96,33 @@ def read_layout(folder: Path) -> RewardLayout:
             f"{folder}: {kind} ({', '.join(map(str, made))}) where --reward_model needs ArmoRM's heads, with a rating per "
             "objective and a gate; pass models/ArmoRM, or a folder of that layout"
         )
-    count = _positive(path, config, "num_objectives")
-    pattern = config.get("gating_token_pattern", list(LLAMA3_GATING_PATTERN))
-    if not isinstance(pattern, list) or not pattern or not all(type(token) is int and token >= 0 for token in pattern):
-        raise DataError(f'{path}: field "gating_token_pattern" must be a list of token ids')
-    temperature = config.get("gating_temperature")
-    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or not temperature > 0:
-        raise DataError(f'{path}: field "gating_temperature" is {temperature!r}, not a positive number')
-    vocabulary = _positive(path, config, "vocab_size")
-    if max(pattern) >= vocabulary:
-        raise DataError(
-            f'{path}: field "gating_token_pattern" contains {max(pattern)}, outside the vocabulary of {vocabulary}'
-        )
-    pooling = config.get("pooling", "last")
-    if pooling not in POOLINGS:
-        raise DataError(f'{path}: field "pooling" is {pooling!r}, not one of {", ".join(POOLINGS)}')
-    return RewardLayout(
-        objectives=_objectives(path, config, count),
-        gating_token_pattern=tuple(pattern),
-        gating_temperature=float(temperature),
-        gating_hidden_dim=_positive(path, config, "gating_hidden_dim"),
-        gating_n_hidden=_positive(path, config, "gating_n_hidden", least=0),
-        hidden_size=_positive(path, config, "hidden_size"),
-        vocab_size=vocabulary,
-        max_positions=_positive(path, config, "max_position_embeddings"),
-        pooling=pooling,
-    )
-
-
-def _objectives(path: Path, config: dict[str, Any], count: int) -> tuple[str, ...]:
-    names = config.get("objectives", list(ARMORM_OBJECTIVES))
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f'{path}: field "objectives" must be a list of names')
+    try:
+        layout = msgspec.convert(config, RewardLayout)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{path}: {error}") from error
+    names, largest = layout.objectives, max(layout.gating_token_pattern)
+    if largest >= layout.vocab_size:
+        outside = f"contains {largest}, outside the vocabulary of {layout.vocab_size}"
+        raise DataError(f'{path}: field "gating_token_pattern" {outside}')
     if len(set(names)) != len(names) or GATED_SCORE in names:
         raise DataError(f'{path}: field "objectives" repeats a name or contains {GATED_SCORE}, the name of the gated score')
-    if len(names) != count:
+    if len(names) != layout.num_objectives:
         whose = "lists" if "objectives" in config else "is absent, so it is ArmoRM's"
+        count = layout.num_objectives
         raise DataError(f'{path}: field "num_objectives" is {count}, but "objectives" {whose} {len(names)}')
-    return tuple(names)
-
-
-def _positive(path: Path, config: dict[str, Any], name: str, least: int = 1) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise DataError(f'{path}: field "{name}" is {value!r}, not an integer of at least {least}')
-    return value
-
-
-def check_shapes(folder: Path, found: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
-    """Check that a folder has exactly the tensors of its model.
-
-    Args:
-        folder: for messages.
-        found: from read_tensors.
-        expected: name and shape of every tensor of the model.
-
-    Raises:
-        DataError: naming the tensor.
-    """
-    if missing := sorted(set(expected) - set(found)):
-        raise DataError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are missing)")
-    if extra := sorted(set(found) - set(expected)):
-        raise DataError(
-            f"{folder}: the tensor {extra[0]} belongs to no part of the reward model ({len(extra)} such tensors)"
-        )
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise DataError(
-                f"{folder}: the tensor {name} has the shape {list(found[name].shape)}, not {list(shape)} as by config.json"
-            )
+    return layout
 
 
 # The model.
+
+
+class Rewards(NamedTuple):
+    """Scores of B sequences."""
+
+    stage1: Tensor
+    """[B, heads] float32, one rating per objective, in the order of `ArmoRM.objectives`."""
+    stage2: Tensor
+    """[B] float32, the gated score."""
 
 
 class Span(NamedTuple):
@@ -258,7 +208,7 @@ class ArmoRM(nn.Module):
         """Score the conversations of a packed row, computing shared prefixes once.
 
         Args:
-            row: groups of conversations.
+            row: groups of conversations that end in a closed assistant turn.
             spans: the positions to read in each, in the order of the row.
         """
         hidden_ND = hidden_states(self.model, row, self.flash_attention)
@@ -340,7 +290,11 @@ def _build(folder: Path) -> tuple[ArmoRM, Tensors]:
             model = ArmoRM(AutoModel.from_config(config, trust_remote_code=False, attn_implementation="sdpa"), layout)
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{folder}: the backbone cannot be built from config.json ({error})") from error
-    check_shapes(folder, found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    try:
+        shapes = {name: torch.empty(stored.shape, device="meta") for name, stored in found.items()}
+        model.load_state_dict(shapes, strict=True, assign=True)
+    except RuntimeError as error:  # a tensor is missing, unknown or of another shape
+        raise DataError(f"{folder}: not the tensors of its config.json ({one_line(str(error), 400)})") from error
     return model, found
 
 
@@ -374,15 +328,16 @@ def packed_batches(sequences: Sequence[Sequence[int]], keys: Sequence[Hashable],
 
     Args:
         sequences: token ids, none empty.
-        keys: equal for sequences that are likely to begin with the same tokens.
+        keys: equal for sequences that are likely to begin with the same tokens; None leaves one out.
         budget: largest number of tokens in a batch, without padding. A longer sequence is a batch of its own.
 
     Returns:
-        Batches, each sequence in exactly one. The largest groups come first, so that memory peaks early.
+        Batches, each other sequence in exactly one. The largest groups come first, so that memory peaks early.
     """
     rows_of: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
+        if key is not None:
+            rows_of.setdefault(key, []).append(row)
     groups = [group for rows in rows_of.values() for group in _cut(sequences, rows, budget)]
     sizes = [group.shared + sum(len(sequences[row]) - group.shared for row in group.rows) for group in groups]
     batches: list[list[SharedPrefix]] = []

@@ -24,14 +24,7 @@ from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.cli import as_dict
 from drdpo.config.data import CompletionsConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import (
-    Parts,
-    SplitResult,
-    refuse_if_locked,
-    sole_writer,
-    sweep,
-    write_manifest,
-)
+from drdpo.folder import Parts, SplitResult, refuse_if_locked, sole_writer, sweep, write_manifest
 from drdpo.kernels.packed_attention import PackedRow, refusal
 from drdpo.machine import agree, announce, settle
 from drdpo.models import fingerprint
@@ -58,8 +51,9 @@ def score_completions(config: CompletionsConfig) -> None:
     """
     folder = reward_model_folder(config.reward_model)
     layout = check_folder(folder)
-    if config.score_max_len > layout.max_positions:
-        raise UsageError(f"--score_max_len={config.score_max_len}: {folder} reads at most {layout.max_positions} tokens")
+    if config.score_max_len > layout.max_position_embeddings:
+        most = layout.max_position_embeddings
+        raise UsageError(f"--score_max_len={config.score_max_len}: {folder} reads at most {most} tokens")
     check_tokenizer(folder, layout)
     config, precision = settle(config)
     if config.check_only:
@@ -94,11 +88,7 @@ def reward_model_folder(flag: str) -> Path:
 
 
 def read_sampled(path: Path) -> list[Completion]:
-    """Read sampled completions.
-
-    Raises:
-        DataError: as read_records; also for a repeated (prompt_id, sample_id).
-    """
+    """Read sampled completions; raises DataError as read_records, and for a repeated (prompt_id, sample_id)."""
     completions = read_records(path, Completion.from_row)
     check_unique(path, ((c.prompt_id, c.sample_id) for c in completions), '"prompt_id", "sample_id"')
     return completions
@@ -186,14 +176,10 @@ def write_scored(
     facts: dict[str, Any],
     attention: str,
 ) -> None:
-    """Merge the parts of all ranks by key and write the results of one split, in the order of the input.
-
-    The scored file comes last, so that it never lies beside another configuration's manifest.
+    """Merge the parts of all ranks by key and write the results of one split, in the order of the input; the scored file
+    last, so that it never lies beside another configuration's manifest.
 
     Args:
-        files: of the split.
-        completions: all sampled completions.
-        parts: the finished batches, removed at the end.
         refused: {prompt_id, sample_id, reason} of the completions that are in no batch.
         facts, attention: for the manifest.
 
@@ -218,10 +204,9 @@ def write_scored(
         raise DataError(f"{files.source}: none of {len(completions)} completions could be scored; the first: {first}")
     why = dict(Counter(reject["reason"].partition(" (")[0] for reject in rejects))
     counts = {"in": len(completions), "out": len(scored), "dropped": len(rejects), "why": why}
-    folder = files.result.parent
     files.result.unlink(missing_ok=True)
-    write_rejects(folder, files.split, rejects)
-    write_manifest(folder, files.step, files.made_by, **facts, counts=counts, attention=attention)
+    write_rejects(files.result.parent, files.split, rejects)
+    write_manifest(files.result.parent, files.step, files.made_by, **facts, counts=counts, attention=attention)
     write_rows(files.result, scored)
     if rejects:
         print(f"{files.split}: {len(rejects)} completions are in rejects.jsonl: {why}", flush=True)
@@ -285,43 +270,37 @@ class Scorer:
         self._check_backbone(folder)
 
     def read(self, completions: Sequence[Completion]) -> Reading:
-        """Render completions and divide them into batches, the same on every rank.
-
-        Args:
-            completions: any number, of any prompts.
-        """
+        """Render completions and divide them into batches, the same on every rank."""
         token_ids: list[list[int]] = []
         refused: dict[int, str] = {}
         for row, completion in enumerate(completions):
             try:
                 ids = conversation_token_ids(self.tokenizer, [*completion.prompt, *completion.completion])
-                reason = self._refusal(ids)
             except ValueError as error:
-                ids, reason = [], str(error)
-            if reason:
-                refused[row] = reason
+                ids, refused[row] = [], str(error)
+            else:
+                if len(ids) > self.max_len:
+                    refused[row] = f"longer than --score_max_len={self.max_len} ({len(ids)} tokens)"
+                elif self.model.span(ids) is None:
+                    refused[row] = "the gating token pattern is missing"
             token_ids.append(ids)
-        good = [row for row in range(len(token_ids)) if row not in refused]
-        batches = packed_batches(
-            [token_ids[row] for row in good], [completions[row].prompt_id for row in good], self.batch_tokens
-        )
-        named = [[SharedPrefix(g.shared, tuple(good[row] for row in g.rows)) for g in batch] for batch in batches]
-        return Reading(token_ids, refused, named)
+        keys = [None if row in refused else completion.prompt_id for row, completion in enumerate(completions)]
+        return Reading(token_ids, refused, packed_batches(token_ids, keys, self.batch_tokens))
 
     @torch.inference_mode()
     def score(self, reading: Reading, number: int) -> dict[int, dict[str, Any]]:
-        """Score one batch.
-
-        Returns:
-            {row: {"scores": {objective: float, ..., "ArmoRM": float}} or {"reason": text}}
-        """
+        """Score one batch: {row: {"scores": {objective: float, ..., "ArmoRM": float}} or {"reason": text}}."""
         groups = reading.batches[number]
         row = PackedRow([(group.shared, [reading.token_ids[index] for index in group.rows]) for group in groups])
         indices = [index for group in groups for index in group.rows]
         spans = [self.model.span(reading.token_ids[index]) for index in indices]
         rewards = self.model.score_packed(row, [span for span in spans if span is not None])
-        scores = zip(indices, rewards.stage1.tolist(), rewards.stage2.tolist(), strict=True)
-        return {index: self._result(stage1, stage2) for index, stage1, stage2 in scores}
+        results: dict[int, dict[str, Any]] = {}
+        for index, stage1, stage2 in zip(indices, rewards.stage1.tolist(), rewards.stage2.tolist(), strict=True):
+            scores = dict(zip(self.objectives, stage1, strict=True)) | {GATED_SCORE: stage2}
+            broken = ", ".join(name for name, value in scores.items() if not math.isfinite(value))
+            results[index] = {"reason": f"the score is not finite ({broken})"} if broken else {"scores": scores}
+        return results
 
     def _attend(self, dtype: torch.dtype) -> str:
         if self.device.type != "cuda":
@@ -343,16 +322,6 @@ class Scorer:
             self.model.score_packed(row, [Span(0, len(pattern), len(pattern))] * 2)
         except ValueError as error:
             raise DataError(f"{folder}: its backbone cannot score packed rows ({error})") from error
-
-    def _refusal(self, ids: list[int]) -> str:
-        if len(ids) > self.max_len:
-            return f"longer than --score_max_len={self.max_len} ({len(ids)} tokens)"
-        return "" if self.model.span(ids) is not None else "the gating token pattern is missing"
-
-    def _result(self, stage1: list[float], stage2: float) -> dict[str, Any]:
-        scores = dict(zip(self.objectives, stage1, strict=True)) | {GATED_SCORE: stage2}
-        broken = [name for name, value in scores.items() if not math.isfinite(value)]
-        return {"reason": f"the score is not finite ({', '.join(broken)})"} if broken else {"scores": scores}
 
 
 def check_tokenizer(folder: Path, layout: RewardLayout) -> None:

@@ -15,6 +15,7 @@ T tokens, D width.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -131,43 +132,36 @@ class Method:
 
 def method_of(config: "TrainConfig") -> Method:
     """The method that the flags choose; without any of their own flags it is DPO."""
-    method = _method_of(config)
+    # sigmoid_norm and ipo_norm are losses of the margin per token.
+    kind, by_token = config.loss_type.removesuffix("_norm"), config.loss_type.endswith("_norm")
+
+    def loss(pairs: Pairs) -> Tensor:
+        margins_B = robust.normalised_margins(pairs.log_ratios_S, pairs.lengths_S) if by_token else pairs.margins_B
+        return pair_losses(margins_B, config.beta, config.label_smoothing, kind)
+
+    method = Method("DPO", loss, reads=TOKENS if by_token else ())
+    tau, rho, temperature = config.kldpo_tau, config.wdpo_rho, config.drdpo_beta
+    if tau is not None:
+        weights = partial(robust.kl_weights, tau=tau, normalize=config.kldpo_normalize)
+        method = _weighted(method, "KLDPO", weights, {"kldpo_tau": tau})
+    elif temperature is not None:
+        weights = partial(robust.drdpo_weights, temperature=temperature)
+        method = _weighted(method, "Dr. DPO", weights, {"drdpo_beta": temperature})
+    elif rho is not None:
+        once = config.wdpo_prompt == "once"
+        penalty = Penalty(rho, config.wdpo_penalty == "root", once, config.solver, config.wdpo_fraction)
+        method = replace(method, name="WDPO", penalty=penalty, strength={"wdpo_rho": rho})
+    elif config.named_method is not None:
+        method = _named(*config.named_method, config.beta, config.group_column or "", method)
     if config.weight_column is None:
         return method
     reads = dict.fromkeys([*method.reads, config.weight_column])
     return replace(method, reads=tuple(reads), weight_column=config.weight_column)
 
 
-def _method_of(config: "TrainConfig") -> Method:
-    # sigmoid_norm and ipo_norm are losses of the margin per token.
-    kind, by_token = config.loss_type.removesuffix("_norm"), config.loss_type.endswith("_norm")
-    reads = TOKENS if by_token else ()
-
-    def loss(pairs: Pairs) -> Tensor:
-        margins_B = robust.normalised_margins(pairs.log_ratios_S, pairs.lengths_S) if by_token else pairs.margins_B
-        return pair_losses(margins_B, config.beta, config.label_smoothing, kind)
-
-    plain = Method("DPO", loss, reads=reads)
-    tau, rho, temperature = config.kldpo_tau, config.wdpo_rho, config.drdpo_beta
-    if tau is not None:
-
-        def kldpo(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
-            return robust.kl_weights(losses_B, population_P, tau, normalize=config.kldpo_normalize)
-
-        return replace(plain, name="KLDPO", weights=kldpo, strength={"kldpo_tau": tau})
-    if temperature is not None:
-
-        def drdpo(losses_B: Tensor, population_P: Tensor, pairs: Pairs) -> Tensor:
-            return robust.drdpo_weights(losses_B, population_P, temperature)
-
-        return replace(plain, name="Dr. DPO", weights=drdpo, strength={"drdpo_beta": temperature})
-    if rho is not None:
-        once = config.wdpo_prompt == "once"
-        penalty = Penalty(rho, config.wdpo_penalty == "root", once, config.solver, config.wdpo_fraction)
-        return replace(plain, name="WDPO", penalty=penalty, strength={"wdpo_rho": rho})
-    if config.named_method is not None:
-        return _named(*config.named_method, config.beta, config.group_column or "", plain)
-    return plain
+def _weighted(plain: Method, name: str, weights: Callable[..., Tensor], strength: Mapping[str, float]) -> Method:
+    """`plain` with weights(losses_B, population_P)."""
+    return replace(plain, name=name, weights=lambda losses, population, _: weights(losses, population), strength=strength)
 
 
 def _named(name: str, strength: Mapping[str, float], beta: float, group: str, plain: Method) -> Method:
@@ -187,10 +181,7 @@ def _named(name: str, strength: Mapping[str, float], beta: float, group: str, pl
         return Method(title, lambda pairs: function(pairs.margins_B, beta, **strength), strength=strength)
     if name in weights:
         title, function = weights[name]
-        return replace(
-            plain, name=title, strength=strength,
-            weights=lambda losses_B, population_P, pairs: function(losses_B, population_P, **strength),
-        )  # fmt: skip
+        return _weighted(plain, title, partial(function, **strength), strength)
     if name == "group":
         return replace(
             plain, name="group DRO", strength=strength, group=group,
@@ -216,19 +207,11 @@ def _named(name: str, strength: Mapping[str, float], beta: float, group: str, pl
 def pair_losses(margins_B: Tensor, beta: float, smoothing: float = 0.0, kind: str = "sigmoid") -> Tensor:
     """Pointwise preference loss of every pair.
 
-    Args:
-        margins_B: [B] h, see Pairs.
-        beta: KL penalty coefficient.
-        smoothing: e, the assumed rate of flipped labels (not for ipo).
-        kind: "sigmoid": -(1-e) log s(beta h) - e log s(-beta h), DPO (2305.18290, eq. 7) and, with e > 0, cDPO;
-            "ipo": (h - 1/(2 beta))^2 (2310.12036, eq. 17);
-            "robust": [-(1-e) log s(beta h) + e log s(-beta h)] / (1 - 2e), rDPO (2403.00409, eq. 12).
+    With h = margins_B, see Pairs, and e = `smoothing`, the assumed rate of flipped labels (not for ipo):
 
-    Returns:
-        [B] losses; ln 2 for sigmoid and robust at h = 0.
-
-    Raises:
-        ValueError: unknown kind.
+        sigmoid  -(1-e) log s(beta h) - e log s(-beta h): DPO (2305.18290, eq. 7) and, with e > 0, cDPO; ln 2 at h = 0
+        ipo      (h - 1/(2 beta))^2 (2310.12036, eq. 17)
+        robust   [-(1-e) log s(beta h) + e log s(-beta h)] / (1 - 2e): rDPO (2403.00409, eq. 12); ln 2 at h = 0
     """
     if kind == "ipo":
         return (margins_B - 1 / (2 * beta)).square()
@@ -250,8 +233,8 @@ def gradient_penalty(
     authors' two rows count |g_c|^2 + |g_r|^2, the paper's z = (prompt, chosen, rejected) counts |g_c + g_r|^2.
 
     Args:
-        losses_B: [B] losses that depend on `embeds_STD`.
-        embeds_STD: [S, T, D] input embeddings, S = 2B, both sequences of a pair aligned at their start.
+        losses_B, embeds_STD: losses, and the input embeddings [S, T, D] on which they depend, both sequences of a pair
+            aligned at their start.
         create_graph: keep the graph, so that the penalty can be differentiated.
         shared_prompt_BT: [B, T] True on prompt positions, to count the prompt once; None counts it per sequence.
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from drdpo import distributed
 from drdpo.errors import DataError, UsageError, one_line
@@ -71,10 +72,8 @@ class OutputHead(nn.Module):
 class Policy(nn.Module):
     """Wraps a transformers causal language model; only answer positions reach the output head.
 
-    Args:
-        language_model: of transformers.
-        second_derivative: compute log-probabilities whose gradient can be differentiated again; the language model must
-            attend by "eager".
+    With `second_derivative` the log-probabilities' gradient can be differentiated again; the language model must attend by
+    "eager" then.
     """
 
     def __init__(self, language_model: Any, second_derivative: bool = False) -> None:
@@ -99,15 +98,8 @@ class Policy(nn.Module):
         return torch.float32 if self.wide_values and not self.flash_attention else self.language_model.dtype
 
     def forward(self, batch: AnyBatch, run: Callable[["Policy"], Any] | None = None) -> Any:
-        """Log-probabilities of the answers of a batch.
-
-        Args:
-            batch: B pairs as S = 2B padded rows, or as one packed row.
-            run: a function of this policy to call instead; a DeepSpeed engine around it passes on forward alone.
-
-        Returns:
-            Answers, or what `run` returns.
-        """
+        """Answers: the log-probabilities of those of a batch, B pairs as S = 2B padded rows or as one packed row; or what
+        `run` returns of this policy: a DeepSpeed engine around it passes on forward alone."""
         if run is not None:
             return run(self)
         embeds = self.embed(batch)
@@ -186,10 +178,8 @@ def load_policy(
 
     Args:
         path: a Hugging Face folder with safetensors, or a hub id.
-        dtype: of weights and activations.
         attention: transformers' name of the attention implementation.
         gradient_checkpointing: recompute the activations of all layers; see set_recomputation.
-        second_derivative: see Policy.
         quantize: "nf4" loads the linear layers of the blocks in 4 bits, on this process's device.
 
     Raises:
@@ -206,8 +196,10 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=checked, use_safetensors=True, trust_remote_code=False, **quantized
         )
-        if quantized:
-            _keep_codes(model)
+        for module in model.modules() if quantized else ():
+            # On CPUs with AVX512_BF16, bitsandbytes repacks weights when first evaluated: values change, gradients stop.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         check_numbers(model, path)
         if checked != attention:
             model.set_attn_implementation(attention)
@@ -262,15 +254,6 @@ def _four_bit_options(dtype: torch.dtype) -> dict[str, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return {"quantization_config": settings, "device_map": {"": distributed.device()}}
-
-
-def _keep_codes(model: Any) -> None:
-    """On CPUs with AVX512_BF16, bitsandbytes repacks weights at their first evaluation: values change, gradients stop."""
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def quiet_bitsandbytes() -> None:
@@ -335,11 +318,8 @@ def _packed_states(model: Any, sequences: list[list[int]]) -> list[Tensor]:
 
 
 def _padded_states(model: Any, sequences: list[list[int]]) -> list[Tensor]:
-    longest = max(map(len, sequences))
-    ids_ST, mask_ST = (
-        torch.tensor([[*map(of, ids_T), *[0] * (longest - len(ids_T))] for ids_T in sequences])
-        for of in (int, lambda token: 1)
-    )
+    ids_ST = pad_sequence([torch.tensor(ids_T) for ids_T in sequences], batch_first=True)
+    mask_ST = pad_sequence([torch.ones(len(ids_T), dtype=torch.int64) for ids_T in sequences], batch_first=True)
     states_STD = _states(model, ids_ST, attention_mask=mask_ST.to(model.device))
     return [states_TD[: len(ids_T)] for states_TD, ids_T in zip(states_STD, sequences, strict=True)]
 
@@ -369,10 +349,9 @@ def check_pairs(policy: Policy, pairs: Sequence[Pair], model_path: str) -> None:
         for kind, limit in _limits(module):
             if longest > limit:
                 raise UsageError(
-                    f"{model_path}: beyond {limit} tokens the model's rotary positions ({kind}) are those of the "
-                    f"longest sequence in a "
-                    f"batch, so a pair's log-probs, packed or padded, would depend on the pairs beside it; "
-                    f"the longest pair has {longest}: pass --max_len={limit}"
+                    f"{model_path}: beyond {limit} tokens the model's rotary positions ({kind}) are those of the longest "
+                    "sequence in a batch, so a pair's log-probs, packed or padded, would depend on the pairs beside it; the "
+                    f"longest pair has {longest}: pass --max_len={limit}"
                 )
     positions, learned = positions_of(policy.language_model)
     if learned and positions is not None and longest > positions:

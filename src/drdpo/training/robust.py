@@ -1,7 +1,9 @@
 """The weights of all methods, and the losses of --method: pure functions of small tensors, as drdpo.training.losses.
 
-With x = beta h, h the margin, the losses replace -log s(x); the weights multiply a loss and are detached. docs/methods.md
-says what each of them assumes, and which formula could be compared with its source.
+With x = beta h, h the margin, the losses [B] replace -log s(x). The weights [B] multiply losses_B [B], and are detached;
+population_P [P] are the losses of the population to which those belong. The mean of the weights over it is 1, but for
+KLDPO's of Algorithm 1, which are capped. docs/methods.md says what each method assumes, and which formula could be compared
+with its source.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences, M training pairs, G groups.
 """
@@ -14,12 +16,7 @@ from torch.nn.functional import logsigmoid
 
 
 def normalised_margins(log_ratios_S: Tensor, lengths_S: Tensor) -> Tensor:
-    """[B] margins of the log-ratios per token: Delta_w / |y_w| - Delta_l / |y_l| (Tulu 3, 2411.15124).
-
-    Args:
-        log_ratios_S: [S] log pi - log ref of every answer.
-        lengths_S: [S] its tokens, at least one.
-    """
+    """[B] margins of the log-ratios [S] per token: Delta_w / |y_w| - Delta_l / |y_l| (Tulu 3, 2411.15124)."""
     chosen_B, rejected_B = (log_ratios_S / lengths_S).chunk(2)
     return chosen_B - rejected_B
 
@@ -28,19 +25,19 @@ def normalised_margins(log_ratios_S: Tensor, lengths_S: Tensor) -> Tensor:
 
 
 def ropo_losses(margins_B: Tensor, beta: float, alpha: float) -> Tensor:
-    """[B] 4a / (1+a)^2 (-log s(x) + a s(-x)), a = alpha > 0: a pair of large negative margin loses its pull (2404.04102)."""
+    """4a / (1+a)^2 (-log s(x) + a s(-x)), a = alpha > 0: a pair of large negative margin loses its pull (2404.04102)."""
     return 4 * alpha / (1 + alpha) ** 2 * (-logsigmoid(beta * margins_B) + alpha * torch.sigmoid(-beta * margins_B))
 
 
 def holder_losses(margins_B: Tensor, beta: float, gamma: float) -> Tensor:
-    """[B] -(1+g) p^g + g p^(1+g), p = s(x), g = gamma > 0 (2505.17859); slope -g (1+g) p^g (1-p)^2, which vanishes for a
+    """-(1+g) p^g + g p^(1+g), p = s(x), g = gamma > 0 (2505.17859); slope -g (1+g) p^g (1-p)^2, which vanishes for a
     pair of large negative margin too."""
     log_p_B = logsigmoid(beta * margins_B)
     return gamma * torch.exp((1 + gamma) * log_p_B) - (1 + gamma) * torch.exp(gamma * log_p_B)
 
 
 def robust_label_losses(margins_B: Tensor, beta: float, radius: float) -> Tensor:
-    """[B] (1-r) l(h) + r max(l(h), l(-h)): the worst label within total variation r = radius of the given one (2607.01715,
+    """(1-r) l(h) + r max(l(h), l(-h)): the worst label within total variation r = radius of the given one (2607.01715,
     with two answers)."""
     right_B, wrong_B = -logsigmoid(beta * margins_B), -logsigmoid(-beta * margins_B)
     return (1 - radius) * right_B + radius * torch.maximum(right_B, wrong_B)
@@ -52,38 +49,24 @@ def soft_labels(chosen_B: Tensor, rejected_B: Tensor, scale: float) -> Tensor:
 
 
 def soft_label_losses(margins_B: Tensor, labels_B: Tensor, beta: float, radius: float) -> Tensor:
-    """DPO-PRO's worst-case loss under soft labels (2510.23590).
+    """DPO-PRO's worst-case loss under soft labels q = labels_B (2510.23590); radius 0 is DPO with soft labels.
 
     The worst of all label probabilities p with (p - q)^2 / (q (1-q)) <= radius, the chi-square distance of two coins:
     p l(h) + (1-p) l(-h) with p = q -+ sqrt(radius q (1-q)), clipped to [0, 1], away from the sign of h.
-
-    Args:
-        margins_B: [B] h.
-        labels_B: [B] q, see soft_labels; at 0 or 1 nothing can shift.
-        beta: of the margins.
-        radius: 0 is DPO with soft labels.
     """
     shift_B = (radius * labels_B * (1 - labels_B)).sqrt() * margins_B.detach().sign()
     worst_B = (labels_B - shift_B).clamp(0, 1)
     return -worst_B * logsigmoid(beta * margins_B) - (1 - worst_B) * logsigmoid(-beta * margins_B)
 
 
-# Weights of a pair among the population, with mean 1 (but for KLDPO's of Algorithm 1, which are capped) --------------------
+# Weights ---------------------------------------------------------------------------------------------------------------
 
 
 def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False) -> Tensor:
-    """KLDPO's weights: harder pairs count more.
+    """KLDPO's weights: harder pairs count more; an infinite tau is DPO.
 
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        tau: temperature; infinity is DPO.
-        cap: largest weight of the code form.
-        normalize: False for the authors' code, min(cap, exp((l - mean l) / tau)); True for Algorithm 2,
-            P softmax(l / tau) over the population, whose gradient is that of tau log mean exp(l / tau).
-
-    Returns:
-        [B] weights, detached.
+    min(cap, exp((l - mean l) / tau)) as in the authors' code, or with `normalize` Algorithm 2's P softmax(l / tau) over the
+    population, whose gradient is that of tau log mean exp(l / tau).
     """
     losses_B, population_P = losses_B.detach(), population_P.detach()
     if normalize:
@@ -92,16 +75,8 @@ def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 
 
 
 def drdpo_weights(losses_B: Tensor, population_P: Tensor, temperature: float) -> Tensor:
-    """Dr. DPO's weights: a harder pair, more likely mislabelled, counts less (2407.07880, eq. 13).
-
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        temperature: t; the gradient is that of -t log mean exp(-l / t).
-
-    Returns:
-        [B] weights exp(-l / t) / mean exp(-l / t), detached.
-    """
+    """Dr. DPO's weights exp(-l / t) / mean exp(-l / t): a harder pair, more likely mislabelled, counts less (2407.07880,
+    eq. 13). The gradient is that of -t log mean exp(-l / t)."""
     losses_B, population_P = losses_B.detach(), population_P.detach()
     return torch.exp(-losses_B / temperature - _log_mean_exp(-population_P / temperature))
 
@@ -109,16 +84,8 @@ def drdpo_weights(losses_B: Tensor, population_P: Tensor, temperature: float) ->
 def tv_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tensor:
     """Weights of the worst distribution within total variation `radius` of the population's (2503.00539, Algorithm 3).
 
-    The easiest pairs lose the share `radius` of all weight, at most 1 each, and the hardest pair gets it. Pairs of equal
-    loss share.
-
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        radius: in [0, 1]; 0 is DPO, 1 the largest loss alone.
-
-    Returns:
-        [B] weights, detached.
+    The easiest pairs lose the share `radius` of all weight, at most 1 each, and the hardest pair gets it: 0 is DPO, 1 the
+    largest loss alone. Pairs of equal loss share.
     """
     moved_P = (radius * len(population_P) - _ranks(population_P)).clamp(0, 1)
     weights_P = 1 - moved_P
@@ -127,34 +94,17 @@ def tv_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tensor:
 
 
 def cvar_weights(losses_B: Tensor, population_P: Tensor, share: float) -> Tensor:
-    """Weights of the mean over the hardest `share` of the pairs (CVaR): the worst distribution with weights of at most
-    1 / share. The pair at the edge counts in part; pairs of equal loss share.
-
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        share: in (0, 1]; 1 is DPO.
-
-    Returns:
-        [B] weights, detached.
-    """
+    """Weights of the mean over the hardest `share` of the pairs (CVaR), in (0, 1], 1 is DPO: the worst distribution with
+    weights of at most 1 / share. The pair at the edge counts in part; pairs of equal loss share."""
     harder_P = _ranks(population_P).flip(0)
     return _by_rank(losses_B, population_P, (share * len(population_P) - harder_P).clamp(0, 1) / share)
 
 
 def chi2_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tensor:
-    """Weights of the worst distribution with mean (w - 1)^2 / 2 <= radius (Duchi and Namkoong, 1810.08750).
+    """Weights of the worst distribution with mean (w - 1)^2 / 2 <= radius (Duchi and Namkoong, 1810.08750); 0 is DPO.
 
     They are proportional to (l - eta)+, with the eta at which mean w^2 = c = 1 + 2 radius: the effective sample is the share
     1 / c of the population, unless so few pairs are hardest that these alone get all weight.
-
-    Args:
-        losses_B: [B] losses.
-        population_P: [P] losses of the population they belong to.
-        radius: 0 is DPO.
-
-    Returns:
-        [B] weights, detached.
     """
     total, second = len(population_P), 1 + 2 * radius
     # In float64, relative to the largest: the losses may differ by rounding alone.
@@ -204,11 +154,7 @@ def _by_rank(losses_B: Tensor, population_P: Tensor, weights_P: Tensor) -> Tenso
 
 
 def group_state(group_M: Tensor) -> dict[str, Tensor]:
-    """What group DRO begins with: equal weights [G] of the groups, their training pairs [G], and those of a step [G].
-
-    Args:
-        group_M: [M] every training pair's group, numbers from 0.
-    """
+    """What group DRO begins with: equal weights [G] of the groups, their training pairs [G], and those of a step [G]."""
     counts_G = torch.bincount(group_M.long()).float()
     return {"weights": (counts_G > 0) / (counts_G > 0).sum(), "counts": counts_G, "present": torch.zeros_like(counts_G)}
 
@@ -219,12 +165,6 @@ def group_step(
     """Group DRO's ascent step on the groups' weights (2405.20304): q_g exp(rate (L_g + adjustment / sqrt(n_g))), to sum 1.
 
     L_g is the mean loss of the group's pairs in the step, 0 if there are none, and n_g counts its training pairs.
-
-    Args:
-        state: see group_state.
-        losses_P: [P] losses of the population.
-        group_P: [P] its groups.
-        rate, adjustment: see above.
     """
     zeros_G, index_P = torch.zeros_like(state["weights"]), group_P.long()
     losses_P = losses_P.to(zeros_G.dtype)
