@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT
-from harness.reward_models import apart
+from harness.reward_models import pad_right
 from scipy.stats import bootstrap, spearmanr
 
 from drdpo.chat import load_tokenizer

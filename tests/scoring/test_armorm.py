@@ -192,7 +192,7 @@ def test_heads_stay_float32_on_a_bfloat16_backbone(published):
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.bfloat16 if name.startswith("model.") else torch.float32), name
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    rewards = apart(model, llama3_sequences())
+    rewards = model(*pad_right(llama3_sequences(), 0))
     assert rewards.stage1.dtype == torch.float32
     assert bool(rewards.stage1.isfinite().all())
 
@@ -220,7 +220,7 @@ def test_the_embedded_reward_model_prefers_a_good_answer(root):
     sequences = [
         conversation_token_ids(tokenizer, [question, {"role": "assistant", "content": answer}]) for answer in (good, bad)
     ]
-    rewards = apart(model, sequences)
+    rewards = model(*pad_right(sequences, tokenizer.pad_token_id))
     assert rewards.stage2[0] > rewards.stage2[1]
     helpful = model.objectives.index("helpsteer-helpfulness")
     assert rewards.stage1[0, helpful] > rewards.stage1[1, helpful]
