@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import datasets.exceptions
@@ -23,7 +24,7 @@ from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.evaluation.leaderboard import evaluate_openllm, find_tasks, output_folder
 from drdpo.evaluation.leaderboard_scores import HUB_BENCHMARKS, json_safe
-from drdpo.folder import changed, lock_folder
+from drdpo.folder import Parts, changed, lock_folder
 from drdpo.records import write_rows
 
 CHOICE = """
@@ -105,19 +106,15 @@ def test_tasks_are_found_in_both_places(tasks):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"tasks": "tiny,tiny"}, "names a task twice"),
-        ({"tasks": " ,"}, "--tasks is empty"),
-        ({"include_path": "nowhere"}, "--include_path=nowhere: no such folder"),
-        ({"limit": 0}, "must be positive"),
-        ({"limit": 2.5}, "whole number"),
-        ({"batch_size": "many"}, "--batch_size=many"),
-        ({"max_length": 0}, "--max_length=0"),
-        ({"max_length": 2049}, "--max_length=2049: .* pass at most 2048"),
+        ({"tasks": "tiny,tiny"}, "names a task twice"), ({"tasks": " ,"}, "--tasks is empty"),
+        ({"include_path": "nowhere"}, "--include_path=nowhere: no such folder"), ({"limit": 0}, "must be positive"),
+        ({"limit": 2.5}, "whole number"), ({"batch_size": "many"}, "--batch_size=many"),
+        ({"max_length": 0}, "--max_length=0"), ({"max_length": 2049}, "--max_length=2049: .* pass at most 2048"),
         ({"tensor_parallel_size": 2}, "requires --backend=vllm"),
         ({"apply_chat_template": False}, "--fewshot_as_multiturn=false"),
         ({"max_length": 30}, "task tiny_generation may generate 30 tokens, but the context of 30 tokens"),
     ],
-)
+)  # fmt: skip
 def test_flags_and_a_budget_that_fills_the_context_are_refused_before_the_model_is_loaded(flags, says, tiny, tmp_path):
     with pytest.raises(UsageError, match=says):
         evaluate_openllm(tiny(**flags))
@@ -310,55 +307,18 @@ def test_a_killed_evaluation_resumes_and_equals_one_run(tiny, command, forks, ta
     assert set(whole) <= set(ours)
 
 
-RANKS = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-import lm_eval
-import torch
-from drdpo import distributed
-from drdpo.config.evaluation import LeaderboardConfig
-from drdpo.evaluation.leaderboard import _evaluate
-from drdpo.folder import Parts
-
-distributed.join()
-rank = distributed.rank()
-
-def gather_object(value):
-    found = [None, None] if rank == 0 else None
-    torch.distributed.gather_object(value, found)
-    return found
-
-def run(tasks, **_):
-    if tasks[0].task_name == sys.argv[2]:
-        sys.exit(9)
-    print("ran", tasks[0].task_name)
-    by_task = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
-    return {key: {tasks[0].task_name: {}} for key in by_task} if rank == 0 else None
-
-lm_eval.simple_evaluate = run
-model = SimpleNamespace(max_length=3, batch_size=1, gather_object=gather_object, tok_encode=str.split)
-text = "more than three words ", "here"
-long = [SimpleNamespace(request_type="loglikelihood", args=text, doc_id=number) for number in range(rank + 1)]
-tasks = {name: SimpleNamespace(task_name=name, instances=long) for name in ("first", "second")}
-parts = Parts(Path(sys.argv[1]), {}, False, rank)
-_evaluate(LeaderboardConfig("m"), None, model, {}, tasks, parts)
-if rank == 0:
-    print([parts.read(number)["cut_prompts"] for number in sorted(parts.done)])
-distributed.leave()
-"""
-
-
-def test_ranks_agree_on_what_is_finished(forks, tmp_path):
-    """lm-eval's data parallelism on two ranks, with a stand-in for lm-eval: one question is cut on rank 0, two on rank 1."""
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    ended = forks.ranks([sys.executable, script, tmp_path / "parts", "second"], 2)
-    assert [(rank.returncode, rank.stdout.count("ran first")) for rank in ended] == [(9, 1)] * 2
-    ended = forks.ranks([sys.executable, script, tmp_path / "parts", "none"], 2)
-    assert [rank.returncode for rank in ended] == [0, 0], ended[0].stderr + ended[1].stderr
-    assert "ran first" not in ended[0].stdout and ended[1].stdout == "ran second\n"
-    assert ended[0].stdout.endswith("ran second\n[3, 3]\n")
+def test_cut_prompts_are_summed_over_ranks_and_kept_by_the_first(tmp_path, monkeypatch):
+    """lm-eval's data parallelism with a stand-in for lm-eval: one question is cut on this rank, two on the other."""
+    result = lambda tasks, **_: {key: {tasks[0].task_name: {}} for key in leaderboard._BY_TASK}  # noqa: E731
+    gather = Mock(side_effect=lambda cut: [cut, 2])
+    model = SimpleNamespace(max_length=3, batch_size=1, gather_object=gather, tok_encode=str.split)
+    long = SimpleNamespace(request_type="loglikelihood", args=("more than three words ", "here"), doc_id=0)
+    tasks = {name: SimpleNamespace(task_name=name, instances=[long]) for name in ("one", "two")}
+    for rank, run in ((1, lambda **_: None), (0, result)):  # lm-eval returns results on rank 0 only; all ranks take part
+        monkeypatch.setattr("lm_eval.simple_evaluate", run)
+        parts = Parts(tmp_path / "parts", {}, False, rank)
+        leaderboard._evaluate(LeaderboardConfig("m"), None, model, {}, tasks, parts)
+    assert gather.call_count == 4 and [parts.read(number)["cut_prompts"] for number in (0, 1)] == [3, 3]
 
 
 @pytest.mark.slow
@@ -430,10 +390,12 @@ def test_what_the_model_does_not_see_is_counted(tiny, templated, tasks, tmp_path
 def wrapper(root, tmp_path):
     place = make_environment(tmp_path / "fake env", {"python": "machine/printer", "srun": "slurm/srun"})
 
-    def start(*words, script=root / "openllm_eval.slurm", gpus=0, **variables):
+    def start(*words, script=root / "openllm_eval.slurm", gpus=0, status=0, **variables):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "DRDPO_"))}
         environment = kept | {"DRDPO_ENV": str(place), "GPUS": str(gpus)} | variables
-        return subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        done = subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == status, done.stderr
+        return done
 
     return start
 
@@ -447,10 +409,8 @@ def wrapper(root, tmp_path):
 )  # fmt: skip
 def test_one_process_needs_no_launcher(words, gpus, root, wrapper):
     """No GPU or one, vLLM, which starts its own engines, and --help."""
-    done = wrapper(*words, gpus=gpus)
-    assert done.returncode == 0, done.stderr
     listed = " ".join(f"[{word}]" for word in words)
-    assert done.stdout == f"python [{root}/src/evaluate_openllm.py] {listed} WORLD_SIZE=\n"
+    assert wrapper(*words, gpus=gpus).stdout == f"python [{root}/src/evaluate_openllm.py] {listed} WORLD_SIZE=\n"
 
 
 @pytest.mark.parametrize("gpus", [0, 4])
@@ -462,14 +422,12 @@ def test_hf_is_data_parallel_and_the_nodes_of_a_job_start_launchers_of_their_own
     each = each if gpus else [one]
     assert wrapper("--model_path=m", gpus=gpus).stdout.splitlines() == each
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "7", "LAUNCHED": f"{tmp_path}/launched"}
-    done = wrapper("--model_path=m", gpus=gpus, **job)
-    assert done.returncode == 0, done.stderr
-    divide, *nodes, write = done.stdout.splitlines()
+    divide, *nodes, write = wrapper("--model_path=m", gpus=gpus, **job).stdout.splitlines()
     assert divide == write == one and sorted(nodes) == sorted(2 * each)
     srun = (tmp_path / "launched.srun").read_text().splitlines()
     assert srun[:4] == ["--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"] and srun[-1] == "cpus=7"
-    failed = wrapper("--model_path=m", gpus=gpus, FAKE_STATUS="3", **job)
-    assert failed.returncode == 3 and failed.stdout == f"{one}\n", "nothing follows"
+    failed = wrapper("--model_path=m", gpus=gpus, FAKE_STATUS="3", status=3, **job)
+    assert failed.stdout == f"{one}\n", "nothing follows"
     checked = wrapper("--check_only=true", **job)
     assert checked.stdout == f"python [{root}/src/evaluate_openllm.py] [--check_only=true] WORLD_SIZE=\n"
 
@@ -477,8 +435,8 @@ def test_hf_is_data_parallel_and_the_nodes_of_a_job_start_launchers_of_their_own
 def test_a_job_that_was_not_submitted_from_the_repository_is_told_so(root, wrapper, tmp_path):
     """sbatch runs a copy of the script; tests/test_container.py runs it as one that was."""
     copy = shutil.copy(root / "openllm_eval.slurm", tmp_path / "slurm_script")
-    lost = wrapper("--model_path=m", script=copy, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
-    assert lost.returncode == 2 and "submit the job from the repository's folder" in lost.stderr
+    lost = wrapper("--model_path=m", script=copy, status=2, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
+    assert "submit the job from the repository's folder" in lost.stderr
 
 
 @pytest.mark.parametrize(
