@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,20 +21,20 @@ GROUPS = [PrefixGroup(4, (3, 6)), PrefixGroup(0, (5,)), PrefixGroup(0, (1,)), Pr
 
 def norm(x_2ND: Tensor, a_ND: Tensor, b_ND: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
     """All parts of the norm: value, tangent, and the gradients for both and for the weight."""
-    known = (x_2ND[0], x_2ND[1], weight_D, 1e-2)
-    for_x, for_weight = tangent.rms_norm_second(*known, a_ND, b_ND, True)
+    module = SimpleNamespace(weight=weight_D, variance_epsilon=1e-2)
+    for_x, for_weight = tangent.rms_norm_second(module, *x_2ND, a_ND, b_ND, True)
     assert for_weight is not None
-    assert tangent.rms_norm_second(*known, a_ND, b_ND, False)[1] is None
-    for_dx = tangent.rms_norm_backward(x_2ND[0], weight_D, 1e-2, b_ND)
-    out = tangent.rms_norm_forward(x_2ND[0], weight_D, 1e-2), tangent.rms_norm_tangent(*known)
+    assert tangent.rms_norm_second(module, *x_2ND, a_ND, b_ND, False)[1] is None
+    for_dx = tangent.rms_norm("backward", module, x_2ND[0], b_ND)
+    out = tangent.rms_norm("forward", module, x_2ND[0]), tangent.rms_norm("tangent", module, *x_2ND)
     return torch.stack(out), torch.stack([for_x, for_dx]), for_weight
 
 
 def gate(gate_2NI: Tensor, up_2NI: Tensor, a_NI: Tensor, b_NI: Tensor) -> tuple[Tensor, ...]:
     """All parts of the gate."""
     (g, dg), (u, du) = gate_2NI, up_2NI
-    out = tangent.silu_gate_forward(g, u), tangent.silu_gate_tangent(g, u, dg, du)
-    second, first = tangent.silu_gate_second(g, u, dg, du, a_NI, b_NI), tangent.silu_gate_backward(g, u, b_NI)
+    out = tangent.silu_gate("forward", g, u) + tangent.silu_gate("tangent", g, u, dg, du)
+    second, first = tangent.silu_gate("second", g, u, dg, du, a_NI, b_NI), tangent.silu_gate("backward", g, u, b_NI)
     return torch.stack(out), *(torch.stack(both) for both in zip(second, first, strict=True))
 
 
@@ -45,8 +46,8 @@ def attention(
     out, lse = tangent.attention_forward(heads, groups, scale)
     dout, mean = tangent.attention_tangent(heads, moved, groups, scale, out, lse)
     assert lse.dtype == mean.dtype == (torch.float64 if out.dtype == torch.float64 else torch.float32)
-    second = tangent.attention_second(heads, moved, groups, scale, out, lse, dout, mean, a_NHE, b_NHE)
-    first = tangent.attention_backward(heads, groups, scale, out, lse, b_NHE)
+    second = tangent.attention_gradient(heads, groups, scale, out, lse, b_NHE, (moved, dout, mean, a_NHE))
+    first = tangent.attention_gradient(heads, groups, scale, out, lse, b_NHE)
     return torch.stack([out, dout]), *(torch.stack(both) for both in zip(second, first, strict=True))
 
 

@@ -206,7 +206,7 @@ def test_attention_repeats_to_the_bit_on_a_gpu() -> None:
 def test_the_table_of_blocks() -> None:
     """By hand: which rows a block's queries see, and until where a block's keys are seen."""
     pytest.importorskip("triton")
-    from drdpo.kernels.triton_tangent import _blocks, _pairs
+    from drdpo.kernels.triton_tangent import _blocks
 
     groups = [PrefixGroup(0, (2,)), PrefixGroup(5, (1, 4))]
     assert _blocks(groups, 4) == [
@@ -216,4 +216,3 @@ def test_the_table_of_blocks() -> None:
         [7, 8, 7, 2, 5, 8],  # suffixes: each sees the prefix, and itself
         [8, 12, 8, 2, 5, 12],
     ]
-    assert _pairs(groups) == 3 + 15 + (5 + 1) + (4 * 5 + 10)

@@ -118,7 +118,7 @@ def test_the_attention_of_tangents_compiled_for_gpus(
     }[kernel]  # fmt: skip
     options = {"SECOND": True} if kernel in ("queries", "keys") else {}
     built = function.warmup(
-        *[half] * halves, *[single] * singles, table, 2048, 32, 4, 0.125, 1 << 20, 1 << 18, 1000, WIDTH=width, BLOCK_E=width,
+        *[half] * halves, *[single] * singles, table, 2048, 32, 4, 0.125, 1 << 20, 1 << 18, WIDTH=width, BLOCK_E=width,
         PARTS=3, WIDEN=False, grid=(1,), **tangents.tiles(kernel == "keys", width, capability // 10), **options,
     )  # fmt: skip
     ptx = built.asm["ptx"]

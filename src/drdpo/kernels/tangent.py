@@ -3,10 +3,10 @@
 x is a value, dx = d/dh x(h) at h = 0 its tangent; a and b are the gradients for an output and for its tangent. Each step has
 four parts, which autograd does not see:
 
-    *_forward   the output
-    *_tangent   its tangent
-    *_backward  the first-order gradient for x; of b it is the gradient for dx
-    *_second    the gradient for x of both: a first-order part of a, and what b does through the curvature
+    forward   the output
+    tangent   its tangent
+    backward  the first-order gradient for x; of b it is the gradient for dx
+    second    the gradient for x of both: a first-order part of a, and what b does through the curvature
 
     RMS norm    n = x r,  r = (mean x^2 + epsilon)^(-1/2);  out w n,  tangent w r (dx - n mean(n dx))
     SiLU gate   out silu(g) u,  tangent silu'(g) dg u + silu(g) du
@@ -70,7 +70,7 @@ def _by_rows(
     return None
 
 
-# RMS norm (arXiv 1910.07467). Arguments: x_ND, dx_ND, weight_D w, epsilon under the root; results in the dtype of x.
+# RMS norm (arXiv 1910.07467), over blocks of x's last axis as wide as the norm's weight: the model's width, or a head's.
 
 
 def _scaled(x_CD: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -84,54 +84,36 @@ def _across(n_CD: Tensor, y_CD: Tensor) -> Tensor:
     return y_CD - n_CD * (n_CD * y_CD).mean(dim=1, keepdim=True)
 
 
-def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """[N, D]"""
-    out_ND = _like(x_ND)
+def rms_norm(part: str, norm: Any, x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The part "forward", "tangent" of other = dx, or "backward" of other = b, in this dtype or that of x.
 
-    def formula(x_CD: Tensor) -> list[Tensor]:
-        # Round before applying the weight, as transformers does.
-        return [_scaled(x_CD, epsilon)[0].to(x_ND.dtype) * weight_D]
+    The norm is a module of transformers, with its weight w and its epsilon under the root.
+    """
+    weight_D, epsilon = norm.weight, norm.variance_epsilon
 
-    _by_rows(formula, [x_ND], [out_ND], "rms_norm", "forward", weight_D, epsilon)
-    return out_ND
-
-
-def rms_norm_tangent(
-    x_ND: Tensor, dx_ND: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype | None = None
-) -> Tensor:
-    """[N, D] in `dtype`, or that of x."""
-    out_ND = _like(x_ND, dtype)
-
-    def formula(x_CD: Tensor, dx_CD: Tensor) -> list[Tensor]:
+    def formula(x_CD: Tensor, *others_CD: Tensor) -> list[Tensor]:
         n_CD, r_C1 = _scaled(x_CD, epsilon)
-        return [(r_C1 * _across(n_CD, dx_CD)).to(x_ND.dtype) * weight_D]
+        if part == "backward":
+            return [r_C1 * _across(n_CD, others_CD[0] * wide(weight_D))]
+        out_CD = r_C1 * _across(n_CD, others_CD[0]) if others_CD else n_CD
+        return [out_CD.to(x.dtype) * weight_D]  # rounded before, as in transformers
 
-    _by_rows(formula, [x_ND, dx_ND], [out_ND], "rms_norm", "tangent", weight_D, epsilon)
-    return out_ND
-
-
-def rms_norm_backward(x_ND: Tensor, weight_D: Tensor, epsilon: float, grad_ND: Tensor) -> Tensor:
-    """[N, D]"""
-    out_ND = _like(x_ND)
-
-    def formula(x_CD: Tensor, grad_CD: Tensor) -> list[Tensor]:
-        n_CD, r_C1 = _scaled(x_CD, epsilon)
-        return [r_C1 * _across(n_CD, grad_CD * wide(weight_D))]
-
-    _by_rows(formula, [x_ND, grad_ND], [out_ND], "rms_norm", "backward", weight_D, epsilon)
-    return out_ND
+    given = [tensor.view(-1, len(weight_D)) for tensor in (x, other) if tensor is not None]
+    out_ND = _like(given[0], dtype)
+    _by_rows(formula, given, [out_ND], "rms_norm", part, weight_D, epsilon)
+    return out_ND.view(x.shape)
 
 
 def rms_norm_second(
-    x_ND: Tensor, dx_ND: Tensor, weight_D: Tensor, epsilon: float, a_ND: Tensor, b_ND: Tensor, wants_weight: bool
+    norm: Any, x: Tensor, dx: Tensor, a: Tensor, b: Tensor, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients [N, D] for x and [D] for the weight, if asked for.
+    """Gradients for x and, if asked for, [D] for the weight.
 
     With a, b times w, p = mean(n dx), q = mean(n b), u = mean(b dx), as dr/dx = -r^2 n / D and dn/dx is the Jacobian:
 
         x:  r (a - n mean(n a)) - r^2 (p b + q dx + n (u - 3 p q))
     """
-    out_ND = _like(x_ND)
+    weight_D, epsilon = norm.weight, norm.variance_epsilon
     grad_weight_D = torch.zeros_like(wide(weight_D)) if wants_weight else None
 
     def formula(x_CD: Tensor, dx_CD: Tensor, a_CD: Tensor, b_CD: Tensor) -> list[Tensor]:
@@ -144,71 +126,45 @@ def rms_norm_second(
         curved_CD = p_C1 * b_CD + q_C1 * dx_CD + n_CD * (u_C1 - 3 * p_C1 * q_C1)
         return [r_C1 * (_across(n_CD, a_CD) - r_C1 * curved_CD)]
 
+    given = [tensor.view(-1, len(weight_D)) for tensor in (x, dx, a, b)]
+    out_ND = _like(given[0])
     part = "second_and_weight" if wants_weight else "second"
-    found_D = _by_rows(formula, [x_ND, dx_ND, a_ND, b_ND], [out_ND], "rms_norm", part, weight_D, epsilon)
+    found_D = _by_rows(formula, given, [out_ND], "rms_norm", part, weight_D, epsilon)
     grad_weight_D = grad_weight_D if found_D is None else found_D
-    return out_ND, None if grad_weight_D is None else grad_weight_D.to(weight_D.dtype)
+    return out_ND.view(x.shape), None if grad_weight_D is None else grad_weight_D.to(weight_D.dtype)
 
 
-# SiLU gate (SwiGLU, arXiv 2002.05202), silu(g) = g sigmoid(g). Arguments [N, I]; results in the dtype of the tangents or
-# gradients, which may be less precise than the values.
+# SiLU gate (SwiGLU, arXiv 2002.05202), silu(g) = g sigmoid(g).
 
 
-def _silu(g_CI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu, silu' = s + silu (1 - s), and 1 - s."""
-    s_CI = torch.sigmoid(g_CI)
-    silu_CI, rest_CI = g_CI * s_CI, 1 - s_CI
-    return silu_CI, s_CI.addcmul_(silu_CI, rest_CI), rest_CI
+def silu_gate(part: str, gate_NI: Tensor, up_NI: Tensor, *others_NI: Tensor) -> list[Tensor]:
+    """The output [N, I] of the part "forward" or "tangent" (others: dg, du); the gradients for gate and up of "backward" (b)
+    or "second" (dg, du, a, b). In the dtype of the last argument, as tangents and gradients may be less precise than values.
 
-
-def silu_gate_forward(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-    """[N, I]"""
-    out_NI = _like(gate_NI)
-    _by_rows(lambda g, u: [torch.sigmoid(g).mul_(g).mul_(u)], [gate_NI, up_NI], [out_NI], "silu_gate", "forward")
-    return out_NI
-
-
-def silu_gate_tangent(gate_NI: Tensor, up_NI: Tensor, dgate_NI: Tensor, dup_NI: Tensor) -> Tensor:
-    """[N, I]"""
-    out_NI = _like(dgate_NI)
-
-    def formula(g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> list[Tensor]:
-        silu, slope, _ = _silu(g)
-        return [slope.mul_(dg).mul_(u).addcmul_(silu, du)]
-
-    _by_rows(formula, [gate_NI, up_NI, dgate_NI, dup_NI], [out_NI], "silu_gate", "tangent")
-    return out_NI
-
-
-def silu_gate_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, I] for the gate and for up."""
-    outs = _like(grad_NI), _like(grad_NI)
-
-    def formula(g: Tensor, u: Tensor, b: Tensor) -> list[Tensor]:
-        silu, slope, _ = _silu(g)
-        return [slope.mul_(u).mul_(b), silu.mul_(b)]
-
-    _by_rows(formula, [gate_NI, up_NI, grad_NI], outs, "silu_gate", "backward")
-    return outs
-
-
-def silu_gate_second(
-    gate_NI: Tensor, up_NI: Tensor, dgate_NI: Tensor, dup_NI: Tensor, a_NI: Tensor, b_NI: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[N, I] for the gate and for up.
-
-    g: a u silu' + b (silu'' dg u + silu' du);  u: a silu + b silu' dg,  where silu'' = (1 - s) (2 s + silu (1 - 2 s)).
+    Second: g: a u silu' + b (silu'' dg u + silu' du);  u: a silu + b silu' dg,  where, with s = sigmoid(g),
+    silu' = s + silu (1 - s) and silu'' = (1 - s) (2 s + silu (1 - 2 s)).
     """
-    outs = _like(b_NI), _like(b_NI)
 
-    def formula(g: Tensor, u: Tensor, dg: Tensor, du: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
-        silu, slope, rest = _silu(g)
+    def formula(g: Tensor, u: Tensor, *others: Tensor) -> list[Tensor]:
+        s = torch.sigmoid(g)
+        if part == "forward":
+            return [s.mul_(g).mul_(u)]
+        silu, rest = g * s, 1 - s
+        slope = s.addcmul_(silu, rest)
+        if part == "backward":
+            return [slope.mul_(u).mul_(others[0]), silu.mul_(others[0])]
+        dg, du, *upstream = others
+        if part == "tangent":
+            return [slope.mul_(dg).mul_(u).addcmul_(silu, du)]
+        a, b = upstream
         # 2 s = 2 - 2 (1 - s) and 1 - 2 s = 2 (1 - s) - 1
         bend = (2 - 2 * rest).addcmul_(silu, 2 * rest - 1).mul_(rest).mul_(b).mul_(dg)
         for_gate = bend.addcmul_(a, slope).mul_(u).addcmul_(slope * b, du)
         return [for_gate, silu.mul_(a).addcmul_(slope.mul_(b), dg)]
 
-    _by_rows(formula, [gate_NI, up_NI, dgate_NI, dup_NI, a_NI, b_NI], outs, "silu_gate", "second")
+    given = [gate_NI, up_NI, *others_NI]
+    outs = [_like(given[-1]) for _ in range(2 if part in ("backward", "second") else 1)]
+    _by_rows(formula, given, outs, "silu_gate", part)
     return outs
 
 
@@ -216,14 +172,10 @@ def silu_gate_second(
 
 
 def rotate(x: Tensor, cos_N1E: Tensor, sin_N1E: Tensor, back: bool = False) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), halves turned against each other as in transformers' Llama.
+    """Rotary positions (arXiv 2104.09864) of x [..., N, H, E], halves turned against each other as in transformers' Llama.
 
-    Linear, so a tangent is turned alike, and a gradient is turned back.
-
-    Args:
-        x: [..., N, H, E]
-        cos_N1E, sin_N1E: [N, 1, E] with equal halves.
-        back: turn by the opposite angle.
+    Linear, so a tangent is turned alike, and a gradient is turned back, by the opposite angle. Both halves of
+    cos and sin are equal.
     """
     if (kernels := _kernels("triton_layer", x)) is not None:
         out = _like(x, cos_N1E.dtype)
@@ -381,86 +333,56 @@ def attention_tangent(
     return moved_NHE, mean_HN
 
 
-def attention_backward(
-    heads: Heads, groups: Sequence[PrefixGroup], scale: float, out_NHE: Tensor, lse_HN: Tensor, grad_NHE: Tensor
-) -> Heads:
-    """First-order gradients for b, of O: P^T b for V; c P * (X - b . O) for Q K^T."""
-    if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
-        grads = Heads(*(_like(part) for part in heads))
-        kernels.attention_gradient(
-            heads, None, groups, scale, (out_NHE, out_NHE), (lse_HN, lse_HN), (grad_NHE, grad_NHE), grads
-        )
-        return grads
-    kv_heads = heads.key_NKE.shape[1]
-    grads = _zeros(heads)
-    for segment in _segments(groups):
-        key_KTE, value_KTE = (segment.keys(part) for part in heads[1:])
-        for_key_KTE, for_value_KTE = torch.zeros_like(key_KTE), torch.zeros_like(value_KTE)
-        for queries, seen in segment.blocks(len(lse_HN), in_pieces(out_NHE)):
-            rows = queries.stop - queries.start
-            query_KQE, out_KQE, grad_KQE = (
-                _by_key(part[queries], kv_heads) for part in (heads.query_NHE, out_NHE, grad_NHE)
-            )
-            weights_KQT = _weights(query_KQE, key_KTE[:, :seen], scale, _column(lse_HN, queries, kv_heads), rows)
-            for_value_KTE[:, :seen].baddbmm_(weights_KQT.transpose(1, 2), grad_KQE)
-            turned_KQT = _less(1.0, _dot(grad_KQE, out_KQE), (grad_KQE, value_KTE[:, :seen])).mul_(weights_KQT)
-            grads.query_NHE[queries] = _by_query(torch.bmm(turned_KQT, key_KTE[:, :seen]).mul_(scale), rows)
-            for_key_KTE[:, :seen].baddbmm_(turned_KQT.transpose(1, 2), query_KQE, alpha=scale)
-        segment.add_keys(grads.key_NKE, for_key_KTE)
-        segment.add_keys(grads.value_NKE, for_value_KTE)
-    return Heads(*(grad.to(out_NHE.dtype) for grad in grads))
-
-
-def attention_second(
+def attention_gradient(
     heads: Heads,
-    moved: Heads,
     groups: Sequence[PrefixGroup],
     scale: float,
     out_NHE: Tensor,
     lse_HN: Tensor,
-    moved_NHE: Tensor,
-    mean_HN: Tensor,
-    a_NHE: Tensor,
     b_NHE: Tensor,
+    along: tuple[Heads, Tensor, Tensor, Tensor] | None = None,
 ) -> Heads:
-    """Gradients for the values from a and b, of O and dO, see the module; G_dS = c P * (X - b . O) turns dQ and dK.
-    moved_NHE and mean_HN are of attention_tangent."""
+    """First-order gradients for heads from b, of O: P^T b for V; c P * (X - b . O) for Q K^T.
+
+    Or with `along`, the tangents of heads, what attention_tangent returned, and a, of O, while b is of dO: the gradients of
+    both, see the module; G_dS = c P * (X - b . O) turns dQ and dK.
+    """
     if (kernels := _kernels("triton_tangent", out_NHE, out_NHE.shape[2])) is not None:
-        grads = Heads(*(_like(part) for part in heads))
-        kernels.attention_gradient(
-            heads, moved, groups, scale, (out_NHE, moved_NHE), (lse_HN, mean_HN), (a_NHE, b_NHE), grads
-        )
-        return grads
+        into = Heads(*(_like(part) for part in heads))
+        kernels.attention_gradient(heads, groups, scale, out_NHE, lse_HN, b_NHE, along, into)
+        return into
     kv_heads = heads.key_NKE.shape[1]
-    grads = _zeros(heads)
+    # A key's gradient is a sum over segments.
+    grads = Heads(_like(heads.query_NHE), *(torch.zeros_like(wide(part)) for part in heads[1:]))
     for segment in _segments(groups):
-        key_KTE, value_KTE, dkey_KTE, dvalue_KTE = (segment.keys(part) for part in (*heads[1:], *moved[1:]))
-        for_key_KTE, for_value_KTE = torch.zeros_like(key_KTE), torch.zeros_like(value_KTE)
+        seen_by_all = [segment.keys(part) for part in (*heads[1:], *(along[0][1:] if along else ()))]
+        for_key_KTE, for_value_KTE = (torch.zeros_like(part) for part in seen_by_all[:2])
         for queries, seen in segment.blocks(len(lse_HN), in_pieces(out_NHE)):
             rows = queries.stop - queries.start
-            query_KQE, dquery_KQE, out_KQE, moved_KQE, a_KQE, b_KQE = (
-                _by_key(part[queries], kv_heads)
-                for part in (heads.query_NHE, moved.query_NHE, out_NHE, moved_NHE, a_NHE, b_NHE)
-            )
-            lse_KQ1, mean_KQ1 = (_column(part, queries, kv_heads) for part in (lse_HN, mean_HN))
-            keys, dkeys, values, dvalues = (part[:, :seen] for part in (key_KTE, dkey_KTE, value_KTE, dvalue_KTE))
-            weights_KQT = _weights(query_KQE, keys, scale, lse_KQ1, rows)
-            for_value_KTE[:, :seen].baddbmm_(weights_KQT.transpose(1, 2), a_KQE)
-            slope_KQT = _less(scale, mean_KQ1, (dquery_KQE, keys), (query_KQE, dkeys))
+            keys, values, *moved_keys = (part[:, :seen] for part in seen_by_all)
+            query_KQE, out_KQE, b_KQE = (_by_key(part[queries], kv_heads) for part in (heads.query_NHE, out_NHE, b_NHE))
+            weights_KQT = _weights(query_KQE, keys, scale, _column(lse_HN, queries, kv_heads), rows)
             cross_KQT = _less(1.0, _dot(b_KQE, out_KQE), (b_KQE, values))
-            total_KQT = _less(1.0, _dot(a_KQE, out_KQE) + _dot(b_KQE, moved_KQE), (a_KQE, values), (b_KQE, dvalues))
-            total_KQT.addcmul_(cross_KQT, slope_KQT).mul_(weights_KQT)
-            for_value_KTE[:, :seen].baddbmm_(slope_KQT.mul_(weights_KQT).transpose(1, 2), b_KQE)
-            cross_KQT.mul_(weights_KQT)
-            grad_KQE = torch.bmm(total_KQT, keys).baddbmm_(cross_KQT, dkeys)
+            if along is None:
+                turned_KQE = query_KQE
+                for_value_KTE[:, :seen].baddbmm_(weights_KQT.transpose(1, 2), b_KQE)
+                grad_KQE = torch.bmm(cross_KQT.mul_(weights_KQT), keys)
+            else:
+                dkeys, dvalues = moved_keys
+                turned_KQE, moved_KQE, a_KQE = (
+                    _by_key(part[queries], kv_heads) for part in (along[0].query_NHE, along[1], along[3])
+                )
+                for_value_KTE[:, :seen].baddbmm_(weights_KQT.transpose(1, 2), a_KQE)
+                mean_KQ1 = _column(along[2], queries, kv_heads)
+                slope_KQT = _less(scale, mean_KQ1, (turned_KQE, keys), (query_KQE, dkeys))
+                less_KQ1 = _dot(a_KQE, out_KQE) + _dot(b_KQE, moved_KQE)
+                total_KQT = _less(1.0, less_KQ1, (a_KQE, values), (b_KQE, dvalues))
+                total_KQT.addcmul_(cross_KQT, slope_KQT).mul_(weights_KQT)
+                for_value_KTE[:, :seen].baddbmm_(slope_KQT.mul_(weights_KQT).transpose(1, 2), b_KQE)
+                grad_KQE = torch.bmm(total_KQT, keys).baddbmm_(cross_KQT.mul_(weights_KQT), dkeys)
+                for_key_KTE[:, :seen].baddbmm_(total_KQT.transpose(1, 2), query_KQE, alpha=scale)
             grads.query_NHE[queries] = _by_query(grad_KQE.mul_(scale), rows)
-            for_key_KTE[:, :seen].baddbmm_(total_KQT.transpose(1, 2), query_KQE, alpha=scale)
-            for_key_KTE[:, :seen].baddbmm_(cross_KQT.transpose(1, 2), dquery_KQE, alpha=scale)
+            for_key_KTE[:, :seen].baddbmm_(cross_KQT.transpose(1, 2), turned_KQE, alpha=scale)
         segment.add_keys(grads.key_NKE, for_key_KTE)
         segment.add_keys(grads.value_NKE, for_value_KTE)
     return Heads(*(grad.to(out_NHE.dtype) for grad in grads))
-
-
-def _zeros(heads: Heads) -> Heads:
-    """Room for gradients: a key's is a sum over segments."""
-    return Heads(_like(heads.query_NHE), *(torch.zeros_like(wide(part)) for part in heads[1:]))

@@ -19,10 +19,11 @@ from drdpo.kernels.triton_logprob import processors
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, dx_ptr, weight_ptr, a_ptr, b_ptr, out_ptr, part_ptr, rows, epsilon,
+    x_ptr, y_ptr, a_ptr, b_ptr, weight_ptr, out_ptr, part_ptr, rows, epsilon,
     PART: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One part of the norm of some rows; of the weight's gradient the sum over this program's."""
+    """One part of the norm of some rows, y being dx, or b for the part "backward"; of the weight's gradient the sum over
+    this program's."""
     column_D = tl.arange(0, BLOCK_D)
     inside_D = column_D < WIDTH
     weight_D = tl.load(weight_ptr + column_D, mask=inside_D, other=0.0).to(tl.float32)[None, :]
@@ -37,14 +38,14 @@ def _norm_kernel(
         if PART == "forward":
             out_RD = n_RD.to(x_ptr.dtype.element_ty).to(tl.float32) * weight_D
         if PART == "tangent":
-            dx_RD = tl.load(dx_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32)
+            dx_RD = tl.load(y_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32)
             across_RD = dx_RD - n_RD * (tl.sum(n_RD * dx_RD, axis=1) / WIDTH)[:, None]
             out_RD = (r_R1 * across_RD).to(x_ptr.dtype.element_ty).to(tl.float32) * weight_D
         if PART == "backward":
-            b_RD = tl.load(b_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32) * weight_D
+            b_RD = tl.load(y_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32) * weight_D
             out_RD = r_R1 * (b_RD - n_RD * (tl.sum(n_RD * b_RD, axis=1) / WIDTH)[:, None])
         if PART == "second" or PART == "second_and_weight":
-            dx_RD = tl.load(dx_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32)
+            dx_RD = tl.load(y_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32)
             a_RD = tl.load(a_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32)
             b_RD = tl.load(b_ptr + place_RD, mask=inside_RD, other=0.0).to(tl.float32)
             p_R1 = (tl.sum(n_RD * dx_RD, axis=1) / WIDTH)[:, None]
@@ -62,45 +63,35 @@ def _norm_kernel(
 
 
 def rms_norm(given: Sequence[Tensor], outs: Sequence[Tensor], part: str, weight_D: Tensor, epsilon: float) -> Tensor | None:
-    """A part of drdpo.kernels.tangent's RMS norm.
-
-    Args:
-        given: x and what else the part reads of dx, a, b, in this order.
-        outs: the output.
-        part: "forward", "tangent", "backward" (of b), "second", or "second_and_weight" for both of its gradients.
-        weight_D, epsilon: as there.
-
-    Returns:
-        [D] the weight's gradient in float32 for the part "second_and_weight".
-    """
-    x_ND, dx_ND, a_ND, b_ND = _in_place(given, {"tangent": (0, 1), "backward": (0, 3)}.get(part), 4)
-    rows, width = x_ND.shape
+    """A part of drdpo.kernels.tangent's RMS norm: "forward", "tangent", "backward" (of b), "second", or
+    "second_and_weight", which returns the weight's gradient [D] in float32. Given are x and what else the part reads of dx,
+    a, b, in this order."""
+    rows, width = given[0].shape
     block = triton.next_power_of_2(width)
     together = max(1, 2048 // block)
     programs = triton.cdiv(rows, together)
     part_PD = outs[0]
     if part == "second_and_weight":
-        programs = min(programs, 2 * processors(x_ND.device))
-        part_PD = torch.empty(programs, width, dtype=torch.float32, device=x_ND.device)
+        programs = min(programs, 2 * processors(given[0].device))
+        part_PD = torch.empty(programs, width, dtype=torch.float32, device=given[0].device)
     _norm_kernel[(programs,)](
-        x_ND, dx_ND, weight_D, a_ND, b_ND, outs[0], part_PD, rows, epsilon,
+        *_filled(given, 4), weight_D, outs[0], part_PD, rows, epsilon,
         PART=part, WIDTH=width, BLOCK_R=together, BLOCK_D=block, num_warps=8 if block >= 2048 else 4,
     )  # fmt: skip
     return part_PD.sum(dim=0) if part == "second_and_weight" else None
 
 
-def _in_place(given: Sequence[Tensor], places: Sequence[int] | None, count: int) -> list[Tensor]:
-    """Arguments in their places, the first of them where a part reads none."""
+def _filled(given: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Arguments, and the first in the place of those that a part does not read."""
     parts = [tensor.contiguous() for tensor in given]
-    known = dict(zip(places or range(count), parts, strict=False))
-    return [known.get(place, parts[0]) for place in range(count)]
+    return parts + parts[:1] * (count - len(parts))
 
 
 @triton.jit
 def _gate_kernel(
-    g_ptr, u_ptr, dg_ptr, du_ptr, a_ptr, b_ptr, out_ptr, up_ptr, size, PART: tl.constexpr, BLOCK: tl.constexpr
+    g_ptr, u_ptr, y_ptr, du_ptr, a_ptr, b_ptr, out_ptr, up_ptr, size, PART: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One part of the gate."""
+    """One part of the gate, y being dg, or b for the part "backward"."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -111,15 +102,15 @@ def _gate_kernel(
     if PART == "forward":
         out = silu * u
     if PART == "tangent" or PART == "second":
-        dg = tl.load(dg_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        dg = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
         du = tl.load(du_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if PART == "tangent":
         out = slope * dg * u + silu * du
-    if PART == "backward" or PART == "second":
-        b = tl.load(b_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if PART == "backward":
+        b = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
         out, for_up = slope * u * b, silu * b
     if PART == "second":
+        b = tl.load(b_ptr + place, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + place, mask=inside, other=0.0).to(tl.float32)
         bend = (1 - s) * (2 * s + silu * (1 - 2 * s))
         out = (bend * b * dg + a * slope) * u + slope * b * du
@@ -130,16 +121,10 @@ def _gate_kernel(
 
 
 def silu_gate(given: Sequence[Tensor], outs: Sequence[Tensor], part: str) -> None:
-    """A part of drdpo.kernels.tangent's SiLU gate.
-
-    Args:
-        given: g, u and what else the part reads of dg, du, a, b, in this order.
-        outs: the output, or the gradients for gate and up.
-        part: "forward", "tangent", "backward" (of b) or "second".
-    """
+    """A part of drdpo.kernels.tangent's SiLU gate. Given are g, u and what else the part reads of dg, du, a, b, in this
+    order; `outs` gets the output, or the gradients for gate and up."""
     size = outs[0].numel()
-    parts = _in_place(given, (0, 1, 5) if part == "backward" else None, 6)
-    _gate_kernel[(triton.cdiv(size, 1024),)](*parts, outs[0], outs[-1], size, PART=part, BLOCK=1024)
+    _gate_kernel[(triton.cdiv(size, 1024),)](*_filled(given, 6), outs[0], outs[-1], size, PART=part, BLOCK=1024)
 
 
 @triton.jit

@@ -33,15 +33,10 @@ def processors(device: torch.device) -> int:
 
 @lru_cache(maxsize=1 << 12)
 def splits_of(token_blocks: int, blocks: int, processors: int) -> int:
-    """Number of parts into which the log-sum-exp cuts the vocabulary, so that even few tokens fill all waves of a GPU.
+    """Number of parts into which the log-sum-exp cuts the vocabulary, so that even few tokens fill all waves of a GPU: the
+    smallest that minimises the time, counted in blocks that a processor processes in sequence.
 
-    Args:
-        token_blocks: blocks of tokens; each needs one program per part.
-        blocks: blocks of the vocabulary, divided among the parts; a program processes its blocks in sequence.
-        processors: programs that run at the same time.
-
-    Returns:
-        The smallest number of parts that minimises the time, counted in blocks that a processor processes in sequence.
+    Each block of tokens needs one program per part, which processes its blocks of the vocabulary in sequence.
     """
 
     def steps(parts: int) -> int:
@@ -136,15 +131,11 @@ def _logit_gradient_kernel(
 
 
 def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and log-sum-exp of the logits, without a logit in memory.
+    """Log-probability of the targets [N] and log-sum-exp of the logits [N], float32, without a logit in memory.
 
     Args:
-        hidden_ND: [N, D] bfloat16, float16 or float32, rows contiguous.
-        weight_VD: [V, D] of the same dtype, rows contiguous.
+        hidden_ND, weight_VD: of one dtype, bfloat16, float16 or float32, rows contiguous.
         targets_N: [N] int64.
-
-    Returns:
-        [N] and [N] float32.
     """
     (tokens, width), vocabulary = hidden_ND.shape, len(weight_VD)
     tiles = _tiles(hidden_ND.dtype)
@@ -165,13 +156,8 @@ def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
 
 
 def logit_gradient(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, lse_C: Tensor, grad_C: Tensor) -> Tensor:
-    """[C, V] g (onehot_t - softmax) of one chunk of tokens, in the input's dtype.
-
-    Args:
-        hidden_CD, weight_VD, targets_C: as in logprob_and_lse, of C tokens.
-        lse_C: [C] float32 from logprob_and_lse.
-        grad_C: [C] float32 upstream gradient.
-    """
+    """[C, V] g (onehot_t - softmax) of one chunk of tokens, in the input's dtype, for the upstream gradient g [C] in
+    float32; the rest as in logprob_and_lse."""
     (tokens, width), vocabulary = hidden_CD.shape, len(weight_VD)
     tiles = _tiles(hidden_CD.dtype)
     out_CV = torch.empty(tokens, vocabulary, dtype=hidden_CD.dtype, device=hidden_CD.device)

@@ -129,7 +129,7 @@ def _key_rows(start, end, own, prefix, before, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def _attention_forward_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, table_ptr, tokens, heads, shared, scale, plane_q, plane_k, pairs,
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, table_ptr, tokens, heads, shared, scale, plane_q, plane_k,
     WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
     PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +164,7 @@ def _attention_forward_kernel(
 @triton.jit
 def _attention_tangent_kernel(
     query_ptr, key_ptr, value_ptr, dquery_ptr, dkey_ptr, dvalue_ptr, out_ptr, lse_ptr, moved_ptr, mean_ptr,
-    table_ptr, tokens, heads, shared, scale, plane_q, plane_k, pairs,
+    table_ptr, tokens, heads, shared, scale, plane_q, plane_k,
     WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
     PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +225,7 @@ def _row_sums_kernel(
 @triton.jit
 def _query_gradient_kernel(
     query_ptr, key_ptr, value_ptr, dquery_ptr, dkey_ptr, dvalue_ptr, a_ptr, b_ptr, lse_ptr, mean_ptr, bo_ptr, ao_ptr,
-    grad_ptr, table_ptr, tokens, heads, shared, scale, plane_q, plane_k, pairs,
+    grad_ptr, table_ptr, tokens, heads, shared, scale, plane_q, plane_k,
     SECOND: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +268,7 @@ def _query_gradient_kernel(
 @triton.jit
 def _key_gradient_kernel(
     query_ptr, key_ptr, value_ptr, dquery_ptr, dkey_ptr, dvalue_ptr, a_ptr, b_ptr, lse_ptr, mean_ptr, bo_ptr, ao_ptr,
-    for_key_ptr, for_value_ptr, table_ptr, tokens, heads, shared, scale, plane_q, plane_k, pairs,
+    for_key_ptr, for_value_ptr, table_ptr, tokens, heads, shared, scale, plane_q, plane_k,
     SECOND: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -342,16 +342,8 @@ def _split_kernel(
 
 
 class _Row:
-    """What the attention kernels need to know of a call.
-
-    Args:
-        groups: of the row.
-        tensors: queries (keys, values), their tangents, gradients, of the kernels' arguments in order; [N, H or K, E].
-        scale: c.
-
-    Raises:
-        ValueError: the row is too long for 32-bit indices.
-    """
+    """What the attention kernels need to know of a call: the row's groups; queries, keys, values, their tangents, gradients,
+    [N, H or K, E], in the order of the kernels' arguments; and the scale c."""
 
     def __init__(self, groups: Sequence[PrefixGroup], tensors: Sequence[Tensor], scale: float) -> None:
         query_NHE, key_NKE = tensors[:2]
@@ -371,21 +363,16 @@ class _Row:
         blocks = _blocks(self.groups, found["BLOCK_J" if by_keys else "BLOCK_M"])
         table = send(torch.tensor(blocks, dtype=torch.int32), self.device)
         kernel[(len(blocks), self.kv_heads if by_keys else self.heads)](
-            *pointers, table, self.tokens, *self._numbers, _pairs(self.groups), WIDTH=self.width,
+            *pointers, table, self.tokens, *self._numbers, WIDTH=self.width,
             BLOCK_E=triton.next_power_of_2(self.width), PARTS=self.parts,
             WIDEN=INTERPRETED, **found, **options,
         )  # fmt: skip
 
 
 def tiles(keys: bool, width: int, generation: int) -> dict[str, int]:
-    """Tiles with which tests/kernels/test_triton_compiled.py finds no registers in memory.
-
-    Args:
-        keys: of _key_gradient_kernel.
-        width: of a head.
-        generation: major compute capability. Hopper (9) and Blackwell (10) multiply from shared memory, others from
-            registers.
-    """
+    """Tiles with which tests/kernels/test_triton_compiled.py finds no registers in memory, of _key_gradient_kernel or the
+    others, for a head's width and a GPU's major compute capability: Hopper (9) and Blackwell (10) multiply from shared
+    memory, others from registers."""
     if not keys:
         found = (64, 32 if generation in (9, 10) else 16, 8 if generation == 10 else 4, 2)
     elif generation == 9:
@@ -416,13 +403,6 @@ def _blocks(groups: Sequence[PrefixGroup], size: int) -> list[list[int]]:
             blocks += [[first, stop, start, base, before, seen_until] for first in range(start, stop, size)]
             start = stop
     return blocks
-
-
-def _pairs(groups: Sequence[PrefixGroup]) -> int:
-    """Pairs of a query and a key that it sees."""
-    pieces = [(length, group.prefix if number or not group.prefix else 0)
-              for group in groups for number, length in enumerate(group.lengths)]  # fmt: skip
-    return sum(length * (length + 1) // 2 + length * before for length, before in pieces)
 
 
 def _split(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -456,32 +436,20 @@ def attention_tangent(
 
 
 def attention_gradient(
-    heads: Sequence[Tensor], moved: Sequence[Tensor] | None, groups: Sequence[PrefixGroup], scale: float,
-    outs: Sequence[Tensor], sums: Sequence[Tensor], grads: Sequence[Tensor], into: Sequence[Tensor],
+    heads: Sequence[Tensor], groups: Sequence[PrefixGroup], scale: float, out_NHE: Tensor, lse_HN: Tensor, b_NHE: Tensor,
+    along: tuple[Sequence[Tensor], Tensor, Tensor, Tensor] | None, into: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """As drdpo.kernels.tangent.attention_backward, or with tangents as attention_second.
-
-    Args:
-        heads, moved, groups, scale: as there.
-        outs: O, dO.
-        sums: log-sum-exp, t.
-        grads: a, b; without tangents b alone, as both.
-        into: room for the gradients of queries, keys and values.
-    """
-    second = moved is not None
-    a_NHE, b_NHE = (grad.contiguous() for grad in grads)
-    if second:
-        row = _Row(groups, [*heads, *(moved or ()), a_NHE, b_NHE], scale)
-        tensors = row.tensors
-    else:
-        row = _Row(groups, [*heads, b_NHE], scale)
-        query, key, value, b = row.tensors
-        tensors = [query, key, value, query, key, value, b, b]
-    bo_HN, ao_HN = torch.empty_like(sums[0]), torch.empty_like(sums[0]) if second else sums[0]
+    """As drdpo.kernels.tangent.attention_gradient, into `into`."""
+    moved, moved_NHE, mean_HN, a_NHE = along or ((), out_NHE, lse_HN, b_NHE)
+    second, out_NHE, moved_NHE = along is not None, out_NHE.contiguous(), moved_NHE.contiguous()
+    a_NHE, b_NHE = a_NHE.contiguous(), b_NHE.contiguous()
+    row = _Row(groups, [*heads, *moved, *([a_NHE] if second else []), b_NHE], scale)
+    tensors = row.tensors if second else [*row.tensors[:3] * 2, *row.tensors[3:] * 2]
+    bo_HN, ao_HN = torch.empty_like(lse_HN), torch.empty_like(lse_HN) if second else lse_HN
     _row_sums_kernel[(triton.cdiv(row.tokens, 32), row.heads)](
-        *(out.contiguous() for out in outs), a_NHE, b_NHE, bo_HN, ao_HN, row.tokens, row.heads,
+        out_NHE, moved_NHE, a_NHE, b_NHE, bo_HN, ao_HN, row.tokens, row.heads,
         SECOND=second, WIDTH=row.width, BLOCK_E=triton.next_power_of_2(row.width), BLOCK_M=32,
     )  # fmt: skip
-    pointers = [*tensors, *sums, bo_HN, ao_HN]
+    pointers = [*tensors, lse_HN, mean_HN, bo_HN, ao_HN]
     row.launch(_query_gradient_kernel, [*pointers, into[0]], SECOND=second)
     row.launch(_key_gradient_kernel, [*pointers, *into[1:]], by_keys=True, SECOND=second)

@@ -46,12 +46,12 @@ from torch import Tensor, nn
 
 from drdpo import distributed
 from drdpo.errors import DataError
-from drdpo.kernels import tangent as kernels
 from drdpo.kernels.linear_logprob import Known, logprob_and_slope, tangent_logprob
+from drdpo.kernels.tangent import rms_norm, rms_norm_second
 from drdpo.models import tangent_problem, tangent_refusal
 from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, pack
 from drdpo.training.losses import NO_STATE, Method, Pairs, Penalty, State, gradient_penalty
-from drdpo.training.passes import LINEAR, Layer, Node, Row, halves_of, normed, normed_back, normed_tangent
+from drdpo.training.passes import LINEAR, Layer, Node, Row, halves_of
 from drdpo.training.patches import linear_by
 from drdpo.training.policy import Policy, pairs_of, sum_by_sequence
 
@@ -94,7 +94,13 @@ def survey(policy: Policy, batches: list[tuple[AnyBatch, Tensor]], method: Metho
     """The population of a whole optimizer step, over all its micro-batches and ranks, before any of its gradients: for a
     method that needs one, from this rank's micro-batches with their reference log-probs [B, 2], by the bare module."""
     if method.penalty is not None:
-        penalties = [_penalties_alone(policy, batch, reference_B2, method) for batch, reference_B2 in batches]
+        penalties = []
+        for batch, reference_B2 in batches:
+            if method.penalty.solver == "exact":
+                penalties_B = _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
+            else:
+                penalties_B = input_gradient(policy, batch, reference_B2, method).penalties_B
+            penalties.append(_by_column(penalties_B, method, batch))
         return Population(mean_penalty=distributed.gather(torch.cat(penalties)).mean())
     with torch.no_grad():
         local = [method.loss(pairs_of(policy(batch).logprob_S, reference_B2, batch)) for batch, reference_B2 in batches]
@@ -128,13 +134,11 @@ def objective(
     penalty_scale: float = 1.0,
     share: float = 1.0,
 ) -> Objective:
-    """The differentiable objective of one micro-batch.
+    """The differentiable objective of one micro-batch of B pairs.
 
     Args:
         policy: the bare module, or unless the exact solver is used the DeepSpeed engine around it.
-        batch: B pairs.
-        reference_B2: [B, 2] reference log-probs.
-        method: what to minimize.
+        reference_B2: reference log-probs of the chosen and rejected answers.
         population: from `survey`; None if this micro-batch, over all ranks, is the population.
         penalty_scale: from `penalty_scales`.
         share: what the micro-batch counts for in the step. A factor of `total`, which must not be scaled later.
@@ -193,7 +197,6 @@ def _tangent(
     |q|^2 is the largest (q . v)^2 of all unit v, so what rounding does to q changes the slope along it to second order only,
     whereas |q| has all of it: the reported penalty is that of the slope.
     """
-    assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
     # Taken outside the engine, which would mistake it for the backward pass of the step.
     gradient = input_gradient(_bare(policy), batch, reference_B2, method)
     strength = factor(_by_column(gradient.penalties_B, method, batch))
@@ -207,7 +210,10 @@ def _tangent(
     moved_B, expected_B = chosen_B - rejected_B, scale_B * norms_B
     slopes_B = torch.where(expected_B > 0, moved_B.detach() / expected_B, norms_B)
     penalties_B = (loss_slopes_B * slopes_B).square()
-    total = share * _by_column(losses_B + strength * penalties_B, method, batch).mean() + without_scale(moved_B.sum())
+    total = share * _by_column(losses_B + strength * penalties_B, method, batch).mean()
+    # Zero, with the gradient of the slopes, which may not be scaled any more: lambda was not.
+    moved = moved_B.sum()
+    total = total + Node.apply(_checked, (torch.zeros_like(moved),), moved)
     errors_B = torch.where(norms_B > 0, (slopes_B - norms_B).abs() / norms_B, torch.zeros_like(norms_B))
     conditions_B = torch.where(expected_B > 0, gradient.passes.spread(len(norms_B)) / expected_B / norms_B, 0.0)
     weights_B, pairs = _by_column(torch.ones_like(norms_B), method, batch), pairs.detached()
@@ -223,17 +229,6 @@ def _factor(penalties_B: Tensor, penalty: Penalty, population: Population | None
     mean = distributed.gather(penalties_B).mean() if mean is None else mean
     # Chosen on the device: an if would wait for it.
     return torch.where(mean > 0, penalty.rho / (2 * mean.sqrt()), torch.zeros_like(mean))
-
-
-def _penalties_alone(policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method) -> Tensor:
-    """[B] w |grad l|^2 without a graph."""
-    assert method.penalty is not None
-    if method.penalty.solver == "exact":
-        penalties_B = _penalties(policy, batch, reference_B2, method, create_graph=False)[1]
-    else:
-        assert isinstance(batch, PackedBatch), "TrainConfig refuses the padded form"
-        penalties_B = input_gradient(policy, batch, reference_B2, method).penalties_B
-    return _by_column(penalties_B, method, batch)
 
 
 def _penalties(
@@ -270,7 +265,7 @@ class Passes:
                 norm.weight.all_gather()
 
     @staticmethod
-    def _embedded(policy: Policy, batch: PackedBatch) -> Tensor:
+    def _embedded(policy: Policy, batch: AnyBatch) -> Tensor:
         embeds_ND = policy.embed(batch)[0]
         return embeds_ND.float() if policy.wide_values else embeds_ND
 
@@ -282,7 +277,7 @@ class Passes:
         for layer in self.layers:
             x_ND = layer.values(x_ND)
         self._x_AD = x_ND.index_select(0, self.row.once.states_A)
-        self.hidden_AD = normed(self.norm, self._x_AD).to(policy.head.weight.dtype)
+        self.hidden_AD = rms_norm("forward", self.norm, self._x_AD).to(policy.head.weight.dtype)
         return policy.head(logprob_and_slope, self.hidden_AD, batch.targets_A)
 
     @torch.no_grad()
@@ -298,7 +293,7 @@ class Passes:
 
     def _for_last_x(self) -> Tensor:
         """[M, D] lambda of the last layer's output."""
-        for_x_AD = normed_back(self.norm, self._x_AD, self._for_hidden_AD)
+        for_x_AD = rms_norm("backward", self.norm, self._x_AD, self._for_hidden_AD)
         lambda_MD = for_x_AD.new_zeros(len(self.row.pair_M), for_x_AD.shape[1])
         return lambda_MD.index_add_(0, self.row.apart.states_A, for_x_AD)
 
@@ -311,7 +306,7 @@ class Passes:
             moved.append(direction_MD.norm(dim=1))
         self._sizes_LM = torch.stack(self._sizes[::-1]) * torch.stack(moved)
         self._dx_AD = direction_MD.index_select(0, self.row.apart.states_A)
-        return normed_tangent(self.norm, self._x_AD, self._dx_AD, self.hidden_AD.dtype)
+        return rms_norm("tangent", self.norm, self._x_AD, self._dx_AD, self.hidden_AD.dtype)
 
     def spread(self, pairs: int) -> Tensor:
         """[B] after pass 3, by pair the root of the sum over tokens of (|lambda| |dx|)^2, at the layer where it is largest:
@@ -319,7 +314,7 @@ class Passes:
         sums_LB = self._sizes_LM.new_zeros(len(self.layers), pairs)
         return sums_LB.index_add_(1, self.row.pair_M, self._sizes_LM.square()).sqrt().amax(dim=0)
 
-    def graph(self, policy: Policy, batch: PackedBatch) -> Tensor:
+    def graph(self, policy: Policy, batch: AnyBatch) -> Tensor:
         """Pass 4 is a backward pass through this: hidden_AD with a graph."""
         parts: tuple[Tensor, ...] = (self._embedded(policy, batch),)
         for layer in self.layers:
@@ -327,8 +322,8 @@ class Passes:
         return Node.apply(self._last_norm, (self.hidden_AD,), *parts, self.norm.weight)
 
     def _last_norm(self, wanted: Sequence[bool], grad_AD: Tensor) -> list[Tensor | None]:
-        known_parts = self.norm.weight, self.norm.variance_epsilon, grad_AD.to(self._x_AD.dtype), self._for_hidden_AD
-        for_x_AD, for_weight_D = kernels.rms_norm_second(self._x_AD, self._dx_AD, *known_parts, wanted[-1])
+        known = self._x_AD, self._dx_AD, grad_AD.to(self._x_AD.dtype), self._for_hidden_AD
+        for_x_AD, for_weight_D = rms_norm_second(self.norm, *known, wanted[-1])
         grad_ND = for_x_AD.new_zeros(len(self.row.once.cos_N1E), for_x_AD.shape[1])
         grad_ND.index_add_(0, self.row.once.states_A, for_x_AD)
         self.layers[-1].recall(self._for_last_x())
@@ -354,13 +349,13 @@ class InputGradient(NamedTuple):
         return (self.loss_slopes_B * self.margin_slopes_B).square()
 
 
-def input_gradient(policy: Policy, batch: PackedBatch, reference_B2: Tensor, method: Method) -> InputGradient:
+def input_gradient(policy: Policy, batch: AnyBatch, reference_B2: Tensor, method: Method) -> InputGradient:
     """The gradient of every pair's margin with respect to its input embeddings: passes 1 and 2 of the bare module.
 
     Pairs do not attend to each other: q of the summed margins separates by pair. No gradient of a parameter is computed. The
     method has a penalty, and its loss is a function of the margins.
     """
-    assert method.penalty is not None
+    assert isinstance(batch, PackedBatch) and method.penalty is not None, "TrainConfig refuses the padded form"
     passes = Passes(policy, batch, method.penalty.prompt_once)
     head = passes.values(policy, batch)
     # The margin is the chosen answer's log-prob less the rejected one's.
@@ -375,7 +370,7 @@ def input_gradient(policy: Policy, batch: PackedBatch, reference_B2: Tensor, met
     return InputGradient(gradient_MD, norm_B, loss_slopes_B, head, passes)
 
 
-def tangent_answers(policy: Policy, batch: PackedBatch, gradient: InputGradient, scale_B: Tensor) -> tuple[Tensor, Tensor]:
+def tangent_answers(policy: Policy, batch: AnyBatch, gradient: InputGradient, scale_B: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [S] of the answers, and their derivatives [S] along c q, c = scale_B: pass 3, and the graph of pass
     4, in which the gradient for the derivatives must be 1 for chosen answers and -1 for rejected ones."""
     passes = gradient.passes
@@ -384,11 +379,6 @@ def tangent_answers(policy: Policy, batch: PackedBatch, gradient: InputGradient,
     pair_2AD = torch.stack([passes.graph(policy, batch), dhidden_AD])
     logprob_A, slope_A = policy.head(tangent_logprob, pair_2AD, batch.targets_A, gradient.head)
     return sum_by_sequence(logprob_A, batch.sequence_A, batch), sum_by_sequence(slope_A, batch.sequence_A, batch)
-
-
-def without_scale(moved: Tensor) -> Tensor:
-    """Zero, with the gradient of the margins' derivatives along c q, which may not be scaled any more: lambda was not."""
-    return Node.apply(_checked, (torch.zeros_like(moved),), moved)
 
 
 def _checked(wanted: Sequence[bool], grad: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ from drdpo.distributed import send
 from drdpo.kernels import tangent as kernels
 from drdpo.kernels.linear_logprob import refuse_graph
 from drdpo.kernels.packed_attention import PrefixGroup
-from drdpo.kernels.tangent import Heads
+from drdpo.kernels.tangent import Heads, rms_norm, silu_gate
 from drdpo.training.data import PackedBatch
 from drdpo.training.lora import ADAPTER
 from drdpo.training.patches import linear_by, product, value_product, weight_gradient
@@ -94,32 +94,33 @@ class Row:
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients for a norm's input and weight from mu and lambda of its output: see rms_norm_second; x and a in N rows,
         as the result, dx and b in M."""
-        parts = (part.view(-1, len(norm.weight)) for part in (self.spread(x), dx, self.to_first(a), b))
-        x_, dx_, a_, b_ = parts
-        grad, for_weight = kernels.rms_norm_second(x_, dx_, norm.weight, norm.variance_epsilon, a_, b_, wants_weight)
-        return self.sum(grad.view(dx.shape)), for_weight
+        grad, for_weight = kernels.rms_norm_second(norm, self.spread(x), dx, self.to_first(a), b, wants_weight)
+        return self.sum(grad), for_weight
 
-    # Linear maps, called as modules.
 
-    def value(self, module: Any, x_NI: Tensor) -> Tensor:
-        """x W^T + b"""
+# Linear maps, called as modules, by a function in place of torch's.
 
-        def by(linear: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-            y = value_product(x, weight_OI)
-            return y if bias_O is None else y.add_(bias_O)
 
-        with linear_by(by):
-            return module(x_NI)
+def value(linear: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b"""
+    y_NO = value_product(x_NI, weight_OI)
+    return y_NO if bias_O is None else y_NO.add_(bias_O)
 
-    def tangent(self, module: Any, dx_MI: Tensor) -> Tensor:
-        """dx W^T: the bias belongs to the value alone."""
-        with linear_by(lambda linear, dx, weight_OI, bias_O=None: product(dx, weight_OI)):
-            return module(dx_MI)
 
-    def adjoint(self, module: Any, for_y_MO: Tensor) -> Tensor:
-        """lambda_y W"""
-        with linear_by(lambda linear, grad, weight_OI, bias_O=None: product(grad, weight_OI.T)):
-            return module(for_y_MO)
+def tangent(linear: Any, dx_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """dx W^T: the bias belongs to the value alone."""
+    return product(dx_MI, weight_OI)
+
+
+def adjoint(linear: Any, for_y_MO: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """lambda_y W"""
+    return product(for_y_MO, weight_OI.T)
+
+
+def called(by: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
+    """The module's output with its linear map computed so."""
+    with linear_by(by):
+        return module(x)
 
 
 def _apart(groups: Sequence[PrefixGroup]) -> tuple[list[int], list[int], list[int], tuple[PrefixGroup, ...]]:
@@ -147,15 +148,16 @@ def _apart(groups: Sequence[PrefixGroup]) -> tuple[list[int], list[int], list[in
 # One layer's four passes --------------------------------------------------------------------------------------------------
 
 
-class Values(NamedTuple):
-    """What pass 1 finds inside a layer; N rows."""
+class Inside(NamedTuple):
+    """What pass 1 finds inside a layer, in N rows, or pass 3 of tangents, in M rows."""
 
     raw: list[Tensor]
     """Queries and keys before their norms, if they have such."""
     heads: Heads
     out_NHE: Tensor
-    """Of attention, as is the log-sum-exp of its logits."""
-    lse_HN: Tensor
+    """Of attention."""
+    sums_HN: Tensor
+    """The log-sum-exp of attention's logits, or rowsum(P * dS) of drdpo.kernels.tangent."""
     gate_NI: Tensor
     up_NI: Tensor
 
@@ -172,17 +174,6 @@ class Adjoints(NamedTuple):
     gated_MI: Tensor
 
 
-class Tangents(NamedTuple):
-    """What pass 3 finds: tangents of Values, and rowsum(P * dS) of drdpo.kernels.tangent; M rows."""
-
-    raw: list[Tensor]
-    heads: Heads
-    out_MHE: Tensor
-    mean_HM: Tensor
-    gate_MI: Tensor
-    up_MI: Tensor
-
-
 class Layer:
     """A decoder layer of transformers, above another or None, and what its passes leave for each other."""
 
@@ -196,9 +187,9 @@ class Layer:
         self.border: dict[str, Tensor] = {}
         """x and dx of the layer's input and of its middle; lambda of its second norm's output, which spares pass 4 most
         products of pass 2."""
-        self.known: Values | None = None
+        self.known: Inside | None = None
         self.back: Adjoints | None = None
-        self.moved: Tangents | None = None
+        self.moved: Inside | None = None
         self.operands: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         """(x, dx, lambda_y) of the linear maps that pass 4 comes to next."""
 
@@ -209,21 +200,21 @@ class Layer:
         self.border["x"] = x_ND
         known = self._values()
         self.known = known if self.keeps else None
-        gated_NI = kernels.silu_gate_forward(known.gate_NI, known.up_NI)
-        return self._map(self.row.value, "down_proj", gated_NI).add_(self.border["mid"])
+        (gated_NI,) = silu_gate("forward", known.gate_NI, known.up_NI)
+        return self._map(value, "down_proj", gated_NI).add_(self.border["mid"])
 
-    def _values(self) -> Values:
-        border, form, value = self.border, self.row.once, self.row.value
-        normed_ND = normed(self.norms[0], border["x"])
+    def _values(self) -> Inside:
+        border, form = self.border, self.row.once
+        normed_ND = rms_norm("forward", self.norms[0], border["x"])
         raw = [self._map(value, name, normed_ND) for name in QKV]
-        scaled = [normed(norm, part) for norm, part in zip(self.head_norms, raw, strict=False)]
+        scaled = [rms_norm("forward", norm, part) for norm, part in zip(self.head_norms, raw, strict=False)]
         heads = self._rotated([*scaled, *raw[len(scaled) :]], form)
         out_NHE, lse_HN = kernels.attention_forward(heads, form.groups, self.attention.scaling)
         if "mid" not in border:
             border["mid"] = self._map(value, "o_proj", out_NHE.flatten(1).to(normed_ND.dtype)).add_(border["x"])
-        normed_ND = normed(self.norms[1], border["mid"])
+        normed_ND = rms_norm("forward", self.norms[1], border["mid"])
         gate_NI, up_NI = (self._map(value, name, normed_ND) for name in GATES)
-        return Values(raw[: len(scaled)], heads, out_NHE, lse_HN, gate_NI, up_NI)
+        return Inside(raw[: len(scaled)], heads, out_NHE, lse_HN, gate_NI, up_NI)
 
     def adjoints(self, for_y_MD: Tensor) -> Tensor:
         """Pass 2: from lambda of the output, that of the input [M, D]."""
@@ -232,19 +223,19 @@ class Layer:
         return self._for_x(back)
 
     def _for_x(self, back: Adjoints) -> Tensor:
-        return normed_back(self.norms[0], self.row.spread(self.border["x"]), back.normed_MD).add_(back.mid_MD)
+        return rms_norm("backward", self.norms[0], self.row.spread(self.border["x"]), back.normed_MD).add_(back.mid_MD)
 
-    def _adjoints(self, known: Values, for_y_MD: Tensor) -> Adjoints:
+    def _adjoints(self, known: Inside, for_y_MD: Tensor) -> Adjoints:
         border, row = self.border, self.row
-        gated_MI = self._map(row.adjoint, "down_proj", for_y_MD)
+        gated_MI = self._map(adjoint, "down_proj", for_y_MD)
         if "for normed" not in border:
-            for_gates = kernels.silu_gate_backward(row.spread(known.gate_NI), row.spread(known.up_NI), gated_MI)
+            for_gates = silu_gate("backward", row.spread(known.gate_NI), row.spread(known.up_NI), gated_MI)
             border["for normed"] = self._joined(GATES, for_gates)
-        mid_MD = normed_back(self.norms[1], row.spread(border["mid"]), border["for normed"]).add_(for_y_MD)
+        mid_MD = rms_norm("backward", self.norms[1], row.spread(border["mid"]), border["for normed"]).add_(for_y_MD)
         heads, out_MHE, lse_HM = self._apart(known)
-        for_out_MHE = self._map(row.adjoint, "o_proj", mid_MD).view(out_MHE.shape).to(row.dtype)
+        for_out_MHE = self._map(adjoint, "o_proj", mid_MD).view(out_MHE.shape).to(row.dtype)
         scaling = self.attention.scaling
-        grads = kernels.attention_backward(heads, row.apart.groups, scaling, out_MHE, lse_HM, for_out_MHE)
+        grads = kernels.attention_gradient(heads, row.apart.groups, scaling, out_MHE, lse_HM, for_out_MHE)
         for_heads = self._unrotated(grads, row.apart)
         return Adjoints(self._joined(QKV, self._before_norms(known, for_heads)), for_heads, for_out_MHE, mid_MD, gated_MI)
 
@@ -254,23 +245,23 @@ class Layer:
         known = self.known or self._values()
         moved = self._tangents(known)
         self.moved = moved if self.keeps else None
-        return self.border["dmid"] + self._map(self.row.tangent, "down_proj", self._gated_tangent(known, moved))
+        return self.border["dmid"] + self._map(tangent, "down_proj", self._gated_tangent(known, moved))
 
-    def _tangents(self, known: Values) -> Tangents:
-        border, row, tangent = self.border, self.row, self.row.tangent
-        normed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"], row.narrow)
+    def _tangents(self, known: Inside) -> Inside:
+        border, row = self.border, self.row
+        normed_MD = rms_norm("tangent", self.norms[0], row.spread(border["x"]), border["dx"], row.narrow)
         raw = [self._map(tangent, name, normed_MD) for name in QKV]
         parts = zip(self.head_norms, known.raw, raw, strict=False)
-        scaled = [normed_tangent(norm, row.spread(x), dx, row.narrow) for norm, x, dx in parts]
+        scaled = [rms_norm("tangent", norm, row.spread(x), dx, row.narrow) for norm, x, dx in parts]
         moved = self._rotated([*scaled, *raw[len(scaled) :]], row.apart)
         heads, out_MHE, lse_HM = self._apart(known)
         scaling = self.attention.scaling
         dout_MHE, mean_HM = kernels.attention_tangent(heads, moved, row.apart.groups, scaling, out_MHE, lse_HM)
         if "dmid" not in border:
             border["dmid"] = border["dx"] + self._map(tangent, "o_proj", dout_MHE.flatten(1).to(row.narrow))
-        normed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"], row.narrow)
+        normed_MD = rms_norm("tangent", self.norms[1], row.spread(border["mid"]), border["dmid"], row.narrow)
         gate_MI, up_MI = (self._map(tangent, name, normed_MD) for name in GATES)
-        return Tangents(raw[: len(scaled)], moved, dout_MHE, mean_HM, gate_MI, up_MI)
+        return Inside(raw[: len(scaled)], moved, dout_MHE, mean_HM, gate_MI, up_MI)
 
     # Pass 4: the graph, then what its nodes do, in the order in which they are reached.
 
@@ -293,28 +284,28 @@ class Layer:
         known = self.known = self.known or self._values()
         self.back = self.back or self._adjoints(known, for_y_MD)
         moved = self.moved = self.moved or self._tangents(known)
-        gated_NI = kernels.silu_gate_forward(known.gate_NI, known.up_NI)
+        (gated_NI,) = silu_gate("forward", known.gate_NI, known.up_NI)
         self._expect("down_proj", gated_NI, self._gated_tangent(known, moved), for_y_MD)
 
-    def _inside(self) -> tuple[Values, Adjoints, Tangents]:
+    def _inside(self) -> tuple[Inside, Adjoints, Inside]:
         if self.known is None or self.back is None or self.moved is None:
             raise RuntimeError("the tangent solver's graph can be run backward once only")
         return self.known, self.back, self.moved
 
     def _gate(self, wanted: Sequence[bool], for_gated_NI: Tensor) -> list[Tensor]:
         (known, back, moved), row, border = self._inside(), self.row, self.border
-        normed_ND = normed(self.norms[1], border["mid"]).to(row.narrow)
-        dnormed_MD = normed_tangent(self.norms[1], row.spread(border["mid"]), border["dmid"], row.narrow)
+        normed_ND = rms_norm("forward", self.norms[1], border["mid"]).to(row.narrow)
+        dnormed_MD = rms_norm("tangent", self.norms[1], row.spread(border["mid"]), border["dmid"], row.narrow)
         gate_MI, up_MI = row.spread(known.gate_NI), row.spread(known.up_NI)
-        for name, for_y in zip(GATES, kernels.silu_gate_backward(gate_MI, up_MI, back.gated_MI), strict=True):
+        for name, for_y in zip(GATES, silu_gate("backward", gate_MI, up_MI, back.gated_MI), strict=True):
             self._expect(name, normed_ND, dnormed_MD, for_y)
         first_MI = row.to_first(for_gated_NI)
-        grads = kernels.silu_gate_second(gate_MI, up_MI, moved.gate_MI, moved.up_MI, first_MI, back.gated_MI)
+        grads = silu_gate("second", gate_MI, up_MI, moved.gate_NI, moved.up_NI, first_MI, back.gated_MI)
         return [row.sum(grad) for grad in grads]
 
     def _second_norm(self, wanted: Sequence[bool], for_mid_ND: Tensor, for_normed_ND: Tensor) -> list[Tensor | None]:
         (known, back, moved), border = self._inside(), self.border
-        self._expect("o_proj", known.out_NHE.flatten(1), moved.out_MHE.flatten(1), back.mid_MD)
+        self._expect("o_proj", known.out_NHE.flatten(1), moved.out_NHE.flatten(1), back.mid_MD)
         known_parts = border["mid"], border["dmid"], for_normed_ND, border["for normed"]
         grad_ND, for_weight_D = self.row.norm_second(self.norms[1], *known_parts, wanted[-1])
         grad_ND += for_mid_ND
@@ -322,16 +313,14 @@ class Layer:
 
     def _attend(self, wanted: Sequence[bool], for_out_ND: Tensor) -> list[Tensor | None]:
         (known, back, moved), row, border = self._inside(), self.row, self.border
-        normed_ND = normed(self.norms[0], border["x"]).to(row.narrow)
-        dnormed_MD = normed_tangent(self.norms[0], row.spread(border["x"]), border["dx"], row.narrow)
+        normed_ND = rms_norm("forward", self.norms[0], border["x"]).to(row.narrow)
+        dnormed_MD = rms_norm("tangent", self.norms[0], row.spread(border["x"]), border["dx"], row.narrow)
         for name, for_y in zip(QKV, self._before_norms(known, back.heads), strict=True):
             self._expect(name, normed_ND, dnormed_MD, for_y)
         heads, out_MHE, lse_HM = self._apart(known)
         first_MHE = row.to_first(for_out_ND.view(known.out_NHE.shape).to(row.dtype))
-        grads = kernels.attention_second(
-            heads, moved.heads, row.apart.groups, self.attention.scaling, out_MHE, lse_HM,
-            moved.out_MHE, moved.mean_HM, first_MHE, back.out_MHE,
-        )  # fmt: skip
+        along, scaling = (moved.heads, moved.out_NHE, moved.sums_HN, first_MHE), self.attention.scaling
+        grads = kernels.attention_gradient(heads, row.apart.groups, scaling, out_MHE, lse_HM, back.out_MHE, along)
         for_heads = self._unrotated(Heads(*map(row.sum, grads)), row.once)
         for_weights = []
         for number, norm in enumerate(self.head_norms):
@@ -357,18 +346,18 @@ class Layer:
     def _module(self, name: str) -> Any:
         return getattr(self.mlp if name in LINEAR["mlp"] else self.attention, name)
 
-    def _map(self, call: Callable[[Any, Tensor], Tensor], name: str, x: Tensor) -> Tensor:
-        """W x + B (s A x) with an adapter; its transpose for Row.adjoint."""
+    def _map(self, by: Callable[..., Tensor], name: str, x: Tensor) -> Tensor:
+        """W x + B (s A x) with an adapter; its transpose by `adjoint`."""
         base, adapter = halves_of(self._module(name))
-        y = call(base, x)
+        y = called(by, base, x)
         if adapter is None:
             return y
-        first, second = (adapter.up, adapter.down) if call == self.row.adjoint else (adapter.down, adapter.up)
-        return y.add_(call(second, call(first, x.to(first.weight.dtype)) * adapter.scale))
+        first, second = (adapter.up, adapter.down) if by is adjoint else (adapter.down, adapter.up)
+        return y.add_(called(by, second, called(by, first, x.to(first.weight.dtype)) * adapter.scale))
 
     def _joined(self, names: Sequence[str], grads: Sequence[Tensor]) -> Tensor:
         """lambda of the maps' common input."""
-        first, *others = (self._map(self.row.adjoint, name, grad) for name, grad in zip(names, grads, strict=True))
+        first, *others = (self._map(adjoint, name, grad) for name, grad in zip(names, grads, strict=True))
         for other in others:
             first += other
         return first
@@ -387,8 +376,7 @@ class Layer:
             outs = (self.row.hollow(len(weight_OI)),)
             return Node.apply(partial(self._linear, name, weight_OI, scale), outs, *inputs)
 
-        with linear_by(by):
-            return module(x)
+        return called(by, module, x)
 
     def _linear(
         self, name: str, weight_OI: Tensor, scale: float, wanted: Sequence[bool], grad_NO: Tensor
@@ -411,8 +399,8 @@ class Layer:
         x, dx, for_y = self.operands[name] = x.to(dtype), dx.to(dtype), for_y.to(dtype)
         _, adapter = halves_of(self._module(name))
         if adapter is not None:
-            half, dhalf = (self.row.tangent(adapter.down, part) * adapter.scale for part in (x, dx))
-            self.operands[f"{name} down"] = x, dx, self.row.adjoint(adapter.up, for_y) * adapter.scale
+            half, dhalf = (called(tangent, adapter.down, part) * adapter.scale for part in (x, dx))
+            self.operands[f"{name} down"] = x, dx, called(adjoint, adapter.up, for_y) * adapter.scale
             self.operands[f"{name} up"] = half, dhalf, for_y
 
     # Between maps and attention.
@@ -427,21 +415,21 @@ class Layer:
         query, key = (kernels.rotate(part, form.cos_N1E, form.sin_N1E, back=True) for part in grads[:2])
         return [part.flatten(1).to(self.row.narrow) for part in (query, key, grads.value_NKE)]
 
-    def _before_norms(self, known: Values, grads: list[Tensor]) -> list[Tensor]:
+    def _before_norms(self, known: Inside, grads: list[Tensor]) -> list[Tensor]:
         """lambda of what the linear maps return, from that of what goes into attention."""
         parts = zip(self.head_norms, known.raw, grads, strict=False)
-        first = [normed_back(norm, self.row.spread(x), grad) for norm, x, grad in parts]
+        first = [rms_norm("backward", norm, self.row.spread(x), grad) for norm, x, grad in parts]
         return [*first, *grads[len(first) :]]
 
-    def _apart(self, known: Values) -> tuple[Heads, Tensor, Tensor]:
+    def _apart(self, known: Inside) -> tuple[Heads, Tensor, Tensor]:
         """Heads, output and log-sum-exp of attention, M rows."""
         rows_M, spread = self.row.rows_M, self.row.spread
-        lse_HM = known.lse_HN if rows_M is None else known.lse_HN.index_select(1, rows_M)
+        lse_HM = known.sums_HN if rows_M is None else known.sums_HN.index_select(1, rows_M)
         return Heads(*map(spread, known.heads)), spread(known.out_NHE), lse_HM
 
-    def _gated_tangent(self, known: Values, moved: Tangents) -> Tensor:
+    def _gated_tangent(self, known: Inside, moved: Inside) -> Tensor:
         gate_MI, up_MI = self.row.spread(known.gate_NI), self.row.spread(known.up_NI)
-        return kernels.silu_gate_tangent(gate_MI, up_MI, moved.gate_MI, moved.up_MI)
+        return silu_gate("tangent", gate_MI, up_MI, moved.gate_NI, moved.up_NI)[0]
 
 
 class Adapter(NamedTuple):
@@ -457,22 +445,6 @@ def halves_of(module: Any) -> tuple[Any, Adapter | None]:
     if not hasattr(module, "lora_A"):
         return module, None
     return module.base_layer, Adapter(module.lora_A[ADAPTER], module.lora_B[ADAPTER], module.scaling[ADAPTER])
-
-
-def normed(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm over blocks of x's last axis as wide as the norm's weight: the model's width, or a head's."""
-    weight = norm.weight
-    return kernels.rms_norm_forward(x.view(-1, len(weight)), weight, norm.variance_epsilon).view(x.shape)
-
-
-def normed_tangent(norm: Any, x: Tensor, dx: Tensor, dtype: torch.dtype) -> Tensor:
-    x_, dx_ = (part.view(-1, len(norm.weight)) for part in (x, dx))
-    return kernels.rms_norm_tangent(x_, dx_, norm.weight, norm.variance_epsilon, dtype).view(x.shape)
-
-
-def normed_back(norm: Any, x: Tensor, grad: Tensor) -> Tensor:
-    x_, grad_ = (part.view(-1, len(norm.weight)) for part in (x, grad))
-    return kernels.rms_norm_backward(x_, norm.weight, norm.variance_epsilon, grad_).view(x.shape)
 
 
 class Node(Function):
