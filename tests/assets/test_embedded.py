@@ -12,19 +12,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
 from drdpo.assets import embedded
 from drdpo.assets.embedded import HEADS, make_prompts, make_reward_model, prompts_are_made, reward_model_is_made
@@ -34,8 +27,6 @@ from drdpo.folder import read_manifest
 from drdpo.models import check_model, read_tensors
 from drdpo.records import SPLITS, Prompt, read_rows, write_rows
 from drdpo.scoring.armorm import check_folder, load_armorm
-
-# The policy
 
 
 def config_in(folder, name="config.json"):
@@ -53,18 +44,18 @@ def test_the_gguf_is_found_without_importing_the_package_or_reported(monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_the_policy_is_an_ordinary_hugging_face_folder(smollm):
+def test_the_policy_is_an_ordinary_hugging_face_folder(smollm, monkeypatch):
     check_model(str(smollm))
     config = config_in(smollm)
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["rms_norm_eps"] == 1e-5
-    assert config["tie_word_embeddings"] is True
-    assert "quantization_config" not in config
-    assert config["rope_parameters"]["rope_theta"] == 100000.0
-    generation = config_in(smollm, "generation_config.json")
-    for ids in (config, generation):
+    assert (config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]) == (1e-5, 100000.0)
+    assert config["tie_word_embeddings"] is True and "quantization_config" not in config
+    for ids in (config, config_in(smollm, "generation_config.json")):
         assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 2)
     assert (smollm / "model.safetensors").stat().st_mode & 0o044, "readable by others as the other files are"
+    assert embedded.policy_is_made(smollm)
+    monkeypatch.setattr(embedded, "CONVERSION", embedded.CONVERSION + 1)
+    assert not embedded.policy_is_made(smollm)
 
 
 def test_the_weights_are_those_of_the_gguf(smollm):
@@ -79,17 +70,15 @@ def test_the_weights_are_those_of_the_gguf(smollm):
     with safe_open(smollm / "model.safetensors", framework="pt") as weights:
         names = set(weights.keys())
         assert len(names) == 30 * 9 + 2
-        assert "lm_head.weight" not in names
-        assert "output.weight" not in packed
+        assert "lm_head.weight" not in names and "output.weight" not in packed
         for ours, theirs in (
             ("model.embed_tokens.weight", "token_embd.weight"),
             ("model.norm.weight", "output_norm.weight"),
             ("model.layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"),
             ("model.layers.29.self_attn.v_proj.weight", "blk.29.attn_v.weight"),
         ):
-            tensor = weights.get_tensor(ours)
-            assert tensor.dtype is torch.bfloat16
-            assert torch.equal(tensor, expected(theirs)), ours
+            assert weights.get_tensor(ours).dtype is torch.bfloat16
+            assert torch.equal(weights.get_tensor(ours), expected(theirs)), ours
         # llama.cpp interleaves the two rotary halves of each of the 9 heads of width 64.
         query = expected("blk.0.attn_q.weight").reshape(9, 32, 2, 576).transpose(1, 2).reshape(576, 576)
         assert torch.equal(weights.get_tensor("model.layers.0.self_attn.q_proj.weight"), query)
@@ -99,9 +88,9 @@ def test_numbers_are_split_into_digits_also_after_a_save(smollm, tmp_path):
     tokenizer = load_tokenizer(str(smollm))
     assert tokenizer.tokenize("In 2024, 1234x") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "1", "2", "3", "4", "x"]
     text = "Café 3.14159 <|im_end|> 日本 0x1F\n\n  tabs\t12"
-    for generation in range(2):
-        tokenizer.save_pretrained(tmp_path / str(generation))
-        again = AutoTokenizer.from_pretrained(tmp_path / str(generation))
+    for _ in range(2):
+        tokenizer.save_pretrained(tmp_path)
+        again = AutoTokenizer.from_pretrained(tmp_path)
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert again.decode(again(text)["input_ids"]) == text
         assert again.chat_template == tokenizer.chat_template
@@ -129,28 +118,14 @@ def test_the_conversion_gives_the_same_folder_again(smollm, tmp_path):
             assert (tmp_path / "the policy" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_another_conversion_is_noticed(smollm, monkeypatch):
-    assert embedded.policy_is_made(smollm)
-    monkeypatch.setattr(embedded, "CONVERSION", embedded.CONVERSION + 1)
-    assert not embedded.policy_is_made(smollm)
-
-
-# The reward model
-
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-WIDTH = 32
-"""Of the tiny policy."""
+WIDTH = 32  # of the tiny policy
 
 
 def heads(dtype=torch.float32, scale=1.0):
-    sizes = [WIDTH, 8, 8, 8, 2]
-    found = {
-        "regression_layer.weight": torch.full((2, WIDTH), scale),
-        "reward_transform_matrix": torch.eye(2),
-        "gating.logit_scale": torch.ones(1),
-    }
-    for layer, (wide, high) in enumerate(itertools.pairwise(sizes)):
+    found = {"regression_layer.weight": torch.full((2, WIDTH), scale)}
+    found |= {"reward_transform_matrix": torch.eye(2), "gating.logit_scale": torch.ones(1)}
+    for layer, (wide, high) in enumerate(itertools.pairwise([WIDTH, 8, 8, 8, 2])):
         found[f"gating.layers.{layer}.weight"] = torch.zeros(high, wide)
         found[f"gating.layers.{layer}.bias"] = torch.zeros(high)
     return {name: head.to(dtype) for name, head in found.items()}
@@ -214,6 +189,8 @@ def test_heads_of_a_shallower_backbone_get_its_first_layers(tiny_policy, heads_f
     model = load_armorm(folder, "cpu", torch.float32)  # strict: no tensor missing, none left over
     assert len(model.model.layers) == 1
     assert reward_model_is_made(folder, tiny_policy, heads_folder)
+    save_file(heads(scale=2.0), heads_folder / "heads.safetensors")
+    assert not reward_model_is_made(folder, tiny_policy, heads_folder), "changed heads are noticed"
     assert (folder / SHARDS[0]).stat().st_mode == (folder / "config.json").stat().st_mode
     with pytest.raises(DataError, match=r"3 layers.*config\.json has 2"):
         make_reward_model(folder, tiny_policy, change_config(heads_folder, num_hidden_layers=3))
@@ -226,28 +203,21 @@ def test_other_backbones_are_cut_too(kind, tiny_policy, heads_folder, tmp_path):
     sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 3}  # fmt: skip
     if "sharded" in kind:  # as an 8B folder is
-        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=False))
+        model = LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=False))
         model.save_pretrained(backbone, max_shard_size="7MB")
         assert len(list(backbone.glob("model-*.safetensors"))) > 1
     else:
-        Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=600, tie_word_embeddings=True)).save_pretrained(backbone)
+        Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, vocab_size=600, tie_word_embeddings=True)).save_pretrained(
+            backbone
+        )
         assert len(config_in(backbone)["layer_types"]) == 3
     AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(backbone)
     make_reward_model(folder, backbone, change_config(heads_folder, **ONE_LAYER))
     model = load_armorm(folder, "cpu", torch.float32)
     assert len(model.model.layers) == 1 == len(config_in(folder).get("layer_types", ["one"]))
-    embeddings = AutoModel.from_pretrained(backbone).get_input_embeddings().weight
+    embeddings = transformers.AutoModel.from_pretrained(backbone).get_input_embeddings().weight
     assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
     assert not any("lm_head" in name for name in read_tensors(folder))
-
-
-def test_changed_heads_are_noticed(tiny_policy, heads_folder, tmp_path):
-    folder = tmp_path / "reward"
-    for scale in (1.0, 2.0):
-        save_file(heads(scale=scale), heads_folder / "heads.safetensors")
-        assert not reward_model_is_made(folder, tiny_policy, heads_folder)
-        make_reward_model(folder, tiny_policy, heads_folder)
-        assert reward_model_is_made(folder, tiny_policy, heads_folder)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +244,8 @@ def test_the_committed_reward_model_fits_the_embedded_policy(root, smollm):
     assert reward_model_is_made(folder, smollm), "models/ArmoRM-SmolLM2 is older than the committed heads; rerun setup.sh"
 
 
-# The prompts
-
 CATEGORIES = ("facts", "writing", "code", "reasoning", "advice", "safety", "summarise_rewrite", "two_turn")
 IDS = {"train": range(0, 192), "test": range(1000, 1048)}
-MAX_JACCARD = 0.6
-"""Largest Jaccard index |A & B| / |A | B| of the words of two different prompts."""
 
 
 def rows_of(split):
@@ -299,10 +265,10 @@ def test_prompts_are_numbered_of_all_categories_in_turn_and_end_with_the_user(sp
     for row in rows:
         assert set(row) == {"prompt_id", "category", "prompt"}, row
         roles = [message["role"] for message in Prompt.from_row(row).prompt]
-        openings[roles[0] == "system"] += 1
-        turns = roles[1:] if roles[0] == "system" else roles
-        assert turns == (["user", "assistant", "user"] if row["category"] == "two_turn" else ["user"]), row
-    assert openings[True] == system_messages
+        openings[roles[0]] += 1
+        turns = ["user", "assistant", "user"] if row["category"] == "two_turn" else ["user"]
+        assert roles[roles[0] == "system" :] == turns, row
+    assert openings["system"] == system_messages
 
 
 def test_no_two_prompts_are_nearly_equal():
@@ -311,7 +277,7 @@ def test_no_two_prompts_are_nearly_equal():
     assert len({text_of(row).casefold() for row in rows}) == len(rows)
     words = [(row["prompt_id"], set(re.findall(r"[a-z0-9']+", text_of(row).lower()))) for row in rows]
     for (left_id, left), (right_id, right) in itertools.combinations(words, 2):
-        assert len(left & right) / len(left | right) <= MAX_JACCARD, (left_id, right_id)
+        assert len(left & right) / len(left | right) <= 0.6, ("the Jaccard index of", left_id, right_id)
 
 
 def asked(number, text="Why?"):

@@ -25,8 +25,6 @@ from drdpo.folder import read_manifest
 from drdpo.records import Prompt, read_records, read_rows
 
 PAD = "<|finetune_right_pad_id|>"
-
-
 LLAMA = {
     "config.json": b"{}",
     "model-00001-of-00002.safetensors": b"1",
@@ -47,9 +45,9 @@ REFUSED = dict.fromkeys(
 
 
 class FakeHub:
-    """Serves `files` of one repository; `fail` is raised by the download after `fail_after` files."""
+    """Serves `files` of a repository; the download raises `fail` after `fail_after` files, or calls `spoil` on a shard."""
 
-    fail = info_error = None
+    fail = info_error = spoil = None
     fail_after, free = 0, 1 << 40
 
     def __init__(self):
@@ -70,6 +68,8 @@ class FakeHub:
                 raise self.fail
             self.fetched.append(name)
             (local_dir / name).write_bytes(self.files[name])
+        if self.spoil:
+            self.spoil(local_dir / "model-00002-of-00002.safetensors")
         (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
 
 
@@ -131,12 +131,8 @@ def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake, tm
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_an_incomplete_file_shows_nothing(fake, tmp_path, monkeypatch, spoil):
-    def careless(repo, *, local_dir, **options):
-        fake.snapshot_download(repo, local_dir=local_dir, **options)
-        spoil(local_dir / "model-00002-of-00002.safetensors")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", careless)
+def test_an_incomplete_file_shows_nothing(fake, tmp_path, spoil):
+    fake.spoil = spoil
     with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors is incomplete"):
         hub.download_model("owner/model", tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -270,9 +266,6 @@ def test_rows_of_the_real_data_set_are_converted(root, split, prompts, multi_tur
     assert len(marked) == multi_turn
     assert counts["multi_turn"] + counts["dropped_broken_turns"] // 2 == multi_turn
     assert "extra_id" not in json.dumps([prompt.prompt for prompt in kept])
-
-
-# Which assets setup makes, and how the failure of one affects the others and the exit status ---------------------------
 
 
 @pytest.fixture

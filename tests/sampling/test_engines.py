@@ -102,9 +102,6 @@ def test_seeds_of_two_prompts_never_meet():
     assert stream_seed(42, "test", 7) == stream_seed(42, "test", 7)
 
 
-# The choice of the engine and engine processes -------------------------------------------------------------------------
-
-
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 

@@ -10,7 +10,7 @@ from sampling.conftest import write_prompts
 from drdpo import chat
 from drdpo.config.data import CompletionsConfig
 from drdpo.distributed import Machines
-from drdpo.errors import DataError, ProcessError, UsageError
+from drdpo.errors import DataError, UsageError
 from drdpo.machine import resolve_dtype
 from drdpo.models import check_model
 from drdpo.records import Completion, Prompt, read_records, read_rows, write_rows
@@ -146,32 +146,6 @@ def test_the_order_of_the_prompts_does_not_matter(sample, prompts, tmp_path):
     assert sorted(turned, key=lambda row: (row["prompt_id"], row["sample_id"])) == rows != turned
 
 
-def test_an_interrupted_run_resumes_to_the_same_file(sample, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step, "CPU_BLOCK", 9)  # three prompts
-    whole = sample(save_path=str(tmp_path / "whole"))
-    generate, left = TransformersEngine.generate, iter(range(8))
-
-    def failing(self, requests, sampling):
-        for result in generate(self, requests, sampling):
-            if next(left, None) is None:
-                raise ProcessError("interrupted")
-            yield result
-
-    with monkeypatch.context() as broken:
-        broken.setattr(TransformersEngine, "generate", failing)
-        with pytest.raises(ProcessError):
-            sample()
-    out = tmp_path / "out put" / "sampled"
-    assert [file.name for file in out.iterdir()] == [".test.parts"]
-    with pytest.raises(UsageError, match=r"unfinished results .*: seed \(42 -> 1\)"):
-        sample(seed=1)
-    capsys.readouterr()
-    sample()
-    assert "18 of 30 completions are finished" in capsys.readouterr().out
-    assert (out / "test.jsonl").read_bytes() == (whole / "test.jsonl").read_bytes()
-    assert not (out / ".test.parts").exists()
-
-
 def test_completions_that_the_engine_did_not_end_are_rejects(sample, monkeypatch):
     generate = TransformersEngine.generate
 
@@ -190,18 +164,6 @@ def test_completions_that_the_engine_did_not_end_are_rejects(sample, monkeypatch
         (5, 4, "the engine ended a completion by 'stop' without a stop token"),
     ]
     assert {row["prompt_id"] for row in rows_of(out / "test.jsonl")} == set(range(10)) - {1, 4}
-
-
-def test_the_results_may_lie_in_the_models_own_folder(sample, tmp_path, tiny_policy):
-    folder = shutil.copytree(tiny_policy, tmp_path / "global_step_3")
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    places = {"save_path": str(folder), "model_path": str(folder)}
-    sample(**places)
-    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
-    for later in ("test.jsonl", "rejects.jsonl", "scores.csv", "report.md", "spider.png"):
-        (folder / later).write_text("what the later steps write here")
-    (folder / "manifest.json").write_text("{}")
-    sample(**places)  # is skipped: results do not make it another model
 
 
 def test_check_only_writes_nothing(sample, tmp_path):
@@ -234,9 +196,6 @@ def test_samples_of_other_template_arguments_are_not_mixed(sample, tiny_policy, 
     sample(**one)
     with pytest.raises(UsageError, match=r"chat_template_kwargs \(None -> .'enable_thinking': False.\)"):
         sample(**one, chat_template_kwargs={"enable_thinking": False})
-
-
-# Prompts and what ends an answer ---------------------------------------------------------------------------------------
 
 
 def user(prompt_id, content):
