@@ -132,7 +132,7 @@ def test_many_pairs_are_in_the_csv_file_only(tmp_path: Path) -> None:
 def test_win_rate_counts_ties_half(tmp_path: Path) -> None:
     base, run = {"ArmoRM": [0.0] * 4}, {"ArmoRM": [1.0, -1.0, 0.0, 2.0]}
     output = evaluate(tmp_path, [f"base={write_run(tmp_path / 'a', base)}", f"run={write_run(tmp_path / 'b', run)}"])
-    assert "| run | 62.5% [" in report_of(output)
+    assert "| win rate | 62.5% [" in report_of(output)
     # All of the base's scores are 0: there is no unit to measure a gain in.
     assert "there is no gain" in report_of(output)
     assert math.isnan(table(output).loc[("run", "ArmoRM"), "gain_sd"])
@@ -235,7 +235,7 @@ def test_length_and_repetition(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {H: [0.0, 1.0]}, token_ids=(7,) * 13)
     output = evaluate(tmp_path, [f"base={base}", f"run={run}"])
     assert "| run | 13.0 | 0.0% | 90.0% |" in report_of(output)
-    assert "| run | +8.0 [+8.0, +8.0] | +0.0% [+0.0%, +0.0%] | +90.0% [+90.0%, +90.0%] |" in report_of(output)
+    assert "| run - base | +8.0 [+8.0, +8.0] | +0.0% [+0.0%, +0.0%] | +90.0% [+90.0%, +90.0%] |" in report_of(output)
 
 
 def test_the_report_shows_what_was_compared(tmp_path: Path, two_runs: list[str]) -> None:
@@ -342,7 +342,7 @@ def broken_run(folder: Path, case: str) -> Path:
         ("one run", {"objectives": ["ultrafeedback_verbosity"]}, UsageError, "no such head"),
         ("one run", {"objectives": ["ArmoRM"]}, DataError, r"run a .* has no scores of ArmoRM"),
         ("no common objective", {}, DataError, "share no objective: a has helpsteer_helpfulness, .*; b has my_own"),
-        ("no common prompt", {}, DataError, "the runs a, b have no prompt_id in common"),
+        ("no common prompt", {}, DataError, "a .*, b .* have no prompt_id in common"),
         ("unscored", {}, DataError, r'test.jsonl, row 2: field "scores" is missing'),
         ("mixed objectives", {}, DataError, r"row 2: .* other objectives than row 1"),
         ("key twice", {}, DataError, r"row 2: .* repeats \(0, 0\)"),

@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation import compare_leaderboard, mixtures
-from drdpo.evaluation.compare_leaderboard import compare_openllm
-from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES
-from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
+from drdpo.evaluation import leaderboard_scores, mixtures
+from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES, compare_openllm
+from drdpo.evaluation.mixtures import SPOKES, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import lock_folder
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
@@ -92,7 +92,7 @@ def test_leaderboard_by_hand(tmp_path: Path) -> None:
 
 
 def test_published_tables_have_a_number_for_every_column() -> None:
-    for methods in compare_leaderboard.PUBLISHED.values():
+    for methods in leaderboard_scores.PUBLISHED.values():
         assert all(len(values) == len(COLUMNS) and 0 <= min(values) <= max(values) <= 1 for values in methods.values())
     for methods in mixtures.PUBLISHED.values():
         assert all(len(values) == len(SPOKES) for values in methods.values())
@@ -230,10 +230,9 @@ def test_broken_reports(tmp_path: Path, content: str | None, error: type[Excepti
     assert not (tmp_path / "out").exists()
 
 
-def results_of(runs: tuple[str, ...], gain: float, count: int) -> list[MixtureResult]:
-    gains = {(run, name): Estimate(gain, None, None) for run in runs for name in SPOKES}
-    names = list(mixtures.PUBLISHED)[:count]
-    return [MixtureResult(name, Path("x"), list(SPOKES), list(runs), gains) for name in names]
+def results_of(runs: tuple[str, ...], gain: float, count: int) -> dict[str, pd.DataFrame]:
+    gains = pd.DataFrame({run: [Estimate(gain, None, None)] * len(SPOKES) for run in runs}, SPOKES)
+    return dict.fromkeys(list(mixtures.PUBLISHED)[:count], gains)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
