@@ -4,4 +4,4 @@ from drdpo.cli import run_step
 from drdpo.config.evaluation import CompareOpenllmConfig
 
 if __name__ == "__main__":
-    run_step(CompareOpenllmConfig, __doc__, "drdpo.evaluation.compare_leaderboard:compare_openllm")
+    run_step(CompareOpenllmConfig, __doc__, "drdpo.evaluation.leaderboard_scores:compare_openllm")

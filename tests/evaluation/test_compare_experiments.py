@@ -13,10 +13,16 @@ from huggingface_hub import parse_eval_result_entries
 
 from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig, LeaderboardConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.evaluation import compare_leaderboard, leaderboard_scores, mixtures
-from drdpo.evaluation.compare_leaderboard import compare_openllm
-from drdpo.evaluation.leaderboard_scores import BBH_CHOICES, COLUMNS, MUSR_CHOICES, average, benchmarks, hub_results
-from drdpo.evaluation.mixtures import SPOKES, MixtureResult, compare_mixtures, spiders
+from drdpo.evaluation import leaderboard_scores, mixtures
+from drdpo.evaluation.leaderboard_scores import (
+    BBH_CHOICES,
+    COLUMNS,
+    MUSR_CHOICES,
+    benchmarks,
+    compare_openllm,
+    hub_results,
+)
+from drdpo.evaluation.mixtures import SPOKES, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 
@@ -51,18 +57,18 @@ def test_six_benchmarks_by_hand(harness):
     found = benchmarks(harness["results"])
     # BBH: navigate (0.75 - 1/2) / (1/2) = 50, every other 0, over 24. MuSR: 50, 50 and (1/2 - 1/3) / (2/3) = 25, over 3.
     by_hand = {"IFEval": 55, "BBH": 50 / 24, "MATH": 8, "GPQA": 50, "MuSR": 125 / 3, "MMLU-Pro": 50}
-    assert {one.name: one.normalised for one in found} == pytest.approx(by_hand)
+    average, six = found.loc["Average"], found.drop("Average")
+    assert six["normalised"].to_dict() == pytest.approx(by_hand)
     # Raw: the harness's own means, not means of subtasks.
     raw = {"IFEval": 0.55, "BBH": 0.3, "MATH": 0.08, "GPQA": 0.625, "MuSR": 0.62, "MMLU-Pro": 0.55}
-    assert {one.name: one.raw for one in found} == pytest.approx(raw)
-    assert average(found) == pytest.approx((55 + 50 / 24 + 8 + 50 + 125 / 3 + 50) / 6)
+    assert six["raw"].to_dict() == pytest.approx(raw)
+    assert average["normalised"] == pytest.approx((55 + 50 / 24 + 8 + 50 + 125 / 3 + 50) / 6)
 
 
 def test_no_average_of_five_and_no_half_benchmark(harness):
     del harness["results"]["leaderboard_musr_team_allocation"]
     found = benchmarks(harness["results"])
-    assert [benchmark.name for benchmark in found] == ["IFEval", "BBH", "MATH", "GPQA", "MMLU-Pro"]
-    assert average(found) is None
+    assert list(found.index) == ["IFEval", "BBH", "MATH", "GPQA", "MMLU-Pro"]
 
 
 def test_choices_are_those_of_the_installed_tasks():
@@ -208,7 +214,7 @@ def test_leaderboard_by_hand(tmp_path, compared):
 
 
 def test_published_tables_have_a_number_for_every_column():
-    for methods in compare_leaderboard.PUBLISHED.values():
+    for methods in leaderboard_scores.PUBLISHED.values():
         assert all(len(values) == len(COLUMNS) and 0 <= min(values) <= max(values) <= 1 for values in methods.values())
     for methods in mixtures.PUBLISHED.values():
         assert all(len(values) == len(SPOKES) for values in methods.values())
@@ -313,9 +319,8 @@ def test_broken_results_and_reports(step, name, content, says, tmp_path, compare
 
 
 def results_of(runs, gain, count):
-    gains = {(run, name): Estimate(gain, None, None) for run in runs for name in SPOKES}
-    names = list(mixtures.PUBLISHED)[:count]
-    return [MixtureResult(name, Path("x"), list(SPOKES), list(runs), gains) for name in names]
+    gains = pd.DataFrame({run: [Estimate(gain, None, None)] * len(SPOKES) for run in runs}, SPOKES)
+    return dict.fromkeys(list(mixtures.PUBLISHED)[:count], gains)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -1,7 +1,7 @@
 """Tables and samples of prompts, completions, preference pairs and rejected rows. Needs no torch."""
 
 import sys
-from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,18 @@ import pandas as pd
 
 from drdpo.config.evaluation import InspectConfig
 from drdpo.errors import DataError, one_line, shortened
-from drdpo.records import SPLITS, Completion, Message, Preference, Prompt, read_rows
+from drdpo.records import SPLITS, Completion, Preference, Prompt, read_rows
 
 _WIDTH, _LINES = 100, 14
 """Largest width and number of lines of a printed message."""
 
-Reader = Callable[[int, dict[str, Any]], dict[str, Any]]
-"""(row number, JSON object) -> the columns of a table; raises ValueError naming the field."""
+_KINDS = {
+    ("chosen", "rejected"): "preference pairs",
+    ("prompt", "completion"): "completions",
+    ("row", "reason"): "rejected rows",
+    ("prompt_id", "prompt"): "prompts",
+}
+"""{fields of a row: its kind}; the first match counts."""
 
 
 def inspect_data(config: InspectConfig) -> None:
@@ -61,63 +66,45 @@ def read_table(path: Path) -> pd.DataFrame:
         DataError: a malformed row; the message names file, row and field.
     """
     rows: list[dict[str, Any]] = []
-    kind: tuple[str, Reader] | None = None
+    kind = None
     for number, row in read_rows(path):
         found = next((known for fields, known in _KINDS.items() if set(fields) <= row.keys()), None)
-        if found is None or (kind is not None and found is not kind):
+        if found is None or found != (kind or found):
             what = "rows of two kinds in one file" if found else "a row of unknown kind"
             raise DataError(f"{path}, row {number}: {what}; its fields are {one_line(', '.join(row), 200) or 'none'}")
         kind = found
         try:
-            rows.append({"row": number, **kind[1](number, row)})
+            rows.append({"row": number, **_columns(kind, number, row)})
         except ValueError as error:
             raise DataError(f"{path}, row {number}: {error}") from error
     table = pd.DataFrame(rows)
-    table.attrs["kind"] = kind[0] if kind else "rows"
+    table.attrs["kind"] = kind or "rows"
     return table
 
 
-def _prompt(_: int, row: dict[str, Any]) -> dict[str, Any]:
-    record = Prompt.from_row(row)
-    return {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt)}
-
-
-def _completion(_: int, row: dict[str, Any]) -> dict[str, Any]:
-    record = Completion.from_row(row)
-    answer = record.completion[-1]["content"]
-    columns = {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt), "answer": answer}
-    columns |= {"answer tokens": len(record.token_ids), "finish_reason": record.finish_reason}
-    return columns | {f"score {one_line(name, 50)}": score for name, score in record.scores.items()}
-
-
-def _preference(number: int, row: dict[str, Any]) -> dict[str, Any]:
-    record = Preference.from_trl(row, number)
-    columns = {"prompt_id": record.prompt_id, **_prompt_columns(record.prompt)}
-    for name in ("chosen", "rejected"):
+def _columns(kind: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError naming the field."""
+    if kind == "rejected rows":
+        return {"reason": one_line(str(row["reason"]), 160)}
+    record: Any
+    if kind == "preference pairs":
+        record = Preference.from_trl(row, number)
+    else:
+        record = (Completion if kind == "completions" else Prompt).from_row(row)
+    texts = [f"{message['role']}: {' '.join(message['content'].split())}" for message in record.prompt]
+    columns = {"prompt_id": record.prompt_id, "prompt": "\n".join(texts), "turns": len(texts)}
+    columns["prompt characters"] = sum(map(len, texts))
+    if kind == "completions":
+        columns |= {"answer": record.completion[-1]["content"], "answer tokens": len(record.token_ids)}
+        columns["finish_reason"] = record.finish_reason
+        columns |= {f"score {one_line(name, 50)}": score for name, score in record.scores.items()}
+    for name in ("chosen", "rejected") if kind == "preference pairs" else ():
         text, ids = getattr(record, name)[-1]["content"], getattr(record, f"{name}_token_ids")
         columns |= {name: text, f"{name} characters": len(text.strip())}
         columns |= {} if ids is None else {f"{name} tokens": len(ids)}
-    if record.chosen_score is not None and record.rejected_score is not None:
+    if kind == "preference pairs" and record.chosen_score is not None and record.rejected_score is not None:
         columns["score margin"] = record.chosen_score - record.rejected_score
     return columns
-
-
-def _rejected(_: int, row: dict[str, Any]) -> dict[str, Any]:
-    return {"reason": one_line(str(row["reason"]), 160)}
-
-
-_KINDS: dict[tuple[str, ...], tuple[str, Reader]] = {
-    ("chosen", "rejected"): ("preference pairs", _preference),
-    ("prompt", "completion"): ("completions", _completion),
-    ("row", "reason"): ("rejected rows", _rejected),
-    ("prompt_id", "prompt"): ("prompts", _prompt),
-}
-"""{fields of a row: (its kind, its reader)}; the first match counts."""
-
-
-def _prompt_columns(prompt: list[Message]) -> dict[str, Any]:
-    texts = [f"{message['role']}: {' '.join(message['content'].split())}" for message in prompt]
-    return {"prompt": "\n".join(texts), "turns": len(prompt), "prompt characters": sum(map(len, texts))}
 
 
 def _facts(table: pd.DataFrame) -> list[str]:
@@ -147,13 +134,9 @@ def _facts(table: pd.DataFrame) -> list[str]:
 
 def _shared_prompts(tables: dict[Path, pd.DataFrame]) -> list[str]:
     """Numbers of prompts that two files share: training and test data should share none."""
-    known = [(file, set(table["prompt"])) for file, table in tables.items() if "prompt" in table]
-    found = []
-    for place, (file, prompts) in enumerate(known):
-        for other, earlier in known[:place]:
-            if shared := len(prompts & earlier):
-                found.append(f"{other.name} and {file.name} share {shared:,} prompts")
-    return found
+    known = [(file.name, set(table["prompt"])) for file, table in tables.items() if "prompt" in table]
+    pairs = [(first, second, len(ours & theirs)) for (first, ours), (second, theirs) in combinations(known, 2)]
+    return [f"{first} and {second} share {shared:,} prompts" for first, second, shared in pairs if shared]
 
 
 def _excerpt(file: Path, row: "pd.Series[Any]") -> str:

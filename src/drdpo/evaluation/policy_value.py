@@ -58,8 +58,6 @@ def evaluate_policy(config: EvaluatePolicyConfig) -> None:
     for folder in dict.fromkeys([config.reference, *(str(place) for places in folders.values() for place in places)]):
         _check(folder, config, candidates)
     announce(precision)
-    if candidates.note:
-        print(f"note: {candidates.path}: {candidates.note}", flush=True)
     start_C = _logprobs(config.reference, "the starting model", config, candidates)
     ratios = {
         name: [candidates.table(_logprobs(str(place), name, config, candidates) - start_C) for place in places]
@@ -70,16 +68,20 @@ def evaluate_policy(config: EvaluatePolicyConfig) -> None:
                               "completions": len(candidates.places), "sd": candidates.units, "note": candidates.note},
                "policies": {name: {"checkpoints": [str(place) for place in folders[name]], **asdict(value)}
                             for name, value in found.items()}}  # fmt: skip
-    header, rows = _table(candidates, found)
+    notes = [f"{candidates.path}: {candidates.note}"] if candidates.note else []
+    notes += [
+        f"{name}: {value.share_below_min_ess:.0%} of its prompts have an effective sample below {config.min_ess:g}: it has "
+        "moved far from the starting model, and a few candidates decide its value there; sample it, or draw more candidates"
+        for name, value in found.items()
+        if value.share_below_min_ess
+    ]
     files: dict[str, str | bytes] = {"value.json": json.dumps(numbers, indent=2) + "\n", **_picture(candidates, found)}
-    files["report.md"] = value_report(candidates, found, config)
+    files["report.md"] = value_report(candidates, found, config.reference, notes)
     inputs = {name: [fingerprint(place) for place in places] for name, places in folders.items()}
     inputs |= {"reference": [fingerprint(config.reference)], "candidates": [candidates.key]}
     write_report(Path(config.output_path), "evaluate_policy", config, inputs, files)
-    print(text_table(header, rows))
-    for line in _warnings(found, config.min_ess):
-        print(f"note: {line}")
-    print(f"report: {Path(config.output_path) / 'report.md'}")
+    print(text_table(*_table(candidates, found, "gains_sd")))
+    print("\n".join([*(f"note: {note}" for note in notes), f"report: {Path(config.output_path) / 'report.md'}"]))
 
 
 def _check(path: str, config: EvaluatePolicyConfig, candidates: Candidates) -> None:
@@ -95,9 +97,6 @@ def _check(path: str, config: EvaluatePolicyConfig, candidates: Candidates) -> N
         raise DataError(f"{path}: cannot be evaluated: {problem}")
     if path != config.reference and not candidates.read_alike(chat.load_tokenizer(path, config.chat_template_kwargs)):
         raise DataError(f"{path}: its tokenizer or chat template is not that of --reference={config.reference}")
-
-
-# Log-probs ---------------------------------------------------------------------------------------------------------------
 
 
 def _logprobs(path: str, name: str, config: EvaluatePolicyConfig, candidates: Candidates) -> Array:
@@ -154,84 +153,68 @@ def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: i
     return logprobs_C.double().numpy()
 
 
-# Estimates ---------------------------------------------------------------------------------------------------------------
-
-
 def policy_values(
     candidates: Candidates, ratios: dict[str, list[Array]], min_ess: float, draws: int, seed: int
 ) -> dict[str, PolicyValue]:
     """The value of every policy.
 
     Args:
-        candidates: of N prompts.
         ratios: {policy: log-ratios [N, K] of each of its S checkpoints}; the first is what the others are compared with.
-        min_ess: below it, a prompt's effective sample is few.
         draws, seed: of the bootstrap.
     """
     names, first = candidates.names, next(iter(ratios))
-    found = {name: [values(table_NK, candidates.scores_NKO) for table_NK in tables] for name, tables in ratios.items()}
-    start_NO = values(np.where(np.isnan(ratios[first][0]), np.nan, 0.0), candidates.scores_NKO)[0]
-    tables = {("", score): Observations(start_NO[:, o], ()) for o, score in enumerate(names)}
-    for name, runs in found.items():
-        values_NSO = np.stack([values_NO for values_NO, _ in runs], axis=1)
-        tables |= {(name, score): Observations(values_NSO[:, :, o], (name,)) for o, score in enumerate(names)}
+    start_NK = np.where(np.isnan(ratios[first][0]), np.nan, 0.0)
+    found = {
+        name: [values(table_NK, candidates.scores_NKO) for table_NK in tables_NK]
+        for name, tables_NK in {"": [start_NK], **ratios}.items()
+    }
+    tables = {
+        (name, score): Observations(np.stack([values_NO[:, o] for values_NO, _ in runs], axis=1), (name,))
+        for name, runs in found.items()
+        for o, score in enumerate(names)
+    }
     means, layout = resample(tables, {name: len(runs) for name, runs in found.items()}, draws, seed)
-    units = {score: candidates.units.get(score, 1.0) for score in names}  # a mixture is of z-scores
+    # A mixture is of z-scores; scores that are all equal have no unit.
+    units = {score: unit for score in names if (unit := candidates.units.get(score, 1.0))}
+
+    def over(base: str, name: str) -> dict[str, Estimate]:
+        return {score: estimate((means[name, score] - means[base, score]) / unit, layout) for score, unit in units.items()}
+
     results = {}
-    for name, runs in found.items():
-        sizes_NS = np.stack([sizes_N for _, sizes_N in runs], axis=1)
-
-        def over(base: str, name: str = name) -> dict[str, Estimate]:
-            return {
-                score: estimate((means[name, score] - means[base, score]) / unit, layout)
-                for score, unit in units.items() if unit
-            }  # fmt: skip
-
+    for name in ratios:
+        sizes_NS = np.stack([sizes_N for _, sizes_N in found[name]], axis=1)
         results[name] = PolicyValue(
-            {score: float(means[name, score][0]) for score in names}, over(""), over(first) if name != first else {},
-            float(sizes_NS.mean()), float((sizes_NS < min_ess).mean()),
+            {score: float(means[name, score][0]) for score in names}, over("", name),
+            over(first, name) if name != first else {}, float(sizes_NS.mean()), float((sizes_NS < min_ess).mean()),
         )  # fmt: skip
     return results
 
 
-# The report --------------------------------------------------------------------------------------------------------------
+def _table(candidates: Candidates, found: dict[str, PolicyValue], kind: str) -> tuple[list[str], list[list[str]]]:
+    """A row a policy; `kind` is gains_sd or against_first_sd."""
+    header = ["policy", *map(flag_name, candidates.names), "effective sample"]
+    return header, [
+        [name, *(interval(getattr(value, kind).get(score)) for score in candidates.names), f"{value.ess:.2f}"]
+        for name, value in found.items()
+    ]
 
 
-def _table(candidates: Candidates, found: dict[str, PolicyValue], first: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Gains over the starting model, or over the first policy, a row a policy."""
-    header = ["policy", *map(flag_name, candidates.names), *([] if first else ["effective sample"])]
-    rows = []
-    for name, value in list(found.items())[first:]:
-        gains = value.against_first_sd if first else value.gains_sd
-        shown = [interval(gains.get(score), "{:+.3f}") for score in candidates.names]
-        rows.append([name, *shown, *([] if first else [f"{value.ess:.2f}"])])
-    return header, rows
-
-
-def _warnings(found: dict[str, PolicyValue], min_ess: float) -> list[str]:
-    return [
-        f"{name}: {value.share_below_min_ess:.0%} of its prompts have an effective sample below {min_ess:g}: it has moved "
-        "far from the starting model, and a few candidates decide its value there; sample it, or draw more candidates"
-        for name, value in found.items() if value.share_below_min_ess
-    ]  # fmt: skip
-
-
-def value_report(candidates: Candidates, found: dict[str, PolicyValue], config: EvaluatePolicyConfig) -> str:
+def value_report(candidates: Candidates, found: dict[str, PolicyValue], reference: str, notes: list[str]) -> str:
     """report.md."""
-    first = next(iter(found))
+    first, *others = found
     parts = [
         "# Expected scores without sampling",
-        f"{len(candidates.prompts)} prompts with {len(candidates.places)} scored completions of {config.reference}, "
+        f"{len(candidates.prompts)} prompts with {len(candidates.places)} scored completions of {reference}, "
         "weighted by pi / pi_ref of each policy. Gains are over the starting model, in standard deviations of its "
         "completions' scores, with 95% bootstrap intervals over prompts, and over checkpoints where a policy has several. "
         f"The effective sample is the mean over prompts; {candidates.scores_NKO.shape[1]} is the most.",
-        markdown_table(*_table(candidates, found)),
+        markdown_table(*_table(candidates, found, "gains_sd")),
         "![Gains over the starting model](value.png)",
     ]
-    if len(found) > 1:
-        parts += [f"## Differences from {first}", "In the same unit; all policies share prompts and completions.",
-                  markdown_table(*_table(candidates, found, first=True))]  # fmt: skip
-    notes = [*([candidates.note] if candidates.note else []), *_warnings(found, config.min_ess)]
+    if others:
+        table = _table(candidates, {name: found[name] for name in others}, "against_first_sd")
+        text = "In the same unit; all policies share prompts and completions."
+        parts += [f"## Differences from {first}", text, markdown_table(*table)]
     return "\n\n".join(parts + [f"* {note}" for note in notes]) + "\n"
 
 
@@ -252,8 +235,7 @@ def _picture(candidates: Candidates, found: dict[str, PolicyValue]) -> dict[str,
             ends = [[gain.value if end is None else end for end in (gain.low, gain.high)] for gain in gains]
             lengths = np.abs(np.subtract(ends, np.reshape(middle, (-1, 1)))).T
             places = np.arange(len(names)) + 0.7 * ((number + 0.5) / len(found) - 0.5)
-            look = looks[policy]
-            axes.errorbar(middle, places, xerr=lengths, fmt=look.marker, color=look.color, markersize=4, label=policy)
+            axes.errorbar(middle, places, xerr=lengths, linestyle="", markersize=4, label=policy, **looks[policy])
         axes.set_yticks(range(len(names)), [flag_name(score) for score in names])
         axes.invert_yaxis()
         axes.set_xlabel("gain over the starting model, sd of its completions")

@@ -11,7 +11,6 @@ import pandas as pd
 from tabulate import tabulate
 
 from drdpo.cli import as_dict
-from drdpo.errors import DataError
 from drdpo.evaluation.statistics import Estimate
 from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
 
@@ -65,9 +64,9 @@ def save_picture(figure: "Figure", name: str, dpi: int) -> dict[str, bytes]:
     return files
 
 
-def interval(estimate: Estimate | None, form: str) -> str:
-    """`+0.894 [+0.721, +1.060]`; n/a for None."""
-    if estimate is None:
+def interval(estimate: Estimate | None, form: str = "{:+.3f}") -> str:
+    """`+0.894 [+0.721, +1.060]`; n/a for None, or what pandas makes of it."""
+    if not isinstance(estimate, Estimate):
         return "n/a"
     value = form.format(estimate.value)
     if estimate.low is None or estimate.high is None:
@@ -76,13 +75,7 @@ def interval(estimate: Estimate | None, form: str) -> str:
 
 
 def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Collection[str] = ()) -> list[str]:
-    """One line per field in which the records of runs differ.
-
-    Args:
-        what: the subject of the records, e.g. "scoring".
-        records: {run: {field: value}}.
-        ignore: fields that may differ.
-    """
+    """One line per field, other than those to ignore, in which the records {run: {field: value}} of `what` differ."""
     lines = []
     for field in sorted({field for record in records.values() for field in record} - set(ignore)):
         values = {run: record.get(field, "not recorded") for run, record in records.items()}
@@ -99,20 +92,15 @@ def write_report(
     stays.
 
     Args:
-        folder: created if missing.
         step, facts: as for `write_manifest`.
-        config: the flags.
         inputs: fingerprints by name.
         files: {name: content}, among them report.md.
         changes: see html_report.
         optional: files that only some reports have; those of an older report are deleted.
 
     Raises:
-        DataError: `folder` is a file.
         UsageError: another process is writing there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: is a file; pass a folder as --output_path")
     files = {**files, "report.html": html_report(files, changes)}
     with lock_folder(folder):
         sweep(folder)
@@ -132,11 +120,8 @@ _IMAGE = re.compile(r'<img src="([^"]+)\.png" alt="([^"]*)"\s*/?>')
 
 
 def html_report(files: Mapping[str, str | bytes], changes: Sequence[Change] = ()) -> str:
-    """The page of a report.
-
-    Args:
-        files: of the report: report.md, and every picture that it names as NAME.png also as NAME.svg.
-        changes: prompts to show with their answers side by side, most changed first.
+    """The page of a report: its report.md, every picture NAME.png of it from NAME.svg, and below it `changes`, prompts with
+    their answers side by side, most changed first.
     """
     from jinja2 import Environment
     from markdown_it import MarkdownIt
@@ -145,15 +130,14 @@ def html_report(files: Mapping[str, str | bytes], changes: Sequence[Change] = ()
     text = text if isinstance(text, str) else text.decode()
     # html=False: text that looks like HTML stays text.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    body = _IMAGE.sub(lambda found: _inline(found[1], found[2], files), body)
+
+    def inline(found: re.Match[str]) -> str:
+        """An SVG as the source of an image, in which its ids cannot meet those of another and scripts do not run."""
+        content = files[f"{found[1]}.svg"]
+        data = base64.b64encode(content if isinstance(content, bytes) else content.encode()).decode("ascii")
+        return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{found[2]}"></figure>'
+
+    body = _IMAGE.sub(inline, body)
     title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")), "report")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_TEMPLATE.read_text("utf-8"))
     return template.render(title=title, body=body, changes=changes)
-
-
-def _inline(name: str, label: str, files: Mapping[str, str | bytes]) -> str:
-    """An SVG as the source of an image, in which its ids cannot meet those of another and scripts do not run."""
-    content = files[f"{name}.svg"]
-    content = content if isinstance(content, bytes) else content.encode()
-    data = base64.b64encode(content).decode("ascii")
-    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{label}"></figure>'

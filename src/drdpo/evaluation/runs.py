@@ -4,8 +4,10 @@ Shapes: P prompts, C completions.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +26,39 @@ ANSWERS = ("tokens", "repeated", "cut")
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """The scores of one policy on one split. Every prompt has the same weight, regardless of its number of completions."""
+    """The scores of one policy on one split, of one or more training seeds. Every prompt has the same weight, regardless of
+    its number of completions."""
 
     name: str
-    folder: Path
+    folders: list[Path]
+    """One per seed."""
     prompts: dict[int, list[Message]]
-    """{prompt_id: messages}, in ascending order: the index of `scores` and `answers`."""
-    scores: pd.DataFrame
-    """[P, objectives]: mean over a prompt's completions."""
-    answers: pd.DataFrame
-    """[P, ANSWERS]: mean over a prompt's completions."""
+    """{prompt_id: messages} of the prompts that all seeds share, in ascending order."""
     completions: pd.DataFrame
-    """[C, objectives]: the score of every completion."""
-    seeds: tuple["ScoredRun", ...] = ()
-    """If several training seeds are pooled in this run: each of them, on the prompts that all share."""
+    """A row per completion, indexed by (seed, prompt_id); columns ("scores", objective) and ("answers", one of ANSWERS)."""
+
+    @cached_property
+    def means(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """{column of `completions`: [P, seeds], the mean over the completions of a prompt}"""
+        means = self.completions.groupby(level=[0, 1]).mean()
+        return {column: means[column].unstack(0).loc[list(self.prompts)] for column in means}
 
     @property
-    def members(self) -> tuple["ScoredRun", ...]:
-        """The seeds of the run; the run itself if there is only one."""
-        return self.seeds or (self,)
+    def objectives(self) -> list[str]:
+        return list(self.completions["scores"])
+
+    def by_prompt(self, objective: str) -> "pd.Series[float]":
+        """[P] scores: means over the seeds."""
+        return self.means["scores", objective].mean(axis=1)
 
     def mean(self, objective: str) -> float:
         """Mean over prompts."""
-        return float(self.scores[objective].to_numpy().mean())
+        return float(self.by_prompt(objective).to_numpy().mean())
 
     def sd(self, objective: str) -> float:
-        """Standard deviation over completions (population form); 0 if all scores are equal."""
-        return mean_and_sd(self.completions[objective].to_numpy())[1]
+        """Standard deviation over completions (population form), also of prompts that not all seeds have; 0 if all scores
+        are equal."""
+        return mean_and_sd(self.completions["scores", objective].to_numpy())[1]
 
 
 def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
@@ -88,115 +96,82 @@ def parse_runs(arguments: list[str], flag: str = "--runs") -> dict[str, list[Pat
     return folders
 
 
-def load_run(name: str, folder: Path, split: str) -> ScoredRun:
-    """Read `folder/<split>.jsonl` and average per prompt.
+def load_run(name: str, folders: list[Path], split: str) -> ScoredRun:
+    """Read `<split>.jsonl` of every seed's folder.
 
     Raises:
         DataError: a missing folder or split, or a row that is not a completion, is not scored, has other objectives than
-            row 1, repeats a (prompt_id, sample_id), or has another prompt than earlier rows with its prompt_id.
+            row 1, repeats a (prompt_id, sample_id), or has another prompt than earlier rows with its prompt_id; or the seeds
+            share no prompt, have different prompts under one id, or were scored in different objectives.
     """
-    if not folder.is_dir():
-        raise DataError(f"run {name}: {folder}: no such folder")
-    path = folder / f"{split}.jsonl"
-    if not path.is_file():
-        there = sorted(file.name for file in folder.glob("*.jsonl"))
-        raise DataError(
-            f"run {name}: {path}: no such file; the folder has {', '.join(there) or 'no completions'}; "
-            "choose with --split=train or --split=test"
-        )
-    rows = read_records(path, Completion.from_row)
-    prompts = {prompt_id: group[0].prompt for prompt_id, group in sorted(check_scored(path, rows).items())}
-    scores = pd.DataFrame([row.scores for row in rows], columns=sort_objectives(rows[0].scores), dtype=np.float64)
-    answers = pd.DataFrame(
-        [(len(row.token_ids), repeated_share(row.token_ids), row.finish_reason == "length") for row in rows],
-        columns=list(ANSWERS),
-        dtype=np.float64,
-    )
-    prompt_ids = np.array([row.prompt_id for row in rows])
-    return ScoredRun(
-        name, folder, prompts, scores.groupby(prompt_ids).mean(), answers.groupby(prompt_ids).mean(), scores
-    )  # fmt: skip
+    prompts: dict[str, dict[int, list[Message]]] = {}
+    tables: list[pd.DataFrame] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"run {name}: {folder}: no such folder")
+        path = folder / f"{split}.jsonl"
+        if not path.is_file():
+            there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no completions"
+            raise DataError(f"run {name}: {path}: no such file; the folder has {there}; choose with --split")
+        rows = read_records(path, Completion.from_row)
+        groups = check_scored(path, rows)
+        prompts[f"{name} ({folder})"] = {prompt_id: group[0].prompt for prompt_id, group in groups.items()}
+        ids = [row.prompt_id for row in rows]
+        answers = [(len(row.token_ids), repeated_share(row.token_ids), row.finish_reason == "length") for row in rows]
+        table = {
+            "scores": pd.DataFrame([row.scores for row in rows], ids, sort_objectives(rows[0].scores), np.float64),
+            "answers": pd.DataFrame(answers, ids, list(ANSWERS), np.float64),
+        }
+        tables.append(pd.concat(table, axis=1))
+        if odd := sorted(name for _, name in {*tables[0]} ^ {*tables[-1]}):
+            raise DataError(f"run {name}: {folders[0]} and {folder} are not both scored in {', '.join(odd)}")
+    first = next(iter(prompts.values()))
+    shared = {prompt_id: first[prompt_id] for prompt_id in common_prompts(prompts)}
+    return ScoredRun(name, folders, shared, pd.concat(dict(enumerate(tables))))
 
 
-def pool_seeds(name: str, seeds: list[ScoredRun]) -> ScoredRun:
-    """Pool the seeds of a run: the mean over seeds for every prompt that all of them share.
+def common_prompts(prompts: Mapping[str, Mapping[int, list[Message]]]) -> list[int]:
+    """Ascending ids of the prompts that all runs, or all seeds of one, have, of {name: {prompt_id: messages}}.
 
     Raises:
-        DataError: the seeds share no prompt, have different prompts under one id, or were scored in different objectives.
+        DataError: there is none, or two have different prompts under one id.
     """
-    if len(seeds) == 1:
-        return seeds[0]
-    first = seeds[0]
-    for run in seeds[1:]:
-        if odd := sorted(set(run.scores) ^ set(first.scores)):
-            raise DataError(f"run {name}: {first.folder} and {run.folder} are not both scored in {', '.join(odd)}")
-    common = common_prompts(seeds)
-    prompts = {prompt_id: first.prompts[prompt_id] for prompt_id in common}
-    # The standard deviation is over `completions`, which keep all prompts.
-    members = tuple(
-        replace(run, prompts=prompts, scores=run.scores.loc[common], answers=run.answers.loc[common]) for run in seeds
-    )
-    return ScoredRun(
-        name,
-        first.folder,
-        prompts,
-        sum((run.scores for run in members[1:]), start=members[0].scores) / len(seeds),
-        sum((run.answers for run in members[1:]), start=members[0].answers) / len(seeds),
-        pd.concat([run.completions for run in seeds], ignore_index=True),
-        members,
-    )
-
-
-def common_prompts(runs: list[ScoredRun]) -> list[int]:
-    """Ids of the prompts that every run has, ascending.
-
-    Raises:
-        DataError: there is none, or two runs have different prompts under one id.
-    """
-    base, *others = runs
-    common = [prompt_id for prompt_id in base.prompts if all(prompt_id in run.prompts for run in others)]
+    (base, first), *others = prompts.items()
+    common = sorted(set(first).intersection(*(of_run for _, of_run in others)))
     if not common:
-        names = ", ".join(run.name for run in runs)
-        raise DataError(f"the runs {names} have no prompt_id in common; sample them from the same prompts")
-    for run in others:
+        raise DataError(f"{', '.join(prompts)} have no prompt_id in common; sample them from the same prompts")
+    for run, of_run in others:
         for prompt_id in common:
-            if run.prompts[prompt_id] != base.prompts[prompt_id]:
-                raise DataError(
-                    f'prompt_id {prompt_id}: field "prompt" differs between {base.name} ({base.folder}) and '
-                    f"{run.name} ({run.folder}); the runs were sampled from different prompts"
-                )
+            if of_run[prompt_id] != first[prompt_id]:
+                raise DataError(f'prompt_id {prompt_id}: field "prompt" differs between {base} and {run}')
     return common
 
 
-def sort_objectives(names: dict[str, float] | set[str]) -> list[str]:
+def sort_objectives(names: Iterable[str]) -> list[str]:
     """ArmoRM's order, then other objectives by name, the gated score last."""
     order = {name: rank for rank, name in enumerate(ARMORM_OBJECTIVES)}
     return sorted(names, key=lambda name: (name == GATED_SCORE, order.get(name, len(order)), name))
 
 
 def choose_objectives(runs: list[ScoredRun], wanted: list[str]) -> list[str]:
-    """The objectives to report.
-
-    Args:
-        runs: at least one.
-        wanted: names in either spelling; empty for all that every run has.
+    """The objectives to report: the wanted ones, in either spelling, or all that every run has.
 
     Raises:
         UsageError: an unknown objective.
         DataError: a run lacks a wanted objective; or none is wanted and the runs share none.
     """
-    has = {run.name: ", ".join(map(flag_name, run.scores)) for run in runs}
+    has = {run.name: ", ".join(map(flag_name, run.objectives)) for run in runs}
     if not wanted:
-        common = set.intersection(*(set(run.scores) for run in runs))
+        common = set.intersection(*(set(run.objectives) for run in runs))
         if not common:
             raise DataError("the runs share no objective: " + "; ".join(f"{run} has {names}" for run, names in has.items()))
         return sort_objectives(common)
-    known = {flag_name(name): name for run in runs for name in run.scores}
+    known = {flag_name(name): name for run in runs for name in run.objectives}
     chosen = list(dict.fromkeys(known.get(flag_name(word)) or objective_from_flag(word) for word in wanted))
     for name in chosen:
         for run in runs:
-            if name not in run.scores:
-                raise DataError(f"run {run.name} ({run.folder}) has no scores of {name}; it has scores of {has[run.name]}")
+            if name not in run.objectives:
+                raise DataError(f"run {run.name} ({run.folders[0]}) has no scores of {name}, but of {has[run.name]}")
     return chosen
 
 
@@ -239,7 +214,18 @@ def read_provenance(folder: Path, split: str) -> Provenance:
             for name, value in section(record, "made_by").items()
             if value is not None and name not in ("model", "sampled")
         }
-    return Provenance(policy or "not recorded", *_training(policy), made_by, notes)
+    # What trained a checkpoint `<save_path>/global_step_<n>` wrote beside it.
+    file, flags = Path(policy or "").parent / "config.json", {}
+    if policy and file.is_file():
+        with suppress(DataError):
+            flags = read_json_object(file)
+    # A folder of models may have another config.json; a training's has these two flags.
+    if not {"dataset_path", "beta"} <= set(flags):
+        return Provenance(policy or "not recorded", "no training recorded", {}, made_by, notes)
+    method = section(read_manifest(file.parent), "train", "made_by").get("method", "a method without a record")
+    shown = ", ".join([str(method), *(f"{name}={flags[name]}" for name in ("beta", "seed") if name in flags)])
+    weights = section(read_manifest(Path(str(flags["dataset_path"]))), "preferences", "made_by", "weights")
+    return Provenance(str(policy), shown, {name: float(weight) for name, weight in weights.items()}, made_by, notes)
 
 
 def section(record: Any, *names: str) -> dict[str, Any]:
@@ -247,19 +233,3 @@ def section(record: Any, *names: str) -> dict[str, Any]:
     for name in names:
         record = record.get(name) if isinstance(record, dict) else None
     return record if isinstance(record, dict) else {}
-
-
-def _training(policy: str | None) -> tuple[str, dict[str, float]]:
-    """Method and mixture of the training that wrote a checkpoint `<save_path>/global_step_<n>`."""
-    folder = None if policy is None else Path(policy).parent
-    try:
-        flags = read_json_object(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-    except DataError:
-        flags = {}
-    # A folder of models may have another config.json; a training's has these two flags.
-    if folder is None or not {"dataset_path", "beta"} <= set(flags):
-        return "no training recorded", {}
-    method = section(read_manifest(folder), "train", "made_by").get("method", "a method without a record")
-    shown = [f"{name}={flags[name]}" for name in ("beta", "seed") if name in flags]
-    weights = section(read_manifest(Path(str(flags["dataset_path"]))), "preferences", "made_by", "weights")
-    return ", ".join([str(method), *shown]), {name: float(weight) for name, weight in weights.items()}

@@ -27,7 +27,7 @@ from typing import TypeVar
 import numpy as np
 from scipy.special import stdtrit
 
-from drdpo.evaluation.runs import ANSWERS, ScoredRun
+from drdpo.evaluation.runs import ANSWERS, ScoredRun, common_prompts
 from drdpo.objectives import GATED_SCORE
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -90,11 +90,6 @@ def estimate(means: Array, layout: Layout, bounds: tuple[float, float] = (-np.in
     return Estimate(value, max(float(low), bounds[0]), min(float(high), bounds[1]))
 
 
-def weighted(gains: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
-    """Weighted sum of resampled gains."""
-    return sum((gains[name] * weight for name, weight in weights.items()), start=np.zeros(1))
-
-
 def resample(
     tables: Mapping[Key, Observations], seeds: Mapping[str, int], draws: int, seed: int
 ) -> tuple[dict[Key, Array], Layout]:
@@ -111,8 +106,13 @@ def resample(
         those of the estimates.
     """
     means_PK = np.stack([table.values.reshape(len(table.values), -1).mean(axis=1) for table in tables.values()], axis=1)
-    means_K = means_PK.mean(axis=0)
-    draws_BK = means_K + _prompt_draws(means_PK - means_K, draws, seed)
+    means_K, prompts, generator = means_PK.mean(axis=0), len(means_PK), np.random.default_rng(seed)
+    blocks = [np.empty((0, len(tables)))]
+    for start in range(0, draws if prompts > 1 else 0, _DRAWS):
+        # How often each prompt is drawn, not the draws themselves: one matrix product gives the means.
+        counts_BP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(_DRAWS, draws - start))
+        blocks.append(counts_BP @ (means_PK - means_K) / prompts)
+    draws_BK = means_K + np.concatenate(blocks)
     several = {run: count for run, count in seeds.items() if count > 1}
     found: dict[Key, Array] = {}
     for column, (key, table) in enumerate(tables.items()):
@@ -122,137 +122,98 @@ def resample(
                 axis = 1 + table.runs.index(run)
                 alone[place] = table.values.mean(axis=tuple({*range(table.values.ndim)} - {axis}))
         found[key] = np.concatenate([means_K[column : column + 1], draws_BK[:, column], *alone])
-    return found, Layout(len(means_PK), len(draws_BK), tuple(several.values()))
-
-
-def _prompt_draws(centred_PK: Array, draws: int, seed: int) -> Array:
-    """[B, K]: means of the centred columns over prompts drawn with replacement; no rows from a single prompt."""
-    prompts = len(centred_PK)
-    if prompts < 2:
-        return np.empty((0, centred_PK.shape[1]))
-    generator = np.random.default_rng(seed)
-    shares = np.full(prompts, 1 / prompts)
-    blocks = []
-    for start in range(0, draws, _DRAWS):
-        # How often each prompt is drawn, not the draws themselves: one matrix product gives the means.
-        counts_BP = generator.multinomial(prompts, shares, size=min(_DRAWS, draws - start))
-        blocks.append(counts_BP @ centred_PK / prompts)
-    return np.concatenate(blocks)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One run against another in one objective."""
-
-    gain: Estimate | None
-    """In the base's sd; None if all of the base's scores are equal."""
-    win_rate: Estimate
-    """Share of the paired prompts on which the run scores higher, ties counting half; over every two seeds."""
+    return found, Layout(prompts, len(draws_BK), tuple(several.values()))
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The estimates of a report. Objectives in which all base scores are equal have no gain."""
 
+    runs: list[ScoredRun]
+    """The base first."""
     objectives: list[str]
     common: list[int]
-    """Ids of the paired prompts."""
+    """Ids of the paired prompts: those that all runs have."""
     trained_on: list[str]
     """The objectives that training used; empty if unknown."""
     mixture: dict[str, float]
-    """{objective: weight} of the training pairs; empty if unknown, or if one of them has no gain."""
-    gains: dict[str, dict[str, Estimate]]
-    """{run: {objective: gain over the first run in its sd}}, without the first run."""
-    pairs: dict[tuple[str, str], dict[str, Difference]]
-    """{(run, against): {objective: }}, every two runs once, the later of them first."""
-    summaries: dict[str, dict[str, Estimate]]
-    """{run: {"mean of ...": mean gain over those objectives, "worst of ...": the smallest}}, without the gated score; and
-    MIXTURE: the gain in the mixture that was trained on, of z-scores (mean and sd of the first run)."""
+    """{objective: weight} of the training pairs; empty if unknown, if runs differ, or if one objective has no gain."""
+    gains: dict[tuple[str, str], dict[str, Estimate]]
+    """{(run, against): {objective: gain in the base's sd}}, every two runs once, the later of them first. Against the base
+    also {"mean of ...": mean gain over those objectives, "worst of ...": the smallest}, without the gated score, and
+    MIXTURE: the gain in the mixture that was trained on, of z-scores (mean and sd of the base)."""
+    win_rates: dict[tuple[str, str], dict[str, Estimate]]
+    """Share of the paired prompts on which the run scores higher, ties counting half; over every two seeds."""
     answers: dict[str, dict[str, Estimate]]
-    """{run: {name in ANSWERS: difference from the first run, in its own unit}}."""
+    """{run but the base: {name in ANSWERS: difference from the base, in its own unit}}."""
+
+    @property
+    def base(self) -> str:
+        return self.runs[0].name
+
+    @property
+    def others(self) -> list[str]:
+        return [run.name for run in self.runs[1:]]
+
+    def is_unseen(self, objective: str) -> bool:
+        """Is it known that training did not use this objective? The gated score mixes all of them."""
+        return bool(self.trained_on) and objective not in (*self.trained_on, GATED_SCORE)
 
 
 def compare(
-    runs: list[ScoredRun],
-    objectives: list[str],
-    common: list[int],
-    draws: int,
-    seed: int,
-    trained_on: list[str],
-    mixture: dict[str, float],
+    runs: list[ScoredRun], objectives: list[str], draws: int, seed: int, mixtures: list[dict[str, float]]
 ) -> Comparison:
-    """Compare every run with the first one, and every two runs, on the prompts they share.
+    """Compare every run with the first one, the base, and every two runs, on the prompts they share.
 
     Args:
-        runs: the base first.
-        objectives: names that every run has.
-        common: ids of the prompts that every run has.
-        draws: bootstrap samples.
-        seed: of the bootstrap.
-        trained_on: the objectives that training used; empty if unknown.
-        mixture: {objective: weight} of the training pairs; empty if unknown.
+        runs, objectives: as in Comparison.
+        draws, seed: of the bootstrap.
+        mixtures: {objective: weight} of the training pairs, of the runs for which it is known.
     """
-    base, *others = runs
-    pairs = [(run, against) for place, run in enumerate(runs) for against in runs[:place]]
-    found, layout = resample(
-        _observations(runs, pairs, objectives, common), {run.name: len(run.members) for run in runs}, draws, seed
-    )
-    units = {name: unit for name in objectives if (unit := base.sd(name)) > 0}
-    mixture = mixture if mixture.keys() <= units.keys() else {}
+    base = runs[0].name
+    common = common_prompts({f"{run.name} ({run.folders[0]})": run.prompts for run in runs})
+    tables: dict[tuple[str, ...], Observations] = {
+        (run.name, kind, name): Observations(run.means[kind, name].loc[common].to_numpy(), (run.name,))
+        for run in runs
+        for kind, names in (("scores", objectives), ("answers", ANSWERS))
+        for name in names
+    }
+    pairs = [(run.name, against.name) for place, run in enumerate(runs) for against in runs[:place]]
+    for run, against in pairs:
+        for name in objectives:
+            ours_PS, theirs_PS = (tables[one, "scores", name].values for one in (run, against))
+            # [P, S of the run, S of the other]: 1, 1/2 or 0 for every two seeds.
+            signs = np.sign(ours_PS[:, :, None] - theirs_PS[:, None, :])
+            tables[run, against, name, "wins"] = Observations((signs + 1) / 2, (run, against))
+    found, layout = resample(tables, {run.name: len(run.folders) for run in runs}, draws, seed)
+    units = {name: unit for name in objectives if (unit := runs[0].sd(name)) > 0}
+    trained_on = list(dict.fromkeys(name for mixture in mixtures for name in mixture))
+    one = len(trained_on) > 0 and all(mixture == mixtures[0] for mixture in mixtures) and set(trained_on) <= units.keys()
+    mixture = mixtures[0] if one else {}
 
-    def difference(run: ScoredRun, against: ScoredRun, objective: str) -> Array:
-        return (found[run.name, objective] - found[against.name, objective]) * (1 / units[objective])
+    def differences(run: str, against: str, kind: str, units: dict[str, float]) -> dict[str, Array]:
+        return {name: (found[run, kind, name] - found[against, kind, name]) * (1 / unit) for name, unit in units.items()}
 
-    def pair(run: ScoredRun, against: ScoredRun, objective: str) -> Difference:
-        gain = estimate(difference(run, against, objective), layout) if objective in units else None
-        return Difference(gain, estimate(found[run.name, against.name, objective, "wins"], layout, (0.0, 1.0)))
+    def estimates(arrays: dict[str, Array], *bounds: tuple[float, float]) -> dict[str, Estimate]:
+        return {name: estimate(array, layout, *bounds) for name, array in arrays.items()}
 
-    gains = {run.name: {name: difference(run, base, name) for name in units} for run in others}
+    gains = {pair: differences(*pair, "scores", units) for pair in pairs}
+    for run, against in pairs:
+        if against == base:
+            gains[run, base] |= _summaries(gains[run, base], trained_on, mixture)
     return Comparison(
+        runs,
         objectives,
         common,
         trained_on,
         mixture,
-        {run: {name: estimate(gain, layout) for name, gain in by_name.items()} for run, by_name in gains.items()},
-        {(run.name, against.name): {name: pair(run, against, name) for name in objectives} for run, against in pairs},
-        {run: _summaries(by_name, layout, trained_on, mixture) for run, by_name in gains.items()},
-        {
-            run.name: {name: estimate(found[run.name, "", name] - found[base.name, "", name], layout) for name in ANSWERS}
-            for run in others
-        },
+        {pair: estimates(by_name) for pair, by_name in gains.items()},
+        {pair: estimates({name: found[*pair, name, "wins"] for name in objectives}, (0.0, 1.0)) for pair in pairs},
+        {run.name: estimates(differences(run.name, base, "answers", dict.fromkeys(ANSWERS, 1.0))) for run in runs[1:]},
     )
 
 
-def _observations(
-    runs: list[ScoredRun],
-    pairs: list[tuple[ScoredRun, ScoredRun]],
-    objectives: list[str],
-    common: list[int],
-) -> dict[tuple[str, ...], Observations]:
-    """What is bootstrapped: (run, objective), (run, "", one of ANSWERS) and (run, against, objective, "wins")."""
-    scores_PS = {
-        (run.name, name): np.stack([member.scores.loc[common, name] for member in run.members], axis=1)
-        for run in runs
-        for name in objectives
-    }
-    tables: dict[tuple[str, ...], Observations] = {}
-    for run in runs:
-        for name in objectives:
-            tables[run.name, name] = Observations(scores_PS[run.name, name], (run.name,))
-        for name in ANSWERS:
-            values_PS = np.stack([member.answers.loc[common, name] for member in run.members], axis=1)
-            tables[run.name, "", name] = Observations(values_PS, (run.name,))
-    for run, against in pairs:
-        for name in objectives:
-            # [P, S of the run, S of the other]: 1, 1/2 or 0 for every two seeds.
-            signs = np.sign(scores_PS[run.name, name][:, :, None] - scores_PS[against.name, name][:, None, :])
-            tables[run.name, against.name, name, "wins"] = Observations((signs + 1) / 2, (run.name, against.name))
-    return tables
-
-
-def _summaries(
-    gains: dict[str, Array], layout: Layout, trained_on: list[str], mixture: dict[str, float]
-) -> dict[str, Estimate]:
+def _summaries(gains: dict[str, Array], trained_on: list[str], mixture: dict[str, float]) -> dict[str, Array]:
     """The gain in the trained mixture, if there is one (gains in sd are of z-scores, which mix linearly); mean and worst
     gain over all objectives without the gated score, which is a mixture itself, and over the trained and unseen ones."""
     single = [name for name in gains if name != GATED_SCORE]
@@ -260,13 +221,10 @@ def _summaries(
     if trained_on:
         groups["trained"] = [name for name in single if name in trained_on]
         groups["unseen"] = [name for name in single if name not in trained_on]
-    found: dict[str, Estimate] = {}
-    if mixture:
-        found[MIXTURE] = estimate(weighted(gains, mixture), layout)
+    found = {MIXTURE: np.sum([gains[name] * weight for name, weight in mixture.items()], axis=0)} if mixture else {}
     for label, names in groups.items():
         if len(names) >= 2:
-            mean = weighted(gains, dict.fromkeys(names, 1 / len(names)))
-            found[f"mean of {label} ({len(names)})"] = estimate(mean, layout)
+            found[f"mean of {label} ({len(names)})"] = np.sum([gains[name] * (1 / len(names)) for name in names], axis=0)
             # The smallest in every bootstrap sample and for every seed, whichever objective it is.
-            found[f"worst of {label} ({len(names)})"] = estimate(np.min([gains[name] for name in names], axis=0), layout)
+            found[f"worst of {label} ({len(names)})"] = np.min([gains[name] for name in names], axis=0)
     return found
