@@ -9,8 +9,8 @@ is the self-normalised importance-sampling estimate of the expected score of pi 
 if the answer ended by it, and an answer that the length limit cut has none. Candidates drawn at another temperature, or with
 top-p, are not from pi_ref but from some q: then V is the mean score under q tilted by pi / pi_ref.
 
-Shape suffixes: N prompts, K candidates of a prompt, O kinds of score, C candidates of all prompts, A tokens of answers, S
-candidates of a packed row.
+Shape suffixes: N prompts, K candidates of a prompt, O kinds of score, C candidates of all prompts, S candidates of a packed
+row.
 """
 
 import hashlib
@@ -189,37 +189,30 @@ class Candidates:
         Args:
             budget: tokens of a row at most, unless a prompt with one answer has more.
         """
-        rows: list[list[tuple[int, list[int]]]] = []
-        room = 0
-        for n, answers in enumerate(self.answers):
-            for k, answer in enumerate(answers):
-                alone = len(self.prompts[n]) + len(answer)
-                joins = bool(k and rows and rows[-1] and rows[-1][-1][0] == n)
-                size = len(answer) if joins else alone
-                if not rows or size > room:
-                    rows.append([])
-                    room, joins, size = max(budget, alone), False, alone
-                if joins:
-                    rows[-1][-1][1].append(k)
-                else:
-                    rows[-1].append((n, [k]))
-                room -= size
-        first = np.cumsum([0, *map(len, self.answers)]).tolist()
-        return [self._row(groups, first) for groups in rows]
-
-    def _row(self, groups: list[tuple[int, list[int]]], first: list[int]) -> "CandidateRow":
         from drdpo.kernels.packed_attention import PackedRow
 
-        sequences = [[self.prompts[n] + self.answers[n][k] for k in ks] for n, ks in groups]
-        packed = PackedRow([(len(self.prompts[n]), row) for (n, _), row in zip(groups, sequences, strict=True)])
-        states, targets, sequence = [], [], []
-        places = [(n, k) for n, ks in groups for k in ks]
-        for number, (n, k) in enumerate(places):
-            before, answer = len(self.prompts[n]), self.answers[n][k]
-            states += [packed.index(number, position - 1) for position in range(before, before + len(answer))]
-            targets += answer
-            sequence += [number] * len(answer)
-        return CandidateRow(packed, [first[n] + k for n, k in places], states, targets, sequence)
+        rows: list[list[tuple[int, list[int]]]] = []
+        room = 0
+        for n, k in self.places:
+            answer = len(self.answers[n][k])
+            alone = len(self.prompts[n]) + answer
+            if k and answer <= room:
+                rows[-1][-1][1].append(k)
+                room -= answer
+            elif rows and not k and alone <= room:
+                rows[-1].append((n, [k]))
+                room -= alone
+            else:
+                rows.append([(n, [k])])
+                room = max(budget, alone) - alone
+        first = np.cumsum([0, *map(len, self.answers)]).tolist()
+        return [
+            CandidateRow(
+                PackedRow([(len(self.prompts[n]), [self.prompts[n] + self.answers[n][k] for k in ks]) for n, ks in groups]),
+                [first[n] + k for n, ks in groups for k in ks],
+            )
+            for groups in rows
+        ]
 
     def write(self, path: Path, log_ratio_NK: Array, **facts: str) -> None:
         """Write `log_ratio` [N, K] float32 with `prompt_id` [N] and `sample_id` [N, K], -1 where a prompt has fewer; the
@@ -267,11 +260,6 @@ class CandidateRow(NamedTuple):
     packed: "PackedRow"
     indices_S: list[int]
     """Their numbers among all C."""
-    states_A: list[int]
-    """Where in the row the state is that predicts each answer token."""
-    targets_A: list[int]
-    sequence_A: list[int]
-    """The candidate of the row that each answer token belongs to."""
 
 
 def load_candidates(

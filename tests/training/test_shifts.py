@@ -52,7 +52,6 @@ def folder_with(path, changed: dict, split: str = "train"):
         (GROUP, {"domain": ...}, 'field "domain" is missing'),
         (GROUP, {"domain": ""}, 'field "domain" is missing or empty'),
         (GROUP, {"domain": 0.5}, 'field "domain" is neither a text nor a whole number'),
-        (GROUP, {"domain": "rare"}, 'field "domain" is "rare" in this row alone; a group needs two pairs'),
         (PRO, {"chosen_score": ...}, 'field "chosen_score" is missing, and the method reads it'),
         (PRO, {"rejected_score": 1e39}, 'field "rejected_score" is no finite number (of float32)'),
         (PRO, {"rejected_score": math.inf}, 'field "rejected_score": not a finite number'),
@@ -90,7 +89,8 @@ def refuse(flags, data, words, model, tmp_path):
 
 def test_one_group_alone_and_too_many_are_refused(tiny_policy, tmp_path):
     for split, flags, names, words in (
-        ("train", GROUP, ["same"] * 4, 'field "domain" names one group only'),
+        ("train", GROUP, ["same"] * 4, 'of 1 groups in field "domain"'),
+        ("train", GROUP, ["even", "odd", "rare", "even"], '"odd" is left with 1 usable training pairs'),
         ("test", {"eval_columns": "domain"}, list(map(str, range(LARGEST + 1))), f"names {LARGEST + 1} groups, more than"),
         ("test", {"eval_columns": "domain"}, ["a b", "a/b"], "would be the metric domain.a_b; rename one"),
         ("test", MIXTURE, ["even", "odd"], "--eval_mixture safe scores both answers of every pair alike"),
