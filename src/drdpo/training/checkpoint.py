@@ -57,10 +57,8 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
         bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
         # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
         if distributed.any_rank(bool(bad)):
-            raise DataError(
-                f"{folder}: not written, as {bad[0] if bad else 'a weight'} has values that are not finite; lower "
-                "--learning_rate; earlier checkpoints are kept"
-            )
+            what = f"{bad[0] if bad else 'a weight'} has values that are not finite"
+            raise DataError(f"{folder}: not written, as {what}; lower --learning_rate; earlier checkpoints are kept")
         check_room(folder, written_bytes(model, weights, lora))
         distributed.on_main(lambda: _write_model(engine.module, weights, tokenizer, folder, lora, card))
 
@@ -179,7 +177,7 @@ class State(NamedTuple):
     step: int
     world_size: int
     files: dict[str, dict[str, Any]]
-    """{size, sha256} of every file by name."""
+    """By name, as describe."""
 
 
 def write_index(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
@@ -360,10 +358,8 @@ def load_state(engine: Engine, folder: Path) -> int:
     if chosen is None:
         return 0
     if chosen.world_size != (world := distributed.world_size()):
-        distributed.say(
-            f"{chosen.folder}: written by {chosen.world_size} and resumed by {world} process{'es' * (world > 1)}, so not "
-            "bit-identical to a run on one number of them, as sums round in another order"
-        )
+        resumed = f"written by {chosen.world_size} and resumed by {world} process{'es' * (world > 1)}"
+        distributed.say(f"{chosen.folder}: {resumed}, so not bit-identical to a run on one number of them")
     _read_parts(engine, chosen.folder)
     continue_after(engine, chosen.step)
     kept_by_method = load_file(chosen.folder / METHOD)

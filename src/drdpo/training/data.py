@@ -223,7 +223,7 @@ def token_batches(indices: Sequence[int], tokens: Sequence[int], budget: int, ra
     order = sorted(indices, key=lambda index: (-tokens[index], index))
     if tokens[order[0]] > budget or len(order) % world:
         raise ValueError(
-            f"{len(order)} pairs of up to {tokens[order[0]]} tokens do not fit rows of {budget} on {world} ranks"
+            f"{len(order)} pairs, up to {tokens[order[0]]} tokens, do not fit rows of {budget} on {world} ranks"
         )
     number = world * max(1, -(-sum(tokens[index] for index in order) // (budget * world)))
     while True:

@@ -126,13 +126,12 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector
 
 
 class Part(NamedTuple):
-    """What this rank's optimizer holds of one trained parameter: K consecutive elements of it, flat."""
+    """What this rank's optimizer holds of one trained parameter: K consecutive elements of it, from `start` on, as views [K]
+    of the engine's memory, float32: weight, and AdamW's moments exp_avg and exp_avg_sq."""
 
     name: str
     start: int
-    """The first of them in the whole parameter."""
     tensors: dict[str, torch.Tensor]
-    """Views [K] of the engine's memory, float32: weight, and AdamW's moments exp_avg and exp_avg_sq."""
 
 
 def parts(engine: Engine) -> Iterator[Part]:

@@ -254,10 +254,7 @@ def check_first_step(
     if not abs(loss - expected) <= loss_tolerance:
         reason = f"the first loss is {loss:.4f}, not {expected:.4f}"
     elif not difference <= allowed:
-        reason = (
-            f"before the first step the policy's log-probs are {difference:.4g} away from the reference's in the mean, more "
-            f"than the {allowed:.2g} of rounding"
-        )
+        reason = f"the policy's first log-probs are {difference:.4g} away from the reference's, more than {allowed:.2g}"
     else:
         return
     raise DataError(

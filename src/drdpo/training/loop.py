@@ -280,9 +280,7 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
     """End a run that was sent a signal, after `step` steps, of which the newest state holds `saved`: with status STOPPED, or
     by ProcessError if --save_resume=false."""
     if not run.config.save_resume:
-        raise ProcessError(
-            f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state to resume from"
-        )
+        raise ProcessError(f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state of it")
     if step > saved:
         distributed.on_main(log.flush)
         save_state(engine, run.folder / "resume", step)

@@ -1,10 +1,8 @@
 """What a run will need, printed before anything slow, and what is chosen for the machine where flags leave it open.
 
-The preflight prints sizes, work, lengths and the predicted peak memory of an optimizer step: ZeRO's shares by formula, the
-rest by a dry run. The dry run sends the largest micro-batch through the real policy and objective on torch's meta device,
-where tensors have shapes but no content, and counts what is alive; so it covers every architecture, method and kind of
-checkpointing. By the same prediction --micro_batch_tokens and --gradient_checkpointing are chosen, and by what the GPU and
-the model support --attn.
+The peak memory of an optimizer step is predicted: ZeRO's shares by formula, the rest by a dry run, which sends the largest
+micro-batch through the real policy and objective on torch's meta device, where tensors have shapes but no content, and
+counts what is alive; so it covers every architecture, method and kind of checkpointing.
 """
 
 import os
@@ -70,12 +68,7 @@ Lines = list[tuple[str, str]]
 
 def preflight(run: Run) -> tuple[Run, Shape]:
     """Print, on rank 0, what the run will do and the memory it will need; the run, with its recomputed layers, and what a
-    step's work depends on. Every rank must call.
-
-    Raises:
-        DataError: there is no such model, or transformers does not know its architecture.
-        UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
-    """
+    step's work depends on. Every rank must call. DataError and UsageError as shapes."""
     pairs, config, world = run.sequences, run.config, distributed.world_size()
     policy = shapes(config, pairs)
     shape, memory, layers = shape_of(policy), _free(), 0
@@ -240,12 +233,10 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
         reason = refusal(settings, distributed.device(), getattr(torch, config.dtype))
     if not distributed.any_rank(reason is not None):
         return replace(config, attn="flash")
+    why = reason or "another process cannot use it"
     if config.attn == "flash":
-        raise UsageError(
-            "--attn=flash: torch's flash attention does not support this model here: "
-            f"{reason or 'another process found so'}; pass --attn=sdpa"
-        )
-    distributed.say(f"--attn=auto: sdpa instead of flash, because {reason or 'another process cannot use it'}")
+        raise UsageError(f"--attn=flash: torch's kernel does not support this model here: {why}; pass --attn=sdpa")
+    distributed.say(f"--attn=auto: sdpa instead of flash, because {why}")
     return replace(config, attn="sdpa")
 
 
@@ -302,7 +293,8 @@ def predicted(
 
 
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
-    """The policy of a run without its weights: shapes alone, from the model's config.json. Raises as preflight does."""
+    """The policy of a run without its weights: shapes alone, from the model's config.json. DataError for a model that
+    transformers does not know; UsageError if its blocks have no linear layers for --lora_rank, or as check_pairs."""
     settings, dtype = read_settings(config.model_path), getattr(torch, config.dtype)
     register_shared_prefix()
     try:

@@ -88,8 +88,7 @@ def push_to_hub(repository: str, folder: Path) -> None:
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"drdpo: {folder.name}")
         print(f"uploaded {folder} to {done.commit_url}", flush=True)
     except Exception as error:  # network, login, quota: of several libraries' kinds
+        why = one_line(str(error), 300)
         print(
-            f"warning: --push_to_hub={repository} failed ({one_line(str(error), 300)}); the checkpoint is in {folder}; "
-            "rerun the same command to upload it",
-            file=sys.stderr,
+            f"warning: --push_to_hub={repository} failed ({why}); rerun the same command to upload {folder}", file=sys.stderr
         )

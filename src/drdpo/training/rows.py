@@ -71,15 +71,12 @@ def load_split(
         random.Random(f"{data.seed}/test").shuffle(prompts)
         held_out = set(prompts[: max(1, round(data.test_share * len(prompts)))])
         if len(held_out) == len(prompts):
-            raise DataError(
-                f"{source}: --test_share={data.test_share} of {len(prompts)} distinct prompts leaves none to train on"
-            )
+            count = f"{len(prompts)} distinct prompts"
+            raise DataError(f"{source}: --test_share={data.test_share} of {count} leaves none to train on")
         kept = [(str(preference.prompt) in held_out) == (split == "test") for preference in preferences]
         preferences, columns = list(compress(preferences, kept)), list(compress(columns, kept))
     if weight is not None and split == "train" and not any(found.numbers[weight] for found in columns):
-        raise DataError(
-            f'{source}: field "{weight}" is 0 in every row, so no pair would train; change it, or omit --weight_column'
-        )
+        raise DataError(f'{source}: field "{weight}" is 0 in every row, so no pair would train; omit --weight_column')
     return preferences, columns
 
 

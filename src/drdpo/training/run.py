@@ -152,12 +152,10 @@ def _check_own(config: TrainConfig, method: Method) -> None:
             "train_alignment.sh; return a Method with another name, see docs/own.md"
         )
     if config.weight_column != method.weight_column:
-        raise UsageError(
-            f"{method.name} was not made for --weight_column={config.weight_column}: make it with "
-            "replace(method_of(config), ...), which takes the column over"
-            if config.weight_column
-            else f"{method.name} has a weight_column: pass --weight_column={method.weight_column}, which it is made from"
+        given = (
+            f"and --weight_column is {config.weight_column}; make it with replace(method_of(config), ...), or pass the same"
         )
+        raise UsageError(f"{method.name} has weight_column {method.weight_column}, {given}")
     if method.penalty not in (None, chosen.penalty):
         raise UsageError(f"{method.name} has a penalty of its own: pass --wdpo_rho and keep the penalty of method_of")
 
@@ -213,12 +211,10 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
         reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
         distributed.say(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
-        longest = max((pair.row_tokens() for pair in pairs[split]), default=0)
-        if config.micro_batch_tokens is not None and longest > config.micro_batch_tokens:
-            raise UsageError(
-                f"--micro_batch_tokens={config.micro_batch_tokens}: the longest {split} pair takes {longest} tokens of a "
-                "row; raise it, or lower --max_len"
-            )
+        longest, budget = max((pair.row_tokens() for pair in pairs[split]), default=0), config.micro_batch_tokens
+        if budget is not None and longest > budget:
+            more = f"the longest {split} pair takes {longest} tokens of a row; raise it, or lower --max_len"
+            raise UsageError(f"--micro_batch_tokens={budget}: {more}")
     shifts, lines = _check_pairs(config, method, pairs)
     if (column := method.group) is not None:
         names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
@@ -270,10 +266,7 @@ def _candidates(config: TrainConfig, tokenizer: chat.Tokenizer) -> Candidates | 
         return None
     found = load_candidates(config.eval_candidates, "test", tokenizer, config.mixtures, config.max_candidate_prompts)
     if found.longest > config.max_len:
-        raise UsageError(
-            f"{found.path}: the longest prompt with its completion has {found.longest} tokens, and none is cut; pass "
-            f"--max_len={found.longest}"
-        )
+        raise UsageError(f"{found.path}: one has {found.longest} tokens, and none is cut; pass --max_len={found.longest}")
     return found
 
 

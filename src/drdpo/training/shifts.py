@@ -88,9 +88,7 @@ def shifts_of(
     for column in columns:
         names = sorted({pair.groups[column] for pair in pairs})
         if len(names) > LARGEST:
-            raise DataError(
-                f'{source}: field "{column}" names {len(names)} groups, more than the {LARGEST} that --eval_columns takes'
-            )
+            raise DataError(f'{source}: field "{column}" of --eval_columns names {len(names)} groups, more than {LARGEST}')
         for name in names:
             key = re.sub(r"[^-.\w]", "_", f"{column}.{name}")
             if key in groups:
