@@ -9,8 +9,8 @@ is the self-normalised importance-sampling estimate of the expected score of pi 
 if the answer ended by it, and an answer that the length limit cut has none. Candidates drawn at another temperature, or with
 top-p, are not from pi_ref but from some q: then V is the mean score under q tilted by pi / pi_ref.
 
-Shape suffixes: N prompts, K candidates of a prompt, O kinds of score, C candidates of all prompts, A tokens of answers, S
-candidates of a packed row.
+Shape suffixes: N prompts, K candidates of a prompt, O kinds of score, C candidates of all prompts, S candidates of a packed
+row.
 """
 
 import hashlib
@@ -203,6 +203,8 @@ class Candidates:
         Args:
             budget: tokens of a row at most, unless a prompt with one answer has more.
         """
+        from drdpo.kernels.packed_attention import PackedRow
+
         rows: list[list[int]] = []
         room = 0
         for c, (n, k) in enumerate(self.places):
@@ -214,23 +216,12 @@ class Candidates:
                 room, size = max(budget, alone), alone
             rows[-1].append(c)
             room -= size
-        return [self._row(indices_S) for indices_S in rows]
-
-    def _row(self, indices_S: list[int]) -> "CandidateRow":
-        from drdpo.kernels.packed_attention import PackedRow
-
-        places = [self.places[c] for c in indices_S]
-        by_prompt = groupby(places, key=lambda place: place[0])
-        packed = PackedRow(
-            [(len(self.prompts[n]), [self.prompts[n] + self.answers[n][k] for _, k in group]) for n, group in by_prompt]
-        )
-        states, targets, sequence = [], [], []
-        for number, (n, k) in enumerate(places):
-            before, answer = len(self.prompts[n]), self.answers[n][k]
-            states += [packed.index(number, position - 1) for position in range(before, before + len(answer))]
-            targets += answer
-            sequence += [number] * len(answer)
-        return CandidateRow(packed, indices_S, states, targets, sequence)
+        found = []
+        for indices_S in rows:
+            by_prompt = groupby((self.places[c] for c in indices_S), key=lambda place: place[0])
+            answers = [(n, [self.prompts[n] + self.answers[n][k] for _, k in group]) for n, group in by_prompt]
+            found.append(CandidateRow(PackedRow([(len(self.prompts[n]), whole) for n, whole in answers]), indices_S))
+        return found
 
     def write(self, path: Path, log_ratio_NK: Array, **facts: str) -> None:
         """Write `log_ratio` [N, K] float32 with `prompt_id` [N] and `sample_id` [N, K], -1 where a prompt has fewer; the
@@ -271,11 +262,6 @@ class CandidateRow(NamedTuple):
     packed: "PackedRow"
     indices_S: list[int]
     """Their numbers among all C."""
-    states_A: list[int]
-    """Where in the row the state is that predicts each answer token."""
-    targets_A: list[int]
-    sequence_A: list[int]
-    """The candidate of the row that each answer token belongs to."""
 
 
 def load_candidates(

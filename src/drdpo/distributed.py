@@ -48,6 +48,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(message: str) -> None:
+    """Print it, on rank 0."""
+    if is_main():
+        print(message, flush=True)
+
+
 class Machines(NamedTuple):
     """Those that divide the parts of a result. They share only the folder, so that the loss of one disturbs no other."""
 
@@ -243,8 +249,10 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
 
 
 def gather_floats(values: Sequence[float]) -> list[float]:
-    """Numbers of all ranks in rank order."""
+    """Numbers of all ranks in rank order; of this one before it has joined the others, as under --dry_run."""
     import torch
 
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(values)
     found: list[float] = gather(torch.tensor(values, dtype=torch.float64, device=device())).tolist()
     return found

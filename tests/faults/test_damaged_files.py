@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from drdpo.config.data import CompletionsConfig, PreferencesConfig
 from drdpo.config.evaluation import EvaluateConfig
@@ -18,7 +19,7 @@ from drdpo.records import Completion, Preference, Prompt, to_row
 from drdpo.sampling.sample import sample_completions
 from drdpo.scoring.score import score_completions
 from drdpo.training.losses import method_of
-from drdpo.training.reference import read_reference, write_reference
+from drdpo.training.reference import stored_logprobs
 from drdpo.training.run import check_inputs
 
 QUESTION = [{"role": "user", "content": "Why is it late, and how late is it?"}]
@@ -123,12 +124,12 @@ def test_a_damaged_model_is_refused(step, damage, tiny_policy, fault_reward_mode
 
 def test_damaged_or_incomplete_reference_log_probs_are_refused(damage, tmp_path):
     path = tmp_path / "reference_train.safetensors"
-    write_reference(path, "key", torch.tensor([[1.0, 2.0], [3.0, torch.nan]]))
+    save_file({"logprobs": torch.tensor([[1.0, 2.0], [3.0, torch.nan]])}, path, metadata={"key": "key"})
     with pytest.raises(DataError, match=r"reference_train\.safetensors.* incomplete"):
-        read_reference(path, "key", 2, 2)
+        stored_logprobs(path, "key", (2, 2), pytest.fail, "-")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"reference_train\.safetensors: not a readable safetensors file .*; delete it"):
-        read_reference(path, "key", 2, 2)
+        stored_logprobs(path, "key", (2, 2), pytest.fail, "-")
 
 
 def test_a_cut_manifest_and_cut_rejects_are_named(fault_reward_model, tmp_path):

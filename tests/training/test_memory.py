@@ -333,7 +333,8 @@ def test_a_resumed_run_keeps_its_rows_whatever_recomputes_and_whatever_the_gpu(
     def rows(gib: float, **flags) -> int | None:
         properties = SimpleNamespace(total_memory=int(gib / memory.MARGIN) + 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return memory.resolve_rows(replace(config, **flags), method_of(config), None).micro_batch_tokens
+        monkeypatch.setattr(memory, "shapes", lambda config: None)
+        return memory.resolve_rows(replace(config, **flags), method_of(config)).micro_batch_tokens
 
     started = replace(config, micro_batch_tokens=rows(16_384))
     assert started.micro_batch_tokens == 4_096 and rows(16_384, gradient_checkpointing="true") == 16_384

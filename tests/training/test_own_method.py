@@ -137,9 +137,9 @@ def test_flags_and_method_that_do_not_belong_together_are_refused():
         (
             weighted,
             replace(method_of(config), name="CVaR"),
-            "CVaR was not made for --weight_column=trust: make it with",
+            "--weight_column is trust; make it with replace",
         ),
-        (config, replace(method_of(weighted), name="CVaR"), "CVaR has a weight_column: pass --weight_column=trust"),
+        (config, replace(method_of(weighted), name="CVaR"), "CVaR has weight_column trust"),
         (config, method_of(config), "CvarConfig is a command line of its own.*docs/own.md"),
         (config, replace(method_of(config), loss=cvar(config).loss), "CvarConfig is a command line of its own"),
     ):

@@ -53,7 +53,6 @@ def folder_with(path, changed: dict, split: str = "train"):
         (GROUP, {"domain": ...}, 'field "domain" is missing'),
         (GROUP, {"domain": ""}, 'field "domain" is missing or empty'),
         (GROUP, {"domain": 0.5}, 'field "domain" is neither a text nor a whole number'),
-        (GROUP, {"domain": "rare"}, 'field "domain" is "rare" in this row alone; a group needs two pairs'),
         (PRO, {"chosen_score": ...}, 'field "chosen_score" is missing, and the method reads it'),
         (PRO, {"rejected_score": 1e39}, 'field "rejected_score" is no finite number (of float32)'),
         (PRO, {"rejected_score": math.inf}, 'field "rejected_score": not a finite number'),
@@ -90,7 +89,7 @@ def test_splits_that_cannot_be_used_are_refused(made, tmp_path):
     """One group alone, too many, two of one metric, a mixture without preferences, weights of which none counts."""
     groups, weighted, zeros = {"eval_columns": "domain"}, {"weight_column": "trust"}, [row(0, trust=0.0)] * 6
     for split, flags, rows, words in (
-        ("train", GROUP, [row(0, domain="same")] * 4, 'field "domain" names one group only'),
+        ("train", GROUP, [row(0, domain="same")] * 4, 'of 1 groups in field "domain"'),
         ("test", groups, [row(0, domain=str(n)) for n in range(LARGEST + 1)], f"names {LARGEST + 1} groups, more than"),
         ("test", groups, [row(0, domain="a b"), row(0, domain="a/b")], "would be the metric domain.a_b; rename one"),
         ("test", MIXTURE, [row(0, rejected_scores=SCORES["chosen_scores"])] * 2, "safe scores both answers of every pair"),

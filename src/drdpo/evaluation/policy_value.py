@@ -142,9 +142,7 @@ def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: i
     flash = weight_VD.is_cuda and refusal(model.config, weight_VD.device, weight_VD.dtype) is None
 
     def of_row(row: CandidateRow) -> torch.Tensor:
-        states_A, targets_A, sequence_A = (
-            torch.tensor(part, device=weight_VD.device) for part in (row.states_A, row.targets_A, row.sequence_A)
-        )
+        states_A, targets_A, sequence_A = (torch.tensor(part, device=weight_VD.device) for part in row.packed.answers())
         logprob_A = linear_logprob(hidden_states(model.base_model, row.packed, flash)[states_A], weight_VD, targets_A)
         return logprob_A.new_zeros(len(row.indices_S)).index_add(0, sequence_A, logprob_A)
 

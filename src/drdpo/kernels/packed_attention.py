@@ -118,6 +118,16 @@ class PackedRow:
         prefix_start, shared, own_start = self._places[sequence]
         return prefix_start + position if position < shared else own_start + position - shared
 
+    def answers(self) -> tuple[list[int], list[int], list[int]]:
+        """Of every token behind its sequence's shared ones: the place of the token before it, the token, the sequence."""
+        states, targets, sequences = [], [], []
+        lengths = [length for group in self.groups for length in group.suffixes]
+        for sequence, ((_, shared, own_start), length) in enumerate(zip(self._places, lengths, strict=True)):
+            states += [self.index(sequence, position - 1) for position in range(shared, shared + length)]
+            targets += self.token_ids[own_start : own_start + length]
+            sequences += [sequence] * length
+        return states, targets, sequences
+
 
 class Segments(NamedTuple):
     """A row in flash attention's terms: a segment of queries for every prefix and suffix, in order."""

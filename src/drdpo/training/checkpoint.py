@@ -14,9 +14,8 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from drdpo import distributed
 from drdpo.chat import Tokenizer
 from drdpo.config.training import LoraSettings
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError
 from drdpo.folder import atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
 from drdpo.training.engine import Engine, continue_after, parts
 from drdpo.training.lora import load_base, merged, save_adapter
@@ -48,16 +47,18 @@ def save_model(engine: Engine, tokenizer: Tokenizer, folder: Path, lora: LoraSet
 
     With LoRA the folder contains the merged model, and the adapters in its subfolder `adapter` as peft lays them out;
     without `lora.merge` it contains the adapters alone. Quantized weights are merged into those of `lora.model_path`.
-    Every rank must call; `card`, its README.md, is rank 0's.
-
-    Raises:
-        DataError: a weight is not finite, or the disk is full; every rank raises the former.
+    Every rank must call; `card`, its README.md, is rank 0's. DataError if a weight is not finite, or the disk is full.
     """
     # Rank 0 writes while the others wait.
     with distributed.patient(4 * _elements(engine.module)):
         model = engine.module.language_model
         weights = _gathered(model) if engine.zero_optimization_stage() == 3 else model.state_dict()
-        _check_weights(weights, folder)
+        # A gradient can be finite and the step it takes not.
+        bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+        # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
+        if distributed.any_rank(bool(bad)):
+            what = f"{bad[0] if bad else 'a weight'} has values that are not finite"
+            raise DataError(f"{folder}: not written, as {what}; lower --learning_rate; earlier checkpoints are kept")
         check_room(folder, written_bytes(model, weights, lora))
         distributed.on_main(lambda: _write_model(engine.module, weights, tokenizer, folder, lora, card))
 
@@ -74,48 +75,30 @@ def _gathered(model: Any) -> Weights:
     return weights
 
 
-def _check_weights(weights: Weights, folder: Path) -> None:
-    """A gradient can be finite and the step it takes not."""
-    bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    # Under ZeRO-3 rank 0 alone has the weights; all ranks stop, or the others would wait for it.
-    if distributed.any_rank(bool(bad)):
-        raise DataError(
-            f"{folder}: not written, as {bad[0] if bad else 'a weight'} has values that are not finite; lower "
-            "--learning_rate; earlier checkpoints are kept"
-        )
-
-
 def _write_model(
     policy: Policy, weights: Weights, tokenizer: Tokenizer, folder: Path, lora: LoraSettings | None, card: str
 ) -> None:
     model, generation = policy.language_model, policy.generation_config
     try:
         with atomic_folder(folder) as aside:
-            if lora is None:
-                _write_whole(model, weights, aside, generation)
-            elif lora.merge:
-                save_adapter(model, weights, aside / "adapter")
-                whole = model
-                if lora.quantize != "none":
-                    whole = load_base(lora)
-                    weights = whole.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
-                _write_whole(whole, merged(weights, lora.rank), aside, generation)
-            else:
-                save_adapter(model, weights, aside)
+            if lora:
+                save_adapter(model, weights, aside / "adapter" if lora.merge else aside)
+                if lora.merge and lora.quantize != "none":
+                    model = load_base(lora)
+                    weights = model.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
+                weights = merged(weights, lora.rank) if lora.merge else {}
+            if weights and generation is not None:
+                model.generation_config = type(model.generation_config)()
+            if weights:
+                model.save_pretrained(aside, state_dict=_untied(model, weights))
+            if weights and generation is not None:
+                (aside / "generation_config.json").write_bytes(generation)
             tokenizer.save_pretrained(aside)
             if card:  # peft writes an empty one
                 (aside / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         # How safetensors reports a full disk.
         raise DataError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are kept") from error
-
-
-def _write_whole(model: Any, weights: Weights, folder: Path, generation: bytes | None) -> None:
-    if generation is not None:
-        model.generation_config = type(model.generation_config)()
-    model.save_pretrained(folder, state_dict=_untied(model, weights))
-    if generation is not None:
-        (folder / "generation_config.json").write_bytes(generation)
 
 
 def written_bytes(model: Any, weights: Weights, lora: LoraSettings | None) -> int:
@@ -156,11 +139,8 @@ def check_room(folder: Path, needed: int) -> None:
 def kept_steps(steps: Sequence[int], losses: dict[int, float], newest: int) -> set[int]:
     """Which checkpoints stay: the `newest` newest, all if it is 0, and of those with an evaluation loss the one with the
     lowest, the earlier one of equals."""
-    if newest == 0:
-        return set(steps)
-    evaluated = [step for step in sorted(steps) if step in losses]
-    best = [min(evaluated, key=lambda step: losses[step])] if evaluated else []
-    return {*sorted(steps)[-newest:], *best}
+    best = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], step))
+    return {*sorted(steps)[-newest:], *best[:1]}
 
 
 def remove_old_checkpoints(folder: Path, newest: int) -> None:
@@ -170,17 +150,15 @@ def remove_old_checkpoints(folder: Path, newest: int) -> None:
     lines = [line for _, line in whole_lines(metrics)] if metrics.is_file() else []
     losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
     places = _by_step(folder, "global_step_")
-    kept = kept_steps(list(places), losses, newest)
-    for step, path in places.items():
-        if step not in kept:
-            # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
-            gone = path.with_name(f".{path.name}.old")
-            try:
-                path.replace(gone)
-            except OSError as error:
-                print(f"warning: {path} could not be removed ({error.strerror})", file=sys.stderr)
-            else:
-                remove_tree(gone)
+    for step in places.keys() - kept_steps(list(places), losses, newest):
+        # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
+        gone = folder / f".global_step_{step}.old"
+        try:
+            places[step].replace(gone)
+        except OSError as error:
+            print(f"warning: {places[step]} could not be removed ({error.strerror})", file=sys.stderr)
+        else:
+            remove_tree(gone)
 
 
 def _by_step(folder: Path, prefix: str) -> dict[int, Path]:
@@ -192,16 +170,14 @@ def _by_step(folder: Path, prefix: str) -> dict[int, Path]:
 # States to resume from.
 
 
-@dataclass(frozen=True)
-class State:
-    """A state as its index describes it."""
+class State(NamedTuple):
+    """A state as its index describes it, after so many finished optimizer steps."""
 
     folder: Path
     step: int
-    """Finished optimizer steps."""
     world_size: int
     files: dict[str, dict[str, Any]]
-    """{size, sha256} of every file by name."""
+    """By name, as describe."""
 
 
 def write_index(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
@@ -218,60 +194,35 @@ def describe(path: Path) -> dict[str, Any]:
 
 def states(folder: Path) -> tuple[list[State], list[str]]:
     """The states in save_path/resume whose files have their sizes, newest first; and what is wrong with the others."""
-    found, torn = [], []
+    found: list[State] = []
+    torn: list[str] = []
     for place in _by_step(folder, "step_").values():
         try:
             index = read_json_object(place / INDEX)
             state = State(place, int(index["step"]), int(index["world_size"]), dict(index["files"]))
-            wrong = [what for name, about in state.files.items() if (what := _wrong_size(place / name, about["size"]))]
-        except (OSError, DataError, KeyError, TypeError, ValueError):
-            torn.append(f"{place / INDEX} is missing or not readable")
-            continue
-        if wrong:
-            torn.append(wrong[0])
-        else:
-            found.append(state)
+            sizes = {name: ((place / name).stat().st_size, about["size"]) for name, about in state.files.items()}
+            wrong = [f"{place / name} has {size} bytes, not {of}" for name, (size, of) in sizes.items() if size != of]
+        except (OSError, DataError, KeyError, TypeError, ValueError) as error:
+            wrong = [f"{place / INDEX} or a file that it names is missing or not readable ({error})"]
+        torn += wrong[:1]
+        found += [] if wrong else [state]
     return found, torn
-
-
-def _wrong_size(path: Path, size: int) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    found = path.stat().st_size
-    return None if found == size else f"{path} has {found} bytes, not {size}"
 
 
 def damage(state: State, names: list[str]) -> str | None:
     """What is wrong with the contents of some of a state's files, or None."""
     for name in names:
-        try:
-            same = describe(state.folder / name)["sha256"] == state.files[name]["sha256"]
-        except (OSError, KeyError, TypeError):
-            same = False
-        if not same:
-            return f"{state.folder / name} was changed after it was written"
+        with contextlib.suppress(OSError, KeyError, TypeError):
+            if describe(state.folder / name)["sha256"] == state.files[name]["sha256"]:
+                continue
+        return f"{state.folder / name} was changed after it was written"
     return None
-
-
-def check_states(folder: Path, bound: str) -> None:
-    """Refuse the state in save_path/resume that would be resumed, if it cannot be.
-
-    Raises:
-        UsageError: another number of processes wrote it, and flags, `bound`, give their number a meaning beyond roundings.
-    """
-    newest = next(iter(states(folder)[0]), None)
-    if newest and bound and newest.world_size != distributed.world_size():
-        raise UsageError(
-            f"{folder} was written by {newest.world_size} processes, and with {bound} another number of them "
-            f"({distributed.world_size()}) is another objective; use {newest.world_size}, or start over with --resume=never"
-        )
 
 
 def _keep_only(folder: Path, kept: list[State]) -> None:
     """Remove every state in save_path/resume but these, and what saves that were cut short left."""
-    for other in [*folder.glob("step_*"), *folder.glob(".step_*")]:
-        if other not in [state.folder for state in kept]:
-            remove_tree(other)
+    for other in {*folder.glob("step_*"), *folder.glob(".step_*")} - {state.folder for state in kept}:
+        remove_tree(other)
 
 
 def save_state(engine: Engine, folder: Path, step: int) -> None:
@@ -279,29 +230,25 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
     before.
 
     Every rank writes what it holds: float32 weights and AdamW's moments as name/kind/start, flat, so any number of ranks can
-    read them. Rank 0 adds what the method keeps. Frozen weights are not in it. Every rank must call.
-
-    Raises:
-        DataError: the disk is full, or a rank cannot see what another one wrote.
+    read them. Rank 0 adds what the method keeps. Frozen weights are not in it. Every rank must call. DataError if the disk
+    is full, or a rank cannot see what another one wrote.
     """
-    aside, size = folder / f".step_{step}.tmp", 12 * _elements(engine.module, trained=True)
+    place, aside, size = folder / f"step_{step}", folder / f".step_{step}.tmp", 12 * _elements(engine.module, trained=True)
     with distributed.patient(size):
         distributed.on_main(lambda: _make_room(folder))
-        check_room(folder / f"step_{step}", size)
+        check_room(place, size)
         try:
-            distributed.on_main(lambda: _begin(engine, aside))
+            distributed.on_main(lambda: aside.mkdir())
             _write_parts(engine, aside)
             distributed.barrier()
             files = _described(engine, aside)
-            distributed.on_main(lambda: _into_place(aside, folder, step, files))
+            distributed.on_main(lambda: _into_place(aside, place, step, files))
         except (OSError, RuntimeError, SafetensorError) as error:
             # safetensors raises its own error when a disk is full, torch a RuntimeError when a rank is gone.
             if distributed.is_lost_rank(error):
                 raise
             shutil.rmtree(aside, ignore_errors=True)
-            raise DataError(
-                f"{folder / f'step_{step}'}: the state could not be written ({error}); the one before is kept"
-            ) from error
+            raise DataError(f"{place}: the state could not be written ({error}); the one before is kept") from error
 
 
 def _make_room(folder: Path) -> None:
@@ -309,13 +256,10 @@ def _make_room(folder: Path) -> None:
     _keep_only(folder, states(folder)[0][:1])
 
 
-def _begin(engine: Engine, aside: Path) -> None:
-    aside.mkdir()
-    save_file({name: value.to("cpu") for name, value in engine.module.method_state.items()}, aside / METHOD)
-
-
 def _write_parts(engine: Engine, aside: Path) -> None:
-    """What this rank holds, a GiB at a time, or a tensor. Without ZeRO all hold the same."""
+    """What this rank holds, a GiB at a time, or a tensor. Without ZeRO all hold the same. And what the method keeps."""
+    if distributed.is_main():
+        save_file({name: value.to("cpu") for name, value in engine.module.method_state.items()}, aside / METHOD)
     mine = parts(engine) if engine.zero_optimization_stage() or distributed.is_main() else ()
     left = ((f"{part.name}/{kind}/{part.start}", value) for part in mine for kind, value in part.tensors.items())
     for number in itertools.count():
@@ -332,11 +276,8 @@ def _write_parts(engine: Engine, aside: Path) -> None:
 
 
 def _read_parts(engine: Engine, place: Path) -> None:
-    """What this rank holds, from the files of all ranks that wrote, which may be another number.
-
-    Raises:
-        DataError: they lack some of it; every rank raises.
-    """
+    """What this rank holds, from the files of all ranks that wrote, which may be another number; DataError on every rank if
+    they lack some of it."""
     wrong = None
     with contextlib.ExitStack() as stack:
         pieces: dict[str, list[tuple[int, Any]]] = {}
@@ -355,7 +296,7 @@ def _read_parts(engine: Engine, place: Path) -> None:
                         found += last - first
                 if found < len(values_K):
                     wrong = wrong or f"{len(values_K) - found} of {part.name}'s values ({kind})"
-    if distributed.gather(torch.tensor([float(wrong is not None)], device=engine.device)).any():
+    if distributed.any_rank(wrong is not None):
         raise DataError(f"{place} lacks {wrong or 'values of another rank'}; start over with --resume=never")
 
 
@@ -376,16 +317,15 @@ def _described(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _into_place(aside: Path, folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    place = folder / f"step_{step}"
+def _into_place(aside: Path, place: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     write_index(aside, step, distributed.world_size(), files)
     flush(aside)
     if place.exists():
         # Damaged, or it would have been loaded.
         os.replace(place, place.with_name(f".{place.name}.old"))
     os.replace(aside, place)
-    flush(folder)
-    _keep_only(folder, states(folder)[0][:KEPT])
+    flush(place.parent)
+    _keep_only(place.parent, states(place.parent)[0][:KEPT])
 
 
 def _elements(policy: Policy, trained: bool = False) -> int:
@@ -396,41 +336,30 @@ def _elements(policy: Policy, trained: bool = False) -> int:
 
 
 def load_state(engine: Engine, folder: Path) -> int:
-    """Load the newest complete state of save_path/resume into a fresh engine, with what the method keeps; rank 0 prints if a
-    damaged one was skipped.
-
-    Returns:
-        Finished optimizer steps; 0 without a state.
-
-    Raises:
-        DataError: the state lacks weights.
-    """
+    """Load the newest complete state of save_path/resume into a fresh engine, with what the method keeps, and return its
+    finished optimizer steps, 0 without one; rank 0 prints if a damaged one was skipped. DataError if it lacks weights."""
     found, torn = states(folder)
     # Rank 0's view of the folder counts: on a network file system another's may be older.
     steps = distributed.gather(torch.tensor([state.step for state in found] + [-1], device=engine.device)).tolist()
-    steps = steps[: steps.index(-1)]
     chosen = None
-    for step in steps:
+    for step in steps[: steps.index(-1)]:
         state = next((state for state in found if state.step == step), None)
         bad = damage(state, distributed.shard(sorted(state.files))) if state else f"{folder}/step_{step} is not visible"
         if not distributed.any_rank(bad is not None):
             chosen = state
             break
         torn.append(bad or f"{folder}/step_{step} is damaged, as another rank sees it")
-    if torn and distributed.is_main():
+    if torn:
         where = f"the state after step {chosen.step}" if chosen else "the beginning"
-        print(f"skipped a damaged state: {torn[0]}; resuming from {where}", flush=True)
+        distributed.say(f"skipped a damaged state: {torn[0]}; resuming from {where}")
     # A newer one that is damaged would be taken for the one to keep when the next is saved.
     kept = [state for state in found if chosen is not None and state.step <= chosen.step]
     distributed.on_main(lambda: _keep_only(folder, kept))
     if chosen is None:
         return 0
-    if chosen.world_size != (world := distributed.world_size()) and distributed.is_main():
-        print(
-            f"{chosen.folder}: written by {chosen.world_size} and resumed by {world} process{'es' * (world > 1)}, so not "
-            "bit-identical to a run on one number of them, as sums round in another order",
-            flush=True,
-        )
+    if chosen.world_size != (world := distributed.world_size()):
+        resumed = f"written by {chosen.world_size} and resumed by {world} process{'es' * (world > 1)}"
+        distributed.say(f"{chosen.folder}: {resumed}, so not bit-identical to a run on one number of them")
     _read_parts(engine, chosen.folder)
     continue_after(engine, chosen.step)
     kept_by_method = load_file(chosen.folder / METHOD)

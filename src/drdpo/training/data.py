@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from drdpo import chat, distributed
 from drdpo.candidates import CandidateRow
@@ -62,17 +63,11 @@ REASONS = ("prompt too long", "template refuses", "empty answer", "equal answers
 def tokenise(
     preferences: list[Preference], tokenizer: chat.Tokenizer, max_len: int, columns: Sequence[Columns] | None = None
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Turn preferences into token ids.
+    """The pairs that can be trained on, and counts by REASONS: of pairs that are dropped, then of answers that stay.
+    DataError if the chat template renders no pair.
 
     Sampled ids are used if the record has them and they spell the stored text in this tokenizer; otherwise the text is
     encoded. An answer is cut at max_len tokens in all and then has no end-of-turn token. `columns` are those of load_split.
-
-    Returns:
-        The pairs that can be trained on, and counts by REASONS: pairs that are dropped ("prompt too long", "template
-        refuses", "empty answer", "equal answers") and answers that stay ("answer cut", "text encoded").
-
-    Raises:
-        DataError: the chat template renders no pair.
     """
     pairs, counts = [], dict.fromkeys(REASONS, 0)
     shown = progress(preferences, desc="tokenise", unit="pair", disable=not distributed.is_main())
@@ -86,10 +81,8 @@ def tokenise(
             if room < 1:
                 counts["prompt too long"] += 1
                 continue
-            whole = [
-                _answer(tokenizer, preference.prompt, preference.chosen, preference.chosen_token_ids),
-                _answer(tokenizer, preference.prompt, preference.rejected, preference.rejected_token_ids),
-            ]
+            sides = ((preference.chosen, preference.chosen_token_ids), (preference.rejected, preference.rejected_token_ids))
+            whole = [_answer(tokenizer, preference.prompt, *side) for side in sides]
         except ValueError as error:
             counts["template refuses"] += 1
             if counts["template refuses"] == len(preferences):
@@ -123,10 +116,8 @@ def _answer(
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which pairs of a split make an optimizer step, on which rank and in which micro-batch, and their form.
-
-    A function of these values alone. All ranks have equally many micro-batches.
-    """
+    """Which pairs of a split make an optimizer step, on which rank and in which micro-batch, and their form, as a function
+    of these values alone. All ranks have equally many micro-batches."""
 
     pairs: Sequence[Pair]
     batch_size: int
@@ -196,11 +187,8 @@ def step_indices(pairs: int, batch_size: int, seed: int, step: int) -> list[int]
 
 @lru_cache(maxsize=2)
 def _epoch_order(pairs: int, batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation, a function of the arguments alone.
-
-    Its first pairs share a step with the last ones of the epoch before. Pairs that this step has already come behind it,
-    in their order.
-    """
+    """A permutation. Its first pairs share a step with the last ones of the epoch before; pairs that this step has already
+    come behind it, in their order."""
     # An epoch depends on the one before, back to one that begins with a step of its own.
     period = batch_size // math.gcd(pairs, batch_size)
     order: list[int] = []
@@ -209,25 +197,16 @@ def _epoch_order(pairs: int, batch_size: int, seed: int, epoch: int) -> tuple[in
         order = list(range(pairs))
         random.Random(f"{seed}/{number}").shuffle(order)
         if before:
-            free = [index for index in order if index not in before][: batch_size - len(before)]
-            taken = set(free)
-            order = free + [index for index in order if index not in taken]
+            free = dict.fromkeys([index for index in order if index not in before][: batch_size - len(before)])
+            order = [*free, *(index for index in order if index not in free)]
     return tuple(order)
 
 
 def micro_batches(
     indices: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, world: int, by_length: bool
 ) -> list[list[int]]:
-    """Deal the pairs of one optimizer step, a multiple of micro_batch * world, to ranks and micro-batches.
-
-    Args:
-        indices: the step's pairs.
-        lengths: tokens of every pair of the split.
-        by_length: put pairs of similar length together, which saves padding and does not change the step as a whole.
-
-    Returns:
-        This rank's micro-batches, as many as every other rank's.
-    """
+    """This rank's micro-batches, as many as every other rank's, of a step's pairs, a multiple of micro_batch * world;
+    `by_length` puts those of similar length, in tokens of every pair of the split, together, which saves padding."""
     if len(indices) % (micro_batch * world):
         raise ValueError(f"{len(indices)} pairs do not divide into micro-batches of {micro_batch} on {world} ranks")
     dealt = sorted(indices, key=lambda index: (lengths[index], index)) if by_length else list(indices)
@@ -236,21 +215,15 @@ def micro_batches(
 
 
 def token_batches(indices: Sequence[int], tokens: Sequence[int], budget: int, rank: int, world: int) -> list[list[int]]:
-    """Deal the pairs of one optimizer step, a multiple of world, to few rows of about as many tokens each, within a budget.
+    """This rank's rows, as many as every other rank's, of a step's pairs, a multiple of world: few, of about as many tokens
+    each, within a budget. A function of the set of indices alone; `tokens` are those of every pair of the split in a row.
 
-    Longest first, each to the row that holds least (Graham's LPT rule), so that no rank waits long for another. `tokens` are
-    those that every pair of the split takes in a row.
-
-    Returns:
-        This rank's rows, as many as every other rank's; a function of the set of indices alone.
-
-    Raises:
-        ValueError: a pair is longer than the budget, or the ranks cannot have a row each.
+    Longest first, each to the row that holds least (Graham's LPT rule), so that no rank waits long for another.
     """
     order = sorted(indices, key=lambda index: (-tokens[index], index))
     if tokens[order[0]] > budget or len(order) % world:
         raise ValueError(
-            f"{len(order)} pairs of up to {tokens[order[0]]} tokens do not fit rows of {budget} on {world} ranks"
+            f"{len(order)} pairs, up to {tokens[order[0]]} tokens, do not fit rows of {budget} on {world} ranks"
         )
     number = world * max(1, -(-sum(tokens[index] for index in order) // (budget * world)))
     while True:
@@ -284,13 +257,13 @@ def padded_shards(
 class _MicroBatch:
     indices_B: Tensor
     """[B] position of every pair in its split; joins the reference log-probs."""
+    states_A: Tensor
+    """[A] where the state is that predicts each answer token: at the token before it, in the S T tokens or in the row."""
+    targets_A: Tensor
+    sequence_A: Tensor
+    """[A] the sequence that each answer token belongs to."""
     columns: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     """[B] float32 each, see Pair."""
-
-    @property
-    def sequences(self) -> int:
-        """S."""
-        return 2 * len(self.indices_B)
 
     def to(self, device: torch.device) -> Self:
         """The same on a device."""
@@ -306,11 +279,11 @@ class Batch(_MicroBatch):
     attention_mask_ST: Tensor
     answer_mask_ST: Tensor
     """[S, T] True where a token belongs to the answer."""
-    states_A: Tensor
-    """[A] where in the S T tokens the state is that predicts each answer token: at the token before it."""
-    targets_A: Tensor
-    sequence_A: Tensor
-    """[A] the sequence that each answer token belongs to."""
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return len(self.input_ids_ST)
 
     @property
     def prompt_mask_BT(self) -> Tensor:
@@ -332,25 +305,17 @@ class PackedBatch(_MicroBatch):
     positions_1N: Tensor
     pair_N: Tensor
     """[N] the pair that each token belongs to."""
-    states_A: Tensor
-    """[A] where in the row the state is that predicts each answer token: for an answer's first, the prompt's last."""
-    targets_A: Tensor
-    sequence_A: Tensor
-    """[A] the sequence that each answer token belongs to."""
     groups: tuple[PrefixGroup, ...]
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return sum(len(group.suffixes) for group in self.groups)
 
     @property
     def tokens(self) -> int:
         """Tokens of the row."""
         return self.input_ids_1N.numel()
-
-
-class CandidateBatch(PackedBatch):
-    """Any number of answers to a prompt, none chosen: indices_B are those of S answers."""
-
-    @property
-    def sequences(self) -> int:
-        return len(self.indices_B)
 
 
 AnyBatch = Batch | PackedBatch
@@ -375,25 +340,15 @@ def columns_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
 def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) -> Batch:
     """Pad pairs on the right into one Batch, see batch_pairs; the padding is masked, so any pad_token_id works."""
     taken = batch_pairs(pairs, indices)
-    chosen = [(pair.prompt, pair.chosen) for pair in taken]
-    rejected = [(pair.prompt, pair.rejected) for pair in taken]
-    rows = chosen + rejected
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids_ST = torch.full((len(rows), width), pad_token_id)
-    attention_mask_ST = torch.zeros((len(rows), width), dtype=torch.int64)
-    answer_mask_ST = torch.zeros((len(rows), width), dtype=torch.bool)
-    states, targets, sequences = [], [], []
-    for row, (prompt, answer) in enumerate(rows):
-        length = len(prompt) + len(answer)
-        states += [row * width + place - 1 for place in range(len(prompt), length)]
-        targets += answer
-        sequences += [row] * len(answer)
-        input_ids_ST[row, :length] = torch.tensor(prompt + answer)
-        attention_mask_ST[row, :length] = 1
-        answer_mask_ST[row, len(prompt) : length] = True
+    rows = [(pair.prompt, pair.chosen) for pair in taken] + [(pair.prompt, pair.rejected) for pair in taken]
+    ids_ST = pad_sequence([torch.tensor([*p, *answer]) for p, answer in rows], batch_first=True, padding_value=pad_token_id)
+    prompt_S1, answer_S1 = torch.tensor([[len(part) for part in row] for row in rows]).T[:, :, None]
+    place_T = torch.arange(ids_ST.shape[1])
+    there_ST, answer_ST = place_T < prompt_S1 + answer_S1, place_T >= prompt_S1
+    answer_ST &= there_ST
     return Batch(
-        torch.tensor(list(indices)), input_ids_ST, attention_mask_ST, answer_mask_ST,
-        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), columns=columns_of(taken),
+        torch.tensor(list(indices)), answer_ST.flatten().nonzero()[:, 0] - 1, ids_ST[answer_ST], answer_ST.nonzero()[:, 0],
+        ids_ST, there_ST.long(), answer_ST, columns=columns_of(taken),
     )  # fmt: skip
 
 
@@ -401,26 +356,20 @@ def pack(pairs: Sequence[Pair], indices: Sequence[int]) -> PackedBatch:
     """Pack pairs, see batch_pairs, into one row, each prompt once for its two answers."""
     taken = batch_pairs(pairs, indices)
     row = PackedRow([(len(pair.prompt), [pair.prompt + pair.chosen, pair.prompt + pair.rejected]) for pair in taken])
-    states, targets, sequences, pair_of = [], [], [], []
-    for number, pair in enumerate(taken):
-        for side, answer in enumerate((pair.chosen, pair.rejected)):
-            first = len(pair.prompt)
-            states += [row.index(2 * number + side, position - 1) for position in range(first, first + len(answer))]
-            targets += answer
-            sequences += [number + side * len(indices)] * len(answer)
-        pair_of += [number] * pair.row_tokens()
+    batch = _packed(row, indices, [number for number, pair in enumerate(taken) for _ in range(pair.row_tokens())])
+    # The row has a pair's answers side by side; a sequence's number is that of its pair, of rejected ones after all others.
+    sequence_A = batch.sequence_A // 2 + batch.sequence_A % 2 * len(taken)
+    return replace(batch, sequence_A=sequence_A, columns=columns_of(taken))
+
+
+def _packed(row: PackedRow, indices: Sequence[int], pair_of: Sequence[int]) -> PackedBatch:
+    states_A, targets_A, sequence_A = map(torch.tensor, row.answers())
     return PackedBatch(
-        torch.tensor(list(indices)), torch.tensor([row.token_ids]), torch.tensor([row.positions]), torch.tensor(pair_of),
-        torch.tensor(states), torch.tensor(targets), torch.tensor(sequences), tuple(row.groups),
-        columns=columns_of(taken),
+        torch.tensor(list(indices)), states_A, targets_A, sequence_A, torch.tensor([row.token_ids]),
+        torch.tensor([row.positions]), torch.tensor(list(pair_of)), tuple(row.groups),
     )  # fmt: skip
 
 
-def pack_candidates(row: CandidateRow) -> CandidateBatch:
-    """A packed row of drdpo.candidates as a batch of the policy."""
-    packed = row.packed
-    return CandidateBatch(
-        torch.tensor(row.indices_S), torch.tensor([packed.token_ids]), torch.tensor([packed.positions]),
-        torch.zeros(len(packed.token_ids), dtype=torch.int64), torch.tensor(row.states_A), torch.tensor(row.targets_A),
-        torch.tensor(row.sequence_A), tuple(packed.groups),
-    )  # fmt: skip
+def pack_candidates(row: CandidateRow) -> PackedBatch:
+    """A packed row of drdpo.candidates as a batch of the policy: any number of answers to a prompt, none chosen."""
+    return _packed(row.packed, row.indices_S, [0] * len(row.packed.token_ids))

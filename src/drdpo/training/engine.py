@@ -6,9 +6,8 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ Engine = Any
 
 
 def join_with_deepspeed(timeout: timedelta = distributed.DEFAULT_TIMEOUT) -> None:
-    """Join the process group through DeepSpeed, on GPUs (NCCL) or CPUs (gloo), launched or not; ranks wait so long for each
-    other."""
+    """As distributed.join, but through DeepSpeed, and also of a process without a launcher."""
     if not distributed.use_cuda():
         os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it looks for other accelerators, and prints so
     import deepspeed
@@ -66,8 +64,7 @@ def be_deterministic() -> None:
 
 
 def start_engine(policy: Policy, config: TrainConfig, steps: int) -> Engine:
-    """Wrap a policy on the CPU, in the run's dtype, for training; the learning-rate schedule spans so many optimizer
-    steps."""
+    """Wrap a policy on the CPU, in the run's dtype, for training for so many optimizer steps."""
     import deepspeed
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -128,15 +125,13 @@ def engine_config(config: TrainConfig, world: int, trained: int = BUCKET, vector
     }
 
 
-@dataclass(frozen=True)
-class Part:
-    """What this rank's optimizer holds of one trained parameter: K consecutive elements of it, flat."""
+class Part(NamedTuple):
+    """What this rank's optimizer holds of one trained parameter: K consecutive elements of it, from `start` on, as views [K]
+    of the engine's memory, float32: weight, and AdamW's moments exp_avg and exp_avg_sq."""
 
     name: str
     start: int
-    """The first of them in the whole parameter."""
     tensors: dict[str, torch.Tensor]
-    """Views [K] of the engine's memory, float32: weight, and AdamW's moments exp_avg and exp_avg_sq."""
 
 
 def parts(engine: Engine) -> Iterator[Part]:
@@ -163,15 +158,12 @@ def parts(engine: Engine) -> Iterator[Part]:
         else:
             held, start, first, size = parameter, 0, 0, parameter.numel()
         if size > 0:
-            whole = {"weight": held.detach(), **_moments(adamw.state[held], held)}
+            state, moments = adamw.state[held], ("exp_avg", "exp_avg_sq")
+            if not state:  # before the first step, as torch's AdamW begins
+                state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
+                state |= {kind: torch.zeros_like(held) for kind in moments}
+            whole = {"weight": held.detach(), **{kind: state[kind] for kind in moments}}
             yield Part(name, start, {kind: value.view(-1).narrow(0, first, size) for kind, value in whole.items()})
-
-
-def _moments(state: dict[str, torch.Tensor], held: torch.Tensor) -> dict[str, torch.Tensor]:
-    if not state:  # before the first step, as torch's AdamW begins
-        state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
-        state |= {name: torch.zeros_like(held) for name in ("exp_avg", "exp_avg_sq")}
-    return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
 
 
 def continue_after(engine: Engine, step: int) -> None:

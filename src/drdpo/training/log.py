@@ -8,10 +8,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -45,97 +45,75 @@ def pair_table(losses_B: Tensor, pairs: Pairs, beta: float) -> Tensor:
 
 def table_means(table_P4: Tensor) -> Metrics:
     """Means of pair_table's columns, and the margin of the rewards."""
-    loss, accuracy, chosen, rejected = table_P4.double().mean(dim=0).tolist()
-    return {
-        "loss": loss,
-        "accuracy": accuracy,
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-        "margin": chosen - rejected,
-    }
+    names, means = ("loss", "accuracy", "chosen_reward", "rejected_reward"), table_P4.double().mean(dim=0).tolist()
+    return {**dict(zip(names, means, strict=True)), "margin": means[2] - means[3]}
+
+
+def _of_all(numbers: Iterable[Tensor | None]) -> Tensor:
+    """[P, ..] of all ranks, from those of this rank's micro-batches, where they have any."""
+    return distributed.gather(torch.cat([part_B for part_B in numbers if part_B is not None]))
 
 
 def step_metrics(
-    parts: list[Objective],
-    beta: float,
-    weighted: bool,
-    rho: float | None = None,
-    root: Literal["step", "micro"] | None = None,
+    parts: list[Objective], beta: float, weighted: bool, rho: float | None = None, root: str | None = None
 ) -> Metrics:
-    """Metrics of one optimizer step over all its micro-batches and ranks; every rank must call.
+    """Metrics of one optimizer step, from what each rank's micro-batches contributed; every rank must call.
 
-    `loss` is the plain, unweighted mean, which is comparable across methods; `objective` is what was minimized.
-
-    Args:
-        parts: contributions of this rank's micro-batches.
-        beta: of the rewards.
-        weighted: may pairs have unequal weights?
-        rho: of WDPO's penalty, if there is one.
-        root: for the root penalty, its population: all pairs of the step, or the ranks' n-th micro-batches.
+    `loss` is the plain, unweighted mean, which is comparable across methods; `objective` is what was minimized. `root`: the
+    population of a root penalty, "step", all pairs, or "micro", the ranks' n-th micro-batches.
     """
-    metrics = table_means(distributed.gather(torch.cat([pair_table(part.losses_B, part.pairs, beta) for part in parts])))
-    terms = distributed.gather(torch.cat([part.weights_B * part.losses_B.detach() for part in parts]))
-    metrics["objective"] = float(terms.mean())
+    metrics = table_means(_of_all(pair_table(part.losses_B, part.pairs, beta) for part in parts))
+    metrics["objective"] = float(_of_all(part.weights_B * part.losses_B.detach() for part in parts).mean())
     if weighted:
-        weights_P = distributed.gather(torch.cat([part.weights_B for part in parts]))
-        metrics["effective_sample_size"] = float(losses.effective_sample_size(weights_P))
+        metrics["effective_sample_size"] = float(losses.effective_sample_size(_of_all(part.weights_B for part in parts)))
     if rho is None:
         return metrics
     # Of the micro-batches that have the penalty.
-    penalties = [part.penalties_B for part in parts if part.penalties_B is not None]
-    penalties_P = distributed.gather(torch.cat(penalties))
-    metrics["penalty"] = float(penalties_P.mean())
+    penalties_P = _of_all(part.penalties_B for part in parts)
+    metrics |= {"penalty": float(penalties_P.mean()), "input_gradient_norm": float(penalties_P.sqrt().mean())}
+    if any(part.errors_B is not None for part in parts):
+        metrics["solver_error"] = float(_of_all(part.errors_B for part in parts).mean())
+        metrics["solver_condition"] = float(_of_all(part.conditions_B for part in parts).max())
     charged = [part.weights_B * part.penalties_B for part in parts if part.penalties_B is not None]
-    metrics["input_gradient_norm"] = float(penalties_P.sqrt().mean())
-    errors = [part.errors_B for part in parts if part.errors_B is not None]
-    if errors:
-        metrics["solver_error"] = float(distributed.gather(torch.cat(errors)).mean())
-        conditions = [part.conditions_B for part in parts if part.conditions_B is not None]
-        metrics["solver_condition"] = float(distributed.gather(torch.cat(conditions)).max())
-    value = distributed.gather(torch.cat(charged)).mean()
-    if root == "step":
-        value = value.sqrt()
-    elif root == "micro":
+    charged_P = _of_all(charged)
+    if root == "micro":
         # The mean of the populations' roots; all micro-batches have the same number of pairs, or the flags are refused.
-        local_NB = torch.stack(charged)
-        value = distributed.gather(local_NB).view(-1, *local_NB.shape).mean(dim=(0, 2)).sqrt().mean()
+        value = charged_P.view(-1, len(charged), len(charged[0])).mean(dim=(0, 2)).sqrt().mean()
+    else:
+        value = charged_P.mean().sqrt() if root else charged_P.mean()
     metrics["objective"] += rho * float(value)
     return metrics
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the arithmetic of a policy depends on."""
+class Shape(NamedTuple):
+    """Parameters of a policy, and the arithmetic of a DPO step, forward and backward, without recomputation.
+
+    It is 6 per trained parameter of the blocks and token, 4 per frozen one; the same for the head and answer tokens only;
+    12 L H E, query heads times their width in L layers, per token and token it sees (2204.02311, appendix B, less what
+    causality masks). WDPO's penalty is not counted: its MFU shows what it costs compared with DPO.
+    """
 
     parameters: int
     trained: int
-    blocks: int
-    """Parameters of the decoder blocks."""
-    blocks_trained: int
-    head: int
-    """Parameters of the output head, V D."""
-    head_trained: bool
-    layers: int
-    attention: int
-    """Query heads times their width."""
+    of_token: int
+    of_target: int
+    of_seen: int
 
 
 def shape_of(policy: Policy) -> Shape:
     """The shape of a policy whose parameters are whole or on the meta device."""
 
-    def count(parameters: list[Tensor], trained: bool = False) -> int:
-        return sum(parameter.numel() for parameter in parameters if parameter.requires_grad or not trained)
+    def work(parameters: list[Tensor]) -> int:
+        return sum((6 if parameter.requires_grad else 4) * parameter.numel() for parameter in parameters)
 
     model, head = policy.language_model, policy.head.weight
     settings, table = model.config.get_text_config(), model.get_input_embeddings().weight
     every: list[Tensor] = list(policy.parameters())
-    blocks = [parameter for parameter in every if parameter is not head and parameter is not table]
+    total, trained = (sum(each.numel() for each in every if each.requires_grad or frozen) for frozen in (True, False))
     heads = getattr(settings, "num_attention_heads", 0)  # Mamba has none
     width = getattr(settings, "head_dim", None) or settings.hidden_size // max(heads, 1)
-    return Shape(
-        count(every), count(every, trained=True), count(blocks), count(blocks, trained=True), head.numel(),
-        head.requires_grad, settings.num_hidden_layers, heads * width,
-    )  # fmt: skip
+    blocks = work([parameter for parameter in every if parameter is not head and parameter is not table])
+    return Shape(total, trained, blocks, work([head]), 12 * settings.num_hidden_layers * heads * width)
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
@@ -146,28 +124,21 @@ def peak_flops(device: str, dtype: str) -> float | None:
 
 
 def dpo_flops(shape: Shape, batch: AnyBatch) -> float:
-    """Arithmetic that a DPO step needs for a micro-batch, forward and backward, without recomputation.
-
-    6 per trained parameter of the blocks and token, 4 per frozen one; the same for the head and answer tokens only;
-    attention 12 L H E per token and token it sees (2204.02311, appendix B, less what causality masks). WDPO's penalty is
-    not counted: its MFU shows what it costs compared with DPO.
-    """
-    a_token = 6 * shape.blocks_trained + 4 * (shape.blocks - shape.blocks_trained)
-    a_target = (6 if shape.head_trained else 4) * shape.head
+    """Arithmetic that a DPO step needs for a micro-batch."""
     if isinstance(batch, Batch):
-        lengths = batch.attention_mask_ST.sum(dim=1).tolist()
-        seen = sum(length**2 / 2 for length in lengths)
+        seen = sum(length**2 / 2 for length in batch.attention_mask_ST.sum(dim=1).tolist())
     else:
         seen = sum(
             group.prefix**2 / 2 + sum(length * (group.prefix + length / 2) for length in group.suffixes)
             for group in batch.groups
         )
-    return a_token * batch.tokens + a_target * len(batch.targets_A) + 12 * shape.layers * shape.attention * seen
+    return shape.of_token * batch.tokens + shape.of_target * len(batch.targets_A) + shape.of_seen * seen
 
 
 def throughput(batches: list[AnyBatch], shape: Shape, dtype: str, pairs: int, seconds: float) -> Metrics:
     """tokens_per_second, pairs_per_second and, if the device's peak is known, mfu of a step of so many pairs over all
-    ranks, of which this rank had these micro-batches; every rank must call."""
+    ranks, of which this rank had these micro-batches; and peak_memory_gib, the most that this process has held, allocated on
+    the GPU or resident on the CPU. Every rank must call."""
     device = distributed.device()
     peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     tokens = float(sum(batch.tokens for batch in batches))
@@ -177,27 +148,18 @@ def throughput(batches: list[AnyBatch], shape: Shape, dtype: str, pairs: int, se
     metrics = {"tokens_per_second": float(totals[0]) / seconds, "pairs_per_second": pairs / seconds}
     if peak:
         metrics["mfu"] = float(totals[1]) * 1e12 / seconds / (peak * distributed.world_size())
-    return metrics
-
-
-def peak_memory_gib() -> float:
-    """Most memory this process has held: allocated on the GPU, or resident on the CPU."""
-    if distributed.use_cuda():
-        return float(torch.cuda.max_memory_allocated()) / 2**30
+    if device.type == "cuda":
+        return metrics | {"peak_memory_gib": float(torch.cuda.max_memory_allocated()) / 2**30}
     # Not ru_maxrss, which includes the parent's memory after a fork.
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 2**20
+    return metrics | {"peak_memory_gib": int(line.split()[1]) / 2**20}
 
 
 def on_the_bar(metrics: Metrics) -> dict[str, str]:
     """The metrics of a step that the progress bar shows."""
-    shown = {
-        "loss": f"{metrics['loss']:.4f}",
-        "acc": f"{metrics['accuracy']:.2f}",
-        "tok_s": f"{metrics['tokens_per_second']:.0f}",
-        "pairs_s": f"{metrics['pairs_per_second']:.2f}",
-    }
-    return {**shown, "mfu": f"{metrics['mfu']:.0%}"} if "mfu" in metrics else shown
+    shown = {"loss": ("loss", ".4f"), "acc": ("accuracy", ".2f"), "tok_s": ("tokens_per_second", ".0f"),
+             "pairs_s": ("pairs_per_second", ".2f"), "mfu": ("mfu", ".0%")}  # fmt: skip
+    return {name: f"{metrics[key]:{form}}" for name, (key, form) in shown.items() if key in metrics}
 
 
 def summary(folder: Path, method: str, pairs: int) -> str:
@@ -205,36 +167,32 @@ def summary(folder: Path, method: str, pairs: int) -> str:
     lines = [line for _, line in whole_lines(folder / "metrics.jsonl")]
     last, steps = lines[-1], len(lines)
     seconds = sum(pairs / line["pairs_per_second"] for line in lines)
+    forms = {f"{kind}{name}": form for kind in ("", "eval_") for name, form in _FORMS.items() if f"{kind}{name}" in last}
     rows = {
         "method": method,
         "steps": f"{steps:,} ({last['epoch']:.2f} epochs)",
-        "loss": f"{last['loss']:.4f} (first {lines[0]['loss']:.4f})",
-        "accuracy": f"{last['accuracy']:.3f}",
-        "margin": f"{last['margin']:.4g}",
-        "eval loss": f"{last['eval_loss']:.4f}" if "eval_loss" in last else "",
-        "eval accuracy": f"{last['eval_accuracy']:.3f}" if "eval_accuracy" in last else "",
-        "eval margin": f"{last['eval_margin']:.4g}" if "eval_margin" in last else "",
+        **{name.replace("_", " "): f"{last[name]:{form}}" for name, form in forms.items()},
         "time in steps": duration(seconds),
         "pairs per second": f"{pairs * steps / seconds:.3g}",
         "peak memory": f"{max(line['peak_memory_gib'] for line in lines):.2f} GiB",
         "checkpoint": str(folder / f"global_step_{steps}"),
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items() if value)
+    rows["loss"] += f" (first {lines[0]['loss']:.4f})"
+    return "\n".join(f"{name.ljust(max(map(len, rows)))}  {value}" for name, value in rows.items())
+
+
+_FORMS = {"loss": ".4f", "accuracy": ".3f", "margin": ".4g"}
 
 
 class MetricsLog:
-    """Appends to save_path/metrics.jsonl and to the trackers of --log; on rank 0 only, a no-op elsewhere."""
+    """Appends to save_path/metrics.jsonl and to the trackers of --log, on rank 0 only."""
 
     def __init__(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
-        """Open the log of a run in save_path after `done` steps; lines of later ones are dropped. Every rank must call: if
-        rank 0 fails, all end.
-
-        Raises:
-            DataError: a line of these steps is missing.
-        """
-        self._stream: TextIO | None = None
+        """Open the log of a run in save_path after `done` steps; lines of later ones are dropped, and DataError is raised if
+        one of these is missing. Every rank must call: if rank 0 fails, all end."""
+        self._stream: TextIO
         self._trackers: list[Tracker] = []
+        self._closing = ExitStack()
         distributed.on_main(lambda: self._open(folder, done, trackers, flags))
 
     def _open(self, folder: Path, done: int, trackers: list[str], flags: dict[str, Any]) -> None:
@@ -249,13 +207,13 @@ class MetricsLog:
             )
         with atomic_file(path) as stream:
             stream.writelines(json.dumps(line) + "\n" for line in kept)
-        self._trackers = [Tracker(name, folder, flags, kept, len(lines)) for name in trackers]
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = self._closing.enter_context(path.open("a", encoding="utf-8"))
+        for name in trackers:
+            self._trackers.append(Tracker(name, folder, flags, kept, len(lines)))
+            self._closing.callback(self._trackers[-1].close)
 
     def write(self, metrics: Metrics) -> None:
         """Add one step's line."""
-        if self._stream is None:
-            return
         self._stream.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._stream.flush()
         for tracker in self._trackers:
@@ -263,70 +221,45 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Sync all lines to disk, so that a state saved later never has more steps than there are lines."""
-        if self._stream is not None:
-            os.fsync(self._stream.fileno())
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close the file and the trackers."""
-        if self._stream is not None:
-            self._stream.close()
-            for tracker in self._trackers:
-                tracker.close()
+        """Close the file and the trackers; a no-op on other ranks."""
+        self._closing.close()
 
 
 # Before the first step policy and reference are one model: are their log-probs? -------------------------------------------
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
 """Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest answers.
-
-The same micro-batches through the same code give the same bits. What may differ are a GPU's kernels, and micro-batches of an
-earlier start on another number of processes. On SmolLM2-135M other micro-batches change a log-prob by 3e-8 of it in float32
-and by 2e-4 in bfloat16 (four answers, CPU). The bfloat16 tolerance is fifty times that by judgement, not by a measurement on
-a GPU; a reference closer than that is not noticed."""
+A GPU's kernels may differ, and an earlier start's micro-batches: on SmolLM2-135M others change a log-prob by 3e-8 of it in
+float32 and by 2e-4 in bfloat16 (four answers, CPU). Fifty times that is judgement; a closer reference is not noticed."""
 
 
 def check_first_step(
     parts: list[Objective], references: list[Tensor], method: Method, dtype: str, model_path: str, reference_file: str
 ) -> None:
-    """Refuse reference log-probs that are not the untrained policy's own; every rank must call.
-
-    The loss alone would not show it: at beta 0.01 a margin of 10 nats changes it by 0.05.
-
-    Args:
-        parts, references: of this rank's micro-batches of the first step; reference log-probs [B, 2] of each.
-        method, dtype: of the run.
-        model_path, reference_file: for the message.
-
-    Raises:
-        DataError: the loss is not that of a zero margin, or the log-probs are too far apart.
-    """
-    losses_P = distributed.gather(torch.cat([part.losses_B for part in parts]))
+    """Raise DataError if reference log-probs, [B, 2] of each of this rank's micro-batches of the first step, are not the
+    untrained policy's: by the loss, and by themselves, as at beta 0.01 a margin of 10 nats changes the loss by 0.05.
+    Every rank must call."""
     # ln 2, 1 / (4 beta^2) for ipo, or what a method's own loss is at a margin of zero.
-    expected_P = distributed.gather(torch.cat([_loss_at_zero(part.pairs, method) for part in parts]))
-    difference_K = distributed.gather(torch.cat([part.pairs.log_ratios_S for part in parts])).double().abs()
-    size_K = distributed.gather(torch.cat([reference_B2.flatten() for reference_B2 in references])).double().abs()
-    share, nats = TOLERANCES[dtype]
-    loss, expected = float(losses_P.double().mean()), float(expected_P.mean())
+    log_ratios = [torch.zeros_like(part.pairs.log_ratios_S, dtype=torch.float64) for part in parts]
+    zeros = [part.pairs._replace(margins_B=z.chunk(2)[0], log_ratios_S=z) for part, z in zip(parts, log_ratios, strict=True)]
+    at_zero = _of_all(method.loss(pairs).double() for pairs in zeros)
+    loss, expected = float(_of_all(part.losses_B for part in parts).double().mean()), float(at_zero.mean())
     loss_tolerance = (0.05 if dtype == "bfloat16" else 1e-3) * max(1.0, expected)
-    difference, allowed = float(difference_K.mean()), share * float(size_K.mean()) + nats
+    share, nats = TOLERANCES[dtype]
+    difference = float(_of_all(part.pairs.log_ratios_S for part in parts).double().abs().mean())
+    allowed = share * float(_of_all(reference_B2.flatten() for reference_B2 in references).double().abs().mean()) + nats
     if not abs(loss - expected) <= loss_tolerance:
         reason = f"the first loss is {loss:.4f}, not {expected:.4f}"
     elif not difference <= allowed:
-        reason = (
-            f"before the first step the policy's log-probs are {difference:.4g} away from the reference's in the mean, more "
-            f"than the {allowed:.2g} of rounding"
-        )
+        reason = f"the policy's first log-probs are {difference:.4g} away from the reference's, more than {allowed:.2g}"
     else:
         return
     raise DataError(
         f"{reason}: the reference log-probs do not belong to {model_path}; delete {reference_file}, or pass --resume=never"
     )
-
-
-def _loss_at_zero(pairs: Pairs, method: Method) -> Tensor:
-    """[B] losses if policy and reference were the same, float64."""
-    margins_B, log_ratios_S = (torch.zeros_like(part, dtype=torch.float64) for part in (pairs.margins_B, pairs.log_ratios_S))
-    return method.loss(pairs._replace(margins_B=margins_B, log_ratios_S=log_ratios_S)).double()
 
 
 # Are the numbers of a step finite? DeepSpeed silently skips a step whose gradients are not, and would skip all later ones.
@@ -336,25 +269,20 @@ SHOWN = 8
 
 
 def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
-    """Stop at a step whose metrics are not finite; every rank must call.
-
-    Args:
-        metrics, watch: of the step, the metrics the same on all ranks.
-        indices: [B] of each of this rank's micro-batches.
-        pairs: of the training split.
-
-    Raises:
-        DataError: a metric is not finite; names the pairs of the micro-batches it came from.
-    """
-    wrong = _not_finite(metrics)
-    if not wrong:
+    """Raise DataError if a metric of a step, the same on all ranks, is not finite, naming the pairs of the micro-batches
+    that it came from; `indices` [B] are the places of this rank's micro-batches among the pairs. Every rank must call."""
+    if not (wrong := _not_finite(metrics)):
         return
     bad_M = distributed.gather(watch.bad_M.float()).bool().cpu()
     device = watch.bad_M.device
     indices_P = distributed.gather(torch.cat(list(indices)).to(device)).cpu()
     sizes_M = distributed.gather(torch.tensor([len(part) for part in indices], device=device)).cpu()
     if bad_M.any():
-        whose = f"from the micro-batch of {_named(indices_P[bad_M.repeat_interleave(sizes_M)].tolist(), pairs)}"
+        bad = indices_P[bad_M.repeat_interleave(sizes_M)].tolist()
+        ids = [pairs[index].prompt_id for index in bad]
+        label, shown = ("row", [index + 1 for index in bad]) if None in ids else ("prompt_id", ids)
+        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        whose = f"from the micro-batch of {label} {', '.join(map(str, shown[:SHOWN]))}{more}"
     else:
         whose = f"from no micro-batch alone but the sum over the step's {len(indices_P)} pairs"
     raise DataError(
@@ -365,8 +293,7 @@ def check_step(metrics: dict[str, float], watch: FiniteWatch, indices: Sequence[
 
 def check_evaluation(metrics: dict[str, float], step: int) -> None:
     """Raise DataError if metrics of the test pairs are not finite: the step before has broken the weights."""
-    wrong = _not_finite(metrics)
-    if wrong:
+    if wrong := _not_finite(metrics):
         raise DataError(
             f"after step {step}: {wrong}; nothing of this step is saved and earlier checkpoints are kept; lower "
             "--learning_rate or the method's strength"
@@ -375,11 +302,3 @@ def check_evaluation(metrics: dict[str, float], step: int) -> None:
 
 def _not_finite(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
-
-
-def _named(indices: list[int], pairs: Sequence[Pair]) -> str:
-    ids = [pairs[index].prompt_id for index in indices]
-    label = "row" if None in ids else "prompt_id"
-    words = [str(index + 1 if label == "row" else prompt_id) for prompt_id, index in zip(ids, indices, strict=True)]
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return f"{label} {', '.join(words[:SHOWN])}{more}"

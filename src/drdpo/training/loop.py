@@ -7,12 +7,11 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -38,7 +37,6 @@ from drdpo.training.log import (
     check_step,
     on_the_bar,
     pair_table,
-    peak_memory_gib,
     step_metrics,
     summary,
     table_means,
@@ -46,55 +44,31 @@ from drdpo.training.log import (
 )
 from drdpo.training.lora import add_lora
 from drdpo.training.losses import Method
-from drdpo.training.memory import preflight, resolve_attention, resolve_rows, shapes
+from drdpo.training.memory import preflight, resolve_attention, resolve_rows
 from drdpo.training.model_card import model_card, push_to_hub
 from drdpo.training.objective import Objective, check_tangent, objective, penalty_scales, survey
 from drdpo.training.policy import FiniteWatch, load_policy, pairs_of, set_recomputation, widen_values
-from drdpo.training.reference import (
-    candidate_logprobs,
-    check_logprobs,
-    read_reference,
-    reference_key,
-    reference_logprobs,
-    write_reference,
-)
-from drdpo.training.run import (
-    CANDIDATES,
-    Run,
-    arithmetic_of,
-    claim_folder,
-    deals_by_tokens,
-    is_complete,
-    is_saved,
-    note_run,
-    open_run,
-)
+from drdpo.training.reference import candidate_logprobs, reference_key, reference_logprobs, stored_logprobs
+from drdpo.training.run import CANDIDATES, Run, arithmetic_of, claim_folder, is_complete, is_saved, note_run, open_run
 
-
-class StopRequest:
-    """Has this process been sent SIGTERM or SIGUSR1, which end the run at the next step boundary?"""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
-        self._number = number
-
-    def agreed(self, device: torch.device) -> str | None:
-        """Name of the signal that any rank was sent, the same answer on every rank; every rank must call."""
-        asked = int(distributed.gather(torch.tensor([self._number], device=device)).max())
-        return signal.Signals(asked).name if asked else None
+Stop = Callable[[torch.device], str | None]
+"""Name of the signal that any rank was sent, the same answer on every rank; every rank must call."""
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGUSR1, also those that arrived while src/train_alignment.py blocked them; main thread only."""
-    request, signals = StopRequest(), (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, request.note) for number in signals}
+def stop_on_signal() -> Iterator[Stop]:
+    """Note SIGTERM and SIGUSR1, which end the run at the next step boundary, also those that arrived while
+    src/train_alignment.py blocked them; main thread only."""
+    sent, signals = [0], (signal.SIGTERM, signal.SIGUSR1)
+
+    def agreed(device: torch.device) -> str | None:
+        asked = int(distributed.gather(torch.tensor(sent[-1:], device=device)).max())
+        return signal.Signals(asked).name if asked else None
+
+    before = {number: signal.signal(number, lambda number, frame: sent.append(number)) for number in signals}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
-        yield request
+        yield agreed
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
@@ -124,27 +98,26 @@ def train_alignment(config: TrainConfig, method: Method) -> None:
         push_to_hub(config.push_to_hub, finished)
 
 
-def _align(config: TrainConfig, method: Method, stop: StopRequest, precision: Precision) -> Path | None:
+def _align(config: TrainConfig, method: Method, stop: Stop, precision: Precision) -> Path | None:
     """The last checkpoint; None after --dry_run."""
-    config = resolve_attention(config)
-    if deals_by_tokens(config):
-        config = resolve_rows(config, method, shapes(config))
+    config = resolve_rows(resolve_attention(config), method)
     run = open_run(config, method, precision.reason)
     if is_complete(run):
         if run.candidates is not None:
             distributed.on_main(partial(run.candidates.check_evaluated, run.folder, run.steps), status=2)
-        _say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
+        distributed.say(f"{run.folder} is complete: {run.steps} steps, same flags, model and pairs; nothing to do")
         return run.folder / f"global_step_{run.steps}"
     run, shape = preflight(run)
     if config.dry_run:
         return None
     with sole_writer(run.folder):
-        claim_folder(run)
+        distributed.barrier()
+        distributed.on_main(partial(claim_folder, run))
         _train(run, shape, stop)
     return run.folder / f"global_step_{run.steps}"
 
 
-def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
+def _train(run: Run, shape: Shape, stop: Stop) -> None:
     """Everything after the checks, in a folder that this run may write."""
     config = run.config
     policy = load_policy(
@@ -168,7 +141,7 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
         engine.module.method_state = {name: value.to(engine.device) for name, value in kept.items()}
     done = load_state(engine, run.folder / "resume")
     if done:
-        _say(f"continuing after step {done} of {run.steps}")
+        distributed.say(f"continuing after step {done} of {run.steps}")
     log = MetricsLog(run.folder, done, config.trackers, as_dict(config))
     try:
         _steps(engine, run, shape, references, done, log, stop)
@@ -184,16 +157,9 @@ def _train(run: Run, shape: Shape, stop: StopRequest) -> None:
 def train_step(
     engine: Engine, batches: list[tuple[AnyBatch, Tensor]], config: TrainConfig, method: Method, step: int = 0
 ) -> list[Objective]:
-    """One optimizer step.
-
-    Args:
-        batches: this rank's micro-batches with their reference log-probs [B, 2], as many as every other rank's; over the
-            ranks config.train_batch_size pairs, any number of them in each.
-        step: optimizer steps done before this one; it seeds --wdpo_fraction's draw.
-
-    Returns:
-        What every micro-batch contributed, detached from its graph.
-    """
+    """One optimizer step, after `step` others, on this rank's micro-batches with their reference log-probs [B, 2], as many
+    as every other rank's: over the ranks config.train_batch_size pairs, any number of them in each. Returns what every
+    micro-batch contributed, detached from its graph."""
     population = None
     if method.needs_population and config.robust_scope == "step" and len(batches) > 1:
         population = survey(engine.module, batches, method)
@@ -221,11 +187,7 @@ def train_step(
 
 def evaluate(engine: Engine, run: Run, reference_M2: Tensor, step: int) -> dict[str, float]:
     """Plain, unweighted loss, accuracy and rewards on all test pairs, and loss and accuracy on their shifted populations,
-    after so many steps; every rank must call.
-
-    Raises:
-        DataError: as check_evaluation.
-    """
+    after so many steps; DataError as check_evaluation. Every rank must call."""
     plan, tables = run.plans["test"], []
     shards = plan.without_steps()
     with evaluating(engine) as policy:
@@ -253,13 +215,9 @@ def note_pairs(run: Run, table_K5: Tensor) -> None:
 
 
 def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_C: Tensor, step: int) -> dict[str, float]:
-    """The policy's expected scores on --eval_candidates by objective and mixture, and the mean effective sample size; the
-    log-ratios go to candidates/step_<n>.safetensors. Every rank must call.
-
-    Args:
-        candidates, reference_C: C of N prompts, and their log-probs under the starting model.
-        step: finished optimizer steps; 0 computes nothing, as the starting model's log-ratios are zero.
-    """
+    """The policy's expected scores on --eval_candidates by objective and mixture, and the mean effective sample size, after
+    so many steps; the log-ratios to the starting model's log-probs [C], at step 0 zero, go to
+    candidates/step_<n>.safetensors. Every rank must call."""
     logprobs_C = reference_C
     if step:
         logprobs_C = candidate_logprobs(engine, candidates, _row_tokens(run.config), "evaluate candidates")
@@ -272,13 +230,13 @@ def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_
 
 
 def _steps(
-    engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: StopRequest
+    engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: Stop
 ) -> None:
     config, plan, saved = run.config, run.plans["train"], done
     bar = progress(range(done, run.steps), initial=done, total=run.steps, desc=run.method.name, unit="step",
                disable=not distributed.is_main())  # fmt: skip
     for step in bar:
-        if (name := stop.agreed(engine.device)) is not None:
+        if (name := stop(engine.device)) is not None:
             _stop(engine, run, step, saved, log, name)
         started = time.perf_counter()
         batches = [_on_device(engine, plan, indices, references["train"]) for indices in plan.of_step(step)]
@@ -291,7 +249,6 @@ def _steps(
         metrics["lr"], metrics["grad_norm"] = learning_rate, float(engine.get_global_grad_norm() or 0.0)
         seconds = time.perf_counter() - started
         metrics |= throughput([batch for batch, _ in batches], shape, config.dtype, config.train_batch_size, seconds)
-        metrics["peak_memory_gib"] = peak_memory_gib()
         check_step(metrics, engine.module.watch, [batch.indices_B for batch, _ in batches], run.train)
         if step == 0:
             references_B2 = [reference_B2 for _, reference_B2 in batches]
@@ -320,23 +277,17 @@ def _save(engine: Engine, run: Run, metrics: dict[str, float]) -> None:
 
 
 def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:
-    """End a run that was sent a signal, after `step` steps, of which the newest state holds `saved`.
-
-    Raises:
-        ProcessError: --save_resume=false, so nothing can go on.
-        SystemExit: drdpo.errors.STOPPED.
-    """
+    """End a run that was sent a signal, after `step` steps, of which the newest state holds `saved`: with status STOPPED, or
+    by ProcessError if --save_resume=false."""
     if not run.config.save_resume:
-        raise ProcessError(
-            f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state to resume from"
-        )
+        raise ProcessError(f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state of it")
     if step > saved:
         distributed.on_main(log.flush)
         save_state(engine, run.folder / "resume", step)
     what = f"after step {step} of {run.steps}, state saved; rerun the same command to resume" if step else (
         "before the first step; rerun the same command to start"
     )  # fmt: skip
-    _say(f"stopped by {name} {what}")
+    distributed.say(f"stopped by {name} {what}")
     # torchrun ends the others when the first one has ended.
     distributed.barrier()
     sys.exit(STOPPED)
@@ -344,31 +295,30 @@ def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name
 
 def _reference(engine: Engine, run: Run, split: str) -> Tensor:
     plan, pairs = run.plans[split], getattr(run, split)
-    path = run.folder / f"reference_{split}.safetensors"
     key = reference_key(run.made_by["model"], pairs, arithmetic_of(run.config))
-    logprobs_M2 = read_reference(path, key, len(pairs), 2)
-    # All ranks must agree: one that sees the file while another does not would wait for it forever.
-    if distributed.any_rank(logprobs_M2 is None) or logprobs_M2 is None:
-        batches = plan.of_first_epoch() if split == "train" else plan.without_steps()
-        logprobs_M2 = reference_logprobs(engine, plan, batches, split)
-        distributed.on_main(partial(write_reference, path, key, logprobs_M2))
-    return logprobs_M2
+    batches = plan.of_first_epoch() if split == "train" else plan.without_steps()
+    return stored_logprobs(
+        run.folder / f"reference_{split}.safetensors", key, (len(pairs), 2),
+        lambda: reference_logprobs(engine, plan, batches, split), f"the reference model on the {split} pairs",
+    )  # fmt: skip
 
 
 def _candidate_reference(engine: Engine, run: Run, candidates: Candidates) -> Tensor:
     """[C] log-probs of the candidates under the starting model, before any state is loaded."""
-    path, tokens = run.folder / f"reference_{CANDIDATES}.safetensors", _row_tokens(run.config)
+    tokens = _row_tokens(run.config)
     key = reference_key(run.made_by["model"], [], f"{arithmetic_of(run.config)} {candidates.key} in rows of {tokens}")
-    logprobs_C = read_reference(path, key, len(candidates.places))
-    if distributed.any_rank(logprobs_C is None) or logprobs_C is None:
-        logprobs_C = candidate_logprobs(engine, candidates, tokens, f"reference log-probs, {CANDIDATES}")
-        check_logprobs(logprobs_C, (len(candidates.places),), f"the starting model on {candidates.path}")
-        distributed.on_main(partial(write_reference, path, key, logprobs_C))
+    logprobs_C = stored_logprobs(
+        run.folder / f"reference_{CANDIDATES}.safetensors", key, (len(candidates.places),),
+        lambda: candidate_logprobs(engine, candidates, tokens, f"reference log-probs, {CANDIDATES}"),
+        f"the starting model on {candidates.path}",
+    )  # fmt: skip
     distributed.on_main(partial(candidates.remove_others, run.folder / CANDIDATES))
     start = expected_scores(engine, run, candidates, logprobs_C, 0)
     shown = ", ".join(f"{name.removeprefix('eval_value.')} {value:.4g}" for name, value in start.items() if "value" in name)
     note = f"\n{candidates.path}: {candidates.note}" if candidates.note else ""
-    _say(f"{candidates.path}: {len(candidates.places)} candidates of {len(candidates.prompts)} prompts; mean {shown}{note}")
+    distributed.say(
+        f"{candidates.path}: {len(candidates.places)} candidates of {len(candidates.prompts)} prompts; mean {shown}{note}"
+    )
     return logprobs_C
 
 
@@ -380,8 +330,3 @@ def _row_tokens(config: TrainConfig) -> int:
 def _on_device(engine: Engine, plan: BatchPlan, indices: list[int], reference_M2: Tensor) -> tuple[AnyBatch, Tensor]:
     batch = plan.batch(indices)
     return batch.to(engine.device), distributed.send(reference_M2[batch.indices_B], engine.device)
-
-
-def _say(message: str) -> None:
-    if distributed.is_main():
-        print(message, flush=True)

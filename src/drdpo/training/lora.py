@@ -63,11 +63,7 @@ def merged(weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def load_base(lora: LoraSettings) -> Any:
-    """The model in full precision on the CPU, to merge adapters into: the quantized weights have lost precision.
-
-    Raises:
-        DataError: it cannot be read any more.
-    """
+    """The model in full precision on the CPU, to merge adapters into: the quantized weights have lost precision."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -1,10 +1,8 @@
 """What a run will need, printed before anything slow, and what is chosen for the machine where flags leave it open.
 
-The preflight prints sizes, work, lengths and the predicted peak memory of an optimizer step: ZeRO's shares by formula, the
-rest by a dry run. The dry run sends the largest micro-batch through the real policy and objective on torch's meta device,
-where tensors have shapes but no content, and counts what is alive; so it covers every architecture, method and kind of
-checkpointing. By the same prediction --micro_batch_tokens and --gradient_checkpointing are chosen, and by what the GPU and
-the model support --attn.
+The peak memory of an optimizer step is predicted: ZeRO's shares by formula, the rest by a dry run, which sends the largest
+micro-batch through the real policy and objective on torch's meta device, where tensors have shapes but no content, and
+counts what is alive; so it covers every architecture, method and kind of checkpointing.
 """
 
 import os
@@ -13,11 +11,14 @@ import weakref
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +47,7 @@ from drdpo.training.policy import (
     set_recomputation,
     widen_values,
 )
-from drdpo.training.run import Run
+from drdpo.training.run import Run, deals_by_tokens
 
 MARGIN = 0.9
 """Share of a GPU's memory that a prediction may take."""
@@ -66,37 +67,25 @@ Lines = list[tuple[str, str]]
 
 
 def preflight(run: Run) -> tuple[Run, Shape]:
-    """Print, on rank 0, what the run will do and the memory it will need. Every rank must call.
-
-    Returns:
-        The run, with its recomputed layers, and what a step's work depends on.
-
-    Raises:
-        DataError: there is no such model, or transformers does not know its architecture.
-        UsageError: the model's blocks have no linear layers for --lora_rank, or pairs are too long for its rotary positions.
-    """
-    pairs = run.sequences
-    policy = shapes(run.config, pairs)
-    shape = shape_of(policy)
-    memory = _free()
-    layers = 0
+    """Print, on rank 0, what the run will do and the memory it will need; the run, with its recomputed layers, and what a
+    step's work depends on. Every rank must call. DataError and UsageError as shapes."""
+    pairs, config, world = run.sequences, run.config, distributed.world_size()
+    policy = shapes(config, pairs)
+    shape, memory, layers = shape_of(policy), _free(), 0
     if distributed.is_main():
-        dealt = _dealt(run)
-        largest = max(dealt, key=lambda rows: _batch_tokens([run.train[row] for row in rows], run.config))
-        layers, lines = _memory(run, policy, [run.train[row] for row in largest], *memory)
-        lines = [*_work(run, shape, dealt), _lengths(run), *_beyond(policy, pairs), *lines]
+        # All ranks' micro-batches of the steps that take every pair once, or of the run if that is shorter.
+        steps = min(run.steps, -(-len(run.train) // config.train_batch_size))
+        plans = [replace(run.plans["train"], rank=rank) for rank in range(world)]
+        dealt = [[run.train[row] for row in rows] for step in range(steps) for plan in plans for rows in plan.of_step(step)]
+        tokens = [_batch_tokens(batch, config) for batch in dealt]
+        layers, needed = _memory(run, policy, dealt[tokens.index(max(tokens))], *memory)
+        # Beyond the model's context its rotary positions were not trained.
+        positions, longest = positions_of(policy.language_model)[0], max(map(len, pairs))
+        warning = f"the longest pair has {longest} tokens, beyond the model's context: pass --max_len={positions}"
+        beyond = [("warning", warning)] if positions is not None and longest > positions else []
+        lines = [*_work(run, shape, steps, sum(tokens)), *beyond, *needed]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
-    return replace(run, recompute=int(_of_all(float(layers))[0])), shape
-
-
-def _dealt(run: Run) -> list[list[int]]:
-    """All ranks' micro-batches of the steps that take every pair once, or of the run if that is shorter."""
-    plans = [replace(run.plans["train"], rank=rank) for rank in range(distributed.world_size())]
-    return [rows for step in range(_steps_of_an_epoch(run)) for plan in plans for rows in plan.of_step(step)]
-
-
-def _steps_of_an_epoch(run: Run) -> int:
-    return min(run.steps, -(-len(run.train) // run.config.train_batch_size))
+    return replace(run, recompute=int(distributed.gather_floats([layers])[0])), shape
 
 
 def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
@@ -106,44 +95,31 @@ def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
     return sum(pair.row_tokens() for pair in pairs)
 
 
-def _work(run: Run, shape: Shape, dealt: list[list[int]]) -> Lines:
-    config, world = run.config, distributed.world_size()
-    tokens = sum(_batch_tokens([run.train[row] for row in rows], config) for rows in dealt)
+def _work(run: Run, shape: Shape, steps: int, tokens: int) -> Lines:
+    """Model, data, steps and lengths; the first `steps` have so many tokens."""
+    config, world, train = run.config, distributed.world_size(), run.train
     trained = "all trained" if shape.trained == shape.parameters else f"{shape.trained:,} of them trained"
-    form = "packed" if config.packing else "padded"
-    cut = run.counts["train"]["answer cut"]
     batches = config.train_batch_size // (config.micro_batch * world)
     parts = f"{batches} micro-batch{'es' if batches > 1 else ''} of {config.micro_batch}"
     if config.micro_batch_tokens is not None:
         parts = f"packed rows of at most {config.micro_batch_tokens:,} tokens"
+    lengths = {
+        "prompt": [len(pair.prompt) for pair in train],
+        "answer": [len(answer) for pair in train for answer in (pair.chosen, pair.rejected)],
+        "pair": [_batch_tokens([pair], config) for pair in train],
+    }
+    quantiles = [
+        f"{name} {' '.join(f'{value:,.0f}' for value in np.percentile(found, PERCENTILES, method='inverted_cdf'))}"
+        for name, found in lengths.items()
+    ]
     return [
         ("model", f"{shape.parameters:,} parameters, {trained}, in {config.dtype}; attention {config.attention_kernel}"),
-        ("data", f"{len(run.train):,} pairs, {tokens:,} tokens {form} in the first {_steps_of_an_epoch(run):,} steps, "
-                 f"{cut:,} answers cut by --max_len={config.max_len}"),
+        ("data", f"{len(train):,} pairs, {tokens:,} tokens {'packed' if config.packing else 'padded'} in the first "
+                 f"{steps:,} steps, {run.counts['train']['answer cut']:,} answers cut by --max_len={config.max_len}"),
         ("work", f"{run.steps:,} steps of {config.train_batch_size} pairs = {run.epochs(run.steps):.2f} epochs; "
                  f"a step is {parts} on each of {world} process{'es' if world > 1 else ''}"),
+        ("tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: {'; '.join(quantiles)}"),
     ]  # fmt: skip
-
-
-def _lengths(run: Run) -> tuple[str, str]:
-    kinds = {
-        "prompt": [len(pair.prompt) for pair in run.train],
-        "answer": [len(answer) for pair in run.train for answer in (pair.chosen, pair.rejected)],
-        "pair": [_batch_tokens([pair], run.config) for pair in run.train],
-    }
-    found = []
-    for name, lengths in kinds.items():
-        values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
-        found.append(f"{name} " + " ".join(f"{value:,.0f}" for value in values))
-    return "tokens", f"at {', '.join(f'{part}%' for part in PERCENTILES)}: " + "; ".join(found)
-
-
-def _beyond(policy: Policy, pairs: Sequence[Pair]) -> Lines:
-    """A warning of pairs longer than the model's context: its rotary positions were not trained there."""
-    positions, longest = positions_of(policy.language_model)[0], max(map(len, pairs))
-    if positions is None or longest <= positions:
-        return []
-    return [("warning", f"the longest pair has {longest} tokens, beyond the model's context: pass --max_len={positions}")]
 
 
 def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int) -> tuple[int, Lines]:
@@ -152,10 +128,7 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
     config, process = run.config, None if distributed.use_cuda() else _resident()
     whole = max(1, len(recomputable_layers(policy.language_model)))
     layers, lines = whole if config.recompute else 0, []
-
-    def need_of(layers: int) -> Memory:
-        return predicted(config, run.method, policy, pairs, layers, process)
-
+    need_of = partial(predicted, config, run.method, policy, pairs, process=process)
     try:
         need = need_of(whole if config.gradient_checkpointing == "true" else 0)
         if config.gradient_checkpointing == "auto":
@@ -163,13 +136,10 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
             layers = 0 if kept <= limit else fewest_layers(whole, limit, lambda layers: need_of(layers).total)
             need = need_of(layers) if layers else need
             config = replace(config, gradient_checkpointing="true" if layers else "false")
-            verdict = (f"on for {layers} of {whole} layers", "exceeds") if layers else ("off", "fits")
-            share = f"{CPU_SHARE:.0%} of the memory's" if process else f"{MARGIN:.0%} of a GPU's"
-            each = f", for each of {sharers} processes" if sharers > 1 else ""
-            lines.append(
-                ("recompute", f"{verdict[0]}: without recomputation the predicted peak of {_gib(kept)} {verdict[1]} "
-                              f"{_gib(limit)}, {share} {_gib(free)} that are free{each}")
-            )  # fmt: skip
+            state, verdict = (f"on for {layers} of {whole} layers", "exceeds") if layers else ("off", "fits")
+            limits = f"the {_gib(limit)} that a process may take of {_gib(free)} free"
+            without = f"without recomputation the predicted peak of {_gib(kept)} {verdict} {limits}"
+            lines.append(("recompute", f"{state}: {without}"))
     except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
         # Some models' forward passes look at values (experts are chosen by them), which shapes alone do not have.
         reason = one_line(str(error), 100)
@@ -200,9 +170,7 @@ def _gib(size: float) -> str:
 def _free() -> tuple[int, int]:
     """Bytes that are free for training, on the fullest of the ranks' GPUs, and how many processes share them."""
     if distributed.use_cuda():
-        return int(min(_of_all(float(torch.cuda.mem_get_info(distributed.device())[0])))), 1
-    import psutil
-
+        return int(min(distributed.gather_floats([torch.cuda.mem_get_info(distributed.device())[0]]))), 1
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     free = int(psutil.virtual_memory().available) + sharers * _resident()
     # A container may have less than the machine.
@@ -215,46 +183,35 @@ def _free() -> tuple[int, int]:
 
 def _resident() -> int:
     """Bytes that this process has in memory now."""
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
-
-
-def _of_all(value: float) -> list[float]:
-    """Numbers of all ranks. Under --dry_run they do not talk to each other, and rank 0 alone prints."""
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed.gather_floats([value]) if joined else [value]
 
 
 def advice(need: "Memory", config: TrainConfig, world: int) -> str:
     """The largest part, and the flag that lowers it."""
-    sizes = {name: size for name, size in vars(need).items() if name != "process"}
-    part = max(sizes, key=lambda name: sizes[name])
-    flags: list[tuple[bool, str]]
-    if part in ("activations", "head"):
-        flags = [
-            (part == "activations" and not config.recompute, "--gradient_checkpointing=true"),
-            (config.second_derivative, "--wdpo_solver=tangent with --packing=true"),
-            (not config.packing, "--packing=true"),
-            (config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
-            (config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
-            (True, "a smaller --max_len"),
-        ]
-    else:
-        stage = 3 if part == "weights" and config.lora_quantize == "none" else 2
-        offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
-        # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
-        element = getattr(torch, config.dtype).itemsize
-        gains = part != "weights" or need.weights > element * GATHERED * world / (world - 1 or 1)
-        flags = [
-            (world > 1 and config.zero_stage < stage and gains, f"--zero_stage={stage}"),
-            # On a CPU it is the same memory.
-            (part in ("optimizer", "copies") and not need.process and not config.optimizer_offload, offload),
-            (part != "weights" and not config.lora_rank, "--lora_rank=16"),
-            (config.dtype == "float32", "--dtype=bfloat16"),
-            (config.zero_stage >= stage, "more processes"),
-            (True, "a smaller model"),
-        ]
+    part = max((name for name in vars(need) if name != "process"), key=lambda name: getattr(need, name))
+    passes = part in ("activations", "head")
+    stage = 3 if part == "weights" and config.lora_quantize == "none" else 2
+    offload = "--optimizer_offload=true" + ("" if config.zero_stage else " with --zero_stage=2")
+    # ZeRO-3 keeps up to GATHERED weights whole beside its share: small models gain nothing.
+    gathered = getattr(torch, config.dtype).itemsize * GATHERED * world / (world - 1 or 1)
+    flags = [
+        (part == "activations" and not config.recompute, "--gradient_checkpointing=true"),
+        (passes and config.second_derivative, "--wdpo_solver=tangent with --packing=true"),
+        (passes and not config.packing, "--packing=true"),
+        (passes and config.micro_batch_tokens is not None, "a smaller --micro_batch_tokens"),
+        (passes and config.micro_batch > 1, f"--micro_batch_size={max(1, config.micro_batch // 2)}"),
+        (passes, "a smaller --max_len"),
+        (
+            world > 1 and config.zero_stage < stage and (part != "weights" or need.weights > gathered),
+            f"--zero_stage={stage}",
+        ),
+        # On a CPU it is the same memory.
+        (part in ("optimizer", "copies") and not need.process and not config.optimizer_offload, offload),
+        (part != "weights" and not config.lora_rank, "--lora_rank=16"),
+        (config.dtype == "float32", "--dtype=bfloat16"),
+        (config.zero_stage >= stage, "more processes"),
+        (True, "a smaller model"),
+    ]
     return f"the largest part is {part}; {next(flag for fits, flag in flags if fits)} lowers it"
 
 
@@ -263,50 +220,42 @@ def advice(need: "Memory", config: TrainConfig, world: int) -> str:
 
 def resolve_attention(config: TrainConfig) -> TrainConfig:
     """The flags with the kernel instead of --attn=auto: for packed rows on CUDA flash attention where it supports the model,
-    else what the flags' property `attention_kernel` says. Every rank must call.
-
-    Raises:
-        UsageError: --attn=flash is given, and this machine's flash attention does not support the model.
-    """
+    else what the flags' property `attention_kernel` says. UsageError if --attn=flash is given and it does not. Every rank
+    must call."""
     if not config.packing or config.attn not in ("auto", "flash") or not distributed.use_cuda():
         return replace(config, attn=config.attention_kernel)
     from transformers import AutoConfig
 
-    reason = None
     if config.attn == "auto" and config.wide_values:
-        reason = "--wdpo_solver=tangent attends in float32 to keep its accuracy"
+        reason: str | None = "--wdpo_solver=tangent attends in float32 to keep its accuracy"
     else:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         reason = refusal(settings, distributed.device(), getattr(torch, config.dtype))
-    if not any(_of_all(float(reason is not None))):
+    if not distributed.any_rank(reason is not None):
         return replace(config, attn="flash")
+    why = reason or "another process cannot use it"
     if config.attn == "flash":
-        raise UsageError(
-            "--attn=flash: torch's flash attention does not support this model here: "
-            f"{reason or 'another process found so'}; pass --attn=sdpa"
-        )
-    if distributed.is_main():
-        print(f"--attn=auto: sdpa instead of flash, because {reason or 'another process cannot use it'}", flush=True)
+        raise UsageError(f"--attn=flash: torch's kernel does not support this model here: {why}; pass --attn=sdpa")
+    distributed.say(f"--attn=auto: sdpa instead of flash, because {why}")
     return replace(config, attn="sdpa")
 
 
-def resolve_rows(config: TrainConfig, method: Method, policy: Policy) -> TrainConfig:
-    """The flags, with the kernel of resolve_attention, with --micro_batch_tokens, where deals_by_tokens says so. Every rank
-    must call.
-
-    A run in save_path that is resumed keeps its rows, whatever --gradient_checkpointing is now and the GPUs are. A new one
-    takes the largest of ROWS that fit: without recomputation down to BUSY tokens, if the flags allow that, else with it. A
-    row must have room for the longest pair that --max_len allows.
-    """
+def resolve_rows(config: TrainConfig, method: Method) -> TrainConfig:
+    """The flags, with the kernel of resolve_attention, with --micro_batch_tokens, where deals_by_tokens says so: those of a
+    run that is resumed, whatever --gradient_checkpointing is now and the GPUs are, or else rows_that_fit. Every rank must
+    call."""
+    if not deals_by_tokens(config):
+        return config
     before = read_manifest(Path(config.save_path)).get("train") if config.resume == "auto" else None
-    kept = int(_of_all(float(before["made_by"].get("micro_batch_tokens") or 0 if before else 0))[0])
+    kept = int(distributed.gather_floats([before["made_by"].get("micro_batch_tokens") or 0 if before else 0])[0])
     memory = torch.cuda.get_device_properties(distributed.device()).total_memory
-    least = int(min(_of_all(float(memory))))
-    return replace(config, micro_batch_tokens=kept or rows_that_fit(config, method, policy, least))
+    least = int(min(distributed.gather_floats([memory])))
+    return replace(config, micro_batch_tokens=kept or rows_that_fit(config, method, shapes(config), least))
 
 
 def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: int) -> int:
-    """--micro_batch_tokens of a new run for GPUs of that many bytes; see resolve_rows."""
+    """--micro_batch_tokens of a new run for GPUs of that many bytes: the largest of ROWS that fit, without recomputation
+    down to BUSY tokens, if the flags allow that, else with it. The longest pair that --max_len allows must have room."""
     least = 2 * config.max_len
     choices = [tokens for tokens in ROWS if tokens >= least] or [least]
     tried = [(tokens, config.recompute) for tokens in choices]
@@ -325,9 +274,8 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
 
 def _row_of(tokens: int, reads: Sequence[str] = ()) -> list[Pair]:
     """Pairs of equal parts, about 256 tokens each, that fill a row."""
-    parts = Pair([0], [0], [0]).row_tokens()
-    pairs = max(1, tokens // (256 * parts))
-    part = [0] * (tokens // (pairs * parts))
+    pairs = max(1, tokens // (3 * 256))
+    part = [0] * (tokens // (3 * pairs))
     return [Pair(part, part, part, columns=dict.fromkeys(reads, 0.0))] * pairs
 
 
@@ -345,10 +293,16 @@ def predicted(
 
 
 def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
-    """The policy of a run without its weights: shapes alone, from the model's config.json. Raises as preflight does."""
-    settings = read_settings(config.model_path)
+    """The policy of a run without its weights: shapes alone, from the model's config.json. DataError for a model that
+    transformers does not know; UsageError if its blocks have no linear layers for --lora_rank, or as check_pairs."""
+    settings, dtype = read_settings(config.model_path), getattr(torch, config.dtype)
+    register_shared_prefix()
     try:
-        model = _without_weights(settings, getattr(torch, config.dtype), "eager" if config.second_derivative else PACKED)
+        try:
+            model = meta_model(settings, dtype, "eager" if config.second_derivative else PACKED)
+        except KeyError:
+            # A model with attentions of its own (Falcon): predicted with one over the whole row, which takes more.
+            model = meta_model(settings, dtype, "eager")
     except (OSError, ValueError, ImportError) as error:
         reason = one_line(str(error), 300)
         raise DataError(f"{config.model_path}: the model could not be loaded ({reason})") from error
@@ -364,73 +318,45 @@ def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     return policy
 
 
-def _without_weights(settings: Any, dtype: torch.dtype, attention: str) -> Any:
-    register_shared_prefix()
-    try:
-        return meta_model(settings, dtype, attention)
-    except KeyError:
-        if attention == "eager":
-            raise
-        # A model with attentions of its own (Falcon): predicted with one over the whole row, which takes more.
-        return meta_model(settings, dtype, "eager")
-
-
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the moment of its peak."""
+    """Bytes on one device at the moment of its peak. Activations are those between the input embeddings and the last hidden
+    states, forward and backward; the output head has logits of a block of the vocabulary, and its gradient; copies are what
+    the optimizer step makes; a process has libraries and data, on a CPU."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Between the input embeddings and the last hidden states, forward and backward."""
     head: int
-    """The output head's: logits of a block of the vocabulary, gradient of the head."""
     copies: int
-    """What the optimizer step copies."""
     process: int
-    """On a CPU: libraries and data."""
 
     @property
     def total(self) -> int:
-        """All parts."""
         return sum(vars(self).values())
 
 
 def predict(policy: Policy, config: TrainConfig, world: int, activations: int, head: int, process: int | None) -> Memory:
-    """Peak memory of an optimizer step on one device.
+    """Peak memory of an optimizer step on one of `world` devices, of a policy on the meta device, with its adapters.
+    `activations` and `head` are from dry_run; `process`: bytes of the process before a model is loaded, None on a GPU.
 
-    With P parameters, T of them trained, b bytes an element of the training dtype, W devices and ZeRO stage z:
-
-        weights      b P; at z = 3 its share b P/W and what is gathered of it, b min(P, 10^9); with NF4 see _quantized_bytes
-        optimizer    AdamW's two moments, at z > 0 also the weights in float32 that they move: 8 T at z = 0, else 12 T/W
-        gradients    their sum over the micro-batches in float32, 4 T at z < 2, else 4 T/W; at z > 0 the bucket they are
-                     reduced in, b min(T, 5 10^8); in float32 at z = 1, 2 also those of one micro-batch apart, 4 T/W
-        copies       the optimizer step makes its share of the gradients flat, 4 T/W at z > 0; in bfloat16 at z = 1, 2 every
-                     micro-batch after a step's first adds a float32 copy of its gradients to their sum, (4 + b) T/W
-        activations and head   from dry_run
-
-    Activations and copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room for both: its
-    allocator keeps freed blocks of less than 32 MiB. What it cannot reuse is not in the formula. With --optimizer_offload a
-    GPU has neither optimizer nor copies.
-
-    Args:
-        policy: on the meta device, with its adapters.
-        config: of the run.
-        world: W.
-        activations, head: bytes.
-        process: bytes of the process before a model is loaded, if the device is a CPU; else None.
+    Activations and what the step copies are alive one after the other, so a GPU needs room for the larger. A CPU needs room
+    for both: its allocator keeps freed blocks of less than 32 MiB. What it cannot reuse is not predicted.
     """
-    size, stage, parameters = getattr(torch, config.dtype).itemsize, config.zero_stage, list(policy.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    size, stage, (total, trained, *_) = getattr(torch, config.dtype).itemsize, config.zero_stage, shape_of(policy)
     share = trained // world if stage else trained
+    # At stage 3 a share, and what is gathered of the rest.
     weights = size * (total // world + min(total, GATHERED)) if stage == 3 else size * total
     if config.lora_quantize != "none":
         weights = _quantized_bytes(policy, size, total)
+    # Their sum over the micro-batches in float32, and the bucket they are reduced in; in float32 at stages 1 and 2 also
+    # those of one micro-batch apart.
     gradients = 4 * (share if stage >= 2 else trained) + (size * min(trained, BUCKET) if stage else 0)
     if size == 4 and stage in (1, 2):
         gradients += 4 * share
+    # AdamW's two moments, and under ZeRO the weights in float32 that they move. The step makes the gradients flat; in
+    # bfloat16 at stages 1 and 2 every micro-batch after the first adds a float32 copy of its gradients to their sum.
     optimizer, copies = (12 if stage else 8) * share, 4 * share if stage else 0
     if size == 2 and stage in (1, 2) and config.train_batch_size > config.micro_batch * world:
         copies += size * share
@@ -466,22 +392,17 @@ def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
     # WDPO's exact solver attends to padded rows by plain products, which shapes take as they are.
     given = (_as_packed(batch) if isinstance(batch, Batch) and not policy.second_derivative else batch).to(meta)
     pairs = len(given.indices_B)
-    # As under ZeRO, a parameter's gradient leaves as soon as it exists.
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-        for parameter in policy.parameters()
-        if parameter.requires_grad
-    ]
     tensors = (value for value in vars(given).values() if isinstance(value, Tensor))
     known = [*policy.parameters(), *policy.buffers(), *tensors]
     population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
-    try:
+    with ExitStack() as hooks:
+        # As under ZeRO, a parameter's gradient leaves as soon as it exists.
+        for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
+            gone = parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+            hooks.callback(gone.remove)
         with _Alive(policy.head.weight.shape[0], known) as alive:
             plain = replace(method, weights=None, begin=None, update=None)  # weights look at values
             objective(policy, given, torch.zeros(pairs, 2, device=meta), plain, population).total.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return alive.at_peak["model"], alive.at_peak["head"]
 
 
@@ -492,7 +413,7 @@ def _as_packed(batch: Batch) -> PackedBatch:
     tokens_1N = torch.zeros(1, rows * width, dtype=torch.int64)
     groups = (PrefixGroup(0, (width,)),) * rows
     return PackedBatch(
-        batch.indices_B, tokens_1N, tokens_1N, tokens_1N[0], nothing_A, nothing_A, nothing_A, groups, columns=batch.columns
+        batch.indices_B, nothing_A, nothing_A, nothing_A, tokens_1N, tokens_1N, tokens_1N[0], groups, columns=batch.columns
     )
 
 

@@ -1,6 +1,7 @@
 """A checkpoint's model card, README.md, and the upload of a finished run's last checkpoint to the Hugging Face hub."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,6 @@ from drdpo.folder import git_commit, read_manifest, versions
 from drdpo.training.run import Run
 
 _PAPER = "2502.01930"
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ base }}, aligned by **{{ method }}** with [drdpo](https://arxiv.org/abs/{{ paper }}), step {{ step }} of {{ steps }}.
-
-{{ load }}
-
-| | |
-|---|---|
-{% for name, value in rows %}| {{ name }} | {{ value }} |
-{% endfor %}
-"""
 _WHOLE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,15 +25,14 @@ _METRICS = ("loss", "accuracy", "margin", "eval_loss", "eval_accuracy", "eval_ma
 
 
 def model_card(run: Run, step: int, metrics: dict[str, float]) -> str:
-    """The card of a checkpoint, whose step has these metrics: base model, method, pairs, metrics, versions, commit, licence,
-    how to load it."""
-    from huggingface_hub import ModelCard, ModelCardData
+    """The card of a checkpoint, whose step has these metrics."""
+    from huggingface_hub import ModelCardData
 
-    config, base = run.config, _base(run.config.model_path)
+    config, (base, license) = run.config, _base(run.config.model_path)
     data = None if Path(config.dataset_path).exists() else [config.dataset_path]
     adapter = config.lora is not None and not config.lora.merge
     card_data = ModelCardData(
-        base_model=base["base_model"], license=base["license"], datasets=data, pipeline_tag="text-generation",
+        base_model=base, license=license, datasets=data, pipeline_tag="text-generation",
         library_name="peft" if adapter else "transformers", tags=["drdpo", "preference-optimization", f"arxiv:{_PAPER}"],
     )  # fmt: skip
     seen = {f"{split} pairs": f"{run.counts[split]['out']:,} of {run.counts[split]['in']:,}" for split in ("train", "test")}
@@ -58,32 +43,38 @@ def model_card(run: Run, step: int, metrics: dict[str, float]) -> str:
         **{name.replace("_", " "): f"{metrics[name]:.4g}" for name in _METRICS if name in metrics},
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()), "commit of drdpo": git_commit(),
     }  # fmt: skip
-    return str(
-        ModelCard.from_template(
-            card_data, template_str=_TEMPLATE, title=run.folder.resolve().name, base=base["base_model"] or config.model_path,
-            method=run.method.label, paper=_PAPER, step=step, steps=run.steps, load=_ADAPTER if adapter else _WHOLE,
-            rows=[(name, one_line(str(value), 300).replace("|", "\\|")) for name, value in rows.items()],
-        )
-    )  # fmt: skip
+    shown = {name: one_line(str(value), 300).replace("|", "\\|") for name, value in rows.items()}
+    return f"""---
+{card_data.to_yaml()}
+---
+
+# {run.folder.resolve().name}
+
+{base or config.model_path}, aligned by **{run.method.label}** with [drdpo](https://arxiv.org/abs/{_PAPER}), \
+step {step} of {run.steps}.
+
+{_ADAPTER if adapter else _WHOLE}
+
+| | |
+|---|---|
+""" + "".join(f"| {name} | {value} |\n" for name, value in shown.items())
 
 
-def _base(model_path: str) -> dict[str, str | None]:
-    """{base_model, license} of the policy: those of its own card, or the hub repository it was downloaded from."""
+def _base(model_path: str) -> tuple[str | None, str | None]:
+    """Base model and licence of the policy: those of its own card, or the hub repository it was downloaded from."""
     import yaml
     from huggingface_hub import ModelCard
 
     folder = Path(model_path)
     if not folder.is_dir():
-        return {"base_model": model_path, "license": None}
+        return model_path, None
     found: dict[str, Any] = {}
-    if (folder / "README.md").is_file():
-        try:
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        if (folder / "README.md").is_file():
             found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-        except (OSError, ValueError, yaml.YAMLError):
-            found = {}
     repository = read_manifest(folder).get("assets", {}).get("made_by", {}).get("repository")
     base = repository or found.get("base_model")
-    return {"base_model": base if isinstance(base, str) else None, "license": found.get("license")}
+    return base if isinstance(base, str) else None, found.get("license")
 
 
 def push_to_hub(repository: str, folder: Path) -> None:
@@ -97,8 +88,7 @@ def push_to_hub(repository: str, folder: Path) -> None:
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"drdpo: {folder.name}")
         print(f"uploaded {folder} to {done.commit_url}", flush=True)
     except Exception as error:  # network, login, quota: of several libraries' kinds
+        why = one_line(str(error), 300)
         print(
-            f"warning: --push_to_hub={repository} failed ({one_line(str(error), 300)}); the checkpoint is in {folder}; "
-            "rerun the same command to upload it",
-            file=sys.stderr,
+            f"warning: --push_to_hub={repository} failed ({why}); rerun the same command to upload {folder}", file=sys.stderr
         )

@@ -1,8 +1,8 @@
 """Rows of a preference data set, from a folder or the hub: texts, and the fields that a method or the evaluation reads."""
 
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,80 +35,49 @@ def load_split(
     groups: Sequence[str] = (),
     mixtures: Mapping[str, Mapping[str, float]] | None = None,
     weight: str | None = None,
-    grouped: str | None = None,
 ) -> tuple[list[Preference], list[Columns]]:
-    """One side of a run's data.
+    """One side of a run's data, "train" or "test": the preferences, and the fields of each.
 
     Args:
         data: `path` is a folder with <split>.jsonl, a folder of datasets.save_to_disk, or a hub id. Rows are our own records
-            or TRL's form, see Preference.from_trl.
-        split: "train" or "test". With `test_share`, the test side is that share of the training split's distinct prompts,
-            with all their rows, and the training side is the rest.
-        reads: number fields of a row, see Method.reads.
-        groups: fields that name groups, as texts or whole numbers.
-        mixtures: {name: {objective: weight}} of the scores in chosen_scores and rejected_scores.
+            or TRL's form, see Preference.from_trl. With `test_share`, the test side is that share of the training split's
+            distinct prompts, with all their rows, and the training side is the rest.
+        reads, groups, mixtures: fields of a row: see Method.reads; names of groups, as texts or whole numbers; and {name:
+            {objective: weight}} of the scores in chosen_scores and rejected_scores.
         weight: the one of `reads` that must not be negative.
-        grouped: the one of `groups` that must name two groups or more, none of one pair.
-
-    Returns:
-        The preferences, and the fields of each.
 
     Raises:
         DataError: no such data set or split, no rows, a row without the fields, weights that are all 0, or a side that
             `test_share` leaves empty; names file, row and field.
     """
     source, rows = _rows(data, "train" if data.test_share is not None else split)
-    preferences, columns, numbers = [], [], []
+    preferences, columns = [], []
     for number, row in rows:
-        numbers.append(number)
         try:
             preferences.append(Preference.from_trl(row, number))
-            columns.append(_columns(row, reads, groups, mixtures or {}, weight))
+            mixed = {
+                name: (_mixed(row, "chosen_scores", weights), _mixed(row, "rejected_scores", weights))
+                for name, weights in (mixtures or {}).items()
+            }
+            read = {name: 0.0 if name in TOKENS else _number(row, name, name == weight) for name in reads}
+            columns.append(Columns(read, {name: _group(row, name) for name in groups}, mixed))
         except ValueError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
     if not preferences:
         raise DataError(f"{source}: the data set has no rows")
-    kept = list(range(len(preferences)))
     if data.test_share is not None:
-        held_out = _held_out(data, preferences, source)
-        kept = [row for row in kept if (str(preferences[row].prompt) in held_out) == (split == "test")]
-    preferences, columns = [preferences[row] for row in kept], [columns[row] for row in kept]
+        # Distinct prompts, of which the first so many of a random order are the test side.
+        prompts = list(dict.fromkeys(str(preference.prompt) for preference in preferences))
+        random.Random(f"{data.seed}/test").shuffle(prompts)
+        held_out = set(prompts[: max(1, round(data.test_share * len(prompts)))])
+        if len(held_out) == len(prompts):
+            count = f"{len(prompts)} distinct prompts"
+            raise DataError(f"{source}: --test_share={data.test_share} of {count} leaves none to train on")
+        kept = [(str(preference.prompt) in held_out) == (split == "test") for preference in preferences]
+        preferences, columns = list(compress(preferences, kept)), list(compress(columns, kept))
     if weight is not None and split == "train" and not any(found.numbers[weight] for found in columns):
-        raise DataError(
-            f'{source}: field "{weight}" is 0 in every row, so no pair would train; change it, or omit --weight_column'
-        )
-    if grouped is not None:
-        _refuse_lone(source, grouped, [numbers[row] for row in kept], columns)
+        raise DataError(f'{source}: field "{weight}" is 0 in every row, so no pair would train; omit --weight_column')
     return preferences, columns
-
-
-def _held_out(data: DataSettings, preferences: list[Preference], source: str) -> set[str]:
-    """The prompts of the test side that `test_share` makes."""
-    assert data.test_share is not None
-    prompts = list(dict.fromkeys(str(preference.prompt) for preference in preferences))
-    random.Random(f"{data.seed}/test").shuffle(prompts)
-    held_out = set(prompts[: max(1, round(data.test_share * len(prompts)))])
-    if len(held_out) == len(prompts):
-        raise DataError(
-            f"{source}: --test_share={data.test_share} of {len(prompts)} distinct prompts leaves none to train on"
-        )
-    return held_out
-
-
-def _columns(
-    row: Mapping[str, Any],
-    reads: Sequence[str],
-    groups: Sequence[str],
-    mixtures: Mapping[str, Mapping[str, float]],
-    weight: str | None,
-) -> Columns:
-    """See load_split; ValueError names the field."""
-    numbers = {name: 0.0 if name in TOKENS else _number(row, name, name == weight) for name in reads}
-    mixed = {
-        name: (_mixed(row, "chosen_scores", weights), _mixed(row, "rejected_scores", weights))
-        for name, weights in mixtures.items()
-    }
-    return Columns(numbers, {name: _group(row, name) for name in groups}, mixed)
 
 
 def _is_number(value: Any) -> bool:
@@ -146,19 +115,6 @@ def _mixed(row: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> f
         if not _is_number(scores[objective]):
             raise ValueError(f'field "{name}": {objective} is no finite number (of float32), and --eval_mixture reads it')
     return float(sum(weight * scores[objective] for objective, weight in weights.items()))
-
-
-def _refuse_lone(source: str, column: str, rows: Sequence[int], columns: Sequence[Columns]) -> None:
-    """Refuse a group of one pair, whose weight would be that pair's, and a column of one group."""
-    counts = Counter(found.groups[column] for found in columns)
-    if len(counts) < 2:
-        raise DataError(f'{source}: field "{column}" names one group only; --method=group needs two or more')
-    for row, found in zip(rows, columns, strict=True):
-        if counts[name := found.groups[column]] == 1:
-            raise DataError(
-                f'{source}, row {row}: field "{column}" is "{name}" in this row alone; a group needs two pairs: merge it '
-                "into another, or remove the row"
-            )
 
 
 def _rows(data: DataSettings, split: str) -> tuple[str, Iterable[tuple[int, dict[str, Any]]]]:

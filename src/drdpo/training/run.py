@@ -5,8 +5,9 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,16 @@ def arithmetic_of(config: TrainConfig) -> str:
 
 
 def check_inputs(config: TrainConfig, method: Method) -> None:
-    """Refuse what cannot be trained, before any model is loaded; --check_only prints what --dtype=auto is.
-
-    Raises:
-        UsageError: batch, micro-batch and processes do not divide, --robust_scope=micro without a population, a population
-            of one pair, a --wdpo_fraction of less than one micro-batch, or as settle.
-        DataError: model folder or data set are not usable.
-    """
+    """Refuse what cannot be trained, before any model is loaded: UsageError for flags, DataError for the model folder or the
+    data set. --check_only prints what --dtype=auto is."""
     _check_own(config, method)
     _check_batches(config, method)
     distributed.seconds_to_wait()
     check_device(kernels=True)
-    _check_machine(config)
+    if config.attn in ("flex", "flash") and not distributed.use_cuda():
+        raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; pass --attn=sdpa")
+    if config.attn == "flash" and not config.packing and importlib.util.find_spec("flash_attn") is None:
+        raise UsageError("--attn=flash needs the package flash-attn, which is not installed; pass --attn=sdpa")
     asked, (config, precision) = config.dtype, settle(config)
     check_trackers(config.trackers)
     check_model(config.model_path).refuse_training(
@@ -119,12 +118,7 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
     if config.chat_template_kwargs or config.eval_candidates:
         _candidates(config, chat.load_tokenizer(config.model_path, config.chat_template_kwargs))
     if Path(config.dataset_path).exists():
-        for split in ("train", "test"):
-            preferences, columns = _load(config, method, split)
-            if split == "test":
-                shifts_of(columns[: config.max_test_pairs], config.eval_groups, list(config.mixtures), config.dataset_path)
-            if split == "train":
-                _check_enough(config, len(preferences), split)
+        _check_pairs(config, method, {split: columns for split, (_, columns) in _load(config, method).items()})
     folder = Path(config.save_path)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--save_path={folder} is a file, not a folder")
@@ -137,10 +131,14 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         known = {name: before["made_by"].get(name) for name in now}
         _other_roundings(config, folder, {**before, "made_by": known}, now)
         # It imports engine and policy, for which a check before a launch should not wait.
-        from drdpo.training.checkpoint import check_states
+        from drdpo.training.checkpoint import states
 
-        if not before.get("complete"):
-            check_states(folder / "resume", _bound(config))
+        world, (newest, *_) = distributed.world_size(), [*states(folder / "resume")[0], None]
+        if newest and newest.world_size != world and (bound := _bound(config)) and not before.get("complete"):
+            raise UsageError(
+                f"{folder} was written by {newest.world_size} processes, and with {bound} another number of them ({world}) "
+                f"is another objective; use {newest.world_size}, or start over with --resume=never"
+            )
     if config.check_only:
         announce(precision)
 
@@ -151,20 +149,15 @@ def _check_own(config: TrainConfig, method: Method) -> None:
     if type(config) is not TrainConfig and method.label == chosen.label:
         raise UsageError(
             f"{type(config).__name__} is a command line of its own, but its method is called {method.label}, as one of "
-            "train_alignment.sh: pass a function to main that returns a Method with another name, see docs/own.md"
+            "train_alignment.sh; return a Method with another name, see docs/own.md"
         )
     if config.weight_column != method.weight_column:
-        raise UsageError(
-            f"{method.name} was not made for --weight_column={config.weight_column}: make it with "
-            "replace(method_of(config), ...), which takes the column over"
-            if config.weight_column
-            else f"{method.name} has a weight_column: pass --weight_column={method.weight_column}, which it is made from"
+        given = (
+            f"and --weight_column is {config.weight_column}; make it with replace(method_of(config), ...), or pass the same"
         )
+        raise UsageError(f"{method.name} has weight_column {method.weight_column}, {given}")
     if method.penalty not in (None, chosen.penalty):
-        raise UsageError(
-            f"{method.name} has a penalty that --wdpo_rho and its flags did not make, and they prepare a run for it: pass "
-            "--wdpo_rho and keep the penalty of method_of"
-        )
+        raise UsageError(f"{method.name} has a penalty of its own: pass --wdpo_rho and keep the penalty of method_of")
 
 
 def _check_batches(config: TrainConfig, method: Method) -> None:
@@ -173,32 +166,26 @@ def _check_batches(config: TrainConfig, method: Method) -> None:
         micro = 1
     if config.train_batch_size % (micro * world):
         times = f"--micro_batch_size={micro} times " if config.micro_batch_tokens is None else ""
-        raise UsageError(
-            f"--train_batch_size={config.train_batch_size} is not divisible by {times}{world} process"
-            f"{'es' if world > 1 else ''}"
-        )
+        whole = f"{times}{world} process{'es' * (world > 1)}"
+        raise UsageError(f"--train_batch_size={config.train_batch_size} is not divisible by {whole}")
     if config.robust_scope == "micro" and method.update:
         raise UsageError(f"--robust_scope=micro: {method.name} changes what it keeps once a step, by all its pairs; omit it")
     if config.robust_scope == "micro" and not method.needs_population:
         squared = " with --wdpo_penalty=squared" if method.penalty else ""
         raise UsageError(
-            f"--robust_scope=micro has no meaning for {method.name}{squared}: no pair's term depends on other "
-            "pairs; omit it, or choose a method with a population: --kldpo_tau, --drdpo_beta, --method=tv, chi2 or cvar, or "
-            "--wdpo_penalty=root"
+            f"--robust_scope=micro has no meaning for {method.name}{squared}: no pair's term depends on others; omit it, or "
+            "pass --kldpo_tau, --drdpo_beta, --method=tv, chi2 or cvar, or --wdpo_penalty=root"
         )
     population = config.train_batch_size if config.robust_scope == "step" else micro * world
     if method.weights is not None and method.population and population == 1:
+        more = "--train_batch_size" if config.robust_scope == "step" else "--micro_batch_size"
+        raise UsageError(f"a population of one pair: its robust weight is always 1, which is plain DPO; raise {more}")
+    count = config.train_batch_size // (micro * world)
+    if config.wdpo_fraction * count < 1 and config.micro_batch_tokens is None and not deals_by_tokens(config):
         raise UsageError(
-            "a population of one pair: its robust weight is always 1, which is plain DPO; raise --train_batch_size, or "
-            "--micro_batch_size under --robust_scope=micro"
+            f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than 1; "
+            f"pass --wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
         )
-    if config.wdpo_fraction < 1 and config.micro_batch_tokens is None and not deals_by_tokens(config):
-        count = config.train_batch_size // (micro * world)
-        if config.wdpo_fraction * count < 1:
-            raise UsageError(
-                f"--wdpo_fraction={config.wdpo_fraction} of {count} micro-batch{'es' * (count > 1)} a step is less than 1; "
-                f"pass --wdpo_fraction={1 / count:.3g} or more, or a smaller --micro_batch_size"
-            )
 
 
 def deals_by_tokens(config: TrainConfig) -> bool:
@@ -214,103 +201,73 @@ def _left_open(config: TrainConfig) -> set[str]:
     return rows | ({"attn"} if config.attn == "auto" else set())
 
 
-def _check_machine(config: TrainConfig) -> None:
-    """Refuse flags that this machine cannot honour."""
-    if config.attn in ("flex", "flash"):
-        if not distributed.use_cuda():
-            raise UsageError(f"--attn={config.attn} needs a CUDA device, and there is none; pass --attn=sdpa")
-        if config.attn == "flash" and not config.packing and importlib.util.find_spec("flash_attn") is None:
-            raise UsageError("--attn=flash needs the package flash-attn, which is not installed; pass --attn=sdpa")
-
-
 def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run:
-    """Read and tokenise the pairs; writes nothing. `dtype_reason`: why --dtype is what it is, for the manifest.
-
-    Raises:
-        UsageError: the folder contains a run with other flags, model or pairs.
-        DataError: too few usable pairs.
-    """
+    """Read and tokenise the pairs; writes nothing. `dtype_reason`: why --dtype is what it is, for the manifest. DataError as
+    _check_pairs, UsageError for pairs beyond --micro_batch_tokens."""
     tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
     pairs, counts = {}, {}
-    for split in ("train", "test"):
-        preferences, columns = _load(config, method, split)
-        if split == "test":
-            preferences, columns = preferences[: config.max_test_pairs], columns[: config.max_test_pairs]
+    for split, (preferences, columns) in _load(config, method).items():
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
         reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
-        if distributed.is_main():
-            print(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
-        _check_budget(config, pairs[split], split)
-        _check_enough(config, len(pairs[split]), split, f" of {len(preferences)}{f' ({reasons})' if reasons else ''}")
-    if method.group:
-        pairs = _numbered(pairs, method.group, config.dataset_path)
-    shifts, lines = shifts_of(pairs["test"], config.eval_groups, list(config.mixtures), config.dataset_path)
-    if distributed.is_main():
-        print("".join(f"test, {line}\n" for line in lines), end="")
+        distributed.say(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
+        longest, budget = max((pair.row_tokens() for pair in pairs[split]), default=0), config.micro_batch_tokens
+        if budget is not None and longest > budget:
+            more = f"the longest {split} pair takes {longest} tokens of a row; raise it, or lower --max_len"
+            raise UsageError(f"--micro_batch_tokens={budget}: {more}")
+    shifts, lines = _check_pairs(config, method, pairs)
+    if (column := method.group) is not None:
+        names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
+        for split, part in pairs.items():
+            numbers = [float(names.index(pair.groups[column])) for pair in part]
+            pairs[split] = [replace(p, columns={**p.columns, column: n}) for p, n in zip(part, numbers, strict=True)]
+    for line in lines:
+        distributed.say(f"test, {line}")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
-    folder = Path(config.save_path)
     return Run(
-        config, method, folder, tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason, shifts,
-        _candidates(config, tokenizer),
+        config, method, Path(config.save_path), tokenizer, pairs["train"], pairs["test"], counts, made_by, dtype_reason,
+        shifts, _candidates(config, tokenizer),
     )  # fmt: skip
 
 
-def _load(config: TrainConfig, method: Method, split: str) -> tuple[list[Preference], list[Columns]]:
-    """One side of the data, with what the method reads of its rows, and on the test side the evaluation."""
-    groups, mixtures = [method.group] if method.group else [], {}
-    if split == "test":
-        groups, mixtures = [*groups, *config.eval_groups], config.mixtures
-    grouped = method.group if split == "train" else None
-    return load_split(config.data, split, method.reads, groups, mixtures, method.weight_column, grouped)
+def _load(config: TrainConfig, method: Method) -> dict[str, tuple[list[Preference], list[Columns]]]:
+    """Both sides of the data, with what the method reads of their rows, and on the test side the evaluation."""
+    read = partial(load_split, config.data, reads=method.reads, weight=method.weight_column)
+    groups = [method.group] if method.group else []
+    train = read("train", groups=groups)
+    preferences, columns = read("test", groups=[*groups, *config.eval_groups], mixtures=config.mixtures)
+    return {"train": train, "test": (preferences[: config.max_test_pairs], columns[: config.max_test_pairs])}
+
+
+def _check_pairs(
+    config: TrainConfig, method: Method, found: Mapping[str, Sequence[Pair] | Sequence[Columns]]
+) -> tuple[Shifts, list[str]]:
+    """What shifts_of makes of the test pairs, or of what is read of their rows. DataError as it does, for too few pairs, or
+    for training pairs of one group, or with a group of one, whose weight would be that pair's."""
+    source = config.dataset_path
+    for split, least in (("train", config.train_batch_size), ("test", 1)):
+        count = len(found[split])
+        if count < least:
+            way_out = f"; pass --train_batch_size={count} or less" if split == "train" and count else ""
+            raise DataError(f"{source}: {count} usable {split} pairs, fewer than {least}{way_out}")
+    counts = Counter(pair.groups[method.group] for pair in found["train"] if method.group)
+    few = min(counts, key=lambda name: counts[name], default="")
+    if counts and (counts[few] == 1 or len(counts) == 1):
+        raise DataError(
+            f'{source}: of {len(counts)} groups in field "{method.group}", "{few}" is left with {counts[few]} usable '
+            "training pairs; --method=group needs two groups of two: merge it into another, or remove its rows"
+        )
+    return shifts_of(found["test"], config.eval_groups, list(config.mixtures), source)
 
 
 def _candidates(config: TrainConfig, tokenizer: chat.Tokenizer) -> Candidates | None:
-    """Those of --eval_candidates.
-
-    Raises:
-        DataError: as load_candidates.
-        UsageError: one is longer than --max_len.
-    """
+    """Those of --eval_candidates; DataError as load_candidates, UsageError if one is longer than --max_len."""
     if config.eval_candidates is None:
         return None
     found = load_candidates(config.eval_candidates, "test", tokenizer, config.mixtures, config.max_candidate_prompts)
     if found.longest > config.max_len:
-        raise UsageError(
-            f"{found.path}: the longest prompt with its completion has {found.longest} tokens, and none is cut; pass "
-            f"--max_len={found.longest}"
-        )
+        raise UsageError(f"{found.path}: one has {found.longest} tokens, and none is cut; pass --max_len={found.longest}")
     return found
-
-
-def _numbered(pairs: dict[str, list[Pair]], column: str, source: str) -> dict[str, list[Pair]]:
-    """With the numbers of the groups in the column of their names, the same in both splits.
-
-    Raises:
-        DataError: the training pairs that are left are of one group, or one alone is of a group; see load_split.
-    """
-    counts = Counter(pair.groups[column] for pair in pairs["train"])
-    few = min(counts, key=lambda name: counts[name])
-    if counts[few] == 1 or len(counts) == 1:
-        raise DataError(
-            f'{source}: of {len(counts)} groups in field "{column}", "{few}" is left with {counts[few]} usable training '
-            "pairs; --method=group needs two groups of two: merge it into another, or remove its rows"
-        )
-    names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
-    numbers = {name: float(number) for number, name in enumerate(names)}
-    return {
-        split: [replace(pair, columns={**pair.columns, column: numbers[pair.groups[column]]}) for pair in part]
-        for split, part in pairs.items()
-    }
-
-
-def _check_budget(config: TrainConfig, pairs: list[Pair], split: str) -> None:
-    longest = max((pair.row_tokens() for pair in pairs), default=0)
-    if config.micro_batch_tokens is not None and longest > config.micro_batch_tokens:
-        raise UsageError(
-            f"--micro_batch_tokens={config.micro_batch_tokens}: the longest {split} pair takes {longest} tokens of a row; "
-            "raise it, or lower --max_len"
-        )
 
 
 def pairs_hash(pairs: list[Pair], columns: bool = True) -> str:
@@ -329,15 +286,6 @@ def _made_by(config: TrainConfig, method: Method) -> dict[str, Any]:
     return {**flags, "method": method.label, "model": fingerprint(config.model_path)}
 
 
-def _check_enough(config: TrainConfig, pairs: int, split: str, of: str = "") -> None:
-    least = config.train_batch_size if split == "train" else 1
-    if pairs < least:
-        raise DataError(
-            f"{config.dataset_path}: {pairs} usable {split} pairs{of}, fewer than {least}"
-            + (f"; pass --train_batch_size={pairs} or less" if split == "train" and pairs else "")
-        )
-
-
 def _bound(config: TrainConfig) -> str:
     """Flags by which the division of a step's pairs into micro-batches changes more than roundings; none if it does not."""
     scope = "--robust_scope=micro" if config.robust_scope == "micro" else ""
@@ -351,8 +299,7 @@ def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], m
         kept = {name: made_by[name] for name in ROUNDINGS if name in made_by}
         roundings = changed({name: before.get(name) for name in kept}, kept)
         before = before | kept
-    changes = changed(before, made_by)
-    if changes:
+    if changes := changed(before, made_by):
         raise UsageError(
             f"{folder} contains a run from a different configuration: {changes}; pass another --save_path, or "
             "--resume=never to replace it"
@@ -361,17 +308,13 @@ def _other_roundings(config: TrainConfig, folder: Path, entry: dict[str, Any], m
 
 
 def is_complete(run: Run) -> bool:
-    """Does the run's folder contain this run, complete?
-
-    Raises:
-        UsageError: another run is in it, and --resume=auto asks to continue.
-    """
+    """Does the run's folder contain this run, complete? UsageError if another is in it that --resume=auto would continue."""
     before = read_manifest(run.folder).get("train")
     if before is None or run.config.resume == "never":
         return False
     roundings = _other_roundings(run.config, run.folder, before, run.made_by)
-    if roundings and distributed.is_main():
-        print(f"{run.folder}: resuming with another {roundings}, so not bit-identical to a run without it", flush=True)
+    if roundings:
+        distributed.say(f"{run.folder}: resuming with another {roundings}, so not bit-identical to a run without it")
     return bool(before.get("complete")) and is_saved(run.folder / f"global_step_{run.steps}")
 
 
@@ -381,19 +324,19 @@ def is_saved(folder: Path) -> bool:
 
 
 def claim_folder(run: Run) -> None:
-    """Prepare the run's folder for writing. Every rank must call, after is_complete and as sole_writer."""
-    distributed.barrier()
-    distributed.on_main(lambda: _claim(run))
-
-
-def _claim(run: Run) -> None:
-    if run.config.resume == "never":
-        _clear(run.folder)
-    sweep(run.folder)
-    for removed in run.folder.glob(".global_step_*.old"):
+    """Prepare the run's folder for writing; on rank 0, once no rank reads what an earlier run left there."""
+    folder, config = run.folder, run.config
+    if config.resume == "never":
+        for old in [folder / "resume", folder / "tensorboard", folder / CANDIDATES, *folder.glob("global_step_*")]:
+            shutil.rmtree(old, ignore_errors=True)
+        references = (f"reference_{part}.safetensors" for part in ("train", "test", CANDIDATES))
+        for name in ("metrics.jsonl", "eval_pairs.json", DASHBOARD, "training.png", *references):
+            (folder / name).unlink(missing_ok=True)
+    sweep(folder)
+    for removed in folder.glob(".global_step_*.old"):
         remove_tree(removed)
-    with atomic_file(run.folder / "config.json") as stream:
-        json.dump(as_dict(run.config), stream, indent=2)
+    with atomic_file(folder / "config.json") as stream:
+        json.dump(as_dict(config), stream, indent=2)
     note_run(run, complete=False)
 
 
@@ -401,11 +344,3 @@ def note_run(run: Run, complete: bool) -> None:
     """Write the run's manifest."""
     facts = {"counts": run.counts, "steps": run.steps, "complete": complete, "dtype_reason": run.dtype_reason}
     write_manifest(run.folder, "train", run.made_by, as_dict(run.config), **facts)
-
-
-def _clear(folder: Path) -> None:
-    for old in [folder / "resume", folder / "tensorboard", folder / CANDIDATES, *folder.glob("global_step_*")]:
-        shutil.rmtree(old, ignore_errors=True)
-    references = (f"reference_{part}.safetensors" for part in ("train", "test", CANDIDATES))
-    for name in ("metrics.jsonl", "eval_pairs.json", DASHBOARD, "training.png", *references):
-        (folder / name).unlink(missing_ok=True)

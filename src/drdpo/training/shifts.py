@@ -24,13 +24,8 @@ LARGEST = 50
 
 
 def relabelled(pairs: Pairs, mixed_B2: Tensor) -> Pairs:
-    """Pairs with the better answer by other scores as the chosen one.
-
-    Args:
-        pairs: as the data set labels them.
-        mixed_B2: [B, 2] these scores of the chosen and the rejected answer. Columns chosen_score and rejected_score, which a
-            loss may read, become them; other columns of the two answers change places with them.
-    """
+    """Pairs with the better answer by other scores, [B, 2] of the chosen and the rejected one, as the chosen one. Columns
+    chosen_score and rejected_score, which a loss may read, become these; other columns of the two answers change places."""
     swap_B = mixed_B2[:, 0] < mixed_B2[:, 1]
 
     def ordered(chosen_B: Tensor, rejected_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,13 +52,8 @@ class Shifts:
     """[M, 2] by mixture: scores of the chosen and the rejected answer."""
 
     def table(self, loss: Callable[[Pairs], Tensor], pairs: Pairs, indices_B: Tensor) -> Tensor:
-        """[B, C] loss and whether the margin is positive, under each mixture's labels; NaN where it has no preference.
-
-        Args:
-            loss: of the method.
-            pairs: of a batch, without a graph.
-            indices_B: [B] their places among the test pairs.
-        """
+        """[B, C] the method's loss and whether the margin is positive, under each mixture's labels, NaN where it has no
+        preference, of the pairs at these places [B] among the test pairs."""
         columns = [torch.empty(0, len(indices_B), device=indices_B.device)]
         for mixed_M2 in self.mixed.values():
             mixed_B2 = mixed_M2.to(indices_B.device)[indices_B]
@@ -73,13 +63,8 @@ class Shifts:
         return torch.cat(columns).T
 
     def metrics(self, indices_K: Tensor, plain_K2: Tensor, shifted_KC: Tensor) -> dict[str, float]:
-        """{loss.NAME: .., accuracy.NAME: ..} of every group and every mixture.
-
-        Args:
-            indices_K: [K] places among the test pairs, on the CPU as the others.
-            plain_K2: [K, 2] loss and accuracy under the data set's labels.
-            shifted_KC: [K, C] rows of `table`.
-        """
+        """{loss.NAME: .., accuracy.NAME: ..} of every group and every mixture, from the places [K] of test pairs, their loss
+        and accuracy [K, 2] under the data set's labels, and their rows [K, C] of `table`, on the CPU."""
         found = {name: plain_K2[member_M[indices_K]] for name, member_M in self.groups.items()}
         for number, name in enumerate(self.mixed):
             numbers_K2 = shifted_KC[:, 2 * number : 2 * number + 2]
@@ -92,12 +77,8 @@ class Shifts:
 def shifts_of(
     pairs: Sequence[Pair] | Sequence[Columns], columns: Sequence[str], mixtures: Sequence[str], source: str
 ) -> tuple[Shifts, list[str]]:
-    """The shifted populations of test pairs, and a line about each.
-
-    Args:
-        pairs: or what is read of their rows.
-        columns, mixtures: that they have: the populations.
-        source: of the pairs, for messages.
+    """The shifted populations of test pairs, or of what is read of their rows, by these columns and mixtures, and a line
+    about each.
 
     Raises:
         DataError: a column of more than LARGEST groups or of names that would be one metric, or a mixture without a
@@ -107,9 +88,7 @@ def shifts_of(
     for column in columns:
         names = sorted({pair.groups[column] for pair in pairs})
         if len(names) > LARGEST:
-            raise DataError(
-                f'{source}: field "{column}" names {len(names)} groups, more than the {LARGEST} that --eval_columns takes'
-            )
+            raise DataError(f'{source}: field "{column}" of --eval_columns names {len(names)} groups, more than {LARGEST}')
         for name in names:
             key = re.sub(r"[^-.\w]", "_", f"{column}.{name}")
             if key in groups:

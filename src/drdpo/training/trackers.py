@@ -93,9 +93,7 @@ def check_trackers(trackers: list[str]) -> None:
     asked = [name for name in PINS if name in trackers] if distributed.is_main() else []
     for name in asked:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(
-                f"--log={name}: not installed; run: python -m pip install {PINS[name]}, or remove it from --log"
-            )
+            raise UsageError(f"--log={name}: not installed; run: python -m pip install {PINS[name]}, or omit it")
     if "wandb" in asked and _mode() == "disabled":
         raise UsageError("--log=wandb with WANDB_MODE=disabled would record nothing; unset it, or remove wandb from --log")
     if "wandb" in asked and _mode() not in _OFFLINE:
