@@ -196,9 +196,11 @@ def write_records(path: Path, records: "Iterable[Prompt | Completion | Preferenc
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write JSON objects as lines, whole or not at all; returns how many."""
+    count = 0
     with atomic_file(path) as stream:
-        lines = (stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n") for row in rows)
-        return sum(1 for _ in lines)
+        for count, row in enumerate(rows, start=1):
+            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    return count
 
 
 def write_rejects(folder: Path, split: str, rejects: list[dict[str, Any]]) -> None:

@@ -133,7 +133,7 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import states
 
-        world, (newest, *_) = distributed.world_size(), [*states(folder / "resume")[0], None]
+        world, newest = distributed.world_size(), next(iter(states(folder / "resume")[0]), None)
         if newest and newest.world_size != world and (bound := _bound(config)) and not before.get("complete"):
             raise UsageError(
                 f"{folder} was written by {newest.world_size} processes, and with {bound} another number of them ({world}) "
