@@ -198,8 +198,9 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write JSON objects as lines, whole or not at all; returns how many."""
     count = 0
     with atomic_file(path) as stream:
-        for count, row in enumerate(rows, start=1):
+        for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
     return count
 
 
