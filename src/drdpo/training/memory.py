@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,6 +171,8 @@ def _free() -> tuple[int, int]:
     """Bytes that are free for training, on the fullest of the ranks' GPUs, and how many processes share them."""
     if distributed.use_cuda():
         return int(min(_of_all(torch.cuda.mem_get_info(distributed.device())[0]))), 1
+    import psutil  # A bare GPU machine (benchmarks/gpu_lease.py) has none.
+
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     free = int(psutil.virtual_memory().available) + sharers * _resident()
     # A container may have less than the machine.
@@ -184,6 +185,8 @@ def _free() -> tuple[int, int]:
 
 def _resident() -> int:
     """Bytes that this process has in memory now."""
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 
