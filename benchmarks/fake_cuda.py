@@ -289,8 +289,10 @@ def _triton_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: 
 def _pairs_of_the_row() -> int:
     """Pairs of a query and a key that it sees, from the blocks that are being launched: fake tables have no values."""
     frame: Any = sys._getframe(2)
-    while "blocks" not in frame.f_locals:
+    while frame is not None and "blocks" not in frame.f_locals:
         frame = frame.f_back
+    if frame is None:
+        raise LookupError("who launches a tangent kernel must have its table as `blocks`: its work is counted from it")
     pieces = {(start, stop - start, before) for _, stop, start, _, before, _ in frame.f_locals["blocks"]}
     return sum(length * (length + 1) // 2 + length * before for _, length, before in pieces)
 

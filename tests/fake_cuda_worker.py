@@ -167,6 +167,7 @@ def everything() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     yield "scoring mean sdpa", scoring, ("mean", False)
     yield "checks", checks, ()
     yield "planted", planted, (folder,)
+    yield "planted launch", fake_cuda._pairs_of_the_row, ()
     for name, given in MEMORY.items():
         yield f"memory {name}", memory, (folder, *given)
     for row in json.loads(gpu_counts.OUTPUT.read_text(encoding="utf-8"))["rows"]:

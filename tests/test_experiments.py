@@ -21,6 +21,7 @@ from drdpo.cli import parse
 from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError
 from drdpo.evaluation.statistics import Layout
+from drdpo.folder import lock_folder
 from drdpo.records import write_rows
 from drdpo.training.losses import method_of
 
@@ -278,6 +279,8 @@ def test_the_study_of_labels_continues_and_agrees_with_the_trainer(clone, tiny_p
     ]  # fmt: skip
     begun = start(clone, "label_shift.sh", tmp_path, *words, "--seconds=0")
     assert begun.returncode == 0 and "0 of 6 runs are finished; rerun" in begun.stdout, begun.stderr[-3000:]
+    with lock_folder(tmp_path / "out"):
+        assert start(clone, "label_shift.sh", tmp_path, *words).returncode == 2
     done = start(clone, "label_shift.sh", tmp_path, *words, DRDPO_PROCESSES="2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^== WDPO/2 \([1-9]\d* s\)$", done.stdout, re.MULTILINE)

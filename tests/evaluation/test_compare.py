@@ -110,7 +110,8 @@ def test_many_pairs_are_in_the_csv_file_only(tmp_path):
 def test_win_rate_counts_ties_half(tmp_path):
     runs = {"base": {"ArmoRM": [0.0] * 4}, "run": {"ArmoRM": [1.0, -1.0, 0.0, 2.0]}}
     output = evaluate(tmp_path, write_runs(tmp_path, runs))
-    assert "| win rate | 62.5% [" in report_of(output)
+    assert "| win rate | 62.5% [" in report_of(output) and "ties count half" in report_of(output)
+    assert "omit the gated" not in report_of(output)
     # All of the base's scores are 0: there is no unit to measure a gain in.
     assert "there is no gain" in report_of(output)
     assert math.isnan(table(output).loc[("run", "ArmoRM"), "gain_sd"])
@@ -200,8 +201,11 @@ def test_unseen_objectives_are_marked_from_the_manifests(tmp_path):
     assert "| `helpsteer_helpfulness` | +1.000 [+1.000, +1.000] |" in text and "| `ArmoRM` | " in text
     # Of both objectives, without the gated score.
     assert "| mean of all (2) | +1.500 [+1.500, +1.500] |" in text
-    assert "| worst of all (2) | +1.000 [+1.000, +1.000] |" in text
+    assert "| worst of all (2) | +1.000 [+1.000, +1.000] |" in text and "omit the gated score" in text
+    assert "ArmoRM mixes all" in text
     assert "(unseen)" in (output / "spider.svg").read_text(encoding="utf-8")
+    alone = report_of(evaluate(tmp_path, runs, objectives=[H, C]))
+    assert "No win rate:" in alone and "ArmoRM mixes" not in alone
 
 
 def test_length_and_repetition(tmp_path):
@@ -263,7 +267,7 @@ def test_objectives_in_either_spelling_and_order_and_names_with_an_equals_sign(t
         (["a={good}", "a={good}"], {}, UsageError, "the name a is given twice"),
         (["a={good}", "a={other}"], {}, DataError, "run a: .* are not both scored in helpsteer-coherence"),
         (["a={good}", "b=nowhere"], {}, DataError, "run b: nowhere: no such folder"),
-        (["a={good}"], {"split": "train"}, DataError, r"run a: .*train.jsonl: no such file; the folder has test.jsonl"),
+        (["a={good}"], {"split": "train"}, DataError, r"train.jsonl: .* has test.jsonl; choose with --split=train or"),
         (["a={good}"], {"objectives": ["helpsteer_charm"]}, UsageError, "unknown objective 'helpsteer_charm'"),
         (["a={good}"], {"objectives": ["ultrafeedback_verbosity"]}, UsageError, "no such head"),
         (["a={good}"], {"objectives": ["ArmoRM"]}, DataError, r"run a .* has no scores of ArmoRM"),

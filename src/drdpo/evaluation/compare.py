@@ -200,22 +200,29 @@ def _gain_text(comparison: Comparison) -> list[str]:
     if not comparison.others:
         return ["## Mean scores"]
     base, mixture, trained_on = comparison.base, comparison.mixture, comparison.trained_on
+    gated = GATED_SCORE in comparison.objectives
     pooled = any(len(run.folders) > 1 for run in comparison.runs)
     seeds = ", for runs of several seeds a t interval over prompts and seeds" * pooled
     text = (
         f"Mean difference from {base} over the paired prompts, in standard deviations of {base}'s completion scores. The "
         "unit is held fixed, so a mixture of such scores gains the weighted sum of their gains; `src/evaluate_policy.py "
         f"--mixtures` has its interval. Brackets: 95% percentile interval of a paired bootstrap over prompts{seeds}, "
-        "without correction for multiple comparisons: about one in twenty misses the true value. The mean and worst gains "
-        f"omit the gated score ({GATED_SCORE}); the win rate is the share of the paired prompts on which the run's gated "
-        "score is higher, ties counting half."
+        "without correction for multiple comparisons: about one in twenty misses the true value."
     )
+    if comparison.gains[comparison.others[0], base].keys() - {*comparison.objectives, MIXTURE}:
+        text += f" The mean and worst gains omit the gated score ({GATED_SCORE})."
+    if gated:
+        text += f" The win rate is the share of the paired prompts on which {GATED_SCORE} prefers the run; ties count half."
+    else:
+        text += f" No win rate: the gated score ({GATED_SCORE}) is not among the objectives."
     if mixture:
         terms = " + ".join(f"{weight:g} `{flag_name(name)}`" for name, weight in mixture.items())
         text += f" The {MIXTURE} is {terms}, applied to the gains below."
     if trained_on:
         names = ", ".join(f"`{flag_name(name)}`" for name in trained_on)
         text += f" Training used {names}; objectives marked *unseen* were not used."
+        if gated and GATED_SCORE not in trained_on:
+            text += f" {GATED_SCORE} mixes all objectives."
     return [f"## Gain over {base}, in standard deviations", text]
 
 

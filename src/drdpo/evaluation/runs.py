@@ -112,7 +112,9 @@ def load_run(name: str, folders: list[Path], split: str) -> ScoredRun:
         path = folder / f"{split}.jsonl"
         if not path.is_file():
             there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "no completions"
-            raise DataError(f"run {name}: {path}: no such file; the folder has {there}; choose with --split")
+            raise DataError(
+                f"run {name}: {path}: no such file; the folder has {there}; choose with --split=train or --split=test"
+            )
         rows = read_records(path, Completion.from_row)
         groups = check_scored(path, rows)
         prompts[f"{name} ({folder})"] = {prompt_id: group[0].prompt for prompt_id, group in groups.items()}
