@@ -73,7 +73,7 @@ class Lease:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "cudnn": None if tiny else torch.backends.cudnn.version(),
-            "driver": None if tiny else ask_driver()[1],
+            "cuda_driver": None if tiny else ask_driver()[1],
         }
 
     def record(self, part: str, run: Callable[..., Any], *arguments: Any, **options: Any) -> None:

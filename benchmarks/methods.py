@@ -123,7 +123,7 @@ def main() -> None:
         found = {"settings": settings, "runs": {}}
     folder = arguments.folder.resolve() / "-".join(map(str, settings.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DRDPO_PROCESSES": "1"}
     pairs = make_pairs(folder, arguments.prompts)
     found["machine"] = f"{os.cpu_count()} cores, {platform.machine()}"
     for name, flags in METHODS.items():

@@ -26,7 +26,7 @@ from drdpo.cli import check_bounds, flag, require
 from drdpo.config.data import PreferencesConfig
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.evaluation.statistics import Array, Layout, estimate
-from drdpo.folder import atomic_file, read_json_object
+from drdpo.folder import atomic_file, lock_folder, read_json_object
 from drdpo.objectives import flag_name
 from drdpo.pairing import generate_preferences
 from drdpo.records import SPLITS, Completion, read_rows, write_records
@@ -166,7 +166,7 @@ def train(config: LabelShiftConfig, folder: Path, save: Path, method: str, seed:
         f"--save_path={save}", f"--beta={BETA}", "--lora_rank=16", "--lora_merge=false", "--learning_rate=2e-3",
         "--warmup_ratio=0", f"--micro_batch_size={config.train_batch_size}", "--max_epochs=99",
         f"--max_len={2 * config.max_tokens}", "--gradient_checkpointing=false", "--log=none", "--eval_steps=0",
-        "--save_steps=0", f"--seed={seed}", *METHODS[method], "--eval_mixture",
+        "--save_steps=0", "--save_resume=false", f"--seed={seed}", *METHODS[method], "--eval_mixture",
         *(f"alpha_{100 * alpha:g}={mixture}" for alpha, mixture in zip(ALPHAS, mixed, strict=True)),
     )  # fmt: skip
 
@@ -293,10 +293,11 @@ def parts_of(config: LabelShiftConfig, further: Command) -> Iterator[Part]:
 
     def make_data() -> None:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        if not (folder / "study.json").is_file():
-            ratings = prepare(config, folder)
-            with atomic_file(folder / "study.json") as stream:
-                json.dump({"settings": settings, "ratings": ratings}, stream)
+        with lock_folder(folder):
+            if not (folder / "study.json").is_file():
+                ratings = prepare(config, folder)
+                with atomic_file(folder / "study.json") as stream:
+                    json.dump({"settings": settings, "ratings": ratings}, stream)
         if read_json_object(folder / "study.json")["settings"] != settings:
             raise UsageError(f"--output_path={folder} contains results from a different configuration; choose another")
 
@@ -305,7 +306,8 @@ def parts_of(config: LabelShiftConfig, further: Command) -> Iterator[Part]:
         if not path.is_file() and time.perf_counter() - started <= config.seconds:
             # WDPO's forward passes are float32: its reference is another.
             borrow(save, [paths["WDPO" if method == "WDPO" else "DPO", config.seeds[0]].with_suffix("")])
-            yield [*train(config, folder, save, method, seed), *further]
+            # A micro-batch is the whole step: one process, however many GPUs there are.
+            yield ["env", "DRDPO_PROCESSES=1", *train(config, folder, save, method, seed), *further]
             done = json.dumps(result_of(save))
             with atomic_file(path) as stream:
                 stream.write(done)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def step(name: str, *flags: str) -> Command:
 
 
 def borrow(folder: Path, lenders: Iterable[Path]) -> None:
-    """Link the reference's log-probs of other runs into a new run's folder. A file that does not match is ignored."""
+    """Link the reference's log-probs of other runs into a run's folder if that is new; one that continues has its own. A
+    file that does not match is ignored."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         for path in (path for lender in lenders for path in lender.glob("reference_*.safetensors")):
@@ -106,11 +108,12 @@ def borrow(folder: Path, lenders: Iterable[Path]) -> None:
 
 def checkpoint(folder: Path, number: str) -> Path:
     """The checkpoint of a step, or the last one for "last"."""
-    found = sorted(folder.glob("global_step_*"), key=lambda path: int(path.name.removeprefix("global_step_")))
-    chosen = found[-1:] if number == "last" else [path for path in found if path.name == f"global_step_{number}"]
-    if not chosen:
-        raise DataError(f"{folder} has no checkpoint of step {number}; found: {' '.join(path.name for path in found)}")
-    return chosen[0]
+    steps = [path.name.removeprefix("global_step_") for path in folder.glob("global_step_*")]
+    steps = sorted(filter(str.isdecimal, steps), key=int)  # A user's folder, e.g. global_step_316_merged, is none.
+    chosen = steps[-1] if number == "last" and steps else number
+    if chosen not in steps:
+        raise DataError(f"{folder} has no checkpoint of step {number}; found: {', '.join(steps) or 'none'}")
+    return folder / f"global_step_{chosen}"
 
 
 def run_experiment(
@@ -121,7 +124,7 @@ def run_experiment(
     Args:
         tiny: the flags that --tiny sets.
     """
-    words = sys.argv[1:]
+    words, started = sys.argv[1:], time.monotonic()
     end = words.index("--") if "--" in words else len(words)
     with one_line_errors():
         small = not {"--tiny", "--tiny=true"}.isdisjoint(words[:end])
@@ -141,7 +144,7 @@ def run_experiment(
             _submit(config, parts)
             return
         for part in parts:
-            print(f"\n== {part.name}", flush=True)
+            print(f"\n== {part.name} ({time.monotonic() - started:.0f} s)", flush=True)
             for command in part.commands:
                 command() if callable(command) else _run(command)
 

@@ -350,7 +350,7 @@ def report(config: PreferenceShiftConfig, study: Study) -> None:
     text = "\n\n".join(f"**{form}**\n\n{table(stored, form)}" for form in forms)
     with atomic_file(study.folder / "report.md") as file:
         file.write(text + "\n")
-    print(text)
+    print(f"{text}\n\nreport: {study.folder / 'report.md'}")
 
 
 def parts_of(config: PreferenceShiftConfig, further: Command) -> Iterator[Part]:

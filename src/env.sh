@@ -41,6 +41,7 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 # The second prints the stack of 
 [[ -t 2 ]] || export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # Waiting threads sleep instead of spinning, which made vLLM ten times slower on shared cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+gpu_count="" # See ask_driver.
 
 # run COMMAND...: print a command, then run it.
 run() {
@@ -78,12 +79,17 @@ is_set() {
     [[ ! "${value,,}" =~ ^(|n|no|f|false|0)$ ]]
 }
 
-# has_gpu: is a GPU visible? Sets gpu_count to the number of GPUs to start a process for, and cuda_version to what the driver
-# runs, e.g. 12040 for CUDA 12.4. Why torch cannot use GPUs that are there is for the steps to say.
-has_gpu() {
+# ask_driver: set gpu_count, once, to the number of GPUs to start a process for, and cuda_version to what the driver runs, e.g.
+# 12040 for CUDA 12.4. Why torch cannot use GPUs that are there is for the steps to say.
+ask_driver() {
     # shellcheck disable=SC2034 # setup.sh reads cuda_version.
-    read -r gpu_count cuda_version < <(python -c 'from drdpo.machine import ask_driver; print(*ask_driver())')
-    ((gpu_count > 0))
+    [[ -n "$gpu_count" ]] ||
+        read -r gpu_count cuda_version < <(python -c 'from drdpo.machine import ask_driver; print(*ask_driver())')
+}
+
+# has_gpu: is a GPU visible?
+has_gpu() {
+    ask_driver && ((gpu_count > 0))
 }
 
 # launch LOGS SCRIPT FLAG...: replace this shell, so that signals arrive, by a script with one process per GPU, or with
@@ -99,7 +105,7 @@ launch() {
     fi
     # With these left over from a cluster's template, a single process would wait for others forever.
     unset RANK LOCAL_RANK WORLD_SIZE
-    has_gpu || true
+    ask_driver
     processes="${DRDPO_PROCESSES:-$((gpu_count > 0 ? gpu_count : 1))}"
     [[ "$processes" =~ ^[1-9][0-9]*$ ]] || refuse_command "DRDPO_PROCESSES=$processes is not a positive number"
     ((gpu_count == 0 || processes <= gpu_count)) ||

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ import label_shift
 import numpy as np
 import pytest
 from harness.stand_ins import add_program
+from parts import checkpoint
 
 from drdpo.cli import parse
 from drdpo.config.training import TrainConfig
+from drdpo.errors import DataError
 from drdpo.evaluation.statistics import Layout
 from drdpo.records import write_rows
 from drdpo.training.losses import method_of
@@ -66,6 +69,17 @@ def test_wrong_flags_end_before_anything_runs(root, tmp_path, script, words, say
     done = start(root, SCRIPTS[script], tmp_path, *words)
     assert done.returncode == 2 and says in done.stderr
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("number", "found"), [("last", "10"), ("9", "9"), ("10_merged", None)])
+def test_only_the_trainers_own_folders_are_checkpoints(tmp_path, number, found):
+    for name in ("9", "10", "10_merged"):
+        (tmp_path / f"global_step_{name}").mkdir()
+    if found:
+        assert checkpoint(tmp_path, number) == tmp_path / f"global_step_{found}"
+    else:
+        with pytest.raises(DataError, match="no checkpoint of step 10_merged; found: 9, 10"):
+            checkpoint(tmp_path, number)
 
 
 def submitted(root: Path, tmp_path: Path, script: str, *words: str) -> dict[str, tuple[str, list[str], list[str]]]:
@@ -141,6 +155,7 @@ def test_the_tiny_preference_shift(clone, tiny_policy, tmp_path):
     assert set(stored["trials"]["cDPO"]) == {"0.1", "0.3"} and stored["strengths"]["cDPO"] in ("0.1", "0.3")
     assert set(linear["gain"]) == {"DPO", "cDPO"} and set(geometric["gain"]) == {"DPO"}
     assert linear["steps"] == [0, 1, 2] and linear["seeds"] == 2
+    assert f"report: {output / 'report.md'}" in done.stdout
     assert "| cDPO" in (output / "report.md").read_text() and (output / "report.png").read_bytes()[:4] == b"\x89PNG"
     metrics = output / "runs" / "geometric" / "DPO_43" / "metrics.jsonl"
     made = metrics.stat().st_mtime_ns
@@ -263,8 +278,10 @@ def test_the_study_of_labels_continues_and_agrees_with_the_trainer(clone, tiny_p
     ]  # fmt: skip
     begun = start(clone, "label_shift.sh", tmp_path, *words, "--seconds=0")
     assert begun.returncode == 0 and "0 of 6 runs are finished; rerun" in begun.stdout, begun.stderr[-3000:]
-    done = start(clone, "label_shift.sh", tmp_path, *words)
+    done = start(clone, "label_shift.sh", tmp_path, *words, DRDPO_PROCESSES="2")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^== WDPO/2 \([1-9]\d* s\)$", done.stdout, re.MULTILINE)
+    assert not list((tmp_path / "out").rglob("resume*"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["ratings"]["rated_pairs"] == 16 and sum(found["ratings"]["pairs"].values()) == 12
     # Where helpfulness differs, it disagrees with verbosity.

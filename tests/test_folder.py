@@ -268,9 +268,13 @@ def test_finished_parts_of_all_ranks_come_back_with_their_plan(folder):
     assert not folder.exists()
 
 
-def test_a_part_whose_write_was_killed_is_not_there(folder):
-    opened(folder).add(0, CONTENT)
-    (folder / ".part_1.json.abcdefgh.tmp").write_text("[1, ")
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_cut_line_is_dropped(folder, cut):
+    parts = opened(folder)
+    parts.add(0, CONTENT)
+    parts.add(1, CONTENT)
+    (file,) = folder.glob("*.jsonl")
+    file.write_bytes(file.read_bytes()[:-cut])
     again = opened(folder)
     assert again.done == {0}
     again.add(1, "new")

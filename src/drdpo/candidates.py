@@ -86,7 +86,7 @@ def check_scored(
     for index, row in enumerate(completions):
         group, odd, problem = by_prompt.setdefault(row.prompt_id, []), set(row.scores) ^ first, ""
         if not row.scores:
-            problem = '"scores" is missing; score the completions first'
+            problem = '"scores" is missing; run step 1 (generate_completions.sh)'
         elif needed is None and odd:
             problem = f'"scores" has other objectives than row 1 ({", ".join(sorted(odd))})'
         elif lacking := sorted(set(needed or ()) - set(row.scores)):

@@ -249,10 +249,8 @@ def gather(values_B: "torch.Tensor") -> "torch.Tensor":
 
 
 def gather_floats(values: Sequence[float]) -> list[float]:
-    """Numbers of all ranks in rank order; of this one before it has joined the others, as under --dry_run."""
+    """Numbers of all ranks in rank order."""
     import torch
 
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(values)
     found: list[float] = gather(torch.tensor(values, dtype=torch.float64, device=device())).tolist()
     return found

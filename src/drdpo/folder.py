@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,7 +44,7 @@ _ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|old)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of a file system without locks."""
 _PATIENCE = 1.0
-"""Seconds to wait for a lock: owner_of holds it for an instant, a program that a killed owner was starting for a moment."""
+"""Seconds that a lock is waited for: owner_of holds it for an instant, a program that a killed owner was starting longer."""
 
 
 # Reading.
@@ -98,11 +98,25 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
     Raises:
         OSError: as atomic_file; for several paths `filename` may be the folder of the first.
     """
+    with _moved_into_place(paths, Path.touch) as asides:
+        yield asides
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success flush it to disk and replace `path` by it, on any error remove it."""
+    with _moved_into_place([path], Path.mkdir) as (aside,):
+        yield aside
+
+
+@contextmanager
+def _moved_into_place(paths: Sequence[Path], make: Callable[[Path], None]) -> Iterator[list[Path]]:
     asides = [_beside(path, "tmp") for path in paths]
     with _blaming(paths[0] if len(paths) == 1 else paths[0].parent):
         try:
-            for path in paths:
+            for path, aside in zip(paths, asides, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                make(aside)
             yield asides
             for aside in asides:
                 for place in [*aside.rglob("*"), aside]:
@@ -124,14 +138,6 @@ def atomic_files(*paths: Path) -> Iterator[list[Path]]:
                 with suppress(OSError):
                     aside.unlink()
             raise
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success flush it to disk and replace `path` by it, on any error remove it."""
-    with atomic_files(path) as (aside,):
-        aside.mkdir()
-        yield aside
 
 
 def _beside(path: Path, ending: str) -> Path:
@@ -425,9 +431,11 @@ class SplitResult:
 
 
 class Parts:
-    """Finished parts of a result, from which an interrupted step resumes: part_<number>.json, each whole or not there.
+    """Finished parts of a result on disk, from which an interrupted step resumes: {number: JSON content}.
 
-    `plan.json` records what the parts depend on and how the work is divided into parts.
+    `plan.json` records what the parts depend on and how the work is divided into parts. A run appends one line
+    {"part": number, "content": ...} per finished part to a new file of its own. A killed process leaves at most one cut
+    line, at the end of its file, which is ignored.
     """
 
     def __init__(self, folder: Path, made_by: dict[str, Any], overwrite: bool, rank: int = 0) -> None:
@@ -442,8 +450,7 @@ class Parts:
             UsageError: the parts are from a different configuration, and `overwrite` does not allow to drop them.
         """
         self._folder, self._rank, self._made_by = folder, rank, made_by
-        self.done: set[int] = set()
-        """Numbers of the parts found or added."""
+        self._places: dict[int, tuple[Path, int]] = {}
         before = self._read_plan()
         changes = changed(before.get("made_by", {}), made_by) if before else ""
         if changes and not overwrite:
@@ -465,6 +472,8 @@ class Parts:
                 json.dump(wanted, stream)
         distributed.barrier()
         self.find()
+        # A name that no earlier run has used: what follows a cut line would be lost.
+        self._file = self._folder / f"{len(list(self._folder.glob('*.jsonl')))}.{self._rank}.jsonl"
         distributed.barrier()  # until all ranks have found the same parts, none adds one
 
     def divide(self, count: int, group: distributed.Machines, what: str) -> bool:
@@ -500,17 +509,29 @@ class Parts:
 
     def find(self) -> None:
         """Look for the finished parts of all runs and ranks."""
-        self.done = {int(path.stem.removeprefix("part_")) for path in self._folder.glob("part_*.json")}
+        self._places = {
+            line["part"]: (file, offset)
+            for file in sorted(self._folder.glob("*.jsonl"))
+            for offset, line in whole_lines(file)
+        }
+
+    @property
+    def done(self) -> set[int]:
+        """Numbers of the parts found or added."""
+        return set(self._places)
 
     def add(self, number: int, content: Any) -> None:
-        """Keep a finished part, any JSON."""
-        with atomic_file(self._folder / f"part_{number}.json") as stream:
-            json.dump(content, stream)
-        self.done.add(number)
+        """Keep a finished part."""
+        with _blaming(self._file), self._file.open("ab") as stream:
+            self._places[number] = self._file, stream.tell()
+            stream.write(json.dumps({"part": number, "content": content}).encode() + b"\n")
 
     def read(self, number: int) -> Any:
         """The content of a finished part."""
-        return json.loads((self._folder / f"part_{number}.json").read_text(encoding="utf-8"))
+        file, offset = self._places[number]
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            return json.loads(stream.readline())["content"]
 
     def remove(self) -> None:
         """Delete the parts."""

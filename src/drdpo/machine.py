@@ -92,9 +92,10 @@ def resolve_dtype(asked: str, found: list[Gpu] | None = None) -> Precision:
     """What --dtype ("auto", "bfloat16" or "float32") means on this machine with these GPUs."""
     found = gpus() if found is None else found
     if asked != "auto":
-        slow = asked == "bfloat16" and not found and bfloat16_speed() < 1
-        times = f"this CPU multiplies bfloat16 {1 / bfloat16_speed():.1f} times slower than float32" if slow else ""
-        return Precision(asked, _ASKED, slow * f"{times}; --dtype=float32, or omitting --dtype, is faster")
+        if asked == "float32" or found or bfloat16_speed() >= 1:
+            return Precision(asked, _ASKED)
+        slow = f"this CPU multiplies bfloat16 {1 / bfloat16_speed():.1f} times slower than float32"
+        return Precision(asked, _ASKED, f"{slow}; --dtype=float32, or omitting --dtype, is faster")
     if found:
         names = dict.fromkeys(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}" for gpu in found)
         return Precision("bfloat16", ", ".join(names))

@@ -59,7 +59,7 @@ class _Record(msgspec.Struct, frozen=True):
         try:
             record = msgspec.convert(row, cls)
         except msgspec.ValidationError as error:
-            raise ValueError(_in_words(error, row)) from error
+            raise ValueError(in_words(error, row)) from error
         for name, last_role in cls.LAST_ROLES.items():
             messages = getattr(record, name)
             if messages[-1]["role"] != last_role:
@@ -196,9 +196,12 @@ def write_records(path: Path, records: "Iterable[Prompt | Completion | Preferenc
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write JSON objects as lines, whole or not at all; returns how many."""
+    count = 0
     with atomic_file(path) as stream:
-        lines = (stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n") for row in rows)
-        return sum(1 for _ in lines)
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
 
 
 def write_rejects(folder: Path, split: str, rejects: list[dict[str, Any]]) -> None:
@@ -221,6 +224,16 @@ def check_unique(path: Path, keys: Iterable[tuple[int, ...]], fields: str) -> No
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        row = _parse_leniently(path, number, line)
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
+    return row
+
+
+def _parse_leniently(path: Path, number: int, line: bytes) -> Any:
     """Python also reads NaN, which is an error only in a field of a record, and half of a surrogate pair."""
     try:
         row = json.loads(line.decode())
@@ -228,15 +241,13 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:  # ValueError also for an integer with more digits than Python reads
         raise DataError(f"{path}, row {number}: not a whole JSON object ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
-    for name, value in row.items() if b"\\ud" in line.lower() else ():
+    for name, value in row.items() if isinstance(row, dict) else ():
         if not is_text(json.dumps([name, value], ensure_ascii=False)):
             raise DataError(f'{path}, row {number}: field "{name}" contains half of a surrogate pair (\\ud800 to \\udfff)')
     return row
 
 
-def _in_words(error: msgspec.ValidationError, row: dict[str, Any]) -> str:
+def in_words(error: msgspec.ValidationError, row: dict[str, Any]) -> str:
     """`Expected ... - at `$.prompt[0].role`` with the field first."""
     reason, _, path = str(error).rpartition(" - at `$.")
     if not reason:

@@ -27,7 +27,7 @@ ALL = pytest.mark.skipif("DRDPO_FAULT_KILLS" not in os.environ, reason="DRDPO_FA
 def test_a_dead_engine_process_in_the_middle_of_sampling(engine, root, forks, vllm_policy, tmp_path):
     prompts = [Prompt(row, [{"role": "user", "content": f"Count to {row}."}]) for row in range(8)]
     write_records(tmp_path / "prompts" / "test.jsonl", prompts)
-    parts = tmp_path / "out" / "sampled" / ".test.parts"
+    part = tmp_path / "out" / "sampled" / ".test.parts" / "0.0.jsonl"
     command = [
         sys.executable, str(root / "src" / "generate_completions.py"), f"--save_path={tmp_path / 'out'}", "--only_test=true",
         f"--model_path={vllm_policy}", f"--dataset={tmp_path / 'prompts'}", "--best_of_n=128", "--temperature=1.0",
@@ -36,7 +36,7 @@ def test_a_dead_engine_process_in_the_middle_of_sampling(engine, root, forks, vl
     environment = {**os.environ, "DRDPO_ENGINES": "2", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     run = forks.start(command, environment)
     deadline = time.monotonic() + 300
-    while not any(parts.glob("part_*.json")):
+    while not (part.is_file() and part.read_bytes().count(b"\n") >= 1):
         assert run.poll() is None and time.monotonic() < deadline, run.said()
         time.sleep(0.02)
     workers = workers_of(run.pid)
@@ -49,7 +49,8 @@ def test_a_dead_engine_process_in_the_middle_of_sampling(engine, root, forks, vl
     assert "engine process 1 of 2 died" in error and "signal 9" in error
     psutil.wait_procs(workers, timeout=30)
     assert not any(worker.is_running() for worker in workers)
-    kept = {part.stem: json.loads(part.read_text()) for part in parts.glob("part_*.json")}
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    kept = {line["part"]: line["content"] for line in lines}
     assert 0 < len(kept) < len(prompts)
     # With one engine now: how many there are changes no sample.
     again = forks.run(command, {**environment, "DRDPO_ENGINES": "1"})

@@ -288,25 +288,25 @@ HEADS = "regression_layer.weight"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gating.layers.2.weight": None}, r"Missing.*gating\.layers\.2\.weight"),
-        ({"gating.logit_scale": None}, r"Missing.*gating\.logit_scale"),
-        ({HEADS: None}, r"Missing.*regression_layer\.weight"),
-        ({"reward_transform_matrix": None}, r"Missing.*reward_transform_matrix"),
-        ({"model.layers.1.mlp.up_proj.weight": None}, r"Missing.*model\.layers\.1\.mlp\.up_proj\.weight"),
-        ({HEADS: torch.zeros(18, 16)}, r"mismatch for regression_layer\.weight.*\[18, 16\].*\[19, 16\]"),
-        ({"model.norm.weight": torch.zeros(17)}, r"mismatch for model\.norm\.weight"),
-        ({"lm_head.weight": torch.zeros(4, 16)}, r"Unexpected.*lm_head\.weight"),
-        ({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, r"Unexpected.*up_proj\.weight"),
+        ({"gating.layers.2.weight": None}, r"gating\.layers\.2\.weight is missing"),
+        ({"gating.logit_scale": None}, r"gating\.logit_scale is missing"),
+        ({HEADS: None}, r"regression_layer\.weight is missing"),
+        ({"reward_transform_matrix": None}, r"reward_transform_matrix is missing"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, r"model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+        ({HEADS: torch.zeros(18, 16)}, r"regression_layer\.weight has the shape \[18, 16\].*\[19, 16\]"),
+        ({"model.norm.weight": torch.zeros(17)}, r"model\.norm\.weight has the shape"),
+        ({"lm_head.weight": torch.zeros(4, 16)}, r"lm_head\.weight belongs to no part"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, r"up_proj\.weight belongs to no part"),
         ({HEADS: torch.full((19, 16), torch.nan)}, r"regression_layer\.weight contains NaN"),
         ({HEADS: torch.ones(19, 16, dtype=torch.int8)}, r"regression_layer\.weight is torch\.int8"),
         ({"num_objectives": 5}, r'"num_objectives" is 5, but "objectives" is absent.*19'),
         ({"objectives": ["a"] * 19}, r'"objectives" repeats a name'),
         ({"objectives": ["a", "b"]}, r'"num_objectives" is 19, but "objectives" lists 2'),
-        ({"objectives": "helpful"}, "Expected `array`.*objectives"),
-        ({"gating_token_pattern": []}, "length >= 1.*gating_token_pattern"),
+        ({"objectives": "helpful"}, 'field "objectives": Expected `array`'),
+        ({"gating_token_pattern": []}, 'field "gating_token_pattern": .*length >= 1'),
         ({"gating_token_pattern": [128257]}, r"outside the vocabulary"),
-        ({"gating_temperature": 0}, "> 0.*gating_temperature"),
-        ({"gating_hidden_dim": None}, "Expected `int`.*gating_hidden_dim"),
+        ({"gating_temperature": 0}, 'field "gating_temperature": .*> 0'),
+        ({"gating_hidden_dim": None}, 'field "gating_hidden_dim": Expected `int`'),
         ({"model_type": "nonesuch"}, r"the backbone cannot be built"),
     ],
 )
@@ -319,7 +319,7 @@ def test_the_check_before_loading_finds_missing_parts(published, embedded_like, 
     assert check_folder(embedded_like).objectives == ("kind", "right", "short")
     with pytest.raises(DataError, match="no tokenizer"):
         check_folder(published)
-    with pytest.raises(DataError, match=r"Missing.*model\.norm\.weight"):
+    with pytest.raises(DataError, match=r"model\.norm\.weight is missing"):
         check_folder(broken({"model.norm.weight": None}))
 
 

@@ -239,7 +239,8 @@ def test_only_what_is_missing_is_scored(config, save_path, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         score_completions(config(save_path=str(broken), **flags))
     parts = broken / ".train.parts"
-    (parts / ".part_9.json.abcdefgh.tmp").write_text("[{")  # cut by the kill
+    with (parts / "0.0.jsonl").open("ab") as stream:
+        stream.write((parts / "0.0.jsonl").read_bytes().splitlines()[0][:-9])  # a line cut by the kill
     assert not (broken / "train.jsonl").exists()
     most = 100
     score_completions(config(save_path=str(broken), **flags))

@@ -107,7 +107,7 @@ def test_unusable_pairs_are_omitted_counted_and_reported(command, tiny_policy, t
 
 @pytest.mark.parametrize(
     ("test", "flags", "words"),
-    [(GOOD, {"max_len": 5}, "train pairs, fewer than"),
+    [(GOOD, {"max_len": 5}, "train pairs of 4 (4 prompt too long), fewer than"),
      ([row(1, "blue", " blue ")], {}, "test pairs of 1 (1 equal answers")],
 )  # fmt: skip
 def test_no_pair_left_ends_in_one_line(test, flags, words, command, tiny_policy, tmp_path):

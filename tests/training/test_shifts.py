@@ -89,7 +89,7 @@ def test_splits_that_cannot_be_used_are_refused(made, tmp_path):
     """One group alone, too many, two of one metric, a mixture without preferences, weights of which none counts."""
     groups, weighted, zeros = {"eval_columns": "domain"}, {"weight_column": "trust"}, [row(0, trust=0.0)] * 6
     for split, flags, rows, words in (
-        ("train", GROUP, [row(0, domain="same")] * 4, 'of 1 groups in field "domain"'),
+        ("train", GROUP, [row(0, domain="same")] * 4, 'field "domain" names one group only'),
         ("test", groups, [row(0, domain=str(n)) for n in range(LARGEST + 1)], f"names {LARGEST + 1} groups, more than"),
         ("test", groups, [row(0, domain="a b"), row(0, domain="a/b")], "would be the metric domain.a_b; rename one"),
         ("test", MIXTURE, [row(0, rejected_scores=SCORES["chosen_scores"])] * 2, "safe scores both answers of every pair"),
@@ -103,7 +103,7 @@ def test_splits_that_cannot_be_used_are_refused(made, tmp_path):
     check_inputs(*made(weighted, data))
 
 
-@pytest.mark.parametrize(("dropped", "words"), [(1, '"rare" is left with 1 usable'), (2, "of 1 groups in field")])
+@pytest.mark.parametrize(("dropped", "words"), [(1, '"rare" is left with 1 usable'), (2, "names one group only")])
 def test_a_group_that_dropped_pairs_leave_alone_is_refused(dropped, words, made, tmp_path):
     data = folder_with(tmp_path / "pairs", {})
     rows = [row(number, domain="even" if number < 4 else "rare") for number in range(6)]

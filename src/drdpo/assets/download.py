@@ -52,16 +52,14 @@ def download_assets(config: AssetsConfig, root: Path = ROOT) -> list[Outcome]:
             continue
         state, note, required = "present", str(asset.folder), name not in optional
         try:
-            if not asset.is_made():
-                if name in (*HUB_MODELS, *HUB_DATASETS) and not answers():
-                    raise ConnectionError
+            if not asset.is_made() and name in (*HUB_MODELS, *HUB_DATASETS) and not answers():
+                state, note = "failed" if required else "left out", "the hub does not answer"
+            elif not asset.is_made():
                 print(f"{name}: making {asset.folder}", flush=True)
                 asset.make()
                 state = "made"
         except hub.NeedsLoginError as error:
             state, note = "needs a login", str(error)
-        except ConnectionError:
-            state, note = "failed" if required else "left out", "the hub does not answer"
         except DataError as error:
             state, note, required = "failed", str(error), True
         outcomes.append(Outcome(name, state, note, required and state not in ("present", "made")))

@@ -161,9 +161,12 @@ def convert_rows(
         except ValueError:
             messages = []
         key = str(messages)
-        broken = not messages or "<extra_id_" in key  # a turn marker in another form
-        if reason := "broken_turns" if broken else "repeated" if key in seen else "also_in_test" if key in held else "":
-            counts[f"dropped_{reason}"] += 1
+        if not messages or "<extra_id_" in key:  # a turn marker in another form
+            counts["dropped_broken_turns"] += 1
+        elif key in seen:
+            counts["dropped_repeated"] += 1
+        elif key in held:
+            counts["dropped_also_in_test"] += 1
         else:
             prompts.append(Prompt(first_id + len(prompts), messages))
         seen.add(key)

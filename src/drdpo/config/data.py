@@ -59,7 +59,7 @@ class CompletionsConfig:
         require(
             tokens >= longest,
             f"--score_batch_tokens={tokens} is less than --score_max_len={longest}, so the longest conversation would not "
-            "fit in a batch; increase the one or decrease the other",
+            "fit in a batch; increase --score_batch_tokens or decrease --score_max_len",
         )
 
 
@@ -134,7 +134,7 @@ class PreferencesConfig:
             except ValueError:
                 require(False, f"--weights {word}: {number!r} is not a number")
         for name, weight in named.items():
-            require(0 <= weight < math.inf, f"{spelled[name]}: a weight is finite and not negative")
+            require(0 <= weight < math.inf, f"{spelled[name]}: a weight is finite and not negative, as the mix is convex")
         total = sum(named.values())
         example = "--ArmoRM=1.0 or --ultrafeedback_truthfulness=0.5 --helpsteer_complexity=0.5"
         require(abs(total - 1.0) <= 1e-6, f"the objective weights sum to {total:g}, not to 1; pass e.g. {example}")

@@ -16,7 +16,7 @@ from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_a
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
 from drdpo.distributed import is_main, machines, rank, world_size
-from drdpo.errors import DataError, UsageError, reason
+from drdpo.errors import DataError, UsageError, one_line
 from drdpo.evaluation.leaderboard_scores import hub_results, json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
     Parts,
@@ -32,6 +32,7 @@ from drdpo.folder import (
 )
 from drdpo.machine import announce, settle
 from drdpo.models import check_model, fingerprint
+from drdpo.progress import progress
 from drdpo.records import Message
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is a file; pass a folder as --output_path")
     parts = Parts(output / PARTS, made_by, config.overwrite, (group.this or 0) if is_main() else rank())
-    manager = find_tasks(names, config.include_path, model_args)
+    manager, leaves = find_tasks(names, config.include_path, model_args)
     if is_main():
         refuse_if_locked(output, group.this)
     share = parts.share(group, "tasks")
@@ -89,7 +90,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
     if config.backend == "hf":  # vLLM finds its own limit
         model_args["max_length"] = context
     # The other ranks wait for rank 0 when lm-eval joins the process group.
-    loaded = _prepare(config, context, manager, names) if is_main() else {}
+    loaded = _prepare(config, context, manager, names, leaves) if is_main() else {}
     # If rank 0 fails to lock, the launcher stops the others.
     with lock_folder(output, group.this) if is_main() else nullcontext():
         if is_main() and group.this is None:
@@ -100,7 +101,7 @@ def evaluate_openllm(config: LeaderboardConfig) -> None:
                 return
         else:
             model = _load_model(config, model_args)
-            loaded = loaded or load_tasks(manager, names)
+            loaded = loaded or manager.load(names)
             _evaluate(config, manager, model, model_args, loaded["tasks"], parts, share)
         if is_main() and group.this is None:
             _write(config, output, made_by, _combine(loaded, parts), {"dtype_reason": precision.reason})
@@ -328,89 +329,108 @@ def _write(
 def split_tasks(text: str) -> list[str]:
     """`a, b` -> [a, b]. Raises UsageError for no name, or a repeated one."""
     names = [name for part in text.split(",") if (name := part.strip())]
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f"--tasks={text} names no task, or names a task twice; pass e.g. --tasks=leaderboard")
+    if not names:
+        raise UsageError("--tasks is empty; pass e.g. --tasks=leaderboard")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--tasks={text} names a task twice")
     return names
 
 
-def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[str, Any]) -> "TaskManager":
-    """lm-eval's index of tasks, in which all names are; `model_args` are for tasks that ask for the model.
+def find_tasks(names: list[str], include_path: str | None, model_args: Mapping[str, Any]) -> "tuple[TaskManager, list[str]]":
+    """Look the tasks up in lm-eval's index.
 
     Indexing all of lm-eval's 14,000 tasks takes ten seconds, so the leaderboard's and those of --include_path are searched
     first.
 
+    Args:
+        names: tasks, groups or tags.
+        include_path: a folder of further task files, or None.
+        model_args: passed to tasks that ask for the model.
+
+    Returns:
+        The index, and the single tasks of the names (a group that defines members in its own file counts as a task).
+
     Raises:
-        UsageError: a name is not a task, group or tag.
+        UsageError: a name is not a task.
     """
-    from lm_eval import tasks
+    import lm_eval.tasks
 
     further = [include_path] if include_path else []
-    leaderboard = Path(tasks.__file__).parent / "leaderboard"
+    leaderboard = str(Path(lm_eval.tasks.__file__).parent / "leaderboard")
     # Without the template's arguments, which may contain a function.
     asked = {name: value for name, value in model_args.items() if name != "chat_template_args"}
-    for first in (True, False):
-        places = [str(leaderboard), *further] if first else further or None
-        manager = tasks.TaskManager(include_defaults=not first, include_path=places, metadata=asked)
-        index = manager.task_index
-        missing = [name for name in names if name not in index]
-        groups = [group for entry in index.values() if isinstance(group := (entry.cfg or {}).get("task"), list)]
-        members = [item.get("task") if isinstance(item, dict) else item for group in groups for item in group]
-        # A group in --include_path may have members among all tasks.
-        if not missing and (not first or all(member in index for member in members if isinstance(member, str))):
-            return manager
-    near = difflib.get_close_matches(missing[0], manager.all_tasks, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    where = f" or in --include_path={include_path}" if include_path else "; --include_path adds a folder of task files"
-    raise UsageError(f"--tasks: lm-eval has no task {', '.join(missing)}{where}{hint}")
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[leaderboard, *further], metadata=asked)
+    leaves, missing = _leaves(manager, names)
+    if missing:
+        manager = lm_eval.tasks.TaskManager(include_path=further or None, metadata=asked)
+        leaves, missing = _leaves(manager, names)
+    if missing:
+        near = difflib.get_close_matches(missing[0], manager.all_tasks, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        where = f" or in --include_path={include_path}" if include_path else "; --include_path adds a folder of task files"
+        raise UsageError(f"--tasks: lm-eval has no task {', '.join(missing)}{where}{hint}")
+    return manager, leaves
 
 
-def load_tasks(manager: "TaskManager", names: list[str]) -> dict[str, Any]:
-    """lm-eval's tasks with their data, and their groups: {"tasks": {name: task}, "groups": {name: group}}.
+def _leaves(manager: "TaskManager", names: list[str]) -> tuple[list[str], list[str]]:
+    """The single tasks of the names, and the names that the index lacks."""
+    leaves: list[str] = []
+    missing: list[str] = []
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        entry = manager.task_index.get(name)
+        if entry is None:
+            missing.append(name)
+            continue
+        if members := _members(entry):
+            waiting = [*members, *waiting]
+        else:
+            leaves.append(name)
+    return leaves, missing
+
+
+def _members(entry: Any) -> list[str]:
+    """Members of a group or tag; empty for a task, and for a group that defines a member in its own file."""
+    if entry.yaml_path is None:
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task")
+    if not isinstance(listed, list) or any(isinstance(item, dict) and "dataset_path" in item for item in listed):
+        return []
+    names = [item if isinstance(item, str) else item.get("group") or item.get("task") for item in listed]
+    return [name for name in names if isinstance(name, str)]
+
+
+def load_tasks(manager: "TaskManager", names: list[str], leaves: list[str]) -> dict[str, Any]:
+    """lm-eval's tasks with their data, and their groups; missing data stop the run before the model is loaded.
+
+    Args:
+        manager, leaves: from find_tasks.
+        names: tasks, groups or tags.
+
+    Returns:
+        {"tasks": {name: task}, "groups": {name: group}}
 
     Raises:
         DataError: a task's data or helper cannot be loaded; the message says what to do.
     """
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
-    for name in names:
+    for leaf in leaves:
+        if "ifeval" in leaf:
+            _check_punkt(leaf)
+    for leaf in progress(leaves, desc="loading the tasks' data", unit="task", disable=len(leaves) < 2):
         try:
-            if "ifeval" in name or name == "leaderboard":
-                _find_punkt()
-            found: Any = manager.load([name])
+            manager.load([leaf])
         except Exception as cause:  # whatever the harness or the task's own code raises
-            raise DataError(f"task {name} could not be loaded ({reason(cause)}); {_advice(cause)}") from cause
-        loaded = {kind: loaded[kind] | found.get(kind, {}) for kind in loaded}
-    return loaded
+            raise DataError(_no_data(leaf, cause)) from cause
+    return dict(manager.load(names))
 
 
-def _advice(cause: Exception) -> str:
-    text, kind = str(cause), type(cause).__name__
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return "its data set is gated: accept its terms on the hub, then run: hf auth login"
-    if kind in _UNREACHABLE:
-        return (
-            "its data set is neither reachable nor cached: unset HF_HUB_OFFLINE, load it once on a machine with network "
-            "access (HF_HOME is the cache), or pass other --tasks"
-        )
-    if "punkt_tab" in text:
-        return (
-            "it needs NLTK's punkt_tab, which is not downloadable here; on a machine with network access run: "
-            "python -m nltk.downloader punkt_tab, then set NLTK_DATA to its folder"
-        )
-    return "check its task file and data files, or pass other --tasks"
-
-
-def _find_punkt() -> None:
-    """NLTK's data for IFEval, without which it would fail after its last question."""
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        if not nltk.download("punkt_tab", quiet=True):
-            raise
-
-
-def _prepare(config: LeaderboardConfig, context: int, manager: "TaskManager", names: list[str]) -> dict[str, Any]:
+def _prepare(
+    config: LeaderboardConfig, context: int, manager: "TaskManager", names: list[str], leaves: list[str]
+) -> dict[str, Any]:
     """Load the tasks, and find what would end the evaluation after hours before the model is loaded.
 
     Returns:
@@ -423,7 +443,7 @@ def _prepare(config: LeaderboardConfig, context: int, manager: "TaskManager", na
     from lm_eval.models.utils import normalize_gen_kwargs
 
     shown = not config.apply_chat_template or _shows_system(config)
-    loaded = load_tasks(manager, names)
+    loaded = load_tasks(manager, names, leaves)
     for name, task in loaded["tasks"].items():
         if task.get_config("output_type") != "generate_until":
             continue
@@ -459,3 +479,30 @@ def _shows_system(config: LeaderboardConfig) -> bool:
     except ValueError:
         return False
     return "zebra" in str(tokenizer.decode(ids))
+
+
+def _no_data(leaf: str, cause: Exception) -> str:
+    text = f"{type(cause).__name__}: {one_line(str(cause), 300)}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        advice = "its data set is gated: accept its terms on the hub, then run: hf auth login"
+    elif type(cause).__name__ in _UNREACHABLE:
+        advice = (
+            "its data set is neither reachable nor cached: unset HF_HUB_OFFLINE, load it once on a machine with network "
+            "access (HF_HOME is the cache), or pass other --tasks"
+        )
+    else:
+        advice = "check its task file and data files, or pass other --tasks"
+    return f"task {leaf} could not be loaded ({text}); {advice}"
+
+
+def _check_punkt(leaf: str) -> None:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise DataError(
+                f"task {leaf} needs NLTK's punkt_tab, which is neither installed nor downloadable here; on a machine with "
+                "network access run: python -m nltk.downloader punkt_tab, then set NLTK_DATA to its folder"
+            ) from error

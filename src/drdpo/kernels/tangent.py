@@ -26,7 +26,7 @@ queries per key, E width of a head, A queries of a block, Q = R A of them by key
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ _BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 26}
 """Attention weights of a block, of which four copies are alive: on a CPU, where they should fit its cache, and on a GPU."""
 _BLOCK_QUERIES = {True: 64, False: 1 << 10}
 """Queries of a block at most: a block's early queries waste the work on its later keys, which are masked."""
+Part = Literal["forward", "tangent", "backward", "second"]
+
 _CHUNK_ELEMENTS = 1 << 19
 """Elements of a chunk on a CPU: 2 MiB in float32, of which several copies are alive."""
 
@@ -84,7 +86,7 @@ def _across(n_CD: Tensor, y_CD: Tensor) -> Tensor:
     return y_CD - n_CD * (n_CD * y_CD).mean(dim=1, keepdim=True)
 
 
-def rms_norm(part: str, norm: Any, x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def rms_norm(part: Part, norm: Any, x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """The part "forward", "tangent" of other = dx, or "backward" of other = b, in this dtype or that of x.
 
     The norm is a module of transformers, with its weight w and its epsilon under the root.
@@ -137,7 +139,7 @@ def rms_norm_second(
 # SiLU gate (SwiGLU, arXiv 2002.05202), silu(g) = g sigmoid(g).
 
 
-def silu_gate(part: str, gate_NI: Tensor, up_NI: Tensor, *others_NI: Tensor) -> list[Tensor]:
+def silu_gate(part: Part, gate_NI: Tensor, up_NI: Tensor, *others_NI: Tensor) -> list[Tensor]:
     """The output [N, I] of the part "forward" or "tangent" (others: dg, du); the gradients for gate and up of "backward" (b)
     or "second" (dg, du, a, b). In the dtype of the last argument, as tangents and gradients may be less precise than values.
 

@@ -33,11 +33,12 @@ from msgspec import Meta
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from drdpo.errors import DataError, one_line
+from drdpo.errors import DataError
 from drdpo.folder import read_json_object
 from drdpo.kernels.packed_attention import PackedRow, hidden_states
 from drdpo.models import Tensors, read_tensors, window_of
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
+from drdpo.records import in_words
 
 LLAMA3_GATING_PATTERN = (128009, 128006, 78191, 128007, 271)
 """Llama-3's ids of "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n"."""
@@ -99,7 +100,7 @@ def read_layout(folder: Path) -> RewardLayout:
     try:
         layout = msgspec.convert(config, RewardLayout)
     except msgspec.ValidationError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {in_words(error, config)}") from error
     names, largest = layout.objectives, max(layout.gating_token_pattern)
     if largest >= layout.vocab_size:
         outside = f"contains {largest}, outside the vocabulary of {layout.vocab_size}"
@@ -290,11 +291,15 @@ def _build(folder: Path) -> tuple[ArmoRM, Tensors]:
             model = ArmoRM(AutoModel.from_config(config, trust_remote_code=False, attn_implementation="sdpa"), layout)
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{folder}: the backbone cannot be built from config.json ({error})") from error
-    try:
-        shapes = {name: torch.empty(stored.shape, device="meta") for name, stored in found.items()}
-        model.load_state_dict(shapes, strict=True, assign=True)
-    except RuntimeError as error:  # a tensor is missing, unknown or of another shape
-        raise DataError(f"{folder}: not the tensors of its config.json ({one_line(str(error), 400)})") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise DataError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are missing)")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise DataError(f"{folder}: the tensor {extra[0]} belongs to no part of the reward model ({len(extra)} such)")
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            has = f"{list(found[name].shape)}, not {list(shape)} as by config.json"
+            raise DataError(f"{folder}: the tensor {name} has the shape {has}")
     return model, found
 
 

@@ -117,7 +117,7 @@ def _score(config: CompletionsConfig, folder: Path, dtype_reason: str) -> None:
         depends_on = made_by | {"score_batch_tokens": config.score_batch_tokens}
         parts[split] = Parts(files.parts, depends_on, config.overwrite, distributed.rank())
         todo.append(files)
-    say(f"reward model: {folder}")
+    distributed.say(f"reward model: {folder}")
     if todo:
         refuse_if_locked(save_path)
         scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
@@ -137,12 +137,6 @@ def _score(config: CompletionsConfig, folder: Path, dtype_reason: str) -> None:
             print(report(split, read_records(save_path / f"{split}.jsonl", Completion.from_row)), flush=True)
 
 
-def say(message: str) -> None:
-    """Print on the first rank."""
-    if distributed.is_main():
-        print(message, flush=True)
-
-
 def _score_share(scorer: "Scorer", split: str, completions: list[Completion], parts: Parts) -> list[dict[str, Any]]:
     """Score this rank's share of the unfinished batches; returns the rows of the completions that cannot be scored."""
 
@@ -154,7 +148,7 @@ def _score_share(scorer: "Scorer", split: str, completions: list[Completion], pa
     parts.open(hashlib.sha256(repr([scorer.attention, reading.batches]).encode()).hexdigest())
     if parts.done:
         finished = sum(map(reading.completions, parts.done))
-        say(f"{split}: resuming; {finished} of {len(completions)} completions are finished")
+        distributed.say(f"{split}: resuming; {finished} of {len(completions)} completions are finished")
     share = distributed.shard([number for number in range(len(reading.batches)) if number not in parts.done])
     started, tokens = time.perf_counter(), 0
     total = sum(map(reading.completions, share))

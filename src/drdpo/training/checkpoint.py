@@ -86,13 +86,13 @@ def _write_model(
                 if lora.merge and lora.quantize != "none":
                     model = load_base(lora)
                     weights = model.state_dict() | {name: w.cpu() for name, w in weights.items() if ".lora_" in name}
-                weights = merged(weights, lora.rank) if lora.merge else {}
-            if weights and generation is not None:
-                model.generation_config = type(model.generation_config)()
-            if weights:
+                weights = merged(weights, lora.rank) if lora.merge else weights
+            if lora is None or lora.merge:
+                if generation is not None:
+                    model.generation_config = type(model.generation_config)()
                 model.save_pretrained(aside, state_dict=_untied(model, weights))
-            if weights and generation is not None:
-                (aside / "generation_config.json").write_bytes(generation)
+                if generation is not None:
+                    (aside / "generation_config.json").write_bytes(generation)
             tokenizer.save_pretrained(aside)
             if card:  # peft writes an empty one
                 (aside / "README.md").write_text(card, encoding="utf-8")
@@ -238,7 +238,7 @@ def save_state(engine: Engine, folder: Path, step: int) -> None:
         distributed.on_main(lambda: _make_room(folder))
         check_room(place, size)
         try:
-            distributed.on_main(lambda: aside.mkdir())
+            distributed.on_main(lambda: _begin(engine, aside))
             _write_parts(engine, aside)
             distributed.barrier()
             files = _described(engine, aside)
@@ -256,10 +256,13 @@ def _make_room(folder: Path) -> None:
     _keep_only(folder, states(folder)[0][:1])
 
 
+def _begin(engine: Engine, aside: Path) -> None:
+    aside.mkdir()
+    save_file({name: value.to("cpu") for name, value in engine.module.method_state.items()}, aside / METHOD)
+
+
 def _write_parts(engine: Engine, aside: Path) -> None:
-    """What this rank holds, a GiB at a time, or a tensor. Without ZeRO all hold the same. And what the method keeps."""
-    if distributed.is_main():
-        save_file({name: value.to("cpu") for name, value in engine.module.method_state.items()}, aside / METHOD)
+    """What this rank holds, a GiB at a time, or a tensor. Without ZeRO all hold the same."""
     mine = parts(engine) if engine.zero_optimization_stage() or distributed.is_main() else ()
     left = ((f"{part.name}/{kind}/{part.start}", value) for part in mine for kind, value in part.tensors.items())
     for number in itertools.count():

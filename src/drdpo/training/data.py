@@ -345,10 +345,13 @@ def collate(pairs: Sequence[Pair], indices: Sequence[int], pad_token_id: int) ->
     prompt_S1, answer_S1 = torch.tensor([[len(part) for part in row] for row in rows]).T[:, :, None]
     place_T = torch.arange(ids_ST.shape[1])
     there_ST, answer_ST = place_T < prompt_S1 + answer_S1, place_T >= prompt_S1
-    answer_ST &= there_ST
+    # Lists, not a mask's nonzero, whose length fake tensors (benchmarks/fake_cuda.py) cannot know.
+    answers = [(row, len(prompt) + place, token) for row, (prompt, answer) in enumerate(rows)
+               for place, token in enumerate(answer)]  # fmt: skip
+    sequence_A, place_A, targets_A = torch.tensor(answers).T
     return Batch(
-        torch.tensor(list(indices)), answer_ST.flatten().nonzero()[:, 0] - 1, ids_ST[answer_ST], answer_ST.nonzero()[:, 0],
-        ids_ST, there_ST.long(), answer_ST, columns=columns_of(taken),
+        torch.tensor(list(indices)), sequence_A * ids_ST.shape[1] + place_A - 1, targets_A, sequence_A,
+        ids_ST, there_ST.long(), answer_ST & there_ST, columns=columns_of(taken),
     )  # fmt: skip
 
 

@@ -233,7 +233,8 @@ class MetricsLog:
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
 """Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest answers.
 A GPU's kernels may differ, and an earlier start's micro-batches: on SmolLM2-135M others change a log-prob by 3e-8 of it in
-float32 and by 2e-4 in bfloat16 (four answers, CPU). Fifty times that is judgement; a closer reference is not noticed."""
+float32 and by 2e-4 in bfloat16 (four answers, CPU). That bfloat16 may have fifty times as much is a judgement, not a
+measurement on a GPU; a reference that is closer than that to the policy's own is not noticed."""
 
 
 def check_first_step(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +84,7 @@ def preflight(run: Run) -> tuple[Run, Shape]:
         beyond = [("warning", warning)] if positions is not None and longest > positions else []
         lines = [*_work(run, shape, steps, sum(tokens)), *beyond, *needed]
         print("preflight\n" + "\n".join(f"  {name:<9} {text}" for name, text in lines), flush=True)
-    return replace(run, recompute=int(distributed.gather_floats([layers])[0])), shape
+    return replace(run, recompute=int(_of_all(layers)[0])), shape
 
 
 def _batch_tokens(pairs: Sequence[Pair], config: TrainConfig) -> int:
@@ -137,7 +136,8 @@ def _memory(run: Run, policy: Policy, pairs: list[Pair], free: int, sharers: int
             need = need_of(layers) if layers else need
             config = replace(config, gradient_checkpointing="true" if layers else "false")
             state, verdict = (f"on for {layers} of {whole} layers", "exceeds") if layers else ("off", "fits")
-            limits = f"the {_gib(limit)} that a process may take of {_gib(free)} free"
+            share = f"{CPU_SHARE if process else MARGIN:.0%}" + f", for each of {sharers} processes" * (sharers > 1)
+            limits = f"the {_gib(limit)} that a process may take of {_gib(free)} free ({share})"
             without = f"without recomputation the predicted peak of {_gib(kept)} {verdict} {limits}"
             lines.append(("recompute", f"{state}: {without}"))
     except Exception as error:  # of any kind, on rank 0 alone: the others wait for what it decides
@@ -170,7 +170,9 @@ def _gib(size: float) -> str:
 def _free() -> tuple[int, int]:
     """Bytes that are free for training, on the fullest of the ranks' GPUs, and how many processes share them."""
     if distributed.use_cuda():
-        return int(min(distributed.gather_floats([torch.cuda.mem_get_info(distributed.device())[0]]))), 1
+        return int(min(_of_all(torch.cuda.mem_get_info(distributed.device())[0]))), 1
+    import psutil  # A bare GPU machine (benchmarks/gpu_lease.py) has none.
+
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     free = int(psutil.virtual_memory().available) + sharers * _resident()
     # A container may have less than the machine.
@@ -183,7 +185,15 @@ def _free() -> tuple[int, int]:
 
 def _resident() -> int:
     """Bytes that this process has in memory now."""
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
+
+
+def _of_all(value: float) -> list[float]:
+    """Numbers of all ranks. Under --dry_run they do not talk to each other, and rank 0 alone prints."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed.gather_floats([value]) if joined else [value]
 
 
 def advice(need: "Memory", config: TrainConfig, world: int) -> str:
@@ -231,7 +241,7 @@ def resolve_attention(config: TrainConfig) -> TrainConfig:
     else:
         settings = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         reason = refusal(settings, distributed.device(), getattr(torch, config.dtype))
-    if not distributed.any_rank(reason is not None):
+    if not any(_of_all(reason is not None)):
         return replace(config, attn="flash")
     why = reason or "another process cannot use it"
     if config.attn == "flash":
@@ -247,9 +257,9 @@ def resolve_rows(config: TrainConfig, method: Method) -> TrainConfig:
     if not deals_by_tokens(config):
         return config
     before = read_manifest(Path(config.save_path)).get("train") if config.resume == "auto" else None
-    kept = int(distributed.gather_floats([before["made_by"].get("micro_batch_tokens") or 0 if before else 0])[0])
+    kept = int(_of_all(before["made_by"].get("micro_batch_tokens") or 0 if before else 0)[0])
     memory = torch.cuda.get_device_properties(distributed.device()).total_memory
-    least = int(min(distributed.gather_floats([memory])))
+    least = int(min(_of_all(memory)))
     return replace(config, micro_batch_tokens=kept or rows_that_fit(config, method, shapes(config), least))
 
 

@@ -133,7 +133,7 @@ def check_inputs(config: TrainConfig, method: Method) -> None:
         # It imports engine and policy, for which a check before a launch should not wait.
         from drdpo.training.checkpoint import states
 
-        world, (newest, *_) = distributed.world_size(), [*states(folder / "resume")[0], None]
+        world, newest = distributed.world_size(), next(iter(states(folder / "resume")[0]), None)
         if newest and newest.world_size != world and (bound := _bound(config)) and not before.get("complete"):
             raise UsageError(
                 f"{folder} was written by {newest.world_size} processes, and with {bound} another number of them ({world}) "
@@ -205,22 +205,23 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
     """Read and tokenise the pairs; writes nothing. `dtype_reason`: why --dtype is what it is, for the manifest. DataError as
     _check_pairs, UsageError for pairs beyond --micro_batch_tokens."""
     tokenizer = chat.load_tokenizer(config.model_path, config.chat_template_kwargs)
-    pairs, counts = {}, {}
+    pairs, counts, of = {}, {}, {}
     for split, (preferences, columns) in _load(config, method).items():
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
         reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
-        distributed.say(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{f' ({reasons})' if reasons else ''}")
+        of[split] = f" of {len(preferences)}{f' ({reasons})' if reasons else ''}"
+        distributed.say(f"{split}: {len(pairs[split])} pairs{of[split]}")
         longest, budget = max((pair.row_tokens() for pair in pairs[split]), default=0), config.micro_batch_tokens
         if budget is not None and longest > budget:
             more = f"the longest {split} pair takes {longest} tokens of a row; raise it, or lower --max_len"
             raise UsageError(f"--micro_batch_tokens={budget}: {more}")
-    shifts, lines = _check_pairs(config, method, pairs)
+    shifts, lines = _check_pairs(config, method, pairs, of)
     if (column := method.group) is not None:
         names = sorted({pair.groups[column] for part in pairs.values() for pair in part})
+        numbers = {name: float(number) for number, name in enumerate(names)}
         for split, part in pairs.items():
-            numbers = [float(names.index(pair.groups[column])) for pair in part]
-            pairs[split] = [replace(p, columns={**p.columns, column: n}) for p, n in zip(part, numbers, strict=True)]
+            pairs[split] = [replace(p, columns={**p.columns, column: numbers[p.groups[column]]}) for p in part]
     for line in lines:
         distributed.say(f"test, {line}")
     made_by = {**_made_by(config, method), "pairs": pairs_hash([*pairs["train"], *pairs["test"]])}
@@ -240,7 +241,7 @@ def _load(config: TrainConfig, method: Method) -> dict[str, tuple[list[Preferenc
 
 
 def _check_pairs(
-    config: TrainConfig, method: Method, found: Mapping[str, Sequence[Pair] | Sequence[Columns]]
+    config: TrainConfig, method: Method, found: Mapping[str, Sequence[Pair] | Sequence[Columns]], of: Mapping[str, str] = {}
 ) -> tuple[Shifts, list[str]]:
     """What shifts_of makes of the test pairs, or of what is read of their rows. DataError as it does, for too few pairs, or
     for training pairs of one group, or with a group of one, whose weight would be that pair's."""
@@ -249,13 +250,15 @@ def _check_pairs(
         count = len(found[split])
         if count < least:
             way_out = f"; pass --train_batch_size={count} or less" if split == "train" and count else ""
-            raise DataError(f"{source}: {count} usable {split} pairs, fewer than {least}{way_out}")
+            raise DataError(f"{source}: {count} usable {split} pairs{of.get(split, '')}, fewer than {least}{way_out}")
     counts = Counter(pair.groups[method.group] for pair in found["train"] if method.group)
     few = min(counts, key=lambda name: counts[name], default="")
-    if counts and (counts[few] == 1 or len(counts) == 1):
+    if len(counts) == 1:
+        raise DataError(f'{source}: field "{method.group}" names one group only; --method=group needs two or more')
+    if counts and counts[few] == 1:
         raise DataError(
-            f'{source}: of {len(counts)} groups in field "{method.group}", "{few}" is left with {counts[few]} usable '
-            "training pairs; --method=group needs two groups of two: merge it into another, or remove its rows"
+            f'{source}: of {len(counts)} groups in field "{method.group}", "{few}" is left with 1 usable training '
+            "pair; a group needs two: merge it into another, or remove its rows"
         )
     return shifts_of(found["test"], config.eval_groups, list(config.mixtures), source)
 
