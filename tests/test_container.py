@@ -26,6 +26,11 @@ def test_both_recipes_make_the_same_image(root):
     assert re.search("^From: debian:12-slim$", apptainer, re.MULTILINE) and "\nFROM debian:12-slim\n" in docker
     for source, target in re.findall(r"^COPY (\S+) (\S+)$", docker, re.MULTILINE):
         assert (root / source).exists() and target == f"/opt/drdpo/{source}"
+    # Debian 12's Python is that of the locks and of setup.sh.
+    for name in LOCKS:
+        assert "for Python 3.11 on" in (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()[0]
+    setup = (root / "setup.sh").read_text(encoding="utf-8")
+    assert "python=3.11 pip" in setup and "for candidate in python3.11 " in setup
 
 
 @pytest.mark.parametrize("lock", LOCKS)

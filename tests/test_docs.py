@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import readme
+import yaml
 from fit_reward_heads import FitConfig
 from harness import ROOT
 from label_shift import LabelShiftConfig
@@ -92,6 +93,16 @@ def test_links_and_anchors_exist(page):
     assert page == readme.PAGES[0] or f"({page.relative_to(ROOT)})" in TEXT
     (tree,) = re.findall(r"```\n(setup\.sh .*?)```", TEXT, re.DOTALL)
     assert [name for name in re.findall(r"^(\S+)", tree, re.MULTILINE) if not (ROOT / name).exists()] == []
+
+
+def test_the_citation_is_that_of_citation_cff():
+    (paper,) = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]
+    (entry,) = re.findall(r"```bibtex\n(.*?)```", TEXT, re.DOTALL)
+    names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert dict(re.findall(r"^  (\w+) += \{(.*)\},?$", entry.replace("{LLM}", "LLM"), re.MULTILINE)) == {
+        "title": paper["title"], "author": " and ".join(names), "booktitle": paper["collection-title"],
+        "year": str(paper["year"]), "eprint": paper["identifiers"][0]["value"].removeprefix("arXiv:"),
+    }  # fmt: skip
 
 
 def test_wdpos_accuracy_is_what_was_measured():

@@ -1,9 +1,9 @@
 """requirements/*.txt: pinned, without repeats, closed under what packages ask for, and what pyproject.toml leads to."""
 
 import ast
-import runpy
 import sys
 import tomllib
+from collections import Counter
 from importlib import metadata
 
 import pytest
@@ -124,14 +124,20 @@ def test_the_project_names_the_versions_of_the_locks(name):
 
 def test_uv_sync_takes_the_versions_of_the_locks():
     """What all locks pin alike is constrained, groups pin the rest; `requirements/hashes.py --check` lets uv resolve."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    constrain = runpy.run_path(str(ROOT / "requirements" / "hashes.py"))["with_constraints"]
-    assert constrain(text) == text, "run: python requirements/hashes.py"
+    pins, settings = {pin for lock in PINS.values() for pin in lock.items()}, PROJECT["tool"]["uv"]
+    versions = Counter(package for package, _ in pins)
+    alike = sorted(f"{package}=={version}" for package, version in pins if versions[package] == 1)
+    assert sorted(settings["constraint-dependencies"]) == alike, "run: python requirements/hashes.py"
     for name, lock in PINS.items():
-        other = {package for package in lock if len({each.get(package, lock[package]) for each in PINS.values()}) > 1}
-        assert other <= set(declared(name))
-    for entry in PROJECT["tool"]["uv"]["dependency-metadata"]:
-        assert entry["version"] == PINS["cpu"][entry["name"]]
+        assert {package for package in lock if versions[package] > 1} <= set(declared(name))
+    for entry in settings["dependency-metadata"]:
+        package = entry["name"]
+        assert entry["version"] == PINS["cpu"][package]
+        if is_installed(package):
+            needed = {canonicalize_name(each.name) for each in needs(package)}
+            assert needed - {each for asking, each in LEFT_OUT if asking == package} == {
+                canonicalize_name(Requirement(line).name) for line in entry["requires-dist"]
+            }
 
 
 def imports(path):

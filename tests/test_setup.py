@@ -1,5 +1,6 @@
 """setup.sh and tests/run.sh on machines that differ in what they have; see harness/stand_ins.py."""
 
+import os
 import re
 import shutil
 
@@ -256,6 +257,7 @@ def test_uv_installs_where_it_is_on_the_path(machine):
 
 
 def test_the_test_command_stops_at_the_first_failing_part(root, machine):
+    assert all(os.access(root / name, os.X_OK) for name in ("setup.sh", "tests/run.sh", ".ci/run"))
     for name in ("tests/run.sh", ".ci/run"):
         (machine.tree / name).parent.mkdir()
         shutil.copy(root / name, machine.tree / name)

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 from harness.forks import Forks
 from harness.stand_ins import add_program, make_environment
 
@@ -95,16 +96,21 @@ def test_a_rank_of_torchrun_and_one_process_alone_need_no_launcher(variables, pl
         ({"DRDPO_HOSTFILE": "hosts"}, "DRDPO_HOSTFILE is not supported"), ({"DRDPO_NODES": "two"}, "DRDPO_NODES=two"),
         ({"DRDPO_NODES": "2"}, "DRDPO_NODE_RANK="), ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "2"}, "DRDPO_NODE_RANK=2"),
         ({"DRDPO_NODES": "2", "DRDPO_NODE_RANK": "1"}, "MASTER_ADDR"), ({"GPUS": "lost"}, "name 'lost' is not defined"),
+        pytest.param(
+            {"GPUS": "0", "SKIP_CHECK": "", "SMI_GPUS": "NVIDIA\nNVIDIA"}, "nvidia-smi lists 2 GPUs (NVIDIA), driver",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here"),
+        ),
     ],
 )  # fmt: skip
 def test_one_process_per_visible_gpu_or_a_reason(variables, expected, root, environment, flags, tmp_path):
+    add_program(Path(environment["DRDPO_ENV"]) / "bin", "nvidia-smi", "machine/nvidia-smi")
     del environment["CUDA_VISIBLE_DEVICES"], environment["DRDPO_PROCESSES"]
     done = train(root, environment | {"GPUS": "4", "SKIP_CHECK": "1"} | variables, tmp_path, *flags)
     if isinstance(expected, int):
         assert done.returncode == 0, done.stderr
         assert f"--nproc-per-node={expected}" in launched(environment)
     else:
-        assert done.returncode == (1 if "GPUS" in variables else 2) and expected in done.stderr
+        assert done.returncode == (1 if variables.get("GPUS") == "lost" else 2) and expected in done.stderr
         assert not launched(environment)
 
 

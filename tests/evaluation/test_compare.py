@@ -10,7 +10,7 @@ import pytest
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import EvaluateConfig
 from drdpo.config.training import TrainConfig
-from drdpo.errors import DataError, UsageError
+from drdpo.errors import DataError, UsageError, one_line_errors
 from drdpo.evaluation.compare import evaluate_armorm
 from drdpo.evaluation.runs import read_provenance, repeated_share
 from drdpo.folder import write_manifest
@@ -249,6 +249,10 @@ def test_few_objectives_are_not_drawn_and_an_older_picture_goes(tmp_path):
     runs = write_runs(tmp_path, {"base": scores, "dpo": scores})
     output = evaluate(tmp_path, runs)
     assert "](spider.png)" in report_of(output) and (output / "spider.png").read_bytes().startswith(b"\x89PNG")
+    names = ("pairs.csv", "scores.csv", "report.html", "report.md", "spider.png", "spider.svg")
+    before = [(output / name).read_bytes() for name in names]
+    evaluate(tmp_path, runs)
+    assert [(output / name).read_bytes() for name in names] == before, "the same input makes the same bytes"
     evaluate(tmp_path, runs, objectives=[H, C])
     assert not (output / "spider.png").exists() and "spider.png" not in report_of(output)
 
@@ -273,11 +277,15 @@ def test_objectives_in_either_spelling_and_order_and_names_with_an_equals_sign(t
         (["a={good}"], {"objectives": ["ArmoRM"]}, DataError, r"run a .* has no scores of ArmoRM"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(runs, flags, error, says, tmp_path):
+def test_what_cannot_be_compared_is_refused(runs, flags, error, says, tmp_path, capsys):
     good = write_run(tmp_path / "good", {H: [0.0, 1.0], C: [1.0, 1.0]})
     other = write_run(tmp_path / "other", {H: [0.0, 1.0]})
+    runs = [run.format(good=good, other=other) for run in runs]
     with pytest.raises(error, match=says):
-        evaluate(tmp_path, [run.format(good=good, other=other) for run in runs], **flags)
+        evaluate(tmp_path, runs, **flags)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        evaluate(tmp_path, runs, **flags)
+    assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2 if error is UsageError else 1, 1)
     assert not (tmp_path / "report of runs").exists()
 
 

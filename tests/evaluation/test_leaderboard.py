@@ -314,7 +314,8 @@ def test_cut_prompts_are_summed_over_ranks_and_kept_by_the_first(tmp_path, monke
     model = SimpleNamespace(max_length=3, batch_size=1, gather_object=gather, tok_encode=str.split)
     long = SimpleNamespace(request_type="loglikelihood", args=("more than three words ", "here"), doc_id=0)
     tasks = {name: SimpleNamespace(task_name=name, instances=[long]) for name in ("one", "two")}
-    for rank, run in ((1, lambda **_: None), (0, result)):  # lm-eval returns results on rank 0 only; all ranks take part
+    # lm-eval returns results on rank 0 only; all ranks take part, and run nothing once rank 0 has finished.
+    for rank, run in ((1, lambda **_: None), (0, result), (1, None), (0, None)):
         monkeypatch.setattr("lm_eval.simple_evaluate", run)
         parts = Parts(tmp_path / "parts", {}, False, rank)
         leaderboard._evaluate(LeaderboardConfig("m"), None, model, {}, tasks, parts)

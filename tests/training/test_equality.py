@@ -1,4 +1,4 @@
-"""The real DeepSpeed on two ranks against plain torch on one: same pairs, same weights after three steps, with LoRA too.
+"""The real DeepSpeed on two ranks and on one against plain torch: same pairs, same weights after three steps, with LoRA too.
 
 The same launch shows resuming, what LoRA saves, and a gradient that is NaN.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.policies import answer_logprobs, facts_of, policy_of, random_pairs, shifted_reference, worst_mean
+from harness.policies import answer_logprobs, apart, facts_of, policy_of, random_pairs, shifted_reference, worst_mean
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -95,7 +95,13 @@ for name, stage, more in (
     ("lora_tangent", 3, {}),
 ):  # fmt: skip
     CASES[f"{name}-zero{stage}"] = {**COMMON, **LORA[name], "zero_stage": stage, "micro_batch_size": 1, **more}
-FLOAT32_CASES = list(CASES)
+# Another launch, of one process: four micro-batches of a step's four pairs, one padded, two.
+ONE_RANK = {
+    "kldpo-one": CASES["kldpo-zero2"],
+    "kldpo-one-padded": {**CASES["kldpo-zero2"], "packing": False, "micro_batch_size": 4},
+    "drdpo-one": {**CASES["drdpo-zero2"], "micro_batch_size": 2},
+}
+FLOAT32_CASES = [*CASES, *ONE_RANK]
 CASES["nf4-zero2"] = CASES["lora-zero2"] | {"lora_quantize": "nf4"}
 BFLOAT16 = {**COMMON, "dtype": "bfloat16", "learning_rate": 1e-2, "micro_batch_size": 1}
 BFLOAT16_CASES = [("dpo", 1), ("dpo", 2), ("dpo", 3), ("wdpo", 2), ("wdpo", 3)]
@@ -106,6 +112,10 @@ CASES["wdpo_bfloat16-zero3"] |= {"resume": True, "save": True}
 for stage in (1, 2, 3):
     CASES[f"dpo_bfloat16-zero{stage}-offload"] = CASES[f"dpo_bfloat16-zero{stage}"] | {"optimizer_offload": True}
 CASES["untied-zero3"] = {**BFLOAT16, "zero_stage": 3, "save": True}
+ONE_RANK |= {
+    f"accumulated-zero{stage}": {**BFLOAT16, "learning_rate": 1e-3, "zero_stage": stage, "train_batch_size": 8, "steps": 1}
+    for stage in (1, 2, 3)
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +146,13 @@ def biased(tiny_policy, tmp_path_factory) -> Path:
 def engines(pairs, tiny_policy, biased, tmp_path_factory, forks) -> Path:
     folder = tmp_path_factory.mktemp("deep speed")
     other = {name: {**CASES[name], "model": str(biased)} for name in ("lora_tangent-zero3", "untied-zero3")}
-    (folder / "cases.json").write_text(json.dumps(CASES | other))
     (folder / "pairs.json").write_text(json.dumps(pairs))
     worker = Path(__file__).parent / "engine_worker.py"
     command = [sys.executable, worker, folder / "cases.json", folder / "pairs.json", tiny_policy, folder]
-    for done in forks.ranks(command, 2, timeout=600):
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for ranks, cases in ((2, CASES | other), (1, ONE_RANK)):
+        (folder / "cases.json").write_text(json.dumps(cases))
+        for done in forks.ranks(command, ranks, timeout=600):
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
 
@@ -263,7 +274,7 @@ def plain_training(model_path: Path, pairs, flags, apart=False) -> dict[str, tor
         optimizer.step()
         optimizer.zero_grad()
     moved = max(float((value.detach() - start[name]).abs().max()) for name, value in trained.items())
-    assert moved > 2e-4, "the steps must be large enough for an error to show"
+    assert moved > min(rate, 3e-4), "the steps must be large enough for an error to show"
     return {name: value.detach() for name, value in trained.items()}
 
 
@@ -283,14 +294,19 @@ def plain_weights(pairs, tiny_policy, biased):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FLOAT32_CASES)
-def test_two_processes_under_deepspeed_equal_plain_torch(case, engines, plain_weights, tiny_policy, biased):
+def test_processes_under_deepspeed_equal_plain_torch(case, engines, plain_weights, tiny_policy, biased):
     ours, method = load_file(engines / f"{case}.safetensors"), case.split("-")[0]
     for name, value in plain_weights(method).items():
         assert torch.allclose(ours[name], value, atol=1e-5, rtol=0), f"{name}: {(ours[name] - value).abs().max():.1e}"
+    assert relative_error(ours, plain_weights(method)) < 1e-6
     if method in LORA:
         base = load_file((biased if method == "lora_tangent" else tiny_policy) / "model.safetensors")
         for name in ours.keys() - plain_weights(method).keys():
             assert torch.equal(ours[name], base[name.replace(".base_layer", "")]), f"{name} is frozen"
+
+
+def relative_error(weights, expected) -> float:
+    return apart(*(torch.cat([each[name].double().flatten() for name in expected]) for each in (weights, expected)))
 
 
 def facts_by_rank(folder: Path, case: str) -> list[dict]:
@@ -320,15 +336,26 @@ def test_bfloat16_steps_have_the_size_and_direction_of_float32_steps(method, sta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stages_sum_bfloat16_micro_batches_alike_and_offload_changes_no_number(stage, engines, tiny_policy):
+def test_stages_sum_bfloat16_micro_batches_alike(stage, engines):
     """DeepSpeed's stage 1 added the first of eight gradients eight times, the second seven times."""
-    cases = (f"dpo_bfloat16-zero{stage}", f"dpo_bfloat16-zero{stage}-offload", "dpo_bfloat16-zero2")
-    kept, offloaded, second = (facts_by_rank(engines, case)[0] for case in cases)
-    assert kept["norms"][0] == pytest.approx(second["norms"][0], rel=5e-3)
+    cases = (f"accumulated-zero{stage}", "accumulated-zero2")
+    norms = [json.loads((engines / f"{case}.0.json").read_text())["norms"][0] for case in cases]
+    assert norms[0] == pytest.approx(norms[1], rel=5e-3)
+    assert relative_error(*(load_file(engines / f"{case}.safetensors") for case in cases)) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_no_number(stage, engines, tiny_policy):
+    kept, offloaded = (facts_by_rank(engines, f"dpo-zero{case}")[0] for case in ("3-tokens", f"{stage}-offload"))
+    assert offloaded["losses"] == pytest.approx(kept["losses"], abs=1e-6)
+    assert offloaded["norms"] == pytest.approx(kept["norms"], rel=1e-5)
+    cases = (f"dpo_bfloat16-zero{stage}", f"dpo_bfloat16-zero{stage}-offload")
+    kept, offloaded = (facts_by_rank(engines, case)[0] for case in cases)
     assert offloaded["losses"][0] == kept["losses"][0], "the same weights make the first step's losses"
     assert offloaded["norms"][0] == pytest.approx(kept["norms"][0], rel=1e-5), "the same gradients, summed in another order"
     start = load_file(tiny_policy / "model.safetensors")
-    expected, weights = (load_file(engines / f"{case}.safetensors") for case in cases[:2])
+    expected, weights = (load_file(engines / f"{case}.safetensors") for case in cases)
     expected, weights, start = (
         torch.cat([w[name].bfloat16().flatten() for name in expected]) for w in (expected, weights, start)
     )
@@ -340,12 +367,12 @@ def test_stages_sum_bfloat16_micro_batches_alike_and_offload_changes_no_number(s
 
 
 @pytest.mark.slow
-def test_every_robust_method_ends_elsewhere_than_dpo(plain_weights):
-    """By more than the tolerance of the equality, or it could not tell a robust method from DPO."""
-    for method in METHODS:
-        dpo = plain_weights("dpo_apart" if method in NAMED else "dpo")
-        apart = max(float((plain_weights(method)[name] - dpo[name]).abs().max()) for name in dpo)
-        assert method in ("dpo", "dpo_apart") or apart > 5e-5, method
+def test_every_robust_method_ends_elsewhere_than_dpo_and_another_population_elsewhere_than_the_step(plain_weights):
+    """By more than the tolerance of the equality, or it could not tell them apart."""
+    for method in [*METHODS, "kldpo_micro"]:
+        other = plain_weights("kldpo" if method == "kldpo_micro" else "dpo_apart" if method in NAMED else "dpo")
+        distance = max(float((plain_weights(method)[name] - other[name]).abs().max()) for name in other)
+        assert method in ("dpo", "dpo_apart") or distance > 5e-5, method
 
 
 @pytest.mark.slow

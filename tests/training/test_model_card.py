@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
@@ -48,16 +49,13 @@ def test_a_downloaded_base_is_named_by_its_repository_and_an_adapter_by_its_libr
     assert card(str(tmp_path), "d", tmp_path).data.base_model is None
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_checkpoint_is_uploaded_whole_to_a_private_repository_and_a_failure_is_a_warning(
-    fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+def test_a_checkpoint_is_uploaded_whole_to_a_private_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     asked = []
 
     def upload(api: HfApi, **given: Any) -> SimpleNamespace:
         asked.append(given)
-        if fails:
-            raise OSError("403 Forbidden\nno write access")
         return SimpleNamespace(commit_url="https://huggingface.co/me/aligned/commit/1")
 
     monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **given: asked.append({"repo_id": name, **given}))
@@ -67,8 +65,24 @@ def test_a_checkpoint_is_uploaded_whole_to_a_private_repository_and_a_failure_is
     whole = {"repo_id": "me/aligned", "folder_path": tmp_path / "global_step_4", "commit_message": "drdpo: global_step_4"}
     assert asked[1] == whole
     said = capsys.readouterr()
-    if fails:
-        (line,) = said.err.splitlines()
-        assert line.startswith("warning: --push_to_hub=me/aligned failed") and str(tmp_path) in line
-    else:
-        assert "commit/1" in said.out and not said.err
+    assert "commit/1" in said.out and not said.err
+
+
+def test_a_failed_upload_is_a_warning_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """With huggingface_hub's own request, which the hub refuses."""
+    asked = []
+
+    def refuse(client: httpx2.Client, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        asked.append(request)
+        return httpx2.Response(403, request=request)
+
+    monkeypatch.setattr(httpx2.Client, "send", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    push_to_hub("me/aligned", tmp_path)
+    assert "Bearer hf_secretsecretsecret" in [request.headers.get("Authorization") for request in asked]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: --push_to_hub=me/aligned failed") and "403" in line and str(tmp_path) in line
+    assert "secret" not in line

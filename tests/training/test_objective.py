@@ -103,6 +103,8 @@ def test_a_step_depends_neither_on_its_micro_batches_nor_on_their_form(policy, p
         # Llama keeps its norms and softmax in float32 even in a float64 model: equal means about 1e-6.
         assert apart(our_gradient, gradient) < 1e-5
         torch.testing.assert_close(our_figures, figures, rtol=1e-5, atol=1e-12)
+    for whole_step, split_step in (found[:2], found[2:]):
+        assert apart(split_step[1], whole_step[1]) < 1e-6
 
 
 def test_figures_of_a_step_keep_no_graph_and_no_embeddings(policy, pairs):

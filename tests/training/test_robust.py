@@ -71,7 +71,7 @@ def test_weights_of_kldpo_and_drdpo_by_hand():
 def test_laws_of_kldpo_and_drdpo(weights_of):
     losses, same = doubles(0.3, 0.9, 0.5, 2.0), doubles(LN2, LN2, LN2)
     assert torch.allclose(weights_of(losses, losses, 1e12), torch.ones(4, dtype=torch.float64)), "the largest tau is DPO"
-    assert weights_of(same, same, 0.005).tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert weights_of(same, same, 0.005).tolist() == [1.0, 1.0, 1.0]
     whole = weights_of(losses, losses, 0.5)
     assert torch.equal(whole, torch.cat([weights_of(part, losses, 0.5) for part in losses.split(1)])), "of the population"
     harder = losses.argsort(descending=weights_of is drdpo_weights)

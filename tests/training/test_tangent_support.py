@@ -35,7 +35,7 @@ def loaded(folder, config):
 @pytest.mark.parametrize("adapters", [0, 3], ids=["whole", "lora"])
 @pytest.mark.parametrize("name", LLAMA_LIKE)
 def test_models_that_are_built_as_llama_pass_and_equal_exact(name, adapters, tmp_path):
-    pairs = pairs_of_lengths((14, 9, 16), (15, 2, 12), (1, 1, 3), (7, 30, 1))
+    pairs = pairs_of_lengths((14, 9, 16), (15, 2, 12), (1, 1, 3), (7, 30, 1), seed=4)
     random_model(name).save_pretrained(tmp_path)
     gradients = []
     for solver in ("tangent", "exact"):
@@ -43,7 +43,7 @@ def test_models_that_are_built_as_llama_pass_and_equal_exact(name, adapters, tmp
         gradients.append(step(loaded(tmp_path, config).double().train(), pairs, [[3, 0], [1, 2]], config)[1])
     if adapters:
         assert len(gradients[0]) < 8_000, "the adapters alone"
-    assert apart(*gradients) < 3e-5
+    assert apart(*gradients) < 1e-5
     # And in bfloat16 with first tokens in float32, which are all of these pairs' tokens but a few.
     gradients = []
     for dtype in ("bfloat16", "float32"):
