@@ -114,7 +114,6 @@ def test_every_command_that_srun_starts_is_in_the_image_and_a_job_is_requeued_as
         while not launched.is_file() or launched.read_text().count("launch.py") < 2:
             assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()
             time.sleep(0.05)
-        time.sleep(0.3)
         job.send_signal(signal.SIGUSR1)
         job.communicate(timeout=60)
     assert job.returncode == 75
