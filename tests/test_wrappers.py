@@ -199,7 +199,6 @@ def job(root, environment):
             while not any(fnmatch(line, variables["SLEEPS"]) for line in launched(environment)):
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.05)
-            time.sleep(0.3)
             process.send_signal(sent)
         status = process.wait(timeout=60)
         return status, [line.replace(f"{root}/src/", "") for line in launched(environment)]
