@@ -210,8 +210,9 @@ def open_run(config: TrainConfig, method: Method, dtype_reason: str = "") -> Run
         pairs[split], dropped = tokenise(preferences, tokenizer, config.max_len, columns)
         counts[split] = {"in": len(preferences), "out": len(pairs[split]), **dropped}
         reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
-        of[split] = f" of {len(preferences)}{f' ({reasons})' if reasons else ''}"
-        distributed.say(f"{split}: {len(pairs[split])} pairs{of[split]}")
+        reasons = f" ({reasons})" if reasons else ""
+        of[split] = f" of {len(preferences)}{reasons}"
+        distributed.say(f"{split}: {len(pairs[split])} of {len(preferences)} pairs{reasons}")
         longest, budget = max((pair.row_tokens() for pair in pairs[split]), default=0), config.micro_batch_tokens
         if budget is not None and longest > budget:
             more = f"the longest {split} pair takes {longest} tokens of a row; raise it, or lower --max_len"
