@@ -1,4 +1,4 @@
-"""Preference shift as in section 7.1 of the paper (2502.01930), on a policy's own answers: labels, power, results.
+"""Preference shift as in section 7.1 of the paper (2502.01930), on a policy's own answers: labels, choices, results.
 
 Two objectives r1 and r2 of a scored completions folder become rewards u1, u2 in (0, 1): the sigmoid of an answer's deviation
 from its prompt's mean score, in standard deviations of such deviations. The preference of a person at alpha is one of

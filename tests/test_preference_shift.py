@@ -1,4 +1,4 @@
-"""The study of preference shifts: labels, values, power and tables, by hand on four prompts."""
+"""The study of preference shifts: labels, values and tables, by hand on four prompts."""
 
 import itertools
 import json
