@@ -28,6 +28,7 @@ METHODS = {
     "DPO per token": ["--loss_type=sigmoid_norm", "--beta=2"],
     "IPO": ["--loss_type=ipo"],
     "IPO per token": ["--loss_type=ipo_norm", "--beta=2"],
+    "cDPO": ["--label_smoothing=0.1"],
     "rDPO": ["--loss_type=robust", "--label_smoothing=0.1"],
     "KLDPO": ["--kldpo_tau=1"],
     "WDPO": ["--wdpo_rho=0.002", "--wdpo_prompt=once"],

@@ -39,8 +39,8 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 from drdpo import distributed
+from drdpo.assets.download import split_helpsteer_turns
 from drdpo.assets.embedded import make_reward_model
-from drdpo.assets.hub import split_helpsteer_turns
 from drdpo.chat import Tokenizer, conversation_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.cli import check_bounds, flag, parse, require
 from drdpo.errors import DataError, one_line_errors

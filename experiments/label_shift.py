@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from parts import ROOT, Command, Experiment, Part, borrow, run_experiment, wrapper
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
-from drdpo.assets.hub import split_helpsteer_turns
+from drdpo.assets.download import split_helpsteer_turns
 from drdpo.chat import Tokenizer, answer_token_ids, load_tokenizer, prompt_token_ids
 from drdpo.cli import check_bounds, flag, require
 from drdpo.config.data import PreferencesConfig
@@ -233,7 +233,7 @@ def detectable(entries: Array, layout: Layout) -> float:
     """The smallest true difference whose interval of `estimate` excludes 0 in about 80% of studies."""
     _, draws_B, means_S = np.split(entries, np.cumsum([1, layout.draws]))
     spreads = (draws_B.var(), layout.prompts - 1), (means_S.var(ddof=1) / len(means_S), len(means_S) - 1)
-    half = math.sqrt(sum(student.ppf(0.975, degrees) ** 2 * variance for variance, degrees in spreads))
+    half = math.sqrt(sum(stdtrit(degrees, 0.975) ** 2 * variance for variance, degrees in spreads))
     return half + 0.84 * math.sqrt(sum(variance for variance, _ in spreads))
 
 

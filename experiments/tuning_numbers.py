@@ -7,8 +7,7 @@ import math
 
 import torch
 
-from drdpo.training.losses import effective_sample_size, pair_losses
-from drdpo.training.robust import drdpo_weights, kl_weights
+from drdpo.training.losses import drdpo_weights, effective_sample_size, kl_weights, pair_losses
 
 CAP = 10.0
 TAUS = (0.005, 0.01, 0.05, 0.5)

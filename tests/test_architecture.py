@@ -13,9 +13,9 @@ TREES = {file: ast.parse(text) for file, text in TEXTS.items()}
 STEPS = ("assets", "sampling", "scoring", "pairing", "training", "evaluation")
 
 ROOMS = {
-    "vllm": ["sampling/vllm_engine.py"], "deepspeed": ["training/engine.py", "training/checkpoint.py"],
-    "bitsandbytes": ["training/"], "peft": ["training/"], "wandb": ["training/trackers.py"],
-    "trackio": ["training/trackers.py"], "triton": ["kernels/"], "lm_eval": ["evaluation/leaderboard.py"],
+    "vllm": ["sampling/engines.py"], "deepspeed": ["training/engine.py", "training/checkpoint.py"],
+    "bitsandbytes": ["training/"], "peft": ["training/"], "wandb": ["training/log.py"],
+    "trackio": ["training/log.py"], "triton": ["kernels/"], "lm_eval": ["evaluation/leaderboard.py"],
     "matplotlib": ["evaluation/"], "huggingface_hub": ["assets/", "models.py", "training/model_card.py"],
     "filelock": ["folder.py"],
 }  # fmt: skip
@@ -37,7 +37,7 @@ machine. All others take values."""
 
 PATCHES = {
     "training/engine.py": {"torch.utils.deterministic.fill_uninitialized_memory"},  # torch's own switch
-    "sampling/vllm_engine.py": {"torch.ops._C.init_cpu_memory_env"},
+    "sampling/engines.py": {"torch.ops._C.init_cpu_memory_env"},
 }
 """Attributes of a library's modules that files other than training/patches.py may set."""
 

@@ -15,7 +15,7 @@ from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard
 from drdpo.records import Preference
-from drdpo.sampling.prompts import stop_token_ids
+from drdpo.sampling.sample import stop_token_ids
 from drdpo.training.data import tokenise
 from drdpo.training.losses import method_of
 from drdpo.training.run import check_inputs, open_run

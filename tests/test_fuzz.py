@@ -22,7 +22,7 @@ from drdpo.config.training import DataSettings
 from drdpo.errors import DataError, UsageError, is_text, one_line
 from drdpo.pairing import generate_preferences
 from drdpo.records import Completion, Preference, Prompt, read_records, write_records
-from drdpo.sampling.prompts import read_prompts, render
+from drdpo.sampling.sample import read_prompts, render
 from drdpo.training.data import tokenise
 from drdpo.training.rows import load_split
 

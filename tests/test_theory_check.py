@@ -12,7 +12,7 @@ import toy_estimators as toy
 from harness import ROOT
 from torch.func import grad_and_value
 
-from drdpo.training import losses, robust
+from drdpo.training import losses
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def trainers_value(name: str, chosen: np.ndarray, rejected: np.ndarray, theta: t
     scores_S = (embeds_STD @ theta)[:, 0]
     losses_B = losses.pair_losses(scores_S[:7] - scores_S[7:], toy.BETA)
     if not name.startswith("WDPO"):
-        weights_B = robust.kl_weights(losses_B, losses_B, toy.TAU, normalize=True) if name != "DPO" else 1
+        weights_B = losses.kl_weights(losses_B, losses_B, toy.TAU, normalize=True) if name != "DPO" else 1
         return (weights_B * losses_B).mean()
     penalty = losses.gradient_penalty(losses_B, embeds_STD, create_graph=True).mean()
     return losses_B.mean() + toy.RHO * (penalty if name == "WDPO, squared" else penalty.sqrt())
@@ -78,7 +78,7 @@ def test_unclamped_code_weights_have_the_same_answer_as_algorithm_2():
     losses_A, s_A = losses.pair_losses(margins_A, toy.BETA), torch.sigmoid(-toy.BETA * margins_A)
     # kl_weights takes the population's plain mean; shift the losses so that it is the weighted one.
     mean = (shares_A * losses_A).sum()
-    weights_A = robust.kl_weights(losses_A, mean[None], toy.TAU, cap=math.inf)
+    weights_A = losses.kl_weights(losses_A, mean[None], toy.TAU, cap=math.inf)
     gradient_D = (shares_A * weights_A * s_A) @ torch.tensor(population.features_AD)
     assert gradient_D.abs().max() < 1e-8
     plain_D = (shares_A * s_A) @ torch.tensor(population.features_AD)

@@ -7,8 +7,7 @@ import torch
 import tuning_numbers
 from harness import ROOT
 
-from drdpo.training.losses import pair_losses
-from drdpo.training.robust import drdpo_weights, kl_weights
+from drdpo.training.losses import drdpo_weights, kl_weights, pair_losses
 
 PAGE = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
 

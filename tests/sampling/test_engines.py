@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drdpo.errors import DataError, ProcessError, UsageError
-from drdpo.sampling import pool, vllm_engine
+from drdpo.sampling import engines, pool
 from drdpo.sampling.engines import Draw, EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
 from drdpo.sampling.pool import SHORT_ANSWERS, InProcess, Pool, choose_engine, plan_engines
 
@@ -111,7 +111,7 @@ def _no_engine_count(monkeypatch):
 
 
 def test_vllm_that_does_not_work_is_an_error_if_requested_or_on_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--engine=vllm: .*not installed.*--engine=transformers"):
         choose_engine("vllm", 1024, on_gpu=False)
     with pytest.raises(UsageError, match=r"--engine=auto: .*not installed.*bash setup\.sh.*--engine=transformers"):

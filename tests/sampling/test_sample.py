@@ -16,8 +16,9 @@ from drdpo.models import check_model
 from drdpo.records import Completion, Prompt, read_records, read_rows, write_rows
 from drdpo.sampling import sample as step
 from drdpo.sampling.engines import Sample, TransformersEngine
-from drdpo.sampling.prompts import check_context, find_dataset, read_prompts, render, stop_token_ids
-from drdpo.sampling.sample import _LazyEngines, sample_completions
+from drdpo.sampling.sample import (
+    _LazyEngines, check_context, find_dataset, read_prompts, render, sample_completions, stop_token_ids,
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -6,15 +6,16 @@ from unittest.mock import Mock
 import pytest
 
 from drdpo.errors import DataError
-from drdpo.sampling import vllm_engine
-from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine, stream_seed
+from drdpo.sampling import engines
+from drdpo.sampling.engines import (
+    EngineSettings, Request, Sample, Sampling, TransformersEngine, VllmEngine, stream_seed, vllm_problem,
+)  # fmt: skip
 from drdpo.sampling.pool import Pool
-from drdpo.sampling.vllm_engine import VllmEngine, vllm_problem
 
 
 def test_a_broken_vllm_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # what an import of it then raises is an ImportError
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
     problem = vllm_problem()
     assert problem.startswith("importing vllm failed: ") and "\n" not in problem
 
@@ -71,7 +72,7 @@ def test_a_stop_keeps_its_token(engine, requests):
 
 @pytest.mark.slow
 def test_prompts_longer_than_a_step_of_the_engine_are_sampled(engine, requests):
-    """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see vllm_engine)."""
+    """More prompt tokens than one step computes: vLLM on CPU must not read a seeded prompt in parts (see engines)."""
     long = [Request([1, *([9531, 1200 + number] * 58)], stream_seed(1, "test", number)) for number in range(20)]
     assert sum(len(request.prompt_token_ids) for request in long) > 2048
     assert all(len(samples) == 2 for samples in run(engine, long, Sampling(2, 1.0, 1.0, 2, (2,))))

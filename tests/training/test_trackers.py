@@ -8,8 +8,7 @@ import pytest
 
 from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
-from drdpo.training.log import MetricsLog
-from drdpo.training.trackers import check_trackers
+from drdpo.training.log import MetricsLog, check_trackers
 
 STAND_IN = '''
 import json, os, pathlib
@@ -93,7 +92,7 @@ def test_log_is_a_list_of_known_names():
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_is_refused_without_its_package(monkeypatch, name):
-    monkeypatch.setattr("drdpo.training.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("drdpo.training.log.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=f"pip install {name}=="):
         check_trackers([name])
     check_trackers(["tensorboard"])

@@ -16,8 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import cast
 
 from drdpo.errors import DataError, ProcessError, UsageError
-from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine
-from drdpo.sampling.vllm_engine import VllmEngine, vllm_problem
+from drdpo.sampling.engines import EngineSettings, Request, Sample, Sampling, TransformersEngine, VllmEngine, vllm_problem
 
 SHORT_ANSWERS = 64
 """On a CPU, `auto` is transformers for answers of at most this many tokens.

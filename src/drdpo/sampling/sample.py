@@ -3,6 +3,8 @@
 A split is divided into blocks of prompts (see drdpo.sampling.pool). Finished blocks are kept as resumable parts in
 `.<split>.parts/`, and the split's file appears whole once all blocks are finished.
 
+A prompt that is too long, or that the chat template rejects, goes to rejects.jsonl.
+
 Several machines sample in three rounds of processes: one divides the unfinished blocks into `shares.json` beside the parts,
 every machine samples its share, and one writes the results. After a loss the rounds are repeated.
 """
@@ -11,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,14 @@ from drdpo import chat
 from drdpo.cli import as_dict, require
 from drdpo.config.data import CompletionsConfig
 from drdpo.distributed import ALONE, Machines, machines
-from drdpo.errors import DataError
+from drdpo.errors import DataError, UsageError
 from drdpo.folder import Parts, SplitResult, lock_folder, read_manifest, refuse_if_locked, sweep, write_manifest
 from drdpo.machine import announce, settle
-from drdpo.models import check_model, fingerprint
+from drdpo.models import Model, check_model, fingerprint
 from drdpo.progress import progress
-from drdpo.records import Completion, Prompt, write_records, write_rejects
+from drdpo.records import SPLITS, Completion, Prompt, check_unique, read_records, write_records, write_rejects
 from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample, Sampling, stream_seed
 from drdpo.sampling.pool import InProcess, Pool, choose_engine, open_engines, plan_engines, visible_gpus
-from drdpo.sampling.prompts import Reject, RenderedPrompt, check_context, find_dataset, read_prompts, render, stop_token_ids
 
 CPU_BLOCK = 128
 """Samples per block on a CPU: enough to keep the engine busy, few to lose in an interruption."""
@@ -39,8 +41,114 @@ _MADE_BY_FLAGS = (
     "chat_template_kwargs",
 )  # fmt: skip
 
+_ROOT = Path(__file__).resolve().parents[3]
+
+AUTO_DATASETS = ("helpsteer2_prompts", "embedded_prompts")
+"""Folders under datasets/ for --dataset=auto; the first that exists is used."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt that can be used; `row` is its number in the file, from 1."""
+
+    row: int
+    prompt: Prompt
+    token_ids: list[int]
+
+
 PromptBlocks = dict[int, list[RenderedPrompt]]
 """Number of the block -> its prompts, in the order of the file."""
+
+Reject = dict[str, Any]
+"""A prompt that cannot be used, and why: {file, row, prompt_id, reason}."""
+
+
+def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
+    """The folder of prompts that --dataset names; prints which one `auto` is.
+
+    Raises:
+        DataError: no such folder.
+    """
+    if dataset != "auto":
+        folder = Path(dataset)
+        if not folder.is_dir():
+            raise DataError(f"{dataset}: no such folder of prompts (with test.jsonl, and train.jsonl for training)")
+        return folder
+    for name in AUTO_DATASETS:
+        folder = root / "datasets" / name
+        if folder.is_dir():
+            print(f"prompts: {folder} (--dataset=auto)", flush=True)
+            return folder
+    raise DataError(
+        f"no prompts: none of {', '.join(f'datasets/{name}' for name in AUTO_DATASETS)} exists; run: bash setup.sh, or pass "
+        "--dataset=FOLDER with train.jsonl and test.jsonl"
+    )
+
+
+def read_prompts(dataset: Path, only_test: bool, max_prompts: int | None) -> dict[str, list[Prompt]]:
+    """Read and check the prompts of each split, test first; at most `max_prompts` of each are kept, the files checked whole.
+
+    Raises:
+        DataError: naming file, row and field; also for a repeated prompt_id.
+    """
+    prompts = {}
+    for split in ("test",) if only_test else tuple(reversed(SPLITS)):
+        path = dataset / f"{split}.jsonl"
+        records = read_records(path, Prompt.from_row)
+        check_unique(path, [(record.prompt_id,) for record in records], "prompt_id")
+        prompts[split] = records[:max_prompts]
+    return prompts
+
+
+def render(
+    tokenizer: Any, prompts: list[Prompt], file: Path, prompt_max_len: int
+) -> tuple[list[RenderedPrompt], list[Reject]]:
+    """Token ids of each prompt; prompts that are too long or that the chat template rejects are returned apart.
+
+    Raises:
+        DataError: no prompt can be used.
+    """
+    rendered: list[RenderedPrompt] = []
+    rejects: list[Reject] = []
+    for row, prompt in enumerate(prompts, start=1):
+        try:
+            token_ids = chat.prompt_token_ids(tokenizer, prompt.prompt)
+            if len(token_ids) > prompt_max_len:
+                raise ValueError(f"{len(token_ids)} tokens, more than --prompt_max_len={prompt_max_len}")
+        except ValueError as error:
+            rejects.append({"file": str(file), "row": row, "prompt_id": prompt.prompt_id, "reason": str(error)})
+        else:
+            rendered.append(RenderedPrompt(row, prompt, token_ids))
+    if not rendered:
+        raise DataError(f"{file}: none of its {len(prompts)} prompts can be used; row 1: {rejects[0]['reason']}")
+    return rendered, rejects
+
+
+def stop_token_ids(model_path: str, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the template's end of turn first, then the model's and the tokenizer's end of sequence.
+
+    Llama 3's instruct models list three in their generation config, many models a single one.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        source: Any = GenerationConfig.from_pretrained(model_path)
+    except OSError:  # the folder has no generation_config.json
+        source = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    ends = getattr(source, "eos_token_id", None)
+    ids = [chat.end_of_turn_id(tokenizer), *(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+def check_context(model: Model, prompt_max_len: int, max_new_tokens: int) -> int:
+    """Largest number of tokens of a prompt with its completion; raises UsageError if the model has a shorter context."""
+    context, need = model.structure.positions, prompt_max_len + max_new_tokens
+    if context is not None and need > context:
+        raise UsageError(
+            f"--prompt_max_len={prompt_max_len} and --max_new_tokens={max_new_tokens} need {need} tokens, but {model.path} "
+            f"has a context of {context}; pass smaller values"
+        )
+    return need
 
 
 def sample_completions(config: CompletionsConfig) -> None:

@@ -21,10 +21,10 @@ from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model, fingerprint
 from drdpo.records import Preference
 from drdpo.training.data import BatchPlan, Pair, tokenise
+from drdpo.training.log import DASHBOARD, check_trackers
 from drdpo.training.losses import Method, method_of
 from drdpo.training.rows import Columns, load_split
 from drdpo.training.shifts import Shifts, shifts_of
-from drdpo.training.trackers import DASHBOARD, check_trackers
 
 NOT_COMPARED = (
     "save_path", "save_steps", "eval_steps", "save_resume", "keep_checkpoints", "log", "gradient_checkpointing",

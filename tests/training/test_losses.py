@@ -7,9 +7,28 @@ import pytest
 import torch
 from harness.policies import config_of, worst_mean
 
-from drdpo.training import robust
-from drdpo.training.losses import Method, Pairs, effective_sample_size, gradient_penalty, method_of, pair_losses
-from drdpo.training.robust import drdpo_weights, kl_weights
+from drdpo.training.losses import (
+    Method,
+    Pairs,
+    chi2_weights,
+    cvar_weights,
+    drdpo_weights,
+    effective_sample_size,
+    gradient_penalty,
+    group_state,
+    group_step,
+    group_weights,
+    holder_losses,
+    kl_weights,
+    method_of,
+    normalised_margins,
+    pair_losses,
+    robust_label_losses,
+    ropo_losses,
+    soft_label_losses,
+    soft_labels,
+    tv_weights,
+)  # fmt: skip
 
 LN2 = math.log(2)
 POPULATIONS = {
@@ -18,7 +37,7 @@ POPULATIONS = {
     "ties": [0.5, 0.5, 0.1, 2.0, 2.0, 0.5],
     "nearly equal": [0.693147, 0.693148, 0.6931475, 0.693147],
 }
-WEIGHTS = {"tv": robust.tv_weights, "cvar": robust.cvar_weights, "chi2": robust.chi2_weights}
+WEIGHTS = {"tv": tv_weights, "cvar": cvar_weights, "chi2": chi2_weights}
 STRENGTHS = {"tv": (0.1, 0.3, 0.9, 1.0), "cvar": (0.9, 0.5, 0.3, 0.01), "chi2": (0.01, 0.2, 1.0, 50.0)}
 
 
@@ -126,13 +145,13 @@ def test_gradient_penalty_by_hand():
 def test_weights_by_hand():
     losses = doubles(1, 2, 3, 4, 5)
     # Of five pairs 0.3 are 1.5: the first all, the second half; the largest gets them.
-    assert robust.tv_weights(losses, losses, 0.3).tolist() == pytest.approx([0, 0.5, 1, 1, 2.5])
+    assert tv_weights(losses, losses, 0.3).tolist() == pytest.approx([0, 0.5, 1, 1, 2.5])
     # The hardest 30% are 1.5 pairs of weight 1 / 0.3.
-    assert robust.cvar_weights(losses, losses, 0.3).tolist() == pytest.approx([0, 0, 0, 0.5 / 0.3, 1 / 0.3])
+    assert cvar_weights(losses, losses, 0.3).tolist() == pytest.approx([0, 0, 0, 0.5 / 0.3, 1 / 0.3])
     # Around the mean, as far as no weight is negative: 1 + sqrt(2 r) (l - mean) / sd, sd = sqrt 2.
-    assert robust.chi2_weights(losses, losses, 0.04).tolist() == pytest.approx([0.6, 0.8, 1, 1.2, 1.4])
+    assert chi2_weights(losses, losses, 0.04).tolist() == pytest.approx([0.6, 0.8, 1, 1.2, 1.4])
     # Two pairs, mean w^2 = 1 + 2 r = 2 at the weights 0 and 2.
-    assert robust.chi2_weights(doubles(1, 7), doubles(1, 7), 0.5).tolist() == pytest.approx([0, 2])
+    assert chi2_weights(doubles(1, 7), doubles(1, 7), 0.5).tolist() == pytest.approx([0, 2])
 
 
 @pytest.mark.parametrize("population", POPULATIONS)
@@ -202,31 +221,31 @@ MARGINS = doubles(-30, -2, -0.1, 0, 0.4, 3, 30)
 def test_losses_by_hand():
     # x = ln 3: p = 3/4.
     h, beta = doubles(math.log(3) / 0.5), 0.5
-    assert robust.ropo_losses(h, beta, 3.0).item() == pytest.approx(0.75 * (math.log(4 / 3) + 3 / 4))
-    assert robust.holder_losses(h, beta, 2.0).item() == pytest.approx(-3 * 9 / 16 + 2 * 27 / 64)
-    assert robust.robust_label_losses(h, beta, 0.25).item() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
-    assert robust.robust_label_losses(-h, beta, 0.25).item() == pytest.approx(math.log(4)), "wrong: the worst label is given"
+    assert ropo_losses(h, beta, 3.0).item() == pytest.approx(0.75 * (math.log(4 / 3) + 3 / 4))
+    assert holder_losses(h, beta, 2.0).item() == pytest.approx(-3 * 9 / 16 + 2 * 27 / 64)
+    assert robust_label_losses(h, beta, 0.25).item() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert robust_label_losses(-h, beta, 0.25).item() == pytest.approx(math.log(4)), "wrong: the worst label is given"
     # q = 0.8, radius 1/4: p = 0.8 - sqrt(0.04) = 0.6.
-    soft = robust.soft_label_losses(h, doubles(0.8), beta, 0.25).item()
+    soft = soft_label_losses(h, doubles(0.8), beta, 0.25).item()
     assert soft == pytest.approx(0.6 * math.log(4 / 3) + 0.4 * math.log(4))
-    assert robust.soft_labels(doubles(2), doubles(2 - 3 * math.log(4)), 3.0).item() == pytest.approx(0.8)
+    assert soft_labels(doubles(2), doubles(2 - 3 * math.log(4)), 3.0).item() == pytest.approx(0.8)
     # 6 / 3 - 2 / 4
     log_ratios, lengths = doubles(6, 2), doubles(3, 4)
-    assert robust.normalised_margins(log_ratios, lengths).item() == 1.5
+    assert normalised_margins(log_ratios, lengths).item() == 1.5
 
 
 def test_without_a_radius_the_losses_are_dpos_exactly():
     plain = pair_losses(MARGINS, 0.5)
-    assert torch.equal(robust.robust_label_losses(MARGINS, 0.5, 0.0), plain)
+    assert torch.equal(robust_label_losses(MARGINS, 0.5, 0.0), plain)
     for radius in (0.0, 0.7):
-        assert torch.equal(robust.soft_label_losses(MARGINS, torch.ones_like(MARGINS), 0.5, radius), plain), "hard labels"
-    soft = robust.soft_label_losses(MARGINS, torch.full_like(MARGINS, 0.75), 0.5, 0.0)
+        assert torch.equal(soft_label_losses(MARGINS, torch.ones_like(MARGINS), 0.5, radius), plain), "hard labels"
+    soft = soft_label_losses(MARGINS, torch.full_like(MARGINS, 0.75), 0.5, 0.0)
     torch.testing.assert_close(soft, pair_losses(MARGINS, 0.5, smoothing=0.25))
     ones = torch.ones(2 * len(MARGINS), dtype=torch.float64)
-    per_token = robust.normalised_margins(torch.cat([MARGINS, 0 * MARGINS]), ones)
+    per_token = normalised_margins(torch.cat([MARGINS, 0 * MARGINS]), ones)
     assert torch.equal(pair_losses(per_token, 0.5), plain), "answers of one token"
     alpha = 1e-9
-    torch.testing.assert_close(robust.ropo_losses(MARGINS, 0.5, alpha), 4 * alpha * plain, rtol=1e-8, atol=0)
+    torch.testing.assert_close(ropo_losses(MARGINS, 0.5, alpha), 4 * alpha * plain, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("q", [0.0, 0.01, 0.3, 0.5, 0.8, 0.999, 1.0])
@@ -236,7 +255,7 @@ def test_dpo_pro_is_the_worst_of_all_label_probabilities_in_the_ball(q, radius):
     inside = grid[(grid - q).square() <= radius * q * (1 - q) + 1e-12]
     right, wrong = pair_losses(MARGINS, 0.5), pair_losses(-MARGINS, 0.5)
     worst = (inside[:, None] * right + (1 - inside)[:, None] * wrong).max(dim=0).values
-    ours = robust.soft_label_losses(MARGINS, torch.full_like(MARGINS, q), 0.5, radius)
+    ours = soft_label_losses(MARGINS, torch.full_like(MARGINS, q), 0.5, radius)
     torch.testing.assert_close(ours, worst, atol=2e-4, rtol=0)
 
 
@@ -244,10 +263,10 @@ def test_slopes_are_those_of_the_formulas_and_those_of_flipped_labels_vanish():
     x = MARGINS.clone().requires_grad_()
     p = torch.sigmoid(x.detach())
     slopes = {
-        "ropo": (robust.ropo_losses(x, 1.0, 14.0), -4 * 14 / 225 * (1 - p) * (1 + 14 * p)),
-        "holder": (robust.holder_losses(x, 1.0, 2.0), -6 * p**2 * (1 - p) ** 2),
-        "label": (robust.robust_label_losses(x, 1.0, 0.2), torch.where(x < 0, p - 1, 0.8 * (p - 1) + 0.2 * p)),
-        "soft": (robust.soft_label_losses(x, torch.full_like(x, 0.8), 1.0, 0.25), p - 0.8 + 0.2 * x.detach().sign()),
+        "ropo": (ropo_losses(x, 1.0, 14.0), -4 * 14 / 225 * (1 - p) * (1 + 14 * p)),
+        "holder": (holder_losses(x, 1.0, 2.0), -6 * p**2 * (1 - p) ** 2),
+        "label": (robust_label_losses(x, 1.0, 0.2), torch.where(x < 0, p - 1, 0.8 * (p - 1) + 0.2 * p)),
+        "soft": (soft_label_losses(x, torch.full_like(x, 0.8), 1.0, 0.25), p - 0.8 + 0.2 * x.detach().sign()),
     }
     for name, (losses, theirs) in slopes.items():
         (ours,) = torch.autograd.grad(losses.sum(), x)
@@ -269,27 +288,27 @@ def test_large_margins_stay_finite(method):
 
 
 def test_group_weights_by_hand():
-    state = robust.group_state(torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0]))
+    state = group_state(torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0]))
     assert state["weights"].tolist() == [0.5, 0, 0.5] and state["counts"].tolist() == [3, 0, 2]
     losses, groups = torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([0.0, 2.0, 2.0, 0.0])
     # Mean losses 1 and 2.5, exponents 2 (1 + 3 / sqrt 3) and 2 (2.5 + 3 / sqrt 2).
-    after = robust.group_step(state, losses, groups, 2.0, 3.0)
+    after = group_step(state, losses, groups, 2.0, 3.0)
     first, second = math.exp(2 * (1 + math.sqrt(3))), math.exp(2 * (2.5 + 3 / math.sqrt(2)))
     assert after["weights"].tolist() == pytest.approx([first / (first + second), 0, second / (first + second)])
     assert after["present"].tolist() == [2, 0, 2]
-    weights = robust.group_weights(groups, after["weights"], after["present"])
+    weights = group_weights(groups, after["weights"], after["present"])
     expected = after["weights"][0] * 1 + after["weights"][2] * 2.5
     assert (weights * losses).mean().item() == pytest.approx(expected.item()), "the sum of q_g L_g"
     assert weights.mean().item() == pytest.approx(1)
-    again = robust.group_step(after, losses, groups, 2.0, 3.0)["weights"]
+    again = group_step(after, losses, groups, 2.0, 3.0)["weights"]
     assert again[2] > after["weights"][2] and again.sum().item() == pytest.approx(1)
 
 
 def test_a_group_without_pairs_in_a_step_counts_as_loss_zero():
-    state = robust.group_state(torch.tensor([0.0, 1.0, 0.0, 1.0]))
-    after = robust.group_step(state, torch.tensor([0.5]), torch.tensor([1.0]), 1.0, 0.0)
+    state = group_state(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    after = group_step(state, torch.tensor([0.5]), torch.tensor([1.0]), 1.0, 0.0)
     assert after["weights"].tolist() == pytest.approx([1 / (1 + math.exp(0.5)), math.exp(0.5) / (1 + math.exp(0.5))])
-    assert robust.group_weights(torch.tensor([1.0]), after["weights"], after["present"])[0] == after["weights"][1]
+    assert group_weights(torch.tensor([1.0]), after["weights"], after["present"])[0] == after["weights"][1]
 
 
 @pytest.mark.parametrize(
