@@ -17,8 +17,14 @@ from drdpo.records import Completion, Prompt, read_records, read_rows, write_row
 from drdpo.sampling import sample as step
 from drdpo.sampling.engines import Sample, TransformersEngine
 from drdpo.sampling.sample import (
-    _LazyEngines, check_context, find_dataset, read_prompts, render, sample_completions, stop_token_ids,
-)  # fmt: skip
+    _LazyEngines,
+    check_context,
+    find_dataset,
+    read_prompts,
+    render,
+    sample_completions,
+    stop_token_ids,
+)
 
 
 @pytest.fixture

@@ -8,8 +8,15 @@ import pytest
 from drdpo.errors import DataError
 from drdpo.sampling import engines
 from drdpo.sampling.engines import (
-    EngineSettings, Request, Sample, Sampling, TransformersEngine, VllmEngine, stream_seed, vllm_problem,
-)  # fmt: skip
+    EngineSettings,
+    Request,
+    Sample,
+    Sampling,
+    TransformersEngine,
+    VllmEngine,
+    stream_seed,
+    vllm_problem,
+)
 from drdpo.sampling.pool import Pool
 
 
