@@ -50,7 +50,7 @@ def cvar(config: CvarConfig) -> "Method":
         last = population_P.topk(count).values[-1]
         return (losses_B >= last) / (population_P >= last).to(losses_B.dtype).mean()
 
-    return Method("CVaR", hinge, hardest, strength={"cvar_share": config.cvar_share})
+    return Method("hinge CVaR", hinge, hardest, strength={"cvar_share": config.cvar_share})
 
 
 if __name__ == "__main__":

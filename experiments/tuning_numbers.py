@@ -71,7 +71,7 @@ def sample_sizes() -> str:
             figures += [float(effective_sample_size(weights_P)) / QUANTILES, float(weights_P.mean())]
         soft, _, drdpo, _, capped, mean = figures
         rows.append([f"{ratio:g}", f"{soft:.2f}", f"{drdpo:.2f}", f"{capped:.2f}", f"{mean:.2f}"])
-    columns = ["s / temperature", "KLDPO, Algorithm 2", "Dr. DPO", "KLDPO, code form, cap 10", "its mean weight"]
+    columns = ["σ / temperature", "KLDPO, Algorithm 2", "Dr. DPO", "KLDPO, code form, cap 10", "mean weight of that form"]
     return table(columns, rows)
 
 

@@ -4,4 +4,4 @@ from drdpo.cli import run_step
 from drdpo.config.evaluation import CompareMixturesConfig
 
 if __name__ == "__main__":
-    run_step(CompareMixturesConfig, __doc__, "drdpo.evaluation.compare:compare_mixtures")
+    run_step(CompareMixturesConfig, __doc__, "drdpo.evaluation.mixtures:compare_mixtures")

@@ -14,7 +14,6 @@ from huggingface_hub import parse_eval_result_entries
 from drdpo.config.evaluation import CompareMixturesConfig, CompareOpenllmConfig, LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation import leaderboard_scores, mixtures
-from drdpo.evaluation.compare import SPOKES, compare_mixtures, spiders
 from drdpo.evaluation.leaderboard_scores import (
     BBH_CHOICES,
     COLUMNS,
@@ -23,6 +22,7 @@ from drdpo.evaluation.leaderboard_scores import (
     compare_openllm,
     hub_results,
 )
+from drdpo.evaluation.mixtures import SPOKES, compare_mixtures, spiders
 from drdpo.evaluation.statistics import Estimate
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE
 

@@ -43,7 +43,22 @@ def test_losses_and_weights_by_hand():
     same = torch.ones(4)
     assert method.weights(same, same, pairs).tolist() == [1, 1, 1, 1], "ties share: at the start it is the plain mean"
     assert cvar(config_of(cvar_share=1.0)).weights(population, population, pairs).tolist() == [1, 1, 1, 1]
-    assert method.needs_population and method.label == "CVaR (cvar_share=0.5)"
+    assert method.needs_population and method.label == "hinge CVaR (cvar_share=0.5)"
+
+
+def by_trust(losses_B, population_P, pairs):
+    return pairs.columns["trust"].square()
+
+
+def squared_trust(config):
+    return replace(method_of(config), name="squared trust", weights=by_trust, population=False, reads=("trust",))
+
+
+def test_weights_by_a_function_of_a_field():
+    """The page's second example."""
+    method, losses = squared_trust(config_of()), torch.ones(2)
+    assert method.weights(losses, losses, pairs_with([0.0, 1.0], trust=[0.5, 2.0])).tolist() == [0.25, 4.0]
+    assert not method.needs_population and method.weighted
 
 
 def hinge(pairs):
@@ -70,7 +85,7 @@ SHORTER = Method("shorter pairs", hinge, by_length, reads=TOKENS, begin=begin, u
 
 
 def test_a_method_keeps_a_state(tiny_policy, pairs):
-    """The page's second example."""
+    """The page's third example."""
     method, policy = SHORTER, policy_of(tiny_policy, config_of())
     tokens_B = torch.tensor([float(len(pair.chosen) + len(pair.rejected)) for pair in pairs[:2]])
     policy.method_state = {"mean": torch.tensor(10.0)}
@@ -175,4 +190,4 @@ def test_it_trains_by_its_wrapper(tiny_policy, forks, data, tmp_path):
     assert lines[-1]["objective"] > lines[-1]["loss"], "the hardest pair's loss is above the mean"
     assert (tmp_path / "a run" / "global_step_4" / "model.safetensors").is_file()
     manifest = json.loads((tmp_path / "a run" / "manifest.json").read_text())["train"]["made_by"]
-    assert manifest["method"] == "CVaR (cvar_share=0.25)" and manifest["cvar_share"] == 0.25
+    assert manifest["method"] == "hinge CVaR (cvar_share=0.25)" and manifest["cvar_share"] == 0.25

@@ -1,5 +1,5 @@
-"""Setup's second half: make or download every selected model and prompt set that is missing, then print a table; and the
-downloads from the Hugging Face hub: models (safetensors only), and the prompts of HelpSteer2."""
+"""Step 0, setup's second half: make or download every selected model and prompt set that is missing, then print a table;
+and the downloads from the Hugging Face hub: models (safetensors only), and the prompts of HelpSteer2."""
 
 import gzip
 import json
@@ -120,7 +120,7 @@ LLAMA3_PAD = ("<|finetune_right_pad_id|>", 128004)
 HELPSTEER2_LICENCE = (
     "CC-BY-4.0; HelpSteer2, NVIDIA (Wang et al. 2024, arXiv 2406.08673); the prompts, deduplicated and split into turns"
 )
-UPSTREAM = {"train": "train", "test": "validation"}
+HELPSTEER2_SPLITS = {"train": "train", "test": "validation"}
 """Our split -> HelpSteer2's."""
 
 FIRST_TEST_ID = 1_000_000
@@ -213,14 +213,14 @@ def download_helpsteer2(repo: str, folder: Path) -> None:
         revision = HfApi().dataset_info(repo, timeout=30).sha
         paths = {
             split: Path(hf_hub_download(repo, f"{upstream}.jsonl.gz", repo_type="dataset", revision=revision))
-            for split, upstream in UPSTREAM.items()
+            for split, upstream in HELPSTEER2_SPLITS.items()
         }
     test = convert_rows(_read_gzip(paths["test"]), first_id=FIRST_TEST_ID)
     train = convert_rows(_read_gzip(paths["train"]), held_out=test[0])
     with atomic_folder(folder) as aside:
         for split, (prompts, _) in (("train", train), ("test", test)):
             if not prompts:
-                raise DataError(f"{repo}: the {UPSTREAM[split]} split has no usable prompt")
+                raise DataError(f"{repo}: the {HELPSTEER2_SPLITS[split]} split has no usable prompt")
             write_records(aside / f"{split}.jsonl", prompts)
         made_by, counts = {"repository": repo, "revision": revision}, {"train": train[1], "test": test[1]}
         write_manifest(aside, "assets", made_by, licence=HELPSTEER2_LICENCE, count=counts)

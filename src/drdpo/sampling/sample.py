@@ -6,7 +6,7 @@ A split is divided into blocks of prompts (see drdpo.sampling.pool). Finished bl
 A prompt that is too long, or that the chat template rejects, goes to rejects.jsonl.
 
 Several machines sample in three rounds of processes: one divides the unfinished blocks into `shares.json` beside the parts,
-every machine samples its share, and one writes the results. After a loss the rounds are repeated.
+every machine samples its share, and one writes the results. If a machine is lost, the rounds are repeated.
 """
 
 import json
@@ -31,7 +31,7 @@ from drdpo.sampling.engines import MAX_SAMPLES, EngineSettings, Request, Sample,
 from drdpo.sampling.pool import InProcess, Pool, choose_engine, open_engines, plan_engines, visible_gpus
 
 CPU_BLOCK = 128
-"""Samples per block on a CPU: enough to keep the engine busy, few to lose in an interruption."""
+"""Samples per block on a CPU: enough to keep the engine busy, few enough that an interruption loses little."""
 
 GPU_BLOCK = 8192
 """Largest block on a GPU in samples: it samples hundreds at once and should seldom wait for the last ones of a block."""
@@ -40,6 +40,7 @@ _MADE_BY_FLAGS = (
     "best_of_n", "temperature", "top_p", "max_new_tokens", "prompt_max_len", "max_prompts", "seed", "engine", "dtype",
     "chat_template_kwargs",
 )  # fmt: skip
+"""Samples of other values of these are not the run's own."""
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -201,7 +202,7 @@ def sample_completions(config: CompletionsConfig) -> None:
             if group.this is None:
                 sweep(save_path / "sampled")
             for split in left:
-                split.made_by["engine"] = engine
+                split.made_by["engine"] = engine  # "auto" is decided only now
                 rendered, rejects = render(tokenizer, prompts[split.split], split.source, config.prompt_max_len)
                 _sample_split(config, split, rendered, rejects, tokenizer, sampling, engines, precision.reason)
     finally:
@@ -234,7 +235,7 @@ class _LazyEngines:
 
     @property
     def count(self) -> int:
-        """On all machines, which are alike."""
+        """Engines on all machines, which must be alike."""
         return len(self._plan) * self.group.nodes
 
     def block_size(self, prompts: int, n: int) -> int:
@@ -371,7 +372,7 @@ def write_results(
 
 
 def _problem(samples: list[Sample], sampling: Sampling) -> str:
-    """Why a prompt's samples cannot be used, or "": it has all its n completions or none."""
+    """Why a prompt is rejected, or "": one sample that cannot be used rejects all n."""
     for sample in samples:
         if sample.finish_reason not in ("stop", "length"):
             return f"the engine ended a completion by {sample.finish_reason!r}"

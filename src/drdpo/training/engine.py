@@ -1,4 +1,7 @@
-"""The DeepSpeed engine: optimizer, schedule, precision and ZeRO stage from the flags. The only room deepspeed lives in."""
+"""The DeepSpeed engine: optimizer, schedule, precision and ZeRO stage from the flags.
+
+Only this file and checkpoint.py import deepspeed.
+"""
 
 import contextlib
 import logging

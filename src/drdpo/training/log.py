@@ -1,8 +1,7 @@
 """Metrics of a run: computed and checked per step, appended to metrics.jsonl, summarized, and sent to the trackers of --log
 (TensorBoard, Weights & Biases, Trackio), of which one that fails never ends a run.
 
-Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences, K numbers of the first step's answers, M
-micro-batches of all ranks.
+Shape suffixes: B pairs, P pairs of the step over all ranks, S = 2B sequences, M micro-batches of all ranks.
 """
 
 import importlib.util
@@ -52,7 +51,7 @@ def table_means(table_P4: Tensor) -> Metrics:
     return {**dict(zip(names, means, strict=True)), "margin": means[2] - means[3]}
 
 
-def _of_all(numbers: Iterable[Tensor | None]) -> Tensor:
+def _gathered(numbers: Iterable[Tensor | None]) -> Tensor:
     """[P, ..] of all ranks, from those of this rank's micro-batches, where they have any."""
     return distributed.gather(torch.cat([part_B for part_B in numbers if part_B is not None]))
 
@@ -65,20 +64,20 @@ def step_metrics(
     `loss` is the plain, unweighted mean, which is comparable across methods; `objective` is what was minimized. `root`: the
     population of a root penalty, "step", all pairs, or "micro", the ranks' n-th micro-batches.
     """
-    metrics = table_means(_of_all(pair_table(part.losses_B, part.pairs, beta) for part in parts))
-    metrics["objective"] = float(_of_all(part.weights_B * part.losses_B.detach() for part in parts).mean())
+    metrics = table_means(_gathered(pair_table(part.losses_B, part.pairs, beta) for part in parts))
+    metrics["objective"] = float(_gathered(part.weights_B * part.losses_B.detach() for part in parts).mean())
     if weighted:
-        metrics["effective_sample_size"] = float(losses.effective_sample_size(_of_all(part.weights_B for part in parts)))
+        metrics["effective_sample_size"] = float(losses.effective_sample_size(_gathered(part.weights_B for part in parts)))
     if rho is None:
         return metrics
     # Of the micro-batches that have the penalty.
-    penalties_P = _of_all(part.penalties_B for part in parts)
+    penalties_P = _gathered(part.penalties_B for part in parts)
     metrics |= {"penalty": float(penalties_P.mean()), "input_gradient_norm": float(penalties_P.sqrt().mean())}
     if any(part.errors_B is not None for part in parts):
-        metrics["solver_error"] = float(_of_all(part.errors_B for part in parts).mean())
-        metrics["solver_condition"] = float(_of_all(part.conditions_B for part in parts).max())
+        metrics["solver_error"] = float(_gathered(part.errors_B for part in parts).mean())
+        metrics["solver_condition"] = float(_gathered(part.conditions_B for part in parts).max())
     charged = [part.weights_B * part.penalties_B for part in parts if part.penalties_B is not None]
-    charged_P = _of_all(charged)
+    charged_P = _gathered(charged)
     if root == "micro":
         # The mean of the populations' roots; all micro-batches have the same number of pairs, or the flags are refused.
         value = charged_P.view(-1, len(charged), len(charged[0])).mean(dim=(0, 2)).sqrt().mean()
@@ -234,27 +233,27 @@ class MetricsLog:
 # Before the first step policy and reference are one model: are their log-probs? -------------------------------------------
 
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
-"""Of the mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest answers.
-A GPU's kernels may differ, and an earlier start's micro-batches: on SmolLM2-135M others change a log-prob by 3e-8 of it in
-float32 and by 2e-4 in bfloat16 (four answers, CPU). That bfloat16 may have fifty times as much is a judgement, not a
-measurement on a GPU; a reference that is closer than that to the policy's own is not noticed."""
+"""Largest mean |log pi - log ref| of an answer: a share of the mean |log ref|, and nats in addition for the shortest
+answers. A GPU's kernels may differ, and an earlier start's micro-batches: on SmolLM2-135M others change a log-prob by 3e-8
+of it in float32 and by 2e-4 in bfloat16 (four answers, CPU). That bfloat16 may have fifty times as much is a judgement, not
+a measurement on a GPU; a reference that is closer than that to the policy's own is not noticed."""
 
 
 def check_first_step(
     parts: list[Objective], references: list[Tensor], method: Method, dtype: str, model_path: str, reference_file: str
 ) -> None:
     """Raise DataError if reference log-probs, [B, 2] of each of this rank's micro-batches of the first step, are not the
-    untrained policy's: by the loss, and by themselves, as at beta 0.01 a margin of 10 nats changes the loss by 0.05.
-    Every rank must call."""
+    untrained policy's: by the loss, and by the log-probs themselves, as at beta 0.01 a margin of 10 nats changes the
+    loss by 0.05. Every rank must call."""
     # ln 2, 1 / (4 beta^2) for ipo, or what a method's own loss is at a margin of zero.
     log_ratios = [torch.zeros_like(part.pairs.log_ratios_S, dtype=torch.float64) for part in parts]
     zeros = [part.pairs._replace(margins_B=z.chunk(2)[0], log_ratios_S=z) for part, z in zip(parts, log_ratios, strict=True)]
-    at_zero = _of_all(method.loss(pairs).double() for pairs in zeros)
-    loss, expected = float(_of_all(part.losses_B for part in parts).double().mean()), float(at_zero.mean())
+    at_zero = _gathered(method.loss(pairs).double() for pairs in zeros)
+    loss, expected = float(_gathered(part.losses_B for part in parts).double().mean()), float(at_zero.mean())
     loss_tolerance = (0.05 if dtype == "bfloat16" else 1e-3) * max(1.0, expected)
     share, nats = TOLERANCES[dtype]
-    difference = float(_of_all(part.pairs.log_ratios_S for part in parts).double().abs().mean())
-    allowed = share * float(_of_all(reference_B2.flatten() for reference_B2 in references).double().abs().mean()) + nats
+    difference = float(_gathered(part.pairs.log_ratios_S for part in parts).double().abs().mean())
+    allowed = share * float(_gathered(reference_B2.flatten() for reference_B2 in references).double().abs().mean()) + nats
     if not abs(loss - expected) <= loss_tolerance:
         reason = f"the first loss is {loss:.4f}, not {expected:.4f}"
     elif not difference <= allowed:
@@ -311,7 +310,7 @@ def _not_finite(metrics: dict[str, float]) -> str:
 DASHBOARD = "dashboard.json"
 """{id, project} of the folder's run on wandb and Trackio. Never a key."""
 PINS = {"wandb": "wandb==0.31.0", "trackio": "trackio==0.43.0"}
-"""Oldest versions that work. They are optional, so they are not in the locks."""
+"""The versions that were tested. They are optional, so requirements/ does not list them."""
 _OFFLINE = ("offline", "dryrun")
 
 
@@ -335,7 +334,7 @@ class Tracker:
             self._keep_running(lambda: self._log(named, step))
 
     def close(self) -> None:
-        """End it."""
+        """End the tracker's run."""
         self._keep_running(lambda: self._finish())
 
     def _tensorboard(self, folder: Path, flags: dict[str, Any], logged: int) -> None:

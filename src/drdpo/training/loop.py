@@ -1,6 +1,6 @@
-"""The training loop: one for every method.
+"""The training loop, one for every method; what is patched in libraries is in drdpo.training.patches.
 
-What is patched in libraries is in drdpo.training.patches.
+In order: signals; opening a run; one optimizer step; evaluation; the loop, its checkpoints and its end; the reference.
 """
 
 import json
@@ -57,8 +57,8 @@ Stop = Callable[[torch.device], str | None]
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Note SIGTERM and SIGUSR1, which end the run at the next step boundary, also those that arrived while
-    src/train_alignment.py blocked them; main thread only."""
+    """Record SIGTERM and SIGUSR1, and those that arrived while src/train_alignment.py blocked them; `_steps` asks before
+    every step whether to end the run. Main thread only."""
     sent, signals = [0], (signal.SIGTERM, signal.SIGUSR1)
 
     def agreed(device: torch.device) -> str | None:
@@ -90,7 +90,7 @@ def train_alignment(config: TrainConfig, method: Method) -> None:
             announce(precision)
             finished = _align(config, method, stop, precision)
         except (UsageError, DataError, ProcessError, SystemExit):
-            # Errors of every rank. For a lost rank this would wait forever.
+            # Every rank raises these. After other errors, such as a lost rank, this would wait forever.
             distributed.leave()
             raise
         distributed.leave()
@@ -121,7 +121,7 @@ def _train(run: Run, shape: Shape, stop: Stop) -> None:
     """Everything after the checks, in a folder that this run may write."""
     config = run.config
     policy = load_policy(
-        config.model_path, getattr(torch, config.dtype), config.attention, False,  # set below
+        config.model_path, getattr(torch, config.dtype), config.attention, False,  # set_recomputation chooses the layers
         config.second_derivative, config.lora_quantize,
     )  # fmt: skip
     set_recomputation(policy.language_model, run.recompute)
@@ -160,12 +160,12 @@ def train_step(
     """One optimizer step, after `step` others, on this rank's micro-batches with their reference log-probs [B, 2], as many
     as every other rank's: over the ranks config.train_batch_size pairs, any number of them in each. Returns what every
     micro-batch contributed, detached from its graph."""
-    population = None
+    population = None  # With one micro-batch, `objective` gathers its losses over the ranks, without another pass.
     if method.needs_population and config.robust_scope == "step" and len(batches) > 1:
         population = survey(engine.module, batches, method)
     # The bare module, or DeepSpeed mistakes the inner gradient of WDPO's exact solver for the backward pass. ZeRO-3, which
-    # that solver cannot use, counts micro-batches in the engine's own forward: without it, each would replace the gradients
-    # of the one before.
+    # that solver cannot use, counts micro-batches in the engine's own forward: without that call, each would replace the
+    # gradients of the one before.
     policy = engine if config.zero_stage == 3 else engine.module
     watch = engine.module.watch = FiniteWatch(engine.device)
     parts = []
@@ -181,7 +181,7 @@ def train_step(
         engine.step()
         parts.append(part.detached())
     if method.update:
-        engine.module.method_state = parts[-1].state
+        engine.module.method_state = parts[-1].state  # the same in all
     return parts
 
 
@@ -232,12 +232,13 @@ def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_
 def _steps(
     engine: Engine, run: Run, shape: Shape, references: dict[str, Tensor], done: int, log: MetricsLog, stop: Stop
 ) -> None:
+    """All steps that are left after `done`, with their metrics, evaluations, checkpoints and states; a signal ends them."""
     config, plan, saved = run.config, run.plans["train"], done
     bar = progress(range(done, run.steps), initial=done, total=run.steps, desc=run.method.name, unit="step",
                disable=not distributed.is_main())  # fmt: skip
     for step in bar:
-        if (name := stop(engine.device)) is not None:
-            _stop(engine, run, step, saved, log, name)
+        if (signal_name := stop(engine.device)) is not None:
+            _stop(engine, run, step, saved, log, signal_name)
         started = time.perf_counter()
         batches = [_on_device(engine, plan, indices, references["train"]) for indices in plan.of_step(step)]
         learning_rate = engine.optimizer.param_groups[0]["lr"]
@@ -271,29 +272,33 @@ def _steps(
 
 
 def _save(engine: Engine, run: Run, metrics: dict[str, float]) -> None:
+    """The checkpoint of the step that has these metrics, with its model card."""
     step = int(metrics["step"])
     card = model_card(run, step, metrics) if distributed.is_main() else ""
     save_model(engine, run.tokenizer, run.folder / f"global_step_{step}", run.config.lora, card)
 
 
-def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, name: str) -> NoReturn:
+def _stop(engine: Engine, run: Run, step: int, saved: int, log: MetricsLog, signal_name: str) -> NoReturn:
     """End a run that was sent a signal, after `step` steps, of which the newest state holds `saved`: with status STOPPED, or
     by ProcessError if --save_resume=false."""
     if not run.config.save_resume:
-        raise ProcessError(f"stopped by {name} after step {step} of {run.steps}; --save_resume=false keeps no state of it")
+        raise ProcessError(
+            f"stopped by {signal_name} after step {step} of {run.steps}; --save_resume=false keeps no state of it"
+        )
     if step > saved:
         distributed.on_main(log.flush)
         save_state(engine, run.folder / "resume", step)
     what = f"after step {step} of {run.steps}, state saved; rerun the same command to resume" if step else (
         "before the first step; rerun the same command to start"
     )  # fmt: skip
-    distributed.say(f"stopped by {name} {what}")
+    distributed.say(f"stopped by {signal_name} {what}")
     # torchrun ends the others when the first one has ended.
     distributed.barrier()
     sys.exit(STOPPED)
 
 
 def _reference(engine: Engine, run: Run, split: str) -> Tensor:
+    """[M, 2] log-probs of a split's pairs under the untrained policy, stored or computed, before any state is loaded."""
     plan, pairs = run.plans[split], getattr(run, split)
     key = reference_key(run.made_by["model"], pairs, arithmetic_of(run.config))
     batches = plan.of_first_epoch() if split == "train" else plan.without_steps()
@@ -323,7 +328,7 @@ def _candidate_reference(engine: Engine, run: Run, candidates: Candidates) -> Te
 
 
 def _row_tokens(config: TrainConfig) -> int:
-    """Of candidates: no more than a micro-batch of training may have, for which memory is predicted."""
+    """Largest row of candidates: no more than a micro-batch of training, whose memory was predicted."""
     return config.micro_batch_tokens or min(ROW_TOKENS, 2 * config.micro_batch * config.max_len)
 
 

@@ -8,9 +8,10 @@ the margin of implicit log-ratios,
 where KLDPO and Dr. DPO choose the weights w (detached) and WDPO the penalty. A Method is one choice of l, w and penalty;
 `method_of` makes it from the flags, and drdpo.training.objective sums the terms up.
 
-In order: methods; pointwise losses, with x = beta h; weights, which multiply losses_B [B] and are detached. population_P [P]
-are the losses of the population to which those belong; the mean of the weights over it is 1, but for KLDPO's of Algorithm 1,
-which are capped. docs/methods.md says what each method assumes, and which formula could be compared with its source.
+In order: methods; pointwise losses, with x = beta h; weights, which multiply losses_B [B] and are detached. population_P
+[P] are the losses of the population to which those belong; the mean of the weights over it is 1, except in KLDPO's default
+form, which is capped, and in group DRO if the step lacks a group. docs/methods.md says what each method assumes, and which
+formula could be compared with its source.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences (all chosen rows, then all rejected),
 T tokens, D width, M training pairs, G groups.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 TOKENS = ("chosen_tokens", "rejected_tokens")
-"""Columns that are no fields of the rows: tokens of the answers, as they are trained on."""
+"""Columns that are no fields of the rows: the number of tokens of each answer that are trained on, counted here."""
 
 State = Mapping[str, Tensor]
 """What a method keeps between steps."""
@@ -86,8 +87,8 @@ class Method:
     weights: Callable[[Tensor, Tensor, Pairs], Tensor] | None = None
     """(losses_B, population_P, pairs), all detached -> [B] weights; None: all 1."""
     population: bool = True
-    """Do the weights depend on population_P, the losses of all pairs of the population? If not, it is the micro-batch, and
-    the step is spared the forward passes that collect it."""
+    """Do the weights depend on other pairs than their own? If not, population_P is the micro-batch, and the step is spared
+    the forward passes that collect the population."""
     penalty: Penalty | None = None
     reads: tuple[str, ...] = ()
     """Number fields of the preference rows that loss or weights use, e.g. chosen_score; both splits must have them. And
@@ -196,7 +197,7 @@ def _named(name: str, strength: Mapping[str, float], beta: float, group: str, pl
             ),
         )  # fmt: skip
     if name != "dpo_pro":
-        raise ValueError(f"config.METHODS has {name}, this function does not")
+        raise ValueError(f"METHODS of drdpo.config.training has {name}, this function does not")
     scores = ("chosen_score", "rejected_score")
 
     def uncertain(pairs: Pairs) -> Tensor:
@@ -301,9 +302,8 @@ def gradient_penalty(
 def kl_weights(losses_B: Tensor, population_P: Tensor, tau: float, cap: float = 10.0, normalize: bool = False) -> Tensor:
     """KLDPO's weights: harder pairs count more; an infinite tau is DPO.
 
-    min(cap, exp((l - mean l) / tau)) as in the authors' code, or with `normalize` Algorithm 2's P softmax(l / tau) over the
-    population, whose gradient is that of tau log mean exp(l / tau).
-    """
+    min(cap, exp((l - mean l) / tau)) as in the authors' code, whose cap is 10 (no flag changes it), or with `normalize`
+    Algorithm 2's P softmax(l / tau) over the population, whose gradient is that of tau log mean exp(l / tau)."""
     losses_B, population_P = losses_B.detach(), population_P.detach()
     if normalize:
         return torch.exp(losses_B / tau - _log_mean_exp(population_P / tau))
@@ -342,7 +342,7 @@ def chi2_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tenso
     They are proportional to (l - eta)+, with the eta at which mean w^2 = c = 1 + 2 radius: the effective sample is the share
     1 / c of the population, unless so few pairs are hardest that these alone get all weight.
     """
-    total, second = len(population_P), 1 + 2 * radius
+    total, largest_square = len(population_P), 1 + 2 * radius
     # In float64, relative to the largest: the losses may differ by rounding alone.
     ordered_P = population_P.detach().double().sort(descending=True).values
     largest, ordered_P = ordered_P[0].clone(), ordered_P - ordered_P[0]
@@ -351,11 +351,11 @@ def chi2_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tenso
     spread_P = (ordered_P.square().cumsum(0) / count_P - mean_P.square()).clamp(min=0)
     # mean w^2 if eta is the loss below the m hardest. It falls as m grows; the first that is small enough is the m sought.
     gap_P = mean_P - torch.cat([ordered_P[1:], ordered_P.new_full((1,), -torch.inf)])
-    second_P = torch.where(gap_P > 0, total / count_P * (spread_P / gap_P.square() + 1), torch.inf)
-    place = (second_P <= second).int().argmax(dim=0, keepdim=True)
+    square_P = torch.where(gap_P > 0, total / count_P * (spread_P / gap_P.square() + 1), torch.inf)
+    place = (square_P <= largest_square).int().argmax(dim=0, keepdim=True)
     share = count_P[place] / total
     tiny = torch.finfo(torch.float64).tiny
-    distance = (spread_P[place] / (second * share - 1).clamp(min=tiny)).sqrt().clamp(min=tiny)
+    distance = (spread_P[place] / (largest_square * share - 1).clamp(min=tiny)).sqrt().clamp(min=tiny)
     nearest_B = _nearest(losses_B, population_P).double() - largest
     return (((nearest_B - mean_P[place]) / distance + 1).clamp(min=0) / share).to(losses_B.dtype)
 
@@ -415,6 +415,9 @@ def group_weights(group_B: Tensor, weights_G: Tensor, present_G: Tensor) -> Tens
     """[B] weights q_g P / P_g of pairs, so that the step's objective is the sum of q_g L_g over its groups; their mean is 1
     if the step has pairs of every group."""
     return (weights_G * present_G.sum() / present_G.clamp(min=1))[group_B.long()]
+
+
+# Of any method's weights ---------------------------------------------------------------------------------------------------
 
 
 def effective_sample_size(weights_P: Tensor) -> Tensor:
