@@ -25,7 +25,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     """With the flags of all."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", help="write OUTPUT.json and OUTPUT.png")
+    results = str(ROOT / "benchmarks" / "results" / Path(sys.argv[0]).stem)
+    parser.add_argument("--output", default=results, help="write OUTPUT.json and OUTPUT.png; by default the committed ones")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 
@@ -121,12 +122,11 @@ def show(rows: list[Facts]) -> None:
 
 
 def write(arguments: argparse.Namespace, facts: Facts, draw: Callable[[Facts, Path], None]) -> None:
-    """The results and their picture, if --output asks for them."""
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        draw(facts, path.with_suffix(".png"))
+    """The results and their picture."""
+    path = Path(arguments.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    draw(facts, path.with_suffix(".png"))
 
 
 def draw_bars(
