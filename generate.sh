@@ -2,13 +2,8 @@
 # Step 4a: sample and score completions of a trained checkpoint, then print and write the mean of every objective.
 source "$(dirname "${BASH_SOURCE[0]}")/src/env.sh"
 
-if wants_help "$@"; then
-    python "$ROOT/src/generate_completions.py" --help
-    exit
-fi
-
 bash "$ROOT/generate_completions.sh" "$@"
-if is_set check_only "$@"; then
+if wants_help "$@" || is_set check_only "$@"; then
     exit
 fi
 save_path="$(flag_value save_path "$@")"

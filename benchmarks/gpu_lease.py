@@ -1,18 +1,18 @@
 """Ten minutes on a GPU: correctness and cost of the code for GPUs, the most important parts first.
 
-    PYTHONPATH=src python benchmarks/gpu_lease.py            on a bare GPU machine: torch, triton, transformers, pytest
-    PYTHONPATH=src python benchmarks/gpu_lease.py --tiny     the same parts on a CPU, to check that the script runs
+    PYTHONPATH=src python benchmarks/gpu_lease.py         on a bare GPU machine: torch, triton, transformers, msgspec, pytest
+    PYTHONPATH=src python benchmarks/gpu_lease.py --tiny  the same parts on a CPU, to check that the script runs
 
 Weights are random, of true shapes; nothing is downloaded. The parts:
 
+    tests        pytest -m gpu tests/kernels
     new_shapes   cost of the first and second attention call of a new length, with and without cuDNN's kernels
     head         the output head: linear_logprob, its matrix products alone, torch's log_softmax; errors
     dpo          a micro-batch of 1, 4 and 16 pairs by attention kernel and recomputation: seconds for new and for repeated
                  lengths, MFU, memory against the prediction, kernels against gpu_counts.json
     repeats      whether two backward passes are bit-equal, with default and with deterministic kernels
-    wdpo         the same as dpo for WDPO's solvers, with float32 products in full precision and in TF32
+    wdpo         the same as dpo for WDPO
     scoring      ArmoRM's backbone over packed rows
-    tests        pytest -m gpu tests/kernels
 
 If a part fails, the failure is recorded and the next part runs; parts that would start after --seconds are recorded as such.
 The file is written after each part: benchmarks/results/gpu_<device>.json, or --output.
@@ -147,7 +147,7 @@ def head(lease: Lease, tokens: int) -> Row:
     """Seconds, memory and errors of the output head for this many answer tokens, as by linear_logprob.py."""
     case = f"{'300x32' if lease.tiny else '128256x2048'}x{tokens}"
     ways = ["matmuls", "drdpo"] + ["plain"] * (tokens <= 2048)
-    return {way: linear_logprob.measure(Namespace(way=way, case=case, dtype="bfloat16", threads=0)) for way in ways}
+    return {way: linear_logprob.measure(Namespace(way=way, case=case, dtype="bfloat16")) for way in ways}
 
 
 class Step:
@@ -163,7 +163,7 @@ class Step:
 
     def __init__(self, lease: Lease, shape: str, pairs: list[Pair], **flags: Any) -> None:
         from drdpo.training.memory import dry_run, resolve_attention, shapes
-        from drdpo.training.policy import Policy, widen_values
+        from drdpo.training.policy import ALL_LAYERS, Policy, set_recomputation, widen_values
 
         with tempfile.TemporaryDirectory() as folder:
             settings_of(shape).save_pretrained(folder)
@@ -175,8 +175,7 @@ class Step:
         torch.manual_seed(0)
         with lease.device:
             model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
-        if config.recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_recomputation(model, ALL_LAYERS if config.recompute else 0)
         self.policy = Policy(model, config.second_derivative).train()
         self.policy.flash_attention = config.packed_flash
         if config.wide_values:
@@ -201,7 +200,7 @@ class Step:
 
 def micro_batch(
     lease: Lease, count: int, prompt: int = 200, answer: int = 300, spread: float = 0.5, rounds: int = 4,
-    tf32: bool = False, profile: bool = False, **flags: Any,
+    profile: bool = False, **flags: Any,
 ) -> Row:  # fmt: skip
     """Seconds, DPO's arithmetic a second and memory of one micro-batch at Llama-3.2-1B's shape."""
     from drdpo.training.log import dpo_flops, shape_of
@@ -211,15 +210,10 @@ def micro_batch(
     draws = [pairs_of(count, prompt, answer, spread, draw) for draw in range(rounds + 1)]
     step = Step(lease, "tiny" if lease.tiny else "Llama-3.2-1B", draws[0], **flags)
     batches = [step.batch(pairs) for pairs in draws]
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        times = [seconds_of(lambda batch=batch: step.run(batch)) for batch in batches][1:]
-        again = lease.seconds(lambda: step.run(batches[1]), rounds=2)
-        measured = gib(lambda: step.run(batches[0]))
-        kernels = _profiled(lambda: step.run(batches[0])) if profile and not lease.tiny else {}
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    times = [seconds_of(lambda batch=batch: step.run(batch)) for batch in batches][1:]
+    again = lease.seconds(lambda: step.run(batches[1]), rounds=2)
+    measured = gib(lambda: step.run(batches[0]))
+    kernels = _profiled(lambda: step.run(batches[0])) if profile and not lease.tiny else {}
     new, work = statistics.median(times), statistics.mean(dpo_flops(shape_of(step.policy), batch) for batch in batches[1:])
     return {
         "attention": step.config.attention_kernel, "tokens": batches[0].tokens,
@@ -293,7 +287,7 @@ def gpu_tests(lease: Lease) -> Any:
     if lease.tiny:
         return "need a GPU"
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]
-    left = max(30.0, lease.end - time.perf_counter())
+    left = max(30.0, min(240.0, lease.end - time.perf_counter()))
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=left)
     return done.stdout.splitlines()[-25:]
 
@@ -315,6 +309,7 @@ def give_varlen_grouped_heads() -> None:
 
 def measure(lease: Lease) -> None:
     """All parts, in their order."""
+    lease.record("tests", gpu_tests, lease)
     for cudnn in (True, False):
         lease.record(f"new_shapes/{'as torch chooses' if cudnn else 'without cuDNN'}", new_shapes, lease, cudnn)
     for tokens in (33,) if lease.tiny else (653, 2048, 8192):
@@ -333,14 +328,11 @@ def measure(lease: Lease) -> None:
             row = f"{attn}, {'deterministic' if deterministic else 'as it is'}"
             lease.record(f"repeats/{row}", repeats, lease, deterministic, attn=attn)
     for row, given in {
-        "1 pair": {"count": 1, "profile": True}, "1 pair, TF32": {"count": 1, "tf32": True}, "4 pairs": {"count": 4},
-        "4 pairs, TF32": {"count": 4, "tf32": True},
-        "1 pair of 2 x 2048": long, "1 pair of 2 x 2048, TF32": {**long, "tf32": True},
+        "1 pair": {"count": 1, "profile": True}, "4 pairs": {"count": 4}, "1 pair of 2 x 2048": long,
     }.items():  # fmt: skip
         lease.record(f"wdpo/{row}", micro_batch, lease, wdpo_rho=0.01, **given)
     for flash in (False,) if lease.tiny else (False, True):
         lease.record(f"scoring/{'flash' if flash else 'sdpa'}", scoring, lease, flash)
-    lease.record("tests", gpu_tests, lease)
 
 
 def main() -> None:

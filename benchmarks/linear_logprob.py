@@ -79,8 +79,6 @@ def measure(arguments: Namespace) -> dict:
     """One way in this process."""
     import torch
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device, dtype = "cuda" if on_gpu() else "cpu", getattr(torch, arguments.dtype)
     vocabulary, width, tokens = map(int, arguments.case.split("x"))
@@ -169,7 +167,6 @@ def main() -> None:
         help="V x D x N",
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    parser.add_argument("--threads", type=int, default=0, help="0 is torch's own choice")
     arguments = processes.parse(parser, measure)
     packages = {"trl": "trl", "liger": "liger_kernel", "cce": "cut_cross_entropy"}
     ways = [way for way in WAYS if way not in packages or importlib.util.find_spec(packages[way])]

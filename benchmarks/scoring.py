@@ -88,11 +88,11 @@ def measure(arguments: Namespace) -> dict:
 
     from drdpo import distributed
     from drdpo.scoring.armorm import load_armorm
-    from drdpo.scoring.score import DTYPES, use_cpu_well
+    from drdpo.scoring.score import use_cpu_well
 
     device = distributed.device()
     use_cpu_well(device)
-    model = load_armorm(arguments.model, device, DTYPES[arguments.dtype])
+    model = load_armorm(arguments.model, device, getattr(torch, arguments.dtype))
     sequences, keys = conversations(model, arguments.n, arguments.prompts, arguments.short)
     found = []
 

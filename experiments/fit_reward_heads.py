@@ -49,7 +49,7 @@ from drdpo.kernels.packed_attention import PackedRow, hidden_states
 from drdpo.machine import announce, settle
 from drdpo.records import Message, Preference, read_rows
 from drdpo.scoring.armorm import POOLINGS, GatingNetwork, find_span, packed_batches
-from drdpo.scoring.score import DTYPES, use_cpu_well
+from drdpo.scoring.score import use_cpu_well
 
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 OBJECTIVES = (*(f"helpsteer-{column}" for column in RATINGS), "ultrafeedback-overall_score")
@@ -215,7 +215,7 @@ def load_backbone(config: FitConfig) -> tuple[Any, list[int]]:
         UsageError: it has fewer layers than --layers.
     """
     use_cpu_well(distributed.device())
-    model: Any = AutoModel.from_pretrained(config.backbone, dtype=DTYPES[config.dtype], use_safetensors=True)
+    model: Any = AutoModel.from_pretrained(config.backbone, dtype=getattr(torch, config.dtype), use_safetensors=True)
     if not hasattr(model, "layers") or not hasattr(model, "norm"):
         raise DataError(f"{config.backbone}: a {type(model).__name__} is not of the Llama family (layers, then a norm)")
     layers = sorted(set(config.layers)) or [len(model.layers)]

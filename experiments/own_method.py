@@ -31,10 +31,10 @@ class CvarConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("kldpo_tau", "wdpo_rho", "drdpo_beta", "method"):
-            require(getattr(self, name) is None, f"--{name} chooses another method than CVaR; leave it out")
+            require(getattr(self, name) is None, f"--{name} chooses another method than CVaR; omit it")
         for name in ("loss_type", "label_smoothing"):
             value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
-            require(value == default, f"--{name}={value}: the loss is the hinge; leave it out")
+            require(value == default, f"--{name}={value}: the loss is the hinge; omit it")
 
 
 def cvar(config: CvarConfig) -> "Method":

@@ -1,4 +1,4 @@
-"""Step 4 without sampling: expected scores of policies on scored completions of the starting model."""
+"""Step 4a without sampling: expected scores of policies on scored completions of the starting model."""
 
 from drdpo.cli import run_step
 from drdpo.config.evaluation import EvaluatePolicyConfig

@@ -1,4 +1,4 @@
-"""Print what a file or folder holds, with samples and dropped rows."""
+"""Print counts, quantiles and sample rows of prompts, completions, preference pairs or rejected rows."""
 
 from drdpo.cli import run_step
 from drdpo.config.evaluation import InspectConfig

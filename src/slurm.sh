@@ -1,5 +1,7 @@
 # shellcheck shell=bash
-# Sourced after env.sh by what runs as a SLURM job: the parts of a job, on one node or several, and what a signal does to them.
+# Sourced by what runs as a SLURM job: env.sh, the parts of a job, on one node or several, and what a signal does to them.
+# shellcheck source=src/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 last_signal="" step_pid="" # See job_step.
 
@@ -34,8 +36,8 @@ note_signal() {
     [[ -z "$step_pid" ]] || kill -s "$1" "$step_pid" 2>/dev/null || true
 }
 
-# on_nodes SECONDS COMMAND...: such a part on every node of the job at once. If a node ends, the others go on, for so long (0: as
-# long as they take). srun passes signals on to all, but by itself does not take the CPUs over from the job.
+# on_nodes SECONDS COMMAND...: run such a part on every node of the job at once. If a node ends, the others may take SECONDS more
+# (0: no limit). srun passes signals on to all nodes, but does not take over the job's CPUs by itself.
 on_nodes() {
     export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
     # shellcheck disable=SC2016

@@ -38,7 +38,7 @@ def fail(error):
     ("error", "line"),
     [
         (OSError(errno.ENOSPC, "", "out put.jsonl"), "error: the disk is full while writing out put.jsonl"),
-        (OSError(errno.EACCES, "", "out put.jsonl"), "error: no permission to write out put.jsonl"),
+        (OSError(errno.EACCES, "", "out put.jsonl"), "error: no permission to read or write out put.jsonl"),
         (DataError("x.jsonl, row 1: has \x1b[2Jevil\nfields"), "error: x.jsonl, row 1: has \\x1b[2Jevil fields"),
     ],
 )  # fmt: skip

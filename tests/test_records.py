@@ -31,7 +31,7 @@ def test_what_is_written_comes_back(tmp_path):
         Preference(1, USER, ANSWER, ANSWER),
     ]  # fmt: skip
     for record in records:
-        assert write_records(tmp_path / "x.jsonl", [record, record]) == 2
+        write_records(tmp_path / "x.jsonl", [record, record])
         assert read_records(tmp_path / "x.jsonl", type(record).from_row) == [record, record]
     row = json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])
     assert list(row) == ["prompt_id", "prompt", "chosen", "rejected"], "fields that are not set are left out"

@@ -1,7 +1,6 @@
 """Names of the models and prompt sets that setup can fetch. Standard library only: setup.sh runs it before installing."""
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 
 from drdpo.errors import UsageError, one_line_errors
@@ -22,32 +21,23 @@ HUB_DATASETS: dict[str, str] = {"helpsteer2_prompts": "nvidia/HelpSteer2"}
 """Folder under datasets/ -> hub id."""
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The assets that --models or --datasets selects."""
-
-    embedded: tuple[str, ...]
-    hub: tuple[str, ...]
-    automatic: bool = False
-    """Set by "auto": hub assets are fetched if the hub answers, and a missing login is not an error."""
-
-
-def _select(flag: str, embedded: tuple[str, ...], hub: dict[str, str], value: str) -> Selection:
-    """The assets that `--flag=value` selects; raises UsageError for an unknown name."""
+def _select(flag: str, embedded: tuple[str, ...], hub: dict[str, str], value: str) -> dict[str, bool]:
+    """{asset that `--flag=value` selects: is it an error if it cannot be had?}; with "auto" those of the hub may be missing.
+    Raises UsageError for an unknown name."""
     if value == "auto":
-        return Selection(embedded, tuple(hub), automatic=True)
+        return {name: name in embedded for name in (*embedded, *hub)}
     if value == "none":
-        return Selection((), ())
+        return {}
     groups = {"embedded": embedded, "all": (*embedded, *hub)}
-    chosen: set[str] = set()
+    chosen: dict[str, bool] = {}
     for name in value.split(","):
         if name not in (*groups, *embedded, *hub):
             raise UsageError(
-                f"--{flag}={value}: unknown name {name!r}; choose from {', '.join((*embedded, *hub))}, or pass "
-                "embedded, all, auto or none alone"
+                f"--{flag}={value}: unknown name {name!r}; choose from {', '.join((*embedded, *hub))}, embedded and all, or "
+                "pass auto or none alone"
             )
-        chosen.update(groups.get(name, (name,)))
-    return Selection(tuple(name for name in embedded if name in chosen), tuple(name for name in hub if name in chosen))
+        chosen |= dict.fromkeys(groups.get(name, (name,)), True)
+    return chosen
 
 
 select_models = partial(_select, "models", EMBEDDED_MODELS, HUB_MODELS)

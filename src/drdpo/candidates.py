@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from drdpo import chat, distributed
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import atomic_file, read_manifest
+from drdpo.folder import atomic_file, read_manifest, section
 from drdpo.models import fingerprint
 from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records, row_number
@@ -223,7 +223,7 @@ class Candidates:
             found.append(CandidateRow(PackedRow([(len(self.prompts[n]), whole) for n, whole in answers]), indices_S))
         return found
 
-    def write(self, path: Path, log_ratio_NK: Array, **facts: str) -> None:
+    def write(self, path: Path, log_ratio_NK: Array, step: int) -> None:
         """Write `log_ratio` [N, K] float32 with `prompt_id` [N] and `sample_id` [N, K], -1 where a prompt has fewer; the
         metadata names the candidates."""
         from safetensors.numpy import save
@@ -232,7 +232,7 @@ class Candidates:
         ids_NK = np.nan_to_num(self.table([row.sample_id for row in chain(*self.drawn)]), nan=-1).astype(np.int64)
         tensors = {"log_ratio": log_ratio_NK.astype(np.float32), "prompt_id": prompt_ids_N, "sample_id": ids_NK}
         with atomic_file(path, "wb") as stream:
-            stream.write(save(tensors, metadata={"candidates": self.key, "path": str(self.path), **facts}))
+            stream.write(save(tensors, metadata={"candidates": self.key, "path": str(self.path), "step": str(step)}))
 
     def _is_of_others(self, path: Path) -> bool:
         """Did `write` write this file for other candidates?"""
@@ -272,21 +272,21 @@ def load_candidates(
     Args:
         tokenizer: of the model that drew them, with the arguments of its template.
         mixtures: {name: {objective: weight}} of z-scores, mean and standard deviation over all candidates that are read.
-        limit: of the prompts in the file the first so many.
+        limit: number of prompts to read, from the start of the file; None for all.
 
     Raises:
         DataError: as read_records and check_scored; no prompt has two candidates; they have no tokens, or others than this
             tokenizer's; the template refuses a prompt; a mixture of an objective that they lack, or that does not vary.
     """
     path = Path(folder) / f"{split}.jsonl"
-    made_by = _sampling(path)
+    made_by = section(read_manifest(path.parent / "sampled"), f"sample_{path.stem}", "made_by")
     if (asked := made_by.get("chat_template_kwargs") or {}) != tokenizer.chat_template_kwargs:
         raise DataError(f"{path}: sampled with --chat_template_kwargs='{json.dumps(asked)}'; pass the same")
     rows = read_records(path, Completion.from_row)
     drawn = dict(list(check_scored(path, rows).items())[:limit])
-    for number, row in enumerate(rows, start=1):
+    for index, row in enumerate(rows):
         if row.prompt_id in drawn:
-            _check_tokens(path, number, row, tokenizer)
+            _check_tokens(path, index, row, tokenizer)
     found = [of_prompt for of_prompt in drawn.values() if len(of_prompt) > 1]
     if not found:
         raise DataError(f"{path}: no prompt has two completions, and one says nothing of a policy; sample with --best_of_n")
@@ -314,14 +314,17 @@ def _spells(tokenizer: chat.Tokenizer, row: Completion) -> bool:
     return known and chat.decode(tokenizer, row.token_ids) == row.completion[0]["content"].strip()
 
 
-def _check_tokens(path: Path, number: int, row: Completion, tokenizer: chat.Tokenizer) -> None:
+def _check_tokens(path: Path, index: int, row: Completion, tokenizer: chat.Tokenizer) -> None:
+    problem = ""
     if not row.token_ids:
-        raise DataError(f'{path}, row {number}: field "token_ids" is empty, and log-probs are of the tokens as sampled')
-    if not _spells(tokenizer, row):
-        raise DataError(
-            f'{path}, row {number}: field "token_ids" does not spell the completion in the tokenizer of '
-            f"{tokenizer.name_or_path}: another model drew it; pass completions of the starting model"
+        problem = "is empty, and log-probs are of the tokens as sampled"
+    elif not _spells(tokenizer, row):
+        problem = (
+            f"does not spell the completion in the tokenizer of {tokenizer.name_or_path}: another model drew it; pass "
+            "completions of the starting model"
         )
+    if problem:
+        raise DataError(f'{path}, row {row_number(path, index)}: field "token_ids" {problem}')
 
 
 def _mixed(
@@ -339,13 +342,6 @@ def _mixed(
         one_NK1 = scores_NKO[:, :, place : place + 1]
         total_NK1 += weight * (one_NK1 - np.nanmean(one_NK1)) / units[objective]
     return total_NK1
-
-
-def _sampling(path: Path) -> dict[str, Any]:
-    """What the manifest says of the sampling; empty without one."""
-    record = read_manifest(path.parent / "sampled").get(f"sample_{path.stem}")
-    made_by = record.get("made_by") if isinstance(record, dict) else None
-    return made_by if isinstance(made_by, dict) else {}
 
 
 def _drawn_otherwise(made_by: Mapping[str, Any], model: str) -> str:

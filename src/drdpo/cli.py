@@ -25,7 +25,7 @@ def flag(help: str, default: Any = dataclasses.MISSING, once: bool = False, **bo
     """A dataclass field that is a flag; without a default the flag is required.
 
     Args:
-        once: about one start of the command, so that the files of a run do not keep it for the next; see as_dict.
+        once: for one start of the command only; the files of a run do not record it, see as_dict.
         bounds: `above` or `at_least`, then `below` or `at_most`, for the number or every number of a list.
     """
     metadata = {"help": help, "bounds": bounds, "once": once}
@@ -96,8 +96,8 @@ def spelled(config_class: type[Any], name: str) -> str:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The flags that a run's files keep, and --config takes from them: all but those of one start alone, as a repeated run
-    must not replace results, start over or upload because the first one did."""
+    """The flags that a run's files record and --config takes from them: all but those marked `once`, as a repeated run must
+    not replace results, start over or upload because the first one did."""
     once = {field.name for field in dataclasses.fields(config) if field.metadata.get("once")}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in once}
 

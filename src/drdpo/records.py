@@ -189,19 +189,16 @@ def to_row(record: "Prompt | Completion | Preference") -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None and not (name == "scores" and not value)}
 
 
-def write_records(path: Path, records: "Iterable[Prompt | Completion | Preference]") -> int:
-    """Write records as JSON lines, whole or not at all; returns how many."""
-    return write_rows(path, map(to_row, records))
+def write_records(path: Path, records: "Iterable[Prompt | Completion | Preference]") -> None:
+    """Write records as JSON lines, whole or not at all."""
+    write_rows(path, map(to_row, records))
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write JSON objects as lines, whole or not at all; returns how many."""
-    count = 0
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON objects as lines, whole or not at all."""
     with atomic_file(path) as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    return count
 
 
 def write_rejects(folder: Path, split: str, rejects: list[dict[str, Any]]) -> None:

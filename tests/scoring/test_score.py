@@ -108,6 +108,10 @@ def test_one_process_and_two_score_as_one_conversation_at_a_time(config, save_pa
         assert one["scores"] == pytest.approx(expected, abs=1e-4) and other["scores"] == pytest.approx(expected, abs=1e-4)
     names = {"manifest.json", "rejects.jsonl", "sampled", "test.jsonl", "train.jsonl"}
     assert {file.name for file in save_path.iterdir()} == names
+    # What only rank 0 does, and fails in: it says why, and the other rank, which waits for it, says nothing.
+    ranks = forks.ranks([*command, "--score_max_len=1"], 2)
+    assert [rank.returncode for rank in ranks] == [1, 1] and ranks[1].stderr == ""
+    assert "none of 5 completions could be scored" in ranks[0].stderr
 
 
 def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(config, save_path, capsys):

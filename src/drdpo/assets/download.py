@@ -19,10 +19,8 @@ from drdpo.asset_names import HUB_DATASETS, HUB_MODELS, select_datasets, select_
 from drdpo.assets import embedded
 from drdpo.config.data import AssetsConfig
 from drdpo.errors import DataError
-from drdpo.folder import atomic_file, atomic_folder, read_json_object, write_manifest
+from drdpo.folder import ROOT, atomic_folder, read_json_object, write_json, write_manifest
 from drdpo.records import Message, Prompt, write_records
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class Asset(NamedTuple):
@@ -53,15 +51,13 @@ def download_assets(config: AssetsConfig, root: Path = ROOT) -> list[Outcome]:
         DataError: an asset failed, after all others were done. With `auto`, a gated model without a login and a hub that
             does not answer are not failures.
     """
-    chosen = (select_models(config.models), select_datasets(config.datasets))
-    names = {name for each in chosen for name in (*each.embedded, *each.hub)}
-    optional = {name for each in chosen if each.automatic for name in each.hub}
+    chosen = select_models(config.models) | select_datasets(config.datasets)
     answers = cache(hub_answers)  # asked only if something is missing
     outcomes = []
     for name, asset in _assets(root).items():
-        if name not in names and not (name == "SmolLM2-135M" and "ArmoRM-SmolLM2" in names):  # its backbone
+        if name not in chosen and not (name == "SmolLM2-135M" and "ArmoRM-SmolLM2" in chosen):  # its backbone
             continue
-        state, note, required = "present", str(asset.folder), name not in optional
+        state, note, required = "present", str(asset.folder), chosen.get(name, True)
         try:
             if not asset.is_made() and name in (*HUB_MODELS, *HUB_DATASETS) and not answers():
                 state, note = "failed" if required else "left out", "the hub does not answer"
@@ -195,9 +191,7 @@ def set_pad_token(folder: Path, token: str, token_id: int) -> None:
         changes["special_tokens_map.json"] = {"pad_token": token}
     for name, change in changes.items():
         config = read_json_object(folder / name) if (folder / name).is_file() else {}
-        with atomic_file(folder / name) as stream:
-            json.dump(config | change, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
+        write_json(folder / name, config | change)
 
 
 def download_helpsteer2(repo: str, folder: Path) -> None:

@@ -15,7 +15,6 @@ Prompts: written for this repository, in prompts/.
 """
 
 import hashlib
-import json
 import re
 import shutil
 from collections import Counter
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import DataError
-from drdpo.folder import already_made, atomic_folder, read_json_object, write_manifest
+from drdpo.folder import already_made, atomic_folder, read_json_object, write_json, write_manifest
 from drdpo.models import INDEX, Tensors, fingerprint, read_header, read_tensors
 from drdpo.records import SPLITS, Prompt, check_unique, read_records, read_rows, write_records
 
@@ -130,8 +129,7 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
     # A model-specific class would rebuild its own pre-tokenizer on load and lose the split into digits, also in every
     # checkpoint saved from it; the plain class uses tokenizer.json as it is.
     path = folder / "tokenizer_config.json"
-    config = read_json_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, read_json_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def reward_model_is_made(folder: Path, policy: Path, heads: Path = HEADS) -> bool:
@@ -184,7 +182,7 @@ def _write_config(backbone: Path, heads: Path, target: Path) -> int:
     if isinstance(config.get("layer_types"), list):  # One entry per layer, in families with several kinds.
         config["layer_types"] = config["layer_types"][:layers]
     config |= added | {"architectures": ["LlamaForRewardModelWithGating"]}
-    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(target, config)
     return layers
 
 
@@ -219,7 +217,7 @@ def _write_shards(policy: Path, heads: Path, layers: int, folder: Path) -> None:
         weight_map |= dict.fromkeys(tensors, shard.name)
     total = sum(stored.size for tensors in files.values() for stored in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def prompts_are_made(folder: Path, committed: Path = PROMPTS) -> bool:
@@ -245,6 +243,7 @@ def make_prompts(folder: Path, committed: Path = PROMPTS) -> None:
             source = committed / f"{split}.jsonl"
             prompts = read_records(source, Prompt.from_row)
             check_unique(source, ((prompt.prompt_id,) for prompt in prompts), '"prompt_id"')
-            facts["count"][split] = write_records(aside / f"{split}.jsonl", prompts)
+            write_records(aside / f"{split}.jsonl", prompts)
+            facts["count"][split] = len(prompts)
             facts["categories"][split] = Counter(str(row.get("category")) for _, row in read_rows(source))
         write_manifest(aside, "assets", _prompts_source(committed), **facts)

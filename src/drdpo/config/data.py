@@ -63,9 +63,6 @@ class CompletionsConfig:
         )
 
 
-# Flags of src/generate_preferences.py.
-
-
 def _weight() -> float:
     return flag("weight of this objective", 0.0)
 
@@ -150,8 +147,6 @@ class PreferencesConfig:
         )
         require(self.standardize or by == "split", f"--standardize_by={by} requires --standardize=true")
 
-
-# Flags of src/download_assets.py, which setup.sh passes on.
 
 _GROUPS = "or embedded (no hub, no login), all, none; auto is all where the hub answers, else embedded"
 

@@ -128,9 +128,6 @@ class LeaderboardConfig:
             require(not self.fewshot_as_multiturn, turns)
 
 
-# Flags of src/compare_openllm.py and src/compare_mixtures.py, the last step of each experiment.
-
-
 @dataclass(frozen=True)
 class CompareOpenllmConfig:
     """Compare leaderboard results of several models with each other and with the published ones."""
@@ -151,9 +148,6 @@ class CompareMixturesConfig:
         "if it is named like the authors', e.g. helpfulness_coherence"
     )
     output_path: str = flag("folder for report.md, report.html, spiders.png and spiders.svg")
-
-
-# Flags of src/check_model.py, src/inspect_data.py and src/show_run.py.
 
 
 @dataclass(frozen=True)

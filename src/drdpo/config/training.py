@@ -302,8 +302,8 @@ class TrainConfig:
 
     @property
     def attention_kernel(self) -> Literal["sdpa", "flex", "flash", "eager"]:
-        """The kernel that the flags choose, without a look at the machine: drdpo.training.memory puts flash in place of
-        auto. Only eager has a second derivative."""
+        """The kernel that the flags choose, without a look at the machine; drdpo.training.memory may replace auto by flash.
+        Only eager has a second derivative."""
         if self.attn == "auto":
             return "eager" if self.second_derivative else "sdpa"
         return self.attn
@@ -317,7 +317,7 @@ class TrainConfig:
 
     @property
     def packed_flash(self) -> bool:
-        """Do packed rows attend by drdpo.kernels.packed_attention?"""
+        """Do packed rows attend by flash attention?"""
         return self.packing and self.attention_kernel == "flash"
 
     @property

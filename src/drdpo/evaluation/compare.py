@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict, astuple
-from pathlib import Path
 
 import pandas as pd
 
@@ -80,12 +79,10 @@ def evaluate_armorm(config: EvaluateConfig) -> None:
     if comparison.mixture and comparison.others:
         gains = {run: asdict(comparison.gains[run, comparison.base][MIXTURE]) for run in comparison.others}
         facts["trained_mixture"] = {"weights": comparison.mixture, "gains_sd": gains}
-    output = Path(config.output_path)
-    write_report(output, "evaluate_armorm", config, inputs, files, _OPTIONAL, _changes(comparison, config.split), **facts)
     print(text_table(["objective", *table], [[re.sub("[`*]", "", label), *cells] for label, *cells in table.itertuples()]))
     for line in [*unlike, *notes]:
         print(f"note: {line}")
-    print(f"report: {output / 'report.md'}")
+    write_report("evaluate_armorm", config, inputs, files, _OPTIONAL, _changes(comparison, config.split), **facts)
 
 
 def _changes(comparison: Comparison, split: str) -> list[Change]:

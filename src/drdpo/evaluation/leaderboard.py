@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from drdpo.chat import DATE_STRING, load_tokenizer, prompt_token_ids, template_arguments
 from drdpo.cli import as_dict
 from drdpo.config.evaluation import HF_MAX_LENGTH, LeaderboardConfig
-from drdpo.distributed import is_main, machines, rank, world_size
+from drdpo.distributed import is_main, machines, rank, say, world_size
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.evaluation.leaderboard_scores import hub_results, json_safe, lost_note, markdown, terminal
 from drdpo.folder import (
@@ -160,7 +160,10 @@ def _model_args(config: LeaderboardConfig) -> dict[str, Any]:
 
 
 def context_length(config: LeaderboardConfig, positions: int | None) -> int:
-    """--max_length, or the model's own context (None if its config names none), with the hf backend at most HF_MAX_LENGTH.
+    """--max_length, or else the model's own context, with the hf backend at most HF_MAX_LENGTH.
+
+    Args:
+        positions: the context that the model's config names; None counts as unlimited.
 
     Raises:
         UsageError: --max_length exceeds the model's positions.
@@ -202,7 +205,7 @@ def _load_model(config: LeaderboardConfig, model_args: dict[str, Any]) -> Any:
     # vLLM would compile its FlashInfer sampler with nvcc; greedy answers and log-likelihoods do not need it.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     batch_size = config.batch_size
-    if config.backend == "hf" and batch_size.startswith("auto") and not torch.cuda.is_available():
+    if config.backend == "hf" and batch_size == "auto" and not torch.cuda.is_available():
         # lm-eval searches downwards from 64 sequences of the full context, by running out of GPU memory; on a CPU the
         # kernel would kill the process.
         batch_size = "1"
@@ -223,15 +226,13 @@ def _evaluate(
 
     parts.open(list(tasks))
     todo = [number for number in (range(len(tasks)) if share is None else share) if number not in parts.done]
-    if parts.done and is_main():
-        print(f"resuming; {len(parts.done)} of {len(tasks)} tasks are finished", flush=True)
+    if parts.done:
+        say(f"resuming; {len(parts.done)} of {len(tasks)} tasks are finished")
     # With several engines lm-eval starts them again for every call, so that there is one.
     several = model_args.get("data_parallel_size", 1) > 1
     for numbers in [todo] if several and todo else [[number] for number in todo]:
         chosen = {number: list(tasks.values())[number] for number in numbers}
-        if is_main():
-            running = ", ".join(task.task_name for task in chosen.values())
-            print(f"task {numbers[0] + 1} of {len(tasks)}: {running}", flush=True)
+        say(f"task {numbers[0] + 1} of {len(tasks)}: {', '.join(task.task_name for task in chosen.values())}")
         results = lm_eval.simple_evaluate(
             model=model,
             model_args=model_args,

@@ -11,7 +11,7 @@ average is the plain mean of the six. The harness's raw means are weighted by si
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import pandas as pd
 from drdpo.config.evaluation import CompareOpenllmConfig, LeaderboardConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.evaluation.report import csv_text, differences, markdown_table, text_table, write_report
-from drdpo.evaluation.runs import parse_runs, section
-from drdpo.folder import read_json_object, read_manifest
+from drdpo.evaluation.runs import parse_runs
+from drdpo.folder import read_json_object, read_manifest, section
 from drdpo.models import fingerprint
 
 BBH_CHOICES: dict[str, int] = {
@@ -107,16 +107,12 @@ def benchmarks(scores: TaskScores) -> pd.DataFrame:
         raw, error = metric_value(scores, task, metric), metric_value(scores, task, f"{metric}_stderr")
         parts = [normalise(metric_value(scores, part, metric), low) for part, low in lows.items()]
         errors = [metric_value(scores, part, f"{metric}_stderr") / (1 - low) * 100 for part, low in lows.items()]
-        rows[name] = metric, raw, error, sum(parts) / len(lows), _root_sum(errors) / len(lows)
+        rows[name] = metric, raw, error, sum(parts) / len(lows), math.hypot(*errors) / len(lows)
     found = pd.DataFrame.from_dict(rows, orient="index", columns=["metric", *_CSV[3:]]).dropna(subset=["raw", "normalised"])
     if len(found) == len(rows):
-        error = _root_sum(found["normalised_stderr"]) / len(rows)
+        error = math.hypot(*found["normalised_stderr"]) / len(rows)
         found.loc["Average"] = "", math.nan, math.nan, sum(found["normalised"]) / len(rows), error
     return found
-
-
-def _root_sum(errors: Iterable[float]) -> float:
-    return math.sqrt(sum(error**2 for error in errors))
 
 
 def metric_value(scores: TaskScores, task: str, metric: str) -> float:
@@ -289,9 +285,7 @@ def compare_openllm(config: CompareOpenllmConfig) -> None:
     found = pd.concat({(run.group, run.name): run.benchmarks.drop(columns="metric") for run in runs}).reset_index()
     files = {"leaderboard.csv": csv_text(_CSV, found.to_numpy(object)), "report.md": _report(runs)}
     inputs = {run.label: fingerprint(run.folder / "results.json") for run in runs}
-    output = Path(config.output_path)
-    write_report(output, "compare_openllm", config, inputs, files)
-    print(f"report: {output / 'report.md'}")
+    write_report("compare_openllm", config, inputs, files)
 
 
 def _read(label: str, folders: list[Path]) -> LeaderboardRun:

@@ -12,9 +12,9 @@ from drdpo.errors import DataError, UsageError, reason
 from drdpo.evaluation import spider
 from drdpo.evaluation.compare import SCORES
 from drdpo.evaluation.report import STYLE, interval, markdown_table, save_picture, write_report
-from drdpo.evaluation.runs import parse_runs, section, sort_objectives
+from drdpo.evaluation.runs import parse_runs, sort_objectives
 from drdpo.evaluation.statistics import Estimate
-from drdpo.folder import read_manifest
+from drdpo.folder import read_manifest, section
 from drdpo.models import fingerprint
 from drdpo.objectives import flag_name
 
@@ -75,8 +75,7 @@ def compare_mixtures(config: CompareMixturesConfig) -> None:
         parts += _section(name, folders[name], gains, output)
     files["report.md"] = "\n\n".join(parts) + "\n"
     inputs = {name: fingerprint(folder / "scores.csv") for name, folder in folders.items()}
-    write_report(output, "compare_mixtures", config, inputs, files, optional=("spiders.png", "spiders.svg"))
-    print(f"report: {output / 'report.md'}")
+    write_report("compare_mixtures", config, inputs, files, optional=("spiders.png", "spiders.svg"))
 
 
 def read_gains(name: str, folder: Path) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drdpo import chat
+from drdpo import chat, distributed
 from drdpo.candidates import Array, CandidateRow, Candidates, load_candidates, values
 from drdpo.config.evaluation import EvaluatePolicyConfig
 from drdpo.errors import DataError
@@ -79,9 +79,10 @@ def evaluate_policy(config: EvaluatePolicyConfig) -> None:
     files["report.md"] = value_report(candidates, found, config.reference, notes)
     inputs = {name: [fingerprint(place) for place in places] for name, places in folders.items()}
     inputs |= {"reference": [fingerprint(config.reference)], "candidates": [candidates.key]}
-    write_report(Path(config.output_path), "evaluate_policy", config, inputs, files)
     print(text_table(*_table(candidates, found, "gains_sd")))
-    print("\n".join([*(f"note: {note}" for note in notes), f"report: {Path(config.output_path) / 'report.md'}"]))
+    for note in notes:
+        print(f"note: {note}")
+    write_report("evaluate_policy", config, inputs, files)
 
 
 def _check(path: str, config: EvaluatePolicyConfig, candidates: Candidates) -> None:
@@ -103,10 +104,9 @@ def _logprobs(path: str, name: str, config: EvaluatePolicyConfig, candidates: Ca
     """[C] log-probs of all candidates, from the output folder if they are there; finite."""
     from safetensors.numpy import load_file, save
 
-    from drdpo.distributed import device
-
     computed_by = [versions().get(package) for package in ("torch", "transformers")]
-    made_by = (fingerprint(path), candidates.key, config.dtype, config.micro_batch_tokens, device().type, *computed_by)
+    arithmetic = (config.dtype, config.micro_batch_tokens, distributed.device().type)
+    made_by = (fingerprint(path), candidates.key, *arithmetic, *computed_by)
     key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
     stored = Path(config.output_path) / "logprobs" / f"{key}.safetensors"
     if stored.is_file():
@@ -127,7 +127,6 @@ def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: i
     import torch
     from transformers import AutoModelForCausalLM
 
-    from drdpo.distributed import device
     from drdpo.kernels.linear_logprob import linear_logprob
     from drdpo.kernels.packed_attention import hidden_states, refusal
 
@@ -137,7 +136,7 @@ def answer_logprobs(path: str, dtype: str, candidates: Candidates, row_tokens: i
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(f"{path}: the model could not be loaded ({error})") from error
-    model = model.to(device()).eval()
+    model = model.to(distributed.device()).eval()
     weight_VD = model.get_output_embeddings().weight
     flash = weight_VD.is_cuda and refusal(model.config, weight_VD.device, weight_VD.dtype) is None
 

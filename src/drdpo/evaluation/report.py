@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from drdpo.cli import as_dict
 from drdpo.evaluation.statistics import Estimate
-from drdpo.folder import atomic_files, flush, lock_folder, sweep, write_manifest
+from drdpo.folder import atomic_files, lock_folder, sweep, write_manifest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,11 +85,11 @@ def differences(what: str, records: Mapping[str, Mapping[str, str]], ignore: Col
 
 
 def write_report(
-    folder: Path, step: str, config: Any, inputs: Mapping[str, Any], files: Mapping[str, str | bytes],
+    step: str, config: Any, inputs: Mapping[str, Any], files: Mapping[str, str | bytes],
     optional: Collection[str] = (), changes: Sequence[Change] = (), **facts: Any,
 ) -> None:  # fmt: skip
-    """Write a report, report.html and its manifest under the folder's lock. If any file cannot be written, the old report
-    stays.
+    """Write a report, report.html and its manifest to --output_path, under the folder's lock, and print where it is. If any
+    file cannot be written, the old report stays.
 
     Args:
         step, facts: as for `write_manifest`.
@@ -101,16 +101,16 @@ def write_report(
     Raises:
         UsageError: another process is writing there.
     """
-    files = {**files, "report.html": html_report(files, changes)}
+    folder, files = Path(config.output_path), {**files, "report.html": html_report(files, changes)}
     with lock_folder(folder):
         sweep(folder)
         with atomic_files(*(folder / name for name in files)) as asides:
             for aside, content in zip(asides, files.values(), strict=True):
                 aside.write_bytes(content if isinstance(content, bytes) else content.encode())
-                flush(aside)
         for name in set(optional) - set(files):
             (folder / name).unlink(missing_ok=True)
         write_manifest(folder, step, as_dict(config) | {"inputs": inputs}, as_dict(config), **facts)
+    print(f"report: {folder / 'report.md'}")
 
 
 # report.html: the Markdown and its pictures as one self-contained page. Text of models and data is escaped.

@@ -9,14 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from drdpo.candidates import check_scored, mean_and_sd
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import read_json_object, read_manifest
+from drdpo.folder import read_json_object, read_manifest, section
 from drdpo.objectives import ARMORM_OBJECTIVES, GATED_SCORE, flag_name, objective_from_flag
 from drdpo.records import Completion, Message, read_records
 
@@ -228,10 +227,3 @@ def read_provenance(folder: Path, split: str) -> Provenance:
     shown = ", ".join([str(method), *(f"{name}={flags[name]}" for name in ("beta", "seed") if name in flags)])
     weights = section(read_manifest(Path(str(flags["dataset_path"]))), "preferences", "made_by", "weights")
     return Provenance(str(policy), shown, {name: float(weight) for name, weight in weights.items()}, made_by, notes)
-
-
-def section(record: Any, *names: str) -> dict[str, Any]:
-    """The object at record[name][name]...; empty if it, or anything on the way to it, is missing or not an object."""
-    for name in names:
-        record = record.get(name) if isinstance(record, dict) else None
-    return record if isinstance(record, dict) else {}

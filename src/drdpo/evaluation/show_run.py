@@ -7,8 +7,7 @@ import pandas as pd
 
 from drdpo.config.evaluation import ShowRunConfig
 from drdpo.errors import DataError, duration, one_line
-from drdpo.evaluation.runs import section
-from drdpo.folder import atomic_file, owner_of, read_manifest, whole_lines
+from drdpo.folder import atomic_file, owner_of, read_manifest, section, whole_lines
 
 PICTURE = "training.png"
 

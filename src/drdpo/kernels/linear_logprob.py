@@ -83,8 +83,8 @@ class Known(NamedTuple):
 
 
 def blocks(hidden_ND: Tensor, weight_VD: Tensor) -> Iterator[slice]:
-    """The columns of each block: a multiple of 128 except in the last block, and few enough that a block has a fixed size
-    at most unless there are very many tokens."""
+    """The columns of each block: a multiple of 128 except in the last block, and fewer the more tokens there are, so that a
+    block's logits need about the same memory."""
     tokens, vocabulary = len(hidden_ND), len(weight_VD)
     width = max(_NARROWEST, _BLOCK_ELEMENTS[in_pieces(hidden_ND)] // max(1, tokens) // _MULTIPLE * _MULTIPLE)
     for start in range(0, vocabulary, width):

@@ -5,7 +5,7 @@ Both multiply hidden states by the head tile by tile, in the input's dtype with 
 bfloat16, and only the gradient's are written to memory. drdpo.kernels.linear_logprob imports this module only if a GPU, or
 Triton's interpreter (TRITON_INTERPRET=1, for tests), will run the kernels.
 
-Shape suffixes: N tokens (C of one chunk), D width, V vocabulary, S splits of V.
+Shape suffixes: N tokens, D width, V vocabulary, K columns of a block of it, S splits of V.
 """
 
 import os
@@ -155,18 +155,18 @@ def logprob_and_lse(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     return picked_SN.sum(dim=0) - lse_N, lse_N
 
 
-def logit_gradient(hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, lse_C: Tensor, grad_C: Tensor) -> Tensor:
-    """[C, V] g (onehot_t - softmax) of one chunk of tokens, in the input's dtype, for the upstream gradient g [C] in
-    float32; the rest as in logprob_and_lse."""
-    (tokens, width), vocabulary = hidden_CD.shape, len(weight_VD)
-    tiles = _tiles(hidden_CD.dtype)
-    out_CV = torch.empty(tokens, vocabulary, dtype=hidden_CD.dtype, device=hidden_CD.device)
-    grid = (triton.cdiv(tokens, tiles["BLOCK_N"]), triton.cdiv(vocabulary, tiles["BLOCK_V"]))
+def logit_gradient(hidden_ND: Tensor, weight_KD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
+    """[N, K] g (onehot_t - softmax) of a block of the vocabulary, in the input's dtype, for the upstream gradient g [N] in
+    float32; targets_N are columns of the block, or lie outside it. The rest as in logprob_and_lse."""
+    (tokens, width), columns = hidden_ND.shape, len(weight_KD)
+    tiles = _tiles(hidden_ND.dtype)
+    out_NK = torch.empty(tokens, columns, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    grid = (triton.cdiv(tokens, tiles["BLOCK_N"]), triton.cdiv(columns, tiles["BLOCK_V"]))
     _logit_gradient_kernel[grid](
-        hidden_CD, weight_VD, targets_C, lse_C, grad_C, out_CV, tokens, width, vocabulary,
-        hidden_CD.stride(0), weight_VD.stride(0), out_CV.stride(0), **_products(hidden_CD.dtype), **tiles,
+        hidden_ND, weight_KD, targets_N, lse_N, grad_N, out_NK, tokens, width, columns,
+        hidden_ND.stride(0), weight_KD.stride(0), out_NK.stride(0), **_products(hidden_ND.dtype), **tiles,
     )  # fmt: skip
-    return out_CV
+    return out_NK
 
 
 def _products(dtype: torch.dtype) -> dict[str, str | bool]:

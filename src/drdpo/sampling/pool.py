@@ -78,15 +78,15 @@ def plan_engines(engine: str, tensor_parallel_size: int, gpus: list[str]) -> lis
             f"--tensor_parallel_size={tensor_parallel_size}: {len(gpus)} GPUs are visible; pass at most that many"
         )
     most = len(gpus) // tensor_parallel_size if gpus else None
-    asked = os.environ.get("DRDPO_ENGINES")
-    if asked is not None and (not asked.isdigit() or int(asked) < 1 or (most is not None and int(asked) > most)):
+    asked = os.environ.get("DRDPO_ENGINES") or str(most or 1)
+    if not asked.isdecimal() or int(asked) < 1 or (most is not None and int(asked) > most):
         limit = f"from 1 to {most} here" if most is not None else "of at least 1"
         raise UsageError(f"DRDPO_ENGINES={asked}: it must be a number {limit}")
-    count = int(asked) if asked is not None else most or 1
+    count = int(asked)
     if not gpus:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         return [{"OMP_NUM_THREADS": str(threads)} for _ in range(count)]
-    if most is not None and count == most and len(gpus) % tensor_parallel_size:
+    if count == most and len(gpus) % tensor_parallel_size:
         print(f"{len(gpus) % tensor_parallel_size} of {len(gpus)} GPUs are unused (--tensor_parallel_size)", flush=True)
     parts = [gpus[first * tensor_parallel_size :][:tensor_parallel_size] for first in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]

@@ -22,7 +22,17 @@ from drdpo.cli import as_dict, require
 from drdpo.config.data import CompletionsConfig
 from drdpo.distributed import ALONE, Machines, machines
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import Parts, SplitResult, lock_folder, read_manifest, refuse_if_locked, sweep, write_manifest
+from drdpo.folder import (
+    ROOT,
+    Parts,
+    SplitResult,
+    lock_folder,
+    read_manifest,
+    refuse_if_locked,
+    section,
+    sweep,
+    write_manifest,
+)
 from drdpo.machine import announce, settle
 from drdpo.models import Model, check_model, fingerprint
 from drdpo.progress import progress
@@ -42,15 +52,13 @@ _MADE_BY_FLAGS = (
 )  # fmt: skip
 """Samples of other values of these are not the run's own."""
 
-_ROOT = Path(__file__).resolve().parents[3]
-
 AUTO_DATASETS = ("helpsteer2_prompts", "embedded_prompts")
 """Folders under datasets/ for --dataset=auto; the first that exists is used."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt that can be used; `row` is its number in the file, from 1."""
+    """A prompt that can be used; `row` is its number among the file's records, from 1: blank lines do not count."""
 
     row: int
     prompt: Prompt
@@ -64,7 +72,7 @@ Reject = dict[str, Any]
 """A prompt that cannot be used, and why: {file, row, prompt_id, reason}."""
 
 
-def find_dataset(dataset: str, root: Path = _ROOT) -> Path:
+def find_dataset(dataset: str, root: Path = ROOT) -> Path:
     """The folder of prompts that --dataset names; prints which one `auto` is.
 
     Raises:
@@ -203,7 +211,7 @@ def sample_completions(config: CompletionsConfig) -> None:
                 sweep(save_path / "sampled")
             for split in left:
                 split.made_by["engine"] = engine  # "auto" is decided only now
-                rendered, rejects = render(tokenizer, prompts[split.split], split.source, config.prompt_max_len)
+                rendered, rejects = render(tokenizer, prompts[split.name], split.source, config.prompt_max_len)
                 _sample_split(config, split, rendered, rejects, tokenizer, sampling, engines, precision.reason)
     finally:
         engines.close()
@@ -219,7 +227,7 @@ def _unfinished(config: CompletionsConfig, dataset: Path, prompts: dict[str, lis
         made_by = {"model": model, "prompts": fingerprint(file), **flags}
         split = SplitResult("sample", name, file, Path(config.save_path) / "sampled" / f"{name}.jsonl", made_by)
         if config.engine == "auto":  # any engine will do
-            before = read_manifest(split.result.parent).get(split.step, {}).get("made_by", {})
+            before = section(read_manifest(split.result.parent), split.step, "made_by")
             made_by["engine"] = before.get("engine", "auto")
         if not split.is_made(config.overwrite):
             left.append(split)
@@ -267,7 +275,7 @@ def _sample_split(
     engines: _LazyEngines,
     dtype_reason: str,
 ) -> None:
-    group, what = engines.group, f"blocks of {split.split}"
+    group, what = engines.group, f"blocks of {split.name}"
     parts = Parts(split.parts, split.made_by, config.overwrite, group.this or 0)
     share = parts.share(group, what)
     # An interrupted run keeps its block size, whatever the number of engines is now: samples depend on their block.
@@ -296,32 +304,28 @@ def _run_blocks(
 ) -> float:
     """Sample the unfinished blocks; returns the seconds it took."""
     left = {
-        number: [Request(p.token_ids, stream_seed(config.seed, split.split, p.prompt.prompt_id)) for p in block]
+        number: [Request(p.token_ids, stream_seed(config.seed, split.name, p.prompt.prompt_id)) for p in block]
         for number, block in blocks.items()
         if number not in parts.done
     }
     total = sampling.n * sum(len(block) for block in blocks.values())
     done = total - sampling.n * sum(len(block) for block in left.values())
     if done:
-        print(f"{split.split}: resuming; {done} of {total} completions are finished", flush=True)
+        print(f"{split.name}: resuming; {done} of {total} completions are finished", flush=True)
     if not left:
         return 0.0
     running = engines.start().run(left, sampling)
     collected: dict[int, dict[int, list[Sample]]] = {number: {} for number in left}
     tokens, started = 0, time.monotonic()
-    with progress(total=total, initial=done, desc=f"sample {split.split}", unit="completion") as bar:
+    with progress(total=total, initial=done, desc=f"sample {split.name}", unit="completion") as bar:
         for number, index, samples in running:
             collected[number][blocks[number][index].prompt.prompt_id] = samples
             tokens += sum(len(sample.token_ids) for sample in samples[: sampling.distinct])
             bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s", refresh=False)
             bar.update(len(samples))
             if len(collected[number]) == len(blocks[number]):
-                _keep(parts, number, collected.pop(number))
+                parts.add(number, collected.pop(number))
     return time.monotonic() - started
-
-
-def _keep(parts: Parts, number: int, block: dict[int, list[Sample]]) -> None:
-    parts.add(number, block)
 
 
 def _kept(parts: Parts, number: int) -> dict[int, list[Sample]]:
@@ -364,7 +368,7 @@ def write_results(
         first = f"row {rejects[0]['row']}: {rejects[0]['reason']}"
         raise DataError(f"{split.source}: no prompt has usable completions; {first}")
     split.result.unlink(missing_ok=True)  # from a different configuration, with --overwrite=true
-    write_rejects(split.result.parent, split.split, rejects)
+    write_rejects(split.result.parent, split.name, rejects)
     write_manifest(split.result.parent, split.step, split.made_by, counts=counts, **facts)
     write_records(split.result, _completions(blocks, parts, {reject["prompt_id"] for reject in rejects}, tokenizer))
     parts.remove()

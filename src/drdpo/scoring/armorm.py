@@ -92,10 +92,11 @@ def read_layout(folder: Path) -> RewardLayout:
         raise DataError(f"{path}: no such file; a reward model folder needs ArmoRM's layout")
     config = read_json_object(path)
     if "num_objectives" not in config and (made := config.get("architectures")):
-        kind = "a language model" if str(made).endswith("LM']") else "no such model"
+        made = ", ".join(map(str, made)) if isinstance(made, list) else str(made)
+        kind = "a language model" if made.endswith("LM") else "no such model"
         raise DataError(
-            f"{folder}: {kind} ({', '.join(map(str, made))}) where --reward_model needs ArmoRM's heads, with a rating per "
-            "objective and a gate; pass models/ArmoRM, or a folder of that layout"
+            f"{folder}: {kind} ({made}) where --reward_model needs ArmoRM's heads, with a rating per objective and a gate; "
+            "pass models/ArmoRM, or a folder of that layout"
         )
     try:
         layout = msgspec.convert(config, RewardLayout)

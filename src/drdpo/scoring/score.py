@@ -13,18 +13,21 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tabulate import tabulate
 
 from drdpo import distributed
+from drdpo.candidates import mean_and_sd
 from drdpo.chat import conversation_token_ids, load_tokenizer
 from drdpo.cli import as_dict
 from drdpo.config.data import CompletionsConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import Parts, SplitResult, refuse_if_locked, sole_writer, sweep, write_manifest
+from drdpo.folder import ROOT, Parts, SplitResult, refuse_if_locked, sole_writer, sweep, write_manifest
 from drdpo.kernels.packed_attention import PackedRow, refusal
 from drdpo.machine import agree, announce, settle
 from drdpo.models import fingerprint
@@ -32,10 +35,6 @@ from drdpo.objectives import GATED_SCORE
 from drdpo.progress import progress
 from drdpo.records import Completion, check_unique, read_records, to_row, write_rejects, write_rows
 from drdpo.scoring.armorm import RewardLayout, SharedPrefix, Span, check_folder, find_span, load_armorm, packed_batches
-
-ROOT = Path(__file__).resolve().parents[3]
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def score_completions(config: CompletionsConfig) -> None:
@@ -65,15 +64,9 @@ def score_completions(config: CompletionsConfig) -> None:
     timeout = distributed.seconds_to_wait(int(distributed.DEFAULT_TIMEOUT.total_seconds()))
     with distributed.lost_rank_in_one_line(timeout):
         distributed.join(timedelta(seconds=timeout))
-        try:
-            config, precision = agree(config, precision)
-            announce(precision)
-            _score(config, folder, precision.reason)
-        except (UsageError, DataError, SystemExit):
-            # Every rank ends by these. After the loss of a single rank, leaving would wait for it.
-            distributed.leave()
-            raise
-        distributed.leave()
+        config, precision = agree(config, precision)
+        announce(precision)
+        _score(config, folder, precision.reason)
 
 
 def reward_model_folder(flag: str) -> Path:
@@ -123,15 +116,14 @@ def _score(config: CompletionsConfig, folder: Path, dtype_reason: str) -> None:
         scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
         facts: dict[str, Any] = {"objectives": [*scorer.objectives, GATED_SCORE], "dtype_reason": dtype_reason}
         facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}
+        facts["attention"] = scorer.attention
         with sole_writer(save_path):
-            if distributed.is_main():
-                sweep(save_path)
+            distributed.on_main(partial(sweep, save_path))
             for files in todo:
-                refused = _score_share(scorer, files.split, completions[files.split], parts[files.split])
+                given = completions[files.name], parts[files.name]
+                refused = _score_share(scorer, files.name, *given)
                 distributed.barrier()
-                if distributed.is_main():
-                    write_scored(files, completions[files.split], parts[files.split], refused, facts, scorer.attention)
-        distributed.barrier()
+                distributed.on_main(partial(write_scored, files, *given, refused, facts))
     if distributed.is_main():
         for split in completions:
             print(report(split, read_records(save_path / f"{split}.jsonl", Completion.from_row)), flush=True)
@@ -163,19 +155,14 @@ def _score_share(scorer: "Scorer", split: str, completions: list[Completion], pa
 
 
 def write_scored(
-    files: SplitResult,
-    completions: list[Completion],
-    parts: Parts,
-    refused: list[dict[str, Any]],
-    facts: dict[str, Any],
-    attention: str,
+    files: SplitResult, completions: list[Completion], parts: Parts, refused: list[dict[str, Any]], facts: dict[str, Any]
 ) -> None:
     """Merge the parts of all ranks by key and write the results of one split, in the order of the input; the scored file
     last, so that it never lies beside another configuration's manifest.
 
     Args:
         refused: {prompt_id, sample_id, reason} of the completions that are in no batch.
-        facts, attention: for the manifest.
+        facts: for the manifest.
 
     Raises:
         DataError: a completion has no result, or none could be scored.
@@ -199,23 +186,19 @@ def write_scored(
     why = dict(Counter(reject["reason"].partition(" (")[0] for reject in rejects))
     counts = {"in": len(completions), "out": len(scored), "dropped": len(rejects), "why": why}
     files.result.unlink(missing_ok=True)
-    write_rejects(files.result.parent, files.split, rejects)
-    write_manifest(files.result.parent, files.step, files.made_by, **facts, counts=counts, attention=attention)
+    write_rejects(files.result.parent, files.name, rejects)
+    write_manifest(files.result.parent, files.step, files.made_by, **facts, counts=counts)
     write_rows(files.result, scored)
     if rejects:
-        print(f"{files.split}: {len(rejects)} completions are in rejects.jsonl: {why}", flush=True)
+        print(f"{files.name}: {len(rejects)} completions are in rejects.jsonl: {why}", flush=True)
     parts.remove()
 
 
 def report(split: str, completions: list[Completion]) -> str:
     """A table of the mean and standard deviation of every objective over a split."""
-    names = list(completions[0].scores)
-    width = max(map(len, names))
-    lines = [f"{split}: {len(completions)} completions", f"  {'objective':<{width}}      mean        sd"]
-    for name in names:
-        values = np.array([completion.scores[name] for completion in completions])
-        lines.append(f"  {name:<{width}}  {values.mean():>8.4f}  {values.std():>8.4f}")
-    return "\n".join(lines)
+    rows = [[name, *mean_and_sd([row.scores[name] for row in completions])] for name in completions[0].scores]
+    table = tabulate(rows, ["objective", "mean", "sd"], tablefmt="plain", floatfmt=".4f")
+    return f"{split}: {len(completions)} completions\n{table}"
 
 
 class Reading(NamedTuple):
@@ -257,9 +240,9 @@ class Scorer:
         self.device = distributed.device()
         use_cpu_well(self.device)
         self.tokenizer = load_tokenizer(str(folder))
-        self.model = load_armorm(folder, self.device, DTYPES[dtype])
+        self.model = load_armorm(folder, self.device, getattr(torch, dtype))
         self.objectives = self.model.objectives
-        self.attention = self._attend(DTYPES[dtype])
+        self.attention = self._attend(getattr(torch, dtype))
         """Attention kernel of packed rows: "flash" on CUDA if it supports the backbone, else "sdpa"."""
         self._check_backbone(folder)
 

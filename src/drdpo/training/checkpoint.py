@@ -9,7 +9,6 @@ contents only where a state is loaded.
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -25,12 +24,12 @@ from drdpo import distributed
 from drdpo.chat import Tokenizer
 from drdpo.config.training import LoraSettings
 from drdpo.errors import DataError
-from drdpo.folder import atomic_file, atomic_folder, flush, read_json_object, remove_tree, whole_lines
+from drdpo.folder import atomic_folder, flush, read_json_object, remove_tree, whole_lines, write_json
 from drdpo.training.engine import Engine, continue_after, parts
 from drdpo.training.lora import load_base, merged, save_adapter
 from drdpo.training.policy import Policy
 
-INDEX = "state.json"
+STATE_INDEX = "state.json"
 METHOD = "method.safetensors"
 AT_ONCE = 2**30
 """Bytes of a state that a rank copies to the CPU before it writes them."""
@@ -182,8 +181,7 @@ class State(NamedTuple):
 
 def write_index(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
     """Describe a state whose files are all written."""
-    with atomic_file(folder / INDEX) as stream:
-        json.dump({"step": step, "world_size": world_size, "files": files}, stream, indent=1)
+    write_json(folder / STATE_INDEX, {"step": step, "world_size": world_size, "files": files})
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -198,12 +196,12 @@ def states(folder: Path) -> tuple[list[State], list[str]]:
     torn: list[str] = []
     for place in _by_step(folder, "step_").values():
         try:
-            index = read_json_object(place / INDEX)
+            index = read_json_object(place / STATE_INDEX)
             state = State(place, int(index["step"]), int(index["world_size"]), dict(index["files"]))
             sizes = {name: ((place / name).stat().st_size, about["size"]) for name, about in state.files.items()}
             wrong = [f"{place / name} has {size} bytes, not {of}" for name, (size, of) in sizes.items() if size != of]
         except (OSError, DataError, KeyError, TypeError, ValueError) as error:
-            wrong = [f"{place / INDEX} or a file that it names is missing or not readable ({error})"]
+            wrong = [f"{place / STATE_INDEX} or a file that it names is missing or not readable ({error})"]
         torn += wrong[:1]
         found += [] if wrong else [state]
     return found, torn

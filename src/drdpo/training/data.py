@@ -123,7 +123,7 @@ class BatchPlan:
     batch_size: int
     """Pairs per optimizer step, over all ranks."""
     micro_batch: int
-    """Pairs per rank and forward pass; a multiple of it and the ranks makes a batch."""
+    """Pairs per rank and forward pass; times the number of ranks, it divides batch_size."""
     row_tokens: int | None
     """Instead of micro_batch: as many pairs per rank and forward pass as fit a packed row of this length."""
     by_length: bool
@@ -328,8 +328,7 @@ def form_batch(pairs: Sequence[Pair], indices: Sequence[int], packing: bool = Tr
 
 def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
     """The pairs of a batch; where an index is -1, padding, the shortest of all, whose result is discarded."""
-    shortest = min(pairs, key=len) if -1 in indices else None
-    return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
+    return [pairs[index] if index >= 0 else min(pairs, key=len) for index in indices]
 
 
 def columns_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:

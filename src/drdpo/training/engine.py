@@ -55,7 +55,7 @@ def join_with_deepspeed(timeout: timedelta = distributed.DEFAULT_TIMEOUT) -> Non
 
 
 def be_deterministic() -> None:
-    """Let torch choose deterministic kernels from here on, and raise RuntimeError where there is none; before CUDA starts.
+    """Let torch choose deterministic kernels from here on, and raise RuntimeError if there is none.
 
     Flash and memory-efficient attention sum their gradients in a fixed order then (torch's attention_backward.cu asks
     deterministicAlgorithms()), as do index_add and the embedding's gradient; drdpo's own kernels have no atomic additions.
@@ -170,7 +170,7 @@ def parts(engine: Engine) -> Iterator[Part]:
 
 
 def continue_after(engine: Engine, step: int) -> None:
-    """Make a fresh engine, whose `parts` were overwritten by those after `step` steps, the one after these steps."""
+    """Turn a fresh engine, whose `parts` were overwritten by a state's, into the one that has made `step` steps."""
     optimizer = engine.optimizer
     for state in getattr(optimizer, "optimizer", optimizer).state.values():
         state["step"].fill_(step)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from drdpo import distributed
 from drdpo.errors import DataError, UsageError, duration, one_line
-from drdpo.folder import atomic_file, read_json_object, whole_lines
+from drdpo.folder import atomic_file, read_json_object, whole_lines, write_json
 from drdpo.training import losses
 from drdpo.training.data import AnyBatch, Batch, Pair
 from drdpo.training.losses import Method, Pairs
@@ -407,6 +407,5 @@ def _identity(folder: Path) -> tuple[dict[str, str], bool]:
     if path.is_file():
         return {name: str(read_json_object(path)[name]) for name in ("id", "project")}, True
     made = {"id": os.getenv("WANDB_RUN_ID") or secrets.token_hex(4), "project": os.getenv("WANDB_PROJECT") or "drdpo"}
-    with atomic_file(path) as stream:
-        json.dump(made, stream)
+    write_json(path, made)
     return made, False

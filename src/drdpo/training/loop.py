@@ -21,7 +21,7 @@ from drdpo import distributed
 from drdpo.candidates import ROW_TOKENS, Candidates, values
 from drdpo.cli import as_dict
 from drdpo.config.training import TrainConfig
-from drdpo.errors import STOPPED, DataError, ProcessError, UsageError
+from drdpo.errors import STOPPED, ProcessError
 from drdpo.folder import atomic_file, sole_writer, whole_lines
 from drdpo.machine import Precision, agree, announce, settle
 from drdpo.progress import progress
@@ -84,16 +84,9 @@ def train_alignment(config: TrainConfig, method: Method) -> None:
             deepspeed_engine.be_deterministic()
         if not config.dry_run:
             deepspeed_engine.join_with_deepspeed(timedelta(seconds=timeout))
-        try:
-            if not config.dry_run:
-                config, precision = agree(config, precision)
-            announce(precision)
-            finished = _align(config, method, stop, precision)
-        except (UsageError, DataError, ProcessError, SystemExit):
-            # Every rank raises these. After other errors, such as a lost rank, this would wait forever.
-            distributed.leave()
-            raise
-        distributed.leave()
+            config, precision = agree(config, precision)
+        announce(precision)
+        finished = _align(config, method, stop, precision)
     if finished and config.push_to_hub and distributed.is_main():
         push_to_hub(config.push_to_hub, finished)
 
@@ -223,7 +216,7 @@ def expected_scores(engine: Engine, run: Run, candidates: Candidates, reference_
         logprobs_C = candidate_logprobs(engine, candidates, _row_tokens(run.config), "evaluate candidates")
     log_ratio_NK = candidates.table((logprobs_C - reference_C).numpy())
     path = run.folder / CANDIDATES / f"step_{step}.safetensors"
-    distributed.on_main(partial(candidates.write, path, log_ratio_NK, step=str(step)))
+    distributed.on_main(partial(candidates.write, path, log_ratio_NK, step))
     values_NO, sizes_N = values(log_ratio_NK, candidates.scores_NKO)
     found = {f"value.{name}": value for name, value in zip(candidates.names, values_NO.mean(axis=0), strict=True)}
     return {f"eval_{name}": float(value) for name, value in {**found, "candidates_ess": sizes_N.mean()}.items()}

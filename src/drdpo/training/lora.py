@@ -19,8 +19,6 @@ from drdpo.training.policy import Policy, quiet_bitsandbytes
 ADAPTER = "default"
 ALPHA = 32
 """Changes are multiplied by ALPHA / rank."""
-_PREFIX = "base_model.model."
-"""What peft puts before the names of parameters in an adapter's file."""
 
 
 def add_lora(policy: Policy, lora: LoraSettings) -> None:
@@ -58,7 +56,8 @@ def merged(weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
             up_Dr, weight = weights[f"{layer}.lora_B.{ADAPTER}.weight"], plain[f"{layer}.weight"]
             # In float32: bfloat16 would round a small change away twice.
             change = up_Dr.float() @ down_rD.float() * (ALPHA / rank)
-            plain[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
+            # On the CPU: a second copy of the weights may not fit the GPU.
+            plain[f"{layer}.weight"] = (weight.float() + change).to("cpu", weight.dtype)
     return plain
 
 
@@ -85,7 +84,7 @@ def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)
     settings.save_pretrained(str(folder))
     own = {
-        _PREFIX + name.replace(f".{ADAPTER}.", "."): weight.detach().cpu().contiguous()
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight.detach().cpu().contiguous()  # peft's own names
         for name, weight in weights.items()
         if ".lora_" in name
     }

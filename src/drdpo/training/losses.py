@@ -1,6 +1,6 @@
 """Methods, and the losses, weights and penalty they consist of: pure functions of small tensors.
 
-Nothing here knows a process group, a device or a file. The family (arXiv 2502.01930; Dr. DPO: 2407.07880) minimizes, with h
+Nothing here knows a process group or a file. The family (arXiv 2502.01930; Dr. DPO: 2407.07880) minimizes, with h
 the margin of implicit log-ratios,
 
     total = mean_i( w_i l(h_i) + rho |grad_{e_i} l_i|^2 ),
@@ -109,7 +109,6 @@ class Method:
             raise ValueError(f"{self.name}: a method has weights or a penalty, not both")
         if self.weight_column is not None and self.weight_column not in self.reads:
             raise ValueError(f"{self.name}: reads does not name {self.weight_column}, the column of weights")
-
         if (self.begin is None) != (self.update is None):
             raise ValueError(f"{self.name}: what is kept between steps needs begin and update")
         if self.update is not None and not (self.weights is not None and self.population):
@@ -131,6 +130,11 @@ class Method:
         """Does a pair's term depend on other pairs?"""
         root = self.penalty is not None and self.penalty.root
         return root or (self.weights is not None and self.population)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that its loss and weights see."""
+        return self.reads if self.group is None else (*self.reads, self.group)
 
 
 def method_of(config: "TrainConfig") -> Method:
@@ -347,8 +351,8 @@ def chi2_weights(losses_B: Tensor, population_P: Tensor, radius: float) -> Tenso
     ordered_P = population_P.detach().double().sort(descending=True).values
     largest, ordered_P = ordered_P[0].clone(), ordered_P - ordered_P[0]
     count_P = 1 + _ranks(ordered_P)
-    mean_P = ordered_P.cumsum(0) / count_P
-    spread_P = (ordered_P.square().cumsum(0) / count_P - mean_P.square()).clamp(min=0)
+    mean_P = _running_sums(ordered_P) / count_P
+    spread_P = (_running_sums(ordered_P.square()) / count_P - mean_P.square()).clamp(min=0)
     # mean w^2 if eta is the loss below the m hardest. It falls as m grows; the first that is small enough is the m sought.
     gap_P = mean_P - torch.cat([ordered_P[1:], ordered_P.new_full((1,), -torch.inf)])
     square_P = torch.where(gap_P > 0, total / count_P * (spread_P / gap_P.square() + 1), torch.inf)
@@ -369,6 +373,11 @@ def _ranks(population_P: Tensor) -> Tensor:
     return torch.arange(len(population_P), dtype=torch.float64, device=population_P.device)
 
 
+def _running_sums(values_P: Tensor) -> Tensor:
+    """[P] sums of the first 1, 2, .. values. On the CPU: CUDA's cumsum of floats has no deterministic form."""
+    return values_P.cpu().cumsum(0).to(values_P.device)
+
+
 def _nearest(losses_B: Tensor, population_P: Tensor) -> Tensor:
     """[B] the population's values of these losses, which another forward pass may have rounded differently."""
     losses_B, ordered_P = losses_B.detach(), population_P.detach().sort().values
@@ -382,7 +391,7 @@ def _by_rank(losses_B: Tensor, population_P: Tensor, weights_P: Tensor) -> Tenso
     """[B] weights by rank, the easiest pair first; pairs of equal loss have the mean of theirs."""
     ordered_P, value_B = population_P.detach().sort().values, _nearest(losses_B, population_P)
     first_B, last_B = (torch.searchsorted(ordered_P, value_B, right=right) for right in (False, True))
-    sums = torch.cat([weights_P.new_zeros(1), weights_P.cumsum(0)])
+    sums = torch.cat([weights_P.new_zeros(1), _running_sums(weights_P)])
     return ((sums[last_B] - sums[first_B]) / (last_B - first_B)).to(losses_B.dtype)
 
 

@@ -28,8 +28,7 @@ from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError, one_line
 from drdpo.folder import read_manifest
 from drdpo.kernels import linear_logprob
-from drdpo.kernels.packed_attention import SHARED_PREFIX as PACKED
-from drdpo.kernels.packed_attention import PrefixGroup, refusal, register_shared_prefix
+from drdpo.kernels.packed_attention import SHARED_PREFIX, PrefixGroup, refusal, register_shared_prefix
 from drdpo.models import meta_model, positions_of, read_settings
 from drdpo.training.data import AnyBatch, Batch, PackedBatch, Pair, form_batch
 from drdpo.training.engine import BUCKET
@@ -272,7 +271,7 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     if config.gradient_checkpointing == "auto":
         tried = [(tokens, False) for tokens in choices if tokens >= BUSY] + tried
     for tokens, recompute in tried:
-        flags, pairs = replace(config, micro_batch_tokens=tokens), _row_of(tokens, method.reads)
+        flags, pairs = replace(config, micro_batch_tokens=tokens), _row_of(tokens, method.columns)
         try:
             need = predicted(flags, method, policy, pairs, ALL_LAYERS if recompute else 0)
         except Exception:  # the model's forward pass looks at values: nothing is known
@@ -282,11 +281,11 @@ def rows_that_fit(config: TrainConfig, method: Method, policy: Policy, memory: i
     return choices[-1]
 
 
-def _row_of(tokens: int, reads: Sequence[str] = ()) -> list[Pair]:
+def _row_of(tokens: int, columns: Sequence[str] = ()) -> list[Pair]:
     """Pairs of equal parts, about 256 tokens each, that fill a row."""
     pairs = max(1, tokens // (3 * 256))
     part = [0] * (tokens // (3 * pairs))
-    return [Pair(part, part, part, columns=dict.fromkeys(reads, 0.0))] * pairs
+    return [Pair(part, part, part, columns=dict.fromkeys(columns, 0.0))] * pairs
 
 
 # The prediction.
@@ -309,7 +308,7 @@ def shapes(config: TrainConfig, pairs: Sequence[Pair] = ()) -> Policy:
     register_shared_prefix()
     try:
         try:
-            model = meta_model(settings, dtype, "eager" if config.second_derivative else PACKED)
+            model = meta_model(settings, dtype, "eager" if config.second_derivative else SHARED_PREFIX)
         except KeyError:
             # A model with attentions of its own (Falcon): predicted with one over the whole row, which takes more.
             model = meta_model(settings, dtype, "eager")
@@ -401,10 +400,8 @@ def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
     meta = torch.device("meta")
     # WDPO's exact solver attends to padded rows by plain products, which shapes take as they are.
     given = (_as_packed(batch) if isinstance(batch, Batch) and not policy.second_derivative else batch).to(meta)
-    pairs = len(given.indices_B)
     tensors = (value for value in vars(given).values() if isinstance(value, Tensor))
     known = [*policy.parameters(), *policy.buffers(), *tensors]
-    population = Population(losses_P=torch.zeros(pairs, device=meta), mean_penalty=torch.ones(()))
     with ExitStack() as hooks:
         # As under ZeRO, a parameter's gradient leaves as soon as it exists.
         for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
@@ -412,7 +409,8 @@ def dry_run(policy: Policy, batch: AnyBatch, method: Method) -> tuple[int, int]:
             hooks.callback(gone.remove)
         with _Alive(policy.head.weight.shape[0], known) as alive:
             plain = replace(method, weights=None, begin=None, update=None)  # weights look at values
-            objective(policy, given, torch.zeros(pairs, 2, device=meta), plain, population).total.backward()
+            reference_B2 = torch.zeros(len(given.indices_B), 2, device=meta)
+            objective(policy, given, reference_B2, plain, Population(mean_penalty=torch.ones(()))).total.backward()
     return alive.at_peak["model"], alive.at_peak["head"]
 
 

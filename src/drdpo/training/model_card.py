@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from drdpo.errors import one_line
-from drdpo.folder import git_commit, read_manifest, versions
+from drdpo.folder import git_commit, read_manifest, section, versions
 from drdpo.training.run import Run
 
 _PAPER = "2502.01930"
@@ -72,7 +72,7 @@ def _base(model_path: str) -> tuple[str | None, str | None]:
     with suppress(OSError, ValueError, yaml.YAMLError):
         if (folder / "README.md").is_file():
             found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    repository = read_manifest(folder).get("assets", {}).get("made_by", {}).get("repository")
+    repository = section(read_manifest(folder), "assets", "made_by").get("repository")
     base = repository or found.get("base_model")
     return base if isinstance(base, str) else None, found.get("license")
 

@@ -160,9 +160,8 @@ def _weights(
     """[B] the method's own weights, and what they have seen of the method's state."""
     if method.weights is None:
         return torch.ones_like(losses_B), NO_STATE
-    if population is None or population.losses_P is None:
-        alone = Population(losses_B.detach())
-        population = _population(losses_B, [pairs.columns], method, policy) if method.population else alone
+    if population is None:
+        population = _population(losses_B, [pairs.columns], method, policy) if method.population else Population(losses_B)
     assert population.losses_P is not None
     seen = pairs.detached()._replace(state=population.state)
     return method.weights(losses_B.detach(), population.losses_P.detach(), seen), population.state
@@ -215,7 +214,7 @@ def _tangent(
     moved = moved_B.sum()
     total = total + Node.apply(_checked, (torch.zeros_like(moved),), moved)
     errors_B = torch.where(norms_B > 0, (slopes_B - norms_B).abs() / norms_B, torch.zeros_like(norms_B))
-    conditions_B = torch.where(expected_B > 0, gradient.passes.spread(len(norms_B)) / expected_B / norms_B, 0.0)
+    conditions_B = torch.where(expected_B > 0, gradient.passes.rounding_bound(len(norms_B)) / expected_B / norms_B, 0.0)
     weights_B, pairs = _by_column(torch.ones_like(norms_B), method, batch), pairs.detached()
     return Objective(total, losses_B.detach(), pairs, weights_B, penalties_B.detach(), errors_B, conditions_B)
 
@@ -308,7 +307,7 @@ class Passes:
         self._dx_AD = direction_MD.index_select(0, self.row.apart.states_A)
         return rms_norm("tangent", self.norm, self._x_AD, self._dx_AD, self.hidden_AD.dtype)
 
-    def spread(self, pairs: int) -> Tensor:
+    def rounding_bound(self, pairs: int) -> Tensor:
         """[B] after pass 3, by pair the root of the sum over tokens of (|lambda| |dx|)^2, at the layer where it is largest:
         the terms <lambda, dx> of a layer's tokens sum to dm, and this bounds what their rounding does to it."""
         sums_LB = self._sizes_LM.new_zeros(len(self.layers), pairs)
@@ -382,7 +381,7 @@ def tangent_answers(policy: Policy, batch: AnyBatch, gradient: InputGradient, sc
 
 
 def _checked(wanted: Sequence[bool], grad: Tensor) -> list[Tensor]:
-    torch._assert_async(grad == 1, "the objective with the tangent solver must not be scaled; give its share to `objective`")
+    torch._assert_async(grad == 1, "the objective with the tangent solver must not be scaled; pass its share to `objective`")
     return [grad]
 
 
@@ -427,7 +426,7 @@ def _check_linear(module: nn.Module, name: str) -> None:
 
 def _check_loss(method: Method) -> None:
     """Its gradient must come through the margins alone, as input_gradient assumes."""
-    columns = {name: torch.ones(1) for name in method.reads}
+    columns = {name: torch.ones(1) for name in method.columns}
     with torch.enable_grad():
         loss_B = method.loss(Pairs(torch.zeros(1), torch.zeros(2, requires_grad=True), columns))
     if loss_B.requires_grad:
@@ -440,7 +439,7 @@ def _check_numbers(policy: Policy, method: Method) -> None:
     vocabulary = policy.head.weight.shape[0]
     ids = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (6, 9, 5)]
     device = policy.head.weight.device
-    batch = pack([Pair(ids[0], ids[1], ids[2], columns=dict.fromkeys(method.reads, 1.0))], [0]).to(device)
+    batch = pack([Pair(ids[0], ids[1], ids[2], columns=dict.fromkeys(method.columns, 1.0))], [0]).to(device)
     ours = input_gradient(policy, batch, torch.zeros(1, 2, device=device), method)
     with torch.no_grad():
         chosen, rejected = tangent_answers(policy, batch, ours, torch.ones(1, device=device))[1]

@@ -111,12 +111,7 @@ def values_in_float32() -> Any:
 def widen(layers: Sequence[nn.Module]) -> None:
     """Let decoder layers run under values_in_float32."""
     for layer in layers:
-        layer.forward = partial(_widened, layer.forward)
-
-
-def _widened(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    with values_in_float32():
-        return forward(*arguments, **options)
+        layer.forward = values_in_float32()(layer.forward)
 
 
 def note_gradient_norm(engine: Any, parameters: list[nn.Parameter], max_norm: float) -> None:

@@ -81,7 +81,7 @@ class Policy(nn.Module):
         self.language_model = language_model
         self.second_derivative = second_derivative
         self.flash_attention = False
-        """Do packed rows attend by drdpo.kernels.packed_attention, which runs on CUDA only?"""
+        """Do packed rows attend by flash attention (varlen_attention), which runs on CUDA only?"""
         self.wide_values = False
         """Do packed rows run with values in float32? See widen_values."""
         self.method_state: State = NO_STATE
@@ -162,9 +162,6 @@ def sum_by_sequence(terms_N: Tensor, sequence_N: Tensor, batch: AnyBatch) -> Ten
 
 # Loading ---------------------------------------------------------------------------------------------------------------
 
-CUDA_ATTENTION = ("flex_attention", "flash_attention_2")
-"""What transformers calls attentions that run on CUDA only."""
-
 
 def load_policy(
     path: str,
@@ -190,7 +187,7 @@ def load_policy(
 
     register_shared_prefix()
     # The checks run on the CPU, where CUDA's attention kernels do not work, or with nf4 where the weights are.
-    checked = "sdpa" if attention in CUDA_ATTENTION else attention
+    checked = "sdpa" if attention in ("flex_attention", "flash_attention_2") else attention
     quantized = _four_bit_options(dtype) if quantize == "nf4" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(

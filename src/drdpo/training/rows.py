@@ -84,13 +84,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _number(row: Mapping[str, Any], name: str, positive: bool = False) -> float:
+def _number(row: Mapping[str, Any], name: str, weight: bool = False) -> float:
     value = row.get(name)
     if value is None:
         raise ValueError(f'field "{name}" is missing, and the method reads it; every row needs it')
     if not _is_number(value):
         raise ValueError(f'field "{name}" is no finite number (of float32), and the method reads it')
-    if positive and value < 0:
+    if weight and value < 0:
         raise ValueError(f'field "{name}" is {value}, and a weight is not negative; change it, or omit --weight_column')
     return float(value)
 

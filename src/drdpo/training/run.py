@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,15 @@ from drdpo.candidates import Candidates, load_candidates
 from drdpo.cli import as_dict
 from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
-from drdpo.folder import atomic_file, changed, read_manifest, refuse_if_locked, remove_tree, sweep, write_manifest
+from drdpo.folder import (
+    changed,
+    read_manifest,
+    refuse_if_locked,
+    remove_tree,
+    sweep,
+    write_json,
+    write_manifest,
+)
 from drdpo.machine import announce, check_device, settle
 from drdpo.models import check_model, fingerprint
 from drdpo.records import Preference
@@ -339,8 +346,7 @@ def claim_folder(run: Run) -> None:
     sweep(folder)
     for removed in folder.glob(".global_step_*.old"):
         remove_tree(removed)
-    with atomic_file(folder / "config.json") as stream:
-        json.dump(as_dict(config), stream, indent=2)
+    write_json(folder / "config.json", as_dict(config))
     note_run(run, complete=False)
 
 

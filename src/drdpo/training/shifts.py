@@ -19,7 +19,7 @@ from drdpo.training.data import Pair
 from drdpo.training.losses import Pairs
 from drdpo.training.rows import Columns
 
-LARGEST = 50
+MOST_GROUPS = 50
 """Groups of a column: every group is two metrics."""
 
 
@@ -81,14 +81,14 @@ def shifts_of(
     about each.
 
     Raises:
-        DataError: a column of more than LARGEST groups or of names that would be one metric, or a mixture without a
+        DataError: a column of more than MOST_GROUPS groups or of names that would be one metric, or a mixture without a
             preference.
     """
     groups, mixed, lines = {}, {}, []
     for column in columns:
         names = sorted({pair.groups[column] for pair in pairs})
-        if len(names) > LARGEST:
-            raise DataError(f'{source}: field "{column}" of --eval_columns names {len(names)} groups, more than {LARGEST}')
+        if len(names) > MOST_GROUPS:
+            raise DataError(f'{source}: field "{column}" of --eval_columns names {len(names)} groups; at most {MOST_GROUPS}')
         for name in names:
             key = re.sub(r"[^-.\w]", "_", f"{column}.{name}")
             if key in groups:
