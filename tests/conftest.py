@@ -59,7 +59,7 @@ def random_llama(folder: Path, tokenizer_of: Path, **sizes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_policy(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of width 32."""
+    """A random Llama of width 32."""
     path = tmp_path_factory.mktemp("models") / "tiny policy"
     return random_llama(path, smollm, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
 

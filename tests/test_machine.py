@@ -20,7 +20,6 @@ from drdpo.errors import UsageError
 from drdpo.evaluation.leaderboard import evaluate_openllm
 from drdpo.sampling.sample import sample_completions
 from drdpo.scoring.score import score_completions
-from drdpo.training.log import peak_flops
 from drdpo.training.losses import method_of
 from drdpo.training.run import _made_by, check_inputs
 
@@ -103,7 +102,6 @@ def test_auto_on_any_gpu_from_8_0_is_bfloat16_also_where_nobody_knows_it(monkeyp
         config, found = machine.settle(CompletionsConfig("out", "model"))
         assert config.dtype == found.dtype == "bfloat16"
         assert gpu[0] in found.reason
-    assert peak_flops(gpu[0], "bfloat16") is None
 
 
 def test_where_onednn_may_not_use_bfloat16_auto_is_float32_and_the_probe_says_why(root):

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import datasets.exceptions
 import pytest
 import yaml
-from harness.forks import RANK_VARIABLES, statuses
+from harness.forks import statuses, without_ranks
 from harness.stand_ins import add_program, make_environment
 
 from drdpo.chat import DATE_STRING
@@ -327,8 +327,7 @@ def test_cut_prompts_are_summed_over_ranks_and_kept_by_the_first(tmp_path, monke
 def test_a_job_on_two_nodes_gives_the_table_of_one_machine(root, forks, command, tmp_path, lost):
     """openllm_eval.slurm with a stand-in for srun; the second of two tasks is the second node's."""
     output, one = tmp_path / "out", tmp_path / "alone"
-    names = (*RANK_VARIABLES, "DRDPO_NODES", "DRDPO_NODE_RANK")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
+    kept = {name: value for name, value in without_ranks().items() if not name.startswith("DRDPO_NODE")}
     kept |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
 
     def start(faults=(), **group):
@@ -433,9 +432,10 @@ def test_hf_is_data_parallel_and_the_nodes_of_a_job_start_launchers_of_their_own
     assert checked.stdout == f"python [{root}/src/evaluate_openllm.py] [--check_only=true] WORLD_SIZE=\n"
 
 
-def test_a_job_that_was_not_submitted_from_the_repository_is_told_so(root, wrapper, tmp_path):
+@pytest.mark.parametrize("name", ["openllm_eval.slurm", "generate_completions.slurm", "train_alignment.slurm"])
+def test_a_job_that_was_not_submitted_from_the_repository_is_told_so(name, root, wrapper, tmp_path):
     """sbatch runs a copy of the script; tests/test_container.py runs it as one that was."""
-    copy = shutil.copy(root / "openllm_eval.slurm", tmp_path / "slurm_script")
+    copy = shutil.copy(root / name, tmp_path / "slurm_script")
     lost = wrapper("--model_path=m", script=copy, status=2, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
     assert "submit the job from the repository's folder" in lost.stderr
 

@@ -14,12 +14,6 @@ from drdpo.records import Completion, Prompt, read_records, write_records
 pytestmark = pytest.mark.slow
 
 
-def workers_of(pid: int) -> list[psutil.Process]:
-    """Engine processes: what multiprocessing has spawned, without its resource tracker."""
-    children = psutil.Process(pid).children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-
-
 ALL = pytest.mark.skipif("DRDPO_FAULT_KILLS" not in os.environ, reason="DRDPO_FAULT_KILLS=20 asks for all faults")
 
 
@@ -39,7 +33,8 @@ def test_a_dead_engine_process_in_the_middle_of_sampling(engine, root, forks, vl
     while not (part.is_file() and part.read_bytes().count(b"\n") >= 1):
         assert run.poll() is None and time.monotonic() < deadline, run.said()
         time.sleep(0.02)
-    workers = workers_of(run.pid)
+    # What multiprocessing has spawned, without its resource tracker.
+    workers = [child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[0].send_signal(signal.SIGKILL)
     status, output = run.wait(timeout=120), "".join(run.said())

@@ -53,10 +53,6 @@ class Fork:
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (self._out, self._err))
         return (out, "") if self._out == self._err else (out, err)
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        self.wait(timeout)
-        return self.said()
-
 
 class Forks:
     """One server, started when it is first asked for something; in a network namespace where one is named."""

@@ -1,7 +1,6 @@
 """Training runs in forks: what the tests of resuming, preemption and several hosts share."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from drdpo.records import Completion, Preference, to_row, write_rows
 from harness import ROOT
-from harness.forks import RANK_VARIABLES, Fork, Forks, statuses
+from harness.forks import Fork, Forks, statuses, without_ranks
 
 WORDS = "the cat sat on a mat while it rained over hills and rivers of stone near old towns".split()
 FIGURES = (
@@ -74,8 +73,7 @@ def run_ranks(forks: Forks, flags: dict, log: Path, faults: Sequence[dict] = (),
 
 def train(forks: Forks, flags: dict, **variables: str) -> "subprocess.CompletedProcess[str]":
     """train_alignment.py on one process."""
-    kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environment = kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
+    environment = without_ranks() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
     return forks.run([sys.executable, ROOT / "src" / "train_alignment.py", *words_of(flags)], environment)
 
 

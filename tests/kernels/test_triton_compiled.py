@@ -9,7 +9,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-kernels, tangents = (pytest.importorskip(f"drdpo.kernels.triton_{name}") for name in ("logprob", "tangent"))
+kernels, tangents, layers = (pytest.importorskip(f"drdpo.kernels.triton_{name}") for name in ("logprob", "tangent", "layer"))
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a block may have by compute capability: A100; A10 and RTX 30; H100; B200; RTX 50. Source:
@@ -132,3 +132,21 @@ def test_the_attention_of_tangents_compiled_for_gpus(
     assert re.search(r"ld\.global[.\w]*\.v[24]|cp\.async\.c", ptx) and "ld.global.b16" not in ptx, (
         "16 bytes are loaded at a time"
     )
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_kernels_between_products_compile_for_gpus(pretend: Any, capability: int) -> None:
+    """Norm, gate, rotary positions, and what attention needs before its products."""
+    pretend(capability)
+    half, single = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
+    norm = {"WIDTH": 2048, "BLOCK_R": 1, "BLOCK_D": 2048, "num_warps": 8}
+    built = [layers._norm_kernel.warmup(*[single] * 4, half, *[single] * 2, 300, 1e-5, PART=part, grid=(1,), **norm)
+             for part in ("forward", "tangent", "backward", "second", "second_and_weight")]  # fmt: skip
+    built += [layers._gate_kernel.warmup(*[half] * 8, 5000, PART=part, BLOCK=1024, grid=(1,))
+              for part in ("forward", "tangent", "backward", "second")]  # fmt: skip
+    built += [layers._rotate_kernel.warmup(half, *[single] * 3, 5000, 10, 512, -1.0, WIDTH=64, BLOCK=1024, grid=(1,))]
+    built += [tangents._split_kernel.warmup(*[single] * 4, *[half] * 4, *[5000] * 4, BLOCK=2048, grid=(1,))]
+    sizes = {"WIDTH": 64, "BLOCK_E": 64, "BLOCK_M": 32}
+    built += [tangents._row_sums_kernel.warmup(*[single] * 6, 300, 32, SECOND=second, grid=(1,), **sizes)
+              for second in (False, True)]  # fmt: skip
+    assert all("trap;" not in each.asm["ptx"] for each in built)

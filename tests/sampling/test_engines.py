@@ -99,7 +99,6 @@ def test_seeds_of_two_prompts_never_meet():
     seeds = {stream_seed(42, split, prompt_id) for split in ("train", "test") for prompt_id in range(500)}
     assert len(seeds) == 1000
     assert all(seed % (1 << 14) == 0 and 0 <= seed < 1 << 62 for seed in seeds)
-    assert stream_seed(42, "test", 7) == stream_seed(42, "test", 7)
 
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

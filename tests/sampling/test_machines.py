@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from harness.forks import RANK_VARIABLES, free_port, statuses
+from harness.forks import free_port, statuses, without_ranks
 from harness.hosts import FIRST
 from harness.reward_models import write_embedded_like
 from harness.stand_ins import add_program
@@ -37,8 +37,7 @@ def test_the_machines_are_read_from_the_environment(nodes, node, expected, monke
         assert machines() == Machines(*expected)
 
 
-KEPT = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-KEPT |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+KEPT = without_ranks() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_a_host_that_is_lost_costs_its_unfinished_blocks(start, score, alone, tm
 
     assert sorted(divide()) == ["2 of 2 blocks of train are", "5 of 5 blocks of test are"]
     # The second host has two blocks of test, then one of train.
-    lost = {"at": "drdpo.sampling.sample:_keep", "call": 1, "when": "after", "signal": "SIGKILL"}
+    lost = {"at": "drdpo.folder:Parts.add", "call": 1, "when": "after", "signal": "SIGKILL"}
     assert statuses([start(save, node=0), start(save, node=1, faults=[lost])]) == [0, -9]
     assert (save / "sampled" / ".lock.1").exists() and not (save / "sampled" / "test.jsonl").exists()
     # The last round of a job, where a block is missing or a shared folder does not show it yet.

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from drdpo import distributed
-from drdpo.cli import parse
 from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
@@ -88,7 +87,6 @@ def test_offload_is_advised_if_only_the_optimizer_does_not_fit(tiny_policy, caps
         preflight(run_of(config, FOUR))
         (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
         assert ("--optimizer_offload=true moves 0.02 GiB of it to the CPU's memory" in warning) == advised
-    assert abs(12 * PARAMETERS / 2**30 - 0.02) < 0.005
 
 
 def test_advice_names_a_flag_for_the_largest_part():
@@ -371,14 +369,6 @@ def test_the_fewest_layers_recompute(tiny_policy, monkeypatch, capsys):
     assert [memory.fewest_layers(30, limit, lambda layers: 100 - layers) for limit in (99, 93, 70, 0)] == [1, 7, 30, 30]
 
 
-def test_a_command_line_may_ask_for_it_either_way():
-    words = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
-    assert parse(TrainConfig, "", words).gradient_checkpointing == "auto"
-    for word, recompute in (("true", True), ("false", False), ("auto", True)):
-        assert parse(TrainConfig, "", [*words, f"--gradient_checkpointing={word}"]).recompute is recompute
-    assert open_config(gradient_checkpointing=False).gradient_checkpointing == "false"
-
-
 @pytest.mark.parametrize(
     "flags",
     [{}, {"dtype": "float32"}, {"kldpo_tau": 0.1}, {"packing": False}, {"wdpo_rho": 0.1},
@@ -387,7 +377,7 @@ def test_a_command_line_may_ask_for_it_either_way():
     ids=str,
 )  # fmt: skip
 def test_recomputation_changes_no_bit(flags, tiny_policy):
-    """So a run may resume with it where it started without."""
+    """So a run that started without recomputation may resume with it."""
     pairs, found = pairs_of_lengths((7, 5, 9), (12, 3, 4), (2, 20, 6)), []
     config = open_config(tiny_policy, **flags)
     for layers in (0, 1, 2):

@@ -10,7 +10,7 @@ from harness.policies import REFERENCE_M2, apart, gradient_of, policy_of, step
 from drdpo.training.data import Pair, collate, columns_of
 from drdpo.training.losses import gradient_penalty, method_of
 from drdpo.training.objective import objective
-from drdpo.training.policy import Policy, load_policy, pairs_of
+from drdpo.training.policy import Policy, pairs_of
 
 config_of = partial(policies.config_of, packing=False)
 
@@ -111,10 +111,3 @@ def test_figures_of_a_step_keep_no_graph_and_no_embeddings(policy, pairs):
     part = whole(policy, pairs, wdpo_rho=0.1).detached()
     tensors = [part.total, part.losses_B, *part.pairs[:2], part.weights_B, part.penalties_B]
     assert not any(tensor.requires_grad for tensor in tensors)
-
-
-def test_a_loaded_policy_recomputes_activations(tiny_policy):
-    """transformers loads models in evaluation mode, in which gradient checkpointing does nothing."""
-    loaded = load_policy(str(tiny_policy), torch.float32, "sdpa", gradient_checkpointing=True)
-    layers = loaded.language_model.base_model.layers
-    assert all(layer.training and layer.gradient_checkpointing for layer in layers)

@@ -54,10 +54,12 @@ def squared_trust(config):
     return replace(method_of(config), name="squared trust", weights=by_trust, population=False, reads=("trust",))
 
 
-def test_weights_by_a_function_of_a_field():
+def test_weights_by_a_function_of_a_field_need_no_survey(tiny_policy, pairs):
     """The page's second example."""
-    method, losses = squared_trust(config_of()), torch.ones(2)
-    assert method.weights(losses, losses, pairs_with([0.0, 1.0], trust=[0.5, 2.0])).tolist() == [0.25, 4.0]
+    config = config_of()
+    method = squared_trust(config)
+    part = objective(policy_of(tiny_policy, config), collate(pairs, range(4), 0), REFERENCE_M2, method)
+    assert part.weights_B.tolist() == [0.25, 2.25, 6.25, 0.25]
     assert not method.needs_population and method.weighted
 
 
@@ -133,14 +135,6 @@ def test_the_tangent_solver_refuses_a_loss_of_more_than_the_margin(tiny_policy):
     policy = load_policy(str(tiny_policy), torch.float32, config.attention, False)
     with pytest.raises(DataError, match=r"depends on the log-ratios.*--wdpo_solver=exact"):
         check_tangent(policy, config.model_path, method)
-
-
-def test_weights_of_a_pairs_own_columns_need_no_survey(tiny_policy, pairs):
-    method = Method("by score", hinge, lambda losses_B, population_P, pairs: pairs.columns["rejected_score"],
-                    population=False, reads=("rejected_score",))  # fmt: skip
-    assert not method.needs_population
-    part = objective(policy_of(tiny_policy, config_of()), collate(pairs, range(4), 0), REFERENCE_M2, method)
-    assert part.weights_B.tolist() == [1.5, 1.375, 1.25, 1.125]
 
 
 def test_flags_and_method_that_do_not_belong_together_are_refused():

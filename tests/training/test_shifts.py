@@ -18,7 +18,7 @@ from drdpo.training.data import Pair, tokenise
 from drdpo.training.losses import Pairs, method_of
 from drdpo.training.rows import Columns, load_split
 from drdpo.training.run import check_inputs, open_run
-from drdpo.training.shifts import LARGEST, relabelled, shifts_of
+from drdpo.training.shifts import MOST_GROUPS, relabelled, shifts_of
 
 SCORES = {"chosen_scores": {"x": 1.0, "y": 0.0}, "rejected_scores": {"x": 0.5, "y": 2.0}}
 GROUP = {"method": "group:0.1", "group_column": "domain"}
@@ -90,7 +90,12 @@ def test_splits_that_cannot_be_used_are_refused(made, tmp_path):
     groups, weighted, zeros = {"eval_columns": "domain"}, {"weight_column": "trust"}, [row(0, trust=0.0)] * 6
     for split, flags, rows, words in (
         ("train", GROUP, [row(0, domain="same")] * 4, 'field "domain" names one group only'),
-        ("test", groups, [row(0, domain=str(n)) for n in range(LARGEST + 1)], f"names {LARGEST + 1} groups, more than"),
+        (
+            "test",
+            groups,
+            [row(0, domain=str(n)) for n in range(MOST_GROUPS + 1)],
+            f"names {MOST_GROUPS + 1} groups",
+        ),
         ("test", groups, [row(0, domain="a b"), row(0, domain="a/b")], "would be the metric domain.a_b; rename one"),
         ("test", MIXTURE, [row(0, rejected_scores=SCORES["chosen_scores"])] * 2, "safe scores both answers of every pair"),
         ("train", weighted, zeros, 'train.jsonl: field "trust" is 0 in every row'),

@@ -44,7 +44,7 @@ def test_models_that_are_built_as_llama_pass_and_equal_exact(name, adapters, tmp
     if adapters:
         assert len(gradients[0]) < 8_000, "the adapters alone"
     assert apart(*gradients) < 1e-5
-    # And in bfloat16 with first tokens in float32, which are all of these pairs' tokens but a few.
+    # And in bfloat16 with values in float32.
     gradients = []
     for dtype in ("bfloat16", "float32"):
         config = config_of(wdpo_solver="tangent", lora_rank=adapters, dtype=dtype)

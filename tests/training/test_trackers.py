@@ -69,7 +69,7 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a run."""
+    """The folder of a run."""
     (tmp_path / "a run").mkdir()
     return tmp_path / "a run"
 
