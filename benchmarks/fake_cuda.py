@@ -17,11 +17,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,9 +109,6 @@ class Counts(TorchDispatchMode):
         """Of all operands and results of every launch: an upper bound on memory traffic, because of caches."""
         self.flops: Counter[str] = Counter()
         """Of matrix products by dtype, and of Triton's under "triton"; attention kernels are not counted."""
-        self.launches_at: Counter[str] = Counter()
-        """By file of ours or of the model; a backward operation counts where its forward operation was called."""
-        self.bytes_at: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
         """What makes the host wait for the device: operation and line of ours."""
         self.attention: Counter[tuple[str, str]] = Counter()
@@ -127,8 +122,6 @@ class Counts(TorchDispatchMode):
         self._rates = rates or {}
         self._alive = 0
         self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
-        self._place_of_node: dict[int, str] = {}
-        self._thread = threading.get_ident()
 
     def __enter__(self) -> "Counts":
         _ACTIVE.append(self)
@@ -142,45 +135,28 @@ class Counts(TorchDispatchMode):
         kwargs = kwargs or {}
         space, name = func._schema.name.split("::")
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        place = self._place()
         out = func(*args, **kwargs)
         made = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor)]
         if space != "prim" and made and not _is_view(func) and name not in _FREE:
             if any(tensor.is_cuda for tensor in given + made):
                 if name == "_to_copy" and given[0].is_cuda != made[0].is_cuda and not kwargs.get("non_blocking"):
                     _waited("copy")
-                self.launched(name, place, given + made, _arithmetic(name, args, made))
+                self.launched(name, given + made, _arithmetic(name, args, made))
             else:
                 self.on_cpu[name] += 1
         tree_map_only(Tensor, self._hold, out)
         return out
 
-    def launched(self, name: str, place: str, tensors: Sequence[Tensor], arithmetic: tuple[str, int]) -> None:
+    def launched(self, name: str, tensors: Sequence[Tensor], arithmetic: tuple[str, int]) -> None:
         """Count a launch on these operands and results, with its arithmetic as (kind, FLOPs)."""
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.launches[name] += 1
-        self.launches_at[place] += 1
         self.bytes += moved
-        self.bytes_at[place] += moved
         kind, flops = arithmetic
         if flops:
             self.flops[kind] += flops
         for gpu, rates in self._rates.items():
             self.seconds[gpu] += rates.seconds(kind, flops, moved)
-
-    def _place(self) -> str:
-        """The file of ours, or of a model of transformers, that the innermost such function stands in; in a backward pass
-        that of the forward operation."""
-        frame: Any = sys._getframe(2)
-        while frame is not None and (found := _file(frame.f_code.co_filename)) is None:
-            frame = frame.f_back
-        if frame is not None:
-            if threading.get_ident() == self._thread:
-                # Autograd numbers its nodes, and has made this operation's before it runs it.
-                self._place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, found or "")
-            return found or ""
-        node = torch._C._current_autograd_node()
-        return self._place_of_node.get(node._sequence_nr(), "autograd") if node is not None else "torch"
 
     def _hold(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -200,20 +176,12 @@ class Counts(TorchDispatchMode):
 _ACTIVE: list[Counts] = []
 
 
-@lru_cache
-def _file(path: str) -> str | None:
-    for folder in (f"{SRC / 'drdpo'}{os.sep}", f"{os.sep}transformers{os.sep}models{os.sep}"):
-        if folder in path:
-            return path.partition(folder)[2]
-    return None
-
-
 def _line() -> str:
     """Where ours is being run."""
     frame: Any = sys._getframe(2)
     while frame is not None and not frame.f_code.co_filename.startswith(str(SRC)):
         frame = frame.f_back
-    return "" if frame is None else f"{_file(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(SRC / 'drdpo')}:{frame.f_lineno}"
 
 
 _PAIR_PRODUCTS = {
@@ -283,7 +251,7 @@ def _triton_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: 
         products = _PAIR_PRODUCTS[kernel.__name__][options.get("SECOND", False)] * options["PARTS"]
         flops = 2 * products * options["WIDTH"] * named["heads"] * _pairs_of_the_row()
     for counts in _ACTIVE:
-        counts.launched(kernel.__name__, counts._place(), tensors, ("triton", flops))
+        counts.launched(kernel.__name__, tensors, ("triton", flops))
 
 
 def _pairs_of_the_row() -> int:

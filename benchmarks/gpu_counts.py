@@ -167,8 +167,6 @@ def row(model: str, method: str, pairs: int, flags: dict[str, Any], folder: Path
         "peak_gib": round(counts.peak / 2**30, 3),
         **{f"{gpu.lower()}_ms": round(1e3 * max(counts.seconds[gpu], rates.launch * counts.launches.total()), 1)
            for gpu, rates in RATES.items()},
-        "by_file": {place: {"launches": counts.launches_at[place], "gib_moved": round(moved / 2**30, 2)}
-                    for place, moved in counts.bytes_at.most_common() if moved > 2**20},
     }  # fmt: skip
 
 
@@ -181,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             rows.append(row(*case, Path(folder)))
-    processes.show([{name: value for name, value in found.items() if name != "by_file"} for found in rows])
+    processes.show(rows)
     rates = {gpu: asdict(of) for gpu, of in RATES.items()}
     output.write_text(json.dumps({"rates": rates, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
