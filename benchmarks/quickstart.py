@@ -1,6 +1,6 @@
 """Checks the quickstart's claim: the gain of each method in the mixture that it was trained on, with its interval, by seed.
 
-Runs quickstart.sh once per seed and writes gains, seconds by step and the largest process's peak memory into the results,
+Runs quickstart.sh once per seed and writes gains, seconds by step and the largest training's peak memory into the results,
 next to those of the other kind of CPU. The exit status is 1 if an interval does not lie above zero. `--cpu=avx2` limits
 torch's libraries to the instructions of a CPU with AVX2 only, on which --dtype=auto is float32; a real one is slower.
 Seconds exclude setup; other work on the cores increases them, so the load at the start is recorded.
@@ -15,7 +15,6 @@ import io
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -94,13 +93,14 @@ def run(seed: int, folder: Path, environment: dict[str, str], flags: list[str]) 
         sys.exit(f"error: the quickstart prints what no user should read: {noise[0].strip()}")
     lines = [line.split("\t") for line in (folder / "times.tsv").read_text(encoding="utf-8").splitlines()]
     starts = [int(seconds) for seconds, _ in lines]
+    metrics = [json.loads(line) for path in folder.glob("*/metrics.jsonl") for line in path.read_text("utf-8").splitlines()]
     record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["evaluate_armorm"]["trained_mixture"]
     return {
         **record,
         "flags": (folder / "flags").read_text(encoding="utf-8").replace(f"--seed={seed} ", "").strip(),
         # The first line is the setup's.
         "seconds": {name: after - at for (_, name), at, after in zip(lines[1:], starts[1:], starts[2:], strict=False)},
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "peak_gib": round(max(step["peak_memory_gib"] for step in metrics), 2),
         "load_before": round(load, 2),
     }
 
