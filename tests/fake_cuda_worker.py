@@ -29,7 +29,10 @@ TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 512, "tie_word_embeddings": True,
 }  # fmt: skip
-METHODS = gpu_counts.METHODS | {"drdpo": {"drdpo_beta": 1.0}}
+METHODS = gpu_counts.METHODS | {
+    "drdpo": {"drdpo_beta": 1.0}, "chi2": {"method": "chi2:0.25"}, "cvar": {"method": "cvar:0.5"},
+}  # fmt: skip
+WEIGHTS = ("kldpo", "drdpo", "chi2", "cvar")
 EXACT = {"wdpo_rho": 0.01, "wdpo_solver": "exact"}
 PAIRS = [Pair([1] * (3 + number), [2] * (4 + 2 * number), [3] * (5 + number), number) for number in range(2)]
 
@@ -46,9 +49,10 @@ def steps() -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     for (name, flags), dtype, attn in product(METHODS.items(), ("bfloat16", "float32"), ("auto", "sdpa", "flash")):
         refused = attn == "flash" and dtype == "float32"
-        if not refused and (attn == "auto" or name not in ("kldpo", "drdpo")):  # which weigh DPO's losses
+        if not refused and (attn == "auto" or name not in WEIGHTS):  # which weigh DPO's losses
             found[f"{name} {dtype} {attn}"] = {"dtype": dtype, "attn": attn, **flags}
-    return found | {f"{name} bfloat16 lora": {"lora_rank": 2, **flags} for name, flags in METHODS.items()}
+    adapted = {name: flags for name, flags in METHODS.items() if name not in ("chi2", "cvar")}
+    return found | {f"{name} bfloat16 lora": {"lora_rank": 2, **flags} for name, flags in adapted.items()}
 
 
 def config_of(folder: Path, flags: dict[str, Any]) -> TrainConfig:

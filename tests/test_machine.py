@@ -18,6 +18,7 @@ from drdpo.config.evaluation import LeaderboardConfig
 from drdpo.config.training import TrainConfig
 from drdpo.errors import UsageError
 from drdpo.evaluation.leaderboard import evaluate_openllm
+from drdpo.folder import Parts
 from drdpo.sampling.sample import sample_completions
 from drdpo.scoring.score import score_completions
 from drdpo.training.losses import method_of
@@ -328,6 +329,18 @@ def test_the_driver_is_asked_for_devices_and_version_by_its_library(root, tmp_pa
     program = "from drdpo.machine import ask_driver; print(*ask_driver())"
     done = python(root, "-c", program, PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path))
     assert (done.stdout, done.stderr) == (said, "")
+
+
+def test_a_process_without_a_group_is_alone_and_leaves_the_gpu_untouched(monkeypatch, tmp_path):
+    """Whatever a cluster's template has left in the environment; sampling starts its engines after this."""
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    see(monkeypatch, H100)
+    monkeypatch.setattr(distributed, "device", lambda: pytest.fail("the GPU was asked for"))
+    parts = Parts(tmp_path / "parts", {}, overwrite=False)
+    parts.open(2)
+    parts.add(0, [])
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"plan.json", "0.0.jsonl"}
 
 
 def test_an_engine_finds_cuda_untouched(monkeypatch):

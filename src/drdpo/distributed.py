@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 DEFAULT_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for each other by default, and in scoring; training passes seconds_to_wait()."""
+"""How long ranks wait for each other by default; in scoring, if DRDPO_TIMEOUT is not set."""
 
 _SLOWEST = 1e7
 """Bytes per second of the slowest disk that is waited for."""
@@ -130,15 +130,22 @@ def leave() -> None:
     """Leave the process group, if any; otherwise the threads of its connections may abort the process at its end."""
     import torch
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if joined():
         torch.distributed.destroy_process_group()
+
+
+def joined() -> bool:
+    """Is this process in a process group? Without one it is alone, whatever a cluster's template set RANK to."""
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def barrier() -> None:
     """Wait for every rank."""
     import torch
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if joined():
         torch.distributed.barrier()
 
 
@@ -150,7 +157,7 @@ def on_main(action: Callable[[], object], status: int = 1) -> None:
     """
     failure: BaseException = SystemExit(status)
     try:
-        if is_main():
+        if is_main() or not joined():
             action()
         failed = False
     except Exception as error:
@@ -161,8 +168,8 @@ def on_main(action: Callable[[], object], status: int = 1) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Is it so on any rank? Every rank must call this."""
-    return any(gather_floats([float(flag)]))
+    """Is it so on any rank? Every rank must call this. A process without a group does not touch its GPU for it."""
+    return any(gather_floats([float(flag)])) if joined() else flag
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -217,7 +224,7 @@ def lost_rank_in_one_line(timeout: int) -> Iterator[None]:
         yield
         leave()
     except (UsageError, DataError, ProcessError, SystemExit):
-        leave()  # Every rank raises these. After other errors, such as a lost rank, this would wait forever.
+        leave()  # All ranks raise these together. After other errors, such as a lost rank, this would wait forever.
         raise
     except RuntimeError as error:
         if not is_lost_rank(error):

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.utils import filter_repo_objects
 
 from drdpo.asset_names import HUB_MODELS, select_models
-from drdpo.assets import download as hub
+from drdpo.assets import download as step
 from drdpo.assets import embedded
 from drdpo.assets.download import download_assets
 from drdpo.config.data import AssetsConfig
@@ -79,7 +79,7 @@ def fake(monkeypatch):
     fake = FakeHub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=fake.free))
+    monkeypatch.setattr(step.shutil, "disk_usage", lambda path: SimpleNamespace(free=fake.free))
     return fake
 
 
@@ -90,7 +90,7 @@ def _http(error, status):
 
 def test_a_llama_is_downloaded_with_its_pad_token(fake, tmp_path, capsys):
     folder = tmp_path / "models" / "Llama1b"
-    hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
+    step.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert {str(file.relative_to(folder)) for file in folder.rglob("*")} == LLAMA.keys() | {"manifest.json"}
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "<|eot_id|>", "pad_token": PAD}
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -99,22 +99,22 @@ def test_a_llama_is_downloaded_with_its_pad_token(fake, tmp_path, capsys):
     assert "downloading 0.0 GB" in capsys.readouterr().out
     assert [path.name for path in folder.parent.iterdir()] == ["Llama1b"]
     # Other models keep their own.
-    hub.download_model("RLHFlow/ArmoRM-Llama3-8B-v0.1", tmp_path / "ArmoRM")
+    step.download_model("RLHFlow/ArmoRM-Llama3-8B-v0.1", tmp_path / "ArmoRM")
     assert b"pad" not in (tmp_path / "ArmoRM" / "tokenizer_config.json").read_bytes()
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": PAD}]}))
     with pytest.raises(DataError, match=r"no token .* with the id 128004"):
-        hub.set_pad_token(folder, *hub.LLAMA3_PAD)
+        step.set_pad_token(folder, *step.LLAMA3_PAD)
 
 
 def test_an_interrupted_download_shows_nothing_and_resumes(fake, tmp_path):
     fake.fail, fake.fail_after = ConnectionError("connection reset\nby peer"), 2
     folder, aside = tmp_path / "Llama1b", tmp_path / ".Llama1b.download"
     with pytest.raises(DataError, match=r"Llama-3\.2-1B-Instruct: the download failed \(connection reset\)"):
-        hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
+        step.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert not folder.exists()
     assert (aside / "model-00001-of-00002.safetensors").is_file(), "complete files are kept for the next run"
     fake.fail = None
-    hub.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
+    step.download_model("meta-llama/Llama-3.2-1B-Instruct", folder)
     assert (folder / "model-00002-of-00002.safetensors").is_file()
     assert not aside.exists()
 
@@ -122,12 +122,12 @@ def test_an_interrupted_download_shows_nothing_and_resumes(fake, tmp_path):
 def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake, tmp_path):
     folder = tmp_path / "Llama1b"
     folder.mkdir()
-    hub.download_model("owner/model", folder)
+    step.download_model("owner/model", folder)
     assert (folder / "config.json").is_file(), "an empty folder is replaced"
     fake.fetched.clear()
     (folder / "config.json").unlink()
     with pytest.raises(DataError, match=r"Llama1b: exists without config\.json.*move it away"):
-        hub.download_model("owner/model", folder)
+        step.download_model("owner/model", folder)
     assert fake.fetched == []
 
 
@@ -135,7 +135,7 @@ def test_a_folder_that_is_no_whole_model_is_refused_before_the_download(fake, tm
 def test_an_incomplete_file_shows_nothing(fake, tmp_path, spoil):
     fake.spoil = spoil
     with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors is incomplete"):
-        hub.download_model("owner/model", tmp_path / "model")
+        step.download_model("owner/model", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -152,21 +152,21 @@ def test_an_incomplete_file_shows_nothing(fake, tmp_path, spoil):
 )
 def test_what_cannot_be_downloaded_is_one_line(fake, tmp_path, broken, says):
     vars(fake).update(broken)
-    with pytest.raises(hub.NeedsLoginError if "login" in says else DataError, match=says):
-        hub.download_model("owner/model", tmp_path / "model")
+    with pytest.raises(step.NeedsLoginError if "login" in says else DataError, match=says):
+        step.download_model("owner/model", tmp_path / "model")
     assert not (tmp_path / "model").exists() and fake.fetched == []
 
 
 @pytest.mark.parametrize("error", [None, ConnectionError("no route"), _http(HfHubHTTPError, 500), TimeoutError()])
 def test_the_hub_answers_unless_the_request_fails(fake, error):
     fake.info_error = error
-    assert hub.hub_answers() is (error is None)
+    assert step.hub_answers() is (error is None)
 
 
 def test_the_hub_does_not_answer_offline():
     """The real client: conftest sets HF_HUB_OFFLINE before it is imported."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
-    assert hub.hub_answers() is False
+    assert step.hub_answers() is False
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def helpsteer2(fake, tmp_path, monkeypatch):
         for split, texts in splits.items():
             content = gzip.compress("".join(json.dumps({"prompt": text}) + "\n" for text in texts).encode())
             (tmp_path / f"{split}.jsonl.gz").write_bytes(content[: len(content) - cut])
-        hub.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "datasets" / "helpsteer2_prompts")
+        step.download_helpsteer2("nvidia/HelpSteer2", tmp_path / "datasets" / "helpsteer2_prompts")
         return tmp_path / "datasets" / "helpsteer2_prompts"
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
@@ -191,7 +191,7 @@ def helpsteer2(fake, tmp_path, monkeypatch):
 def test_helpsteer2_omits_train_prompts_of_the_test_split(helpsteer2):
     folder = helpsteer2(train=["A", "A", "B"], validation=["B", "B"])
     assert [row.prompt[0]["content"] for row in read_records(folder / "train.jsonl", Prompt.from_row)] == ["A"]
-    assert [row.prompt_id for row in read_records(folder / "test.jsonl", Prompt.from_row)] == [hub.FIRST_TEST_ID]
+    assert [row.prompt_id for row in read_records(folder / "test.jsonl", Prompt.from_row)] == [step.FIRST_TEST_ID]
     manifest = read_manifest(folder)["assets"]
     assert manifest["made_by"] == {"repository": "nvidia/HelpSteer2", "revision": "abc123"}
     assert manifest["count"]["train"]["dropped_also_in_test"] == 1
@@ -217,7 +217,7 @@ ASSISTANT, USER = "\n<extra_id_1>Assistant\n", "\n<extra_id_1>User\n"
 
 
 def converted(*texts, **options):
-    return hub.convert_rows([{"prompt": text, "response": "r"} for text in texts], **options)
+    return step.convert_rows([{"prompt": text, "response": "r"} for text in texts], **options)
 
 
 def user(text):
@@ -248,7 +248,7 @@ def test_each_prompt_once_and_turns_split():
 )
 def test_broken_turns_are_dropped_and_counted(text, message):
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
-        hub.split_helpsteer_turns(text)
+        step.split_helpsteer_turns(text)
     prompts, counts = converted("fine\n\nUser\nthere", text)
     assert [prompt.prompt for prompt in prompts] == [[user("fine\n\nUser\nthere")]]
     assert counts["dropped_broken_turns"] == 1
@@ -260,7 +260,7 @@ def test_rows_of_the_real_data_set_are_converted(root, split, prompts, multi_tur
     if not path.is_file():
         pytest.skip("../shared is missing")
     rows = [row for _, row in read_rows(path)]
-    kept, counts = hub.convert_rows(rows)
+    kept, counts = step.convert_rows(rows)
     assert counts["rows"] == len(rows) == 2 * prompts
     assert counts["prompts"] + counts["dropped_broken_turns"] // 2 == prompts
     marked = {row["prompt"] for row in rows if "<extra_id_1>" in row["prompt"]}
@@ -288,11 +288,11 @@ def setup(monkeypatch, tmp_path):
         monkeypatch.setattr(embedded, f"make_{name}", make)
         monkeypatch.setattr(embedded, f"{name}_is_made", lambda folder, *rest: folder.is_dir())
     for name in ("model", "helpsteer2"):
-        monkeypatch.setattr(hub, f"download_{name}", download)
+        monkeypatch.setattr(step, f"download_{name}", download)
 
     def run(answers=True, llama=None, **flags):
         errors[HUB_MODELS["Llama1b"]] = llama
-        monkeypatch.setattr(hub, "hub_answers", Mock(return_value=answers))
+        monkeypatch.setattr(step, "hub_answers", Mock(return_value=answers))
         return {outcome.name: outcome.state for outcome in download_assets(AssetsConfig(**flags), tmp_path)}
 
     return run
@@ -306,17 +306,17 @@ def test_auto_without_a_hub_is_the_embedded_set(setup, capsys):
 
 
 def test_auto_with_a_hub_is_everything_and_a_missing_login_is_no_error(setup, capsys):
-    states = setup(llama=hub.NeedsLoginError("gated: accept the licence"))
+    states = setup(llama=step.NeedsLoginError("gated: accept the licence"))
     assert states.pop("Llama1b") == "needs a login"
     assert set(states.values()) == {"made"}
     assert re.search(r"^Llama1b +needs a login +gated: accept the licence$", capsys.readouterr().out, re.MULTILINE)
     assert setup()["Llama1b"] == "made"
     assert set(setup().values()) == {"present"}
-    assert not hub.hub_answers.called, "the hub is not asked if nothing is missing"
+    assert not step.hub_answers.called, "the hub is not asked if nothing is missing"
 
 
 @pytest.mark.parametrize(
-    ("error", "state"), [(hub.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
+    ("error", "state"), [(step.NeedsLoginError("gated"), "needs a login"), (DataError("failed"), "failed")]
 )
 def test_a_named_asset_that_fails_is_an_error_after_the_others_are_made(setup, tmp_path, capsys, error, state):
     with pytest.raises(DataError, match=r"1 of 3 .*: Llama1b"):

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from harness.forks import statuses
 from harness.reward_models import pad_right
 from safetensors.torch import load_file, save_file
 
@@ -111,7 +112,12 @@ def test_one_process_and_two_score_as_one_conversation_at_a_time(config, save_pa
     # What only rank 0 does, and fails in: it says why, and the other rank, which waits for it, says nothing.
     ranks = forks.ranks([*command, "--score_max_len=1"], 2)
     assert [rank.returncode for rank in ranks] == [1, 1] and ranks[1].stderr == ""
-    assert "none of 5 completions could be scored" in ranks[0].stderr
+    (line,) = [line for line in ranks[0].stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert "none of 5 completions could be scored" in line
+    full = {"folder": f"{save_path}/.train.parts/", "error": "ENOSPC", "call": 1, "rank": 0}
+    ranks = forks.start_ranks([*command, "--dtype=bfloat16"], 2, faults=[full])
+    assert statuses(ranks) == [1, 1] and ranks[1].said()[1] == ""
+    assert "error: the disk is full while writing" in ranks[0].said()[1] and "Traceback" not in ranks[0].said()[1]
 
 
 def test_a_finished_split_is_skipped_and_a_changed_flag_is_noticed(config, save_path, capsys):

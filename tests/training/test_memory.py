@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -388,8 +389,13 @@ def test_recomputation_changes_no_bit(flags, tiny_policy):
             widen_values(policy)
         batch, method = form_batch(pairs, [0, 1, 2], config.packing), method_of(config)
         population = Population(torch.tensor([0.1, 0.9, 0.5])) if method.weights else None
+        calls: Counter[int] = Counter()
+        for number, layer in enumerate(recomputable_layers(policy)):
+            layer.register_forward_pre_hook(lambda *_, number=number, calls=calls: calls.update([number]))
         total = objective(policy, batch, torch.zeros(3, 2), method, population).total
         found.append((total.detach(), gradient_of(policy, total)))
+        if method.penalty is None:
+            assert calls == {number: 1 + (number < layers) for number in (0, 1)}
     assert float(found[0][1].abs().max()) > 0
     assert all(torch.equal(*both) for again in found[1:] for both in zip(found[0], again, strict=True))
 

@@ -16,7 +16,8 @@ from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.training.data import collate, form_batch
 from drdpo.training.losses import TOKENS, Method, Pairs, Penalty, method_of
-from drdpo.training.objective import check_tangent, objective, survey
+from drdpo.training.memory import _row_of
+from drdpo.training.objective import _check_loss, check_tangent, objective, survey
 from drdpo.training.policy import load_policy, pairs_of
 from drdpo.training.run import check_inputs
 
@@ -61,6 +62,14 @@ def test_weights_by_a_function_of_a_field_need_no_survey(tiny_policy, pairs):
     part = objective(policy_of(tiny_policy, config), collate(pairs, range(4), 0), REFERENCE_M2, method)
     assert part.weights_B.tolist() == [0.25, 2.25, 6.25, 0.25]
     assert not method.needs_population and method.weighted
+
+
+def test_a_loss_may_read_its_group(tiny_policy):
+    """Pairs that are made up to check a method, or to predict its memory, have the column too."""
+    method = Method("own", lambda pairs: (1 + pairs.columns["domain"]) * -pairs.margins_B, group="domain")
+    assert method.columns == ("domain",)
+    _check_loss(method)
+    assert _row_of(30, method.columns)[0].columns == {"domain": 0.0}
 
 
 def hinge(pairs):

@@ -94,7 +94,7 @@ def test_splits_that_cannot_be_used_are_refused(made, tmp_path):
             "test",
             groups,
             [row(0, domain=str(n)) for n in range(MOST_GROUPS + 1)],
-            f"names {MOST_GROUPS + 1} groups",
+            f"names {MOST_GROUPS + 1} groups; at most {MOST_GROUPS}",
         ),
         ("test", groups, [row(0, domain="a b"), row(0, domain="a/b")], "would be the metric domain.a_b; rename one"),
         ("test", MIXTURE, [row(0, rejected_scores=SCORES["chosen_scores"])] * 2, "safe scores both answers of every pair"),

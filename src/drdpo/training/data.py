@@ -328,7 +328,8 @@ def form_batch(pairs: Sequence[Pair], indices: Sequence[int], packing: bool = Tr
 
 def batch_pairs(pairs: Sequence[Pair], indices: Sequence[int]) -> list[Pair]:
     """The pairs of a batch; where an index is -1, padding, the shortest of all, whose result is discarded."""
-    return [pairs[index] if index >= 0 else min(pairs, key=len) for index in indices]
+    shortest = min(pairs, key=len) if -1 in indices else None
+    return [pairs[index] if shortest is None or index >= 0 else shortest for index in indices]
 
 
 def columns_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:

@@ -374,8 +374,10 @@ def _ranks(population_P: Tensor) -> Tensor:
 
 
 def _running_sums(values_P: Tensor) -> Tensor:
-    """[P] sums of the first 1, 2, .. values. On the CPU: CUDA's cumsum of floats has no deterministic form."""
-    return values_P.cpu().cumsum(0).to(values_P.device)
+    """[P] sums of the first 1, 2, .. values."""
+    if values_P.is_cuda and torch.are_deterministic_algorithms_enabled():  # for which CUDA's cumsum has no form
+        return values_P.cpu().cumsum(0).to(values_P.device)
+    return values_P.cumsum(0)
 
 
 def _nearest(losses_B: Tensor, population_P: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from drdpo import distributed
 from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError, one_line
-from drdpo.folder import read_manifest
+from drdpo.folder import read_manifest, section
 from drdpo.kernels import linear_logprob
 from drdpo.kernels.packed_attention import SHARED_PREFIX, PrefixGroup, refusal, register_shared_prefix
 from drdpo.models import meta_model, positions_of, read_settings
@@ -191,8 +191,7 @@ def _resident() -> int:
 
 def _of_all(value: float) -> list[float]:
     """Numbers of all ranks. Under --dry_run they do not talk to each other, and rank 0 alone prints."""
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed.gather_floats([value]) if joined else [value]
+    return distributed.gather_floats([value]) if distributed.joined() else [value]
 
 
 def advice(need: "Memory", config: TrainConfig, world: int) -> str:
@@ -255,8 +254,8 @@ def resolve_rows(config: TrainConfig, method: Method) -> TrainConfig:
     call."""
     if not deals_by_tokens(config):
         return config
-    before = read_manifest(Path(config.save_path)).get("train") if config.resume == "auto" else None
-    kept = int(_of_all(before["made_by"].get("micro_batch_tokens") or 0 if before else 0)[0])
+    before = section(read_manifest(Path(config.save_path)), "train", "made_by") if config.resume == "auto" else {}
+    kept = int(_of_all(before.get("micro_batch_tokens") or 0)[0])
     memory = torch.cuda.get_device_properties(distributed.device()).total_memory
     least = int(min(_of_all(memory)))
     return replace(config, micro_batch_tokens=kept or rows_that_fit(config, method, shapes(config), least))

@@ -111,7 +111,7 @@ def values_in_float32() -> Any:
 def widen(layers: Sequence[nn.Module]) -> None:
     """Let decoder layers run under values_in_float32."""
     for layer in layers:
-        layer.forward = values_in_float32()(layer.forward)
+        layer.forward = values_in_float32()(layer.forward)  # as a decorator, it is entered anew at every call
 
 
 def note_gradient_norm(engine: Any, parameters: list[nn.Parameter], max_norm: float) -> None:
