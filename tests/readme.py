@@ -7,6 +7,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,12 @@ def wdpo_length_table() -> str:
     """DPO's and the authors' formulation beside ours."""
     rows = results("wdpo")["rows"]
     of = {(row["tokens"], row["checkpointing"], row["way"]): row for row in rows}
-    cells = [
-        [str(tokens), "yes" if kept else "no"]
-        + [f"{of[tokens, kept, way]['time_ratio']:.1f}" for way in ("original", "tangent")]
-        + [f"{of[tokens, kept, way]['peak_gib']:.2f} GiB" for way in ("dpo", "original", "tangent")]
-        for kept in (True, False) for tokens in dict.fromkeys(row["tokens"] for row in rows)
-    ]  # fmt: skip
+    cells = []
+    for kept, tokens in product((True, False), dict.fromkeys(row["tokens"] for row in rows)):
+        ways = {way: of.get((tokens, kept, way)) for way in ("dpo", "original", "tangent")}
+        cells.append([str(tokens), "yes" if kept else "no"])
+        cells[-1] += [f"{row['time_ratio']:.1f}" if row else "-" for way, row in ways.items() if way != "dpo"]
+        cells[-1] += [f"{row['peak_gib']:.2f} GiB" if row else "-" for row in ways.values()]
     return table("| tokens | checkpointing | time: the authors' | ours | memory: DPO | the authors' | ours |", cells)
 
 
