@@ -316,7 +316,7 @@ def test_a_failed_report_leaves_the_old_one(tmp_path, two_runs, monkeypatch):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     # The third file cannot be flushed.
     flush = Mock(side_effect=[None, None, OSError(28, "No space left on device")])
-    monkeypatch.setattr("drdpo.evaluation.report.flush", flush)
+    monkeypatch.setattr("drdpo.folder.flush", flush)
     with pytest.raises(OSError, match="No space"):
         evaluate(tmp_path, two_runs, seed=1)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
