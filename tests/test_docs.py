@@ -114,7 +114,7 @@ def test_wdpos_accuracy_is_what_was_measured():
 
 OTHER_FLAGS = (
     "cvar_share config help packages torch_index dev "  # ours, not of a step
-    "pairs rounds only_accuracy only_checkpointing output steps tokens "  # of benchmarks
+    "pairs rounds cpu only_accuracy only_checkpointing longest_double_backward output steps tokens "  # of benchmarks
     "signal nodes gpus nnodes hostfile no require slurm "  # sbatch, torchrun, deepspeed, pip, experiments
     "nv bind build file tag rm ipc "  # apptainer, docker
     "python group check"  # uv, requirements/hashes.py
