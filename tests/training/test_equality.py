@@ -376,6 +376,14 @@ def test_every_robust_method_ends_elsewhere_than_dpo_and_another_population_else
 
 
 @pytest.mark.slow
+def test_the_first_loss_with_adapters_is_ln_2(engines):
+    for case in CASES:
+        if "lora_rank" in CASES[case]:
+            for facts in facts_by_rank(engines, case):
+                assert facts["losses"][0] == pytest.approx(math.log(2), abs=1e-6), case
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.get("resume")])
 def test_resumed_weights_equal_uninterrupted_ones(case, engines):
     assert [facts["done"] for facts in facts_by_rank(engines, case)] == [1, 1]

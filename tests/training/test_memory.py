@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from drdpo import distributed
+from drdpo.cli import parse
 from drdpo.config.training import TrainConfig
 from drdpo.errors import DataError, UsageError
 from drdpo.folder import write_manifest
@@ -368,6 +369,14 @@ def test_the_fewest_layers_recompute(tiny_policy, monkeypatch, capsys):
     preflight(run)
     assert "recompute on for 1 of 2 layers: without recomputation the predicted peak of" in capsys.readouterr().out
     assert [memory.fewest_layers(30, limit, lambda layers: 100 - layers) for limit in (99, 93, 70, 0)] == [1, 7, 30, 30]
+
+
+def test_a_command_line_may_ask_for_it_either_way():
+    words = ["--model_path=m", "--dataset_path=d", "--save_path=s"]
+    assert parse(TrainConfig, "", words).gradient_checkpointing == "auto"
+    for word, recompute in (("true", True), ("false", False), ("auto", True)):
+        assert parse(TrainConfig, "", [*words, f"--gradient_checkpointing={word}"]).recompute is recompute
+    assert open_config(gradient_checkpointing=False).gradient_checkpointing == "false"
 
 
 @pytest.mark.parametrize(
