@@ -9,9 +9,9 @@ where KLDPO and Dr. DPO choose the weights w (detached) and WDPO the penalty. A 
 `method_of` makes it from the flags, and drdpo.training.objective sums the terms up.
 
 In order: methods; pointwise losses, with x = beta h; weights, which multiply losses_B [B] and are detached. population_P
-[P] are the losses of the population to which those belong; the mean of the weights over it is 1, except in KLDPO's default
-form, which is capped, and in group DRO if the step lacks a group. docs/methods.md says what each method assumes, and which
-formula could be compared with its source.
+[P] are the losses that they are compared with, those of all pairs of the optimizer step unless --robust_scope is micro; the
+mean of the weights over it is 1, except in KLDPO's default form, which is capped, and in group DRO if the step lacks a
+group. docs/methods.md says what each method assumes, and which formula could be compared with its source.
 
 Shape suffixes: B pairs of a micro-batch, P pairs of the population, S = 2B sequences (all chosen rows, then all rejected),
 T tokens, D width, M training pairs, G groups.
